@@ -1,0 +1,38 @@
+"""hpc-core: a performance-regression suite for LLM generation and fine-tuning.
+
+The names here are public; everything else may change. Importing this package imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpc_core.limits import GiB, Limits, MiB
+    from hpc_core.record import Metric, Record
+    from hpc_core.spec import AdapterSpec, CallableSpec, Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "hpc_core.limits": ("GiB", "Limits", "MiB"),
+    "hpc_core.record": ("Metric", "Record"),
+    "hpc_core.spec": (
+        "AdapterSpec", "CallableSpec", "Case", "DataSpec", "FinetuneSpec", "GenerateSpec", "ModelSpec", "QuantSpec",
+    ),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdapterSpec", "CallableSpec", "Case", "DataSpec", "FinetuneSpec", "GenerateSpec", "GiB", "Limits", "Metric", "MiB",
+    "ModelSpec", "QuantSpec", "Record", "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are loaded on first use, so that `import hpc_core` costs milliseconds."""
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'hpc_core' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)

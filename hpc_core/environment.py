@@ -1,0 +1,170 @@
+"""Where a run happens: machine, stack, host, commit. Read without torch and without touching CUDA.
+
+Everything here is a fact about the surroundings; nothing here measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+from hpc_core.record import Circumstances, Machine
+
+__all__ = ["STACK_PACKAGES", "circumstances", "commit", "cpu_machine", "gpu_state", "machine", "stack", "visible_gpus"]
+
+STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
+"""Packages whose version can move a metric."""
+
+
+@functools.cache
+def visible_gpus() -> tuple[dict[str, Any], ...]:
+    """Name, memory in bytes, uuid and driver of each CUDA GPU that CUDA_VISIBLE_DEVICES leaves visible, by NVML. Empty without one."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        found = [_gpu(pynvml, index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+    return tuple(_visible(found))
+
+
+def _gpu(pynvml: Any, index: int, driver: str) -> dict[str, Any]:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    return {
+        "name": str(pynvml.nvmlDeviceGetName(handle)),
+        "memory_bytes": int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        "uuid": str(pynvml.nvmlDeviceGetUUID(handle)),
+        "driver": driver,
+        "index": index,
+    }
+
+
+def _visible(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return found
+    visible = []
+    for name in (part.strip() for part in chosen.split(",")):
+        match = [gpu for gpu in found if name == str(gpu["index"]) or (name and gpu["uuid"].startswith(name))]
+        if not match:
+            break  # CUDA itself ignores everything after the first unknown entry
+        visible += match[:1]
+    return visible
+
+
+def machine(device: Literal["cpu", "cuda"]) -> Machine:
+    """The first visible GPU, or the CPU. The GPU's key is its model and memory, such as `nvidia-h100-80gb-hbm3-80gib`."""
+    gpus = visible_gpus()
+    if device == "cpu" or not gpus:
+        return cpu_machine()
+    name, memory = gpus[0]["name"], gpus[0]["memory_bytes"]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return Machine(key=f"{slug}-{round(memory / 2**30)}gib", name=name, memory_bytes=memory)
+
+
+def cpu_machine() -> Machine:
+    """Any CPU has the key "cpu": nothing gated there depends on which."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(key="cpu", name=_cpu_name(), memory_bytes=memory)
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({os.cpu_count()} logical cores)"
+    return f"{platform.machine()} ({os.cpu_count()} logical cores)"
+
+
+def stack(device: Literal["cpu", "cuda"]) -> dict[str, str]:
+    """Installed versions of the packages that can move a metric, and the driver on a GPU."""
+    versions = {}
+    for package in STACK_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    gpus = visible_gpus()
+    if device == "cuda" and gpus:
+        versions["driver"] = gpus[0]["driver"]
+    return versions
+
+
+@functools.cache
+def commit(folder: str = ".") -> tuple[str | None, bool | None]:
+    """Commit and whether the tree differs from it; (None, None) outside a git repository or without git."""
+    try:
+        head = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run(
+            ["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    return head.stdout.strip(), bool(status.stdout.strip())
+
+
+def gpu_state() -> dict[str, Any]:
+    """Clocks in MHz, temperature, power, throttle reasons and other processes of the first visible GPU, now. {} without one."""
+    gpus = visible_gpus()
+    if not gpus:
+        return {}
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(gpus[0]["index"])
+        state: dict[str, Any] = {"uuid": gpus[0]["uuid"]}
+        readings = {
+            "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+            "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+            "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
+            "power_w": lambda: round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000, 1),
+            "throttle_reasons": lambda: int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+            "used_bytes": lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
+            "processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        }
+        for name, read in readings.items():
+            with contextlib.suppress(pynvml.NVMLError):  # a virtual machine may hide single sensors
+                state[name] = read()
+        return state
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def circumstances(
+    device: Literal["cpu", "cuda"],
+    launched: Literal["warm", "exec", "inline"],
+    *,
+    ceilings: dict[str, float] | None = None,
+    fault: str | None = None,
+    started_at: datetime.datetime | None = None,
+    **seen: Any,
+) -> Circumstances:
+    """Everything around a run that can be told before it, completed by what the run itself saw (`gpu=`, `phase_s=`, `notes=`)."""
+    revision, dirty = commit()
+    when = started_at or datetime.datetime.now(datetime.UTC)
+    return Circumstances(
+        machine=machine(device),
+        stack=stack(device),
+        python=platform.python_version(),
+        host_cpu=_cpu_name(),
+        launched=launched,
+        started_at=when.isoformat(timespec="seconds"),
+        commit=revision,
+        dirty=dirty,
+        ceilings=ceilings or {},
+        fault=fault,
+        **seen,
+    )

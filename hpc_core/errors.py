@@ -1,0 +1,58 @@
+"""Every error that hpc-core raises on purpose.
+
+HpcCoreError
+├── SpecError            a case, limit or option contradicts itself or names something unknown
+├── MissingLibraryError  an optional package that this case needs is not installed
+├── DataError            prompts or rows cannot be had in the form asked for
+├── BuildError           the model that was built is not the one asked for
+├── MeasureError         an instrument saw something that makes its own reading void
+├── LaunchError          no worker process could be started at all
+└── BaselineError        a baseline cannot be written, or must not be
+
+A message says what happened with its numbers, against which limit, and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BaselineError",
+    "BuildError",
+    "DataError",
+    "HpcCoreError",
+    "LaunchError",
+    "MeasureError",
+    "MissingLibraryError",
+    "SpecError",
+]
+
+
+class HpcCoreError(Exception):
+    """Anything hpc-core refuses on purpose; its text is meant for the user."""
+
+
+class SpecError(HpcCoreError, ValueError):
+    """A case, limit or option contradicts itself. A ValueError, so that msgspec reports it with the JSON path."""
+
+
+class MissingLibraryError(HpcCoreError):
+    """An optional package that this case needs is not installed."""
+
+
+class DataError(HpcCoreError):
+    """Prompts or rows cannot be had in the form asked for."""
+
+
+class BuildError(HpcCoreError):
+    """The model that was built is not the one asked for."""
+
+
+class MeasureError(HpcCoreError):
+    """An instrument saw something that makes its own reading void."""
+
+
+class LaunchError(HpcCoreError):
+    """No worker process could be started at all."""
+
+
+class BaselineError(HpcCoreError):
+    """A baseline cannot be written, or must not be."""

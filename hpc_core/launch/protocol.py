@@ -1,0 +1,67 @@
+"""What launcher and worker say to each other: one job in, a line of JSON an event, one record out.
+
+Knows no process and no torch. Events travel on a file descriptor of their own, never on stdout.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from hpc_core.record import Record
+from hpc_core.spec import Case
+
+__all__ = ["Event", "Exited", "Finished", "Job", "Phase", "decode_event", "encode_event"]
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker is asked to do."""
+
+    case: Case
+    launched: Literal["warm", "exec", "inline"] = "exec"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    ceilings: dict[str, float] = {}
+    """Ceilings measured earlier in this session, to stand beside the numbers."""
+    fault: str | None = None
+    """Name of a fault from `hpc_core.faults` to inject before building."""
+    measure_ceilings: bool = False
+    """Measure the machine's ceilings instead of the case; the record's circumstances hold them."""
+
+
+class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event"):
+    """The worker enters a phase: start, import, build, warm-up, measure, memory, busy, counters, audit."""
+
+    name: str
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished", tag_field="event"):
+    """The worker has its record; nothing follows but its exit."""
+
+    record: Record
+
+
+class Exited(msgspec.Struct, frozen=True, tag="exited", tag_field="event"):
+    """The supervisor saw the worker end, and has ended everything the worker left behind."""
+
+    code: int | None
+    signal: int | None
+    leftovers: int
+    """Processes that outlived the worker and were killed."""
+
+
+Event = Phase | Finished | Exited
+
+
+def encode_event(event: Event) -> bytes:
+    """One line."""
+    return msgspec.json.encode(event) + b"\n"
+
+
+def decode_event(line: bytes) -> Event:
+    """The event of one line.
+
+    Raises:
+        msgspec.MsgspecError: the line is no event.
+    """
+    return msgspec.json.decode(line, type=Event)

@@ -1,0 +1,82 @@
+"""How much worse a metric may get, as the person who owns a case states it.
+
+Knows nothing of records: `gate` applies these. A percentage counts from the accepted baseline; a number is absolute.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from hpc_core.errors import SpecError
+
+__all__ = ["GiB", "Limit", "Limits", "MiB", "relative_limit"]
+
+MiB = 2**20
+GiB = 2**30
+
+Limit = str | int | float | None
+_PERCENT = re.compile(r"^(?P<number>\d+(\.\d+)?) ?%$")
+
+
+def relative_limit(limit: Limit) -> float | None:
+    """The ratio that a percentage such as "1.5%" allows (0.015), or None when the limit is an absolute number.
+
+    Raises:
+        SpecError: a text that is no percentage.
+    """
+    if not isinstance(limit, str):
+        return None
+    match = _PERCENT.match(limit)
+    if match is None:
+        msg = f'A relative limit is a percentage such as "1%" or "0.05 %", got {limit!r}. For an absolute limit give a number.'
+        raise SpecError(msg)
+    return float(match["number"]) / 100
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Limits of one case, by metric: `"1%"` against the baseline, or an absolute number in the metric's unit.
+
+    A metric that is not named keeps the gate's default. An absolute limit is checked beside the relative default.
+    """
+
+    peak_bytes: Limit = None
+    peak_load_bytes: Limit = None
+    peak_prefill_bytes: Limit = None
+    peak_decode_bytes: Limit = None
+    peak_forward_bytes: Limit = None
+    peak_backward_bytes: Limit = None
+    peak_optimizer_bytes: Limit = None
+    weights_bytes: Limit = None
+    adapter_bytes: Limit = None
+    gradients_bytes: Limit = None
+    optimizer_bytes: Limit = None
+    activations_bytes: Limit = None
+    kv_cache_bytes: Limit = None
+    temporaries_bytes: Limit = None
+    busy_s: Limit = None
+    busy_prefill_s: Limit = None
+    busy_decode_token_s: Limit = None
+    kernels: Limit = None
+    copies: Limit = None
+    operators: Limit = None
+    flops: Limit = None
+    trainable_parameters: Limit = None
+
+    def __post_init__(self) -> None:
+        """Refuse what could never be compared.
+
+        Raises:
+            SpecError: a malformed percentage or a number that is not above zero.
+        """
+        for name, limit in self.named().items():
+            if isinstance(limit, str):
+                relative_limit(limit)
+            elif limit is not None and not limit > 0:
+                msg = f"Limits({name}={limit!r}): an absolute limit must be above 0."
+                raise SpecError(msg)
+
+    def named(self) -> dict[str, Limit]:
+        """The limits that were set, by metric."""
+        return {name: getattr(self, name) for name in self.__struct_fields__ if getattr(self, name) is not None}

@@ -1,0 +1,72 @@
+"""Make one case from another by naming only what differs.
+
+Knows where each field of a case lives; refuses names that are nowhere or in several places.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from hpc_core.errors import SpecError
+
+if TYPE_CHECKING:
+    from hpc_core.spec import Case
+
+__all__ = ["varied"]
+
+_PARTS = ("model", "quantization", "adapter", "workload")
+
+
+def varied(case: Case, variant: str, changes: dict[str, Any]) -> Case:
+    """The case `<shape>/<variant>` that differs from `case` by `changes`; see `Case.vary`.
+
+    Raises:
+        SpecError: an unknown or ambiguous field, or nothing changed.
+    """
+    values = {name: getattr(case, name) for name in case.__struct_fields__}
+    nested: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        place, field = _place(case, name)
+        if place == "":
+            values[field] = value
+        else:
+            nested.setdefault(place, {})[field] = value
+    data = nested.pop("data", None)
+    if data is not None:
+        nested.setdefault("workload", {})["data"] = _replaced(getattr(case.workload, "data"), data)  # noqa: B009
+    for part, fields in nested.items():
+        values[part] = _replaced(values[part], fields)
+    values["id"] = f"{case.id.partition('/')[0]}/{variant}"
+    new = type(case)(**values)
+    if new.digest == case.digest and (new.timeout_s, new.limits) == (case.timeout_s, case.limits):
+        raise SpecError(f"{new.id} runs exactly what {case.id} runs: a variant must change something.")
+    return new
+
+
+def _replaced(part: Any, fields: dict[str, Any]) -> Any:
+    # Through the constructor, so that the new value is checked like any other.
+    return type(part)(**{name: getattr(part, name) for name in part.__struct_fields__} | fields)
+
+
+def _place(case: Case, name: str) -> tuple[str, str]:
+    """The part and the field that a change names; part "" is the case itself."""
+    parts: dict[str, msgspec.Struct] = {part: getattr(case, part) for part in _PARTS if getattr(case, part) is not None}
+    if hasattr(case.workload, "data"):
+        parts["data"] = case.workload.data
+    if name in case.__struct_fields__ and name not in ("id", "seed"):
+        return "", name
+    places = [(part, name) for part, value in parts.items() if name in value.__struct_fields__]
+    for part, value in parts.items():
+        if name.startswith(f"{part}_") and name.removeprefix(f"{part}_") in value.__struct_fields__:
+            places.append((part, name.removeprefix(f"{part}_")))
+    if name == "seed":
+        places = [("", "seed")]  # the case's own; the others are model_seed and data_seed
+    if len(places) == 1:
+        return places[0]
+    if not places:
+        known = sorted({field for value in parts.values() for field in value.__struct_fields__})
+        raise SpecError(f"{case.id} has no field {name!r} to vary. It has: {', '.join(known)}.")
+    owners = ", ".join(f"{part}_{field}" for part, field in places)
+    raise SpecError(f"{name!r} is ambiguous for {case.id}: say one of {owners}.")
