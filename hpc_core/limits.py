@@ -6,6 +6,7 @@ Knows nothing of records: `gate` applies these. A percentage counts from the acc
 from __future__ import annotations
 
 import re
+import sys
 
 import msgspec
 
@@ -17,7 +18,7 @@ MiB = 2**20
 GiB = 2**30
 
 Limit = str | int | float | None
-_PERCENT = re.compile(r"^(?P<number>\d+(\.\d+)?) ?%$")
+_PERCENT = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,12})?) ?%")
 
 
 def relative_limit(limit: Limit) -> float | None:
@@ -28,7 +29,7 @@ def relative_limit(limit: Limit) -> float | None:
     """
     if not isinstance(limit, str):
         return None
-    match = _PERCENT.match(limit)
+    match = _PERCENT.fullmatch(limit)
     if match is None:
         msg = f'A relative limit is a percentage such as "1%" or "0.05 %", got {limit!r}. For an absolute limit give a number.'
         raise SpecError(msg)
@@ -73,8 +74,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name, limit in self.named().items():
             if isinstance(limit, str):
                 relative_limit(limit)
-            elif limit is not None and not limit > 0:
-                msg = f"Limits({name}={limit!r}): an absolute limit must be above 0."
+            elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= sys.float_info.max:
+                msg = f"Limits({name}={limit!r}): an absolute limit must be a finite number above 0."
                 raise SpecError(msg)
 
     def named(self) -> dict[str, Limit]:

@@ -27,6 +27,7 @@ __all__ = [
 Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
 Dependence = Literal["case", "stack", "machine"]
+_BEYOND = 2**64
 FailureKind = Literal["out_of_memory", "crash", "timeout", "killed", "missing_library", "refused", "error", "interrupted"]
 
 
@@ -34,7 +35,7 @@ class _Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Base of everything seen: immutable, keyword-only, strict about unknown keys."""
 
 
-class Metric(_Seen, kw_only=True):
+class Metric(_Seen, frozen=True, kw_only=True):
     """One quantity: its value, or samples whose median is the value."""
 
     value: float | int
@@ -54,16 +55,17 @@ class Metric(_Seen, kw_only=True):
         """A number that is no number never becomes a metric.
 
         Raises:
-            SpecError: NaN or infinity, in the value or a sample; no sample in the samples.
+            SpecError: NaN, infinity or beyond 64 bits, in the value or a sample; no sample in the samples.
         """
         numbers = (self.value, *(self.samples or ()))
-        if not all(math.isfinite(number) for number in numbers):
-            raise SpecError(f"A metric must be finite, got {self.value!r} with samples {self.samples!r}.")
+        # The range first: math.isfinite raises OverflowError for an int beyond the floats.
+        if not all(-_BEYOND < number < _BEYOND if isinstance(number, int) else math.isfinite(number) for number in numbers):
+            raise SpecError(f"A metric must be finite and fit 64 bits, got {self.value!r} with samples {self.samples!r}.")
         if self.samples is not None and not self.samples:
             raise SpecError("A metric with samples needs at least one.")
 
 
-class Fact(_Seen, kw_only=True):
+class Fact(_Seen, frozen=True, kw_only=True):
     """One fact of the audit: what the case asked for, and what was seen in the live module or in what ran."""
 
     asked: Any
@@ -75,7 +77,7 @@ class Fact(_Seen, kw_only=True):
         return bool(self.asked == self.seen)
 
 
-class Failure(_Seen, kw_only=True):
+class Failure(_Seen, frozen=True, kw_only=True):
     """Why a run gave no numbers."""
 
     kind: FailureKind
@@ -87,7 +89,7 @@ class Failure(_Seen, kw_only=True):
     """Traceback or end of the worker's output, for the curious."""
 
 
-class Machine(_Seen, kw_only=True):
+class Machine(_Seen, frozen=True, kw_only=True):
     """Where it ran. `key` names the folder of baselines: "cpu" for every CPU, the GPU's model and memory otherwise."""
 
     key: str
@@ -95,7 +97,7 @@ class Machine(_Seen, kw_only=True):
     memory_bytes: int
 
 
-class Circumstances(_Seen, kw_only=True):
+class Circumstances(_Seen, frozen=True, kw_only=True):
     """Everything around a run that could explain a number."""
 
     machine: Machine
@@ -119,7 +121,7 @@ class Circumstances(_Seen, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
-class Record(_Seen, kw_only=True):
+class Record(_Seen, frozen=True, kw_only=True):
     """What was seen when a case ran."""
 
     schema: int = SCHEMA
@@ -169,7 +171,7 @@ def record_from_json(text: bytes | str) -> Record:
     """
     try:
         record = msgspec.json.decode(text, type=Record)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError(f"Not a record: {error}") from error
     if record.schema != SCHEMA:
         raise SpecError(f"The record has schema {record.schema}, this hpc-core reads {SCHEMA}.")

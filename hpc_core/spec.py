@@ -5,7 +5,9 @@ No torch, no I/O. A specification that contradicts itself is refused when it is 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import math
 import re
 from typing import Any, Literal
 
@@ -39,8 +41,8 @@ Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
 Scale = Literal["tiny", "small", "full"]
 
-_ID = re.compile(r"^[a-z0-9][a-z0-9.+_-]*/[a-z0-9][a-z0-9.+_-]*$")
-_FACTORY = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")
+_ID = re.compile(r"[a-z0-9][a-z0-9.+_-]*/[a-z0-9][a-z0-9.+_-]*")
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _PACKAGE_DATA = "package://"
 
 
@@ -53,7 +55,41 @@ class _Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Base of every specification: immutable, keyword-only, strict about unknown keys."""
 
 
-class ModelSpec(_Spec, kw_only=True):
+@functools.cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(kind)
+
+
+def _check_types(spec: _Spec) -> None:
+    """Hold a value made in Python to the types that JSON is held to, so that it equals its JSON: 16 becomes 16.0, a list a tuple."""
+    for field in _fields(type(spec)):
+        value = getattr(spec, field.name)
+        try:
+            typed = msgspec.convert(value, field.type)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise SpecError(f"{type(spec).__name__}({field.name}={value!r}): {error}") from error
+        if isinstance(typed, float):
+            _refuse(not math.isfinite(typed), f"{type(spec).__name__}({field.name}={value!r}): must be finite.")
+            typed += 0.0  # -0.0 equals 0.0 but prints, and digests, differently
+        if not isinstance(typed, dict):
+            msgspec.structs.force_setattr(spec, field.name, typed)
+
+
+def _essence(value: Any) -> Any:
+    """Builtins of a specification without what equals its default. msgspec's own `omit_defaults` asks for identity, not equality."""
+    if isinstance(value, msgspec.Struct):
+        tag = value.__struct_config__.tag
+        said = {} if tag is None else {str(value.__struct_config__.tag_field): tag}
+        for field in _fields(type(value)):
+            content = getattr(value, field.name)
+            default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+            if content != default:
+                said[field.name] = _essence(content)
+        return said
+    return list(value) if isinstance(value, tuple) else value
+
+
+class ModelSpec(_Spec, frozen=True, kw_only=True):
     """Which causal language model, and where its weights come from."""
 
     shape: str | None = None
@@ -72,6 +108,7 @@ class ModelSpec(_Spec, kw_only=True):
         Raises:
             SpecError: either is missing, or both are given.
         """
+        _check_types(self)
         if self.weights == "random":
             _refuse(self.shape is None, "Random weights need a shape: ModelSpec(shape='llama-3.2-3b').")
             _refuse(self.path is not None, f"Random weights are made, not read: drop path={self.path!r} or say weights='folder'.")
@@ -83,7 +120,7 @@ class ModelSpec(_Spec, kw_only=True):
         _refuse(is_package and self.weights != "gguf", "package:// names a GGUF file: say weights='gguf'.")
 
 
-class QuantSpec(_Spec, kw_only=True):
+class QuantSpec(_Spec, frozen=True, kw_only=True):
     """Weight quantization by bitsandbytes."""
 
     kind: Literal["nf4", "fp4", "int8"]
@@ -100,6 +137,7 @@ class QuantSpec(_Spec, kw_only=True):
         Raises:
             SpecError: double quantization of int8, or int8 with a compute dtype other than float16.
         """
+        _check_types(self)
         if self.kind == "int8":
             _refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int8 has one constant a row.")
             _refuse(
@@ -108,7 +146,7 @@ class QuantSpec(_Spec, kw_only=True):
             )
 
 
-class AdapterSpec(_Spec, kw_only=True):
+class AdapterSpec(_Spec, frozen=True, kw_only=True):
     """A LoRA adapter, as peft builds it."""
 
     rank: int = 8
@@ -125,6 +163,7 @@ class AdapterSpec(_Spec, kw_only=True):
         Raises:
             SpecError: rank below 1, alpha not above 0, dropout outside [0, 1), no or repeated targets.
         """
+        _check_types(self)
         _refuse(self.rank < 1, f"rank must be at least 1, got {self.rank}.")
         _refuse(not self.alpha > 0, f"alpha must be above 0, got {self.alpha}.")
         _refuse(not 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
@@ -132,7 +171,7 @@ class AdapterSpec(_Spec, kw_only=True):
         _refuse(len(set(self.targets)) != len(self.targets), f"Repeated target modules: {', '.join(self.targets)}.")
 
 
-class DataSpec(_Spec, kw_only=True):
+class DataSpec(_Spec, frozen=True, kw_only=True):
     """Where prompts or rows come from."""
 
     source: Literal["random", "trace", "embedded", "hub", "file"] = "random"
@@ -151,6 +190,7 @@ class DataSpec(_Spec, kw_only=True):
         Raises:
             SpecError: a name is missing, unknown or not wanted; rows below 1.
         """
+        _check_types(self)
         known = {"trace": ("gsm8k", "wikitext2"), "embedded": ("problems", "paragraphs"), "hub": ("gsm8k", "wikitext2")}
         if self.source == "random":
             _refuse(self.name is not None, f"Random ids have no name: drop name={self.name!r}.")
@@ -162,7 +202,7 @@ class DataSpec(_Spec, kw_only=True):
         _refuse(self.rows is not None and self.rows < 1, f"rows must be at least 1, got {self.rows}.")
 
 
-class GenerateSpec(_Spec, tag="generate", tag_field="kind", kw_only=True):
+class GenerateSpec(_Spec, tag="generate", tag_field="kind", frozen=True, kw_only=True):
     """Generate exactly `new_tokens` after each prompt, greedily."""
 
     batch: int = 1
@@ -183,6 +223,7 @@ class GenerateSpec(_Spec, tag="generate", tag_field="kind", kw_only=True):
         Raises:
             SpecError: a count below 1, a length given twice or not at all, an extrapolation backwards.
         """
+        _check_types(self)
         for name in ("batch", "prompts"):
             _refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         _refuse(self.new_tokens < 2, f"new_tokens must be at least 2 (the first one is the prefill's), got {self.new_tokens}.")
@@ -194,7 +235,7 @@ class GenerateSpec(_Spec, tag="generate", tag_field="kind", kw_only=True):
         _refuse(too_short, f"extrapolate_to={self.extrapolate_to} is below new_tokens={self.new_tokens}.")
 
 
-class FinetuneSpec(_Spec, tag="finetune", tag_field="kind", kw_only=True):
+class FinetuneSpec(_Spec, tag="finetune", tag_field="kind", frozen=True, kw_only=True):
     """Train by a plain loop: forward, backward, optimizer, zero_grad."""
 
     batch: int = 4
@@ -223,6 +264,7 @@ class FinetuneSpec(_Spec, tag="finetune", tag_field="kind", kw_only=True):
         Raises:
             SpecError: packing with padding, unpadded rows of different lengths, checkpointing left to an absent `prepare` …
         """
+        _check_types(self)
         for name in ("batch", "length", "steps"):
             _refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         _refuse(self.length < 2, "length must be at least 2: the loss needs a next token.")
@@ -241,7 +283,7 @@ class FinetuneSpec(_Spec, tag="finetune", tag_field="kind", kw_only=True):
         )
 
 
-class CallableSpec(_Spec, tag="callable", tag_field="kind", kw_only=True):
+class CallableSpec(_Spec, tag="callable", tag_field="kind", frozen=True, kw_only=True):
     """A step of the user's own: an importable factory that returns a callable, called once a step."""
 
     factory: str
@@ -257,19 +299,20 @@ class CallableSpec(_Spec, tag="callable", tag_field="kind", kw_only=True):
         Raises:
             SpecError: otherwise.
         """
-        _refuse(not _FACTORY.match(self.factory), f"A factory is named 'package.module:function', got {self.factory!r}.")
+        _check_types(self)
+        _refuse(not _FACTORY.fullmatch(self.factory), f"A factory is named 'package.module:function', got {self.factory!r}.")
         _refuse(self.steps < 1, f"steps must be at least 1, got {self.steps}.")
         try:
             copy = msgspec.json.decode(msgspec.json.encode(self.arguments))
-        except (TypeError, ValueError, msgspec.MsgspecError) as error:
-            raise SpecError(f"Arguments of {self.factory} must be JSON values: {error}.") from error
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            raise SpecError(f"Arguments of {self.factory} must be JSON values: {error}") from error
         _refuse(copy != self.arguments, f"Arguments of {self.factory} change on the way through JSON: {self.arguments!r} came back as {copy!r}.")
 
 
 Workload = GenerateSpec | FinetuneSpec | CallableSpec
 
 
-class Case(_Spec, kw_only=True):
+class Case(_Spec, frozen=True, kw_only=True):
     """One benchmark: what to run, under which id, within which time and limits."""
 
     id: str
@@ -291,7 +334,8 @@ class Case(_Spec, kw_only=True):
         Raises:
             SpecError: a malformed id, QLoRA without quantization, full fine-tuning of quantized weights …
         """
-        _refuse(not _ID.match(self.id), f"A case id is <shape>/<variant> in lower case, such as 'tiny/lora', got {self.id!r}.")
+        _check_types(self)
+        _refuse(not _ID.fullmatch(self.id), f"A case id is <shape>/<variant> in lower case, such as 'tiny/lora', got {self.id!r}.")
         _refuse(not self.timeout_s > 0, f"{self.id}: timeout_s must be above 0, got {self.timeout_s}.")
         if isinstance(self.workload, CallableSpec):
             extra = [part for part in ("model", "quantization", "adapter") if getattr(self, part) is not None]
@@ -322,7 +366,8 @@ class Case(_Spec, kw_only=True):
     @property
     def digest(self) -> str:
         """Twelve hex digits of SHA-256 over what runs: id, timeout and limits left out, so changing those keeps baselines."""
-        work = {"schema": SCHEMA, "parts": [self.model, self.quantization, self.adapter, self.workload, self.seed, self.scale]}
+        parts = [self.model, self.quantization, self.adapter, self.workload, self.seed, self.scale]
+        work = {"schema": SCHEMA, "parts": [_essence(part) for part in parts]}
         return hashlib.sha256(msgspec.json.encode(work, order="sorted")).hexdigest()[:12]
 
     @property
@@ -351,7 +396,7 @@ class Case(_Spec, kw_only=True):
 
 def case_to_json(case: Case) -> bytes:
     """Canonical JSON: sorted keys, defaults left out."""
-    return msgspec.json.encode(case, order="sorted")
+    return msgspec.json.encode(_essence(case), order="sorted")
 
 
 def case_from_json(text: bytes | str) -> Case:
@@ -362,7 +407,5 @@ def case_from_json(text: bytes | str) -> Case:
     """
     try:
         return msgspec.json.decode(text, type=Case)
-    except msgspec.MsgspecError as error:
-        raise SpecError(f"Not a case: {error}") from error
-    except UnicodeDecodeError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise SpecError(f"Not a case: {error}") from error
