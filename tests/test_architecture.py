@@ -1,0 +1,134 @@
+"""The shape of the code: small files, telling names, two halves, imports that cost nothing."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hpc_core"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+
+LONGEST = 300
+MEASURING = {"build", "faults", "measure", "perform", "run", "worker"}
+IMPORT_SECONDS = 0.2
+
+WITHOUT_TORCH = """
+import importlib, pkgutil, sys
+for name in ("torch", "transformers", "peft", "bitsandbytes"):
+    sys.modules[name] = None  # any import of it raises
+module = importlib.import_module(sys.argv[1])
+for found in pkgutil.walk_packages(getattr(module, "__path__", []), sys.argv[1] + "."):
+    importlib.import_module(found.name)
+"""
+TIMED_IMPORT = """
+import sys, time
+start = time.perf_counter()
+import hpc_core
+print(time.perf_counter() - start, "torch" in sys.modules)
+"""
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def top_level() -> set[str]:
+    """The modules right below hpc_core; a folder counts once it holds code."""
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in MODULES}
+    return names - {"__init__"}
+
+
+JUDGING = sorted(top_level() - MEASURING)
+
+
+def python(code: str, *arguments: str) -> str:
+    """Run code in a fresh interpreter, and return what it printed."""
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout
+
+
+def contracts() -> list[dict[str, Any]]:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        found: list[dict[str, Any]] = tomllib.load(file)["tool"]["importlinter"]["contracts"]
+    return found
+
+
+def exported(tree: ast.Module) -> set[str]:
+    """The names in a module's `__all__`."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+def test_files_stay_short() -> None:
+    """No module is longer than can be read in one sitting."""
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def test_modules_are_named_for_what_they_do() -> None:
+    """No module is a drawer for what has no place."""
+    drawers = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+    assert [relative(path) for path in MODULES if drawers & set(Path(relative(path)).with_suffix("").parts)] == []
+
+
+def test_each_module_is_in_one_half() -> None:
+    """A new module is either in the import contract that keeps torch out, or in the measuring half, named here."""
+    kept_out = next(contract for contract in contracts() if contract["id"] == "torch-free")["source_modules"]
+    assert sorted(kept_out) == [f"hpc_core.{name}" for name in JUDGING]
+
+
+@pytest.mark.parametrize("name", JUDGING)
+def test_the_judging_half_works_without_torch(name: str) -> None:
+    """Where torch, transformers, peft and bitsandbytes cannot be imported, judging can: every module of it loads."""
+    python(WITHOUT_TORCH, f"hpc_core.{name}")
+
+
+def test_importing_the_package_is_quick_and_loads_no_torch() -> None:
+    """`import hpc_core` costs a user's test session nothing to speak of (best of five, since a busy machine delays)."""
+    seconds = []
+    for _ in range(5):
+        took, torch_loaded = python(TIMED_IMPORT).split()
+        assert torch_loaded == "False"
+        seconds.append(float(took))
+    assert min(seconds) < IMPORT_SECONDS
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_what_is_exported_is_described(path: Path) -> None:
+    """Each function and class that a module exports has a docstring."""
+    tree = ast.parse(path.read_text())
+    names = exported(tree)
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    assert [node.name for node in public if node.name in names and not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
+def test_each_test_says_what_it_promises(path: Path) -> None:
+    """A test's docstring is the promise it keeps."""
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    tests = [node for node in functions if node.name.startswith("test_")]
+    assert [node.name for node in tests if not ast.get_docstring(node)] == []
+
+
+def test_no_source_file_is_ignored() -> None:
+    """No pattern in .gitignore matches our code: git would keep it out of clones, the build out of the wheel."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("not a git work tree")
+    names = "\n".join(path.relative_to(ROOT).as_posix() for path in [*MODULES, *TESTS])
+    command = ["git", "check-ignore", "--no-index", "--stdin"]
+    found = subprocess.run(command, input=names, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT)
+    assert found.stdout.splitlines() == []
