@@ -1,0 +1,161 @@
+"""Judge one metric: against its absolute limit, and against its accepted value. Knows no other metric of the case."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from hpc_core.gate import sizes
+from hpc_core.gate.moved import packages_moved, time_incomparable
+from hpc_core.gate.tolerance import beyond, ceiling_text, exceeds, tolerance
+from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.limits import Limit
+from hpc_core.record import Metric
+from hpc_core.store.baseline import Baseline, proves_nothing
+
+__all__ = ["Bench", "judge_metric", "update_command"]
+
+_MUST_AGREE = ("unit", "noise", "better", "depends_on")
+
+
+class Bench(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for every metric of a judgement."""
+
+    case: str
+    machine: str
+    stack: Mapping[str, str]
+    baseline: Baseline | None
+
+
+class _Finding(msgspec.Struct, frozen=True):
+    """One of the checks that a metric goes through; the gravest becomes its verdict."""
+
+    verdict: Verdict
+    limit: str
+    reason: str
+    next_step: str = ""
+
+
+def update_command(case: str) -> str:
+    """The command that accepts what a case gives now."""
+    return f'pytest --benchmark --case {case} --perf-update --reason "…"'
+
+
+def judge_metric(
+    bench: Bench,
+    name: str,
+    new: Metric | None,
+    shown: Metric | None,
+    *,
+    limit: Limit,
+    without: tuple[Verdict, str, str] | None,
+) -> MetricVerdict:
+    """The verdict on one metric.
+
+    `new` is None if the record does not gate it, `shown` if the record lacks it. `without` is the verdict, reason and
+    next step that hold for all metrics if there is no comparable baseline.
+    """
+    old = None if bench.baseline is None else bench.baseline.metrics.get(name)
+    if new is None:
+        findings = [_vanished(bench, name, shown, limited=limit is not None)]
+    elif (text := proves_nothing(name, new)) is not None:
+        findings = [_Finding(Verdict.INVALID, "none", f"{text}.", "Measure again.")]
+    else:
+        findings = _findings(bench, name, new, old, limit, without)
+    gravest = max(findings, key=lambda finding: finding.verdict.severity)
+    reasons = [finding.reason for finding in findings if finding.verdict is gravest.verdict]
+    comparable = old is not None and new is not None and old.unit == new.unit
+    difference = new.value - old.value if comparable and old is not None and new is not None else None
+    known = new or old or shown
+    return MetricVerdict(
+        metric=name,
+        verdict=gravest.verdict,
+        old=None if old is None else old.value,
+        new=None if shown is None else shown.value,
+        unit="" if known is None else known.unit,
+        change=difference,
+        ratio=None if difference is None or old is None or not old.value else difference / old.value,
+        limit=gravest.limit,
+        reason=" ".join(reasons),
+        next_step=gravest.next_step,
+    )
+
+
+def _findings(
+    bench: Bench,
+    name: str,
+    new: Metric,
+    old: Metric | None,
+    limit: Limit,
+    without: tuple[Verdict, str, str] | None,
+) -> list[_Finding]:
+    findings = []
+    absolute = None if limit is None or isinstance(limit, str) else _absolute(name, new, limit)
+    if without is not None:
+        verdict, reason, step = without
+        findings.append(_Finding(verdict, "none", reason, step))
+        if absolute is not None and verdict is Verdict.NO_BASELINE:
+            return [absolute]  # the case stays NO_BASELINE, but this metric has a limit of its own and was judged by it
+    elif old is None or bench.baseline is None:
+        reason = f"{name} is {sizes.quantity(new.value, new.unit)}; the baseline does not hold it."
+        findings.append(_Finding(Verdict.NO_BASELINE, "none", reason, update_command(bench.case)))
+    else:
+        findings.append(_against(bench, bench.baseline, name, new, old, limit))
+    return findings if absolute is None else [*findings, absolute]
+
+
+def _vanished(bench: Bench, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
+    state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
+    if limited:
+        return _Finding(
+            Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
+        )
+    reason = f"{name} vanished: the baseline holds it, but {state}."
+    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {update_command(bench.case)}")
+
+
+def _absolute(name: str, new: Metric, limit: float) -> _Finding:
+    text = ceiling_text(new, limit)
+    value = sizes.quantity(new.value, new.unit)
+    if not exceeds(new, limit):
+        return _Finding(Verdict.PASS, text, f"{name} is {value}, allowed is {text}.")
+    over = sizes.change(new.value - limit, new.unit)
+    reason = f"{name} is {value}, allowed is {text} ({over})."
+    return _Finding(Verdict.REGRESSED, text, reason, f"Get it back within the limit, or raise Limits({name}=…).")
+
+
+def _against(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
+    """Compare with the accepted value, if the two can be compared at all."""
+    accept = f"Accept anew: {update_command(bench.case)}"
+    differing = [field for field in _MUST_AGREE if getattr(old, field) != getattr(new, field)]
+    if differing:
+        pairs = ", ".join(f"{field} {getattr(old, field)} → {getattr(new, field)}" for field in differing)
+        return _Finding(Verdict.INCOMPATIBLE, "none", f"{name} is another quantity than accepted: {pairs}.", accept)
+    if "machine" in new.depends_on and baseline.machine.key != bench.machine:
+        reason = f"{name} depends on the machine; the baseline is of {baseline.machine.key}, this is {bench.machine}."
+        return _Finding(Verdict.INCOMPATIBLE, "none", reason, accept)
+    if (text := proves_nothing(name, old)) is not None:
+        return _Finding(Verdict.INVALID, "none", f"in the baseline, {text}.", accept)
+    below = time_incomparable(baseline.stack, bench.stack) if new.noise == "busy" else ()
+    if below:
+        reason = f"{name} {sizes.pair(old.value, new.value, new.unit)}, but no time compares across {', '.join(below)}."
+        return _Finding(Verdict.INCONCLUSIVE, "none", reason, accept)
+    return _compared(bench, baseline, name, new, old, limit)
+
+
+def _compared(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
+    allowed = tolerance(old, limit)
+    verdict = beyond(old, new.value, allowed)
+    difference = new.value - old.value
+    size = sizes.change(difference, new.unit)
+    relative = f", {sizes.percent(difference / old.value)}" if old.value and difference else ""
+    reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {allowed.text}."
+    if verdict is Verdict.IMPROVED:
+        return _Finding(verdict, allowed.text, reason, f"Keep the gain: {update_command(bench.case)}")
+    if verdict is Verdict.PASS:
+        return _Finding(verdict, allowed.text, reason)
+    moved = packages_moved(baseline.stack, bench.stack) if "stack" in new.depends_on else ()
+    suspects = f" Moved since the baseline: {', '.join(moved)}." if moved else ""
+    step = f"Find the cause; if it is meant: {update_command(bench.case)}"
+    return _Finding(verdict, allowed.text, reason + suspects, step)

@@ -1,0 +1,67 @@
+"""Numbers as people read them: "+1.88 GiB", "+3.2 %", "1,617 → 1,645". Knows units, no metric and no limit.
+
+A difference that is not zero never prints as zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["change", "pair", "percent", "quantity"]
+
+_BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+_SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
+_FLOP = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP"))
+_SCALES = {"bytes": _BINARY, "s": _SECONDS, "FLOP": _FLOP}
+_PLAIN_DIGITS = 15
+
+
+def quantity(value: float, unit: str) -> str:
+    """A value with its unit: bytes in powers of 1024, seconds and FLOP in powers of 1000, counts (unit "1") bare."""
+    scale = _SCALES.get(unit)
+    if scale is None:
+        return _number(value) if unit == "1" else f"{_number(value)} {unit}"
+    if value == 0:
+        return f"0 {'B' if unit == 'bytes' else unit}"
+    size, name = next(((size, name) for size, name in scale if abs(value) >= size), scale[-1])
+    if size == 1 and float(value).is_integer():
+        return f"{int(value):,} {name}"
+    return f"{_number(value / size, digits=2)} {name}"
+
+
+def change(difference: float, unit: str) -> str:
+    """A difference with its sign: "+1.88 GiB", "-3 ms", "+0 B"."""
+    text = quantity(difference, unit)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def percent(ratio: float) -> str:
+    """A relative difference with its sign and at least two significant digits: 0.032 is "+3.2 %", 2e-7 "+0.00002 %"."""
+    return f"{_number(ratio * 100, sign='+', digits=2)} %"
+
+
+def pair(old: float, new: float, unit: str) -> str:
+    """Old and new, in as many digits as it takes to tell them apart."""
+    texts = quantity(old, unit), quantity(new, unit)
+    if texts[0] == texts[1] and old != new:
+        texts = f"{_exact(old)} {unit}", f"{_exact(new)} {unit}"
+    return f"{texts[0]} → {texts[1]}"
+
+
+def _exact(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else repr(value)
+
+
+def _number(value: float, *, sign: str = "", digits: int | None = None) -> str:
+    """Grouped digits; `digits` decimals at least where the value is small enough to need more to be seen."""
+    if isinstance(value, int):
+        return f"{value:{sign},}"
+    if not math.isfinite(value):
+        return f"{value:{sign}}"
+    decimals = 2 if digits is None else digits
+    if 0 < abs(value) < 1:
+        decimals = max(decimals, 1 - math.floor(math.log10(abs(value))))
+    if decimals > _PLAIN_DIGITS or abs(value) >= 10**_PLAIN_DIGITS:
+        return f"{value:{sign}.3g}"
+    text = f"{value:{sign},.{decimals}f}"
+    return text if digits is not None and sign == "" else text.rstrip("0").rstrip(".")

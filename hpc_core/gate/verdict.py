@@ -1,0 +1,85 @@
+"""What a judgement says, for one metric and for one case. Pure values; the rules are in `judge`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Judgement", "MetricVerdict", "Outcome", "Verdict", "worst"]
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+
+class Verdict(StrEnum):
+    """The seven verdicts, the gravest first."""
+
+    INVALID = "INVALID"
+    REGRESSED = "REGRESSED"
+    INCOMPATIBLE = "INCOMPATIBLE"
+    NO_BASELINE = "NO_BASELINE"
+    INCONCLUSIVE = "INCONCLUSIVE"
+    IMPROVED = "IMPROVED"
+    PASS = "PASS"  # noqa: S105 - a verdict, not a password
+
+    @property
+    def severity(self) -> int:
+        """0 for PASS up to 6 for INVALID."""
+        return len(Verdict) - 1 - list(Verdict).index(self)
+
+    def outcome(self, *, strict: bool = False) -> Outcome:
+        """The test outcome; under `strict` what cannot be compared fails instead of being skipped."""
+        if self in (Verdict.PASS, Verdict.IMPROVED):
+            return "passed"
+        if self in (Verdict.REGRESSED, Verdict.INVALID) or strict:
+            return "failed"
+        return "skipped"
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The gravest verdict; PASS for none."""
+    return max(verdicts, key=lambda verdict: verdict.severity, default=Verdict.PASS)
+
+
+class MetricVerdict(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict on one metric of one case."""
+
+    metric: str
+    verdict: Verdict
+    old: float | int | None
+    """The accepted value in `unit`; None without a comparable one."""
+    new: float | int | None
+    """The value just seen; None if the record lacks the metric."""
+    unit: str
+    change: float | int | None
+    """new - old in `unit`."""
+    ratio: float | None
+    """new / old - 1; None if old is absent or zero."""
+    limit: str
+    """What was allowed: "+0.05 %", "equal", "at most 8.00 GiB", or "none" if nothing could be judged."""
+    reason: str
+    """One or two sentences with the numbers."""
+    next_step: str
+    """What to do; empty if nothing."""
+
+
+class Judgement(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict on a case: that of its worst metric, or of what stands above all metrics."""
+
+    case: str
+    verdict: Verdict
+    metrics: tuple[MetricVerdict, ...]
+    """The gravest first, then by name."""
+    moved: tuple[str, ...]
+    """Packages that moved since the baseline: "transformers 5.23.0 → 5.24.0"."""
+    headline: str
+    """Starts with the metric and the size, since pytest cuts summaries: "peak_bytes +1.88 GiB, limit +0.05 %"."""
+    reason: str
+    """The reason of the verdict, in sentences."""
+    next_step: str
+    baseline_path: str
+    """Where the baseline lies or would lie, below the folder of baselines: `<machine>/<shape>/<variant>.json`."""
+    broken: bool = False
+    """The run itself failed, so there was nothing to judge."""

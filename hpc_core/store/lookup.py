@@ -1,0 +1,156 @@
+"""Find a baseline on disk: `<root>/<machine>/<shape>/<variant>.json`.
+
+Reading fails closed: a file that is not, byte for byte, what `render` writes is `Damaged`, whatever it holds, and no
+content raises. Knows the format and the places; writes nothing and judges nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpc_core.errors import BaselineError
+from hpc_core.spec import SCHEMA, case_to_json
+from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, is_gated
+
+__all__ = ["baseline_path", "find", "history_path", "render"]
+
+_LARGEST_BYTES = 4 * 2**20
+_NAME = r"[a-z0-9][a-z0-9.+_-]*"
+_KEY = re.compile(_NAME)
+_CASE_ID = re.compile(f"{_NAME}/{_NAME}")
+
+
+def baseline_path(root: Path, key: str, case_id: str) -> Path:
+    """Where the baseline of a case lies for the machine `key`.
+
+    Raises:
+        BaselineError: a key or an id that is no plain name, and could lead out of `root`.
+    """
+    if not _KEY.fullmatch(key):
+        raise BaselineError(f"A machine's key is a plain lower-case name such as 'cpu', got {key!r}.")
+    if not _CASE_ID.fullmatch(case_id):
+        raise BaselineError(f"A case id is <shape>/<variant> in lower case, got {case_id!r}.")
+    shape, _, variant = case_id.partition("/")
+    return root / key / shape / f"{variant}.json"
+
+
+def history_path(root: Path, key: str, case_id: str) -> Path:
+    """Where the accepted records lie, one a line, oldest first.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    return baseline_path(root, key, case_id).with_suffix(".history.jsonl")
+
+
+def find(root: Path, key: str, case_id: str) -> Lookup:
+    """The baseline of a case for the machine `key`, or what stands in its place. No content of a file raises.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    path = baseline_path(root, key, case_id)
+    try:
+        raw = _read(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return Missing(path=str(path), elsewhere=_elsewhere(root, key, case_id))
+    except OSError as error:
+        return Damaged(path=str(path), reason=f"it cannot be read: {error.strerror or error}")
+    try:
+        return _parse(path, raw)
+    except _DamageError as damage:
+        return Damaged(path=str(path), reason=str(damage))
+
+
+class _DamageError(Exception):
+    """Never leaves this module: the reason of a `Damaged`."""
+
+
+def _read(path: Path) -> bytes:
+    # A pipe in the file's place would block, a device never end.
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise OSError("not a regular file")
+    with path.open("rb") as file:
+        return file.read(_LARGEST_BYTES + 1)
+
+
+def _elsewhere(root: Path, key: str, case_id: str) -> tuple[str, ...]:
+    try:
+        others = sorted(folder.name for folder in root.iterdir() if folder.name != key and _KEY.fullmatch(folder.name))
+        return tuple(other for other in others if baseline_path(root, other, case_id).is_file())
+    except OSError:
+        return ()
+
+
+def _parse(path: Path, raw: bytes) -> Baseline | OlderSchema:
+    content = _intact_content(raw)
+    schema = content.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool):
+        raise _DamageError(f"its schema is {schema!r}, not a number")
+    if schema != SCHEMA:
+        return OlderSchema(path=str(path), found=schema)
+    try:
+        baseline = msgspec.convert(content, Baseline)
+        contradiction = _contradiction(baseline)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _DamageError(f"it is no baseline: {error}") from error
+    if contradiction is not None:
+        raise _DamageError(contradiction)
+    return baseline
+
+
+def _intact_content(raw: bytes) -> dict[str, Any]:
+    """What the file says, without its checksum, if these are exactly the bytes that `render` writes for it."""
+    if len(raw) > _LARGEST_BYTES:
+        raise _DamageError(f"it is larger than {_LARGEST_BYTES:,} bytes; a baseline takes some thousand")
+    try:
+        content = msgspec.json.decode(raw)
+        if not isinstance(content, dict):
+            raise _DamageError(f"it holds a {type(content).__name__}, not an object")
+        stated = content.pop("checksum", None)
+        rendered = _rendered(content)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise _DamageError(f"it is no JSON that hpc-core writes ({len(raw):,} bytes): {error}") from error
+    if stated != _checksum(content):
+        raise _DamageError(
+            f"its checksum is {stated!r}, its content has {_checksum(content)!r} (edited by hand, or a merge)"
+        )
+    if rendered != raw:
+        raise _DamageError(
+            "its content is intact but its bytes are not those hpc-core writes (spacing, order or line ends)"
+        )
+    return content
+
+
+def _contradiction(baseline: Baseline) -> str | None:
+    if baseline.spec.id != baseline.case:
+        return f"it is of {baseline.case} by name and of {baseline.spec.id} by content"
+    if baseline.spec.digest != baseline.digest:
+        return f"it states digest {baseline.digest}, its case has {baseline.spec.digest}"
+    if not baseline.metrics:
+        return "it holds no metric"
+    loose = [name for name, metric in baseline.metrics.items() if not is_gated(metric)]
+    return f"it holds {', '.join(loose)}, never gated" if loose else None
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:16]
+
+
+def _rendered(content: dict[str, Any]) -> bytes:
+    """Sorted keys, two spaces a level, the checksum among them, a newline at the end."""
+    text = msgspec.json.encode(content | {"checksum": _checksum(content)}, order="sorted")
+    return msgspec.json.format(text, indent=2) + b"\n"
+
+
+def render(baseline: Baseline) -> bytes:
+    """The one text of a baseline: sorted keys, two spaces a level, a checksum over the rest, a newline at the end."""
+    spec = msgspec.json.decode(case_to_json(baseline.spec))
+    return _rendered(msgspec.to_builtins(baseline) | {"spec": spec})
