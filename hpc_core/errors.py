@@ -4,6 +4,7 @@ HpcCoreError
 ├── SpecError            a case, limit or option contradicts itself or names something unknown
 ├── MissingLibraryError  an optional package that this case needs is not installed
 ├── DataError            prompts or rows cannot be had in the form asked for
+│   └── MissingDataError a data set is not on this machine and cannot be fetched
 ├── BuildError           the model that was built is not the one asked for
 ├── MeasureError         an instrument saw something that makes its own reading void
 ├── LaunchError          no worker process could be started at all
@@ -40,6 +41,10 @@ class MissingLibraryError(HpcCoreError):
 
 class DataError(HpcCoreError):
     """Prompts or rows cannot be had in the form asked for."""
+
+
+class MissingDataError(DataError):
+    """A data set is not on this machine and cannot be fetched."""
 
 
 class BuildError(HpcCoreError):

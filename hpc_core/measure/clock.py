@@ -1,0 +1,40 @@
+"""Wall time of steps, synchronized at both ends, with garbage collection out of the way."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+__all__ = ["quiet", "seconds_of", "synchronize"]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished everything queued; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Collect garbage now and not while the block runs."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def seconds_of(step: Callable[[], None], device: torch.device) -> float:
+    """Seconds of one call, from an idle device to an idle device."""
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -1,0 +1,65 @@
+"""Who owns which memory: the storages of weights, adapter, gradients, optimizer state and KV cache of a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["cache_tensors", "gradient_tensors", "optimizer_tensors", "owned_bytes", "weight_tensors"]
+
+
+def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
+    """Parameters, buffers and quantization constants, as "weights" and "adapter" (everything that LoRA added)."""
+    owned: dict[str, list[torch.Tensor]] = {"weights": [], "adapter": []}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = "adapter" if ".lora_" in name else "weights"
+        owned[kind] += [tensor, *_constants(tensor)]
+    for module in model.modules():
+        state = getattr(module, "state", None)  # int8 layers move their constants here in the first forward
+        owned["weights"] += [value for value in (getattr(state, "CB", None), getattr(state, "SCB", None)) if isinstance(value, torch.Tensor)]
+    return owned
+
+
+def _constants(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    holder: Any = tensor
+    for name in ("CB", "SCB"):
+        value = getattr(holder, name, None)
+        if isinstance(value, torch.Tensor):
+            yield value
+    yield from _quant_state(getattr(holder, "quant_state", None))
+
+
+def _quant_state(state: Any) -> Iterator[torch.Tensor]:
+    if state is None:
+        return
+    for name in ("absmax", "code", "offset"):
+        value = getattr(state, name, None)
+        if isinstance(value, torch.Tensor):
+            yield value
+    yield from _quant_state(getattr(state, "state2", None))  # double quantization
+
+
+def gradient_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
+    """The gradients that exist now."""
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The optimizer's state, 8-bit constants included."""
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def cache_tensors(cache: Any) -> list[torch.Tensor]:
+    """Keys and values of a transformers cache."""
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        found += [value for value in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(value, torch.Tensor)]
+    return found
+
+
+def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind these tensors, each counted once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

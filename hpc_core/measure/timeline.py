@@ -1,0 +1,89 @@
+"""From a stream of allocations to the memory by category at the peak. Pure: no torch, no clock.
+
+Categories are those of a training or generation step: weights, adapter, gradients, optimizer state, KV cache,
+activations, temporaries, other (inputs, workspaces) and rounding (what the allocator hands out beyond the request).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["CATEGORIES", "Allocation", "Timeline"]
+
+CATEGORIES = ("weights", "adapter", "gradients", "optimizer", "kv_cache", "activations", "temporaries", "other")
+
+
+@dataclass
+class Allocation:
+    """One piece of memory from its birth to its death, on a clock that counts events."""
+
+    size_bytes: int
+    born: int
+    phase: int
+    """Index of the phase in which it was born; -1 before the step."""
+    died: int | None = None
+    died_in: int | None = None
+    """Index of the phase in which it died; None when it outlived the step."""
+    category: str | None = None
+    """Set when the owner is known (weights, adapter, gradients, optimizer, kv_cache, other)."""
+    source: str = ""
+    """The operator that made it, where known."""
+
+
+@dataclass
+class Timeline:
+    """All allocations of a step, and the events at which they came and went."""
+
+    allocations: list[Allocation] = field(default_factory=list)
+
+    def peak(self) -> tuple[int, int]:
+        """The event and the live bytes at the highest point; (0, 0) for an empty timeline."""
+        changes: dict[int, int] = {}
+        for piece in self.allocations:
+            changes[piece.born] = changes.get(piece.born, 0) + piece.size_bytes
+            if piece.died is not None:
+                changes[piece.died] = changes.get(piece.died, 0) - piece.size_bytes
+        live, best, when = 0, 0, 0
+        for event in sorted(changes):
+            live += changes[event]
+            if live > best:
+                best, when = live, event
+        return when, best
+
+    def peaks_by_phase(self, phases: Iterable[str]) -> dict[str, int]:
+        """The highest live bytes within each phase, counted from its first event."""
+        order = sorted(
+            [(piece.born, piece.size_bytes, piece.phase) for piece in self.allocations]
+            + [(piece.died, -piece.size_bytes, piece.died_in) for piece in self.allocations if piece.died is not None],
+            key=lambda event: event[0] or 0,
+        )
+        names = list(phases)
+        live, peaks = 0, dict.fromkeys(names, 0)
+        current = -1
+        for _, change, phase in order:
+            for opened in range(current + 1, (phase if phase is not None else current) + 1):
+                peaks[names[opened]] = max(peaks[names[opened]], live)  # what the phase inherits counts
+                current = opened
+            live += change
+            if current >= 0:
+                peaks[names[current]] = max(peaks[names[current]], live)
+        return peaks
+
+    def at_peak(self) -> Mapping[str, int]:
+        """Live bytes by category at the highest point; they add up to the peak."""
+        when, _ = self.peak()
+        alive = [piece for piece in self.allocations if piece.born <= when and (piece.died is None or piece.died > when)]
+        peak_phase = max((piece.phase for piece in self.allocations if piece.born <= when), default=-1)
+        totals = dict.fromkeys(CATEGORIES, 0)
+        for piece in alive:
+            totals[piece.category or _guess(piece, peak_phase)] += piece.size_bytes
+        return totals
+
+
+def _guess(piece: Allocation, peak_phase: int) -> str:
+    """Nobody owns it: it is an activation if it outlives the phase that made it, a temporary otherwise."""
+    if piece.phase < 0:
+        return "other"
+    outlives = piece.died_in is None or piece.died_in > piece.phase
+    return "activations" if piece.phase < peak_phase or outlives else "temporaries"

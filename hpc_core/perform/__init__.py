@@ -1,0 +1,54 @@
+"""Perform a job: build, run and measure one case in this process, and give its record.
+
+Knows nothing of processes, baselines and judging. Exceptions are the worker's to turn into records.
+"""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.record import Record
+from hpc_core.spec import CallableSpec, FinetuneSpec, GenerateSpec
+
+__all__ = ["perform"]
+
+
+def perform(job: Job, emit: Callable[[Event], None]) -> Record:
+    """The record of this job's case, measured here and now.
+
+    Raises:
+        HpcCoreError: the case cannot be built or run as asked.
+        Exception: whatever the code under test raises.
+    """
+    emit(Phase("import"))
+    started = datetime.datetime.now(datetime.UTC)
+    began = time.perf_counter()
+    from hpc_core.perform.session import Session  # torch and the rest: seconds, inside the phase that says so
+
+    session = Session(job, emit, started=started, began=began)
+    if job.measure_ceilings:
+        return session.ceilings()
+    if job.fault is not None:
+        from hpc_core.faults import inject
+
+        inject(job.fault)
+    workload = job.case.workload
+    if isinstance(workload, FinetuneSpec):
+        from hpc_core.perform.finetune import measure_finetune
+
+        return measure_finetune(session, workload)
+    if isinstance(workload, GenerateSpec):
+        from hpc_core.perform.generate import measure_generate
+
+        return measure_generate(session, workload)
+    assert isinstance(workload, CallableSpec)
+    from hpc_core.perform.callable import measure_callable
+
+    return measure_callable(session, workload)
+
+
+Device = Literal["cpu", "cuda"]

@@ -1,0 +1,149 @@
+"""Measure a fine-tuning case: step time, memory by phase and category, operators, FLOPs, GPU-busy time, losses, audit."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+
+from hpc_core.build.adapter import adapter_parameters
+from hpc_core.measure.busy import DeviceActivity
+from hpc_core.measure.clock import seconds_of
+from hpc_core.measure.counters import counting
+from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.perform.memory import Watch, measure_memory
+from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
+from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
+from hpc_core.perform.session import Session
+from hpc_core.program import Mark
+from hpc_core.record import Fact, Record
+from hpc_core.run.cost import train_flops
+from hpc_core.run.finetune import FinetuneProgram, finetune_program
+from hpc_core.shapes import SHAPES
+from hpc_core.spec import FinetuneSpec
+
+__all__ = ["measure_finetune"]
+
+_BUSY_STEPS = 10
+
+
+def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
+    """Build, warm up, time, and take each instrument in turn, the profiler last."""
+    built = session.build()
+    session.phase("data")
+    program = finetune_program(built, session.case, workload)
+    trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
+    session.metrics["trainable_parameters"] = counted(trainable, better="same")
+    session.warm_up(program, lambda: _note_loss(session, program))
+    _time_steps(session, program, workload)
+    session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
+    program.steps_done = program.widest
+    measure_memory(session, program, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch))
+    _count(session, program, workload)
+    _busy(session, program)
+    _finite(session)
+    return session.record()
+
+
+def _note_loss(session: Session, program: FinetuneProgram) -> None:
+    assert program.loss is not None
+    session.losses.append(float(program.loss))
+
+
+def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
+    program.steps_done = 0  # every pass sees the same batches
+    samples = []
+    with session.timing():
+        for _ in range(workload.steps):
+            samples.append(seconds_of(program.step, session.device))
+            _note_loss(session, program)
+    tokens, padded = program.tokens_of(workload.steps), program.padded_of(workload.steps)
+    session.metrics["step_s"] = wall(samples)
+    session.metrics["tokens"] = counted(tokens, better="same", case_only=True)
+    session.metrics["padded_tokens"] = counted(padded, better="same", case_only=True)
+    session.metrics["tokens_per_s"] = reported(tokens / sum(samples), "tokens/s", better="higher", note="unpadded tokens")
+    batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
+    # Ragged batches cost differently, so an epoch is so many times the mean; equal ones so many times the median.
+    typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
+    note = f"extrapolated: {batches} steps like the {workload.steps} measured"
+    session.metrics["epoch_s"] = reported(typical * batches, "s", note=note)
+
+
+def _gradient_marks(program: FinetuneProgram, watch: Watch) -> Mark:
+    def mark(phase: str) -> None:
+        if phase == "optimizer":  # after backward, before the step: every gradient is there
+            watch.own_now("gradients", gradient_tensors(program.model))
+        watch(phase)
+
+    return mark
+
+
+def _count(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
+    session.phase("counters")
+    program.steps_done = 0
+    steps = min(program.period, _BUSY_STEPS)
+    with counting() as counts, count_layer_forwards(program.model) as forwards:
+        for _ in range(steps):
+            program.step()
+    per = "" if steps == 1 else f" per {steps} steps"
+    session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
+    session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
+    asked_on = workload.checkpointing != "off"
+    seen = checkpointing_seen(forwards.count, forwards.layers, steps)
+    session.audit["checkpointing"] = Fact(asked="on" if asked_on else "off", seen=seen)
+    if session.case.adapter is not None:
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in adapter_parameters(program.model).values()})
+        session.audit["adapter_dtype"] = Fact(asked=[session.case.adapter.dtype], seen=dtypes)
+
+
+def _busy(session: Session, program: FinetuneProgram) -> None:
+    session.phase("busy")
+    program.steps_done = 0
+    steps = _BUSY_STEPS
+
+    def work() -> None:
+        for _ in range(steps):
+            program.step()
+
+    activity = session.busy(work)
+    if activity is None:
+        return
+    _busy_metrics(session, activity, steps)
+    step_s = session.metrics["step_s"].value
+    session.metrics["busy_share"] = ratio(activity.busy_s / steps / step_s, note=bound_by(activity.busy_s / steps / step_s))
+    _share_of_matmul(session, step_s)
+
+
+def bound_by(share: float) -> str:
+    """Words for the share of wall time in which the device worked."""
+    return "device-bound" if share >= 0.9 else "launch-bound: the device waits for the host"
+
+
+def _busy_metrics(session: Session, activity: DeviceActivity, steps: int) -> None:
+    session.metrics["busy_s"] = busy(activity.busy_s / steps)
+    for name in ("kernels", "copies", "memsets"):
+        total = getattr(activity, name)
+        # Over ten steps, not a step: a kernel that only every second step launches must not vanish in a division.
+        session.metrics[name] = counted(total, machine=True, unit=f"1 per {steps} steps")
+
+
+def _share_of_matmul(session: Session, step_s: float) -> None:
+    model, workload = session.case.model, session.case.workload
+    assert model is not None
+    assert isinstance(workload, FinetuneSpec)
+    dtype = "bfloat16" if workload.precision == "autocast-bf16" else model.dtype
+    ceiling = session.job.ceilings.get(f"matmul_{dtype}_flop_per_s")
+    if model.shape is None or ceiling is None or workload.data.source != "random":
+        return
+    needed = train_flops(SHAPES[model.shape], workload.batch, workload.length, session.case.adapter)
+    session.metrics["mfu"] = ratio(needed / step_s / ceiling, note="FLOPs without recomputation over wall time and the measured matmul rate")
+
+
+def _finite(session: Session) -> None:
+    odd = [loss for loss in session.losses if not math.isfinite(loss)]
+    session.audit["losses_finite"] = Fact(asked=True, seen=not odd)
+    if odd:
+        # JSON has no NaN; the audit says that there were some.
+        session.losses = [loss for loss in session.losses if math.isfinite(loss)]
+    assert torch.is_grad_enabled()

@@ -1,0 +1,184 @@
+"""Measure a generation case: seconds a query, time to first token, decode latency, memory, operators, GPU-busy time."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from hpc_core.build import Built
+from hpc_core.measure.clock import quiet, seconds_of, synchronize
+from hpc_core.measure.counters import counting
+from hpc_core.measure.owners import cache_tensors
+from hpc_core.perform.finetune import bound_by
+from hpc_core.perform.memory import Watch, measure_memory
+from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
+from hpc_core.perform.observe import watch_cache
+from hpc_core.perform.session import Session
+from hpc_core.program import Mark, unmarked
+from hpc_core.record import Fact, Record
+from hpc_core.run.cost import decode_bytes
+from hpc_core.run.generate import GenerateProgram, generate_program
+from hpc_core.shapes import SHAPES
+from hpc_core.spec import GenerateSpec
+
+__all__ = ["measure_generate"]
+
+_BUSY_TOKENS = 16
+"""Decoded tokens under the profiler; it keeps every launch of every token."""
+_COUNTED_TOKENS = 4
+
+
+def measure_generate(session: Session, workload: GenerateSpec) -> Record:
+    """Build, warm up, time, and take each instrument in turn, the profiler last."""
+    built = session.build()
+    session.phase("data")
+    program = generate_program(built, workload)
+    _warm_up(session, program)
+    _time_queries(session, program, built)
+    _memory(session, program, built)
+    _count(session, program)
+    _busy(session, program)
+    _share_of_copy(session, program)
+    return session.record()
+
+
+def _warm_up(session: Session, program: GenerateProgram) -> None:
+    # A short query warms every kernel; the longest prompt settles the allocator.
+    longest = _longest(program)
+    tokens, program.new_tokens = program.new_tokens, min(8, program.new_tokens)
+    session.warm_up(_Fixed(program, longest))
+    program.new_tokens = tokens
+    program.steps_done = 0
+
+
+def _longest(program: GenerateProgram) -> int:
+    return max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
+
+
+class _Fixed:
+    """The same query again and again."""
+
+    period = 1
+
+    def __init__(self, program: GenerateProgram, index: int):
+        self._program, self._index = program, index
+        self.phases = program.phases
+
+    def step(self, mark: Mark = unmarked) -> None:
+        self._program.steps_done = self._index
+        self._program.step(mark)
+
+
+def _time_queries(session: Session, program: GenerateProgram, built: Built) -> None:
+    """Every prompt once. The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway."""
+    queries, first, decode = [], [], []
+    times: list[float] = []
+    program.on_token = lambda _: times.append(time.perf_counter())
+    program.steps_done = 0
+    with session.timing():
+        for _ in range(program.period):
+            times.clear()
+            synchronize(session.device)
+            start = time.perf_counter()
+            queries.append(seconds_of(program.step, session.device))
+            first.append(times[0] - start)
+            decode += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+            session.answers += _answers(program, built)
+    program.on_token = None
+    batch, tokens = program.workload.batch, program.new_tokens
+    made = batch * tokens * program.period
+    session.metrics["query_s"] = wall(queries)
+    session.metrics["time_to_first_token_s"] = wall(first)
+    session.metrics["decode_token_s"] = wall(decode)
+    session.metrics["tokens"] = counted(made, better="same", case_only=True)
+    session.metrics["prompt_tokens"] = counted(sum(prompt.tokens for prompt in program.prompts), better="same", case_only=True)
+    session.metrics["padded_tokens"] = counted(sum(prompt.padded for prompt in program.prompts), better="same", case_only=True)
+    session.metrics["tokens_per_s"] = reported(made / sum(queries), "tokens/s", better="higher", note="new tokens, prefill included")
+    further = program.workload.extrapolate_to
+    if further is not None:
+        seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
+        note = f"extrapolated from {tokens} to {further} new tokens; the cache grows, so this is a lower bound"
+        session.metrics["query_extrapolated_s"] = reported(seconds, "s", note=note)
+    session.audit["new_tokens"] = Fact(asked=tokens, seen=len(program.answer_ids()[0]))
+
+
+def _answers(program: GenerateProgram, built: Built) -> list[str]:
+    ids = program.answer_ids()
+    if built.tokenizer is None:
+        return [" ".join(map(str, row)) for row in ids]
+    return [str(built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+
+
+def _memory(session: Session, program: GenerateProgram, built: Built) -> None:
+    with watch_cache(program.model) as cache:
+
+        def marking(watch: Watch) -> Mark:
+            program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
+            return watch
+
+        measure_memory(session, _Fixed(program, _longest(program)), built.model, None, marking=marking, steps=1)
+    program.on_token = None
+
+
+def _count(session: Session, program: GenerateProgram) -> None:
+    session.phase("counters")
+    seen = {}
+    tokens = program.new_tokens
+    for new in (1, 1 + _COUNTED_TOKENS):
+        program.new_tokens, program.steps_done = new, 0
+        with counting() as counts:
+            program.step()
+        seen[new] = counts
+    program.new_tokens = tokens
+    prefill, whole = seen[1], seen[1 + _COUNTED_TOKENS]
+    decode = f"1 per {_COUNTED_TOKENS} tokens"
+    session.metrics["operators"] = counted(whole.total, machine=session.on_gpu, unit=f"1 per prefill and {_COUNTED_TOKENS} tokens")
+    session.metrics["operators_decode"] = counted(whole.total - prefill.total, machine=session.on_gpu, unit=decode)
+    session.metrics["flops"] = counted(whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {_COUNTED_TOKENS} tokens")
+    session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
+
+
+def _busy(session: Session, program: GenerateProgram) -> None:
+    session.phase("busy")
+    if not session.on_gpu:
+        return
+    tokens = program.new_tokens
+    decoded = min(_BUSY_TOKENS, tokens - 1)
+    activities = []
+    for new in (1, 1 + decoded):
+        program.new_tokens = new
+
+        def work() -> None:
+            program.steps_done = 0
+            program.step()
+
+        with quiet():
+            work()  # the first query of another length may still pick kernels
+        activities.append(session.busy(work))
+    program.new_tokens = tokens
+    prefill, whole = activities
+    if prefill is None or whole is None:
+        return
+    session.metrics["busy_prefill_s"] = busy(prefill.busy_s)
+    session.metrics["busy_decode_token_s"] = busy((whole.busy_s - prefill.busy_s) / decoded)
+    for name in ("kernels", "copies", "memsets"):
+        session.metrics[name] = counted(getattr(whole, name), machine=True, unit=f"1 per prefill and {decoded} tokens")
+    session.metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
+    share = session.metrics["busy_decode_token_s"].value / session.metrics["decode_token_s"].value
+    session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
+
+
+def _share_of_copy(session: Session, program: GenerateProgram) -> None:
+    """Model bandwidth utilization of decoding: bytes that must be read over wall time and the measured copy rate."""
+    ceiling = session.job.ceilings.get("copy_bytes_per_s")
+    model = session.case.model
+    assert model is not None
+    if ceiling is None or model.shape is None:
+        return
+    shape = SHAPES[model.shape]
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
+    length = statistics.fmean(len(prompt.ids[0]) for prompt in program.prompts) + program.new_tokens / 2
+    cache = int(2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width * length * program.workload.batch)
+    embedding = shape.vocab_size * shape.hidden_size * width
+    needed = decode_bytes(int(session.metrics["weights_bytes"].value), embedding, shape.tie_word_embeddings, cache)
+    per_token = needed / session.metrics["decode_token_s"].value
+    session.metrics["mbu"] = ratio(per_token / ceiling, note="bytes a token must read over wall time and the measured copy rate")

@@ -1,0 +1,184 @@
+"""What the measuring of any case shares: device, phases, build, warm-up, peaks, busy time, circumstances, record."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import resource
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+
+from hpc_core.build import Built, build
+from hpc_core.environment import circumstances, gpu_state
+from hpc_core.errors import MeasureError, SpecError
+from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.measure.busy import DeviceActivity, device_activity
+from hpc_core.measure.ceilings import measure_ceilings
+from hpc_core.measure.clock import quiet, seconds_of, synchronize
+from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
+from hpc_core.program import Program
+from hpc_core.record import Fact, Metric, Record
+
+__all__ = ["Session", "choose_device"]
+
+_WARMUP_MOST = 8
+_PERIOD_MOST = 12
+"""Of a long period only so many steps warm up; the rest brings widths that are new, not kernels."""
+_SETTLED_RATIO = 1.25
+"""A step counts as warm when it takes less than this times the fastest so far."""
+
+
+def choose_device(job: Job) -> torch.device:
+    """Where the job runs.
+
+    Raises:
+        SpecError: it needs a CUDA GPU and there is none.
+    """
+    has_cuda = torch.cuda.is_available()
+    wanted = job.device if job.device != "auto" else ("cuda" if has_cuda and job.case.scale != "tiny" else "cpu")
+    if (wanted == "cuda" or job.case.needs_gpu) and not has_cuda:
+        built = f"torch {torch.__version__} sees no CUDA GPU"
+        raise SpecError(f"{job.case.id} needs a CUDA GPU, but {built}. Run it on a GPU box, or take a tiny or small case.")
+    return torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu")
+
+
+class Session:
+    """One job being performed. Collects metrics, audit and reasons; `record()` closes it."""
+
+    def __init__(self, job: Job, emit: Callable[[Event], None], *, started: datetime.datetime, began: float):
+        self.job = job
+        self.case = job.case
+        self.device = choose_device(job)
+        self.on_gpu = self.device.type == "cuda"
+        self.metrics: dict[str, Metric] = {}
+        self.audit: dict[str, Fact] = {}
+        self.reasons: list[str] = []
+        self.notes: list[str] = []
+        self.losses: list[float] = []
+        self.answers: list[str] = []
+        self._emit = emit
+        self._started = started
+        self._began = began
+        self._phase: str | None = "import"
+        self._phase_began = began
+        self._phase_s: dict[str, float] = {}
+        self._gpu_before = gpu_state() if self.on_gpu else {}
+
+    def phase(self, name: str) -> None:
+        """The worker enters a phase: told to the launcher, and timed."""
+        now = time.perf_counter()
+        if self._phase is not None:
+            self._phase_s[self._phase] = self._phase_s.get(self._phase, 0.0) + now - self._phase_began
+        self._phase, self._phase_began = name, now
+        self._emit(Phase(name))
+
+    def build(self) -> Built:
+        """Build the case's module; its peak while loading, its bytes and the host's peak become metrics."""
+        self.phase("build")
+        if self.on_gpu:
+            torch.cuda.init()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        built = build(self.case, self.device)
+        synchronize(self.device)
+        if self.on_gpu:
+            # Where weights are drawn or read depends on library and path, so this peak is shown and never gated.
+            peak = torch.cuda.max_memory_allocated(self.device)
+            self.metrics["peak_load_bytes"] = measured_bytes(peak, machine=True, gated=False)
+        owned = weight_tensors(built.model)
+        self.metrics["weights_bytes"] = tensor_bytes(owned_bytes(owned["weights"]))
+        if owned["adapter"]:
+            self.metrics["adapter_weights_bytes"] = tensor_bytes(owned_bytes(owned["adapter"]))
+        return built
+
+    def warm_up(self, program: Program, watch: Callable[[], None] | None = None) -> None:
+        """Run until memory and time have settled: equal peaks twice in a row, and a step about as fast as the fastest.
+
+        `watch` is called after every step. With shapes that change from step to step a whole period is run first.
+        """
+        self.phase("warm-up")
+        seconds: list[float] = []
+        peaks: list[int] = []
+        least = min(max(2, program.period), _PERIOD_MOST)
+        while len(seconds) < least + _WARMUP_MOST:
+            if self.on_gpu:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            seconds.append(seconds_of(program.step, self.device))
+            peaks.append(torch.cuda.max_memory_allocated(self.device) if self.on_gpu else 0)
+            if len(seconds) == 1:
+                self.metrics["cold_start_s"] = reported(time.perf_counter() - self._began, "s", note="from the worker's start to its first finished step")
+            if watch is not None:
+                watch()
+            settled = len(set(peaks[-2:])) == 1 or program.period > 1
+            if len(seconds) >= least and settled and seconds[-1] < _SETTLED_RATIO * min(seconds):
+                return
+        self.notes.append(f"warm-up did not settle in {len(seconds)} steps: peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s")
+
+    @contextlib.contextmanager
+    def timing(self) -> Iterator[None]:
+        """A timed phase: garbage collected before, not during."""
+        self.phase("measure")
+        with quiet():
+            yield
+
+    def busy(self, work: Callable[[], None]) -> DeviceActivity | None:
+        """What the device did in `work`; None on a CPU, or with a reason when the profiler's reading is void."""
+        if not self.on_gpu:
+            return None
+        try:
+            return device_activity(work, self.device)
+        except MeasureError as error:
+            self.reasons.append(str(error))
+            return None
+
+    def ceilings(self) -> Record:
+        """Measure the machine instead of the case."""
+        self.phase("ceilings")
+        found = measure_ceilings(self.device)
+        return self._close(ceilings=found)
+
+    def record(self) -> Record:
+        """Close the session: memory of the process, clocks after, and the record of all that was collected."""
+        self.phase("record")
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        self.metrics["host_peak_bytes"] = measured_bytes(kib * 1024, machine=True, gated=False)
+        if self.on_gpu:
+            stats = torch.cuda.memory_stats(self.device)
+            reserved = int(stats["reserved_bytes.all.peak"])
+            self.metrics["reserved_bytes"] = measured_bytes(reserved, machine=True, gated=False)
+            free, total = torch.cuda.mem_get_info(self.device)
+            self.metrics["device_used_bytes"] = measured_bytes(total - free, machine=True, gated=False, note="all processes on the card, context included")
+            self.metrics["allocator_retries"] = reported(int(stats["num_alloc_retries"]), "1")
+        return self._close(ceilings=self.job.ceilings)
+
+    def _close(self, *, ceilings: dict[str, float]) -> Record:
+        for name, fact in self.audit.items():
+            if not fact.holds:
+                self.reasons.append(f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}.")
+        self.phase("done")
+        gpu: dict[str, Any] = {"before": self._gpu_before, "after": gpu_state()} if self.on_gpu else {}
+        if self.on_gpu:
+            gpu["cuda"] = str(torch.version.cuda)
+        kind: Literal["cpu", "cuda"] = "cuda" if self.on_gpu else "cpu"
+        return Record(
+            case=self.case,
+            status="invalid" if self.reasons else "ok",
+            metrics=dict(sorted(self.metrics.items())),
+            audit=self.audit,
+            reasons=tuple(self.reasons),
+            losses=tuple(self.losses),
+            answers=tuple(self.answers),
+            circumstances=circumstances(
+                kind,
+                self.job.launched,
+                ceilings=ceilings,
+                fault=self.job.fault,
+                started_at=self._started,
+                gpu=gpu,
+                phase_s={name: round(value, 4) for name, value in self._phase_s.items()},
+                notes=tuple(self.notes),
+            ),
+        )

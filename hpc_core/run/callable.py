@@ -1,0 +1,49 @@
+"""A step of the user's own, made by an importable factory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from hpc_core.errors import BuildError
+from hpc_core.program import Mark, unmarked
+from hpc_core.spec import CallableSpec
+
+__all__ = ["CallableProgram", "load_factory"]
+
+
+class CallableProgram:
+    """Calls the step; what it returns is dropped, so that keeping nothing alive is the step's own affair."""
+
+    phases = ("step",)
+    period = 1
+
+    def __init__(self, step: Callable[[], Any]):
+        self._step = step
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One call."""
+        mark("step")
+        self._step()
+
+
+def load_factory(spec: CallableSpec) -> CallableProgram:
+    """Import the factory, call it with its arguments, and keep the step it returns.
+
+    Raises:
+        BuildError: it cannot be imported, takes other arguments, or returns nothing callable.
+    """
+    module_name, _, name = spec.factory.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise  # the module is there; a package that it imports is not
+        raise BuildError(f"The factory {spec.factory} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
+    except AttributeError as error:
+        raise BuildError(f"The module {module_name} has no {name}: {error}.") from error
+    step = factory(**spec.arguments)
+    if not callable(step):
+        raise BuildError(f"{spec.factory} must return the step, a callable without arguments; it returned {type(step).__name__}.")
+    return CallableProgram(step)

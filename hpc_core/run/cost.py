@@ -1,0 +1,63 @@
+"""What a step must at least cost: FLOPs of its matrix products and bytes that a decoded token must read, in closed form.
+
+Counts as torch's FlopCounterMode does: 2 FLOP a multiply-add, attention scores not halved for the causal mask.
+Recomputation by gradient checkpointing is left out: it is a choice, not a need. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from hpc_core.shapes import Shape
+from hpc_core.spec import AdapterSpec
+
+__all__ = ["decode_bytes", "forward_flops", "train_flops"]
+
+
+def forward_flops(shape: Shape, batch: int, length: int, *, past: int = 0, logits: int | None = None) -> int:
+    """FLOPs of one forward over `length` new tokens a row after `past` cached ones.
+
+    `logits`: positions a row that the head is applied to (default all). Source: matrix products of the decoder,
+    2·m·n·k each; attention 2 products of (length x head_dim x (past + length)) a head.
+    """
+    tokens = batch * length
+    linear = sum(rows * columns for rows, columns in shape.linear_shapes().values()) * shape.num_hidden_layers
+    head = shape.vocab_size * shape.hidden_size * batch * (length if logits is None else logits)
+    width = shape.num_attention_heads * shape.head_dim
+    attention = 2 * batch * length * (past + length) * width * shape.num_hidden_layers
+    return 2 * (linear * tokens + head + attention)
+
+
+def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | None) -> int:
+    """FLOPs of one training step without recomputation.
+
+    Full: every product once forward, twice backward (input and weight gradients). With an adapter the frozen weights
+    have no weight gradient, the first layer's inputs need none, and the low-rank products are added. Attention's
+    backward has five products where forward has two (flash attention recomputes the scores; FlopCounterMode counts it).
+    """
+    tokens = batch * length
+    width = shape.num_attention_heads * shape.head_dim
+    attention = 4 * batch * length * length * width * shape.num_hidden_layers
+    shapes = shape.linear_shapes()
+    layer = 2 * tokens * sum(rows * columns for rows, columns in shapes.values())
+    head = 2 * tokens * shape.vocab_size * shape.hidden_size
+    forward = layer * shape.num_hidden_layers + head
+    total = forward + attention + attention * 5 // 2
+    if adapter is None:
+        return total + 2 * forward
+    # q, k and v of the first layer read the embeddings, which take no gradient.
+    first = 2 * tokens * sum(shapes[name][0] * shapes[name][1] for name in ("q_proj", "k_proj", "v_proj"))
+    total += forward - first
+    for name in adapter.targets:
+        rows, columns = shapes[name]
+        down, up = 2 * tokens * adapter.rank * columns, 2 * tokens * adapter.rank * rows
+        total += 3 * (down + up) * shape.num_hidden_layers
+        if name in ("q_proj", "k_proj", "v_proj"):
+            total -= down  # no input gradient of the first layer's down-projection
+    return total
+
+
+def decode_bytes(weights_bytes: int, embedding_bytes: int, tied: bool, cache_bytes: int) -> int:
+    """Bytes that one decoded token must read from device memory: every weight once, and the whole KV cache.
+
+    Of an untied embedding only one row is read, so its table does not count; a tied one is the head and does.
+    """
+    return weights_bytes - (0 if tied else embedding_bytes) + cache_bytes

@@ -1,0 +1,134 @@
+"""Fine-tuning as a plain loop over collated batches: forward, backward, optimizer, zero_grad.
+
+No Trainer, no hooks, no synchronization inside a step: the loss stays on the device until somebody asks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_core.build import Built
+from hpc_core.build.libraries import library
+from hpc_core.data.batching import Batch, EpochSize, batches, epoch_size
+from hpc_core.data.rows import token_rows
+from hpc_core.errors import BuildError
+from hpc_core.program import Mark, unmarked
+from hpc_core.spec import Case, DataSpec, FinetuneSpec
+
+__all__ = ["FinetuneProgram", "finetune_program", "make_optimizer"]
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """One batch on the device. ids and labels: (batch, width) int64; mask the same, or None where nothing is padded."""
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    mask: torch.Tensor | None
+    tokens: int
+    padded: int
+
+
+class FinetuneProgram:
+    """Trains step by step; batch i is `batches[i % period]`, so that every pass sees the same work."""
+
+    phases = ("forward", "backward", "optimizer")
+
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: list[DeviceBatch], epoch: EpochSize, precision: str):
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = data
+        self.epoch = epoch
+        shapes = {tuple(batch.ids.shape) for batch in data}
+        self.period = 1 if len(shapes) == 1 else len(data)
+        self.widest = max(range(len(data)), key=lambda index: data[index].ids.shape[1])
+        """Index of the batch that needs the most memory."""
+        self.loss: torch.Tensor | None = None
+        self.steps_done = 0
+        self._autocast = precision == "autocast-bf16"
+        self._device_type = data[0].ids.device.type
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One optimizer step; the loss of the batch is left in `loss`, on the device."""
+        batch = self.batches[self.steps_done % len(self.batches)]
+        mark("forward")
+        context = torch.autocast(self._device_type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
+        with context:
+            # Only the loss is kept: the logits are the largest activation and must be free to go.
+            loss = self.model(input_ids=batch.ids, labels=batch.labels, attention_mask=batch.mask).loss
+        mark("backward")
+        loss.backward()
+        mark("optimizer")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.detach()
+        self.steps_done += 1
+
+    def tokens_of(self, steps: int) -> int:
+        """Unpadded tokens of `steps` steps, counted from the first batch."""
+        return sum(self.batches[index % len(self.batches)].tokens for index in range(steps))
+
+    def padded_of(self, steps: int) -> int:
+        """Padding tokens of `steps` steps, counted from the first batch."""
+        return sum(self.batches[index % len(self.batches)].padded for index in range(steps))
+
+
+def finetune_program(built: Built, case: Case, workload: FinetuneSpec) -> FinetuneProgram:
+    """The program of a fine-tuning case: data collated and on the device, optimizer made, nothing run yet.
+
+    Raises:
+        DataError: too few rows for one batch.
+        BuildError: nothing is trainable.
+        MissingLibraryError: the optimizer's package is not installed.
+    """
+    # A random row is as good as another; a data set is read whole, so that an epoch's size is its own.
+    count = workload.batch * workload.steps if workload.data.source == "random" else workload.data.rows
+    rows = token_rows(
+        workload.data, count=count, length=workload.length, vocab_size=built.vocab_size, tokenizer=_tokenizer(built, workload.data)
+    )
+    collated = list(batches(rows, workload))
+    chosen = [_to_device(batch, built.device) for batch in collated[: workload.steps]]
+    trainable = [parameter for parameter in built.model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise BuildError(f"{case.id} trains nothing: no parameter requires a gradient. Give an adapter or unquantized weights.")
+    optimizer = make_optimizer(workload, trainable)
+    return FinetuneProgram(built.model, optimizer, chosen, epoch_size(rows, workload), workload.precision)
+
+
+def _tokenizer(built: Built, data: DataSpec) -> Any | None:
+    return built.tokenizer if data.source in ("embedded", "hub", "file") else None
+
+
+def _to_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    def tensor(rows: Any) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=device)
+
+    return DeviceBatch(
+        ids=tensor(batch.ids),
+        labels=tensor(batch.labels),
+        mask=None if batch.mask is None else tensor(batch.mask),
+        tokens=batch.tokens,
+        padded=batch.padded,
+    )
+
+
+def make_optimizer(workload: FinetuneSpec, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that the case names, over these parameters.
+
+    Raises:
+        MissingLibraryError: an 8-bit or paged optimizer without bitsandbytes.
+    """
+    rate = workload.learning_rate
+    if workload.optimizer == "adamw-fused":
+        return torch.optim.AdamW(trainable, lr=rate, fused=True)
+    if workload.optimizer == "adamw-foreach":
+        return torch.optim.AdamW(trainable, lr=rate, foreach=True)
+    bnb = library("bitsandbytes", f"The optimizer {workload.optimizer}")
+    kind = bnb.optim.AdamW8bit if workload.optimizer == "adamw-8bit" else bnb.optim.PagedAdamW8bit
+    optimizer = kind(trainable, lr=rate)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer

@@ -1,0 +1,106 @@
+"""Generation by transformers' own `generate` (the stock engine): greedy, exactly N new tokens after each prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc_core.build import Built
+from hpc_core.data.rows import PromptBatch, prompt_batches
+from hpc_core.errors import MeasureError
+from hpc_core.program import Mark, unmarked
+from hpc_core.spec import GenerateSpec
+
+__all__ = ["GenerateProgram", "TokenTimes", "generate_program"]
+
+
+class TokenTimes:
+    """A streamer that marks when each token reaches the host.
+
+    `generate` hands over the prompt first, then every token after copying it to the host, so the device has finished it.
+    """
+
+    def __init__(self, on_token: Any):
+        self._on_token = on_token
+        self._seen = 0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """One batch of tokens; the first call is the prompt itself."""
+        if self._seen:
+            self._on_token(self._seen)
+        self._seen += 1
+
+    def end(self) -> None:
+        """Nothing follows."""
+
+
+class GenerateProgram:
+    """Answers prompt after prompt; query i is `prompts[i % period]`."""
+
+    phases = ("prefill", "decode")
+
+    def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch]):
+        self.model: Any = built.model
+        self.workload = workload
+        self.device = built.device
+        self.prompts = prompts
+        self.period = len(prompts)
+        self.inputs = [self._inputs(prompt) for prompt in prompts]
+        self.output: torch.Tensor | None = None
+        self.steps_done = 0
+        self.new_tokens = workload.new_tokens
+        self.on_token: Any = None
+        """Called with 1, 2, … as each new token reaches the host; None leaves `generate` without a streamer."""
+        # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
+        self.model.generation_config.eos_token_id = None
+        self.model.generation_config.pad_token_id = 0
+
+    def _inputs(self, prompt: PromptBatch) -> dict[str, torch.Tensor]:
+        ids = torch.tensor(prompt.ids, dtype=torch.long, device=self.device)
+        mask = torch.ones_like(ids) if prompt.mask is None else torch.tensor(prompt.mask, dtype=torch.long, device=self.device)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One query: prefill and `new_tokens` tokens; ids of prompt and answer are left in `output`, (batch, length).
+
+        Raises:
+            MeasureError: another number of tokens came out.
+        """
+        inputs = self.inputs[self.steps_done % self.period]
+        mark("prefill")
+        options: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False, "use_cache": self.workload.cache != "off"}
+        if self.workload.cache == "static":
+            options["cache_implementation"] = "static"
+        if mark is not unmarked or self.on_token is not None:
+            options["streamer"] = TokenTimes(self._watcher(mark))
+        self.output = self.model.generate(**inputs, **options)
+        self.steps_done += 1
+        came = self.output.shape[1] - inputs["input_ids"].shape[1]
+        if came != self.new_tokens:
+            raise MeasureError(f"generate gave {came} new tokens, asked for exactly {self.new_tokens}.")
+
+    def _watcher(self, mark: Mark) -> Any:
+        def watch(count: int) -> None:
+            if count == 1:
+                mark("decode")
+            if self.on_token is not None:
+                self.on_token(count)
+
+        return watch
+
+    def answer_ids(self) -> list[list[int]]:
+        """The new tokens of the last query."""
+        assert self.output is not None
+        return self.output[:, -self.new_tokens :].tolist()
+
+
+def generate_program(built: Built, workload: GenerateSpec) -> GenerateProgram:
+    """The program of a generation case: prompts on the device, nothing run yet.
+
+    Raises:
+        DataError: the data has fewer prompts than asked for.
+    """
+    text = workload.data.source in ("embedded", "hub", "file")
+    prompts = prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=built.tokenizer if text else None)
+    return GenerateProgram(built, workload, prompts)
