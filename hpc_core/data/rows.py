@@ -1,0 +1,174 @@
+"""Token rows and prompt batches: what a workload's data is made of before it becomes tensors.
+
+Knows sources, lengths and a tokenizer's `encode`; knows nothing of models, devices or training batches. Ids below 3
+are special: 0 pads, 1 begins a sequence (BOS), 2 ends one. Random ids are never special, except that a trace row
+begins with BOS, because its recorded length counts one.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from hpc_core.data.draw import FIRST_FREE_ID, IdSource
+from hpc_core.data.lengths import recorded_lengths
+from hpc_core.data.texts import texts
+from hpc_core.errors import DataError
+from hpc_core.spec import DataSpec, GenerateSpec
+
+__all__ = ["BOS_ID", "PAD_ID", "ByteTokenizer", "PromptBatch", "Tokenizer", "prompt_batches", "token_rows"]
+
+PAD_ID = 0
+BOS_ID = 1
+
+
+class Tokenizer(Protocol):
+    """Whatever turns a text into token ids; the tokenizers of `transformers` do."""
+
+    def encode(self, text: str, /) -> list[int]:
+        """The ids of a text, with whatever special tokens the tokenizer adds by itself."""
+        ...
+
+
+class ByteTokenizer:
+    """Stand-in where no tokenizer can be had: BOS, then 3 + byte for each byte of the text's UTF-8.
+
+    Rows come out three to five times as long as a real tokenizer's, so its lengths say nothing about a data set. An
+    empty text is one token long, as with Llama's tokenizer. Needs a vocabulary of at least `VOCAB_SIZE` ids.
+    """
+
+    VOCAB_SIZE = FIRST_FREE_ID + 256
+
+    def encode(self, text: str, /) -> list[int]:
+        """BOS and one id in [3, 259) for each byte. A lone surrogate, which UTF-8 cannot hold, counts as "?"."""
+        return [BOS_ID, *(FIRST_FREE_ID + byte for byte in text.encode("utf-8", errors="replace"))]
+
+
+class PromptBatch(msgspec.Struct, frozen=True):
+    """Prompts that are generated from together."""
+
+    ids: list[list[int]]
+    """Rows of equal length, padded with 0 on the left, where generation does not continue."""
+    mask: list[list[int]] | None
+    """1 at real tokens, 0 at padding; None where nothing is padded."""
+    tokens: int
+    """Real tokens."""
+    padded: int
+    """Padding tokens."""
+
+
+def token_rows(
+    data: DataSpec, *, count: int | None, length: int | None, vocab_size: int, tokenizer: Tokenizer | None
+) -> list[list[int]]:
+    """Rows of token ids, in the order of the data.
+
+    Args:
+        data: the source. random draws ids, trace draws ids at recorded lengths, the others are texts to be tokenized.
+        count: how many rows; None takes `data.rows`, or all where that is None too (random data must be told).
+        length: tokens in a row: exactly so many for random data, at most so many otherwise (the rest is cut off).
+        vocab_size: ids lie below it.
+        tokenizer: for texts; None takes `ByteTokenizer`. Random ids and traces use none.
+
+    The first rows of a longer answer equal a shorter one. A tokenizer that adds no BOS gives empty rows no token.
+
+    Raises:
+        DataError: fewer rows than asked for, no count or length for random data, ids outside the vocabulary, or
+            texts that cannot be read (see `texts`).
+        MissingLibraryError: numpy or `datasets` is needed and absent.
+    """
+    for name, value in (("count", count), ("length", length)):
+        if value is not None and value < 1:
+            raise DataError(f"{name} must be at least 1, got {value}.")
+    if data.source == "random":
+        return _random_rows(data, count, length, vocab_size)
+    if data.source == "trace":
+        recorded = list(recorded_lengths(data.name or ""))
+        wanted = recorded[: _how_many(data, count, len(recorded))]
+        source = IdSource(data.seed, vocab_size)
+        # Cut after drawing, so that a row's ids do not depend on where the rows before it were cut.
+        return [[BOS_ID, *source.row(tokens - 1)][:length] for tokens in wanted]
+    return _text_rows(data, count, length, vocab_size, tokenizer)
+
+
+def prompt_batches(spec: GenerateSpec, *, vocab_size: int, tokenizer: Tokenizer | None) -> list[PromptBatch]:
+    """`spec.prompts` batches of `spec.batch` prompts, in the order of the data, padded with 0 on the left.
+
+    Raises:
+        DataError: fewer prompts than prompts x batch, a prompt without any token, or see `token_rows`.
+        MissingLibraryError: numpy or `datasets` is needed and absent.
+    """
+    rows = token_rows(
+        spec.data,
+        count=spec.prompts * spec.batch,
+        length=spec.prompt_length,
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+    )
+    for number, row in enumerate(rows):
+        if not row:
+            raise DataError(
+                f"Prompt {number} of {spec.data.name!r} has no token, so there is nothing to continue: "
+                "drop the empty rows from the data, or use a tokenizer that adds BOS."
+            )
+    return [_prompt_batch(rows[start : start + spec.batch]) for start in range(0, len(rows), spec.batch)]
+
+
+def _how_many(data: DataSpec, count: int | None, available: int) -> int:
+    """Rows to take out of those that the data has, `data.rows` being the user's own limit."""
+    if data.rows is not None and data.rows > available:
+        raise DataError(
+            f"{data.rows} rows were asked of {data.name!r} ({data.source}), which has {available}: "
+            f"say rows={available} or fewer, or leave rows out to take all."
+        )
+    limit = available if data.rows is None else data.rows
+    if count is None:
+        return limit
+    if count > limit:
+        reason = "which has" if data.rows is None else "which is limited by rows= to"
+        raise DataError(
+            f"{count} rows are needed of {data.name or 'random ids'!r} ({data.source}), {reason} {limit}: "
+            "ask for fewer batches, a smaller batch or more rows."
+        )
+    return count
+
+
+def _random_rows(data: DataSpec, count: int | None, length: int | None, vocab_size: int) -> list[list[int]]:
+    if length is None:
+        raise DataError("Random rows have no length of their own: give length=, the tokens in each row.")
+    wanted = count if count is not None else data.rows
+    if wanted is None:
+        raise DataError("Random rows have no end: give count=, or DataSpec(rows=...).")
+    wanted = _how_many(data, wanted, wanted if data.rows is None else data.rows)
+    source = IdSource(data.seed, vocab_size)
+    return [source.row(length) for _ in range(wanted)]
+
+
+def _text_rows(
+    data: DataSpec, count: int | None, length: int | None, vocab_size: int, tokenizer: Tokenizer | None
+) -> list[list[int]]:
+    if tokenizer is None and vocab_size < ByteTokenizer.VOCAB_SIZE:
+        raise DataError(
+            f"Without a tokenizer texts become bytes, which need {ByteTokenizer.VOCAB_SIZE} ids; the model has "
+            f"{vocab_size}. Give a tokenizer, or take data of source='random' or 'trace'."
+        )
+    encoder = ByteTokenizer() if tokenizer is None else tokenizer
+    found = texts(data)
+    rows = [list(encoder.encode(text))[:length] for text in found[: _how_many(data, count, len(found))]]
+    for number, row in enumerate(rows):
+        if row and not 0 <= min(row) <= max(row) < vocab_size:
+            wrong = next(token for token in row if not 0 <= token < vocab_size)
+            raise DataError(
+                f"Row {number} of {data.name!r} holds token id {wrong}, the model knows 0 to {vocab_size - 1}: "
+                "use the tokenizer that belongs to the model."
+            )
+    return rows
+
+
+def _prompt_batch(rows: list[list[int]]) -> PromptBatch:
+    width = max(map(len, rows))
+    tokens = sum(map(len, rows))
+    padded = width * len(rows) - tokens
+    ids = [[PAD_ID] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows] if padded else None
+    return PromptBatch(ids=ids, mask=mask, tokens=tokens, padded=padded)
