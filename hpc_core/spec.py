@@ -70,8 +70,8 @@ def _check_types(spec: _Spec) -> None:
             raise SpecError(f"{type(spec).__name__}({field.name}={value!r}): {error}") from error
         if isinstance(typed, float):
             _refuse(not math.isfinite(typed), f"{type(spec).__name__}({field.name}={value!r}): must be finite.")
-            typed += 0.0  # -0.0 equals 0.0 but prints, and digests, differently
-        if not isinstance(typed, dict):
+            typed = typed or 0.0  # -0.0 equals 0.0 but prints, and digests, differently
+        if typed is not value and not isinstance(typed, dict):
             msgspec.structs.force_setattr(spec, field.name, typed)
 
 

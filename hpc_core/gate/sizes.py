@@ -24,7 +24,7 @@ def quantity(value: float, unit: str) -> str:
     if value == 0:
         return f"0 {'B' if unit == 'bytes' else unit}"
     size, name = next(((size, name) for size, name in scale if abs(value) >= size), scale[-1])
-    if size == 1 and float(value).is_integer():
+    if size == 1 and abs(value) < 10**_PLAIN_DIGITS and float(value).is_integer():
         return f"{int(value):,} {name}"
     return f"{_number(value / size, digits=2)} {name}"
 

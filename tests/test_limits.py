@@ -1,0 +1,39 @@
+"""Limits: percentages, absolute numbers, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from hpc_core.errors import SpecError
+from hpc_core.limits import GiB, Limits, MiB, relative_limit
+
+
+@pytest.mark.parametrize(
+    ("text", "ratio"), [("1%", 0.01), ("0.05 %", 0.0005), ("0%", 0.0), ("100%", 1.0), (8 * GiB, None), (None, None)]
+)
+def test_relative_limit(text: Any, ratio: float | None) -> None:
+    """A percentage is a ratio; anything absolute has none."""
+    assert relative_limit(text) == (None if ratio is None else pytest.approx(ratio))
+
+
+@pytest.mark.parametrize("text", ["1", "-1%", "1 percent", "%", "1e3%", "1%\n", "٣%", "nan%", "", "1" * 400 + "%"])
+def test_refused_percentages(text: str) -> None:
+    """What is no plain percentage is refused with what would be one."""
+    with pytest.raises(SpecError, match=r"A relative limit is a percentage"):
+        Limits(peak_bytes=text)
+
+
+@pytest.mark.parametrize("number", [0, -1, -0.0, math.nan, math.inf, 10**400, True, [1]])
+def test_refused_numbers(number: Any) -> None:
+    """What nothing can be compared with is refused when it is made."""
+    with pytest.raises(SpecError, match="must be a finite number above 0"):
+        Limits(operators=number)
+
+
+def test_named() -> None:
+    """Only limits that were set are named."""
+    assert Limits(peak_bytes="1%", kernels=2 * MiB).named() == {"peak_bytes": "1%", "kernels": 2 * MiB}
+    assert Limits().named() == {}

@@ -1,0 +1,104 @@
+"""Records equal their JSON, and refuse what is no number or contradicts itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+
+from hpc_core.errors import SpecError
+from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
+from tests.strategies import a_record, counted, failed_record, records, wall
+
+
+@given(records())
+@settings(max_examples=80)
+def test_round_trip(record: Record) -> None:
+    """A record equals its JSON, compact or indented, and its case keeps its digest."""
+    again = record_from_json(record_to_json(record))
+    assert again == record
+    assert again.case.digest == record.case.digest
+    assert record_from_json(record_to_json(record, indent=2)) == record
+    assert record_to_json(again) == record_to_json(record_from_json(record_to_json(again)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**64, -(2**64), 10**400])
+def test_no_number_is_no_metric(value: float) -> None:
+    """NaN, infinity and what fits no 64 bits are refused, as the value and as a sample."""
+    with pytest.raises(SpecError, match="must be finite and fit 64 bits"):
+        counted(value)
+    with pytest.raises(SpecError, match="must be finite and fit 64 bits"):
+        counted(1, samples=(1.0, value))
+
+
+def test_samples_are_not_empty() -> None:
+    """A metric with samples has one at least."""
+    with pytest.raises(SpecError, match="needs at least one"):
+        counted(1, samples=())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragment"),
+    [
+        ({"status": "failed"}, "fails with a failure"),
+        ({"failure": failed_record().failure}, "fails with a failure"),
+        ({"status": "invalid"}, "invalid for reasons"),
+        ({"reasons": ("too fast",)}, "invalid for reasons"),
+    ],
+)
+def test_status_and_content_agree(changes: dict[str, Any], fragment: str) -> None:
+    """A status without its content, or content without its status, is refused."""
+    with pytest.raises(SpecError, match=fragment):
+        a_record(**changes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"case":{}}',
+        record_to_json(a_record())[:-1],
+        record_to_json(a_record({"operators": counted(7)})).replace(b":7", b":1" + b"0" * 400),
+    ],
+)
+def test_refused_json(text: bytes) -> None:
+    """What is no record raises a SpecError and nothing else."""
+    with pytest.raises(SpecError, match="Not a record"):
+        record_from_json(text)
+
+
+def test_other_schema() -> None:
+    """A record of another schema says so."""
+    text = record_to_json(a_record())[:-1] + b',"schema":99}'
+    with pytest.raises(SpecError, match="schema 99, this hpc-core reads 1"):
+        record_from_json(text)
+
+
+def test_nested_refusal_has_its_path() -> None:
+    """A contradiction deep in the JSON is reported with its place."""
+    text = record_to_json(a_record()).replace(b'"scale":"tiny"', b'"scale":"tiny","timeout_s":-1.0')
+    with pytest.raises(SpecError, match=r"timeout_s must be above 0.*at `\$\.case`"):
+        record_from_json(text)
+
+
+def test_facts_and_wall_samples() -> None:
+    """A fact holds if seen is asked; wall samples fall back to the value, and to nothing."""
+    assert Fact(asked=4, seen=4).holds
+    assert not Fact(asked=4, seen=5).holds
+    assert a_record({"step_s": wall(0.5)}).wall_samples == (0.5,)
+    assert a_record({"query_s": msgspec.structs.replace(wall(), samples=(1.0, 2.0))}).wall_samples == (1.0, 2.0)
+    assert a_record({"operators": counted()}).wall_samples == ()
+
+
+def test_metric_is_frozen() -> None:
+    """Nothing seen changes afterwards."""
+    metric: Metric = counted()
+    with pytest.raises(AttributeError):
+        metric.value = 3  # type: ignore[misc]

@@ -1,0 +1,262 @@
+"""Specifications: equal to their JSON, refused when they contradict themselves, digests that say what runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.errors import SpecError
+from hpc_core.limits import Limits
+from hpc_core.spec import (
+    SCHEMA,
+    AdapterSpec,
+    CallableSpec,
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+    case_from_json,
+    case_to_json,
+)
+from tests.strategies import a_case, cases
+
+NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
+TRACE = DataSpec(source="trace", name="gsm8k")
+STEP = CallableSpec(factory="mypkg.train:make_step")
+
+DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
+    ModelSpec: {
+        "shape": None,
+        "weights": "random",
+        "path": None,
+        "dtype": "bfloat16",
+        "attention": "sdpa",
+        "seed": 0,
+    },
+    QuantSpec: {"double_quant": False, "skip_modules": ("lm_head",)},
+    AdapterSpec: {
+        "rank": 8,
+        "alpha": 16.0,
+        "dropout": 0.05,
+        "targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
+        "dtype": "float32",
+    },
+    DataSpec: {"source": "random", "name": None, "rows": None, "seed": 0},
+    GenerateSpec: {
+        "batch": 1,
+        "prompts": 3,
+        "prompt_length": 100,
+        "new_tokens": 64,
+        "cache": "dynamic",
+        "engine": "stock",
+        "extrapolate_to": None,
+        "data": DataSpec(),
+    },
+    FinetuneSpec: {
+        "batch": 4,
+        "length": 512,
+        "padding": "none",
+        "packing": False,
+        "checkpointing": "off",
+        "prepare": False,
+        "optimizer": "adamw-fused",
+        "learning_rate": 1e-5,
+        "precision": "pure",
+        "steps": 10,
+        "epoch_rows": None,
+        "data": DataSpec(),
+    },
+    CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},
+    Case: {
+        "model": None,
+        "quantization": None,
+        "adapter": None,
+        "seed": 0,
+        "timeout_s": 300.0,
+        "limits": Limits(),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DEFAULTS, ids=lambda kind: kind.__name__)
+def test_defaults_are_pinned(kind: type[msgspec.Struct]) -> None:
+    """A changed default is a new schema: digests omit defaults, so a silent change would keep baselines of other work.
+
+    If this fails on purpose, raise SCHEMA and change both numbers here.
+    """
+    assert SCHEMA == 1
+    seen = {}
+    for field in msgspec.structs.fields(kind):
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        if default is not msgspec.NODEFAULT:
+            seen[field.name] = default
+    assert seen == DEFAULTS[kind]
+
+
+def test_digests_are_pinned() -> None:
+    """The digest of a known case never changes within a schema."""
+    assert a_case().digest == "99f610a50c7b"
+    assert Case(id="my/step", scale="tiny", workload=STEP).digest == "5704802b70d0"
+
+
+@given(cases())
+@settings(max_examples=150)
+def test_round_trip(case: Case) -> None:
+    """A case equals its JSON, canonical to the byte, and keeps its digest on the way."""
+    text = case_to_json(case)
+    again = case_from_json(text)
+    assert again == case
+    assert case_to_json(again) == text
+    assert again.digest == case.digest
+
+
+@given(cases(), st.floats(min_value=1, max_value=1000))
+@settings(max_examples=60)
+def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
+    """Id, timeout and limits are not what runs; the seed is."""
+    values = {name: getattr(case, name) for name in case.__struct_fields__}
+    other = Case(**(values | {"id": "my/other", "timeout_s": timeout_s, "limits": Limits(operators=7)}))
+    assert other.digest == case.digest
+    assert Case(**(values | {"seed": case.seed + 1})).digest != case.digest
+
+
+@given(cases(), st.integers(1, 10_000))
+@settings(max_examples=60)
+def test_vary_laws(case: Case, by: int) -> None:
+    """A variant differs in its id and its field only, varying back restores the work, and varying nothing is refused."""
+    steps = getattr(case.workload, "steps", None)
+    name, old = ("seed", case.seed) if steps is None else ("steps", steps)
+    new = case.vary("varied", **{name: old + by})
+    assert new.id == f"{case.id.partition('/')[0]}/varied"
+    assert new.digest != case.digest
+    back = new.vary(case.id.partition("/")[2], **{name: old})
+    assert back == case
+    with pytest.raises(SpecError, match="a variant must change something"):
+        case.vary("same", **{name: old})
+
+
+def test_a_default_said_aloud_is_the_same_case() -> None:
+    """Equal cases have equal digests and JSON, however their values were made."""
+    aloud: Any = {"rank": int("8"), "alpha": 16, "dropout": float("0.05"), "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    silent, said = a_case(), a_case(adapter=AdapterSpec(**aloud), workload=FinetuneSpec(length=int("512")))
+    assert silent == said
+    assert silent.digest == said.digest
+    assert case_to_json(silent) == case_to_json(said)
+    zero = a_case(adapter=AdapterSpec(dropout=0.0)), a_case(adapter=AdapterSpec(dropout=-0.0))
+    assert zero[0].digest == zero[1].digest
+
+
+def test_kind_and_gpu() -> None:
+    """A case knows its kind, and whether it needs a GPU."""
+    assert (a_case().kind, a_case().needs_gpu) == ("finetune", False)
+    assert a_case(scale="full").needs_gpu
+    callable_case = Case(id="my/step", scale="tiny", workload=CallableSpec(factory="a.b:c", device="cuda"))
+    assert (callable_case.kind, callable_case.needs_gpu) == ("callable", True)
+
+
+REFUSALS: list[tuple[Callable[[], Any], str]] = [
+    (lambda: ModelSpec(), "Random weights need a shape"),
+    (lambda: ModelSpec(shape="tiny", path="/w"), "Random weights are made, not read"),
+    (lambda: ModelSpec(shape="gpt-9"), "gpt-9"),
+    (lambda: ModelSpec(weights="folder"), "weights='folder' needs path="),
+    (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "brings its own shape"),
+    (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),
+    (lambda: ModelSpec(shape="tiny", dtype="int4"), "Invalid enum value 'int4'"),  # type: ignore[arg-type]
+    (lambda: QuantSpec(kind="int8", compute_dtype="float16", double_quant=True), "double_quant belongs to nf4"),
+    (lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"), "bitsandbytes computes int8 matrix products in float16"),
+    (lambda: AdapterSpec(rank=0), "rank must be at least 1, got 0"),
+    (lambda: AdapterSpec(rank="8"), r"AdapterSpec\(rank='8'\): Expected `int`, got `str`"),  # type: ignore[arg-type]
+    (lambda: AdapterSpec(alpha=0), "alpha must be above 0"),
+    (lambda: AdapterSpec(alpha=math.inf), "must be finite"),
+    (lambda: AdapterSpec(alpha=math.nan), "must be finite"),
+    (lambda: AdapterSpec(dropout=1.0), r"dropout must lie in \[0, 1\)"),
+    (lambda: AdapterSpec(targets=()), "at least one target module"),
+    (lambda: AdapterSpec(targets=("q_proj", "q_proj")), "Repeated target modules"),
+    (lambda: DataSpec(name="gsm8k"), "Random ids have no name"),
+    (lambda: DataSpec(source="file"), "source='file' needs name="),
+    (lambda: DataSpec(source="trace", name="c4"), "knows 'gsm8k' or 'wikitext2', got 'c4'"),
+    (lambda: DataSpec(source="embedded"), "knows 'problems' or 'paragraphs', got None"),
+    (lambda: DataSpec(rows=0), "rows must be at least 1, got 0"),
+    (lambda: GenerateSpec(batch=0), "batch must be at least 1, got 0"),
+    (lambda: GenerateSpec(prompts=0), "prompts must be at least 1, got 0"),
+    (lambda: GenerateSpec(new_tokens=1), "new_tokens must be at least 2"),
+    (lambda: GenerateSpec(prompt_length=None), "Random prompts need prompt_length"),
+    (lambda: GenerateSpec(data=TRACE), "trace prompts bring their own lengths"),
+    (lambda: GenerateSpec(extrapolate_to=10), "extrapolate_to=10 is below new_tokens=64"),
+    (lambda: FinetuneSpec(batch=0), "batch must be at least 1"),
+    (lambda: FinetuneSpec(steps=0), "steps must be at least 1"),
+    (lambda: FinetuneSpec(length=1), "length must be at least 2"),
+    (lambda: FinetuneSpec(learning_rate=0), "learning_rate must be above 0"),
+    (lambda: FinetuneSpec(packing=True, padding="longest", data=TRACE), "packing=True contradicts padding='longest'"),
+    (lambda: FinetuneSpec(data=TRACE), "Rows of trace differ in length"),
+    (lambda: FinetuneSpec(packing=True), "Random rows are full already"),
+    (lambda: FinetuneSpec(checkpointing="as-prepare-leaves-it"), "needs prepare=True"),
+    (lambda: CallableSpec(factory="make_step"), "A factory is named 'package.module:function'"),
+    (lambda: CallableSpec(factory="a.b:c\n"), "A factory is named 'package.module:function'"),
+    (lambda: CallableSpec(factory="a:b", steps=0), "steps must be at least 1"),
+    (lambda: CallableSpec(factory="a:b", arguments={"x": object()}), "must be JSON values"),
+    (lambda: CallableSpec(factory="a:b", arguments={"x": (1,)}), "change on the way through JSON"),
+    (lambda: CallableSpec(factory="a:b", arguments={"x": math.nan}), "change on the way through JSON"),
+    (lambda: a_case("lora"), "A case id is <shape>/<variant>"),
+    (lambda: a_case("tiny/../x"), "A case id is <shape>/<variant>"),
+    (lambda: a_case("tiny/.."), "A case id is <shape>/<variant>"),
+    (lambda: a_case("tiny/lora\n"), "A case id is <shape>/<variant>"),
+    (lambda: a_case(timeout_s=0), "timeout_s must be above 0"),
+    (lambda: a_case(timeout_s=math.inf), "must be finite"),
+    (lambda: a_case(workload=STEP), "a callable builds its own model: drop model, adapter"),
+    (lambda: a_case(model=None), "a finetune case needs a model"),
+    (lambda: a_case(workload=GenerateSpec()), "generation with an adapter is not built yet"),
+    (lambda: a_case(adapter=None, quantization=NF4), "quantized weights take no gradient"),
+    (lambda: a_case(adapter=None, workload=FinetuneSpec(prepare=True)), "without an adapter nothing would train"),
+    (lambda: a_case(workload=FinetuneSpec(prepare=True)), "prepare=True is for quantized models"),
+    (lambda: a_case("tiny/qlora"), "QLoRA without quantization is LoRA"),
+    (lambda: a_case("llama-3.2-3b/lora"), "the id says llama-3.2-3b, the model is tiny"),
+    (lambda: a_case().vary("x", colour=3), "has no field 'colour' to vary"),
+    (lambda: a_case().vary("x", dtype="float16"), "say one of model_dtype, adapter_dtype"),
+]
+
+
+@pytest.mark.parametrize(("make", "fragment"), REFUSALS, ids=[fragment[:40] for _, fragment in REFUSALS])
+def test_refusals(make: Callable[[], Any], fragment: str) -> None:
+    """What contradicts itself is refused when it is made, and says why."""
+    with pytest.raises(SpecError, match=fragment):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("text", "fragment"),
+    [
+        (b"", "Not a case"),
+        (b"\xff", "Not a case"),
+        (b"[" * 100_000, "Not a case"),
+        (case_to_json(a_case())[:-1] + b',"colour":3}', "unknown field `colour`"),
+        (case_to_json(a_case()).replace(b'"adapter":{}', b'"adapter":{"rank":0}'), r"rank must be at least 1.*\$\.adapter"),
+        (
+            b'{"id":"a/b","scale":"tiny","workload":{"kind":"callable","factory":"a:b","arguments":{"x":'
+            + b"[" * 5000 + b"]" * 5000 + b"}}}",
+            "Not a case",
+        ),
+    ],
+)
+def test_refused_json(text: bytes, fragment: str) -> None:
+    """From JSON the same refusals come with the place; nothing else is raised."""
+    with pytest.raises(SpecError, match=fragment):
+        case_from_json(text)
+
+
+def test_vary_reaches_every_part() -> None:
+    """A field is changed wherever it lives, also under its part's name, and a whole part can go."""
+    case = a_case("tiny/qlora", quantization=NF4)
+    new = case.vary("other", rank=16, batch=8, model_dtype="float16", data_seed=3, timeout_s=120, quantization=None)
+    assert new.adapter == AdapterSpec(rank=16)
+    assert new.workload == FinetuneSpec(batch=8, data=DataSpec(seed=3))
+    assert new.model == ModelSpec(shape="tiny", dtype="float16")
+    assert (new.timeout_s, new.quantization, new.id) == (120, None, "tiny/other")
