@@ -101,7 +101,7 @@ limits = st.builds(
     busy_s=st.none() | percentages | positive,
     operators=st.none() | st.integers(1, 10**6),
 )
-dtypes = st.sampled_from(["float32", "bfloat16", "float16"])
+dtypes: st.SearchStrategy[Any] = st.sampled_from(["float32", "bfloat16", "float16"])
 adapters = st.builds(
     AdapterSpec,
     rank=st.integers(1, 256),
@@ -174,7 +174,7 @@ def cases(draw: st.DrawFn) -> Case:
 @st.composite
 def metrics(draw: st.DrawFn) -> Metric:
     """Any metric, exact, busy or wall."""
-    noise = draw(st.sampled_from(["exact", "busy", "wall"]))
+    noise: Any = draw(st.sampled_from(["exact", "busy", "wall"]))
     dependences: list[Any] = [("case",), ("case", "stack"), ("case", "stack", "machine")]
     value: float = draw(st.integers(0, 2**63) if noise == "exact" else positive)
     return Metric(
@@ -192,7 +192,7 @@ def metrics(draw: st.DrawFn) -> Metric:
 @st.composite
 def records(draw: st.DrawFn) -> Record:
     """Any record: ok, invalid or failed."""
-    status = draw(st.sampled_from(["ok", "invalid", "failed"]))
+    status: Any = draw(st.sampled_from(["ok", "invalid", "failed"]))
     kind: Any = draw(st.sampled_from(["out_of_memory", "crash", "timeout"]))
     failure = Failure(kind=kind, message=draw(words), phase="build") if status == "failed" else None
     return Record(
@@ -200,7 +200,9 @@ def records(draw: st.DrawFn) -> Record:
         status=status,
         failure=failure,
         metrics=draw(st.dictionaries(names, metrics(), max_size=4)),
-        audit={name: Fact(asked=draw(json_values), seen=draw(json_values)) for name in draw(st.sets(names, max_size=2))},
+        audit={
+            name: Fact(asked=draw(json_values), seen=draw(json_values)) for name in draw(st.sets(names, max_size=2))
+        },
         reasons=("more tokens than asked for",) if status == "invalid" else (),
         losses=tuple(draw(st.lists(positive, max_size=3))),
         answers=tuple(draw(st.lists(words, max_size=2))),

@@ -131,7 +131,7 @@ def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
 @given(cases(), st.integers(1, 10_000))
 @settings(max_examples=60)
 def test_vary_laws(case: Case, by: int) -> None:
-    """A variant differs in its id and its field only, varying back restores the work, and varying nothing is refused."""
+    """A variant differs in id and field, varying back restores the case, and varying nothing is refused."""
     steps = getattr(case.workload, "steps", None)
     name, old = ("seed", case.seed) if steps is None else ("steps", steps)
     new = case.vary("varied", **{name: old + by})
@@ -145,7 +145,12 @@ def test_vary_laws(case: Case, by: int) -> None:
 
 def test_a_default_said_aloud_is_the_same_case() -> None:
     """Equal cases have equal digests and JSON, however their values were made."""
-    aloud: Any = {"rank": int("8"), "alpha": 16, "dropout": float("0.05"), "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    aloud: Any = {
+        "rank": int("8"),
+        "alpha": 16,
+        "dropout": float("0.05"),
+        "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
     silent, said = a_case(), a_case(adapter=AdapterSpec(**aloud), workload=FinetuneSpec(length=int("512")))
     assert silent == said
     assert silent.digest == said.digest
@@ -238,10 +243,15 @@ def test_refusals(make: Callable[[], Any], fragment: str) -> None:
         (b"\xff", "Not a case"),
         (b"[" * 100_000, "Not a case"),
         (case_to_json(a_case())[:-1] + b',"colour":3}', "unknown field `colour`"),
-        (case_to_json(a_case()).replace(b'"adapter":{}', b'"adapter":{"rank":0}'), r"rank must be at least 1.*\$\.adapter"),
+        (
+            case_to_json(a_case()).replace(b'"adapter":{}', b'"adapter":{"rank":0}'),
+            r"rank must be at least 1.*\$\.adapter",
+        ),
         (
             b'{"id":"a/b","scale":"tiny","workload":{"kind":"callable","factory":"a:b","arguments":{"x":'
-            + b"[" * 5000 + b"]" * 5000 + b"}}}",
+            + b"[" * 5000
+            + b"]" * 5000
+            + b"}}}",
             "Not a case",
         ),
     ],

@@ -153,8 +153,10 @@ def _judgement(
 def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:
     alike = sum(row.verdict is leading.verdict for row in rows) - 1
     more = f" (and {alike} more {leading.verdict.value})" if alike and leading.verdict is not Verdict.PASS else ""
+    if leading.limit == "none":
+        return f"{leading.reason}{more}"
     if leading.change is not None:
         return f"{leading.metric} {sizes.change(leading.change, leading.unit)}, limit {leading.limit}{more}"
-    if leading.new is not None and leading.limit != "none":
-        return f"{leading.metric} {sizes.quantity(leading.new, leading.unit)}, limit {leading.limit}{more}"
-    return f"{leading.reason}{more}"
+    # Judged by an absolute limit alone, so there is no change to show.
+    value = "" if leading.new is None else f" {sizes.quantity(leading.new, leading.unit)}"
+    return f"{leading.metric}{value}, limit {leading.limit}{more}"

@@ -12,6 +12,7 @@ from hpc_core.spec import Case, case_to_json
 __all__ = ["case_changes", "packages_moved", "time_incomparable"]
 
 _NOT_RUN = ("id", "limits", "timeout_s")
+_GIVEN = "given"
 
 
 def packages_moved(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:
@@ -38,17 +39,22 @@ def case_changes(old: Case, new: Case) -> tuple[str, ...]:
     """Fields that differ in what runs: "adapter.rank 8 → 16". A field at its default reads "default"."""
     before, after = (_flat(msgspec.json.decode(case_to_json(case))) for case in (old, new))
     return tuple(
-        f"{name} {before.get(name, 'default')} → {after.get(name, 'default')}"
+        f"{name} {before.get(name) or _unsaid(after[name])} → {after.get(name) or _unsaid(before[name])}"
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name) and name.partition(".")[0] not in _NOT_RUN
     )
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _unsaid(other: str) -> str:
+    """How a field reads that only the other side states: a part is then missing, a value has its default."""
+    return "none" if other == _GIVEN else "default"
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every stated field by its dotted name, as text; a part itself reads "given", so that an empty one is seen."""
+    flat: dict[str, str] = {}
     for name, value in content.items():
-        if isinstance(value, dict) and value:
+        flat[prefix + name] = _GIVEN if isinstance(value, dict) else repr(value)
+        if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
     return flat

@@ -44,7 +44,7 @@ def pair(old: float, new: float, unit: str) -> str:
     """Old and new, in as many digits as it takes to tell them apart."""
     texts = quantity(old, unit), quantity(new, unit)
     if texts[0] == texts[1] and old != new:
-        texts = f"{_exact(old)} {unit}", f"{_exact(new)} {unit}"
+        return f"{_exact(old)} → {_exact(new)}{'' if unit == '1' else f' {unit}'}"
     return f"{texts[0]} → {texts[1]}"
 
 

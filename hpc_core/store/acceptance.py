@@ -43,12 +43,16 @@ def accept(
     _refuse(record, reason, allow_dirty)
     new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
-    lines = [*_history_lines(history), record_to_json(record)][-HISTORY_LENGTH:]
+    kept = _history_lines(history)
     found = find(root, circumstances.machine.key, record.case.id)
     old = found if isinstance(found, Baseline) else None
-    texts = {history: b"".join(line + b"\n" for line in lines)}
-    if old is None or _substance(old) != _substance(new):
-        texts[path] = render(new)
+    try:
+        lines = [*kept, record_to_json(record)][-HISTORY_LENGTH:]
+        texts = {history: b"".join(line + b"\n" for line in lines)}
+        if old is None or _substance(old) != _substance(new):
+            texts[path] = render(new)
+    except UnicodeEncodeError as error:
+        raise BaselineError(f"{record.case.id}: the record or the reason is no valid text: {error}.") from error
     _replace_all(texts)
     action: Literal["created", "updated", "unchanged"] = "updated" if path in texts else "unchanged"
     if isinstance(found, Missing):

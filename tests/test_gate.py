@@ -1,0 +1,244 @@
+"""The gate: each verdict by example, with the text that a reader gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hpc_core.gate import Judgement, MetricVerdict, Verdict, judge
+from hpc_core.limits import GiB, Limits, MiB
+from hpc_core.record import Metric, Record
+from hpc_core.store import Baseline, Missing, accept, find
+from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
+
+CPU_BYTES: dict[str, Any] = {"depends_on": ("case", "stack")}
+UPDATE = 'pytest --benchmark --case tiny/lora --perf-update --reason "…"'
+
+
+def baseline(record: Record, root: Path, **changes: Any) -> Baseline:
+    accept(root, record, reason="r")
+    found = find(root, record.circumstances.machine.key, record.case.id)
+    assert isinstance(found, Baseline)
+    return msgspec.structs.replace(found, **changes)
+
+
+@pytest.fixture
+def against(tmp_path: Path) -> Any:
+    """Judge a metric against its accepted value."""
+
+    def judged(name: str, old: Metric, new: Metric, limits: Limits | None = None, **around_new: Any) -> Judgement:
+        lookup = baseline(a_record({name: old}), tmp_path)
+        return judge(a_record({name: new}, circumstances=around(**around_new)), lookup, limits)
+
+    return judged
+
+
+def only(judgement: Judgement) -> MetricVerdict:
+    (row,) = judgement.metrics
+    return row
+
+
+def test_what_was_accepted_passes(tmp_path: Path) -> None:
+    """The very record that was accepted passes in every gated metric; wall time is not among them."""
+    judgement = judge(a_record(), baseline(a_record(), tmp_path))
+    assert judgement.verdict is Verdict.PASS
+    assert [row.metric for row in judgement.metrics] == ["busy_s", "operators", "peak_bytes"]
+    assert {row.verdict for row in judgement.metrics} == {Verdict.PASS}
+    assert judgement.baseline_path == f"{H100.key}/tiny/lora.json"
+    assert (judgement.moved, judgement.broken) == ((), False)
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "verdict", "headline"),
+    [
+        ("peak_bytes", peak(8 * GiB), peak(8 * GiB + 2018634629), "REGRESSED", "peak_bytes +1.88 GiB, limit +0.05 %"),
+        ("peak_bytes", peak(GiB), peak(GiB + 2 * MiB), "PASS", "peak_bytes +2.00 MiB, limit +2.00 MiB"),
+        ("peak_bytes", peak(GiB), peak(GiB + 2 * MiB + 1), "REGRESSED", "peak_bytes +2.00 MiB, limit +2.00 MiB"),
+        ("peak_bytes", peak(GiB), peak(GiB - 3 * MiB), "IMPROVED", "peak_bytes -3.00 MiB, limit +2.00 MiB"),
+        (
+            "peak_bytes",
+            peak(10**6, **CPU_BYTES),
+            peak(10**6 + 500, **CPU_BYTES),
+            "PASS",
+            "peak_bytes +500 B, limit +0.05 %",
+        ),
+        (
+            "peak_bytes",
+            peak(10**6, **CPU_BYTES),
+            peak(10**6 + 501, **CPU_BYTES),
+            "REGRESSED",
+            "peak_bytes +501 B, limit +0.05 %",
+        ),
+        ("operators", counted(1617), counted(1618), "REGRESSED", "operators +1, limit equal"),
+        ("operators", counted(1617), counted(1616), "IMPROVED", "operators -1, limit equal"),
+        (
+            "flops",
+            counted(10**12, unit="FLOP"),
+            counted(10**12 + 1, unit="FLOP"),
+            "REGRESSED",
+            "flops +1 FLOP, limit equal",
+        ),
+        ("copies", counted(0), counted(0), "PASS", "copies +0, limit equal"),
+        ("copies", counted(0), counted(1), "REGRESSED", "copies +1, limit equal"),
+        ("share", counted(5, better="higher"), counted(4, better="higher"), "REGRESSED", "share -1, limit equal"),
+        ("share", counted(5, better="higher"), counted(6, better="higher"), "IMPROVED", "share +1, limit equal"),
+        ("parts", counted(5, better="same"), counted(4, better="same"), "REGRESSED", "parts -1, limit equal"),
+        ("busy_s", busy(0.2), busy(0.209), "PASS", "busy_s +9.00 ms, limit +5 %"),
+        ("busy_s", busy(0.2), busy(0.211), "REGRESSED", "busy_s +11.00 ms, limit +5 %"),
+        ("busy_s", busy(0.2), busy(0.18), "IMPROVED", "busy_s -20.00 ms, limit +5 %"),
+    ],
+)
+def test_compared(against: Any, name: str, old: Metric, new: Metric, verdict: str, headline: str) -> None:
+    """Each noise class has its tolerance, each direction its sign, and the headline says both."""
+    judgement = against(name, old, new)
+    assert (judgement.verdict.value, judgement.headline) == (verdict, headline)
+    assert only(judgement).change == new.value - old.value
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict", "limit"),
+    [
+        (Limits(peak_bytes="20%"), "PASS", "+20 %"),
+        (Limits(peak_bytes="0.01%"), "REGRESSED", "+0.01 %"),
+        (Limits(peak_bytes="0%"), "REGRESSED", "equal"),
+        (Limits(peak_bytes=GiB), "REGRESSED", "at most 1.00 GiB"),
+        (Limits(peak_bytes=2 * GiB), "PASS", "+2.00 MiB"),
+    ],
+)
+def test_limits(against: Any, limits: Limits, verdict: str, limit: str) -> None:
+    """A percentage replaces the default and its floor; a number is checked beside it."""
+    row = only(against("peak_bytes", peak(GiB), peak(GiB + MiB), limits))
+    assert (row.verdict.value, row.limit) == (verdict, limit)
+
+
+def test_limits_come_from_the_case(tmp_path: Path) -> None:
+    """Without limits given, those of the record's case count."""
+    case = a_case(limits=Limits(operators="1%"))
+    lookup = baseline(a_record({"operators": counted(1000)}, case=case), tmp_path)
+    assert judge(a_record({"operators": counted(1005)}, case=case), lookup).verdict is Verdict.PASS
+    assert judge(a_record({"operators": counted(1005)}, case=case), lookup, Limits()).verdict is Verdict.REGRESSED
+
+
+def test_an_absolute_limit_needs_no_baseline() -> None:
+    """A broken ceiling is REGRESSED without a baseline; a kept one does not make the case pass."""
+    record, missing = a_record({"peak_bytes": peak(2 * GiB), "operators": counted()}), Missing(path="p")
+    broken = judge(record, missing, Limits(peak_bytes=GiB))
+    assert (broken.verdict, broken.headline) == (Verdict.REGRESSED, "peak_bytes 2.00 GiB, limit at most 1.00 GiB")
+    kept = judge(a_record({"peak_bytes": peak(GiB)}), missing, Limits(peak_bytes=GiB))
+    assert (kept.verdict, only(kept).verdict) == (Verdict.NO_BASELINE, Verdict.PASS)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "fragment"),
+    [
+        ({"operators": counted()}, "limit on busy_s, but the record has no busy_s"),
+        (
+            {"operators": counted(), "busy_s": busy(gated=False)},
+            "limit on busy_s, but busy_s is shown there but not gated",
+        ),
+    ],
+)
+def test_a_limit_that_cannot_be_kept(tmp_path: Path, metrics: dict[str, Metric], fragment: str) -> None:
+    """A limit on what was not measured is no pass."""
+    judgement = judge(a_record(metrics), baseline(a_record(metrics), tmp_path), Limits(busy_s=1.0))
+    assert judgement.verdict is Verdict.INCOMPATIBLE
+    assert fragment in judgement.headline
+
+
+def test_a_moved_stack_is_compared_and_suspected(against: Any) -> None:
+    """An upgrade that costs memory is REGRESSED and named; one that costs nothing passes and is listed."""
+    stack = STACK | {"transformers": "5.24.0"} | {"accelerate": "1.10"}
+    moved = ("accelerate absent → 1.10", "transformers 5.23.0 → 5.24.0")
+    worse = against("peak_bytes", peak(GiB), peak(2 * GiB), stack=stack)
+    assert (worse.verdict, worse.moved) == (Verdict.REGRESSED, moved)
+    assert "Moved since the baseline: accelerate absent → 1.10, transformers 5.23.0 → 5.24.0." in worse.reason
+    assert against("operators", counted(), counted(), stack=stack).verdict is Verdict.PASS
+    independent = counted(5, depends_on=("case",)), counted(6, depends_on=("case",))
+    assert "Moved" not in against("trainable_parameters", *independent, stack=stack).reason
+
+
+@pytest.mark.parametrize(
+    "change", [{"driver": "590.2"}, {"cuda": "13.1"}, {"torch": "2.11.0+cu131"}, {"torch": "2.11.0"}]
+)
+def test_time_is_inconclusive_across_drivers(against: Any, change: dict[str, str]) -> None:
+    """No time compares across driver or CUDA, better or worse; memory does."""
+    for value in (0.1, 0.25, 9.0):
+        judgement = against("busy_s", busy(0.25), busy(value), stack=STACK | change)
+        assert judgement.verdict is Verdict.INCONCLUSIVE
+        assert "no time compares across" in judgement.headline
+    assert against("peak_bytes", peak(), peak(), stack=STACK | change).verdict is Verdict.PASS
+    assert against("busy_s", busy(), busy(), stack=STACK | {"torch": "2.12.0+cu130"}).verdict is Verdict.PASS
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "verdict", "fragment"),
+    [
+        ("busy_s", busy(0.0), busy(), "INVALID", "in the baseline, busy_s is 0 s, and zero proves nothing"),
+        ("peak_bytes", peak(0), peak(), "INVALID", "in the baseline, peak_bytes is 0 bytes"),
+        ("operators", counted(-1), counted(), "INVALID", "below zero"),
+        ("busy_s", busy(), busy(0.0), "INVALID", "busy_s is 0 s"),
+        ("operators", counted(), counted(unit="bytes"), "INCOMPATIBLE", "unit 1 → bytes"),
+        ("operators", counted(), counted(better="same"), "INCOMPATIBLE", "better lower → same"),
+        ("operators", counted(), counted(noise="busy"), "INCOMPATIBLE", "noise exact → busy"),
+        ("operators", counted(), counted(depends_on=("case",)), "INCOMPATIBLE", "depends_on"),
+    ],
+)
+def test_values_that_prove_nothing(
+    tmp_path: Path, name: str, old: Metric, new: Metric, verdict: str, fragment: str
+) -> None:
+    """A zero or negative measurement is INVALID on either side, another quantity INCOMPATIBLE."""
+    lookup = baseline(a_record(), tmp_path, metrics={name: old})
+    judgement = judge(a_record({name: new}), lookup)
+    assert judgement.verdict.value == verdict
+    assert fragment in judgement.headline
+
+
+def test_metrics_that_come_and_go(tmp_path: Path) -> None:
+    """A gated metric that vanished, also by losing its gate, is INCOMPATIBLE; a new one has no baseline."""
+    lookup = baseline(a_record({"operators": counted(), "kernels": counted()}), tmp_path)
+    judgement = judge(a_record({"operators": counted(gated=False), "copies": counted(3)}), lookup)
+    verdicts = {row.metric: row.verdict.value for row in judgement.metrics}
+    assert verdicts == {"kernels": "INCOMPATIBLE", "operators": "INCOMPATIBLE", "copies": "NO_BASELINE"}
+    assert "vanished" in judgement.headline
+
+
+def test_runs_that_gave_nothing_to_judge(tmp_path: Path) -> None:
+    """An invalid record and a broken run are INVALID for their own reasons, whatever their numbers."""
+    lookup = baseline(a_record(), tmp_path)
+    invalid = judge(a_record(status="invalid", reasons=("half the rows were padding.",)), lookup)
+    assert (invalid.verdict, invalid.metrics, invalid.broken) == (Verdict.INVALID, (), False)
+    assert invalid.headline == "invalid: half the rows were padding."
+    broken = judge(failed_record(), lookup)
+    assert (broken.verdict, broken.metrics, broken.broken) == (Verdict.INVALID, (), True)
+    assert broken.headline == "out_of_memory in build: 80.1 GiB asked for, 79.6 GiB there."
+
+
+def test_nothing_gated_is_no_pass() -> None:
+    """A record without a gated metric has nothing that could pass."""
+    assert judge(a_record({"step_s": wall()}), Missing(path="p")).verdict is Verdict.NO_BASELINE
+
+
+def test_the_gravest_leads(tmp_path: Path) -> None:
+    """The worst metric decides, the largest of its kind is named first, and the others are counted."""
+    lookup = baseline(a_record({"kernels": counted(100), "operators": counted(100), "copies": counted(9)}), tmp_path)
+    judgement = judge(a_record({"kernels": counted(101), "operators": counted(150), "copies": counted(8)}), lookup)
+    assert judgement.headline == "operators +50, limit equal (and 1 more REGRESSED)"
+    assert [row.metric for row in judgement.metrics] == ["operators", "kernels", "copies"]
+    assert UPDATE in judgement.next_step
+
+
+def test_outcomes() -> None:
+    """The table of verdicts and test outcomes."""
+    outcomes = {verdict.value: (verdict.outcome(), verdict.outcome(strict=True)) for verdict in Verdict}
+    assert outcomes == {
+        "PASS": ("passed", "passed"),
+        "IMPROVED": ("passed", "passed"),
+        "REGRESSED": ("failed", "failed"),
+        "INVALID": ("failed", "failed"),
+        "INCONCLUSIVE": ("skipped", "failed"),
+        "NO_BASELINE": ("skipped", "failed"),
+        "INCOMPATIBLE": ("skipped", "failed"),
+    }

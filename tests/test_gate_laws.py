@@ -1,0 +1,118 @@
+"""Laws of the gate, by property."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hpc_core.gate import Judgement, Verdict, judge
+from hpc_core.limits import Limits, MiB
+from hpc_core.record import Metric, Record
+from hpc_core.spec import SCHEMA
+from hpc_core.store import Accepted, Baseline, accept, find, gated_metrics, proves_nothing
+from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
+
+GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.REGRESSED]
+values = st.integers(1, 2**45)
+directions = st.sampled_from(["lower", "higher", "same"])
+shifts = st.integers(-(2**33), 2**33) | st.integers(-3, 3) | st.integers(-3 * MiB, 3 * MiB)
+
+
+def stored(held: dict[str, Metric]) -> Baseline:
+    """A baseline of the default record, without the disk."""
+    case = a_case()
+    return Baseline(
+        schema=SCHEMA,
+        case=case.id,
+        digest=case.digest,
+        spec=case,
+        machine=H100,
+        stack=STACK,
+        python="3.11.9",
+        accepted=Accepted(reason="r", at="2026-11-23T12:00:00+00:00", commit=None, dirty=None),
+        metrics=held,
+    )
+
+
+def judged(old: Metric, new: Metric, limits: Limits | None = None) -> Judgement:
+    return judge(a_record({"peak_bytes": new}), stored({"peak_bytes": old}), limits or Limits())
+
+
+@given(values, shifts, directions, st.booleans())
+@settings(max_examples=400)
+def test_exact_never_passes_beyond_its_tolerance(old: int, shift: int, better: Any, allocator: bool) -> None:
+    """Bytes beyond max(2 MiB, 0.05 %) of an allocator, or 0.05 % of counted bytes, never pass, and within always do."""
+    assume(old + shift > 0)
+    depends: Any = ("case", "stack", "machine") if allocator else ("case", "stack")
+    fields: dict[str, Any] = {"better": better, "depends_on": depends}
+    verdict = judged(peak(old, **fields), peak(old + shift, **fields)).verdict
+    allowed = max(2 * MiB if allocator else 0, old * 0.0005)
+    assert (verdict is Verdict.PASS) == (abs(shift) <= allowed)
+    if verdict is not Verdict.PASS:
+        worse = {"lower": shift > 0, "higher": shift < 0, "same": True}[better]
+        assert verdict is (Verdict.REGRESSED if worse else Verdict.IMPROVED)
+
+
+@given(st.integers(0, 2**50), st.integers(0, 2**50), st.sampled_from(["1", "FLOP"]))
+@settings(max_examples=200)
+def test_counts_pass_only_if_equal(old: int, new: int, unit: str) -> None:
+    """A count or FLOPs differ by one, and that is no pass."""
+    for value in (new, old, old + 1):
+        verdict = judged(counted(old, unit=unit), counted(value, unit=unit)).verdict
+        assert (verdict is Verdict.PASS) == (value == old)
+
+
+@given(values, values, values, percentages, st.sampled_from([peak, counted, busy]))
+@settings(max_examples=300)
+def test_worse_is_never_judged_better(old: int, one: int, other: int, percentage: str, make: Any) -> None:
+    """A worse value never gets a better verdict, with the default tolerance, a relative limit or a ceiling."""
+    good, bad = sorted((one, other))
+    for limits in (Limits(), Limits(peak_bytes=percentage), Limits(peak_bytes=old)):
+        first, second = (judged(make(old), make(value), limits).verdict for value in (good, bad))
+        assert GOODNESS.index(first) <= GOODNESS.index(second)
+        mirrored = [judged(make(old, better="higher"), make(v, better="higher")).verdict for v in (bad, good)]
+        assert GOODNESS.index(mirrored[0]) <= GOODNESS.index(mirrored[1])
+
+
+@given(st.dictionaries(names, metrics(), min_size=1, max_size=6), st.randoms(use_true_random=False), st.data())
+@settings(max_examples=100)
+def test_order_does_not_matter(held: dict[str, Metric], random: Any, data: st.DataObject) -> None:
+    """The order of metrics, in the record or in the baseline, changes nothing."""
+    seen = dict(data.draw(st.permutations(list(held.items()))))
+    shuffled = list(held.items())
+    random.shuffle(shuffled)
+    accepted = {name: metric for name, metric in shuffled if metric.gated and metric.noise != "wall"}
+    assume(accepted)
+    worse = {name: data.draw(metrics()) for name in accepted}
+    assert judge(a_record(held), stored(gated_metrics(a_record(held)))) == judge(a_record(seen), stored(accepted))
+    backwards = dict(reversed(list(worse.items())))
+    assert judge(a_record(worse), stored(accepted)) == judge(a_record(backwards), stored(accepted))
+
+
+@given(records())
+@settings(max_examples=30)
+def test_what_was_accepted_passes(record: Record) -> None:
+    """Accept, find, judge: any record that may be a baseline passes against itself."""
+    gated = gated_metrics(record)
+    assume(record.status == "ok" and gated)
+    assume(not any(proves_nothing(name, metric) for name, metric in gated.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        accept(Path(folder), record, reason="r")
+        lookup = find(Path(folder), record.circumstances.machine.key, record.case.id)
+        assert isinstance(lookup, Baseline)
+        assert judge(record, lookup, Limits()).verdict is Verdict.PASS
+
+
+@given(records(), st.dictionaries(names, metrics(), max_size=4))
+@settings(max_examples=100)
+def test_judging_never_raises_and_always_explains(record: Record, held: dict[str, Metric]) -> None:
+    """Any record against any baseline gives a verdict, and all but PASS say why and what to do."""
+    judgement = judge(record, stored(held))
+    assert judgement.headline
+    for row in judgement.metrics:
+        assert row.reason
+        assert row.verdict is Verdict.PASS or row.next_step

@@ -1,0 +1,184 @@
+"""What is accepted as a baseline, how it is written, and what is refused."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc_core.errors import BaselineError
+from hpc_core.record import Record, record_from_json
+from hpc_core.store import (
+    HISTORY_LENGTH,
+    Baseline,
+    accept,
+    baseline_path,
+    find,
+    history_path,
+)
+from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, wall
+
+AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)
+CASE = "tiny/lora"
+
+
+def look(root: Path) -> Any:
+    return find(root, H100.key, CASE)
+
+
+def place(root: Path) -> Path:
+    return baseline_path(root, H100.key, CASE)
+
+
+def test_what_is_accepted_is_found(tmp_path: Path) -> None:
+    """The baseline holds the gated metrics, the case, the surroundings and the reason, and nothing else."""
+    record = a_record()
+    done = accept(tmp_path, record, reason="first numbers", at=AT)
+    assert (done.action, done.path) == ("created", str(place(tmp_path)))
+    assert [(change.metric, change.old) for change in done.changes] == [
+        (name, None) for name in ("busy_s", "operators", "peak_bytes")
+    ]
+    found = look(tmp_path)
+    assert isinstance(found, Baseline)
+    assert found.metrics == {name: metric for name, metric in record.metrics.items() if name != "step_s"}
+    assert (found.case, found.spec, found.digest) == (CASE, record.case, record.case.digest)
+    assert (found.machine, found.stack) == (H100, record.circumstances.stack)
+    assert (found.accepted.reason, found.accepted.at) == ("first numbers", "2026-11-23T12:00:00+00:00")
+
+
+def test_the_file_reads_well(tmp_path: Path) -> None:
+    """One value a line, sorted, with a newline at the end, readable by others, and no draft left behind."""
+    accept(tmp_path, a_record(), reason="größer", at=AT)
+    text = place(tmp_path).read_text(encoding="utf-8")
+    assert text.endswith("}\n")
+    assert "größer" in text
+    keys = [line.split('"')[1] for line in text.splitlines() if line.startswith('  "')]
+    assert keys == sorted(keys)
+    assert place(tmp_path).stat().st_mode & 0o400
+    assert sorted(path.name for path in place(tmp_path).parent.iterdir()) == ["lora.history.jsonl", "lora.json"]
+
+
+def test_the_same_numbers_do_not_rewrite_the_file(tmp_path: Path) -> None:
+    """Accepting the same again leaves the baseline as it is, with its reason, and adds to the history."""
+    accept(tmp_path, a_record(), reason="first", at=AT)
+    before = place(tmp_path).read_bytes()
+    done = accept(tmp_path, a_record(), reason="again")
+    assert (done.action, done.changes) == ("unchanged", ())
+    assert place(tmp_path).read_bytes() == before
+    assert len(history_path(tmp_path, H100.key, CASE).read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        a_record({"peak_bytes": peak(2**30)}),
+        a_record(circumstances=around(stack={"torch": "2.12.0"})),
+        a_record(case=a_case(seed=1)),
+    ],
+    ids=["metrics", "stack", "digest"],
+)
+def test_what_differs_rewrites_the_file(tmp_path: Path, record: Record) -> None:
+    """Other metrics, another stack or another case make another baseline."""
+    accept(tmp_path, a_record(), reason="first")
+    assert accept(tmp_path, record, reason="second").action == "updated"
+    found = look(tmp_path)
+    assert isinstance(found, Baseline)
+    assert found.accepted.reason == "second"
+
+
+def test_changes_name_old_and_new(tmp_path: Path) -> None:
+    """An acceptance tells which metric moved from what to what, came or went."""
+    accept(tmp_path, a_record({"peak_bytes": peak(100), "operators": counted(7)}), reason="first")
+    done = accept(tmp_path, a_record({"peak_bytes": peak(90), "busy_s": busy(0.5)}), reason="second")
+    changes = {change.metric: (change.old, change.new, change.unit) for change in done.changes}
+    assert changes == {"peak_bytes": (100, 90, "bytes"), "busy_s": (None, 0.5, "s"), "operators": (7, None, "1")}
+
+
+def test_history_is_bounded_and_whole(tmp_path: Path) -> None:
+    """The last accepted records lie beside the baseline, one a line, oldest first."""
+    for value in range(1, HISTORY_LENGTH + 4):
+        accept(tmp_path, a_record({"operators": counted(value)}), reason="step")
+    lines = history_path(tmp_path, H100.key, CASE).read_bytes().splitlines()
+    values = [record_from_json(line).metrics["operators"].value for line in lines]
+    assert values == list(range(4, HISTORY_LENGTH + 4))
+
+
+@pytest.mark.parametrize("junk", [b"{", b"null\n", b"\xff\n", b"[" * 100_000, b'{"case":{}}\n', b"\n\n"])
+def test_damaged_history_stops_before_anything_is_written(tmp_path: Path, junk: bytes) -> None:
+    """A history that is no history is named, with what to do, and neither file changes."""
+    accept(tmp_path, a_record(), reason="first")
+    history = history_path(tmp_path, H100.key, CASE)
+    history.write_bytes(history.read_bytes() + junk)
+    before = place(tmp_path).read_bytes(), history.read_bytes()
+    with pytest.raises(
+        BaselineError, match=r"lora\.history\.jsonl, line 2: not a record .*Restore it from git or delete it"
+    ):
+        accept(tmp_path, a_record({"operators": counted(9)}), reason="second")
+    assert (place(tmp_path).read_bytes(), history.read_bytes()) == before
+
+
+def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
+    """A line of an older schema was proof when it was written."""
+    history = history_path(tmp_path, H100.key, CASE)
+    history.parent.mkdir(parents=True)
+    history.write_bytes(b'{"schema":0,"old":true}\n')
+    accept(tmp_path, a_record(), reason="first")
+    assert history.read_bytes().splitlines()[0] == b'{"schema":0,"old":true}'
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "fragment"),
+    [
+        (a_record(), "  ", "a baseline needs a reason"),
+        (failed_record(), "r", "the record is failed, so it is no baseline: 80.1 GiB"),
+        (
+            a_record(status="invalid", reasons=("too fast",)),
+            "r",
+            "the record is invalid, so it is no baseline: too fast",
+        ),
+        (a_record(circumstances=around(fault="no-cache")), "r", "fault 'no-cache' was injected"),
+        (a_record({"step_s": wall()}), "r", "none of 1 metrics is gated"),
+        (a_record({"operators": counted(gated=False)}), "r", "none of 1 metrics is gated"),
+        (a_record({"busy_s": busy(0.0)}), "r", "busy_s is 0 s, and zero proves nothing"),
+        (a_record({"peak_bytes": peak(0)}), "r", "peak_bytes is 0 bytes, and zero proves nothing"),
+        (a_record({"operators": counted(-1)}), "r", "operators is -1 1, below zero"),
+        (a_record(answers=("\ud800",)), "r", "the record or the reason is no valid text"),
+        (a_record(), "\ud800", "the record or the reason is no valid text"),
+    ],
+)
+def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: str) -> None:
+    """What is no proof never becomes a baseline, and leaves no file."""
+    with pytest.raises(BaselineError, match=fragment):
+        accept(tmp_path, record, reason=reason)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dirty_tree_is_refused_on_request(tmp_path: Path) -> None:
+    """A dirty tree is recorded, or refused where only commits may make baselines."""
+    record = a_record(circumstances=around(dirty=True))
+    with pytest.raises(BaselineError, match="uncommitted changes"):
+        accept(tmp_path, record, reason="r", allow_dirty=False)
+    accept(tmp_path, record, reason="r")
+    found = look(tmp_path)
+    assert isinstance(found, Baseline)
+    assert found.accepted.dirty is True
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_the_old_file_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """A full disk costs the new baseline, not the old one, and leaves no draft."""
+    accept(tmp_path, a_record(), reason="first")
+    before = place(tmp_path).read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    owner: Any = os if failing == "fsync" else Path
+    monkeypatch.setattr(owner, failing, full)
+    with pytest.raises(BaselineError, match=r"cannot be written: .*No space left"):
+        accept(tmp_path, a_record({"operators": counted(9)}), reason="second")
+    assert place(tmp_path).read_bytes() == before
+    assert len(list(place(tmp_path).parent.iterdir())) == 2

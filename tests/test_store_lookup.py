@@ -1,0 +1,152 @@
+"""What is found in a baseline's place, whatever lies there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hpc_core.errors import BaselineError
+from hpc_core.store import (
+    Baseline,
+    Damaged,
+    Missing,
+    OlderSchema,
+    accept,
+    baseline_path,
+    find,
+)
+from tests.strategies import CPU, H100, a_record, around, wall
+
+CASE = "tiny/lora"
+
+
+def look(root: Path) -> Any:
+    return find(root, H100.key, CASE)
+
+
+def place(root: Path) -> Path:
+    return baseline_path(root, H100.key, CASE)
+
+
+def sealed(content: dict[str, Any]) -> bytes:
+    """The bytes of a file with this content and a right checksum."""
+    content.pop("checksum", None)
+    checksum = hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:16]
+    text = msgspec.json.encode(content | {"checksum": checksum}, order="sorted")
+    return msgspec.json.format(text, indent=2) + b"\n"
+
+
+def test_missing_names_who_has_one(tmp_path: Path) -> None:
+    """A missing baseline says which machines have one."""
+    assert look(tmp_path / "nowhere") == Missing(path=str(place(tmp_path / "nowhere")))
+    accept(tmp_path, a_record(circumstances=around(CPU)), reason="r")
+    (tmp_path / "README").write_text("not a machine")
+    assert look(tmp_path) == Missing(path=str(place(tmp_path)), elsewhere=("cpu",))
+
+
+@pytest.mark.parametrize("key", ["", "..", "../x", "a/b", "/etc", "CPU", "cpu\n", ".hidden"])
+def test_keys_that_lead_out_are_refused(tmp_path: Path, key: str) -> None:
+    """A machine's key is a plain name."""
+    with pytest.raises(BaselineError, match="A machine's key is a plain lower-case name"):
+        find(tmp_path, key, CASE)
+
+
+@pytest.mark.parametrize("case_id", ["", "lora", "../x", "tiny/../../x", "tiny/..", "a/b/c", "tiny/lora\n"])
+def test_ids_that_lead_out_are_refused(tmp_path: Path, case_id: str) -> None:
+    """A case id is checked here again."""
+    with pytest.raises(BaselineError, match="A case id is <shape>/<variant>"):
+        find(tmp_path, "cpu", case_id)
+
+
+JUNK: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "no JSON"),
+    "no JSON": (b"{", "no JSON"),
+    "not UTF-8": (b'"\xff\xfe"', "no JSON"),
+    "a list": (b"[]\n", "a list, not an object"),
+    "null": (b"null", "a NoneType, not an object"),
+    "no checksum": (b"{}\n", "its checksum is None"),
+    "NaN": (b'{"metrics": NaN}', "no JSON"),
+    "deep nesting": (b"[" * 200_000, "no JSON"),
+    "a deep tree": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "no JSON"),
+    "10 MB": (b" " * 10_000_000, "larger than 4,194,304 bytes"),
+    "a lone surrogate": (b'{"a": "\\ud800"}', "no JSON"),
+    "no schema": (sealed({"a": 1}), "its schema is None"),
+    "a true schema": (sealed({"schema": True}), "its schema is True"),
+    "no fields": (sealed({"schema": 1}), "it is no baseline"),
+}
+
+
+@pytest.mark.parametrize(("content", "fragment"), JUNK.values(), ids=JUNK)
+def test_junk_is_damaged(tmp_path: Path, content: bytes, fragment: str) -> None:
+    """Whatever a file holds, finding it says what is wrong and raises nothing."""
+    place(tmp_path).parent.mkdir(parents=True)
+    place(tmp_path).write_bytes(content)
+    found = look(tmp_path)
+    assert isinstance(found, Damaged)
+    assert fragment in found.reason
+
+
+def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
+    """A folder or a pipe in the file's place is found at once, a broken link is missing, a long name is told."""
+    place(tmp_path).mkdir(parents=True)
+    assert "not a regular file" in look(tmp_path).reason
+    place(tmp_path).rmdir()
+    os.mkfifo(place(tmp_path))
+    assert "not a regular file" in look(tmp_path).reason
+    place(tmp_path).unlink()
+    place(tmp_path).symlink_to(tmp_path / "gone")
+    assert isinstance(look(tmp_path), Missing)
+    assert isinstance(find(tmp_path, "cpu", f"tiny/{'x' * 300}"), Damaged | Missing)
+    (tmp_path / "cpu").write_text("a file where a folder should be")
+    assert isinstance(find(tmp_path, "cpu", CASE), Missing)
+
+
+def test_accepting_over_a_folder_says_so(tmp_path: Path) -> None:
+    """What cannot be replaced is an error with the path, not a traceback."""
+    place(tmp_path).mkdir(parents=True)
+    with pytest.raises(BaselineError, match=r"lora\.json: cannot be written"):
+        accept(tmp_path, a_record(), reason="r")
+
+
+@pytest.mark.parametrize("schema", [0, 2, 99, -1])
+def test_another_schema_is_told_apart(tmp_path: Path, schema: int) -> None:
+    """An intact file of another schema, whatever its fields, is not damaged."""
+    place(tmp_path).parent.mkdir(parents=True)
+    place(tmp_path).write_bytes(sealed({"schema": schema, "values": [1, 2]}))
+    assert look(tmp_path) == OlderSchema(path=str(place(tmp_path)), found=schema, known=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "fragment"),
+    [
+        ({"case": "tiny/other"}, "is of tiny/other by name and of tiny/lora by content"),
+        ({"digest": "0" * 12}, "states digest 000000000000"),
+        ({"metrics": {}}, "it holds no metric"),
+        ({"metrics": {"step_s": msgspec.to_builtins(wall())}}, "it holds step_s, never gated"),
+        ({"metrics": {"busy_s": {"value": None}}}, "it is no baseline"),
+        ({"colour": 3}, "unknown field"),
+        ({"accepted": None}, "it is no baseline"),
+    ],
+)
+def test_sealed_contradictions_are_damaged(tmp_path: Path, change: dict[str, Any], fragment: str) -> None:
+    """A right checksum over a wrong content does not help."""
+    accept(tmp_path, a_record(), reason="r")
+    content = msgspec.json.decode(place(tmp_path).read_bytes())
+    place(tmp_path).write_bytes(sealed(content | change))
+    found = look(tmp_path)
+    assert isinstance(found, Damaged)
+    assert fragment in found.reason
+
+
+def test_other_line_ends_are_damaged(tmp_path: Path) -> None:
+    """The bytes must be those that were written, even if the content is intact."""
+    accept(tmp_path, a_record(), reason="r")
+    place(tmp_path).write_bytes(place(tmp_path).read_bytes().replace(b"\n", b"\r\n"))
+    assert "bytes are not those hpc-core writes" in look(tmp_path).reason
+    assert accept(tmp_path, a_record(), reason="anew").action == "updated"
+    assert isinstance(look(tmp_path), Baseline)
