@@ -12,14 +12,17 @@ import msgspec
 from hpc_core.record import Record
 from hpc_core.spec import Case
 
-__all__ = ["Event", "Exited", "Finished", "Job", "Phase", "decode_event", "encode_event"]
+__all__ = ["Event", "Exited", "Finished", "Job", "Phase", "Preloaded", "Request", "Way", "decode_event", "encode_event"]
+
+Way = Literal["warm", "exec", "inline"]
+"""How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """What one worker is asked to do."""
 
     case: Case
-    launched: Literal["warm", "exec", "inline"] = "exec"
+    launched: Way = "exec"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ceilings: dict[str, float] = {}
     """Ceilings measured earlier in this session, to stand beside the numbers."""
@@ -53,6 +56,26 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", tag_field="event"):
 Event = Phase | Finished | Exited
 
 
+class Preloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """The warm parent is ready to fork workers; said once, by itself, about itself."""
+
+    pid: int
+    seconds: float
+    """What importing torch and transformers took."""
+    modules: tuple[str, ...]
+    """Every module it has imported."""
+    cuda_initialized: bool
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks the warm parent for one worker; the descriptors of job, events, life and output travel with it."""
+
+    folder: str
+    """Working directory."""
+    environment: dict[str, str | None] = {}
+    """What changed in the launcher's environment since the parent started; None unsets."""
+
+
 def encode_event(event: Event) -> bytes:
     """One line."""
     return msgspec.json.encode(event) + b"\n"
@@ -64,4 +87,5 @@ def decode_event(line: bytes) -> Event:
     Raises:
         msgspec.MsgspecError: the line is no event.
     """
-    return msgspec.json.decode(line, type=Event)
+    event: Event = msgspec.json.decode(line, type=Event)
+    return event

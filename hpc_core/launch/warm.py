@@ -1,0 +1,109 @@
+"""The way "warm": keeping a preloaded parent, and asking it for workers. The parent's own side is `zygote`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import subprocess
+import tempfile
+
+import msgspec
+
+from hpc_core.launch.channel import Channel
+from hpc_core.launch.interpreter import worker_environment
+from hpc_core.launch.protocol import Preloaded, Request
+
+__all__ = ["NoWarmParent", "WarmParent"]
+
+_MESSAGE_BYTES = 1 << 20
+_CLOSE_S = 5.0
+
+
+class NoWarmParent(Exception):  # noqa: N818 - an outcome that the launcher answers with another way, not an error
+    """The warm parent could not preload, or is gone; the text says why in a sentence."""
+
+
+class WarmParent:
+    """A process with torch and transformers imported, which forks a worker whenever it is asked to.
+
+    Raises:
+        NoWarmParent: it did not get ready within `preload_limit_s` seconds.
+    """
+
+    def __init__(self, python: str, environment: dict[str, str] | None, *, preload_limit_s: float) -> None:
+        extra = worker_environment(environment)
+        self._extra = extra
+        self._base = dict(os.environ)
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fd = str(theirs.fileno())
+        command = (python, "-m", "hpc_core.launch.zygote", "--socket-fd", fd, "--preload-limit", str(preload_limit_s))
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                pass_fds=(theirs.fileno(),),
+                env=self._base | extra,
+                start_new_session=True,  # Ctrl-C in the terminal is the launcher's business
+            )
+        except OSError as error:
+            self._line.close()
+            self._log.close()
+            raise NoWarmParent(f"{python} could not be started: {error}.") from error
+        finally:
+            theirs.close()
+        try:
+            self.preloaded = self._await_preload(preload_limit_s)
+        except BaseException:
+            self.close(wait_s=0)
+            raise
+
+    def _await_preload(self, limit_s: float) -> Preloaded:
+        readable, _, _ = select.select([self._line], [], [], limit_s)
+        if not readable:
+            raise NoWarmParent(f"Preloading torch and transformers took longer than its limit of {limit_s:g} s.")
+        message = self._line.recv(_MESSAGE_BYTES)
+        if not message:
+            code = self._process.wait()
+            raise NoWarmParent(f"Preloading torch and transformers ended with exit code {code}: {self._last_line()}")
+        return msgspec.json.decode(message, type=Preloaded)
+
+    def _last_line(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        text = os.pread(self._log.fileno(), 4000, max(0, size - 4000)).decode("utf-8", "replace")
+        return (text.strip().splitlines() or ["it said nothing"])[-1]
+
+    def start(self, channel: Channel) -> None:
+        """Fork a supervisor and a worker on the channel's descriptors, and hand those over.
+
+        Raises:
+            NoWarmParent: the parent has ended.
+        """
+        request = Request(folder=os.getcwd(), environment=self._changed_environment())  # noqa: PTH109 - it travels as text
+        try:
+            socket.send_fds(self._line, [msgspec.json.encode(request)], channel.for_supervisor)
+        except OSError as error:
+            raise NoWarmParent(f"The warm parent has ended with exit code {self._process.poll()}: {error}.") from error
+        channel.handed_over()
+
+    def _changed_environment(self) -> dict[str, str | None]:
+        """What changed in this process's environment since the parent started; what was chosen for workers stays."""
+        now = dict(os.environ)
+        changed: dict[str, str | None] = {name: now.get(name) for name in self._base.keys() | now.keys()}
+        return {
+            name: value for name, value in changed.items() if value != self._base.get(name) and name not in self._extra
+        }
+
+    def close(self, *, wait_s: float = _CLOSE_S) -> None:
+        """End the parent; its workers, if any, end through their own supervisors. May be called again."""
+        self._line.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()

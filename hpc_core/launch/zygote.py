@@ -1,0 +1,129 @@
+"""The warm parent: `python -m hpc_core.launch.zygote …` imports torch and transformers once, then forks workers.
+
+It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. It runs no job
+itself, sets no thread count and computes nothing, so that no thread pool exists before a fork. It ends with its socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import math
+import os
+import signal
+import socket
+import sys
+import time
+
+import msgspec
+
+from hpc_core.launch.protocol import Preloaded, Request
+from hpc_core.launch.supervisor import supervise
+
+__all__ = ["main"]
+
+_PRELOAD = (
+    "torch",
+    "transformers",
+    # transformers imports its parts when they are first named; these are what a Llama costs.
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.generation",
+    "hpc_core.worker",
+)
+_MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
+_CHECK_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
+_REQUEST_BYTES = 1 << 20
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Preload, say so on the socket, then fork a supervised worker for each request."""
+    parser = argparse.ArgumentParser(prog="python -m hpc_core.launch.zygote", description=__doc__)
+    parser.add_argument("--socket-fd", type=int, required=True)
+    parser.add_argument("--preload-limit", type=float, required=True, help="seconds")
+    chosen = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.alarm(math.ceil(chosen.preload_limit))  # ends a preload that hangs, even if nobody is left to end it
+    ready = _preload()
+    signal.alarm(0)
+    with socket.socket(fileno=chosen.socket_fd) as line:
+        line.set_inheritable(False)
+        line.send(msgspec.json.encode(ready))
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors report by themselves; the kernel reaps them
+        _serve(line)
+
+
+def _preload() -> Preloaded:
+    """Import what every case needs.
+
+    Raises:
+        RuntimeError: this initialized CUDA, or imported peft or bitsandbytes: children could not use the GPU.
+    """
+    began = time.monotonic()
+    asked = os.environ.get(_CHECK_BY_NVML)
+    os.environ[_CHECK_BY_NVML] = "1"  # torch.cuda.is_available() through the CUDA runtime would spoil every fork
+    for name in _PRELOAD:
+        importlib.import_module(name)
+    if asked is None:
+        del os.environ[_CHECK_BY_NVML]
+    else:
+        os.environ[_CHECK_BY_NVML] = asked
+    initialized = bool(sys.modules["torch"].cuda.is_initialized())
+    if initialized:
+        raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
+    for name in _MUST_NOT_BE_LOADED:
+        if name in sys.modules:
+            raise RuntimeError(f"Preloading imported {name}, which initializes CUDA; a forked worker could not use it.")
+    gc.collect()
+    gc.freeze()  # children do not walk, and so do not copy, what is shared
+    return Preloaded(
+        pid=os.getpid(),
+        seconds=round(time.monotonic() - began, 3),
+        modules=tuple(sorted(sys.modules)),
+        cuda_initialized=initialized,
+    )
+
+
+def _serve(line: socket.socket) -> None:
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(line, _REQUEST_BYTES, 4)
+        if not message:
+            return
+        if os.fork() == 0:
+            try:
+                line.close()
+                _supervise(msgspec.json.decode(message, type=Request), *descriptors)
+            finally:
+                os._exit(0)  # never fall back into the loop; what went wrong shows as events without an Exited
+        for fd in descriptors:
+            os.close(fd)
+
+
+def _supervise(request: Request, job_fd: int, events_fd: int, life_fd: int, output_fd: int) -> None:
+    """In a child: supervise one worker of the request, forked once more."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(output_fd, stream)
+    for fd in (job_fd, events_fd, life_fd, output_fd):
+        os.set_inheritable(fd, False)
+    supervise(lambda: _work(request, job_fd, events_fd), events_fd=events_fd, life_fd=life_fd)
+
+
+def _work(request: Request, job_fd: int, events_fd: int) -> None:
+    """In the worker: look like a freshly started interpreter as far as environment and folder go, and serve the job."""
+    for name, value in request.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    os.chdir(request.folder)
+    if not sys.flags.safe_path:
+        sys.path[0] = request.folder  # what `python -m` put there was the folder of the warm parent
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    importlib.import_module("hpc_core.worker").serve(job_fd, events_fd)
+
+
+if __name__ == "__main__":
+    main()

