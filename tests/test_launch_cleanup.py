@@ -73,7 +73,7 @@ def test_nothing_survives_a_timeout(marker: str) -> None:
     """When the run returns, the worker's descendants are gone."""
     with ThreadPoolExecutor() as pool:
         were_there = pool.submit(wait_for, lambda: len(processes(marker)) == _CHILDREN)
-        record = Launcher("exec").run(job(marker, hang=True, timeout_s=6))
+        record = Launcher("exec").run(job(marker, hang=True, timeout_s=3))
     assert record.failure is not None
     assert (record.failure.kind, were_there.result(), processes(marker)) == ("timeout", True, [])
 

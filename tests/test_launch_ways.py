@@ -150,9 +150,9 @@ def test_an_exception_has_the_kind_it_deserves(
     assert (seen.kind, words in seen.message) == (kind, True)
 
 
-def test_output_does_not_disturb_the_protocol(launcher: Launcher) -> None:
+def test_output_does_not_disturb_the_protocol(warm: Launcher) -> None:
     """A worker may print anything, events included."""
-    assert launcher.run(job("noisy")).status == "ok"
+    assert warm.run(job("noisy")).status == "ok"
 
 
 def test_a_malformed_event_is_a_crash(warm: Launcher) -> None:
@@ -169,27 +169,27 @@ def test_a_record_of_another_case_is_a_crash(warm: Launcher) -> None:
     assert (seen.kind, "another case" in seen.message) == ("crash", True)
 
 
-def test_a_failed_record_tells_its_circumstances(launcher: Launcher) -> None:
+def test_a_failed_record_tells_its_circumstances(warm: Launcher) -> None:
     """A crash, too, has machine, stack and way."""
-    around = launcher.run(job("aborts")).circumstances
-    assert (around.launched, around.machine.key) == (launcher.way, "cpu")
+    around = warm.run(job("aborts")).circumstances
+    assert (around.launched, around.machine.key) == (warm.way, "cpu")
 
 
-def test_jobs_do_not_share_a_process(launcher: Launcher, tmp_path: Path) -> None:
+def test_jobs_do_not_share_a_process(warm: Launcher, tmp_path: Path) -> None:
     """What one case leaves in a module, the next does not see."""
     calls = []
     for _ in range(2):
-        assert launcher.run(job("counted", path=str(tmp_path / "facts"))).status == "ok"
+        assert warm.run(job("counted", path=str(tmp_path / "facts"))).status == "ok"
         calls.append(json.loads((tmp_path / "facts").read_text())["calls"])
     assert calls == [1, 1]
 
 
 def test_a_worker_sees_the_launchers_environment_of_now(
-    launcher: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    warm: Launcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A variable set after the warm parent started counts too."""
     monkeypatch.setenv("HPC_CORE_TEST", "now")
-    launcher.run(job("counted", path=str(tmp_path / "facts")))
+    warm.run(job("counted", path=str(tmp_path / "facts")))
     facts = json.loads((tmp_path / "facts").read_text())
     assert (facts["variable"], facts["folder"]) == ("now", str(Path.cwd()))
 
@@ -228,9 +228,9 @@ def test_descriptors_do_not_leak(warm: Launcher) -> None:
     assert [len(list(folder.iterdir())) for folder in folders] == before
 
 
-def test_programs_do_not_inherit_the_events(launcher: Launcher, tmp_path: Path) -> None:
+def test_programs_do_not_inherit_the_events(warm: Launcher, tmp_path: Path) -> None:
     """A program that a case starts cannot hold the launcher's line open, even if it closes nothing."""
-    assert launcher.run(job("lists_inherited_pipes", path=str(tmp_path / "pipes"))).status == "ok"
+    assert warm.run(job("lists_inherited_pipes", path=str(tmp_path / "pipes"))).status == "ok"
     assert (tmp_path / "pipes").read_text() == "[]\n"
 
 

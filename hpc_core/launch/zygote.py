@@ -1,7 +1,8 @@
 """The warm parent: `python -m hpc_core.launch.zygote …` imports torch and transformers once, then forks workers.
 
 It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. It runs no job
-itself, sets no thread count and computes nothing, so that no thread pool exists before a fork. It ends with its socket.
+itself, sets no thread count and computes nothing: a pool of torch's threads would not survive the fork. (The threads it
+has are OpenBLAS's, numpy's and scipy's, which OpenBLAS starts again in a child by itself.) It ends with its socket.
 """
 
 from __future__ import annotations
