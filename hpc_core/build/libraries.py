@@ -25,4 +25,6 @@ def library(name: str, needed_for: str) -> ModuleType:
             raise  # the package is there, something that it imports is not: that is another fault
         package = name.partition(".")[0]
         how = f"pip install 'hpc-core[{_EXTRA[package]}]'" if package in _EXTRA else f"pip install {package}"
-        raise MissingLibraryError(f"{needed_for} needs the package {package}, which is not installed. Get it with: {how}") from error
+        raise MissingLibraryError(
+            f"{needed_for} needs the package {package}, which is not installed. Get it with: {how}"
+        ) from error

@@ -55,7 +55,9 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
         if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in spec.skip_modules
     ]
     if left or not layers:
-        raise BuildError(f"Quantization to {spec.kind} left {len(left)} of {len(left) + len(layers)} linear layers as they were, first {left[:1]}.")
+        raise BuildError(
+            f"Quantization to {spec.kind} left {len(left)} of {len(left) + len(layers)} linear layers as they were, first {left[:1]}."
+        )
     for layer in layers.values():
         _keep_portable(layer)
 
@@ -103,7 +105,7 @@ def _keep_portable(layer: Any) -> None:
     """Keep 4-bit weights in the one layout that every CPU and every backward pass can read.
 
     On CPUs with AVX512-BF16, bitsandbytes 0.50.2 repacks a Linear4bit in its first forward without gradients and reads
-    the new layout in inference only: a training step after it gives no gradients. The flag is its own, per layer.
+    the new layout in inference only: a training step after it gives zero or wrong gradients. The flag is its own, per layer.
     """
     if hasattr(layer, "support_avx512bf16_for_cpu"):
         layer.support_avx512bf16_for_cpu = False

@@ -70,7 +70,10 @@ def device_activity(work: Callable[[], None], device: torch.device) -> DeviceAct
 
 def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
     synchronize(device)
-    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with (
+        quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler,
+    ):
         torch.cuda._sleep(_SENTINEL_CYCLES)
         synchronize(device)
         work()
@@ -84,7 +87,9 @@ def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
 def _sort(events: Iterable[Any]) -> tuple[list[Interval], int]:
     """Device records as intervals, and the number of kernel launches that the host made."""
     intervals: list[Interval] = []
-    launches: set[int] = set()  # by correlation id: one launch can appear as a runtime call and as the driver call beneath
+    launches: set[int] = (
+        set()
+    )  # by correlation id: one launch can appear as a runtime call and as the driver call beneath
     cuda = torch.autograd.DeviceType.CUDA
     for event in events:
         name = event.name()
@@ -115,7 +120,9 @@ def summarize(intervals: list[Interval], launches: int) -> DeviceActivity:
     sentinels = [interval for interval in ordered if _SENTINEL in interval.name]
     kernels = [interval for interval in ordered if interval.kind == "kernel"]
     if len(sentinels) != 2 or not ordered or ordered[0] is not sentinels[0] or ordered[-1] is not sentinels[-1]:
-        raise MeasureError(f"The profiler saw {len(sentinels)} of 2 sentinel kernels at the ends of {len(ordered)} device records.")
+        raise MeasureError(
+            f"The profiler saw {len(sentinels)} of 2 sentinel kernels at the ends of {len(ordered)} device records."
+        )
     if len(kernels) != launches:
         raise MeasureError(f"The host launched {launches:,} kernels, the profiler recorded {len(kernels):,}.")
     work = [interval for interval in ordered if _SENTINEL not in interval.name]

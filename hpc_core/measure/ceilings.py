@@ -43,7 +43,9 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
         right = torch.randn(edge, edge, device=device, dtype=torch.float32).to(dtype)
         out = torch.empty_like(left)
         name = str(dtype).removeprefix("torch.")
-        found[f"matmul_{name}_flop_per_s"] = 2 * edge**3 / _median_s(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
+        found[f"matmul_{name}_flop_per_s"] = (
+            2 * edge**3 / _median_s(lambda a=left, b=right, c=out: torch.mm(a, b, out=c))
+        )
     source = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found["copy_bytes_per_s"] = 2 * _COPY_BYTES / _median_s(lambda: target.copy_(source))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
-from math import prod
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from hpc_core.measure.formulas import own_formulas
 
 __all__ = ["Counts", "counting"]
 
@@ -46,29 +46,11 @@ class Counts:
 def counting() -> Iterator[Counts]:
     """Count while the block runs: operators as they are dispatched, FLOPs as torch's FlopCounterMode counts them.
 
-    bitsandbytes' fused products are added, which torch cannot know: 2·m·n·k each, as for any matrix product.
+    Products that torch does not know are added (`measure.formulas`).
     """
     counts = Counts()
     operators = _Operators()
-    with FlopCounterMode(display=False, custom_mapping=_bitsandbytes_flops()) as flops, operators:
+    with FlopCounterMode(display=False, custom_mapping=own_formulas()) as flops, operators:
         yield counts
     counts.operators = operators.seen
     counts.flops = flops.get_total_flops()
-
-
-def _bitsandbytes_flops() -> dict[Any, Any]:
-    """FLOP formulas of the bitsandbytes operators that are registered; none when the package was not imported."""
-    formulas: dict[Any, Any] = {}
-    for name, formula in (("gemm_4bit", _gemm_4bit), ("int8_linear_matmul", _int8), ("int8_scaled_mm", _int8)):
-        with contextlib.suppress(AttributeError):
-            formulas[getattr(torch.ops.bitsandbytes, name)] = formula
-    return formulas
-
-
-def _gemm_4bit(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:
-    rows = prod(a[:-1])
-    return 2 * rows * shape[0] * shape[1]
-
-
-def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * prod(a[:-1]) * int(a[-1]) * int(b[0])

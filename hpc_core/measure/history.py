@@ -29,11 +29,13 @@ class AllocatorHistory:
         self._owned: list[tuple[int, str, int]] = []
         self._before: list[Allocation] = []
         self._live: dict[int, Allocation] = {}
+        self._start = 0
 
     def start(self) -> None:
         """Note what is there, and record from now on."""
         # Without call stacks an entry costs under a microsecond.
         torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=_LIMIT)
+        self._start = self._position()
         for segment in torch.cuda.memory._snapshot(self._device)["segments"]:
             if segment["device"] != (self._device.index or 0):
                 continue
@@ -60,13 +62,13 @@ class AllocatorHistory:
         self._marks.append((self._position(), self._phases.index(phase)))
 
     def _position(self) -> int:
-        return len(self._entries())
+        """Allocations and frees since `start`, by the allocator's own counters: reading the history itself would copy it."""
+        counters = torch.cuda.memory_stats_as_nested_dict(self._device)["allocation"]["all"]
+        return int(counters["allocated"] + counters["freed"]) - self._start
 
     def _entries(self) -> list[dict[str, Any]]:
         traces = torch.cuda.memory._snapshot(self._device)["device_traces"]
-        entries = traces[self._device.index or 0]
-        assert isinstance(entries, list)
-        return entries
+        return [entry for entry in traces[self._device.index or 0] if entry["action"] in ("alloc", "free_requested")]
 
     def stop(self) -> Timeline:
         """Stop recording and put the timeline together.
@@ -74,10 +76,14 @@ class AllocatorHistory:
         Raises:
             MeasureError: more happened than the allocator keeps.
         """
+        expected = self._position()
         entries = self._entries()
         torch.cuda.memory._record_memory_history(enabled=None)
-        if len(entries) >= _LIMIT:
-            raise MeasureError(f"The step made over {_LIMIT:,} allocator events: the history is cut off. Watch fewer tokens or steps.")
+        if len(entries) != expected:
+            raise MeasureError(
+                f"The allocator counted {expected:,} allocations and frees and kept {len(entries):,} of them (it keeps {_LIMIT:,} "
+                "entries): the memory by category is void. Watch fewer tokens or steps."
+            )
         return self._replay(entries)
 
     def _replay(self, entries: list[dict[str, Any]]) -> Timeline:
@@ -97,7 +103,7 @@ class AllocatorHistory:
                 piece = Allocation(size_bytes=entry["size"], born=position, phase=phase)
                 timeline.allocations.append(piece)
                 live[entry["addr"]] = piece
-            elif entry["action"] == "free_requested" and entry["addr"] in live:
+            elif entry["addr"] in live:
                 piece = live.pop(entry["addr"])
                 piece.died, piece.died_in = position, phase
         for claim in owned[next_owned:]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["cache_tensors", "gradient_tensors", "optimizer_tensors", "owned_bytes", "weight_tensors"]
+__all__ = ["cache_tensors", "gradient_tensors", "living_tensors", "optimizer_tensors", "owned_bytes", "weight_tensors"]
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -18,7 +19,11 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
         owned[kind] += [tensor, *_constants(tensor)]
     for module in model.modules():
         state = getattr(module, "state", None)  # int8 layers move their constants here in the first forward
-        owned["weights"] += [value for value in (getattr(state, "CB", None), getattr(state, "SCB", None)) if isinstance(value, torch.Tensor)]
+        owned["weights"] += [
+            value
+            for value in (getattr(state, "CB", None), getattr(state, "SCB", None))
+            if isinstance(value, torch.Tensor)
+        ]
     return owned
 
 
@@ -55,8 +60,19 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
     """Keys and values of a transformers cache."""
     found = []
     for layer in getattr(cache, "layers", ()):
-        found += [value for value in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(value, torch.Tensor)]
+        found += [
+            value
+            for value in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if isinstance(value, torch.Tensor)
+        ]
     return found
+
+
+def living_tensors(device: torch.device) -> list[torch.Tensor]:
+    """Every tensor on `device` that Python holds anywhere: what nobody owns shows as "other", such as a forgotten reference."""
+    # type(), not isinstance: a lazy proxy would import its package when asked for its class.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    return [tensor for tensor in found if tensor.device == device and tensor.layout == torch.strided]
 
 
 def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:

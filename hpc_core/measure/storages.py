@@ -41,21 +41,25 @@ class StorageWatch(TorchDispatchMode):
             self._known[id(tensor.untyped_storage())][1].category = category
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and note the storages that it returns."""
+        """Run the operator, and note the storages that it returns; one that it takes and nobody made was there before."""
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self._add(value, "", before=True)
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
                 self._add(value, str(func))
         return out
 
-    def _add(self, tensor: torch.Tensor, source: str) -> None:
+    def _add(self, tensor: torch.Tensor, source: str, *, before: bool = False) -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self._known.get(key)
         if known is not None and known[0]() is storage:
             return
         self._clock += 1
-        piece = Allocation(size_bytes=storage.nbytes(), born=self._clock, phase=self._phase, source=source)
+        born, phase = (0, -1) if before else (self._clock, self._phase)
+        piece = Allocation(size_bytes=storage.nbytes(), born=born, phase=phase, source=source)
         self.timeline.allocations.append(piece)
 
         def died(_: Any) -> None:

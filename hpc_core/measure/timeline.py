@@ -68,12 +68,16 @@ class Timeline:
             live += change
             if current >= 0:
                 peaks[names[current]] = max(peaks[names[current]], live)
+        for unseen in names[current + 1 :]:
+            peaks[unseen] = live  # nothing came or went in it, and what it inherited stayed
         return peaks
 
     def at_peak(self) -> Mapping[str, int]:
         """Live bytes by category at the highest point; they add up to the peak."""
         when, _ = self.peak()
-        alive = [piece for piece in self.allocations if piece.born <= when and (piece.died is None or piece.died > when)]
+        alive = [
+            piece for piece in self.allocations if piece.born <= when and (piece.died is None or piece.died > when)
+        ]
         peak_phase = max((piece.phase for piece in self.allocations if piece.born <= when), default=-1)
         totals = dict.fromkeys(CATEGORIES, 0)
         for piece in alive:

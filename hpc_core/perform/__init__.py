@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable
-from typing import Literal
 
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record
@@ -35,7 +34,7 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     if job.fault is not None:
         from hpc_core.faults import inject
 
-        inject(job.fault)
+        session.injection = inject(job.fault)
     workload = job.case.workload
     if isinstance(workload, FinetuneSpec):
         from hpc_core.perform.finetune import measure_finetune
@@ -49,6 +48,3 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     from hpc_core.perform.callable import measure_callable
 
     return measure_callable(session, workload)
-
-
-Device = Literal["cpu", "cuda"]

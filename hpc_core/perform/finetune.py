@@ -12,7 +12,7 @@ from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
-from hpc_core.perform.memory import Watch, measure_memory
+from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
@@ -38,8 +38,10 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     session.warm_up(program, lambda: _note_loss(session, program))
     _time_steps(session, program, workload)
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
-    program.steps_done = program.widest
-    measure_memory(session, program, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch))
+    widest = Fixed(program, program.widest)
+    measure_memory(
+        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch)
+    )
     _count(session, program, workload)
     _busy(session, program)
     _finite(session)
@@ -62,7 +64,9 @@ def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSp
     session.metrics["step_s"] = wall(samples)
     session.metrics["tokens"] = counted(tokens, better="same", case_only=True)
     session.metrics["padded_tokens"] = counted(padded, better="same", case_only=True)
-    session.metrics["tokens_per_s"] = reported(tokens / sum(samples), "tokens/s", better="higher", note="unpadded tokens")
+    session.metrics["tokens_per_s"] = reported(
+        tokens / sum(samples), "tokens/s", better="higher", note="unpadded tokens"
+    )
     batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
     # Ragged batches cost differently, so an epoch is so many times the mean; equal ones so many times the median.
     typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
@@ -111,7 +115,9 @@ def _busy(session: Session, program: FinetuneProgram) -> None:
         return
     _busy_metrics(session, activity, steps)
     step_s = session.metrics["step_s"].value
-    session.metrics["busy_share"] = ratio(activity.busy_s / steps / step_s, note=bound_by(activity.busy_s / steps / step_s))
+    session.metrics["busy_share"] = ratio(
+        activity.busy_s / steps / step_s, note=bound_by(activity.busy_s / steps / step_s)
+    )
     _share_of_matmul(session, step_s)
 
 
@@ -136,8 +142,13 @@ def _share_of_matmul(session: Session, step_s: float) -> None:
     ceiling = session.job.ceilings.get(f"matmul_{dtype}_flop_per_s")
     if model.shape is None or ceiling is None or workload.data.source != "random":
         return
-    needed = train_flops(SHAPES[model.shape], workload.batch, workload.length, session.case.adapter)
-    session.metrics["mfu"] = ratio(needed / step_s / ceiling, note="FLOPs without recomputation over wall time and the measured matmul rate")
+    adapter = session.case.adapter
+    if adapter is not None and not set(adapter.targets) <= set(SHAPES[model.shape].linear_shapes()):
+        return  # an adapter elsewhere, on the head for one: no closed form
+    needed = train_flops(SHAPES[model.shape], workload.batch, workload.length, adapter)
+    session.metrics["mfu"] = ratio(
+        needed / step_s / ceiling, note="FLOPs without recomputation over wall time and the measured matmul rate"
+    )
 
 
 def _finite(session: Session) -> None:

@@ -8,8 +8,9 @@ from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import cache_tensors
+from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.finetune import bound_by
-from hpc_core.perform.memory import Watch, measure_memory
+from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
@@ -33,8 +34,8 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
-    _time_queries(session, program, built)
-    _memory(session, program, built)
+    peaks = _time_queries(session, program, built)
+    _memory(session, program, built, peaks)
     _count(session, program)
     _busy(session, program)
     _share_of_copy(session, program)
@@ -45,7 +46,7 @@ def _warm_up(session: Session, program: GenerateProgram) -> None:
     # A short query warms every kernel; the longest prompt settles the allocator.
     longest = _longest(program)
     tokens, program.new_tokens = program.new_tokens, min(8, program.new_tokens)
-    session.warm_up(_Fixed(program, longest))
+    session.warm_up(Fixed(program, longest))
     program.new_tokens = tokens
     program.steps_done = 0
 
@@ -54,45 +55,54 @@ def _longest(program: GenerateProgram) -> int:
     return max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
 
 
-class _Fixed:
-    """The same query again and again."""
+def _time_queries(session: Session, program: GenerateProgram, built: Built) -> dict[str, int] | None:
+    """Every prompt once, and the peak bytes by phase on a GPU.
 
-    period = 1
-
-    def __init__(self, program: GenerateProgram, index: int):
-        self._program, self._index = program, index
-        self.phases = program.phases
-
-    def step(self, mark: Mark = unmarked) -> None:
-        self._program.steps_done = self._index
-        self._program.step(mark)
-
-
-def _time_queries(session: Session, program: GenerateProgram, built: Built) -> None:
-    """Every prompt once. The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway."""
+    The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
+    allocator's counters between prefill and decode waits for nothing.
+    """
     queries, first, decode = [], [], []
     times: list[float] = []
     program.on_token = lambda _: times.append(time.perf_counter())
     program.steps_done = 0
+    peaks = PhasePeaks(session.device) if session.on_gpu else None
+    mark: Mark = unmarked if peaks is None else peaks
+    if peaks is not None:
+        peaks.close()
     with session.timing():
         for _ in range(program.period):
             times.clear()
             synchronize(session.device)
             start = time.perf_counter()
-            queries.append(seconds_of(program.step, session.device))
+            queries.append(seconds_of(lambda: program.step(mark), session.device))
+            if peaks is not None:
+                peaks.close()
             first.append(times[0] - start)
             decode += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
             session.answers += _answers(program, built)
     program.on_token = None
+    _note_times(session, program, queries, first, decode)
+    return None if peaks is None else peaks.peaks
+
+
+def _note_times(
+    session: Session, program: GenerateProgram, queries: list[float], first: list[float], decode: list[float]
+) -> None:
     batch, tokens = program.workload.batch, program.new_tokens
     made = batch * tokens * program.period
     session.metrics["query_s"] = wall(queries)
     session.metrics["time_to_first_token_s"] = wall(first)
     session.metrics["decode_token_s"] = wall(decode)
     session.metrics["tokens"] = counted(made, better="same", case_only=True)
-    session.metrics["prompt_tokens"] = counted(sum(prompt.tokens for prompt in program.prompts), better="same", case_only=True)
-    session.metrics["padded_tokens"] = counted(sum(prompt.padded for prompt in program.prompts), better="same", case_only=True)
-    session.metrics["tokens_per_s"] = reported(made / sum(queries), "tokens/s", better="higher", note="new tokens, prefill included")
+    session.metrics["prompt_tokens"] = counted(
+        sum(prompt.tokens for prompt in program.prompts), better="same", case_only=True
+    )
+    session.metrics["padded_tokens"] = counted(
+        sum(prompt.padded for prompt in program.prompts), better="same", case_only=True
+    )
+    session.metrics["tokens_per_s"] = reported(
+        made / sum(queries), "tokens/s", better="higher", note="new tokens, prefill included"
+    )
     further = program.workload.extrapolate_to
     if further is not None:
         seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
@@ -108,15 +118,19 @@ def _answers(program: GenerateProgram, built: Built) -> list[str]:
     return [str(built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
 
 
-def _memory(session: Session, program: GenerateProgram, built: Built) -> None:
+def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dict[str, int] | None) -> None:
+    """Categories from a query that is recorded; on a GPU a short one, since the history of a long one takes as long as the query."""
+    tokens = program.new_tokens
+    if session.on_gpu:
+        program.new_tokens = min(_BUSY_TOKENS + 1, tokens)
     with watch_cache(program.model) as cache:
 
         def marking(watch: Watch) -> Mark:
             program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
             return watch
 
-        measure_memory(session, _Fixed(program, _longest(program)), built.model, None, marking=marking, steps=1)
-    program.on_token = None
+        measure_memory(session, Fixed(program, _longest(program)), built.model, None, marking=marking, peaks=peaks)
+    program.on_token, program.new_tokens = None, tokens
 
 
 def _count(session: Session, program: GenerateProgram) -> None:
@@ -131,9 +145,13 @@ def _count(session: Session, program: GenerateProgram) -> None:
     program.new_tokens = tokens
     prefill, whole = seen[1], seen[1 + _COUNTED_TOKENS]
     decode = f"1 per {_COUNTED_TOKENS} tokens"
-    session.metrics["operators"] = counted(whole.total, machine=session.on_gpu, unit=f"1 per prefill and {_COUNTED_TOKENS} tokens")
+    session.metrics["operators"] = counted(
+        whole.total, machine=session.on_gpu, unit=f"1 per prefill and {_COUNTED_TOKENS} tokens"
+    )
     session.metrics["operators_decode"] = counted(whole.total - prefill.total, machine=session.on_gpu, unit=decode)
-    session.metrics["flops"] = counted(whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {_COUNTED_TOKENS} tokens")
+    session.metrics["flops"] = counted(
+        whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {_COUNTED_TOKENS} tokens"
+    )
     session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
 
 
@@ -177,8 +195,18 @@ def _share_of_copy(session: Session, program: GenerateProgram) -> None:
     shape = SHAPES[model.shape]
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
     length = statistics.fmean(len(prompt.ids[0]) for prompt in program.prompts) + program.new_tokens / 2
-    cache = int(2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width * length * program.workload.batch)
+    cache = int(
+        2
+        * shape.num_hidden_layers
+        * shape.num_key_value_heads
+        * shape.head_dim
+        * width
+        * length
+        * program.workload.batch
+    )
     embedding = shape.vocab_size * shape.hidden_size * width
     needed = decode_bytes(int(session.metrics["weights_bytes"].value), embedding, shape.tie_word_embeddings, cache)
     per_token = needed / session.metrics["decode_token_s"].value
-    session.metrics["mbu"] = ratio(per_token / ceiling, note="bytes a token must read over wall time and the measured copy rate")
+    session.metrics["mbu"] = ratio(
+        per_token / ceiling, note="bytes a token must read over wall time and the measured copy rate"
+    )

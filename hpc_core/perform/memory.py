@@ -12,15 +12,36 @@ import torch
 
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.history import AllocatorHistory
-from hpc_core.measure.owners import optimizer_tensors, weight_tensors
+from hpc_core.measure.owners import living_tensors, optimizer_tensors, weight_tensors
 from hpc_core.measure.phases import peaks_of
 from hpc_core.measure.storages import StorageWatch
 from hpc_core.measure.timeline import CATEGORIES, Timeline
 from hpc_core.perform.metrics import measured_bytes
 from hpc_core.perform.session import Session
-from hpc_core.program import Mark, Program
+from hpc_core.program import Mark, Program, unmarked
 
-__all__ = ["Watch", "measure_memory"]
+__all__ = ["Fixed", "Watch", "measure_memory"]
+
+
+class _Cyclic(Program, Protocol):
+    """A program that says, and can be told, where in its data it stands."""
+
+    steps_done: int
+
+
+class Fixed:
+    """A program that does the same step of another one again and again, so that every pass sees the same shapes."""
+
+    period = 1
+
+    def __init__(self, program: _Cyclic, index: int):
+        self._program, self._index = program, index
+        self.phases = program.phases
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """The step at this index of the program's data."""
+        self._program.steps_done = self._index
+        self._program.step(mark)
 
 
 class Watch(Protocol):
@@ -54,11 +75,13 @@ def measure_memory(
     *,
     marking: Callable[[Watch], Mark] | None = None,
     steps: int = 2,
+    peaks: dict[str, int] | None = None,
 ) -> None:
     """Measure peaks by phase over `steps` steps and categories over one, into the session's metrics.
 
-    The program runs on from where it stands: the caller puts it before its largest step. `marking` may wrap the
-    recorder, to name owners that only live for a while (gradients, KV cache).
+    The caller gives its largest step, as `Fixed` where steps differ: every pass must see the same one. `marking` may wrap the
+    recorder, to name owners that only live for a while (gradients, KV cache). `peaks` are those of a pass that was
+    watched already; without them the program is run for them.
     """
     session.phase("memory")
     owners = weight_tensors(model) if model is not None else {}
@@ -66,11 +89,11 @@ def measure_memory(
         owners["optimizer"] = optimizer_tensors(optimizer)
     if session.on_gpu:
         with quiet():
-            peaks = peaks_of(program, session.device, steps)
+            peaks = peaks or peaks_of(program, session.device, steps)
         synchronize(session.device)
         timeline = _from_history(session, program, owners, marking)
     else:
-        timeline = _from_storages(program, owners, marking)
+        timeline = _from_storages(program, session.device, owners, marking)
         peaks = timeline.peaks_by_phase(program.phases)
     peak = max(peaks.values())
     session.metrics["peak_bytes"] = measured_bytes(peak, machine=session.on_gpu)
@@ -85,7 +108,11 @@ def _categories(session: Session, timeline: Timeline) -> None:
     for category in CATEGORIES:
         if totals[category]:
             # At the step's highest point, by requested bytes; the allocator rounds up to its blocks beyond that.
-            session.metrics[f"at_peak_{category}_bytes"] = measured_bytes(totals[category], machine=session.on_gpu)
+            # On a CPU "other" holds scalars that libraries keep alive; the peak, which counts them, is gated.
+            gated = session.on_gpu or category != "other"
+            session.metrics[f"at_peak_{category}_bytes"] = measured_bytes(
+                totals[category], machine=session.on_gpu, gated=gated
+            )
     if session.on_gpu:
         rounding = int(session.metrics["peak_bytes"].value) - sum(totals.values())
         session.metrics["at_peak_rounding_bytes"] = measured_bytes(max(rounding, 0), machine=True, gated=False)
@@ -103,11 +130,15 @@ def _from_history(session: Session, program: Program, owners: dict[str, list[tor
         return history.stop()
 
 
-def _from_storages(program: Program, owners: dict[str, list[torch.Tensor]], marking: Any) -> Timeline:
+def _from_storages(
+    program: Program, device: torch.device, owners: dict[str, list[torch.Tensor]], marking: Any
+) -> Timeline:
     watch = StorageWatch(program.phases)
     mark: Mark = watch if marking is None else marking(_TensorWatch(watch))
-    for category, tensors in owners.items():
-        watch.own(category, tensors)
-    with quiet(), watch:
-        program.step(mark)
+    with quiet():
+        watch.own("other", living_tensors(device))
+        for category, tensors in owners.items():
+            watch.own(category, tensors)
+        with watch:
+            program.step(mark)
     return watch.timeline

@@ -21,7 +21,13 @@ _MACHINE: tuple[Dependence, ...] = ("case", "stack", "machine")
 def measured_bytes(value: int, *, machine: bool, gated: bool = True, note: str | None = None) -> Metric:
     """Bytes of memory: the allocator's on a GPU (`machine`), of tensors on a CPU."""
     return Metric(
-        value=value, unit="bytes", noise="exact", better="lower", depends_on=_MACHINE if machine else _STACK, gated=gated, note=note
+        value=value,
+        unit="bytes",
+        noise="exact",
+        better="lower",
+        depends_on=_MACHINE if machine else _STACK,
+        gated=gated,
+        note=note,
     )
 
 
@@ -30,7 +36,14 @@ def tensor_bytes(value: int) -> Metric:
     return Metric(value=value, unit="bytes", noise="exact", better="lower", depends_on=_STACK)
 
 
-def counted(value: int, *, better: Literal["lower", "same"] = "lower", machine: bool = False, unit: str = "1", case_only: bool = False) -> Metric:
+def counted(
+    value: int,
+    *,
+    better: Literal["lower", "same"] = "lower",
+    machine: bool = False,
+    unit: str = "1",
+    case_only: bool = False,
+) -> Metric:
     """A count that is equal in every run: kernels, operators, FLOPs, tokens, parameters."""
     depends = _CASE if case_only else _MACHINE if machine else _STACK
     return Metric(value=value, unit=unit, noise="exact", better=better, depends_on=depends)
@@ -44,11 +57,19 @@ def busy(value_s: float) -> Metric:
 def wall(samples_s: Sequence[float]) -> Metric:
     """Seconds by the host's clock: shown and stored, not gated from a single run."""
     return Metric(
-        value=statistics.median(samples_s), samples=tuple(samples_s), unit="s", noise="wall", better="lower", depends_on=_MACHINE, gated=False
+        value=statistics.median(samples_s),
+        samples=tuple(samples_s),
+        unit="s",
+        noise="wall",
+        better="lower",
+        depends_on=_MACHINE,
+        gated=False,
     )
 
 
-def reported(value: float, unit: str, *, better: Literal["lower", "higher", "same"] = "lower", note: str | None = None) -> Metric:
+def reported(
+    value: float, unit: str, *, better: Literal["lower", "higher", "same"] = "lower", note: str | None = None
+) -> Metric:
     """A number for the reader: derived from wall time, or not reproducible. Never gated."""
     return Metric(value=value, unit=unit, noise="wall", better=better, depends_on=_MACHINE, gated=False, note=note)
 

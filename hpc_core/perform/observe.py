@@ -45,7 +45,7 @@ def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
 
 
 def checkpointing_seen(forwards: int, layers: int, steps: int) -> str:
-    """"off" for one forward a layer and step, "on" for two, a sentence for anything else."""
+    """ "off" for one forward a layer and step, "on" for two, a sentence for anything else."""
     per_step = layers * steps
     if layers == 0:
         return "unknown: no layer is called self_attn"
@@ -69,7 +69,10 @@ def watch_cache(model: torch.nn.Module) -> Iterator[CacheSeen]:
     cache = CacheSeen()
 
     def called(_: Any, __: Any, arguments: dict[str, Any]) -> None:
-        cache.seen = next((value for value in arguments.values() if hasattr(value, "layers") and hasattr(value, "get_seq_length")), None)
+        cache.seen = next(
+            (value for value in arguments.values() if hasattr(value, "layers") and hasattr(value, "get_seq_length")),
+            None,
+        )
 
     handle = model.register_forward_pre_hook(called, with_kwargs=True)
     try:

@@ -14,6 +14,7 @@ import torch
 from hpc_core.build import Built, build
 from hpc_core.environment import circumstances, gpu_state
 from hpc_core.errors import MeasureError, SpecError
+from hpc_core.faults import Injection
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.busy import DeviceActivity, device_activity
 from hpc_core.measure.ceilings import measure_ceilings
@@ -42,7 +43,9 @@ def choose_device(job: Job) -> torch.device:
     wanted = job.device if job.device != "auto" else ("cuda" if has_cuda and job.case.scale != "tiny" else "cpu")
     if (wanted == "cuda" or job.case.needs_gpu) and not has_cuda:
         built = f"torch {torch.__version__} sees no CUDA GPU"
-        raise SpecError(f"{job.case.id} needs a CUDA GPU, but {built}. Run it on a GPU box, or take a tiny or small case.")
+        raise SpecError(
+            f"{job.case.id} needs a CUDA GPU, but {built}. Run it on a GPU box, or take a tiny or small case."
+        )
     return torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu")
 
 
@@ -60,6 +63,7 @@ class Session:
         self.notes: list[str] = []
         self.losses: list[float] = []
         self.answers: list[str] = []
+        self.injection: Injection | None = None
         self._emit = emit
         self._started = started
         self._began = began
@@ -80,7 +84,7 @@ class Session:
         """Build the case's module; its peak while loading, its bytes and the host's peak become metrics."""
         self.phase("build")
         if self.on_gpu:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             torch.cuda.reset_peak_memory_stats(self.device)
         built = build(self.case, self.device)
         synchronize(self.device)
@@ -109,13 +113,17 @@ class Session:
             seconds.append(seconds_of(program.step, self.device))
             peaks.append(torch.cuda.max_memory_allocated(self.device) if self.on_gpu else 0)
             if len(seconds) == 1:
-                self.metrics["cold_start_s"] = reported(time.perf_counter() - self._began, "s", note="from the worker's start to its first finished step")
+                self.metrics["cold_start_s"] = reported(
+                    time.perf_counter() - self._began, "s", note="from the worker's start to its first finished step"
+                )
             if watch is not None:
                 watch()
             settled = len(set(peaks[-2:])) == 1 or program.period > 1
             if len(seconds) >= least and settled and seconds[-1] < _SETTLED_RATIO * min(seconds):
                 return
-        self.notes.append(f"warm-up did not settle in {len(seconds)} steps: peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s")
+        self.notes.append(
+            f"warm-up did not settle in {len(seconds)} steps: peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s"
+        )
 
     @contextlib.contextmanager
     def timing(self) -> Iterator[None]:
@@ -150,14 +158,27 @@ class Session:
             reserved = int(stats["reserved_bytes.all.peak"])
             self.metrics["reserved_bytes"] = measured_bytes(reserved, machine=True, gated=False)
             free, total = torch.cuda.mem_get_info(self.device)
-            self.metrics["device_used_bytes"] = measured_bytes(total - free, machine=True, gated=False, note="all processes on the card, context included")
+            self.metrics["device_used_bytes"] = measured_bytes(
+                total - free, machine=True, gated=False, note="all processes on the card, context included"
+            )
             self.metrics["allocator_retries"] = reported(int(stats["num_alloc_retries"]), "1")
         return self._close(ceilings=self.job.ceilings)
+
+    def _prove_fault(self) -> None:
+        if self.injection is None:
+            return
+        name, hits = self.injection.fault.name, self.injection.hits
+        self.notes.append(f"the fault {name} was injected; its changed code ran {hits:,} times")
+        if not hits:
+            self.reasons.append(
+                f"The fault {name} was injected, but {self.case.id} never reaches the code that it changes: it proves nothing here."
+            )
 
     def _close(self, *, ceilings: dict[str, float]) -> Record:
         for name, fact in self.audit.items():
             if not fact.holds:
                 self.reasons.append(f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}.")
+        self._prove_fault()
         self.phase("done")
         gpu: dict[str, Any] = {"before": self._gpu_before, "after": gpu_state()} if self.on_gpu else {}
         if self.on_gpu:

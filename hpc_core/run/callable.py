@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ __all__ = ["CallableProgram", "load_factory"]
 class CallableProgram:
     """Calls the step; what it returns is dropped, so that keeping nothing alive is the step's own affair."""
 
-    phases = ("step",)
+    phases: tuple[str, ...] = ("step",)
     period = 1
 
     def __init__(self, step: Callable[[], Any]):
@@ -36,14 +37,29 @@ def load_factory(spec: CallableSpec) -> CallableProgram:
     """
     module_name, _, name = spec.factory.partition(":")
     try:
-        factory = getattr(importlib.import_module(module_name), name)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module is there; a package that it imports is not
-        raise BuildError(f"The factory {spec.factory} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
-    except AttributeError as error:
-        raise BuildError(f"The module {module_name} has no {name}: {error}.") from error
+        raise BuildError(
+            f"The factory {spec.factory} cannot be imported: {error}. Is its folder on PYTHONPATH?"
+        ) from error
+    factory = getattr(module, name, None)
+    if factory is None:
+        raise BuildError(f"The module {module_name} has no {name}.")
+    _check_arguments(spec, factory)
     step = factory(**spec.arguments)
     if not callable(step):
-        raise BuildError(f"{spec.factory} must return the step, a callable without arguments; it returned {type(step).__name__}.")
+        raise BuildError(
+            f"{spec.factory} must return the step, a callable without arguments; it returned {type(step).__name__}."
+        )
     return CallableProgram(step)
+
+
+def _check_arguments(spec: CallableSpec, factory: Any) -> None:
+    try:
+        inspect.signature(factory).bind(**spec.arguments)
+    except TypeError as error:
+        raise BuildError(f"The factory {spec.factory} cannot be called with {spec.arguments}: {error}.") from error
+    except ValueError:
+        return  # written in C, without a signature

@@ -11,6 +11,9 @@ from hpc_core.spec import AdapterSpec
 
 __all__ = ["decode_bytes", "forward_flops", "train_flops"]
 
+_STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
+"""In which order a decoder layer's linear layers follow each other; attention lies between 0 and 1."""
+
 
 def forward_flops(shape: Shape, batch: int, length: int, *, past: int = 0, logits: int | None = None) -> int:
     """FLOPs of one forward over `length` new tokens a row after `past` cached ones.
@@ -30,8 +33,12 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
     """FLOPs of one training step without recomputation.
 
     Full: every product once forward, twice backward (input and weight gradients). With an adapter the frozen weights
-    have no weight gradient, the first layer's inputs need none, and the low-rank products are added. Attention's
-    backward has five products where forward has two (flash attention recomputes the scores; FlopCounterMode counts it).
+    have no weight gradient, nothing in the first layer up to its first adapter needs an input gradient, and the
+    low-rank products are added. Attention's backward has five products where forward has two (flash attention
+    recomputes the scores; FlopCounterMode counts it).
+
+    Raises:
+        KeyError: the adapter sits on something other than the seven linear layers of a decoder layer.
     """
     tokens = batch * length
     width = shape.num_attention_heads * shape.head_dim
@@ -43,15 +50,17 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
     total = forward + attention + attention * 5 // 2
     if adapter is None:
         return total + 2 * forward
-    # q, k and v of the first layer read the embeddings, which take no gradient.
-    first = 2 * tokens * sum(shapes[name][0] * shapes[name][1] for name in ("q_proj", "k_proj", "v_proj"))
-    total += forward - first
+    reached = min(_STAGE[name] for name in adapter.targets)
+    spared = [name for name in shapes if _STAGE[name] <= reached]  # in the first layer they read what takes no gradient
+    total += forward - 2 * tokens * sum(shapes[name][0] * shapes[name][1] for name in spared)
+    if reached > 0:
+        total -= attention * 5 // 2 // shape.num_hidden_layers
     for name in adapter.targets:
         rows, columns = shapes[name]
         down, up = 2 * tokens * adapter.rank * columns, 2 * tokens * adapter.rank * rows
         total += 3 * (down + up) * shape.num_hidden_layers
-        if name in ("q_proj", "k_proj", "v_proj"):
-            total -= down  # no input gradient of the first layer's down-projection
+        if name in spared:
+            total -= down
     return total
 
 

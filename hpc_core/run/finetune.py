@@ -6,6 +6,7 @@ No Trainer, no hooks, no synchronization inside a step: the loss stays on the de
 from __future__ import annotations
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,9 +37,16 @@ class DeviceBatch:
 class FinetuneProgram:
     """Trains step by step; batch i is `batches[i % period]`, so that every pass sees the same work."""
 
-    phases = ("forward", "backward", "optimizer")
+    phases: tuple[str, ...] = ("forward", "backward", "optimizer")
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, data: list[DeviceBatch], epoch: EpochSize, precision: str):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data: list[DeviceBatch],
+        epoch: EpochSize,
+        precision: str,
+    ):
         self.model = model
         self.optimizer = optimizer
         self.batches = data
@@ -87,14 +95,21 @@ def finetune_program(built: Built, case: Case, workload: FinetuneSpec) -> Finetu
     """
     # A random row is as good as another; a data set is read whole, so that an epoch's size is its own.
     count = workload.batch * workload.steps if workload.data.source == "random" else workload.data.rows
+    # Packing joins whole rows; everything else cuts them at the length.
+    length = None if workload.packing else workload.length
     rows = token_rows(
-        workload.data, count=count, length=workload.length, vocab_size=built.vocab_size, tokenizer=_tokenizer(built, workload.data)
+        workload.data,
+        count=count,
+        length=length,
+        vocab_size=built.vocab_size,
+        tokenizer=_tokenizer(built, workload.data),
     )
-    collated = list(batches(rows, workload))
-    chosen = [_to_device(batch, built.device) for batch in collated[: workload.steps]]
+    chosen = [_to_device(batch, built.device) for batch in itertools.islice(batches(rows, workload), workload.steps)]
     trainable = [parameter for parameter in built.model.parameters() if parameter.requires_grad]
     if not trainable:
-        raise BuildError(f"{case.id} trains nothing: no parameter requires a gradient. Give an adapter or unquantized weights.")
+        raise BuildError(
+            f"{case.id} trains nothing: no parameter requires a gradient. Give an adapter or unquantized weights."
+        )
     optimizer = make_optimizer(workload, trainable)
     return FinetuneProgram(built.model, optimizer, chosen, epoch_size(rows, workload), workload.precision)
 

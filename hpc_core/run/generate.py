@@ -38,7 +38,7 @@ class TokenTimes:
 class GenerateProgram:
     """Answers prompt after prompt; query i is `prompts[i % period]`."""
 
-    phases = ("prefill", "decode")
+    phases: tuple[str, ...] = ("prefill", "decode")
 
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch]):
         self.model: Any = built.model
@@ -58,7 +58,11 @@ class GenerateProgram:
 
     def _inputs(self, prompt: PromptBatch) -> dict[str, torch.Tensor]:
         ids = torch.tensor(prompt.ids, dtype=torch.long, device=self.device)
-        mask = torch.ones_like(ids) if prompt.mask is None else torch.tensor(prompt.mask, dtype=torch.long, device=self.device)
+        mask = (
+            torch.ones_like(ids)
+            if prompt.mask is None
+            else torch.tensor(prompt.mask, dtype=torch.long, device=self.device)
+        )
         return {"input_ids": ids, "attention_mask": mask}
 
     def step(self, mark: Mark = unmarked) -> None:
@@ -69,7 +73,11 @@ class GenerateProgram:
         """
         inputs = self.inputs[self.steps_done % self.period]
         mark("prefill")
-        options: dict[str, Any] = {"max_new_tokens": self.new_tokens, "do_sample": False, "use_cache": self.workload.cache != "off"}
+        options: dict[str, Any] = {
+            "max_new_tokens": self.new_tokens,
+            "do_sample": False,
+            "use_cache": self.workload.cache != "off",
+        }
         if self.workload.cache == "static":
             options["cache_implementation"] = "static"
         if mark is not unmarked or self.on_token is not None:

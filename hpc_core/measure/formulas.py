@@ -1,0 +1,79 @@
+"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention and bitsandbytes.
+
+Every formula takes shapes, as FlopCounterMode hands them over, and counts 2 FLOP a multiply-add.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from math import prod
+from typing import Any
+
+import torch
+
+__all__ = ["attention_backward_flops", "attention_flops", "own_formulas"]
+
+_FORWARD = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores and weighted values: two products a query head, over (batch, heads, length, width) shapes.
+
+    torch 2.11's own formula refuses fewer key heads than query heads, which is how grouped-query attention arrives.
+    """
+    batch, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * batch * heads * queries * keys * (width + value_width))
+
+
+def attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Five products a query head: scores again, and the gradients of values, weights, queries and keys.
+
+    The same as torch's `sdpa_backward_flop_count`, for any number of key heads.
+    """
+    batch, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * batch * heads * queries * keys * (3 * width + 2 * value_width))
+
+
+def _gemm_4bit(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * prod(a[:-1]) * shape[0] * shape[1])
+
+
+def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * prod(a[:-1]) * a[-1] * b[0])
+
+
+def _int8_mixed(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """The int8 product alone: how many outlier columns are multiplied again depends on the data."""
+    return _int8(a, b)
+
+
+_BITSANDBYTES = {
+    "gemm_4bit": _gemm_4bit,
+    "gemv_4bit": _gemm_4bit,
+    "int8_linear_matmul": _int8,
+    "int8_scaled_mm": _int8,
+    "int8_mixed_scaled_mm": _int8_mixed,
+}
+
+
+def _int8_with_outliers(a: Any, _: Any, quantized: Any, *__: Any, **___: Any) -> int:
+    return int(2 * prod(a[:-1]) * a[-1] * quantized[0])
+
+
+def own_formulas() -> dict[Any, Any]:
+    """Formula by operator, for FlopCounterMode's `custom_mapping`; bitsandbytes' only when the package was imported."""
+    formulas: dict[Any, Any] = {}
+    for name in _FORWARD:
+        formulas[getattr(torch.ops.aten, name)] = attention_flops
+        formulas[getattr(torch.ops.aten, f"{name}_backward")] = attention_backward_flops
+    for name, formula in _BITSANDBYTES.items():
+        with contextlib.suppress(AttributeError):
+            formulas[getattr(torch.ops.bitsandbytes, name)] = formula
+    return formulas

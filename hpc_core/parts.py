@@ -1,0 +1,130 @@
+"""The parts of a case: model, quantization, adapter, data. Frozen values, each refused when it contradicts itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from hpc_core.errors import SpecError
+from hpc_core.shapes import shape
+from hpc_core.strict import Strict, check_types, refuse
+
+__all__ = ["AdapterSpec", "DataSpec", "Dtype", "ModelSpec", "QuantSpec"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+_PACKAGE_DATA = "package://"
+
+
+class ModelSpec(Strict, frozen=True, kw_only=True):
+    """Which causal language model, and where its weights come from."""
+
+    shape: str | None = None
+    """A name from `hpc_core.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
+    weights: Literal["random", "folder", "hub", "gguf"] = "random"
+    path: str | None = None
+    """Local folder, hub id or GGUF file; `package://module/file.gguf` names a file that an installed package carries."""
+    dtype: Dtype = "bfloat16"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    seed: int = 0
+    """Seed of random weights."""
+
+    def __post_init__(self) -> None:
+        """Random weights need a shape, real ones a path.
+
+        Raises:
+            SpecError: either is missing, or both are given.
+        """
+        check_types(self)
+        if self.weights == "random":
+            refuse(self.shape is None, "Random weights need a shape: ModelSpec(shape='llama-3.2-3b').")
+            refuse(
+                self.path is not None,
+                f"Random weights are made, not read: drop path={self.path!r} or say weights='folder'.",
+            )
+            shape(self.shape or "")
+        else:
+            refuse(not self.path, f"weights={self.weights!r} needs path=, a local folder, hub id or GGUF file.")
+            refuse(self.shape is not None, f"weights={self.weights!r} brings its own shape: drop shape={self.shape!r}.")
+        is_package = (self.path or "").startswith(_PACKAGE_DATA)
+        refuse(is_package and self.weights != "gguf", "package:// names a GGUF file: say weights='gguf'.")
+
+
+class QuantSpec(Strict, frozen=True, kw_only=True):
+    """Weight quantization by bitsandbytes."""
+
+    kind: Literal["nf4", "fp4", "int8"]
+    compute_dtype: Dtype
+    """Always explicit: bitsandbytes' own default (float32 for 4-bit) is what made the original report slow."""
+    double_quant: bool = False
+    """Quantize the block constants again (4-bit only)."""
+    skip_modules: tuple[str, ...] = ("lm_head",)
+    """Linear layers left as they are, by the last part of their name."""
+
+    def __post_init__(self) -> None:
+        """Refuse what bitsandbytes would ignore in silence.
+
+        Raises:
+            SpecError: double quantization of int8, or int8 with a compute dtype other than float16.
+        """
+        check_types(self)
+        if self.kind == "int8":
+            refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int8 has one constant a row.")
+            refuse(
+                self.compute_dtype != "float16",
+                f"bitsandbytes computes int8 matrix products in float16 whatever is asked for: say compute_dtype='float16', got {self.compute_dtype!r}.",
+            )
+
+
+class AdapterSpec(Strict, frozen=True, kw_only=True):
+    """A LoRA adapter, as peft builds it."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    dtype: Dtype = "float32"
+    """Storage dtype of the adapter's weights. float32 is peft's default on a half-precision base (`autocast_adapter_dtype`)."""
+
+    def __post_init__(self) -> None:
+        """Ranges.
+
+        Raises:
+            SpecError: rank below 1, alpha not above 0, dropout outside [0, 1), no or repeated targets.
+        """
+        check_types(self)
+        refuse(self.rank < 1, f"rank must be at least 1, got {self.rank}.")
+        refuse(not self.alpha > 0, f"alpha must be above 0, got {self.alpha}.")
+        refuse(not 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
+        refuse(not self.targets, "An adapter needs at least one target module.")
+        refuse(len(set(self.targets)) != len(self.targets), f"Repeated target modules: {', '.join(self.targets)}.")
+
+
+class DataSpec(Strict, frozen=True, kw_only=True):
+    """Where prompts or rows come from."""
+
+    source: Literal["random", "trace", "embedded", "hub", "file"] = "random"
+    """random: token ids of exactly the asked length. trace: random ids with the recorded lengths of a real data set.
+    embedded: texts in the package. hub: through `datasets`. file: local text or JSON lines."""
+    name: str | None = None
+    """trace: "gsm8k" or "wikitext2". embedded: "problems" or "paragraphs". hub: "gsm8k" or "wikitext2". file: its path."""
+    rows: int | None = None
+    """Take the first so many; None takes all."""
+    seed: int = 0
+    """Seed of random ids and of shuffling."""
+
+    def __post_init__(self) -> None:
+        """Names and counts.
+
+        Raises:
+            SpecError: a name is missing, unknown or not wanted; rows below 1.
+        """
+        check_types(self)
+        known = {"trace": ("gsm8k", "wikitext2"), "embedded": ("problems", "paragraphs"), "hub": ("gsm8k", "wikitext2")}
+        if self.source == "random":
+            refuse(self.name is not None, f"Random ids have no name: drop name={self.name!r}.")
+        elif self.source == "file":
+            refuse(not self.name, "source='file' needs name=, the file's path.")
+        elif self.name not in known[self.source]:
+            names = " or ".join(repr(name) for name in known[self.source])
+            raise SpecError(f"source={self.source!r} knows {names}, got {self.name!r}.")
+        refuse(self.rows is not None and self.rows < 1, f"rows must be at least 1, got {self.rows}.")

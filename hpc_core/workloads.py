@@ -1,0 +1,145 @@
+"""What a case does: generate, fine-tune, or call a step of the user's own. Frozen values, refused when they contradict themselves."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+import msgspec
+
+from hpc_core.errors import SpecError
+from hpc_core.parts import DataSpec
+from hpc_core.strict import Strict, check_types, refuse
+
+__all__ = ["CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
+
+Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
+Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
+
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_only=True):
+    """Generate exactly `new_tokens` after each prompt, greedily."""
+
+    batch: int = 1
+    prompts: int = 3
+    """How many batches of prompts are timed, one after another."""
+    prompt_length: int | None = 100
+    """Tokens in each prompt for random data; None where the data set brings its own lengths."""
+    new_tokens: int = 64
+    cache: Literal["dynamic", "static", "off"] = "dynamic"
+    engine: Literal["stock"] = "stock"
+    extrapolate_to: int | None = None
+    """Also state the seconds that so many new tokens would take, marked as extrapolated."""
+    data: DataSpec = DataSpec()
+
+    def __post_init__(self) -> None:
+        """Ranges, and lengths said exactly once.
+
+        Raises:
+            SpecError: a count below 1, a length given twice or not at all, an extrapolation backwards.
+        """
+        check_types(self)
+        for name in ("batch", "prompts"):
+            refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        refuse(
+            self.new_tokens < 2,
+            f"new_tokens must be at least 2 (the first one is the prefill's), got {self.new_tokens}.",
+        )
+        if self.data.source == "random":
+            refuse(
+                self.prompt_length is None or self.prompt_length < 1, "Random prompts need prompt_length of at least 1."
+            )
+        else:
+            refuse(
+                self.prompt_length is not None,
+                f"{self.data.source} prompts bring their own lengths: say prompt_length=None.",
+            )
+        too_short = self.extrapolate_to is not None and self.extrapolate_to < self.new_tokens
+        refuse(too_short, f"extrapolate_to={self.extrapolate_to} is below new_tokens={self.new_tokens}.")
+
+
+class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_only=True):
+    """Train by a plain loop: forward, backward, optimizer, zero_grad."""
+
+    batch: int = 4
+    length: int = 512
+    """Tokens a row at most; with padding="max_length" or packing, exactly."""
+    padding: Literal["none", "longest", "max_length"] = "none"
+    packing: bool = False
+    """Join rows and cut them into full blocks of `length`; needs no padding and no mask."""
+    checkpointing: Checkpointing = "off"
+    """Gradient (activation) checkpointing, or what `prepare_model_for_kbit_training` leaves."""
+    prepare: bool = False
+    """Call peft's `prepare_model_for_kbit_training` first: float32 norms, embeddings and head."""
+    optimizer: Optimizer = "adamw-fused"
+    learning_rate: float = 1e-5
+    precision: Literal["pure", "autocast-bf16"] = "pure"
+    """pure computes in the weights' dtype; autocast-bf16 wraps the forward."""
+    steps: int = 10
+    """Timed steps, after warm-up."""
+    epoch_rows: int | None = None
+    """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
+    data: DataSpec = DataSpec()
+
+    def __post_init__(self) -> None:
+        """Ranges, and combinations that contradict each other.
+
+        Raises:
+            SpecError: packing with padding, unpadded rows of different lengths, checkpointing left to an absent `prepare` …
+        """
+        check_types(self)
+        for name in ("batch", "length", "steps"):
+            refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}.")
+        refuse(self.length < 2, "length must be at least 2: the loss needs a next token.")
+        refuse(not self.learning_rate > 0, f"learning_rate must be above 0, got {self.learning_rate}.")
+        refuse(
+            self.packing and self.padding != "none",
+            f"Packing fills every block, so there is nothing to pad: packing=True contradicts padding={self.padding!r}.",
+        )
+        ragged = self.data.source != "random" and not self.packing and self.padding == "none"
+        refuse(
+            ragged,
+            f"Rows of {self.data.source} differ in length: say padding='longest', padding='max_length' or packing=True.",
+        )
+        full = self.data.source == "random" and (self.packing or self.padding != "none")
+        refuse(full, "Random rows are full already: drop packing and padding, or take data with lengths of its own.")
+        refuse(
+            self.checkpointing == "as-prepare-leaves-it" and not self.prepare,
+            "checkpointing='as-prepare-leaves-it' needs prepare=True.",
+        )
+
+
+class CallableSpec(Strict, tag="callable", tag_field="kind", frozen=True, kw_only=True):
+    """A step of the user's own: an importable factory that returns a callable, called once a step."""
+
+    factory: str
+    """`package.module:function`; called in the worker with `arguments`, returns the step."""
+    arguments: dict[str, Any] = {}
+    """JSON values only, so that the case equals its JSON."""
+    steps: int = 10
+    device: Literal["any", "cuda"] = "any"
+
+    def __post_init__(self) -> None:
+        """The factory must be importable by name and its arguments JSON.
+
+        Raises:
+            SpecError: otherwise.
+        """
+        check_types(self)
+        refuse(
+            not _FACTORY.fullmatch(self.factory), f"A factory is named 'package.module:function', got {self.factory!r}."
+        )
+        refuse(self.steps < 1, f"steps must be at least 1, got {self.steps}.")
+        try:
+            copy = msgspec.json.decode(msgspec.json.encode(self.arguments))
+        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+            raise SpecError(f"Arguments of {self.factory} must be JSON values: {error}") from error
+        refuse(
+            copy != self.arguments,
+            f"Arguments of {self.factory} change on the way through JSON: {self.arguments!r} came back as {copy!r}.",
+        )
+
+
+Workload = GenerateSpec | FinetuneSpec | CallableSpec
