@@ -122,7 +122,7 @@ class Case(Strict, frozen=True, kw_only=True):
 
     @property
     def kind(self) -> str:
-        """ "generate", "finetune" or "callable"."""
+        """Which workload: "generate", "finetune" or "callable"."""
         return str(self.workload.__struct_config__.tag)
 
     def vary(self, variant: str, **changes: Any) -> Case:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+
 from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import counting
@@ -78,7 +80,7 @@ def _time_queries(session: Session, program: GenerateProgram, built: Built) -> d
             if peaks is not None:
                 peaks.close()
             first.append(times[0] - start)
-            decode += [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+            decode += [later - earlier for earlier, later in itertools.pairwise(times)]
             session.answers += _answers(program, built)
     program.on_token = None
     _note_times(session, program, queries, first, decode)

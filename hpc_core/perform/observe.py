@@ -45,7 +45,7 @@ def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
 
 
 def checkpointing_seen(forwards: int, layers: int, steps: int) -> str:
-    """ "off" for one forward a layer and step, "on" for two, a sentence for anything else."""
+    """Say "off" for one forward a layer and step, "on" for two, a sentence for anything else."""
     per_step = layers * steps
     if layers == 0:
         return "unknown: no layer is called self_attn"

