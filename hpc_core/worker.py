@@ -22,7 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from hpc_core import environment
-from hpc_core.errors import HpcCoreError, MissingLibraryError
+from hpc_core.errors import HpcCoreError, MissingDataError, MissingLibraryError
 from hpc_core.launch.protocol import Event, Finished, Job, Phase, encode_event
 from hpc_core.record import Failure, FailureKind, Record, record_to_json
 
@@ -101,7 +101,8 @@ def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
     progress.settle()
     kind, message = _diagnosis(job, error)
     detail = "".join(traceback.format_exception(error))[-_DETAIL_CHARACTERS:]
-    on_gpu = job.device == "cuda" or (job.device == "auto" and bool(environment.visible_gpus()))
+    wants_gpu = job.device == "auto" and job.case.scale != "tiny" and bool(environment.visible_gpus())
+    on_gpu = job.device == "cuda" or wants_gpu
     seen = environment.circumstances(
         "cuda" if on_gpu else "cpu",
         job.launched,
@@ -124,6 +125,8 @@ def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
         )
     if isinstance(error, MissingLibraryError):
         return "missing_library", text
+    if isinstance(error, MissingDataError):
+        return "missing_data", text
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     if missing in _INSTALL:
         return "missing_library", f"{missing} is not installed: pip install {_INSTALL[missing]}."

@@ -265,3 +265,22 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "content"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl", '{"question": "One and one?"}\n'),
+        ("wikitext2", "wikitext2/wiki.test.raw", "One.\n"),
+    ],
+)
+def test_a_local_copy_stands_in_for_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str, content: str
+) -> None:
+    """A data set under the folder that HPC_CORE_DATA names is read from there, and the hub is not asked."""
+    (tmp_path / path).parent.mkdir()
+    (tmp_path / path).write_text(content, encoding="utf-8")
+    monkeypatch.setenv("HPC_CORE_DATA", str(tmp_path))
+    monkeypatch.setattr("hpc_core.data.texts._through_datasets", None)
+
+    assert texts(DataSpec(source="hub", name=name)) in (["One and one?"], ["One."])

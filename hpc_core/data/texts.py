@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from hpc_core.errors import DataError, MissingLibraryError
+from hpc_core.errors import DataError, MissingDataError, MissingLibraryError
 from hpc_core.spec import DataSpec
 
 __all__ = ["Problem", "problems", "texts"]
@@ -28,6 +29,8 @@ _HUB = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
 }
 """Repository, configuration and field. Both are read from the split "test", which the recorded lengths are of."""
+_LOCAL = {"gsm8k": "gsm8k/test.jsonl", "wikitext2": "wikitext2/wiki.test.raw"}
+"""The same split as a file, below the folder that the environment variable HPC_CORE_DATA names."""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -88,7 +91,14 @@ def _lines(content: str) -> list[str]:
 
 
 def _hub(name: str) -> list[str]:
-    repository, configuration, field = _HUB[name]
+    """The data set's test split: from the folder that HPC_CORE_DATA names if it lies there, else through `datasets`."""
+    local = Path(os.environ.get("HPC_CORE_DATA", "")) / _LOCAL[name]
+    if os.environ.get("HPC_CORE_DATA") and local.is_file():
+        return _file(local)
+    return _through_datasets(*_HUB[name])
+
+
+def _through_datasets(repository: str, configuration: str, field: str) -> list[str]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
@@ -100,9 +110,10 @@ def _hub(name: str) -> list[str]:
         table: Any = datasets.load_dataset(repository, configuration, split="test")
     # Whatever keeps the data from us (no network, no such repository, a broken cache) has the same way out.
     except Exception as error:
-        raise DataError(
+        raise MissingDataError(
             f"{repository} ({configuration}, test) could not be loaded: {type(error).__name__}: {error}. "
-            "Without the hub, give source='file' with a local copy, or source='embedded'."
+            "Without the hub, put its files under the folder that HPC_CORE_DATA names, give source='file' with a local "
+            "copy, or source='embedded'."
         ) from error
     if field not in table.column_names:
         raise DataError(
