@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-__all__ = ["cache_tensors", "gradient_tensors", "living_tensors", "optimizer_tensors", "owned_bytes", "weight_tensors"]
+__all__ = [
+    "Bystanders",
+    "cache_tensors",
+    "gradient_tensors",
+    "living_tensors",
+    "optimizer_tensors",
+    "owned_bytes",
+    "weight_tensors",
+]
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -73,6 +82,23 @@ def living_tensors(device: torch.device) -> list[torch.Tensor]:
     # type(), not isinstance: a lazy proxy would import its package when asked for its class.
     found = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return [tensor for tensor in found if tensor.device == device and tensor.layout == torch.strided]
+
+
+class Bystanders:
+    """The storages that are alive now: what a process holds anyway, from libraries and earlier cases, is not the step's."""
+
+    def __init__(self, device: torch.device):
+        storages = [tensor.untyped_storage() for tensor in living_tensors(device)]
+        # By reference, not by address: a storage that dies leaves its address to another.
+        self._known = {id(storage): weakref.ref(storage) for storage in storages}
+
+    def without(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Those of these tensors whose storage was not alive then."""
+        return [tensor for tensor in tensors if not self._was_alive(tensor.untyped_storage())]
+
+    def _was_alive(self, storage: torch.UntypedStorage) -> bool:
+        known = self._known.get(id(storage))
+        return known is not None and known() is storage
 
 
 def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -93,7 +93,7 @@ def measure_memory(
         synchronize(session.device)
         timeline = _from_history(session, program, owners, marking)
     else:
-        timeline = _from_storages(program, session.device, owners, marking)
+        timeline = _from_storages(session, program, owners, marking)
         peaks = timeline.peaks_by_phase(program.phases)
     peak = max(peaks.values())
     session.metrics["peak_bytes"] = measured_bytes(peak, machine=session.on_gpu)
@@ -130,13 +130,14 @@ def _from_history(session: Session, program: Program, owners: dict[str, list[tor
         return history.stop()
 
 
-def _from_storages(
-    program: Program, device: torch.device, owners: dict[str, list[torch.Tensor]], marking: Any
-) -> Timeline:
+def _from_storages(session: Session, program: Program, owners: dict[str, list[torch.Tensor]], marking: Any) -> Timeline:
     watch = StorageWatch(program.phases)
     mark: Mark = watch if marking is None else marking(_TensorWatch(watch))
     with quiet():
-        watch.own("other", living_tensors(device))
+        # What the steps before left behind, a forgotten reference for one, counts; what the process held before them does
+        # not, unless the step uses it: the peak must not depend on what else has run here.
+        left = living_tensors(session.device)
+        watch.own("other", left if session.bystanders is None else session.bystanders.without(left))
         for category, tensors in owners.items():
             watch.own(category, tensors)
         with watch:

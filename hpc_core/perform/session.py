@@ -19,7 +19,7 @@ from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.busy import DeviceActivity, device_activity
 from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
-from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.program import Program
 from hpc_core.record import Fact, Metric, Record
@@ -63,6 +63,8 @@ class Session:
         self.notes: list[str] = []
         self.losses: list[float] = []
         self.answers: list[str] = []
+        self.bystanders: Bystanders | None = None
+        """On a CPU, what was alive before the first step."""
         self.injection: Injection | None = None
         self._emit = emit
         self._started = started
@@ -104,6 +106,8 @@ class Session:
         `watch` is called after every step. With shapes that change from step to step a whole period is run first.
         """
         self.phase("warm-up")
+        if not self.on_gpu:
+            self.bystanders = Bystanders(self.device)
         seconds: list[float] = []
         peaks: list[int] = []
         least = min(max(2, program.period), _PERIOD_MOST)

@@ -1,0 +1,214 @@
+"""Quantized models: what we make in place is what transformers' `from_pretrained(quantization_config=…)` makes."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.build import build
+from hpc_core.build.causal_lm import causal_lm
+from hpc_core.build.quantization import bitsandbytes_config, quantize, quantized_layers
+from hpc_core.cases import catalogue, finetune, generate, qlora, tiny
+from hpc_core.errors import BuildError
+from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.shapes import SHAPES
+from hpc_core.spec import ModelSpec, QuantSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 27).reshape(2, 12)
+NF4 = QuantSpec(kind="nf4", compute_dtype="float32")
+KINDS = {
+    "nf4": NF4,
+    "nf4-bf16": QuantSpec(kind="nf4", compute_dtype="bfloat16"),
+    "fp4": QuantSpec(kind="fp4", compute_dtype="float32"),
+    "nf4-dq": QuantSpec(kind="nf4", compute_dtype="float32", double_quant=True),
+    "int8": QuantSpec(kind="int8", compute_dtype="float16"),
+    "nf4-skip": QuantSpec(kind="nf4", compute_dtype="float32", skip_modules=("lm_head", "down_proj")),
+}
+LINEAR_WEIGHTS = SHAPES["tiny"].num_hidden_layers * sum(
+    rows * columns for rows, columns in SHAPES["tiny"].linear_shapes().values()
+)
+
+
+@functools.cache
+def _saved(dtype: Any) -> str:
+    folder = tempfile.mkdtemp()
+    model: Any = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _theirs(spec: QuantSpec, dtype: Any) -> torch.nn.Module:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        _saved(dtype),
+        quantization_config=bitsandbytes_config(spec),
+        dtype=getattr(torch, dtype),
+        device_map={"": "cpu"},
+    )
+    assert isinstance(model, torch.nn.Module)
+    layers: dict[str, Any] = dict(quantized_layers(model))
+    for layer in layers.values():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # so that outputs compare on CPUs that would repack the weights
+    return model.eval().requires_grad_(False)
+
+
+def _ours(spec: QuantSpec, dtype: Any) -> torch.nn.Module:
+    return build(generate(ModelSpec(shape="tiny", dtype=dtype), quantization=spec), CPU).model
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+    assert isinstance(logits, torch.Tensor)
+    return logits
+
+
+def _storages(model: torch.nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: (tensor.dtype, tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_quantizing_in_place_equals_from_pretrained(name: str, dtype: Any) -> None:
+    """Classes, dtypes, bytes of weights and constants, and outputs are the same bit for bit."""
+    ours, theirs = _ours(KINDS[name], dtype), _theirs(KINDS[name], dtype)
+    assert {key: type(module) for key, module in ours.named_modules()} == {
+        key: type(module) for key, module in theirs.named_modules()
+    }
+    assert _storages(ours) == _storages(theirs)
+    before = owned_bytes(weight_tensors(ours)["weights"])
+    assert before == owned_bytes(weight_tensors(theirs)["weights"])
+    logits = _logits(ours)
+    assert logits.isfinite().all()
+    assert torch.equal(logits, _logits(theirs))
+    # int8 layers move their constants in the first forward: nothing may appear or vanish.
+    assert owned_bytes(weight_tensors(ours)["weights"]) == before
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_their_settings_are_ours(name: str) -> None:
+    """Every layer carries the quantization type, compute dtype and double quantization that were asked for."""
+    spec = KINDS[name]
+    layers = quantized_layers(_ours(spec, "bfloat16"))
+    assert len(layers) == 3 * (7 - (len(spec.skip_modules) - 1))
+    for layer in layers.values():
+        weight: Any = layer.weight
+        if spec.kind == "int8":
+            assert weight.dtype == torch.int8
+        else:
+            assert (weight.quant_type, weight.quant_state.nested, layer.compute_dtype) == (
+                spec.kind, spec.double_quant, getattr(torch, spec.compute_dtype),
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "constants"), [("nf4", 4, 4 / 64), ("fp4", 4, 4 / 64), ("nf4-dq", 4, 1 / 64 + 4 / 64 / 256)]
+)
+def test_four_bit_weights_take_their_closed_form(name: str, bits: int, constants: float) -> None:
+    """A quantized weight takes half a byte and its share of a constant for every 64; the code books come on top."""
+    model = _ours(KINDS[name], "bfloat16")
+    rest = sum(parameter.numel() * 2 for key, parameter in model.named_parameters() if "proj" not in key)
+    rest += sum(buffer.nbytes for buffer in model.buffers())
+    seen = owned_bytes(weight_tensors(model)["weights"]) - rest
+    least = LINEAR_WEIGHTS * (bits / 8 + constants)
+    # A layer's last group of 256 constants may be short; each layer keeps a code book of 16 floats (and one of 256).
+    assert least <= seen <= least + 21 * (16 * 4 + 256 * 4 + 8)
+
+
+def test_int8_weights_take_a_byte_and_a_constant_a_row() -> None:
+    """An int8 weight is one byte, with one float32 a row."""
+    layers: dict[str, Any] = dict(quantized_layers(_ours(KINDS["int8"], "float16")))
+    rows = sum(module.weight.shape[0] for module in layers.values())
+    tensors = [tensor for module in layers.values() for tensor in weight_tensors(module)["weights"]]
+    assert owned_bytes(tensors) == LINEAR_WEIGHTS + 4 * rows
+
+
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_quantized_outputs_are_near_the_plain_ones(name: str) -> None:
+    """The quantized model computes about what the plain one does, and not exactly that."""
+    plain = _logits(build(generate(ModelSpec(shape="tiny", dtype="float16")), CPU).model).float()
+    quantized = _logits(_ours(KINDS[name], "float16")).float()
+    error = float((plain - quantized).norm() / plain.norm())
+    assert 0 < error < (0.2 if name == "nf4" else 0.05)
+
+
+def test_a_model_without_the_linear_layers_is_refused() -> None:
+    """Quantization that finds nothing to do is an error, not a model in silence."""
+    model = causal_lm(tiny, CPU)
+    everything = QuantSpec(
+        kind="nf4", compute_dtype="float32", skip_modules=("lm_head", *SHAPES["tiny"].linear_shapes())
+    )
+    with pytest.raises(BuildError, match="left 0 of 0 linear layers"):
+        quantize(model, everything, CPU)
+
+
+def test_a_layer_left_unquantized_is_refused() -> None:
+    """A layer that stayed as it was is an error that counts and names it."""
+    model = build(generate(tiny, quantization=NF4), CPU).model
+    owner = model.get_submodule("model.layers.1.mlp")
+    owner.down_proj = torch.nn.Linear(256, 128, bias=False)
+    with pytest.raises(
+        BuildError, match=r"left 1 of 21 linear layers as they were, first \['model.layers.1.mlp.down_proj'\]"
+    ):
+        quantize(model, NF4, CPU)
+
+
+def _gradients(*, evaluated: bool, portable: bool = True) -> dict[str, torch.Tensor]:
+    """Gradients of the adapter's B matrices (A's are zero at first), perhaps after a forward in evaluation mode."""
+    model = build(finetune(tiny, qlora(dropout=0.0)), CPU).model
+    if not portable:
+        for layer in quantized_layers(model).values():
+            layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+    if evaluated:
+        model.eval()
+        _logits(model)
+        model.train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    named = model.named_parameters()
+    return {name: parameter.grad for name, parameter in named if ".lora_B" in name and parameter.grad is not None}
+
+
+def test_training_after_an_evaluation_gives_the_same_gradients() -> None:
+    """With our guard every adapter weight gets the gradient that it gets without an evaluation before."""
+    fresh, after = _gradients(evaluated=False), _gradients(evaluated=True)
+    assert len(fresh) == len(after) == 12
+    assert all(bool(gradient.any()) for gradient in fresh.values())
+    assert all(torch.equal(gradient, after[name]) for name, gradient in fresh.items())
+
+
+def test_without_the_guard_gradients_stop_on_some_cpus() -> None:
+    """The trap that the guard is for: bitsandbytes repacks weights in an evaluation, and no gradient passes them."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    if not functional.has_avx512bf16():
+        pytest.skip("this CPU has no AVX512-BF16, where bitsandbytes does not repack its weights")
+    with pytest.warns(UserWarning, match="bitsandbytes::gemv_4bit: an autograd kernel was not registered"):
+        gradients = _gradients(evaluated=True, portable=False)
+    stopped = [name for name, gradient in gradients.items() if not bool(gradient.any())]
+    assert len(stopped) == 9  # of q, k and v in three layers; the output projections' are wrong
+
+
+def test_quantized_cases_of_the_catalogue_are_quantized() -> None:
+    """Every tiny case that names a quantization has 21 quantized layers, and no other has one."""
+    for case in catalogue().values():
+        if case.scale == "tiny":
+            expected = 21 if case.quantization is not None else 0
+            assert len(quantized_layers(build(case, CPU).model)) == expected, case.id
+
+
+def test_saved_weights_lie_where_they_were_put() -> None:
+    """The folder that from_pretrained read holds safetensors of the tiny model."""
+    assert list(Path(_saved("bfloat16")).glob("*.safetensors"))

@@ -1,0 +1,129 @@
+"""Adapters, peft's preparation, and gradient checkpointing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.build import build
+from hpc_core.build.adapter import adapter_parameters
+from hpc_core.cases import finetune, full, lora, qlora, tiny
+from hpc_core.errors import BuildError
+from hpc_core.perform.observe import count_layer_forwards
+from hpc_core.shapes import SHAPES
+from hpc_core.spec import ModelSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 131).reshape(2, 64)
+FLOAT = ModelSpec(shape="tiny", dtype="float32")
+EVERY_LINEAR = tuple(SHAPES["tiny"].linear_shapes())
+
+
+def _lora_count(rank: int, targets: tuple[str, ...]) -> int:
+    shapes = SHAPES["tiny"].linear_shapes()
+    return SHAPES["tiny"].num_hidden_layers * rank * sum(sum(shapes[name]) for name in targets)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_adapter_weights_have_the_dtype_asked_for(dtype: Any, quantized: bool) -> None:
+    """Whatever the base's dtype and quantization, LoRA weights are stored as asked."""
+    method = qlora(dtype=dtype) if quantized else lora(dtype=dtype)
+    parameters = adapter_parameters(build(finetune(tiny, method), CPU).model)
+    assert {parameter.dtype for parameter in parameters.values()} == {getattr(torch, dtype)}
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "v_proj"), EVERY_LINEAR])
+@pytest.mark.parametrize("rank", [1, 8])
+def test_only_the_adapter_is_trainable_and_as_large_as_its_closed_form(rank: int, targets: tuple[str, ...]) -> None:
+    """Trainable parameters are rank times rows plus columns of every target, in every layer, and nothing else."""
+    model = build(finetune(tiny, lora(rank=rank, targets=targets)), CPU).model
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable.keys() == adapter_parameters(model).keys()
+    assert sum(parameter.numel() for parameter in trainable.values()) == _lora_count(rank, targets)
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in trainable} == set(targets)
+
+
+def test_the_adapters_settings_reach_peft() -> None:
+    """Scaling is alpha over rank, and dropout is the one asked for."""
+    model = build(finetune(tiny, lora(rank=4, alpha=32, dropout=0.25)), CPU).model
+    layer: Any = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+    assert layer.scaling["default"] == 8.0
+    assert layer.lora_dropout["default"].p == 0.25
+
+
+def test_the_adapter_starts_by_changing_nothing_and_by_its_seed() -> None:
+    """A new adapter leaves the outputs alone, and the case's seed draws it."""
+    case = finetune(FLOAT, lora(dropout=0.0))
+    plain, wrapped = build(finetune(FLOAT), CPU).model, build(case, CPU).model
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(input_ids=IDS).logits, plain(input_ids=IDS).logits, rtol=0, atol=1e-6)
+    other = build(case.vary("lora-seed", seed=1), CPU).model
+    drawn = [adapter_parameters(model) for model in (wrapped, other)]
+    assert any(not torch.equal(value, drawn[1][name]) for name, value in drawn[0].items())
+
+
+def test_an_unknown_target_is_refused() -> None:
+    """No target found is an error, and so is one of several."""
+    with pytest.raises(BuildError, match=r"peft cannot attach LoRA to c_attn"):
+        build(finetune(tiny, lora(targets=("c_attn",))), CPU)
+    with pytest.raises(BuildError, match=r"No module was named c_attn"):
+        build(finetune(tiny, lora(targets=("q_proj", "c_attn"))), CPU)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "checkpointing", "norms", "on"),
+    [
+        (False, "off", torch.bfloat16, False),
+        (True, "off", torch.float32, False),
+        (True, "as-prepare-leaves-it", torch.float32, True),
+        (True, "non-reentrant", torch.float32, True),
+        (True, "reentrant", torch.float32, True),
+    ],
+)
+def test_what_prepare_leaves(prepare: bool, checkpointing: Any, norms: torch.dtype, on: bool) -> None:
+    """The preparation of peft makes everything that is not quantized float32, and checkpoints unless told not to."""
+    model = build(finetune(tiny, qlora(), prepare=prepare, checkpointing=checkpointing), CPU).model
+    rest = {name: p.dtype for name, p in model.named_parameters() if ".lora_" not in name and "proj" not in name}
+    assert len(rest) == 8  # embeddings (tied to the head), two norms a layer, the last norm
+    assert set(rest.values()) == {norms}
+    assert (_forwards(model) == 6) is on
+
+
+def _forwards(model: torch.nn.Module) -> int:
+    with count_layer_forwards(model) as seen:
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    assert seen.layers == 3
+    return seen.count
+
+
+def _loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
+@pytest.mark.parametrize(
+    "method", [full, lora(dropout=0.0), qlora(dropout=0.0), lora(dropout=0.3)], ids=["full", "lora", "qlora", "dropout"]
+)
+def test_checkpointing_recomputes_every_layer_and_changes_no_number(method: Any, checkpointing: Any) -> None:
+    """Each layer runs twice instead of once, with the same loss and gradients bit for bit, dropout included."""
+    plain = build(finetune(FLOAT, method), CPU).model
+    model = build(finetune(FLOAT, method, checkpointing=checkpointing), CPU).model
+    assert _forwards(plain) == 3
+    assert _forwards(model) == 6
+    for each in (plain, model):
+        each.zero_grad()
+    (loss, gradients), (again, recomputed) = _loss_and_gradients(plain), _loss_and_gradients(model)
+    assert torch.equal(loss, again)
+    assert gradients.keys() == recomputed.keys()
+    assert len(gradients) >= 24
+    assert all(torch.equal(gradient, recomputed[name]) for name, gradient in gradients.items())

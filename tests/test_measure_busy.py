@@ -1,0 +1,125 @@
+"""Laws of busy time on synthetic device records, and readings that void themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.errors import MeasureError
+from hpc_core.measure import busy
+from hpc_core.measure.busy import Interval, device_activity, summarize, union_s
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+
+START = Interval("spin_kernel(long)", "kernel", 7, 0, 10)
+END = Interval("spin_kernel(long)", "kernel", 7, 10_000_000, 10_000_010)
+
+
+@st.composite
+def intervals(draw: st.DrawFn) -> list[Interval]:
+    """Records between the sentinels, on three streams, that may overlap, touch and be empty."""
+    found = []
+    for _ in range(draw(st.integers(0, 15))):
+        start = draw(st.integers(11, 500))
+        length = draw(st.integers(0, 200))
+        kind = draw(st.sampled_from(["kernel", "copy", "memset"]))
+        found.append(
+            Interval(draw(st.sampled_from(["gemm", "softmax"])), kind, draw(st.integers(0, 2)), start, start + length)
+        )
+    return found
+
+
+def _total(found: list[Interval]) -> int:
+    return sum(interval.end_ns - interval.start_ns for interval in found)
+
+
+@given(intervals())
+def test_the_union_is_what_counting_nanoseconds_gives(found: list[Interval]) -> None:
+    """The union equals the number of nanoseconds in which something ran, and lies between the longest and the sum."""
+    covered = {moment for interval in found for moment in range(interval.start_ns, interval.end_ns)}
+    union = round(union_s(found) * 1e9)
+    assert union == len(covered)
+    assert max((interval.end_ns - interval.start_ns for interval in found), default=0) <= union <= _total(found)
+
+
+@given(intervals(), st.randoms(use_true_random=False), st.integers(1, 100))
+def test_the_union_knows_no_order_and_no_cuts(found: list[Interval], random: object, cut: int) -> None:
+    """Shuffling the records, or cutting each in two that touch, changes nothing."""
+    shuffled = list(found)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    pieces = []
+    for one in found:
+        middle = min(one.start_ns + cut, one.end_ns)
+        pieces += [
+            Interval(one.name, one.kind, one.stream, one.start_ns, middle),
+            Interval(one.name, one.kind, one.stream, middle, one.end_ns),
+        ]
+    assert union_s(found) == union_s(shuffled) == union_s(pieces)
+
+
+@given(intervals())
+def test_totals_leave_out_the_sentinels(found: list[Interval]) -> None:
+    """Counts, seconds by kernel and by stream are those of the records between the sentinels."""
+    kernels = [interval for interval in found if interval.kind == "kernel"]
+    seen = summarize([END, *found, START], len(kernels) + 2)
+    assert seen.busy_s == union_s(found)
+    assert (seen.kernels, seen.copies + seen.memsets) == (len(kernels), len(found) - len(kernels))
+    assert sum(seen.kernel_counts.values()) == len(kernels)
+    assert sum(seen.kernel_s.values()) == pytest.approx(_total(kernels) / 1e9)
+    assert not any("spin" in name for name in seen.kernel_s)
+    assert seen.busy_s <= sum(seen.stream_s.values()) + 1e-12
+    assert set(seen.stream_s) == {interval.stream for interval in found}
+
+
+@pytest.mark.parametrize(
+    ("records", "launches", "message"),
+    [
+        ([], 0, "0 of 2 sentinel kernels at the ends of 0"),
+        ([START], 1, "1 of 2 sentinel"),
+        ([START, Interval("gemm", "kernel", 7, 20, 30)], 2, "1 of 2 sentinel"),
+        ([START, START, END], 3, "3 of 2 sentinel"),
+        (
+            [START, END, Interval("late", "kernel", 7, 20_000_000, 20_000_001)],
+            3,
+            "2 of 2 sentinel kernels at the ends of 3",
+        ),
+        (
+            [START, Interval("gemm", "kernel", 7, 20, 30), END],
+            4,
+            "The host launched 4 kernels, the profiler recorded 3",
+        ),
+        (
+            [START, Interval("gemm", "kernel", 7, 20, 30), END],
+            2,
+            "The host launched 2 kernels, the profiler recorded 3",
+        ),
+    ],
+)
+def test_an_incomplete_reading_is_void(records: list[Interval], launches: int, message: str) -> None:
+    """A missing sentinel, a record outside them and a launch without its kernel each void the reading, with numbers."""
+    with pytest.raises(MeasureError, match=message):
+        summarize(records, launches)
+
+
+def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiler is tried three times, then the numbers are void."""
+    tries: list[object] = []
+
+    def nothing(work: object, device: object) -> list[object]:
+        tries.append(work)
+        return []
+
+    monkeypatch.setattr(busy, "_record", nothing)
+    with pytest.raises(MeasureError, match="Tried 3 times; busy time and kernel counts of this run are void"):
+        device_activity(lambda: None, torch.device("cpu"))
+    assert len(tries) == 3
+
+
+def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete reading after an incomplete one is the one that is told."""
+    readings = iter([([START], 1), ([START, Interval("gemm", "kernel", 7, 20, 50), END], 3)])
+    monkeypatch.setattr(busy, "_record", lambda work, device: [])
+    monkeypatch.setattr(busy, "_sort", lambda events: next(readings))
+    seen = device_activity(lambda: None, torch.device("cpu"))
+    assert (seen.kernels, seen.busy_s, seen.kernel_counts) == (1, 30e-9, {"gemm": 1})

@@ -1,0 +1,158 @@
+"""Counting and timing: operators and FLOPs of small programs known to the last one, garbage collection put back."""
+
+from __future__ import annotations
+
+import gc
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.measure.ceilings import DATASHEETS, measure_ceilings
+from hpc_core.measure.clock import quiet, seconds_of, synchronize
+from hpc_core.measure.counters import counting
+
+CPU = torch.device("cpu")
+attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def test_operators_of_a_small_program_are_counted_by_name() -> None:
+    """Each dispatched operator counts once, views included, and nothing outside the block."""
+    left, right = torch.ones(3, 4), torch.ones(5, 4)
+    left.add(1)
+    with counting() as counts:
+        (left @ right.t() + 1).relu_()
+    assert counts.operators == {
+        "aten.t.default": 1,
+        "aten.mm.default": 1,
+        "aten.add.Tensor": 1,
+        "aten.relu_.default": 1,
+    }
+    assert counts.total == 4
+    assert counts.flops == 2 * 3 * 4 * 5
+
+
+def test_a_backward_is_counted_too() -> None:
+    """Forward and backward of a linear layer are three products, and two without an input gradient."""
+    for needs, products in ((True, 3), (False, 2)):
+        layer, inputs = torch.nn.Linear(6, 10, bias=False), torch.ones(7, 6, requires_grad=needs)
+        with counting() as counts:
+            layer(inputs).sum().backward()
+        assert counts.flops == products * 2 * 7 * 6 * 10
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("width", [32, 16])
+def test_fused_attention_is_counted_on_a_cpu(groups: int, width: int) -> None:
+    """Two products a query head forward, five backward, also with fewer key heads."""
+    query = torch.randn(2, 4, 9, width, requires_grad=True)
+    key, value = (torch.randn(2, groups, 13, width, requires_grad=True) for _ in range(2))
+    with counting() as forward:
+        out = attention(query, key, value, enable_gqa=True)
+    with counting() as backward:
+        torch.autograd.backward(out.sum())
+    assert any("flash_attention_for_cpu" in name for name in forward.operators)
+    product = 2 * 2 * 4 * 9 * 13 * width
+    assert (forward.flops, backward.flops) == (2 * product, 5 * product)
+
+
+def test_the_causal_mask_halves_nothing() -> None:
+    """Causal, masked and plain attention count alike, fused or written out."""
+    query = torch.randn(1, 2, 8, 16)
+    masks: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": torch.ones(8, 8, dtype=torch.bool)}]
+    flops = []
+    for mask in masks:
+        with counting() as counts:
+            attention(query, query, query, **mask)
+        flops.append(counts.flops)
+    with counting() as counts:
+        (query @ query.transpose(-1, -2)).softmax(-1) @ query
+    assert {*flops, counts.flops} == {2 * 2 * 2 * 8 * 8 * 16}
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_four_bit_products_count_as_dense_ones(rows: int) -> None:
+    """The fused product of a 4-bit weight costs what the dense product costs."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.support_avx512bf16_for_cpu = False
+    layer = layer.to("cpu").eval().requires_grad_(False)
+    with counting() as counts:
+        layer(torch.randn(rows, 128))
+    assert counts.flops == 2 * rows * 128 * 64
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_int8_products_count_as_dense_ones(threshold: float) -> None:
+    """The int8 product of bitsandbytes costs what the dense one costs, with and without outliers' threshold."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False, threshold=threshold)
+    rows, constants, _ = bnb.functional.int8_vectorwise_quant(torch.randn(64, 128, dtype=torch.float16))
+    layer.weight = bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=constants)
+    layer.eval()
+    with counting() as counts:
+        layer(torch.full((5, 128), 0.5, dtype=torch.float16))
+    assert counts.flops == 2 * 5 * 128 * 64
+
+
+def test_counts_are_the_same_twice() -> None:
+    """Counting twice gives equal counts."""
+    layer, inputs = torch.nn.Linear(8, 8), torch.ones(2, 8)
+    seen = []
+    for _ in range(2):
+        with counting() as counts:
+            layer(inputs).sum().backward()
+        layer.zero_grad(set_to_none=True)
+        seen.append((counts.operators, counts.flops))
+    assert seen[0] == seen[1]
+
+
+def _fails_quietly() -> None:
+    with quiet():
+        assert not gc.isenabled()
+        with quiet():
+            pass
+        assert not gc.isenabled()
+        raise KeyError
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_quiet_leaves_garbage_collection_as_it_was(enabled: bool) -> None:
+    """Inside no collection runs by itself; afterwards, even after an error, the old state is back."""
+    was = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with pytest.raises(KeyError):
+            _fails_quietly()
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was else gc.disable)()
+
+
+def test_quiet_collects_before() -> None:
+    """Garbage from before the block is gone when it begins."""
+    import weakref
+
+    class Cycle:
+        pass
+
+    cycle: Any = Cycle()
+    cycle.me = cycle
+    gone = weakref.ref(cycle)
+    del cycle
+    with quiet():
+        assert gone() is None
+
+
+def test_seconds_are_those_of_the_step() -> None:
+    """A step that sleeps takes at least so long, and one that does nothing takes almost none."""
+    synchronize(CPU)
+    assert 0.02 <= seconds_of(lambda: time.sleep(0.02), CPU) < 2
+    assert 0 <= min(seconds_of(lambda: None, CPU) for _ in range(5)) < 0.01
+
+
+def test_a_cpu_has_no_ceilings_and_data_sheets_are_plausible() -> None:
+    """Nothing is measured on a CPU; a card's products are faster than its copies."""
+    assert measure_ceilings(CPU) == {}
+    assert all(sheet["bfloat16"] > 10 * sheet["copy"] > 1e12 for sheet in DATASHEETS.values())

@@ -1,0 +1,121 @@
+"""Laws of the timeline: conservation at the peak, and peaks equal to brute force."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.measure.timeline import CATEGORIES, Allocation, Timeline
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+
+PHASES = ("forward", "backward", "optimizer")
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> Timeline:
+    """Pieces with distinct event numbers, as a recorder makes them: some from before the step, some that outlive it."""
+    count = draw(st.integers(1, 12))
+    ends = sorted(draw(st.lists(st.integers(1, 40), min_size=3, max_size=3)))
+    clock = draw(st.permutations(range(1, 2 * count + 1)))
+
+    def phase_at(event: int) -> int:
+        return next((index for index, end in enumerate(ends) if event <= end), 2)
+
+    pieces = []
+    for number in range(count):
+        born, died = sorted(clock[2 * number : 2 * number + 2])
+        before, stays = draw(st.booleans()), draw(st.booleans())
+        pieces.append(
+            Allocation(
+                size_bytes=draw(st.integers(0, 1000)),
+                born=0 if before else born,
+                phase=-1 if before else phase_at(born),
+                died=None if stays else died,
+                died_in=None if stays else phase_at(died),
+                category=draw(st.sampled_from([None, *CATEGORIES])),
+            )
+        )
+    return Timeline(pieces)
+
+
+def _live(timeline: Timeline, event: int) -> int:
+    return sum(
+        piece.size_bytes
+        for piece in timeline.allocations
+        if piece.born <= event and (piece.died is None or piece.died > event)
+    )
+
+
+@given(timelines())
+def test_categories_at_the_peak_add_up_to_it(timeline: Timeline) -> None:
+    """Whatever the owners, nothing is lost and nothing counted twice."""
+    totals = timeline.at_peak()
+    assert sum(totals.values()) == timeline.peak()[1]
+    assert set(totals) == set(CATEGORIES)
+
+
+@given(timelines())
+def test_the_peak_is_the_highest_of_all_events(timeline: Timeline) -> None:
+    """The peak equals that of adding up every event's live pieces, and it is reached where it says."""
+    when, peak = timeline.peak()
+    assert peak == max(_live(timeline, event) for event in range(30))
+    assert _live(timeline, when) == peak
+
+
+@given(timelines())
+def test_the_highest_phase_is_the_peak(timeline: Timeline) -> None:
+    """No phase is above the peak, and one of them reaches it, with what it inherits."""
+    peaks = timeline.peaks_by_phase(PHASES)
+    assert max(peaks.values()) == timeline.peak()[1]
+    assert set(peaks) == set(PHASES)
+
+
+@given(timelines())
+def test_each_phases_peak_is_the_highest_of_its_events(timeline: Timeline) -> None:
+    """A phase's peak equals brute force over its events and the moment before its first."""
+    moments = [(p.born, p.phase) for p in timeline.allocations] + [
+        (p.died or 0, p.died_in or 0) for p in timeline.allocations if p.died
+    ]
+    for index, name in enumerate(PHASES):
+        before = max((event for event, phase in moments if phase < index), default=0)
+        own = [event for event, phase in moments if phase == index]
+        assert timeline.peaks_by_phase(PHASES)[name] == max(_live(timeline, event) for event in [before, *own])
+
+
+@given(timelines(), st.integers(0, 11))
+def test_one_more_byte_never_lowers_a_peak(timeline: Timeline, index: int) -> None:
+    """Peaks are monotone in the size of every piece."""
+    before, by_phase = timeline.peak()[1], timeline.peaks_by_phase(PHASES)
+    timeline.allocations[index % len(timeline.allocations)].size_bytes += 1
+    assert before <= timeline.peak()[1] <= before + 1
+    assert all(by_phase[name] <= after for name, after in timeline.peaks_by_phase(PHASES).items())
+
+
+def test_an_empty_timeline_has_no_peak() -> None:
+    """Nothing allocated is zero bytes everywhere."""
+    assert Timeline().peak() == (0, 0)
+    assert Timeline().peaks_by_phase(PHASES) == dict.fromkeys(PHASES, 0)
+    assert sum(Timeline().at_peak().values()) == 0
+
+
+def test_a_phase_without_events_keeps_what_it_inherits() -> None:
+    """A phase in which nothing comes or goes is as high as the end of the one before it."""
+    timeline = Timeline(
+        [Allocation(size_bytes=100, born=0, phase=-1), Allocation(size_bytes=7, born=1, phase=0, died=2, died_in=0)]
+    )
+    assert timeline.peaks_by_phase(PHASES) == {"forward": 107, "backward": 100, "optimizer": 100}
+
+
+def test_who_owns_what_nobody_claimed() -> None:
+    """Unclaimed memory is an activation if a later phase needs it, else a temporary; from before, it is other."""
+    timeline = Timeline(
+        [
+            Allocation(size_bytes=1, born=0, phase=-1),
+            Allocation(size_bytes=10, born=1, phase=0, died=9, died_in=1),
+            Allocation(size_bytes=100, born=2, phase=0, died=8, died_in=0),
+            Allocation(size_bytes=1000, born=3, phase=0, category="weights"),
+            Allocation(size_bytes=10_000, born=4, phase=0),
+        ]
+    )
+    seen = {name: value for name, value in timeline.at_peak().items() if value}
+    assert seen == {"other": 1, "activations": 10 + 10_000, "temporaries": 100, "weights": 1000}

@@ -1,0 +1,85 @@
+"""Steps of the user's own: found, called with their arguments, and refused with a reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_core.errors import BuildError
+from hpc_core.run.callable import load_factory
+from hpc_core.spec import CallableSpec
+
+MODULE = """
+import json
+SEEN = []
+
+def appends(what, times=1):
+    def step():
+        SEEN.extend([what] * times)
+        return SEEN
+    return step
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module called my_steps that can be imported."""
+    (tmp_path / "my_steps.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "my_steps", raising=False)
+    return tmp_path
+
+
+def test_a_factory_gets_its_arguments_and_its_step_is_called(factories: Path) -> None:
+    """Each step calls what the factory returned once, under the only phase."""
+    program = load_factory(CallableSpec(factory="my_steps:appends", arguments={"what": "x", "times": 2}))
+    marks: list[str] = []
+    program.step(marks.append)
+    program.step()
+    import my_steps  # type: ignore[import-not-found]
+
+    assert my_steps.SEEN == ["x"] * 4
+    assert tuple(marks) == program.phases == ("step",)
+    assert program.period == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("no_such_steps:make", "The factory no_such_steps:make cannot be imported.*PYTHONPATH"),
+        ("my_steps.inner:make", "The factory my_steps.inner:make cannot be imported"),
+        ("my_steps:make", "The module my_steps has no make"),
+        ("my_steps:nothing", "must return the step, a callable without arguments; it returned NoneType"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_is_refused(factories: Path, factory: str, message: str) -> None:
+    """A missing module, name or step is a build error that says which."""
+    with pytest.raises(BuildError, match=message):
+        load_factory(CallableSpec(factory=factory))
+
+
+def test_other_arguments_are_refused(factories: Path) -> None:
+    """A factory that takes other arguments is a build error that names it and them."""
+    with pytest.raises(BuildError, match=r"my_steps:appends.*whatever"):
+        load_factory(CallableSpec(factory="my_steps:appends", arguments={"whatever": 1}))
+
+
+def test_a_fault_inside_the_users_module_is_shown_as_it_is(factories: Path) -> None:
+    """A package that the module itself lacks, and any error while it is imported, are not called a missing factory."""
+    (factories / "broken_steps.py").write_text("import no_such_package_at_all\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+        load_factory(CallableSpec(factory="broken_steps:make"))
+    (factories / "odd_steps.py").write_text("import json\njson.no_such_function\n")
+    with pytest.raises(AttributeError, match="no_such_function"):
+        load_factory(CallableSpec(factory="odd_steps:make"))
+
+
+def test_a_type_error_inside_a_factory_is_shown_as_it_is(factories: Path) -> None:
+    """A factory that takes its arguments and then fails by itself is not blamed on the arguments."""
+    (factories / "failing_steps.py").write_text("def make():\n    return 1 + 'one'\n")
+    with pytest.raises(TypeError, match="unsupported operand"):
+        load_factory(CallableSpec(factory="failing_steps:make"))

@@ -1,0 +1,153 @@
+"""Generation: exactly N greedy tokens, equal to a loop written by hand, whatever the batch and the cache."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.build import Built, build
+from hpc_core.cases import generate
+from hpc_core.data.rows import PromptBatch
+from hpc_core.errors import MeasureError
+from hpc_core.perform.observe import watch_cache
+from hpc_core.run.generate import GenerateProgram, TokenTimes, generate_program
+from hpc_core.spec import DataSpec, GenerateSpec, ModelSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CPU = torch.device("cpu")
+FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    """A tiny float32 model whose head is untied in value, so that greedy answers are not one token repeated."""
+    model = build(generate(FLOAT), CPU)
+    torch.manual_seed(11)
+    for parameter in model.model.parameters():
+        if parameter.dim() == 2:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def _program(built: Built, **workload: Any) -> GenerateProgram:
+    return generate_program(built, GenerateSpec(**{"prompts": 2, "prompt_length": 9, "new_tokens": 8} | workload))
+
+
+def _argmax_loop(built: Built, ids: list[int], tokens: int) -> list[int]:
+    row = list(ids)
+    with torch.no_grad():
+        for _ in range(tokens):
+            row.append(int(built.model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+    return row[len(ids) :]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", "off"])
+def test_answers_are_those_of_an_argmax_loop(built: Built, cache: str) -> None:
+    """Every kind of cache, and none, gives the tokens of a loop that recomputes everything."""
+    program = _program(built, cache=cache)
+    for prompt in program.prompts:
+        program.step()
+        answer = program.answer_ids()[0]
+        assert answer == _argmax_loop(built, prompt.ids[0], 8)
+        assert len(set(answer)) > 1
+
+
+def test_the_cache_is_the_one_asked_for(built: Built) -> None:
+    """Static, dynamic and no cache are what the model is really called with."""
+    names = {}
+    for cache in ("dynamic", "static", "off"):
+        program = _program(built, cache=cache)
+        with watch_cache(built.model) as seen:
+            program.step()
+        names[cache] = type(seen.seen).__name__
+    assert names == {"dynamic": "DynamicCache", "static": "StaticCache", "off": "NoneType"}
+
+
+def test_a_batch_padded_on_the_left_equals_its_prompts_alone(built: Built) -> None:
+    """Prompts of different lengths in one batch are answered as each one by itself."""
+    rows = [list(range(3, 9)), list(range(100, 120))]
+    padded = [[0] * 14 + rows[0], rows[1]]
+    mask = [[0] * 14 + [1] * 6, [1] * 20]
+    together = GenerateProgram(
+        built, GenerateSpec(batch=2, prompts=1, new_tokens=8), [PromptBatch(padded, mask, 26, 14)]
+    )
+    together.step()
+    assert together.answer_ids() == [_argmax_loop(built, row, 8) for row in rows]
+
+
+def test_prompts_of_a_batch_really_differ_in_length(built: Built) -> None:
+    """Trace prompts make padded batches, with as many zeros in the mask as padding is counted."""
+    program = _program(built, batch=2, prompts=2, prompt_length=None, data=DataSpec(source="trace", name="gsm8k"))
+    for prompt, inputs in zip(program.prompts, program.inputs, strict=True):
+        assert int((inputs["attention_mask"] == 0).sum()) == prompt.padded
+        assert int(inputs["attention_mask"].sum()) == prompt.tokens
+    assert sum(prompt.padded for prompt in program.prompts) > 0
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 17])
+def test_exactly_the_asked_tokens_come_even_if_the_model_would_stop(tokens: int) -> None:
+    """A model that answers with its end-of-sequence token goes on to the asked number."""
+    model = build(generate(FLOAT), CPU)
+    program = _program(model, new_tokens=tokens)
+    stop = _argmax_loop(model, program.prompts[0].ids[0], 1)[0]
+    model.model.generation_config.eos_token_id = stop  # type: ignore[union-attr]
+    program = _program(model, new_tokens=tokens)
+    program.step()
+    assert program.answer_ids()[0][0] == stop
+    assert len(program.answer_ids()[0]) == tokens
+
+
+def test_another_number_of_tokens_is_an_error(built: Built) -> None:
+    """A model that stops early makes the reading void."""
+    program = _program(built, new_tokens=6)
+    program.model.generation_config.eos_token_id = _argmax_loop(built, program.prompts[0].ids[0], 1)[0]
+    try:
+        with pytest.raises(MeasureError, match="generate gave 1 new tokens, asked for exactly 6"):
+            program.step()
+    finally:
+        program.model.generation_config.eos_token_id = None
+
+
+def test_marks_and_tokens_arrive_in_order(built: Built) -> None:
+    """Prefill is marked first, decode with the first token, and every token is told as it comes."""
+    program = _program(built, batch=2)
+    seen: list[Any] = []
+    program.on_token = seen.append
+    program.step(seen.append)
+    program.on_token = None
+    assert seen == ["prefill", "decode", 1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_an_unwatched_query_has_no_streamer(built: Built) -> None:
+    """Without a mark and a listener, generate is called without a streamer and answers the same."""
+    program = _program(built)
+    program.step()
+    plain = program.answer_ids()
+    program.steps_done = 0
+    program.step(lambda _: None)
+    assert program.answer_ids() == plain
+
+
+def test_token_times_follow_the_work() -> None:
+    """The streamer's first call is the prompt, later ones are tokens 1, 2, 3 in time."""
+    times: list[tuple[int, float]] = []
+    streamer = TokenTimes(lambda count: times.append((count, time.perf_counter())))
+    for _ in range(4):
+        streamer.put(torch.zeros(1))
+    streamer.end()
+    assert [count for count, _ in times] == [1, 2, 3]
+    assert times == sorted(times, key=lambda pair: pair[1])
+
+
+def test_queries_come_round(built: Built) -> None:
+    """Query i answers prompt i modulo their number."""
+    program = _program(built)
+    answers = []
+    for _ in range(3):
+        program.step()
+        answers.append(program.answer_ids())
+    assert answers[0] == answers[2] != answers[1]
