@@ -1,8 +1,8 @@
 # Everything runs in .venv, which is made on first use from the pinned versions in constraints/.
 #
-#   make bench                      the suite: tiny cases run, full-size ones predicted (on a GPU: run)
+#   make bench                      the suite: tiny cases on a CPU, the full-size ones on a GPU
 #   make bench SCALE=small          true weights on a CPU (SmolLM2-135M)
-#   make bench ARGS='--perf-strict --case "llama-3b/*"'
+#   make bench ARGS='--perf-strict --case "tiny/*lora*"'
 #   make test ARGS='-k gate'        this project's own tests
 
 # Which tested stack: constraints/cpu.txt or constraints/gpu.txt. `make STACK=cpu` overrides it.
@@ -14,6 +14,9 @@ PYTHON ?= python3
 PIP_ARGS ?=
 SCALE ?=
 ARGS ?=
+# A folder with gsm8k/test.jsonl and wikitext2/wiki.test.raw, for machines that cannot reach the hub.
+DATA ?= $(firstword $(wildcard ../shared/data data))
+export HPC_CORE_DATA ?= $(abspath $(DATA))
 
 VENV := .venv
 BIN := $(VENV)/bin

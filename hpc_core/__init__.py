@@ -10,23 +10,54 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hpc_core.limits import GiB, Limits, MiB
+    from hpc_core.plugin.cases import perf_cases
     from hpc_core.record import Metric, Record
-    from hpc_core.spec import AdapterSpec, CallableSpec, Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+    from hpc_core.spec import (
+        AdapterSpec,
+        CallableSpec,
+        Case,
+        DataSpec,
+        FinetuneSpec,
+        GenerateSpec,
+        ModelSpec,
+        QuantSpec,
+    )
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "hpc_core.limits": ("GiB", "Limits", "MiB"),
+    "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.record": ("Metric", "Record"),
     "hpc_core.spec": (
-        "AdapterSpec", "CallableSpec", "Case", "DataSpec", "FinetuneSpec", "GenerateSpec", "ModelSpec", "QuantSpec",
+        "AdapterSpec",
+        "CallableSpec",
+        "Case",
+        "DataSpec",
+        "FinetuneSpec",
+        "GenerateSpec",
+        "ModelSpec",
+        "QuantSpec",
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AdapterSpec", "CallableSpec", "Case", "DataSpec", "FinetuneSpec", "GenerateSpec", "GiB", "Limits", "Metric", "MiB",
-    "ModelSpec", "QuantSpec", "Record", "__version__",
+    "AdapterSpec",
+    "CallableSpec",
+    "Case",
+    "DataSpec",
+    "FinetuneSpec",
+    "GenerateSpec",
+    "GiB",
+    "Limits",
+    "Metric",
+    "MiB",
+    "ModelSpec",
+    "QuantSpec",
+    "Record",
+    "__version__",
+    "perf_cases",
 ]
 
 

@@ -12,7 +12,19 @@ import msgspec
 from hpc_core.spec import AdapterSpec, Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
 
 __all__ = [
-    "ALL", "FULL", "SMALL", "TINY", "Method", "catalogue", "finetune", "full", "generate", "llama_3b", "lora", "qlora", "smollm2",
+    "ALL",
+    "FULL",
+    "SMALL",
+    "TINY",
+    "Method",
+    "catalogue",
+    "finetune",
+    "full",
+    "generate",
+    "llama_3b",
+    "lora",
+    "qlora",
+    "smollm2",
     "tiny",
 ]
 
@@ -42,7 +54,9 @@ def lora(**adapter: Any) -> Method:
 
 def qlora(*, kind: str = "nf4", compute_dtype: str = "bfloat16", double_quant: bool = False, **adapter: Any) -> Method:
     """LoRA on weights quantized by bitsandbytes; the other arguments are AdapterSpec's."""
-    quantization = msgspec.convert({"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}, QuantSpec)
+    quantization = msgspec.convert(
+        {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}, QuantSpec
+    )
     return Method(name="qlora", quantization=quantization, adapter=AdapterSpec(**adapter))
 
 
@@ -55,8 +69,14 @@ def _scale(model: ModelSpec, scale: str | None) -> Any:
 
 
 def finetune(
-    model: ModelSpec, method: Method = full, *, variant: str | None = None, prefix: str | None = None, scale: str | None = None,
-    timeout_s: float = 300.0, **workload: Any,
+    model: ModelSpec,
+    method: Method = full,
+    *,
+    variant: str | None = None,
+    prefix: str | None = None,
+    scale: str | None = None,
+    timeout_s: float = 300.0,
+    **workload: Any,
 ) -> Case:
     """A fine-tuning case `<prefix>/<variant>`; the other arguments are FinetuneSpec's.
 
@@ -64,14 +84,25 @@ def finetune(
         SpecError: the parts contradict each other.
     """
     return Case(
-        id=f"{_prefix(model, prefix)}/{variant or method.name}", scale=_scale(model, scale), model=model,
-        quantization=method.quantization, adapter=method.adapter, workload=FinetuneSpec(**workload), timeout_s=timeout_s,
+        id=f"{_prefix(model, prefix)}/{variant or method.name}",
+        scale=_scale(model, scale),
+        model=model,
+        quantization=method.quantization,
+        adapter=method.adapter,
+        workload=FinetuneSpec(**workload),
+        timeout_s=timeout_s,
     )
 
 
 def generate(
-    model: ModelSpec, *, quantization: QuantSpec | None = None, variant: str = "generate", prefix: str | None = None,
-    scale: str | None = None, timeout_s: float = 300.0, **workload: Any,
+    model: ModelSpec,
+    *,
+    quantization: QuantSpec | None = None,
+    variant: str = "generate",
+    prefix: str | None = None,
+    scale: str | None = None,
+    timeout_s: float = 300.0,
+    **workload: Any,
 ) -> Case:
     """A generation case `<prefix>/<variant>`; the other arguments are GenerateSpec's.
 
@@ -79,8 +110,12 @@ def generate(
         SpecError: the parts contradict each other.
     """
     return Case(
-        id=f"{_prefix(model, prefix)}/{variant}", scale=_scale(model, scale), model=model, quantization=quantization,
-        workload=GenerateSpec(**workload), timeout_s=timeout_s,
+        id=f"{_prefix(model, prefix)}/{variant}",
+        scale=_scale(model, scale),
+        model=model,
+        quantization=quantization,
+        workload=GenerateSpec(**workload),
+        timeout_s=timeout_s,
     )
 
 
@@ -92,8 +127,15 @@ def _generation(model: ModelSpec, **workload: Any) -> list[Case]:
         generate(fp16, variant="generate-fp16", **workload),
         generate(model, variant="generate-bf16", **workload),
         generate(fp16, variant="generate-nf4", quantization=nf4, **workload),
-        generate(fp16, variant="generate-nf4-dq", quantization=QuantSpec(kind="nf4", compute_dtype="float32", double_quant=True), **workload),
-        generate(fp16, variant="generate-int8", quantization=QuantSpec(kind="int8", compute_dtype="float16"), **workload),
+        generate(
+            fp16,
+            variant="generate-nf4-dq",
+            quantization=QuantSpec(kind="nf4", compute_dtype="float32", double_quant=True),
+            **workload,
+        ),
+        generate(
+            fp16, variant="generate-int8", quantization=QuantSpec(kind="int8", compute_dtype="float16"), **workload
+        ),
     ]
 
 
@@ -136,18 +178,43 @@ TINY: tuple[Case, ...] = (
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
 
 _PROBLEMS = DataSpec(source="embedded", name="problems")
-_PARAGRAPHS = DataSpec(source="embedded", name="paragraphs")
-_small_answers: dict[str, Any] = {"prefix": "smollm2-135m", "scale": "small", "prompts": 3, "prompt_length": None, "new_tokens": 48}
-_small_rows: dict[str, Any] = {
-    "prefix": "smollm2-135m", "scale": "small", "batch": 4, "length": 128, "steps": 6, "packing": True, "learning_rate": 2e-4,
+_PARAGRAPHS = DataSpec(source="embedded", name="paragraphs", rows=60)
+_small_answers: dict[str, Any] = {
+    "prefix": "smollm2-135m",
+    "scale": "small",
+    "prompts": 3,
+    "prompt_length": None,
+    "new_tokens": 48,
 }
+_small_rows: dict[str, Any] = {
+    "prefix": "smollm2-135m",
+    "scale": "small",
+    "batch": 4,
+    "length": 128,
+    "steps": 6,
+    "packing": True,
+    "learning_rate": 1e-3,
+}
+"""Few rows, so that the same batches come again and their loss can be seen to fall."""
 
 SMALL: tuple[Case, ...] = (
     generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
     generate(smollm2, variant="generate-gsm8k", data=DataSpec(source="hub", name="gsm8k"), **_small_answers),
-    generate(smollm2, variant="generate-nf4", quantization=QuantSpec(kind="nf4", compute_dtype="float32"), data=_PROBLEMS, **_small_answers),
+    generate(
+        smollm2,
+        variant="generate-nf4",
+        quantization=QuantSpec(kind="nf4", compute_dtype="float32"),
+        data=_PROBLEMS,
+        **_small_answers,
+    ),
     finetune(smollm2, lora(), data=_PARAGRAPHS, **_small_rows),
-    finetune(smollm2, lora(), variant="lora-wikitext2", data=DataSpec(source="hub", name="wikitext2", rows=200), **_small_rows),
+    finetune(
+        smollm2,
+        lora(),
+        variant="lora-wikitext2",
+        data=DataSpec(source="hub", name="wikitext2", rows=30),
+        **_small_rows,
+    ),
     finetune(smollm2, qlora(compute_dtype="float32"), data=_PARAGRAPHS, **_small_rows),
 )
 """SmolLM2-135M-Instruct with its true weights: answers that can be read, a loss that falls."""

@@ -14,6 +14,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -144,7 +145,7 @@ def gpu_state() -> dict[str, Any]:
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(gpus[0]["index"])
         state: dict[str, Any] = {"uuid": gpus[0]["uuid"]}
-        readings = {
+        readings: dict[str, Callable[[], Any]] = {
             "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
             "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),

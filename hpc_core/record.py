@@ -28,7 +28,9 @@ Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
 Dependence = Literal["case", "stack", "machine"]
 _BEYOND = 2**64
-FailureKind = Literal["out_of_memory", "crash", "timeout", "killed", "missing_library", "missing_data", "refused", "error", "interrupted"]
+FailureKind = Literal[
+    "out_of_memory", "crash", "timeout", "killed", "missing_library", "missing_data", "refused", "error", "interrupted"
+]
 
 
 class _Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,8 +61,12 @@ class Metric(_Seen, frozen=True, kw_only=True):
         """
         numbers = (self.value, *(self.samples or ()))
         # The range first: math.isfinite raises OverflowError for an int beyond the floats.
-        if not all(-_BEYOND < number < _BEYOND if isinstance(number, int) else math.isfinite(number) for number in numbers):
-            raise SpecError(f"A metric must be finite and fit 64 bits, got {self.value!r} with samples {self.samples!r}.")
+        if not all(
+            -_BEYOND < number < _BEYOND if isinstance(number, int) else math.isfinite(number) for number in numbers
+        ):
+            raise SpecError(
+                f"A metric must be finite and fit 64 bits, got {self.value!r} with samples {self.samples!r}."
+            )
         if self.samples is not None and not self.samples:
             raise SpecError("A metric with samples needs at least one.")
 
@@ -146,9 +152,13 @@ class Record(_Seen, frozen=True, kw_only=True):
             SpecError: a failed record without failure, an invalid one without reason, an ok one with either.
         """
         if (self.status == "failed") != (self.failure is not None):
-            raise SpecError(f"A record fails with a failure, and only then: status {self.status!r}, failure {self.failure!r}.")
+            raise SpecError(
+                f"A record fails with a failure, and only then: status {self.status!r}, failure {self.failure!r}."
+            )
         if (self.status == "invalid") != bool(self.reasons):
-            raise SpecError(f"A record is invalid for reasons, and only then: status {self.status!r}, reasons {self.reasons!r}.")
+            raise SpecError(
+                f"A record is invalid for reasons, and only then: status {self.status!r}, reasons {self.reasons!r}."
+            )
 
     @property
     def wall_samples(self) -> tuple[float, ...]:

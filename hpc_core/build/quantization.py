@@ -46,7 +46,7 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
         BuildError: a layer that should be quantized is not, or none is.
         MissingLibraryError: bitsandbytes is not installed.
     """
-    if getattr(model, "hf_quantizer", None) is None:
+    if not quantized_layers(model):  # weights from folder and hub come quantized, random and GGUF ones do not
         _quantize_in_place(model, spec, device)
     layers = quantized_layers(model)
     left = [

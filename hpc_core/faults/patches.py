@@ -58,10 +58,10 @@ def extra_kernel(injection: Injection) -> None:
 
 def float32_adapters(injection: Injection) -> None:
     """Adapter weights are cast to float32 after they were attached."""
-    original = assemble.attach_adapter
+    original = assemble.__dict__["attach_adapter"]
 
     def attach(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        model = original(*args, **kwargs)
+        model: torch.nn.Module = original(*args, **kwargs)
         for parameter in adapter_parameters(model).values():
             parameter.data = parameter.data.float()
         injection.hit()

@@ -90,7 +90,7 @@ def _sort(events: Iterable[Any]) -> tuple[list[Interval], int]:
     launches: set[int] = (
         set()
     )  # by correlation id: one launch can appear as a runtime call and as the driver call beneath
-    cuda = torch.autograd.DeviceType.CUDA
+    cuda = torch._C._autograd.DeviceType.CUDA
     for event in events:
         name = event.name()
         if event.device_type() == cuda:

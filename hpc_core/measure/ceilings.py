@@ -64,4 +64,5 @@ def _median_s(work: object) -> float:
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1000
+    milliseconds: list[float] = [start.elapsed_time(end) for start, end in pairs]
+    return statistics.median(milliseconds) / 1000

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 
-import torch
-
 from hpc_core.build.adapter import adapter_parameters
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
@@ -44,7 +42,7 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     )
     _count(session, program, workload)
     _busy(session, program)
-    _finite(session)
+    _learning(session, program, workload)
     return session.record()
 
 
@@ -151,10 +149,19 @@ def _share_of_matmul(session: Session, step_s: float) -> None:
     )
 
 
-def _finite(session: Session) -> None:
+def _learning(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
+    """Whether losses are finite, and whether those of the same batches fell from the warm-up to the last timed pass."""
     odd = [loss for loss in session.losses if not math.isfinite(loss)]
     session.audit["losses_finite"] = Fact(asked=True, seen=not odd)
     if odd:
         # JSON has no NaN; the audit says that there were some.
         session.losses = [loss for loss in session.losses if math.isfinite(loss)]
-    assert torch.is_grad_enabled()
+        return
+    distinct = len(program.batches)
+    warm_up = len(session.losses) - workload.steps
+    same = min(distinct, warm_up)
+    begin = (workload.steps // distinct - 1) * distinct  # of the last whole pass
+    last = session.losses[warm_up + begin : warm_up + begin + same]
+    note = f"mean over the same {same} batches"
+    session.metrics["loss_first"] = reported(statistics.fmean(session.losses[:same]), "nats", note=note)
+    session.metrics["loss_last"] = reported(statistics.fmean(last), "nats", note=note)
