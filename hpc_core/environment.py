@@ -121,7 +121,10 @@ def _cuda_of_torch() -> dict[str, str]:
 
 @functools.cache
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
-    """Commit and whether the tree differs from it; (None, None) outside a git repository or without git."""
+    """Commit and whether the tree differs from it; (None, None) outside a git repository or without git.
+
+    The environment variable HPC_CORE_COMMIT speaks for trees that were copied without their repository.
+    """
     try:
         head = subprocess.run(
             ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
@@ -130,7 +133,7 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
             ["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return None, None
+        return os.environ.get("HPC_CORE_COMMIT"), None
     return head.stdout.strip(), bool(status.stdout.strip())
 
 

@@ -1,0 +1,29 @@
+"""The command line `hpc-core`. Starts without torch; what measures runs in workers.
+
+Here are the program's entry and what ends it; each group of commands has a module of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from hpc_core.errors import HpcCoreError
+
+__all__ = ["main"]
+
+EXIT_REFUSED = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command. What the user got wrong is one line on stderr and exit code 2, never a traceback."""
+    from hpc_core.cli.commands import app
+
+    try:
+        app(args=arguments, prog_name="hpc-core")
+    except (HpcCoreError, OSError) as error:
+        print(f"hpc-core: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_REFUSED)
+    except KeyboardInterrupt:
+        print("hpc-core: interrupted; no worker is left.", file=sys.stderr)  # noqa: T201
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,140 @@
+"""The commands: list cases, run one, look at baselines, export the original report's files. Thin: each calls one layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import typer
+
+import hpc_core
+from hpc_core.cases import ALL
+from hpc_core.cli.baselines import baseline_app
+from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.protocol import run_protocol
+from hpc_core.cli.running import read_record, run_case, write_whole
+from hpc_core.errors import SpecError
+from hpc_core.original_protocol import protocol
+from hpc_core.record import record_to_json
+from hpc_core.report import Row
+from hpc_core.report.original import original_files
+from hpc_core.selection import load_case_file, near
+from hpc_core.spec import Case, ModelSpec, case_to_json
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Performance regressions of LLM generation and fine-tuning. The suite itself is: pytest --benchmark",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(baseline_app, name="baseline")
+
+Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES count too; repeatable.")]
+EXIT_BROKEN = 11
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Say the version.")] = False) -> None:
+    if version:
+        say(f"hpc-core {hpc_core.__version__}")
+        raise typer.Exit
+
+
+def _known(files: list[Path] | None) -> dict[str, Case]:
+    own = [case for path in files or [] for case in load_case_file(path)]
+    return {case.id: case for case in [*ALL, *own]}
+
+
+@app.command("cases")
+def list_cases(
+    scale: Annotated[Literal["tiny", "small", "full"] | None, typer.Option(help="Only this scale.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One case a line, as JSON.")] = False,
+    cases: Files = None,
+) -> None:
+    """List the cases: id, scale, kind, digest."""
+    chosen = [case for case in _known(cases).values() if scale in (None, case.scale)]
+    if as_json:
+        for case in chosen:
+            say(case_to_json(case).decode())
+        return
+    width = max(len(case.id) for case in chosen)
+    for case in chosen:
+        say(
+            f"{case.id:<{width}}  {case.scale:<5}  {case.kind:<8}  {case.digest}{'  needs a GPU' if case.needs_gpu else ''}"
+        )
+
+
+@app.command("run")
+def run_one(
+    case: Annotated[str, typer.Argument(help="A whole id, such as tiny/lora.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, instead of a table.")] = False,
+    launch: Annotated[Literal["warm", "exec", "inline"], typer.Option(help="How the worker is started.")] = "exec",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    cases: Files = None,
+) -> None:
+    """Run one case and show what was measured; nothing is judged. Exit code 1: invalid, 11: the run broke."""
+    known = _known(cases)
+    if case not in known:
+        raise SpecError(
+            f"no case is called {case!r}. Near: {', '.join(near(case, known)) or 'none; see hpc-core cases'}."
+        )
+    record = run_case(launch, known[case], device)
+    if as_json:
+        say(record_to_json(record, indent=2).decode())
+    else:
+        show([Row(record=record)])
+    raise typer.Exit({"ok": 0, "invalid": 1, "failed": EXIT_BROKEN}[record.status])
+
+
+@app.command()
+def export(
+    records: Annotated[Path, typer.Argument(help="A folder that --perf-records wrote.")],
+    out: Annotated[Path, typer.Option(help="Where the two files go.")],
+) -> None:
+    """Write the original report's two JSON files from records."""
+    if not records.is_dir():
+        raise SpecError(f"{records}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
+    paths = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
+    if not paths:
+        raise SpecError(f"{records}: holds no record (*.json).")
+    _write_original(out, [read_record(path) for path in paths])
+
+
+def _write_original(out: Path, records: list[hpc_core.Record]) -> None:
+    files = original_files(records)
+    if not files:
+        raise SpecError(
+            f"None of {len(records)} records is of generation or fine-tuning, so there is nothing to export."
+        )
+    for name, content in files.items():
+        write_whole(out / name, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
+        say(f"wrote {out / name}: {', '.join(content['methods'])}")
+
+
+@app.command("original-report")
+def original_report(
+    out: Annotated[Path, typer.Option(help="Records and the two JSON files go here; run again to go on.")],
+    model: Annotated[str | None, typer.Option(help="True weights: a local folder or a hub id.")] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="A tiny model and a handful of steps, to try it on a CPU.")
+    ] = False,
+) -> None:
+    """Run the original report's whole protocol: 500 questions x 512 tokens, 2 epochs of 4000 rows. Takes hours; resumable."""
+    if model is not None and short:
+        raise SpecError("--short runs a tiny random model: drop --model or --short.")
+    weights = None
+    if model is not None:
+        weights = ModelSpec(weights="folder" if Path(model).is_dir() else "hub", path=model)
+    records = run_protocol(protocol(weights, short=short), out, device="cpu" if short else "auto")
+    show([Row(record=record) for record in records])
+    _write_original(out, records)
+    broken = [record.case.id for record in records if record.status != "ok"]
+    if broken:
+        tell(
+            f"{len(broken)} of {len(records)} cases gave no numbers: {', '.join(broken)}. Run again to try just those."
+        )
+        raise typer.Exit(EXIT_BROKEN)

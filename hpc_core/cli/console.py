@@ -1,0 +1,27 @@
+"""Where the command line writes: results to stdout, progress to stderr. Knows widths and colours, no case."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+
+from hpc_core.report import Row, render
+
+__all__ = ["say", "show", "tell"]
+
+
+def say(text: str = "") -> None:
+    """A line of the result."""
+    sys.stdout.write(f"{text}\n")
+
+
+def tell(text: str) -> None:
+    """A line about the progress; not part of the result."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def show(rows: Sequence[Row]) -> None:
+    """The table of these rows, coloured on a terminal."""
+    say(render(rows, width=shutil.get_terminal_size().columns, color=sys.stdout.isatty()))

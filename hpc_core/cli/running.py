@@ -1,0 +1,73 @@
+"""Running single cases from the command line: one launcher, one line a phase, records as files. Judges nothing."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Literal
+
+from hpc_core.cli.console import tell
+from hpc_core.errors import SpecError
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.record import Record, record_from_json, record_to_json
+from hpc_core.spec import Case
+
+__all__ = ["read_record", "run_case", "write_record"]
+
+_SHOWN_PHASES = ("build", "warm-up", "measure", "memory", "counters", "busy")
+
+
+def run_case(
+    launcher_way: Literal["warm", "exec", "inline"], case: Case, device: Literal["auto", "cpu", "cuda"]
+) -> Record:
+    """Run one case alone, telling its phases.
+
+    Raises:
+        LaunchError: no worker can be started at all.
+    """
+    began = time.monotonic()
+
+    def heard(_: Case, event: Event) -> None:
+        if isinstance(event, Phase) and event.name in _SHOWN_PHASES:
+            tell(f"{case.id}: {event.name} ({time.monotonic() - began:.0f} s)")
+
+    with Launcher(launcher_way, on_event=heard) as launcher:
+        ceilings = {}
+        if device == "cuda" or (device == "auto" and case.needs_gpu):
+            ceilings = launcher.run(Job(case=case, device=device, measure_ceilings=True)).circumstances.ceilings
+        return launcher.run(Job(case=case, device=device, ceilings=ceilings))
+
+
+def read_record(path: Path) -> Record:
+    """The record of a file.
+
+    Raises:
+        SpecError: there is none, or it is no record; the message names the file.
+    """
+    try:
+        return record_from_json(path.read_bytes())
+    except OSError as error:
+        raise SpecError(
+            f"{path}: {error.strerror}. A record is a file that --perf-records or 'run --json' wrote."
+        ) from error
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record whole or not at all."""
+    write_whole(path, record_to_json(record, indent=2) + b"\n")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replace a file by this content, or leave it as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)  # noqa: PTH105 - the atomic one, by its name
+    finally:
+        draft.unlink(missing_ok=True)

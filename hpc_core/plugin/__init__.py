@@ -1,0 +1,76 @@
+"""The pytest plugin: inert until `--benchmark`, and without torch even then.
+
+Here is what is always there: options, markers, the fixture `perf`, and the skipping of tests that use it unasked.
+`suite` is the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from hpc_core.plugin.fixture import Perf
+
+__all__ = ["perf", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+
+_SUITE = "hpc-core-suite"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options and ini options."""
+    from hpc_core.plugin.options import add_options
+
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register markers always, the suite only when asked for.
+
+    Raises:
+        pytest.UsageError: options that contradict each other.
+    """
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `perf_cases` marks such cases by itself")
+    config.addinivalue_line("markers", "benchmark: a benchmark with custom settings (pytest-benchmark)")
+    if not config.getoption("perf_active"):
+        return
+    from hpc_core.plugin.options import read_settings
+    from hpc_core.plugin.suite import Suite
+
+    settings = read_settings(config)
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = _paths(config, settings.paths, settings.case_files)
+    elif config.getoption("perf_case_files"):
+        config.args = [*config.args, *map(str, settings.case_files)]
+    config.pluginmanager.register(Suite(config, settings), _SUITE)
+
+
+def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path, ...]) -> list[str]:
+    there = [path for path in paths if Path(path.partition("::")[0]).exists()]
+    if there or case_files:
+        return [*there, *map(str, case_files)]
+    root = config.rootpath
+    hint = "Give a path, or say perf_paths in the ini file."
+    if not config.invocation_params.dir.is_relative_to(root):
+        # pytest looks for its root folder before it knows our options, and takes their values for paths of tests.
+        hint = f"pytest took {root} for the root folder: write options with '=', as --perf-baselines=DIR."
+    raise pytest.UsageError(f"--benchmark has nothing to run: {', '.join(paths)} does not exist. {hint}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip tests that measure, unless measuring was asked for."""
+    if not config.getoption("perf_active"):
+        for item in items:
+            if "perf" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.skip(reason="needs --benchmark"))
+
+
+@pytest.fixture
+def perf(request: pytest.FixtureRequest, benchmark: Any) -> Perf:
+    """Runs a case and judges it: `perf(case)`, `perf("package.module:factory", batch=4)`, or `perf(step)`."""
+    suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
+    made: Perf = suite.perf(request.node, benchmark)
+    return made

@@ -1,0 +1,179 @@
+"""What a test gets as `perf`: runs one case, hands its samples to pytest-benchmark, and ends the test as the gate says.
+
+Knows the test item, the runner and how a verdict becomes an outcome.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import pytest
+
+from hpc_core.environment import visible_gpus
+from hpc_core.errors import LaunchError, SpecError
+from hpc_core.limits import Limits
+from hpc_core.plugin.cases import case_id_of
+from hpc_core.plugin.outcome import Ending, ending, properties
+from hpc_core.plugin.replay import replay
+from hpc_core.plugin.runner import Runner
+from hpc_core.record import Record
+from hpc_core.report import Row
+from hpc_core.spec import CallableSpec, Case
+
+__all__ = ["ENDING", "Perf", "default_steps"]
+
+ENDING = pytest.StashKey[Ending]()
+"""How the test is to end, once its case has run."""
+default_steps = 10
+
+
+class Perf:
+    """The fixture `perf`."""
+
+    def __init__(self, item: pytest.Item, benchmark: Any, runner: Runner, *, strict: bool, command: str) -> None:
+        self._item = item
+        self._benchmark = benchmark
+        self._runner = runner
+        self._strict = strict
+        self._command = command
+        self._used = False
+
+    def __call__(
+        self,
+        what: Case | str | Callable[[], Any],
+        *,
+        limits: Limits | None = None,
+        steps: int = default_steps,
+        timeout_s: float = 300.0,
+        device: Literal["any", "cuda"] = "any",
+        arguments: dict[str, Any] | None = None,
+        **named: Any,
+    ) -> Record:
+        """Run a case and judge it against its baseline.
+
+        Args:
+            what: a `Case`; or "package.module:factory", which is called in a fresh process with the arguments and
+                returns the step; or a callable, which is measured in this process.
+            limits: of this case; for a `Case`, instead of its own.
+            steps: how many steps of a factory or callable are timed.
+            timeout_s: wall-clock seconds for a factory's case.
+            device: "cuda" for a factory that needs a GPU: elsewhere the test is skipped.
+            arguments: of the factory, for those called `limits`, `steps`, `timeout_s`, `device` or `what`.
+            **named: further arguments of the factory; JSON values.
+
+        Returns:
+            The record: `record.metrics["peak_bytes"].value`. Where there is nothing to compare with, the test goes on,
+            and is skipped at its end.
+        """
+        __tracebackhide__ = True
+        if self._used:
+            pytest.fail("perf() was called twice in one test: a test is one case. Parametrize it.", pytrace=False)
+        self._used = True
+        given = (arguments or {}) | named
+        try:
+            if isinstance(what, Case):
+                case = _with_limits(what, limits, given)
+            else:
+                case = self._own_case(what, given, limits=limits, steps=steps, timeout_s=timeout_s, device=device)
+        except SpecError as error:
+            pytest.fail(str(error), pytrace=False)
+        if case.needs_gpu and not visible_gpus():
+            pytest.skip("needs a CUDA GPU: none is visible")
+        try:
+            row = self._run(case, what)
+        except LaunchError as error:
+            self._end(
+                Ending(outcome="failed", blame="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
+            )
+            raise
+        self._report(row)
+        chosen = ending(row, strict=self._strict, command=self._command)
+        # With good numbers that only cannot be compared, the test's own assertions come first.
+        self._end(chosen, can_wait=row.record.status == "ok" and chosen.blame == "not comparable")
+        return row.record
+
+    def _run(self, case: Case, what: Case | str | Callable[[], Any]) -> Row:
+        try:
+            if callable(what):
+                return self._runner.run_bare(case, what, self._command)
+            return self._runner.run(case, self._command)
+        except KeyboardInterrupt:
+            # pytest tears this test down after all filters are gone, and pytest-benchmark would warn that it was unused.
+            self._benchmark.skipped = True
+            raise
+
+    def _own_case(
+        self,
+        what: str | Callable[[], Any],
+        arguments: dict[str, Any],
+        *,
+        limits: Limits | None,
+        steps: int,
+        timeout_s: float,
+        device: Any,
+    ) -> Case:
+        if callable(what) and (arguments or _needed(what)):
+            raise SpecError(
+                "A bare callable takes no arguments; name a factory: perf('package.module:factory', batch=4)."
+            )
+        factory = what if isinstance(what, str) else self._name_of_test()
+        workload = CallableSpec(factory=factory, arguments=arguments, steps=steps, device=device)
+        return Case(
+            id=case_id_of(self._item),
+            scale="full" if device == "cuda" else "tiny",
+            workload=workload,
+            timeout_s=timeout_s,
+            limits=limits or Limits(),
+        )
+
+    def _name_of_test(self) -> str:
+        """A bare callable has no importable name of its own, so it goes by its test's."""
+        name = getattr(self._item, "originalname", None) or "test"
+        return f"{''.join(c if c.isalnum() else '_' for c in self._item.path.stem)}:{name}"
+
+    def _report(self, row: Row) -> None:
+        self._item.user_properties += properties(row)
+        self._benchmark.extra_info["record"] = _extra(row)
+        if row.record.status == "ok":  # a number of an invalid run enters no table
+            replay(self._item, self._benchmark, row.record.wall_samples)
+
+    def _end(self, chosen: Ending, *, can_wait: bool = False) -> None:
+        __tracebackhide__ = True
+        self._item.stash[ENDING] = chosen
+        if not can_wait:
+            chosen.happen()
+
+
+def _needed(step: Callable[[], Any]) -> Sequence[str]:
+    try:
+        parameters = inspect.signature(step).parameters.values()
+    except (TypeError, ValueError):  # builtins have none
+        return ()
+    free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [each.name for each in parameters if each.default is each.empty and each.kind not in free]
+
+
+def _with_limits(case: Case, limits: Limits | None, arguments: dict[str, Any]) -> Case:
+    if arguments:
+        raise SpecError(f"{case.id} is a whole case: vary() it instead of giving perf() {', '.join(arguments)}.")
+    if limits is None:
+        return case
+    return type(case)(**{name: getattr(case, name) for name in case.__struct_fields__} | {"limits": limits})
+
+
+def _extra(row: Row) -> dict[str, Any]:
+    """What a reader of pytest-benchmark's JSON gets beside the statistics."""
+    judgement, seen = row.judgement, row.record.circumstances
+    metrics = {} if row.record.status != "ok" else row.record.metrics
+    return {
+        "case": row.case,
+        "digest": row.record.case.digest,
+        "status": row.record.status,
+        "verdict": row.verdict,
+        "machine": seen.machine.key,
+        "stack": dict(seen.stack),
+        "metrics": {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()},
+        "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
+    }

@@ -1,0 +1,182 @@
+"""The command line and the ini file, read once into one frozen value. Knows every option's rules and no test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, cast
+
+import msgspec
+import pytest
+
+from hpc_core.environment import visible_gpus
+from hpc_core.errors import SpecError
+from hpc_core.launch.protocol import Way
+from hpc_core.selection import load_case_file
+
+__all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
+
+ACTIVE = "perf_active"
+"""Where pytest keeps `--benchmark`."""
+
+_SCALES = ("tiny", "small", "full", "auto")
+_GPU_WORD = re.compile(r"\bgpu\b")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for, without contradictions."""
+
+    scale: Literal["tiny", "small", "full"] | None
+    """None: every scale."""
+    why_scale: str
+    """Who chose it, for the header."""
+    globs: tuple[str, ...]
+    update: bool
+    reason: str
+    baselines: Path
+    strict: bool
+    way: Way
+    records: Path | None
+    case_files: tuple[Path, ...]
+    fault: str | None
+    paths: tuple[str, ...]
+    """What `--benchmark` runs without a path."""
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Options and ini options. Nothing happens without the first."""
+    group = parser.getgroup("hpc-core", "performance regressions (hpc-core)")
+    add = group.addoption
+    add(
+        "--benchmark",
+        action="store_true",
+        dest=ACTIVE,
+        help="run the performance suite: perf_paths, or the paths given",
+    )
+    add(
+        "--perf-scale",
+        choices=_SCALES,
+        default=None,
+        help="tiny (CPU, seconds), small (CPU, true weights), full (GPU); auto: full on a GPU, else tiny",
+    )
+    add(
+        "--case",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        dest="perf_case",
+        help="only cases whose whole id matches, as 'tiny/lora*'; repeatable",
+    )
+    add("--perf-update", action="store_true", help="make what runs now the baseline; needs --reason")
+    add(
+        "--reason",
+        default="",
+        metavar="TEXT",
+        dest="perf_reason",
+        help="why the new numbers are right; kept in the baseline",
+    )
+    add(
+        "--perf-baselines",
+        default=None,
+        metavar="DIR",
+        help="folder of baselines (ini: perf_baselines, default: baselines)",
+    )
+    add(
+        "--perf-strict",
+        action="store_true",
+        help="fail, not skip, where nothing can be compared (exit code 10)",
+    )
+    add("--perf-inline", action="store_true", help="run cases in this process, for --pdb")
+    add(
+        "--perf-launch",
+        choices=("warm", "exec"),
+        default="warm",
+        help="fork workers from a preloaded parent (default), or start an interpreter each",
+    )
+    add("--perf-records", default=None, metavar="DIR", help="write each record as DIR/<shape>/<variant>.json")
+    add(
+        "--perf-cases",
+        "--cases",
+        action="append",
+        default=[],
+        metavar="FILE",
+        dest="perf_case_files",
+        help="a Python file whose CASES are run too (ini: perf_cases)",
+    )
+    add(
+        "--perf-fault",
+        default=None,
+        metavar="NAME",
+        help="inject a fault, to see whether the gate catches it",
+    )
+    parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
+    parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
+    parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """The settings of a run with `--benchmark`.
+
+    Raises:
+        pytest.UsageError: options contradict each other, or name what is not there.
+    """
+    option = config.getoption
+    update, reason = bool(option("perf_update")), str(option("perf_reason")).strip()
+    fault = cast("str | None", option("perf_fault"))
+    _refuse(config, update=update, reason=reason, fault=fault)
+    scale, why = _scale(config)
+    where = option("perf_baselines")
+    records = option("perf_records")
+    here = config.invocation_params.dir
+    return Settings(
+        scale=scale,
+        why_scale=why,
+        globs=tuple(option("perf_case")),
+        update=update,
+        reason=reason,
+        baselines=here / where if where else config.rootpath / str(config.getini("perf_baselines")),
+        strict=bool(option("perf_strict")),
+        way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
+        records=None if records is None else here / records,
+        case_files=_case_files(config),
+        fault=fault,
+        paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
+    )
+
+
+def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | None) -> None:
+    plugins = config.pluginmanager
+    if not plugins.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark, which is switched off: drop -p no:benchmark.")
+    if config.getoption("numprocesses", None) or config.getoption("tx", None):
+        raise pytest.UsageError("--benchmark with -n: cases that run at the same time disturb each other. Drop -n.")
+    if update and not reason:
+        raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
+    if reason and not update:
+        raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+    if update and fault:
+        raise pytest.UsageError(f"--perf-fault {fault} with --perf-update: a faulted run is no baseline. Drop one.")
+
+
+def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | None, str]:
+    asked = config.getoption("perf_scale")
+    if asked in ("tiny", "small", "full"):
+        return asked, "as asked"
+    if config.getoption("perf_case"):
+        return None, "--case"
+    if _GPU_WORD.search(str(config.getoption("markexpr", ""))):
+        return None, "-m"
+    gpus = visible_gpus()
+    return ("full", str(gpus[0]["name"])) if gpus else ("tiny", "no CUDA GPU is visible")
+
+
+def _case_files(config: pytest.Config) -> tuple[Path, ...]:
+    asked = [config.invocation_params.dir / name for name in config.getoption("perf_case_files")]
+    stated = [config.rootpath / name for name in config.getini("perf_cases")]
+    files = tuple(dict.fromkeys(path.resolve() for path in [*asked, *stated]))
+    for path in files:
+        try:
+            load_case_file(path)  # what is wrong with it should be one line, not a collection error
+        except SpecError as error:
+            raise pytest.UsageError(str(error)) from error
+    return files

@@ -1,0 +1,115 @@
+"""From a row to a test's outcome: passed, failed or skipped, with which text, and which exit code a run ends with.
+
+Knows pytest's words and the gate's. Runs and judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal, NoReturn
+
+import msgspec
+import pytest
+
+from hpc_core.gate import Judgement, sizes
+from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.report import Row
+
+__all__ = ["EXIT_BROKEN", "EXIT_NOT_COMPARABLE", "Blame", "Ending", "ending", "exit_code", "properties"]
+
+EXIT_NOT_COMPARABLE = 10
+EXIT_BROKEN = 11
+
+Blame = Literal["worse", "broken", "not comparable", "other"]
+"""What made a test fail: a number, the run itself, nothing to compare with, or something that is not ours."""
+_TO_INSTALL = ("missing_library", "missing_data")
+_BAD = (Verdict.REGRESSED, Verdict.INVALID)
+
+
+class Ending(msgspec.Struct, frozen=True, kw_only=True):
+    """How a test ends."""
+
+    outcome: Literal["passed", "failed", "skipped"]
+    blame: Blame = "other"
+    text: str = ""
+
+    def happen(self) -> None:
+        """Fail or skip the running test, or do nothing."""
+        if self.outcome == "failed":
+            self._fail()
+        if self.outcome == "skipped":
+            pytest.skip(self.text)
+
+    def _fail(self) -> NoReturn:
+        __tracebackhide__ = True
+        pytest.fail(self.text, pytrace=False)
+
+
+def ending(row: Row, *, strict: bool, command: str) -> Ending:
+    """The ending that a row deserves; `command` runs just this case."""
+    failure, judgement = row.record.failure, row.judgement
+    again = f"Run it again: {command}"
+    if failure is not None:
+        headline = f"{failure.kind} in {failure.phase}: {failure.message}"
+        if failure.kind in _TO_INSTALL:
+            outcome: Literal["failed", "skipped"] = "failed" if strict else "skipped"
+            return Ending(outcome=outcome, blame="not comparable", text=f"{row.case}: {headline}")
+        return Ending(outcome="failed", blame="broken", text=_paragraph(headline, failure.detail, again))
+    if row.refused is not None:
+        return Ending(outcome="failed", blame="worse", text=_paragraph(row.refused, again))
+    if judgement is None:
+        return Ending(outcome="passed")
+    outcome_ = judgement.verdict.outcome(strict=strict)
+    if outcome_ == "passed":
+        return Ending(outcome="passed")
+    if outcome_ == "skipped":
+        return Ending(outcome="skipped", blame="not comparable", text=f"{judgement.verdict}: {judgement.headline}")
+    blame: Blame = "worse" if judgement.verdict in _BAD else "not comparable"
+    return Ending(outcome="failed", blame=blame, text=_explained(judgement, again, command))
+
+
+def _paragraph(*parts: str) -> str:
+    return "\n".join(part for part in parts if part)
+
+
+def _explained(judgement: Judgement, again: str, command: str) -> str:
+    """Headline, each bad metric, suspects, what next, how to accept, how to run it again."""
+    bad = [row for row in judgement.metrics if row.verdict is judgement.verdict]
+    moved = f"Suspects, moved since the baseline: {', '.join(judgement.moved)}" if judgement.moved and bad else ""
+    reason = "" if bad or judgement.reason == judgement.headline else judgement.reason
+    compared = any(row.change is not None for row in bad) or judgement.verdict not in _BAD
+    accept = f'Accept it: {command} --perf-update --reason "…"' if compared else ""
+    step = judgement.next_step if not compared else ""
+    lines = [_metric_line(judgement.case, row) for row in bad]
+    return _paragraph(
+        judgement.headline, reason, *lines, moved, f"Baseline: {judgement.baseline_path}", step, accept, again
+    )
+
+
+def _metric_line(case: str, row: MetricVerdict) -> str:
+    if row.new is None or row.change is None or row.old is None:
+        return f"  {case} {row.metric}: {row.reason}"
+    percent = "" if row.ratio is None else f", {sizes.percent(row.ratio)}"
+    values = sizes.pair(row.old, row.new, row.unit)
+    return f"  {case} {row.metric}: {values} ({sizes.change(row.change, row.unit)}{percent}), limit {row.limit}"
+
+
+def properties(row: Row) -> list[tuple[str, object]]:
+    """What JUnit's XML says of a test: case, digest, verdict, headline, and each metric's value."""
+    found: list[tuple[str, object]] = [
+        ("perf_case", row.case),
+        ("perf_digest", row.record.case.digest),
+        ("perf_verdict", row.verdict),
+    ]
+    if row.judgement is not None:
+        found.append(("perf_headline", row.judgement.headline))
+    if row.record.status == "ok":
+        found += [(f"perf_metric.{name}", metric.value) for name, metric in row.record.metrics.items()]
+    return found
+
+
+def exit_code(blames: Collection[Blame]) -> int:
+    """1 if anything got worse or another test failed, else 11 if a run broke, else 10."""
+    if set(blames) <= {"not comparable"}:
+        return EXIT_NOT_COMPARABLE
+    return EXIT_BROKEN if set(blames) <= {"not comparable", "broken"} else int(pytest.ExitCode.TESTS_FAILED)

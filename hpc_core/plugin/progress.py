@@ -1,0 +1,117 @@
+"""What a run says while it runs: one live line below pytest's own on a terminal, one plain line a case elsewhere.
+
+Writes to a descriptor of its own, so that pytest's capture is neither seen nor disturbed. Knows no record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+__all__ = ["Progress", "duration"]
+
+_TICK_S = 0.5
+# Make room for a line below without leaving this one, remember the place, write below, come back.
+_BELOW = "\x1bD\x1b[A\x1b7\x1b[B\r{text}\x1b[K\x1b8"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: "8 s", "2 min 05 s", "1 h 02 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+class Progress:
+    """Counts cases and shows where the run is.
+
+    Args:
+        ticking: keep the seconds moving from a thread; not where cases run in this very process.
+    """
+
+    def __init__(self, *, ticking: bool = True) -> None:
+        self.total = 0
+        self._stream: TextIO | None = None
+        self._ticking = ticking
+        self._done = 0
+        self._began = time.monotonic()
+        self._case = ""
+        self._case_began = self._began
+        self._phase = ""
+
+    def show_on(self, fd: int) -> None:
+        """Keep a live line on the terminal that this descriptor is; it may be redirected later."""
+        self._stream = os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace")
+
+    @property
+    def count(self) -> str:
+        """The case that runs, or ran last, of how many: "3/14"."""
+        return f"{self._done}/{max(self.total, self._done)}"
+
+    @property
+    def case_s(self) -> float:
+        """Seconds since the case began."""
+        return time.monotonic() - self._case_began
+
+    @contextlib.contextmanager
+    def case(self, case_id: str) -> Iterator[None]:
+        """A case runs; its line is gone afterwards."""
+        if self._done == 0:
+            self._began = time.monotonic()
+        self._done += 1
+        self._case, self._case_began, self._phase = case_id, time.monotonic(), "start"
+        if self._stream is None:
+            yield
+            return
+        over = threading.Event()
+        thread = threading.Thread(target=self._tick, args=(over,), daemon=True)
+        if self._ticking:
+            thread.start()
+        self._draw()
+        try:
+            yield
+        finally:
+            over.set()
+            if self._ticking:
+                thread.join()
+            self._write("")
+
+    def phase(self, name: str) -> None:
+        """The case enters a phase."""
+        self._phase = name
+        if self._stream is not None:
+            self._draw()
+
+    def close(self) -> None:
+        """Leave the terminal alone. May be called again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _tick(self, over: threading.Event) -> None:
+        while not over.wait(_TICK_S):
+            self._draw()
+
+    def _draw(self) -> None:
+        parts = [f"case {self._done} of {max(self.total, self._done)}", self._case, self._phase, duration(self.case_s)]
+        finished = self._done - 1
+        if finished:
+            a_case = (self._case_began - self._began) / finished
+            left = a_case * (self.total - finished) - self.case_s
+            parts.append(f"about {duration(max(left, 1))} left")
+        self._write(" · ".join(parts)[: shutil.get_terminal_size().columns - 1])
+
+    def _write(self, text: str) -> None:
+        # A terminal that is gone must not fail a test.
+        with contextlib.suppress(OSError, ValueError):
+            if self._stream is not None:
+                self._stream.write(_BELOW.format(text=text))
+                self._stream.flush()

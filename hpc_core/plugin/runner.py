@@ -1,0 +1,121 @@
+"""Runs cases one after another and says what the gate thinks of each: launcher, store and gate in one place.
+
+Knows no pytest item and no outcome. Nothing starts before the first case does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from hpc_core.environment import visible_gpus
+from hpc_core.errors import BaselineError
+from hpc_core.gate import judge
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.plugin.bare import load_measuring_half, measure_here
+from hpc_core.plugin.options import Settings
+from hpc_core.plugin.progress import Progress
+from hpc_core.record import Record, record_to_json
+from hpc_core.report import Row
+from hpc_core.spec import CallableSpec, Case
+from hpc_core.store import accept, find
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """One launcher for a whole session, and the rows it gave."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.rows: list[Row] = []
+        self._settings = settings
+        self._progress = progress
+        self._ceilings: dict[str, float] | None = None
+        inline = settings.way == "inline"
+        self._launcher = Launcher(settings.way, on_event=lambda _, event: self._heard(event), debug=inline)
+
+    def _heard(self, event: Event) -> None:
+        if isinstance(event, Phase):
+            self._progress.phase(event.name)
+
+    def run(self, case: Case, command: str) -> Row:
+        """Run the case in a process of its own, and judge it; `command` is what runs just this case.
+
+        Raises:
+            LaunchError: no worker can be started at all.
+            Exception: under `--perf-inline`, whatever the code under test raises.
+        """
+        with self._progress.case(case.id):
+            if self._settings.way == "inline":
+                load_measuring_half()
+            else:
+                self._progress.phase("preload")
+                self._launcher.prepare()
+            device = _device(case)
+            ceilings = self._measured_ceilings(case) if device == "cuda" else {}
+            job = Job(case=case, device=device, ceilings=ceilings, fault=self._settings.fault)
+            record = self._launcher.run(job)
+        return self._judged(record, command)
+
+    def run_bare(self, case: Case, step: Callable[[], Any], command: str) -> Row:
+        """Measure a bare callable in this process, and judge it."""
+        with self._progress.case(case.id):
+            record = measure_here(case, step, self._heard)
+        return self._judged(record, command)
+
+    def _measured_ceilings(self, case: Case) -> dict[str, float]:
+        """Once a session; a failure leaves the numbers without their ceilings, and the next case says why it fails."""
+        if self._ceilings is None:
+            record = self._launcher.run(Job(case=case, device="cuda", measure_ceilings=True))
+            self._ceilings = record.circumstances.ceilings
+        return self._ceilings
+
+    def _judged(self, record: Record, command: str) -> Row:
+        if self._settings.records is not None:
+            _write(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
+        row = Row(record=record, judgement=self._judgement(record), command=command)
+        if self._settings.update and record.status == "ok":
+            row = self._accepted(row)
+        self.rows.append(row)
+        return row
+
+    def _judgement(self, record: Record) -> Any:
+        return judge(record, find(self._settings.baselines, record.circumstances.machine.key, record.case.id))
+
+    def _accepted(self, row: Row) -> Row:
+        try:
+            acceptance = accept(self._settings.baselines, row.record, reason=self._settings.reason)
+        except BaselineError as error:
+            return msgspec.structs.replace(row, refused=str(error))
+        # Judged again: a limit that the case's owner has set is not lifted by accepting a number beyond it.
+        return msgspec.structs.replace(row, acceptance=acceptance, judgement=self._judgement(row.record))
+
+    def close(self) -> None:
+        """Leave no process and no live line. May be called again."""
+        self._launcher.close()
+        self._progress.close()
+
+
+def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:
+    """A step of the user's own runs on the GPU where there is one, whatever scale it is filed under."""
+    if not visible_gpus():
+        return "auto"
+    if isinstance(case.workload, CallableSpec) or case.scale != "tiny":
+        return "cuda"
+    return "auto"
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)  # noqa: PTH105 - the atomic one, by its name
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,238 @@
+"""A run with `--benchmark`: which tests take part, what their reports say, and what ends the run.
+
+One object, registered only when asked for; everything pytest calls in such a run is here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hpc_core
+from hpc_core.environment import machine, stack, visible_gpus
+from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
+from hpc_core.plugin.fixture import ENDING, Perf
+from hpc_core.plugin.lock import GpuInUseError, GpuLocks
+from hpc_core.plugin.options import Settings
+from hpc_core.plugin.outcome import Blame, exit_code
+from hpc_core.plugin.progress import Progress, duration
+from hpc_core.plugin.replay import with_timer
+from hpc_core.plugin.runner import Runner
+from hpc_core.report import render
+from hpc_core.selection import matches, unknown_glob
+
+__all__ = ["NAME", "Suite"]
+
+NAME = "hpc-core-suite"
+_NO_GPU = "needs a CUDA GPU: none is visible"
+_ENDS = (pytest.fail.Exception, pytest.skip.Exception)
+_UNUSED = "ignore:Benchmark fixture was not used at all"
+
+
+def uses_perf(item: pytest.Item) -> bool:
+    """Whether a test takes part in performance runs."""
+    return "perf" in getattr(item, "fixturenames", ())
+
+
+class Suite:
+    """The hooks of a run with `--benchmark`."""
+
+    def __init__(self, config: pytest.Config, settings: Settings) -> None:
+        self._config = config
+        self._settings = settings
+        self._locks = GpuLocks()
+        self._blames: list[Blame] = []
+        self._plain = False
+        self._progress = Progress(ticking=settings.way != "inline")
+        self._runner = Runner(settings, self._progress)
+
+    def perf(self, item: pytest.Item, benchmark: Any) -> Perf:
+        """The fixture's value for one test."""
+        return Perf(item, benchmark, self._runner, strict=self._settings.strict, command=self._command(item))
+
+    def _command(self, item: pytest.Item) -> str:
+        """The one line that runs just this case."""
+        own = any(item.path.is_relative_to(path) for path in self._settings.paths)
+        given = item.path.resolve() in self._settings.case_files
+        path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
+        return f"pytest --benchmark {path}--case '{case_id_of(item)}'"
+
+    def _short(self, path: Path) -> str:
+        here = self._config.invocation_params.dir
+        return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+    def pytest_sessionstart(self) -> None:
+        """Choose how to say where the run is: a live line on a terminal, a line a case elsewhere, nothing if quiet."""
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None or self._config.get_verbosity() < 0:
+            return
+        if reporter.isatty:
+            # Descriptor 1 is still the terminal: capture begins with the first collected file.
+            self._progress.show_on(1)
+        self._plain = not reporter.isatty and self._config.get_verbosity() == 0
+
+    def pytest_report_header(self) -> str:
+        """What runs where."""
+        settings = self._settings
+        what = f"scale {settings.scale or 'any'} ({settings.why_scale})"
+        fault = f", fault {settings.fault}" if settings.fault else ""
+        where = f"baselines {self._short(settings.baselines)}"
+        return f"hpc-core: {hpc_core.__version__}, {what}, {where}, {settings.way}{fault}"
+
+    def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+        """A case file is a test module whose tests are its cases."""
+        if module_path.resolve() not in self._settings.case_files:
+            return None
+        made: pytest.Module = CaseFile.from_parent(parent, path=module_path)
+        return made
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Keep what was asked for, and give each kept test its timer."""
+        taking_part = [item for item in items if uses_perf(item)]
+        ids = [case_id_of(item) for item in taking_part]
+        for glob in self._settings.globs:
+            if not any(matches(case_id, [glob]) for case_id in ids):
+                raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
+        dropped = [item for item in taking_part if not self._is_chosen(item)]
+        _refuse_twins([item for item in taking_part if item not in dropped])
+        if dropped:
+            gone = set(dropped)
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = [item for item in items if item not in gone]
+        for item in items:
+            if uses_perf(item):
+                _prepare(item)
+
+    def _is_chosen(self, item: pytest.Item) -> bool:
+        case = case_of(item)
+        if not matches(case_id_of(item), self._settings.globs):
+            return False
+        # A test that brings a step of its own belongs to no scale.
+        return case is None or self._settings.scale in (None, case.scale)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Count what will run."""
+        self._progress.total = sum(
+            uses_perf(item) and item.get_closest_marker("skip") is None for item in session.items
+        )
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> None:
+        """Hold the GPUs before the first test."""
+        if self._progress.total and not session.config.option.collectonly:
+            try:
+                self._locks.take(visible_gpus())
+            except GpuInUseError as error:
+                raise pytest.UsageError(str(error)) from error
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+        """End a test that had nothing to compare with, once its own assertions have passed."""
+        result = yield
+        ending = pyfuncitem.stash.get(ENDING, None)
+        if ending is not None:
+            ending.happen()
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Note what a failure is to blame on; say that a skip is the test's, not the plugin's."""
+        report = yield
+        ending = item.stash.get(ENDING, None)
+        raised = None if call.excinfo is None else call.excinfo.value
+        ours = ending is not None and isinstance(raised, _ENDS) and raised.msg == ending.text
+        if report.failed:
+            self._blames.append(ending.blame if ours and ending is not None else "other")
+        if report.skipped and ours and ending is not None:
+            path, line, _ = item.location
+            report.longrepr = (path, (line or 0) + 1, f"Skipped: {ending.text}")
+        if call.when == "call" and uses_perf(item) and self._plain and self._runner.rows:
+            self._say(item)
+        return report
+
+    def _say(self, item: pytest.Item) -> None:
+        """Where there is no terminal, one line a case."""
+        row = self._runner.rows[-1]
+        if row.case != case_id_of(item):
+            return
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        assert reporter is not None
+        headline = row.judgement.headline if row.judgement is not None and row.acceptance is None else ""
+        took = duration(sum(row.record.circumstances.phase_s.values()))
+        reporter.ensure_newline()
+        reporter.write_line(f"  [{self._progress.count}] {row.case}  {row.verdict}  {took}  {headline}".rstrip())
+
+    def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
+        """No letter for a test that has its own line."""
+        if (
+            not self._plain
+            or report.when != "call"
+            or not dict(getattr(report, "user_properties", ())).get("perf_case")
+        ):
+            return None
+        return report.outcome, "", report.outcome.upper()
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """No process stays; the exit code tells worse, broken and not comparable apart."""
+        self._runner.close()
+        self._locks.release()
+        if exitstatus == pytest.ExitCode.TESTS_FAILED and self._blames:
+            session.exitstatus = exit_code(self._blames)
+
+    def pytest_unconfigure(self) -> None:
+        """As above, where a session never began or never finished."""
+        self._runner.close()
+        self._locks.release()
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, object, object]:
+        """Our table, after pytest-benchmark's."""
+        try:
+            result = yield
+        finally:
+            if self._runner.rows:
+                width = shutil.get_terminal_size().columns
+                terminalreporter.section("hpc-core", sep="=")
+                text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
+                terminalreporter.write_line(text)
+        return result
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
+        """GPU and stack beside pytest-benchmark's own facts; nothing that changes from run to run."""
+        device = "cuda" if visible_gpus() else "cpu"
+        where = machine("cuda" if device == "cuda" else "cpu")
+        machine_info["hpc_core"] = {
+            "version": hpc_core.__version__,
+            "machine": where.key,
+            "name": where.name,
+            "stack": stack("cuda" if device == "cuda" else "cpu"),
+        }
+
+
+def _refuse_twins(items: list[pytest.Item]) -> None:
+    seen: dict[str, str] = {}
+    for item in items:
+        other = seen.setdefault(case_id_of(item), item.nodeid)
+        if other != item.nodeid:
+            raise pytest.UsageError(
+                f"two tests have the case {case_id_of(item)!r}, and so one baseline: {other} and {item.nodeid}. "
+                "Rename one."
+            )
+
+
+def _prepare(item: pytest.Item) -> None:
+    case = case_of(item)
+    with_timer(item, f"{case.scale} {case.kind}" if case is not None else case_id_of(item).partition("/")[0])
+    # A case that fails before it has samples leaves pytest-benchmark's fixture unused; that is no second problem.
+    item.add_marker(pytest.mark.filterwarnings(_UNUSED))
+    if item.get_closest_marker("gpu") is not None and not visible_gpus():
+        item.add_marker(pytest.mark.skip(reason=_NO_GPU))

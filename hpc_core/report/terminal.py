@@ -1,0 +1,198 @@
+"""The table and the lists that end a run, as text for a terminal of any width. Knows rich; opens no stream.
+
+What does not fit is left out column by column, the least needed first; what no case has is no column.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hpc_core.gate.verdict import Verdict
+from hpc_core.record import Record
+from hpc_core.report.row import Row, accepted_line
+
+__all__ = ["caption", "render", "summary"]
+
+_STYLES = {
+    "PASS": "green",
+    "OK": "green",
+    "IMPROVED": "bold green",
+    "NEW": "green",
+    "UPDATED": "green",
+    "UNCHANGED": "green",
+    "REGRESSED": "bold red",
+    "INVALID": "bold red",
+    "BROKEN": "bold red",
+    "REFUSED": "bold red",
+}
+_UNDECIDED = "yellow"
+_NOTHING = "-"
+_GAP = 2
+_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", "against baseline")
+_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall")
+"""Left out in this order where the terminal is too narrow."""
+_LEFT = ("case", "verdict", "share", "against baseline")
+_NARROWEST_CHANGE = 18
+
+
+def _cells(row: Row) -> dict[str, str]:
+    texts = (row.case, row.verdict, row.wall, row.busy, row.peak, row.tokens_per_s, row.share, row.change)
+    return dict(zip(_COLUMNS, texts, strict=True))
+
+
+def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
+    """The columns that say something and fit; the last one may be cut."""
+    chosen = [name for name in _COLUMNS if any(line[name] not in (_NOTHING, "") for line in lines)]
+    for name in _LEAST_NEEDED:
+        if _natural(lines, chosen) <= width:
+            break
+        if name in chosen:
+            chosen.remove(name)
+    return chosen
+
+
+def _natural(lines: Sequence[dict[str, str]], chosen: Sequence[str]) -> int:
+    widths = {name: max(cell_len(text) for text in (name, *(line[name] for line in lines))) for name in chosen}
+    if "against baseline" in widths:
+        widths["against baseline"] = min(widths["against baseline"], _NARROWEST_CHANGE)
+    return 1 + sum(widths.values()) + _GAP * (len(chosen) - 1)
+
+
+def table(rows: Sequence[Row], width: int) -> Table:
+    """The table of these rows; the order is the caller's.
+
+    Where whole ids would cost a column, the shape is said once, above its variants.
+    """
+    lines = [_cells(row) for row in rows]
+    grouped = _under_shapes(lines)
+    if len(_chosen(grouped, width)) > len(_chosen(lines, width)):
+        lines = grouped
+    chosen = _chosen(lines, width)
+    drawn = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold", expand=False)
+    for name in chosen:
+        side: Literal["left", "right"] = "left" if name in _LEFT else "right"
+        ratio = 1 if name == "against baseline" else None
+        drawn.add_column(name, justify=side, no_wrap=True, overflow="ellipsis", ratio=ratio)
+    for line in lines:
+        style = _STYLES.get(line["verdict"], _UNDECIDED)
+        drawn.add_row(*(Text(line[name], style=style if name == "verdict" else "") for name in chosen))
+    return drawn
+
+
+def _under_shapes(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    grouped: list[dict[str, str]] = []
+    above = ""
+    for line in lines:
+        shape, _, variant = line["case"].partition("/")
+        if shape != above:
+            above = shape
+            grouped.append(dict.fromkeys(_COLUMNS, "") | {"case": f"{shape}/"})
+        grouped.append(line | {"case": f"  {variant}"})
+    return grouped
+
+
+def caption(record: Record) -> str:
+    """Where the numbers come from: machine, stack, commit."""
+    seen = record.circumstances
+    stack = ", ".join(f"{name} {version}" for name, version in sorted(seen.stack.items()))
+    commit = (
+        ""
+        if seen.commit is None
+        else f" · commit {seen.commit[:10]}{' with uncommitted changes' if seen.dirty else ''}"
+    )
+    return f"{seen.machine.name} [{seen.machine.key}] · {stack or 'stack unknown'} · Python {seen.python}{commit}"
+
+
+class _Problem(NamedTuple):
+    """Why a row needs a reader: what happened, further sentences, and what to do."""
+
+    headline: str
+    reasons: tuple[str, ...] = ()
+    step: tuple[str, ...] = ()
+
+
+def _problem(row: Row) -> _Problem | None:
+    failure, judgement = row.record.failure, row.judgement
+    if failure is not None:
+        step = () if row.command is None else (row.command,)
+        return _Problem(f"{failure.kind} in {failure.phase}: {failure.message}", step=step)
+    if row.refused is not None:
+        return _Problem(row.refused)
+    if judgement is None:
+        return _Problem(" ".join(row.record.reasons)) if row.record.reasons else None
+    if judgement.verdict is Verdict.PASS:
+        return None
+    plain = f"pytest --benchmark --case {row.case}"
+    return _Problem(
+        judgement.headline,
+        (judgement.reason,) if judgement.reason != judgement.headline else (),
+        (judgement.next_step.replace(plain, row.command or plain),) if judgement.next_step else (),
+    )
+
+
+def _problems(rows: Iterable[Row]) -> list[RenderableType]:
+    """One paragraph a problem; what several cases share in every word but their name is said once."""
+    shared: dict[tuple[str, str], list[tuple[str, _Problem]]] = {}
+    for row in rows:
+        found = _problem(row)
+        if found is not None:
+            shared.setdefault((row.verdict, found.headline.replace(row.case, "…")), []).append((row.case, found))
+    drawn: list[RenderableType] = []
+    for (verdict, headline), alike in shared.items():
+        case, problem = alike[0]
+        several = len(alike) > 1
+        who, said = (f"{len(alike)} cases", headline) if several else (case, problem.headline)
+        drawn.append(Text.assemble((verdict, _STYLES.get(verdict, _UNDECIDED)), f" {who}: {said}"))
+        for line in problem.reasons if not several else ():
+            drawn.append(Padding(Text(line), (0, 0, 0, 4)))
+        for line in problem.step:
+            drawn.append(_unbroken(f"    {_for_any_case(line, case) if several else line}"))
+    return drawn
+
+
+def _for_any_case(line: str, case: str) -> str:
+    """The command for all cases of the same shape."""
+    shape = case.partition("/")[0]
+    return line.replace(f"'{case}'", case).replace(case, f"'{shape}/*'")
+
+
+def _unbroken(line: str) -> Text:
+    """A line to be copied: the terminal may wrap it, we must not."""
+    return Text(line, no_wrap=True, overflow="ignore")
+
+
+def summary(rows: Sequence[Row], width: int) -> Group:
+    """Table, problems, what was written, and where the numbers come from."""
+    parts: list[RenderableType] = [table(rows, width)]
+    problems = _problems(rows)
+    written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
+    notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
+    for block in (problems, written, [Text(f"note: {note}", style="dim") for note in notes]):
+        if block:
+            parts += [Text(), *block]
+    parts += [Text(), *(Text(line, style="dim") for line in dict.fromkeys(caption(row.record) for row in rows))]
+    return Group(*parts)
+
+
+def render(rows: Sequence[Row], *, width: int, color: bool) -> str:
+    """The summary as text; escape sequences only if `color`."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream,
+        width=width,
+        force_terminal=color,
+        color_system="standard" if color else None,
+        highlight=False,
+        markup=False,
+        legacy_windows=False,
+    )
+    console.print(summary(rows, width), crop=False)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())

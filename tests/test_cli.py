@@ -1,0 +1,136 @@
+"""The command line: starts at once, answers mistakes in one line, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hpc_core.cli import main
+from hpc_core.record import record_from_json, record_to_json
+from tests.strategies import a_record, failed_record, peak
+
+ROOT = Path(__file__).parent.parent
+RECORD = a_record()
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    path = tmp_path / "records" / "tiny" / "lora.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(record_to_json(RECORD))
+    return path
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "tiny/lroa"], "Near: tiny/lora"),
+        (["baseline", "list", "--baselines", "nowhere"], "no such folder"),
+        (["baseline", "accept", "nowhere.json", "--reason", "x"], "nowhere.json: No such file"),
+        (["baseline", "diff", __file__], "Not a record"),
+        (["export", "nowhere", "--out", "out"], "no such folder"),
+        (["original-report", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
+        (["cases", "--cases", "nowhere.py"], "no such case file"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bad input: exit code 2, one line on stderr that names it, nothing on stdout, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_it_starts_without_torch() -> None:
+    """Listing the cases loads neither torch nor pytest."""
+    code = "import sys; from hpc_core.cli import main\ntry: main(['cases', '--scale', 'tiny'])\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'pytest' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, cwd=ROOT)
+    assert ran.stdout.splitlines()[-1] == "False False"
+    assert any(line.startswith("tiny/lora ") for line in ran.stdout.splitlines())
+
+
+def test_cases_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is a case."""
+    assert run("cases", "--scale", "full", "--json") == 0
+    assert {json.loads(line)["scale"] for line in capsys.readouterr().out.splitlines()} == {"full"}
+
+
+def test_accept_show_diff(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record from elsewhere is accepted, listed and shown; another one is judged against it without running."""
+    root = tmp_path / "baselines"
+    assert run("baseline", "diff", record, "--baselines", root) == 0  # nothing to compare with is no failure
+    assert run("baseline", "accept", record, "--baselines", root, "--reason", "from the H100") == 0
+    assert run("baseline", "list", "--baselines", root) == 0
+    assert "from the H100" in capsys.readouterr().out
+    assert run("baseline", "show", "tiny/lora", "--baselines", root) == 0
+    assert "peak_bytes" in capsys.readouterr().out
+    assert run("baseline", "diff", record, "--baselines", root) == 0
+    worse = tmp_path / "worse.json"
+    worse.write_bytes(record_to_json(a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})))
+    assert run("baseline", "diff", worse, "--baselines", root) == 1
+    assert "REGRESSED" in capsys.readouterr().out
+
+
+def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
+    """All records are read before the first is accepted."""
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert run("baseline", "accept", record, bad, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepting a failed run is refused with its reason."""
+    path = tmp_path / "failed.json"
+    path.write_bytes(record_to_json(failed_record()))
+    assert run("baseline", "accept", path, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert "80.1 GiB" in capsys.readouterr().err
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without a record is a mistake, and said so."""
+    (tmp_path / "records").mkdir()
+    assert run("export", tmp_path / "records", "--out", tmp_path / "out") == 2
+    assert "holds no record" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven rows on a tiny model give the two files; run again after two records are gone or bad, just those run."""
+    out = tmp_path / "report"
+    assert run("original-report", "--out", out, "--short") == 0
+    inference = json.loads((out / "baseline_inference_metrics.json").read_text())["methods"]
+    assert set(inference) == {"original-fp16", "original-nf4"}
+    training = json.loads((out / "baseline_finetune_metrics.json").read_text())["methods"]
+    assert len(training) == 5
+    assert not any(method["extrapolated"] for method in training.values())
+    assert "[7/7]" in capsys.readouterr().err
+    (out / "records" / "tiny" / "original-lora.json").unlink()
+    other = out / "records" / "tiny" / "original-full.json"
+    changed = record_from_json(other.read_bytes())
+    other.write_bytes(
+        record_to_json(msgspec.structs.replace(changed, case=msgspec.structs.replace(changed.case, seed=7)))
+    )
+    assert run("original-report", "--out", out, "--short") == 0
+    said = capsys.readouterr().err
+    assert said.count("measured already") == 5
+    assert said.count(": running") == 2

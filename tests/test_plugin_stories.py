@@ -1,0 +1,248 @@
+"""What a user of the plugin lives through, as stories in a project of their own. Workers are told, not run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from hpc_core.plugin import runner
+from hpc_core.record import record_from_json
+from hpc_core.store import Baseline, accept, find
+from tests.told_launcher import SAMPLES, ToldLauncher
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., pytest.RunResult]
+
+GIB = 2**30
+STORY = """
+from hpc_core import GiB, Limits
+
+def test_step(perf):
+    result = perf("told:step", peak={peak})
+    assert result.metrics["peak_bytes"].value < 8 * GiB
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest in a project whose warnings are errors and whose suite lies in bench/."""
+    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    pytester.makepyprojecttoml("""
+        [tool.pytest.ini_options]
+        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
+        filterwarnings = ["error"]
+    """)
+    pytester.mkdir("bench")
+
+    def ran(*arguments: str) -> pytest.RunResult:
+        return pytester.runpytest_inprocess(*arguments)
+
+    return ran
+
+
+def bench(pytester: pytest.Pytester, text: str = STORY, **values: Any) -> None:
+    """Write the suite of the project."""
+    (pytester.path / "bench" / "test_own.py").write_text(
+        text.format(**({"peak": GIB} | values)) if values or text is STORY else text
+    )
+
+
+def baseline(pytester: pytest.Pytester, case: str = "test_own/test_step") -> Path:
+    return pytester.path / "baselines" / "cpu" / f"{case}.json"
+
+
+def test_without_the_option_nothing_is_measured(pytester: pytest.Pytester, run: Run) -> None:
+    """A test that measures is skipped, and says what it needs."""
+    bench(pytester)
+    result = run("-rs", "bench")
+    assert result.ret == 0
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*needs --benchmark*"])
+
+
+def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -> None:
+    """First skipped without a baseline, then accepted, then passed; more memory fails and says how much, at the start."""
+    bench(pytester)
+    first = run("--benchmark", "-rs")
+    assert first.ret == 0
+    first.assert_outcomes(skipped=1)
+    first.stdout.fnmatch_lines(["*test_own/test_step*NO_BASELINE*", "SKIPPED * bench/test_own.py:4: *NO_BASELINE*"])
+
+    update = run("--benchmark", "--perf-update", "--reason", "the first one")
+    assert update.ret == 0
+    update.assert_outcomes(passed=1)
+    update.stdout.fnmatch_lines(["created *baselines/cpu/test_own/test_step.json: *peak_bytes 1.00 GiB*"])
+
+    second = run("--benchmark")
+    assert second.ret == 0
+    second.assert_outcomes(passed=1)
+
+    lower(pytester, GIB // 2)
+    worse = run("--benchmark")
+    assert worse.ret == 1
+    worse.assert_outcomes(failed=1)
+    worse.stdout.fnmatch_lines([
+        "peak_bytes +512.00 MiB, limit +0.05 %",
+        "*peak_bytes: 512.00 MiB → 1.00 GiB (+512.00 MiB, +100 %), limit +0.05 %",
+        "*Accept it: pytest --benchmark --case 'test_own/test_step' --perf-update --reason*",
+        "Run it again: pytest --benchmark --case 'test_own/test_step'",
+        "*test_own/test_step*REGRESSED*peak_bytes +100 %*",
+    ])  # fmt: skip
+
+    ratchet = run("--benchmark", "--perf-update", "--reason", "more on purpose")
+    assert ratchet.ret == 0
+    ratchet.stdout.fnmatch_lines(["updated *test_step.json: peak_bytes 512.00 MiB → 1.00 GiB"])
+
+
+def lower(pytester: pytest.Pytester, peak: int) -> None:
+    """Accept a smaller peak than what runs gives."""
+    import msgspec
+
+    history = baseline(pytester).with_suffix(".history.jsonl")
+    record = record_from_json(history.read_text().splitlines()[-1])
+    metrics = record.metrics | {"peak_bytes": msgspec.structs.replace(record.metrics["peak_bytes"], value=peak)}
+    accept(pytester.path / "baselines", msgspec.structs.replace(record, metrics=metrics), reason="doctored")
+
+
+def test_a_limit_needs_no_baseline(pytester: pytest.Pytester, run: Run) -> None:
+    """An absolute limit that is exceeded fails even a case that was never accepted, and accepting does not lift it."""
+    bench(pytester, STORY.replace("peak={peak}", "peak=2 * GiB, limits=Limits(peak_bytes=GiB)"))
+    result = run("--benchmark")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["peak_bytes *limit at most 1.00 GiB*", "*allowed is at most 1.00 GiB (+1.00 GiB)*"])
+    assert run("--benchmark", "--perf-update", "--reason", "try").ret == 1
+
+
+def test_the_tests_own_assertions_come_before_the_skip(pytester: pytest.Pytester, run: Run) -> None:
+    """Without a baseline the rest of the test still runs: what it asserts can fail, with exit code 1."""
+    bench(pytester, peak="9 * GiB")
+    result = run("--benchmark", "--perf-strict")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["*AssertionError*", "*assert*"])
+
+
+SEVERAL = """
+import pytest
+
+def test_new(perf):
+    perf("told:step")
+
+def test_crash(perf):
+    perf("told:crash")
+
+def test_no_library(perf):
+    perf("told:crash", kind="missing_library")
+
+def test_invalid(perf):
+    perf("told:invalid")
+
+def test_plain():
+    assert not True
+"""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "code"),
+    [
+        (["new"], 10),
+        (["no-library"], 10),
+        (["crash"], 11),
+        (["crash", "new", "no-library"], 11),
+        (["invalid"], 1),
+        (["invalid", "crash", "new"], 1),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
+)
+def test_exit_codes_under_strict(pytester: pytest.Pytester, run: Run, chosen: list[str], code: int) -> None:
+    """1 when something got worse, 11 when runs broke, 10 when nothing could be compared."""
+    bench(pytester, SEVERAL)
+    cases = [part for name in chosen for part in ("--case", f"test_own/test_{name.replace('no-', 'no_')}")]
+    result = run("--benchmark", "--perf-strict", "--deselect", "bench/test_own.py::test_plain", *cases)
+    assert result.ret == code
+
+
+def test_another_failure_is_exit_code_1(pytester: pytest.Pytester, run: Run) -> None:
+    """A test that fails by itself beside a broken run: 1 comes before 11."""
+    bench(pytester, SEVERAL)
+    assert run("--benchmark", "--case", "test_own/test_crash").ret == 1
+
+
+def test_a_missing_library_is_something_to_install(pytester: pytest.Pytester, run: Run) -> None:
+    """Without strict, what is not installed skips its cases; a crash fails, with its traceback and no INTERNALERROR."""
+    bench(pytester, SEVERAL.replace("test_plain", "unused"))
+    result = run("--benchmark")
+    result.assert_outcomes(failed=2, skipped=2)
+    result.stdout.fnmatch_lines(
+        ["crash in build: it went wrong.", "Traceback: deep inside", "*test_own/test_crash*BROKEN*"]
+    )
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_nothing_bad_becomes_a_baseline(pytester: pytest.Pytester, run: Run) -> None:
+    """Under --perf-update an invalid and a crashed run fail as ever, and write nothing."""
+    bench(pytester, SEVERAL)
+    chosen = ["--case", "test_own/test_crash", "--case", "test_own/test_invalid", "-k", "not plain"]
+    assert run("--benchmark", "--perf-update", "--reason", "hope", *chosen).ret == 1
+    assert not (pytester.path / "baselines").exists()
+
+
+def test_the_numbers_reach_pytest_benchmark(pytester: pytest.Pytester, run: Run) -> None:
+    """--benchmark-json holds exactly the recorded samples and the record; a failed run has no entry; `compare` reads it."""
+    bench(pytester, SEVERAL)
+    assert run("--benchmark", "-k", "new or invalid or crash", "--benchmark-json=out.json").ret == 1
+    told = json.loads((pytester.path / "out.json").read_text())
+    [entry] = told["benchmarks"]
+    assert entry["stats"]["data"] == list(SAMPLES)
+    assert entry["extra_info"]["record"]["metrics"]["peak_bytes"] == {"value": GIB, "unit": "bytes"}
+    assert entry["extra_info"]["record"]["verdict"] == "NO_BASELINE"
+    assert told["machine_info"]["hpc_core"]["machine"] == "cpu"
+    command = [sys.executable, "-m", "pytest_benchmark", "compare", "out.json"]
+    compared = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "test_new" in compared.stdout + compared.stderr
+
+
+def test_pytest_benchmarks_own_gate_works(pytester: pytest.Pytester, run: Run) -> None:
+    """--benchmark-save and --benchmark-compare see our samples; --benchmark-disable and --benchmark-skip break nothing."""
+    bench(pytester)
+    assert run("--benchmark", "--benchmark-save=one").ret == 0
+    compared = run("--benchmark", "--benchmark-compare=0001", "--benchmark-compare-fail=median:5%")
+    assert compared.ret == 0
+    compared.stdout.fnmatch_lines(["*test_step*(0001_one)*"])
+    run("--benchmark", "--benchmark-disable").assert_outcomes(skipped=1)
+    run("--benchmark", "--benchmark-skip").assert_outcomes(skipped=1)
+
+
+def test_junit_has_the_verdict_and_the_metrics(pytester: pytest.Pytester, run: Run) -> None:
+    """JUnit's XML says case, verdict and values, and shows a regression as a failure."""
+    bench(pytester, STORY.replace("peak={peak}", "peak=2 * GiB, limits=Limits(peak_bytes=GiB)"))
+    run("--benchmark", "--junitxml=junit.xml")
+    suite = ET.parse(pytester.path / "junit.xml").getroot()[0]
+    assert suite.attrib["failures"] == "1"
+    said = {each.attrib["name"]: each.attrib["value"] for each in suite.iter("property")}
+    assert (said["perf_case"], said["perf_verdict"]) == ("test_own/test_step", "REGRESSED")
+    assert said["perf_metric.peak_bytes"] == str(2 * GIB)
+
+
+def test_records_are_written_where_asked(pytester: pytest.Pytester, run: Run) -> None:
+    """--perf-records keeps every record, failed ones too, under its case's id."""
+    bench(pytester, SEVERAL)
+    run("--benchmark", "--perf-records=records", "-k", "new or crash")
+    statuses = {
+        path.stem: record_from_json(path.read_text()).status for path in pytester.path.rglob("records/*/*.json")
+    }
+    assert statuses == {"test_new": "ok", "test_crash": "failed"}
+
+
+def test_a_baseline_of_another_machine_is_not_touched(pytester: pytest.Pytester, run: Run) -> None:
+    """The folder of baselines can be elsewhere; what is accepted there is a sound baseline."""
+    bench(pytester)
+    run("--benchmark", "--perf-update", "--reason", "elsewhere", "--perf-baselines=others")
+    assert isinstance(find(pytester.path / "others", "cpu", "test_own/test_step"), Baseline)
+    assert not (pytester.path / "baselines").exists()

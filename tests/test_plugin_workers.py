@@ -1,0 +1,164 @@
+"""The plugin with real workers, in a project of somebody else: their factory, their callable, Ctrl-C, a debugger."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = """
+import time
+
+def make_step(batch, log=None):
+    import torch
+
+    weight = torch.ones(256, 256)
+
+    def step():
+        data = torch.ones(batch, 256)
+        return (data @ weight).sum()
+
+    return step
+
+def make_nothing(seconds):
+    return lambda: time.sleep(seconds)
+
+def breaks():
+    raise ValueError("the factory has no mind to")
+"""
+TESTS = """
+import torch_free
+from hpc_core import Limits, MiB
+
+def test_factory(perf):
+    result = perf("steps:make_step", batch=16, limits=Limits(peak_bytes=64 * MiB), steps=3)
+    assert result.metrics["peak_bytes"].value > 0
+    assert result.circumstances.launched == "warm"
+
+def test_too_much(perf):
+    perf("steps:make_step", batch=8192, limits=Limits(peak_bytes=MiB), steps=3)
+
+def test_breaks(perf):
+    perf("steps:breaks")
+"""
+
+
+@pytest.fixture
+def project(pytester: pytest.Pytester) -> Path:
+    """A project that knows nothing of hpc-core but its fixture."""
+    pytester.makepyprojecttoml('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\nperf_paths = ["performance"]\n')
+    pytester.makepyfile(steps=STEPS)
+    pytester.mkdir("performance")
+    (pytester.path / "performance" / "torch_free.py").write_text(
+        "import atexit, sys\n\natexit.register(lambda: print('TORCH', 'torch' in sys.modules))\n"
+    )
+    return pytester.path
+
+
+def test_factories_in_fresh_processes(pytester: pytest.Pytester, project: Path) -> None:
+    """One within its limits, one beyond, one that raises: each gets its own outcome, and pytest never imports torch."""
+    (project / "performance" / "test_steps.py").write_text(TESTS)
+    result = pytester.runpytest_subprocess("--benchmark", "--benchmark-json=out.json")
+    assert result.ret == 1
+    result.assert_outcomes(skipped=1, failed=2)
+    result.stdout.fnmatch_lines([
+        "peak_bytes * limit at most 1.00 MiB*",
+        "error in build: ValueError: the factory has no mind to",
+        "*Run it again: pytest --benchmark --case 'test_steps/test_breaks'",
+        "test_steps/test_factory *NO_BASELINE*",
+        "test_steps/test_too_much *REGRESSED*",
+        "test_steps/test_breaks *BROKEN*",
+        "TORCH False",
+    ])  # fmt: skip
+    entries = json.loads((project / "out.json").read_text())["benchmarks"]
+    assert sorted(entry["name"] for entry in entries) == ["test_factory", "test_too_much"]
+    assert all(len(entry["stats"]["data"]) == 3 for entry in entries)
+
+
+CALLABLE = """
+def test_bare(perf):
+    import torch
+
+    weight = torch.ones(64, 64)
+    record = perf(lambda: weight @ weight)
+    assert record.circumstances.launched == "inline"
+    assert record.metrics["peak_bytes"].gated
+    assert not any(metric.gated for metric in record.metrics.values() if metric.unit == "s")
+
+def test_needs_something(perf):
+    perf(lambda batch: None)
+"""
+
+
+def test_a_bare_callable_is_measured_in_place(pytester: pytest.Pytester, project: Path) -> None:
+    """A callable of the test itself: exact metrics are gated, time is reported; one that wants arguments is refused."""
+    (project / "performance" / "test_bare.py").write_text(CALLABLE)
+    result = pytester.runpytest_subprocess("--benchmark", "-W", "ignore", "--perf-update", "--reason", "first")
+    result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["A bare callable takes no arguments*"])
+    assert (project / "baselines" / "cpu" / "test_bare" / "test_bare.json").is_file()
+
+
+def test_inline_raises_where_the_code_is(pytester: pytest.Pytester, project: Path) -> None:
+    """With --perf-inline an error of the code under test is the test's own error, so that --pdb stops there."""
+    (project / "performance" / "test_steps.py").write_text(TESTS.replace("import torch_free", ""))
+    result = pytester.runpytest_subprocess(
+        "--benchmark", "--perf-inline", "--case", "test_steps/test_breaks", "-W", "ignore"
+    )
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(
+        ["*raise ValueError*", "E*ValueError: the factory has no mind to", "steps.py:*: ValueError"]
+    )
+
+
+def test_ctrl_c_leaves_nothing(project: Path) -> None:
+    """Ctrl-C while a case runs: exit code 2, no worker left, no traceback of ours."""
+    (project / "performance" / "test_long.py").write_text(
+        "def test_long(perf):\n    perf('steps:make_nothing', seconds=600)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "--benchmark", "--perf-launch=exec", "--perf-records=records"]
+    with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        workers = _wait_for_worker(running.pid)
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == 2, said
+    assert "INTERNALERROR" not in said
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+
+
+def _wait_for_worker(parent: int) -> list[int]:
+    """Processes below `parent`, once one of them is a worker."""
+    for _ in range(300):
+        pids = _below(parent)
+        lines = [_command_line(pid) for pid in pids]
+        if any("hpc_core.worker" in line and "supervisor" not in line for line in lines):
+            return pids
+        time.sleep(0.1)
+    raise AssertionError("no worker was started within 30 s")
+
+
+def _below(parent: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                ppid = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if ppid == parent:
+                found += [int(entry.name), *_below(int(entry.name))]
+    return found
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""

@@ -1,0 +1,120 @@
+"""The table that ends a run: every row kept, nothing wider than the terminal, nothing coloured in a pipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from rich.cells import cell_len
+
+from hpc_core.cases import catalogue
+from hpc_core.gate import judge
+from hpc_core.limits import GiB
+from hpc_core.record import Failure, Metric, Record
+from hpc_core.report import Row, render
+from hpc_core.report.row import accepted_line
+from hpc_core.store import Baseline, Lookup, Missing, accept, find
+from tests.strategies import a_record, busy, counted, peak, wall
+
+LORA = catalogue()["llama-3.2-3b/lora"]
+
+
+def reported(value: float, unit: str) -> Metric:
+    return Metric(value=value, unit=unit, noise="wall", better="higher", depends_on=("case",), gated=False)
+
+
+def measured(variant: str = "qlora-prepare-nogc", **changes: Metric) -> Record:
+    """A record of an H100 with everything that the table can show."""
+    metrics = {
+        "peak_bytes": peak(13.35 * GiB),
+        "busy_s": busy(0.2517),
+        "kernels": counted(16170),
+        "step_s": wall(0.2631),
+        "tokens_per_s": reported(7784.2, "tokens/s"),
+        "mfu": reported(0.414, "ratio"),
+    }
+    case = catalogue().get(f"llama-3.2-3b/{variant}") or msgspec.structs.replace(LORA, id=f"llama-3.2-3b/{variant}")
+    return a_record(metrics | changes, case=case)
+
+
+def row(record: Record, lookup: Lookup | None = None) -> Row:
+    return Row(record=record, judgement=judge(record, lookup or Missing(path="baselines/x.json")))
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Row]:
+    """A passing, a regressed, a broken case and one without a baseline."""
+    good, worse = measured("lora"), measured(peak_bytes=peak(15.23 * GiB))
+    accept(tmp_path, good, reason="first")
+    accept(tmp_path, measured(), reason="first")
+    failure = Failure(kind="out_of_memory", message="CUDA out of memory. Tried to allocate 20 GiB.", phase="build")
+    broken = msgspec.structs.replace(measured("full-fp32"), status="failed", failure=failure, metrics={})
+    return [
+        row(good, baseline(tmp_path, good)),
+        row(worse, baseline(tmp_path, worse)),
+        row(broken),
+        row(measured("lora-gc")),
+    ]
+
+
+def baseline(root: Path, record: Record) -> Baseline:
+    found = find(root, record.circumstances.machine.key, record.case.id)
+    assert isinstance(found, Baseline)
+    return found
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+def test_nothing_is_wider_than_the_terminal(rows: list[Row], width: int) -> None:
+    """Every line fits except those that are there to be copied; each case has its row with its verdict."""
+    lines = render(rows, width=width, color=False).splitlines()
+    assert [line for line in lines if cell_len(line) > width and "pytest --benchmark" not in line] == []
+    table = lines[: lines.index("")]
+    verdicts = {"lora": "PASS", "qlora-prepare-nogc": "REGRESSED", "full-fp32": "BROKEN", "lora-gc": "NO_BASELINE"}
+    for variant, verdict in verdicts.items():
+        [line] = [line for line in table if f" {verdict}" in line]
+        assert line.split()[0] in (variant, f"llama-3.2-3b/{variant}")
+
+
+def test_a_wide_terminal_shows_every_column(rows: list[Row]) -> None:
+    """At 140 columns wall, busy, memory, tokens, share of the ceiling and the change stand side by side."""
+    line = next(line for line in render(rows, width=140, color=False).splitlines() if "REGRESSED" in line)
+    for cell in ("263.10 ms", "251.70 ms", "15.23 GiB", "7,784", "MFU 41 %", "peak_bytes +14.08 %"):
+        assert cell in line
+
+
+def test_the_narrowest_keeps_verdict_memory_and_change(rows: list[Row]) -> None:
+    """At 80 columns what is needed least is left out, not cut: memory and the change stay."""
+    line = next(line for line in render(rows, width=80, color=False).splitlines() if "REGRESSED" in line)
+    assert "263.10 ms" in line
+    assert "15.23 GiB" in line
+    assert "peak_bytes +14.08 %" in line
+
+
+def test_a_pipe_gets_no_colours(rows: list[Row]) -> None:
+    """Escape sequences are for terminals."""
+    assert "\x1b" not in render(rows, width=100, color=False)
+    assert "\x1b[1;31mREGRESSED" in render(rows, width=100, color=True)
+
+
+def test_equal_problems_are_told_once() -> None:
+    """Ten cases without a baseline are ten rows and one paragraph."""
+    text = render([row(measured(f"lora-{n}")) for n in range(10)], width=100, color=False)
+    assert text.count("no baseline of") == 1
+    assert "NO_BASELINE 10 cases: no baseline of …" in text
+
+
+def test_markup_in_a_message_is_text() -> None:
+    """Square brackets in an error are not taken for styles."""
+    failure = Failure(kind="error", message="[bold]x[/nope] in [red]", phase="build")
+    broken = msgspec.structs.replace(measured(), status="failed", failure=failure, metrics={})
+    assert "[bold]x[/nope] in [red]" in render([row(broken)], width=100, color=True)
+
+
+def test_an_acceptance_says_each_change(tmp_path: Path) -> None:
+    """What was written, where, and from which number to which."""
+    assert "3 metrics, peak_bytes 13.35 GiB" in accepted_line(accept(tmp_path, measured(), reason="first"))
+    line = accepted_line(accept(tmp_path, measured(peak_bytes=peak(14 * GiB)), reason="more"))
+    assert line.startswith("updated ")
+    assert line.endswith("qlora-prepare-nogc.json: peak_bytes 13.35 GiB → 14.00 GiB")
+    assert "unchanged" in accepted_line(accept(tmp_path, measured(peak_bytes=peak(14 * GiB)), reason="more"))

@@ -1,0 +1,61 @@
+"""A launcher that tells records instead of running workers: what a story's factory says is what it "measured"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hpc_core.launch.protocol import Event, Finished, Job, Phase, Way
+from hpc_core.record import Circumstances, Failure, FailureKind, Metric, Record
+from hpc_core.spec import CallableSpec, Case
+from tests.strategies import CPU, STACK, counted, wall
+
+SAMPLES = (0.25, 0.5, 0.75)
+
+
+class ToldLauncher:
+    """Stands in for `hpc_core.launch.launcher.Launcher`.
+
+    The factory's name decides: `told:step` is ok with the peak of its argument, `told:crash` fails with the kind of
+    its argument, `told:invalid` did not do what was asked.
+    """
+
+    def __init__(self, way: Way, *, on_event: Callable[[Case, Event], None], debug: bool = False) -> None:
+        self._on_event = on_event
+
+    def prepare(self) -> None:
+        """Nothing to start."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def run(self, job: Job) -> Record:
+        """The record that the job's factory stands for."""
+        workload = job.case.workload
+        assert isinstance(workload, CallableSpec)
+        self._on_event(job.case, Phase("measure"))
+        record = _told(job, workload.factory.partition(":")[2], workload.arguments)
+        self._on_event(job.case, Finished(record))
+        return record
+
+
+def _told(job: Job, what: str, arguments: dict[str, Any]) -> Record:
+    around = Circumstances(
+        machine=CPU, stack=STACK, python="3.11.7", host_cpu="some CPU", launched=job.launched,
+        started_at="2026-11-24T12:00:00+00:00", fault=job.fault,
+    )  # fmt: skip
+    if what == "crash":
+        kind: FailureKind = arguments.get("kind", "crash")
+        failure = Failure(kind=kind, message="it went wrong.", phase="build", detail="Traceback: deep inside")
+        return Record(case=job.case, status="failed", failure=failure, circumstances=around)
+    peak = Metric(
+        value=arguments.get("peak", 2**30), unit="bytes", noise="exact", better="lower", depends_on=("case", "stack")
+    )
+    samples = Metric(
+        value=0.5, samples=SAMPLES, unit="s", noise="wall", better="lower", depends_on=wall().depends_on, gated=False
+    )
+    metrics = {"peak_bytes": peak, "operators": counted(), "step_s": samples}
+    reasons = ("It ran without the quantization that was asked for.",) if what == "invalid" else ()
+    return Record(
+        case=job.case, status="invalid" if reasons else "ok", reasons=reasons, metrics=metrics, circumstances=around
+    )
