@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_core.faults import FAULTS
 from hpc_core.plugin import fixture, options, runner, suite
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
 
@@ -48,8 +49,10 @@ def test_an_update_needs_a_reason(refused: Refused) -> None:
 
 
 def test_a_fault_is_never_accepted(refused: Refused) -> None:
-    """An injected fault and an update exclude each other."""
-    assert "no baseline" in refused("--perf-fault", "sleep", "--perf-update", "--reason", "x")
+    """An injected fault and an update exclude each other; an unknown fault is told the known ones."""
+    fault = next(iter(FAULTS))
+    assert "no baseline" in refused("--perf-fault", fault, "--perf-update", "--reason", "x")
+    assert fault in refused("--perf-fault", "unheard-of")
 
 
 def test_cases_do_not_run_in_parallel(refused: Refused) -> None:

@@ -161,11 +161,19 @@ def test_plain():
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )
 def test_exit_codes_under_strict(pytester: pytest.Pytester, run: Run, chosen: list[str], code: int) -> None:
-    """1 when something got worse, 11 when runs broke, 10 when nothing could be compared."""
+    """Under strict: 1 when something got worse, 11 when runs broke, 10 when nothing could be compared."""
     bench(pytester, SEVERAL)
     cases = [part for name in chosen for part in ("--case", f"test_own/test_{name.replace('no-', 'no_')}")]
     result = run("--benchmark", "--perf-strict", "--deselect", "bench/test_own.py::test_plain", *cases)
     assert result.ret == code
+
+
+def test_a_missing_baseline_is_said_once(pytester: pytest.Pytester, run: Run) -> None:
+    """Under strict a case without a baseline fails with one line on it, how to accept it, and how to run it again."""
+    bench(pytester)
+    said = str(run("--benchmark", "--perf-strict").stdout).partition("FAILURES")[2].partition("Run it again")[0]
+    assert said.count("no baseline of") == 1
+    assert "Accept it: pytest --benchmark --case 'test_own/test_step' --perf-update" in said
 
 
 def test_another_failure_is_exit_code_1(pytester: pytest.Pytester, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Literal, cast
@@ -154,8 +155,15 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
     if reason and not update:
         raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+    if fault and fault not in (known := _faults()):
+        raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. There are: {', '.join(known)}.")
     if update and fault:
         raise pytest.UsageError(f"--perf-fault {fault} with --perf-update: a faulted run is no baseline. Drop one.")
+
+
+def _faults() -> list[str]:
+    # Named, not imported: faults belong to the measuring half, but their names need no torch.
+    return sorted(importlib.import_module("hpc_core.faults").FAULTS)
 
 
 def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | None, str]:

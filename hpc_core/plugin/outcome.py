@@ -74,7 +74,9 @@ def _paragraph(*parts: str) -> str:
 
 def _explained(judgement: Judgement, again: str, command: str) -> str:
     """Headline, each bad metric, suspects, what next, how to accept, how to run it again."""
-    bad = [row for row in judgement.metrics if row.verdict is judgement.verdict]
+    # What holds for the case as a whole, such as a missing baseline, is not said again for each metric.
+    alike = [row for row in judgement.metrics if row.verdict is judgement.verdict]
+    bad = [row for row in alike if row.reason != judgement.reason or row.change is not None]
     moved = f"Suspects, moved since the baseline: {', '.join(judgement.moved)}" if judgement.moved and bad else ""
     reason = "" if bad or judgement.reason == judgement.headline else judgement.reason
     compared = any(row.change is not None for row in bad) or judgement.verdict not in _BAD

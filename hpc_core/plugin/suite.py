@@ -59,7 +59,8 @@ class Suite:
         own = any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
-        return f"pytest --benchmark {path}--case '{case_id_of(item)}'"
+        fault = f" --perf-fault {self._settings.fault}" if self._settings.fault else ""
+        return f"pytest --benchmark {path}--case '{case_id_of(item)}'{fault}"
 
     def _short(self, path: Path) -> str:
         here = self._config.invocation_params.dir
