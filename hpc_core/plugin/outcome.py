@@ -65,24 +65,25 @@ def ending(row: Row, *, strict: bool, command: str) -> Ending:
     if outcome_ == "skipped":
         return Ending(outcome="skipped", blame="not comparable", text=f"{judgement.verdict}: {judgement.headline}")
     blame: Blame = "worse" if judgement.verdict in _BAD else "not comparable"
-    return Ending(outcome="failed", blame=blame, text=_explained(judgement, again, command))
+    return Ending(outcome="failed", blame=blame, text=_explained(row, judgement, again, command))
 
 
 def _paragraph(*parts: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _explained(judgement: Judgement, again: str, command: str) -> str:
+def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     """Headline, each bad metric, suspects, what next, how to accept, how to run it again."""
     # What holds for the case as a whole, such as a missing baseline, is not said again for each metric.
-    alike = [row for row in judgement.metrics if row.verdict is judgement.verdict]
-    bad = [row for row in alike if row.reason != judgement.reason or row.change is not None]
+    alike = [each for each in judgement.metrics if each.verdict is judgement.verdict]
+    bad = [each for each in alike if each.reason != judgement.reason or each.change is not None]
     moved = f"Suspects, moved since the baseline: {', '.join(judgement.moved)}" if judgement.moved and bad else ""
     reason = "" if bad or judgement.reason == judgement.headline else judgement.reason
-    compared = any(row.change is not None for row in bad) or judgement.verdict not in _BAD
-    accept = f'Accept it: {command} --perf-update --reason "…"' if compared else ""
+    compared = any(each.change is not None for each in bad) or judgement.verdict not in _BAD
+    faulted = row.record.circumstances.fault is not None
+    accept = f'Accept it: {command} --perf-update --reason "…"' if compared and not faulted else ""
     step = judgement.next_step if not compared else ""
-    lines = [_metric_line(judgement.case, row) for row in bad]
+    lines = [_metric_line(judgement.case, each) for each in bad]
     return _paragraph(
         judgement.headline, reason, *lines, moved, f"Baseline: {judgement.baseline_path}", step, accept, again
     )
