@@ -29,6 +29,7 @@ TIMED_OUT = b"t"
 """On the life pipe: end the worker, but first let it say where it hangs. End of file says: end it now."""
 
 _TRACEBACK_S = 0.3
+_SIGTERM_POLL_MS = 200
 _END_S = 30.0
 
 
@@ -41,18 +42,18 @@ def supervise(become_worker: Callable[[], object], *, events_fd: int, life_fd: i
         life_fd: read end of a pipe that only the launcher can write to, so that even its SIGKILL shows as end of file.
     """
     tree.become_subreaper()
-    wake_fd = _wake_on_signals()
+    asked_to_end = _take_signals()
     supervisor = os.getpid()
     worker = os.fork()
     if worker == 0:
         try:
-            _leave_supervision(supervisor, wake_fd, life_fd)
+            _leave_supervision(supervisor, life_fd)
             become_worker()
         finally:
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
             os._exit(1)  # whatever happened, never fall back into the supervisor's code
-    status = _wait(worker, wake_fd, life_fd)
+    status = _wait(worker, asked_to_end, life_fd)
     killed, statuses = tree.end_descendants(limit_s=_END_S)
     code = os.waitstatus_to_exitcode(statuses.get(worker, signal.SIGKILL) if status is None else status)
     exited = Exited(code if code >= 0 else None, -code if code < 0 else None, leftovers=len(killed - {worker}))
@@ -61,48 +62,49 @@ def supervise(become_worker: Callable[[], object], *, events_fd: int, life_fd: i
         os.write(events_fd, b"\n" + encode_event(exited))
 
 
-def _wake_on_signals() -> int:
-    """Signals arrive as bytes on the returned descriptor. Ctrl-C is the launcher's business."""
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(read_fd, False)
-    os.set_blocking(write_fd, False)
+def _take_signals() -> list[int]:
+    """SIGTERM is noted in the returned list. Ctrl-C is the launcher's business; children must be left to reap."""
+    noted: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # a handler must exist for the byte to be written
-    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    return read_fd
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    return noted
 
 
-def _leave_supervision(supervisor: int, wake_fd: int, life_fd: int) -> None:
+def _leave_supervision(supervisor: int, life_fd: int) -> None:
     """In the child: a session of its own, default signals, none of the supervisor's descriptors, no life after it."""
     tree.die_with(supervisor)
     os.setsid()
-    os.close(signal.set_wakeup_fd(-1))
-    os.close(wake_fd)
     os.close(life_fd)
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # becomes the default action on exec
 
 
-def _wait(worker: int, wake_fd: int, life_fd: int) -> int | None:
-    """The worker's wait status; None if it is to be ended."""
+def _wait(worker: int, asked_to_end: list[int], life_fd: int) -> int | None:
+    """The worker's wait status; None if it is to be ended.
+
+    Polls a descriptor of the worker itself. Python's wakeup descriptor would do without the poll's timeout, but
+    libraries in a warm parent may take it away at a fork (seen with Python 3.12).
+    """
+    worker_fd = os.pidfd_open(worker)
     poll = select.poll()
-    for fd in (wake_fd, life_fd):
+    for fd in (worker_fd, life_fd):
         poll.register(fd, select.POLLIN)
-    while True:
-        ready = {fd for fd, _ in poll.poll()}
-        signals = os.read(wake_fd, 4096) if wake_fd in ready else b""
-        status = tree.reap().get(worker)
-        if status is not None:
-            return status
-        if signal.SIGTERM in signals:
-            return None
-        if life_fd in ready:
-            if os.read(life_fd, 1) == TIMED_OUT:
-                os.kill(worker, signal.SIGUSR1)  # the worker's faulthandler prints every thread's traceback
-                time.sleep(_TRACEBACK_S)
-            return None
+    try:
+        while True:
+            ready = {fd for fd, _ in poll.poll(_SIGTERM_POLL_MS)}
+            status = tree.reap().get(worker)
+            if status is not None:
+                return status
+            if asked_to_end:
+                return None
+            if life_fd in ready:
+                if os.read(life_fd, 1) == TIMED_OUT:
+                    os.kill(worker, signal.SIGUSR1)  # the worker's faulthandler prints every thread's traceback
+                    time.sleep(_TRACEBACK_S)
+                return None
+    finally:
+        os.close(worker_fd)
 
 
 def _exec(command: list[str], descriptors: tuple[int, ...], environment: dict[str, str]) -> NoReturn:
