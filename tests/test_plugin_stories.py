@@ -254,3 +254,13 @@ def test_a_baseline_of_another_machine_is_not_touched(pytester: pytest.Pytester,
     run("--benchmark", "--perf-update", "--reason", "elsewhere", "--perf-baselines=others")
     assert isinstance(find(pytester.path / "others", "cpu", "test_own/test_step"), Baseline)
     assert not (pytester.path / "baselines").exists()
+
+
+def test_a_run_without_numbers_still_shows_its_failures(pytester: pytest.Pytester, run: Run) -> None:
+    """Where no case gave a number to save, the failure is shown, and not pytest-benchmark's complaint about it."""
+    bench(pytester, SEVERAL)
+
+    result = run("--benchmark", "--case", "test_own/test_crash", "--benchmark-json=out.json")
+
+    result.stdout.fnmatch_lines(["FAILED *test_crash*"])
+    assert "Not saving anything" not in result.stdout.str() + result.stderr.str()

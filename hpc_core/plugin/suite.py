@@ -6,6 +6,7 @@ One object, registered only when asked for; everything pytest calls in such a ru
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -180,13 +181,21 @@ class Suite:
             return None
         return report.outcome, "", report.outcome.upper()
 
-    @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """No process stays; the exit code tells worse, broken and not comparable apart."""
-        self._runner.close()
-        self._locks.release()
-        if exitstatus == pytest.ExitCode.TESTS_FAILED and self._blames:
-            session.exitstatus = exit_code(self._blames)
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
+        """No process stays; the exit code tells worse, broken and not comparable apart.
+
+        Entered before pytest-benchmark's: where no case gave a number it has nothing to save and warns, which in a project
+        that makes warnings errors would be a traceback in place of the failures that explain it.
+        """
+        warnings.filterwarnings("ignore", message="Not saving anything, no benchmarks have been run")
+        try:
+            return (yield)
+        finally:
+            self._runner.close()
+            self._locks.release()
+            if exitstatus == pytest.ExitCode.TESTS_FAILED and self._blames:
+                session.exitstatus = exit_code(self._blames)
 
     def pytest_unconfigure(self) -> None:
         """As above, where a session never began or never finished."""
