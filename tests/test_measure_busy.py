@@ -75,15 +75,10 @@ def test_totals_leave_out_the_sentinels(found: list[Interval]) -> None:
 @pytest.mark.parametrize(
     ("records", "launches", "message"),
     [
-        ([], 0, "0 of 2 sentinel kernels at the ends of 0"),
-        ([START], 1, "1 of 2 sentinel"),
-        ([START, Interval("gemm", "kernel", 7, 20, 30)], 2, "1 of 2 sentinel"),
-        ([START, START, END], 3, "3 of 2 sentinel"),
-        (
-            [START, END, Interval("late", "kernel", 7, 20_000_000, 20_000_001)],
-            3,
-            "2 of 2 sentinel kernels at the ends of 3",
-        ),
+        ([], 0, "Of 0 device records 0 of 2 ends are sentinel"),
+        ([START], 1, "Of 1 device records 1 of 2 ends are sentinel"),
+        ([START, Interval("gemm", "kernel", 7, 20, 30)], 2, "1 of 2 ends"),
+        ([START, END, Interval("late", "kernel", 7, 20_000_000, 20_000_001)], 3, "1 of 2 ends"),
         (
             [START, Interval("gemm", "kernel", 7, 20, 30), END],
             4,
@@ -100,6 +95,13 @@ def test_an_incomplete_reading_is_void(records: list[Interval], launches: int, m
     """A missing sentinel, a record outside them and a launch without its kernel each void the reading, with numbers."""
     with pytest.raises(MeasureError, match=message):
         summarize(records, launches)
+
+
+def test_a_sleep_of_the_work_itself_is_work() -> None:
+    """Only the first and the last record are ours: a spinning kernel between them belongs to who is measured."""
+    seen = summarize([START, Interval("spin_kernel", "kernel", 7, 20, 30), END], 3)
+
+    assert (seen.kernels, seen.busy_s) == (1, 1e-8)
 
 
 def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
