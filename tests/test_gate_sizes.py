@@ -24,6 +24,8 @@ from hpc_core.gate.sizes import change, pair, percent, quantity
         (1.5e13, "FLOP", "15.00 TFLOP"),
         (12.345, "tokens/s", "12.35 tokens/s"),
         (1e300, "s", "1e+300 s"),
+        (52940, "1 per 10 steps", "52,940 per 10 steps"),
+        (3944e8, "FLOP per prefill and 4 tokens", "394.40 GFLOP per prefill and 4 tokens"),
     ],
 )
 def test_quantity(value: float, unit: str, text: str) -> None:
@@ -35,6 +37,7 @@ def test_change_and_pair() -> None:
     """A change has its sign; a pair has the digits that tell it apart."""
     assert (change(2018634629, "bytes"), change(-1, "1"), change(0, "bytes")) == ("+1.88 GiB", "-1", "+0 B")
     assert pair(1617, 1645, "1") == "1,617 → 1,645"
+    assert pair(52940, 53220, "1 per 10 steps") == "52,940 → 53,220 per 10 steps"
     assert pair(2018634629, 2018634630, "bytes") == "2,018,634,629 → 2,018,634,630 bytes"
 
 

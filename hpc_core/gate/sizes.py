@@ -17,7 +17,13 @@ _PLAIN_DIGITS = 15
 
 
 def quantity(value: float, unit: str) -> str:
-    """A value with its unit: bytes in powers of 1024, seconds and FLOP in powers of 1000, counts (unit "1") bare."""
+    """A value with its unit: bytes in powers of 1024, seconds and FLOP in powers of 1000, counts (unit "1") bare.
+
+    What a total covers follows it: "1 per 10 steps" gives "52,940 per 10 steps".
+    """
+    unit, per, covered = unit.partition(" per ")
+    if per:
+        return f"{quantity(value, unit)} per {covered}"
     scale = _SCALES.get(unit)
     if scale is None:
         return _number(value) if unit == "1" else f"{_number(value)} {unit}"
@@ -42,6 +48,9 @@ def percent(ratio: float) -> str:
 
 def pair(old: float, new: float, unit: str) -> str:
     """Old and new, in as many digits as it takes to tell them apart."""
+    unit, per, covered = unit.partition(" per ")
+    if per:
+        return f"{pair(old, new, unit)} per {covered}"
     texts = quantity(old, unit), quantity(new, unit)
     if texts[0] == texts[1] and old != new:
         return f"{_exact(old)} → {_exact(new)}{'' if unit == '1' else f' {unit}'}"
