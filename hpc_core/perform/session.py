@@ -97,6 +97,7 @@ class Session:
             # Where weights are drawn or read depends on library and path, so this peak is shown and never gated.
             peak = torch.cuda.max_memory_allocated(self.device)
             self.metrics["peak_load_bytes"] = measured_bytes(peak, machine=True, gated=False)
+        self.metrics["peak_load_host_bytes"] = measured_bytes(_host_peak_bytes(), machine=True, gated=False)
         owned = weight_tensors(built.model)
         self.metrics["weights_bytes"] = tensor_bytes(owned_bytes(owned["weights"]))
         if owned["adapter"]:
@@ -158,8 +159,7 @@ class Session:
     def record(self) -> Record:
         """Close the session: memory of the process, clocks after, and the record of all that was collected."""
         self.phase("record")
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        self.metrics["host_peak_bytes"] = measured_bytes(kib * 1024, machine=True, gated=False)
+        self.metrics["host_peak_bytes"] = measured_bytes(_host_peak_bytes(), machine=True, gated=False)
         if self.on_gpu:
             stats = torch.cuda.memory_stats(self.device)
             reserved = int(stats["reserved_bytes.all.peak"])
@@ -210,3 +210,8 @@ class Session:
                 notes=tuple(self.notes),
             ),
         )
+
+
+def _host_peak_bytes() -> int:
+    """The highest resident memory of this process so far; the kernel counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
