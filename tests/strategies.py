@@ -172,11 +172,11 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
-def metrics(draw: st.DrawFn) -> Metric:
-    """Any metric, exact, busy or wall."""
+def metrics(draw: st.DrawFn, *, least: int = 0) -> Metric:
+    """Any metric, exact (from `least` on), busy or wall."""
     noise: Any = draw(st.sampled_from(["exact", "busy", "wall"]))
     dependences: list[Any] = [("case",), ("case", "stack"), ("case", "stack", "machine")]
-    value: float = draw(st.integers(0, 2**63) if noise == "exact" else positive)
+    value: float = draw(st.integers(least, 2**63) if noise == "exact" else positive)
     return Metric(
         value=value,
         samples=None if noise == "exact" else tuple(draw(st.lists(positive, min_size=1, max_size=4))),
@@ -190,16 +190,19 @@ def metrics(draw: st.DrawFn) -> Metric:
 
 
 @st.composite
-def records(draw: st.DrawFn) -> Record:
-    """Any record: ok, invalid or failed."""
-    status: Any = draw(st.sampled_from(["ok", "invalid", "failed"]))
+def records(draw: st.DrawFn, *, acceptable: bool = False) -> Record:
+    """Any record: ok, invalid or failed; or one that may become a baseline."""
+    status: Any = "ok" if acceptable else draw(st.sampled_from(["ok", "invalid", "failed"]))
+    held = draw(st.dictionaries(names, metrics(least=1 if acceptable else 0), max_size=4))
+    if acceptable:
+        held["peak_bytes"] = peak(draw(st.integers(1, 2**45)))
     kind: Any = draw(st.sampled_from(["out_of_memory", "crash", "timeout"]))
     failure = Failure(kind=kind, message=draw(words), phase="build") if status == "failed" else None
     return Record(
         case=draw(cases()),
         status=status,
         failure=failure,
-        metrics=draw(st.dictionaries(names, metrics(), max_size=4)),
+        metrics=held,
         audit={
             name: Fact(asked=draw(json_values), seen=draw(json_values)) for name in draw(st.sets(names, max_size=2))
         },

@@ -97,7 +97,7 @@ class Session:
             # Where weights are drawn or read depends on library and path, so this peak is shown and never gated.
             peak = torch.cuda.max_memory_allocated(self.device)
             self.metrics["peak_load_bytes"] = measured_bytes(peak, machine=True, gated=False)
-        self.metrics["peak_load_host_bytes"] = measured_bytes(_host_peak_bytes(), machine=True, gated=False)
+        self.metrics["host_peak_load_bytes"] = measured_bytes(_host_peak_bytes(), machine=True, gated=False)
         owned = weight_tensors(built.model)
         self.metrics["weights_bytes"] = tensor_bytes(owned_bytes(owned["weights"]))
         if owned["adapter"]:
