@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.measure.ceilings import DATASHEETS, measure_ceilings
+from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import counting
 
@@ -152,7 +152,6 @@ def test_seconds_are_those_of_the_step() -> None:
     assert 0 <= min(seconds_of(lambda: None, CPU) for _ in range(5)) < 0.01
 
 
-def test_a_cpu_has_no_ceilings_and_data_sheets_are_plausible() -> None:
-    """Nothing is measured on a CPU; a card's products are faster than its copies."""
+def test_a_cpu_has_no_ceilings() -> None:
+    """Nothing is measured on a CPU."""
     assert measure_ceilings(CPU) == {}
-    assert all(sheet["bfloat16"] > 10 * sheet["copy"] > 1e12 for sheet in DATASHEETS.values())

@@ -13,7 +13,7 @@ from hpc_core.build.causal_lm import model_config
 from hpc_core.cases import finetune, full, lora, qlora
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes, weight_tensors
-from hpc_core.run.cost import decode_bytes, forward_flops, train_flops
+from hpc_core.physics.cost import decode_bytes, forward_flops, train_flops
 from hpc_core.shapes import SHAPES, Shape
 from hpc_core.spec import ModelSpec
 

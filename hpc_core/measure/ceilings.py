@@ -9,22 +9,12 @@ import statistics
 
 import torch
 
-__all__ = ["DATASHEETS", "measure_ceilings"]
+__all__ = ["measure_ceilings"]
 
 _SIZE = 8192
 """Edge of the matrix product: 1.1 TFLOP, long against a launch, 400 MB of operands."""
 _COPY_BYTES = 2**32
 _ROUNDS = 15
-
-DATASHEETS: dict[str, dict[str, float]] = {
-    # NVIDIA's data sheets, dense rates without sparsity; bytes a second of device memory.
-    "H100 80GB HBM3": {"bfloat16": 989.4e12, "float16": 989.4e12, "copy": 3.35e12},
-    "H200": {"bfloat16": 989.4e12, "float16": 989.4e12, "copy": 4.8e12},
-    "A100-SXM4-80GB": {"bfloat16": 312e12, "float16": 312e12, "copy": 2.039e12},
-    "RTX 4090": {"bfloat16": 165.2e12, "float16": 165.2e12, "copy": 1.008e12},
-    "RTX 5090": {"bfloat16": 209.5e12, "float16": 209.5e12, "copy": 1.792e12},
-}
-"""Peak rates by a part of the GPU's name, to refuse what no card can do; float32 accumulation."""
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -16,7 +16,7 @@ from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
-from hpc_core.run.cost import train_flops
+from hpc_core.physics.cost import train_flops
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 from hpc_core.shapes import SHAPES
 from hpc_core.spec import FinetuneSpec

@@ -18,7 +18,7 @@ from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
-from hpc_core.run.cost import decode_bytes
+from hpc_core.physics.cost import decode_bytes
 from hpc_core.run.generate import GenerateProgram, generate_program
 from hpc_core.shapes import SHAPES
 from hpc_core.spec import GenerateSpec

@@ -21,6 +21,7 @@ from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
+from hpc_core.physics.check import judged
 from hpc_core.program import Program
 from hpc_core.record import Fact, Metric, Record
 
@@ -191,7 +192,7 @@ class Session:
         if self.on_gpu:
             gpu["cuda"] = str(torch.version.cuda)
         kind: Literal["cpu", "cuda"] = "cuda" if self.on_gpu else "cpu"
-        return Record(
+        record = Record(
             case=self.case,
             status="invalid" if self.reasons else "ok",
             metrics=dict(sorted(self.metrics.items())),
@@ -210,6 +211,7 @@ class Session:
                 notes=tuple(self.notes),
             ),
         )
+        return judged(record)  # what cannot be is no result
 
 
 def _host_peak_bytes() -> int:

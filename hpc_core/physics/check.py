@@ -1,0 +1,188 @@
+"""Why a record cannot be: faster than its card's data sheet, shorter than its floor, smaller than its own weights.
+
+Judges what a record claims by closed forms and data sheets alone, and skips what cannot be computed: no sheet for
+CPUs, no closed form for weights that bring their own shape. Reasons say the claim, the limit and where it is from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from hpc_core.physics.datasheet import Datasheet, datasheet
+from hpc_core.physics.floors import Floor, compute_dtypes, decode_floor, peak_rate, prefill_floor, train_floor
+from hpc_core.physics.footprint import expected_bytes
+from hpc_core.physics.reading import bytes_text, flops_text, positions_of, seconds_text, step_seconds, value_of
+from hpc_core.record import Record
+from hpc_core.spec import FinetuneSpec, GenerateSpec
+
+__all__ = ["impossible", "judged", "suspicious"]
+
+_WEIGHTS_OFF = 0.01
+"""Weights may differ from the closed form by so much: buffers and tables of other library versions."""
+_STATE_SLACK = 0.99
+"""A peak may lie so far below weights, gradients and optimizer state: step counts live on the CPU for some optimizers."""
+_THROUGHPUT_OFF = 0.01
+_CEILING_OFF = 1.05
+"""Above a ceiling measured in the same session by more than this, something is odd: clocks, or a count."""
+_CLOCKS = {"step_s": "wall time", "busy_s": "GPU-busy time"}
+
+
+def impossible(record: Record) -> tuple[str, ...]:
+    """Reasons why the record cannot be, one sentence each; empty when nothing speaks against it. Never raises."""
+    reasons = [*_more_than_the_card(record), *_less_than_its_own(record), *_weights(record), *_throughput(record)]
+    sheet = datasheet(record.circumstances.machine)
+    if sheet is not None and isinstance(record.case.workload, FinetuneSpec):
+        reasons += _training(record, record.case.workload, sheet)
+    elif sheet is not None and isinstance(record.case.workload, GenerateSpec):
+        reasons += _generation(record, record.case.workload, sheet)
+    return tuple(reasons)
+
+
+def judged(record: Record) -> Record:
+    """The record, INVALID if it cannot be; a failed one as it is."""
+    reasons = () if record.failure is not None else impossible(record)
+    if not reasons:
+        return record
+    return msgspec.structs.replace(record, status="invalid", reasons=record.reasons + reasons)
+
+
+def suspicious(record: Record) -> tuple[str, ...]:
+    """Warnings: more than 5 % above a ceiling measured in the same session. A ceiling is a measurement, so no proof."""
+    ceilings, workload = record.circumstances.ceilings, record.case.workload
+    rates = [ceilings.get(f"matmul_{name.removeprefix('t')}_flop_per_s") for name in compute_dtypes(record.case)]
+    known = [rate for rate in rates if rate is not None]
+    warnings = []
+    if isinstance(workload, FinetuneSpec) and known and len(known) == len(rates):
+        floor = train_floor(record.case, positions_of(record, workload))
+        for name in _CLOCKS:
+            seconds = step_seconds(record, name, workload)
+            if floor is not None and seconds and floor.flops / seconds > _CEILING_OFF * max(known):
+                warnings.append(
+                    f"{name}: {flops_text(floor.flops / seconds)} of needed work, above the {flops_text(max(known))} that a large product reached in this session."
+                )
+    copy, token = ceilings.get("copy_bytes_per_s"), decode_floor(record.case)
+    for name in ("decode_token_s", "busy_decode_token_s"):
+        seconds = value_of(record, name)
+        if copy and token is not None and seconds and token.bytes / seconds > _CEILING_OFF * copy:
+            warnings.append(
+                f"{name}: {token.bytes / seconds / 1e12:.2f} TB/s of weights and cache, above the {copy / 1e12:.2f} TB/s that a large copy reached in this session."
+            )
+    return tuple(warnings)
+
+
+def _more_than_the_card(record: Record) -> Iterator[str]:
+    machine = record.circumstances.machine
+    sheet = datasheet(machine)
+    if sheet is not None and machine.memory_bytes > sheet.memory_bytes:
+        yield f"The machine claims {bytes_text(machine.memory_bytes)} of memory, the {sheet.name} has {bytes_text(sheet.memory_bytes)} ({sheet.source})."
+    for name in ("peak_bytes", "reserved_bytes"):
+        value = value_of(record, name)
+        if value is not None and value > machine.memory_bytes:
+            yield f"{name}: {bytes_text(value)} were in use at once, {machine.name} has {bytes_text(machine.memory_bytes)}."
+
+
+def _less_than_its_own(record: Record) -> Iterator[str]:
+    peak, weights = value_of(record, "peak_bytes"), value_of(record, "weights_bytes")
+    if peak is None:
+        return
+    if weights is not None and peak < weights:
+        yield f"peak_bytes: {bytes_text(peak)} is less than the model's own weights, {bytes_text(weights)} (weights_bytes)."
+    held = expected_bytes(record.case)
+    workload = record.case.workload
+    names = ["weights_bytes"]
+    if isinstance(workload, FinetuneSpec):
+        # Before the optimizer's step all of them are alive; a paged state may lie in the host's memory.
+        names += ["adapter_weights_bytes", "gradient_bytes"]
+        names += [] if "paged" in workload.optimizer else ["optimizer_bytes"]
+    parts = {name: held[name] for name in names if name in held}
+    if "weights_bytes" in parts and peak < _STATE_SLACK * sum(parts.values()):
+        words = " + ".join(f"{name.removesuffix('_bytes')} {bytes_text(size)}" for name, size in parts.items())
+        yield f"peak_bytes: {bytes_text(peak)} is less than what must be there at once, {bytes_text(sum(parts.values()))} ({words}; closed form)."
+    elif peak < held.get("weights_bytes", 0) * 0.999:
+        yield f"peak_bytes: {bytes_text(peak)} is less than the model's own weights, {bytes_text(held['weights_bytes'])} (closed form)."
+
+
+def _weights(record: Record) -> Iterator[str]:
+    weights, expected = value_of(record, "weights_bytes"), expected_bytes(record.case).get("weights_bytes")
+    if weights is not None and expected is not None and abs(weights - expected) > _WEIGHTS_OFF * expected:
+        yield f"weights_bytes: {bytes_text(weights)}, but such weights take {bytes_text(expected)} (closed form): {weights / expected - 1:+.1%}."
+
+
+def _throughput(record: Record) -> Iterator[str]:
+    claimed, tokens, workload = value_of(record, "tokens_per_s"), value_of(record, "tokens"), record.case.workload
+    if claimed is None or tokens is None or not isinstance(workload, FinetuneSpec | GenerateSpec):
+        return
+    name, count = ("step_s", workload.steps) if isinstance(workload, FinetuneSpec) else ("query_s", workload.prompts)
+    metric = record.metrics.get(name)
+    if metric is None:
+        return
+    seconds = sum(metric.samples) if metric.samples is not None else metric.value * count
+    if seconds > 0 and abs(claimed * seconds - tokens) > _THROUGHPUT_OFF * tokens:
+        yield f"tokens_per_s: {claimed:,.1f} is claimed, but {tokens:,.0f} tokens in {seconds_text(seconds)} ({name}) are {tokens / seconds:,.1f}."
+
+
+def _training(record: Record, workload: FinetuneSpec, sheet: Datasheet) -> list[str]:
+    positions = positions_of(record, workload)
+    floor = None if positions is None else train_floor(record.case, positions)
+    if floor is None:
+        return []
+    reasons = []
+    for name, clock in _CLOCKS.items():
+        seconds = step_seconds(record, name, workload)
+        if seconds is not None:
+            reasons += _too_fast(record, f"{name}: a step of {positions:,.0f} tokens", clock, seconds, floor, sheet)
+    epoch = value_of(record, "epoch_s")
+    if not reasons and epoch is not None and workload.epoch_rows:
+        batches = workload.epoch_rows // workload.batch
+        whole = Floor(flops=floor.flops * batches, bytes=floor.bytes * batches, passes=floor.passes * batches)
+        reasons += _too_fast(record, f"epoch_s: an epoch of {batches:,} steps", "wall time", epoch, whole, sheet)
+    return reasons
+
+
+def _generation(record: Record, workload: GenerateSpec, sheet: Datasheet) -> list[str]:
+    prefill, decode = prefill_floor(record.case), decode_floor(record.case)
+    if prefill is None or decode is None:
+        return []
+    more = workload.new_tokens - 1
+    query = Floor(
+        flops=prefill.flops + more * decode.flops, bytes=prefill.bytes + more * decode.bytes, passes=workload.new_tokens
+    )
+    claims = (
+        ("decode_token_s", "a decoded token", "wall time", decode),
+        ("busy_decode_token_s", "a decoded token", "GPU-busy time", decode),
+        ("time_to_first_token_s", "the first token", "wall time", prefill),
+        ("busy_prefill_s", "the prefill", "GPU-busy time", prefill),
+        ("query_s", f"a query of {workload.new_tokens} new tokens", "wall time", query),
+    )
+    reasons = []
+    for name, what, clock, floor in claims:
+        seconds = value_of(record, name)
+        if seconds is not None:
+            reasons += _too_fast(record, f"{name}: {what}", clock, seconds, floor, sheet)
+    return reasons
+
+
+def _too_fast(record: Record, what: str, clock: str, seconds: float, floor: Floor, sheet: Datasheet) -> list[str]:
+    """By its FLOPs, by its bytes, or both."""
+    peak = peak_rate(record.case, sheet)
+    if peak is None:
+        return []
+    dtype, rate = peak
+    told = f"{what} in {seconds_text(seconds)} of {clock}"
+    if seconds <= 0:
+        return [f"{told}, but nothing takes no time: at least {seconds_text(floor.seconds(sheet, rate))}."]
+    reasons = []
+    if floor.flops > rate * seconds:
+        reasons.append(
+            f"{told} would be {flops_text(floor.flops / seconds)} ({flops_text(floor.flops, 'FLOP')} at least), "
+            f"{floor.flops / seconds / rate:.1f} times the {flops_text(rate)} in {dtype} of {sheet.source}."
+        )
+    moved = floor.memory_bytes(sheet)
+    if moved > sheet.bytes_per_s * seconds:
+        reasons.append(
+            f"{told} would move {moved / seconds / 1e12:.2f} TB/s ({bytes_text(moved)} at least), "
+            f"{moved / seconds / sheet.bytes_per_s:.1f} times the {sheet.bytes_per_s / 1e12:.2f} TB/s of {sheet.source}."
+        )
+    return reasons

@@ -1,0 +1,151 @@
+"""How many bytes a case's weights, adapter, gradients, optimizer state and KV cache take, in closed form.
+
+Only named shapes have a closed form: weights from a folder, hub or GGUF file bring sizes that the case does not say.
+Sources: the layouts of bitsandbytes 0.50 (`functional.QuantState`, `optim.optimizer`), torch's AdamW, peft's LoRA.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from hpc_core.data.lengths import recorded_lengths
+from hpc_core.errors import DataError
+from hpc_core.shapes import SHAPES, Shape
+from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, QuantSpec
+
+__all__ = ["WIDTHS", "embedding_bytes", "expected_bytes", "kv_bytes_per_token", "prompt_lengths", "shape_of"]
+
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one number."""
+_BLOCK = 64
+"""4-bit weights a block; each block has one constant (bitsandbytes' default for nf4 and fp4)."""
+_DOUBLE_BLOCK = 256
+"""Block constants that share a constant of their own, with double quantization."""
+_CODE_4BIT = 16 * 4
+"""Table of a layer's 16 values, float32."""
+_DOUBLE_EXTRA = 256 * 4 + 4
+"""With double quantization: a layer's table of 256 values, and the offset that was taken off."""
+_OPTIMIZER_BLOCK = 256
+"""State values that share a constant, in bitsandbytes' 8-bit optimizers."""
+_MIN_8BIT = 4096
+"""Parameters with fewer numbers keep a float32 state there (`min_8bit_size`)."""
+_ROTARY_TABLES = 2
+"""`inv_freq` and the copy of it that transformers keeps, float32, half a head wide each."""
+
+
+def shape_of(case: Case) -> Shape | None:
+    """The case's named shape; None where its weights bring their own, and for callables."""
+    return None if case.model is None or case.model.shape is None else SHAPES[case.model.shape]
+
+
+def expected_bytes(case: Case) -> dict[str, int]:
+    """Bytes by metric name, as far as the case says enough: weights, adapter, gradients, optimizer, KV cache.
+
+    `kv_cache_bytes` is that of the longest prompt after its last token. A head that is quantized too has no closed
+    form here, nor has an adapter on anything but the seven linear layers: their entries are left out.
+    """
+    shape = shape_of(case)
+    if shape is None or case.model is None:
+        return {}
+    found: dict[str, int] = {}
+    weights = _weights(shape, WIDTHS[case.model.dtype], case)
+    if weights is not None:
+        found["weights_bytes"] = weights
+    if isinstance(case.workload, FinetuneSpec):
+        found |= _training(shape, case, case.workload)
+    elif isinstance(case.workload, GenerateSpec):
+        lengths = prompt_lengths(case.workload)
+        if lengths and case.workload.cache != "off":
+            held = max(lengths) + case.workload.new_tokens - 1  # the last token is never fed back
+            found["kv_cache_bytes"] = case.workload.batch * held * kv_bytes_per_token(shape, case.model.dtype)
+    return found
+
+
+def _weights(shape: Shape, width: int, case: Case) -> int | None:
+    rotary = _ROTARY_TABLES * (shape.head_dim // 2) * 4
+    quantization = case.quantization
+    if quantization is None:
+        return shape.parameter_count() * width + rotary
+    if "lm_head" not in quantization.skip_modules:
+        return None
+    layers = [size for name, size in shape.linear_shapes().items() if name not in quantization.skip_modules]
+    plain = shape.parameter_count() - shape.num_hidden_layers * sum(rows * columns for rows, columns in layers)
+    if isinstance(case.workload, FinetuneSpec) and case.workload.prepare:
+        width = 4  # prepare casts to float32 whatever is not quantized
+    quantized = shape.num_hidden_layers * sum(_quantized(rows, columns, quantization) for rows, columns in layers)
+    return quantized + plain * width + rotary
+
+
+def _quantized(rows: int, columns: int, spec: QuantSpec) -> int:
+    """One quantized linear layer with its constants."""
+    if spec.kind == "int8":
+        return rows * columns + 4 * rows
+    packed, blocks = ceil(rows * columns / 2), ceil(rows * columns / _BLOCK)
+    if not spec.double_quant:
+        return packed + 4 * blocks + _CODE_4BIT
+    return packed + blocks + 4 * ceil(blocks / _DOUBLE_BLOCK) + _DOUBLE_EXTRA + _CODE_4BIT
+
+
+def _training(shape: Shape, case: Case, workload: FinetuneSpec) -> dict[str, int]:
+    assert case.model is not None
+    found: dict[str, int] = {}
+    adapter = case.adapter
+    if adapter is None:
+        sizes, width = _parameter_sizes(shape), WIDTHS[case.model.dtype]
+    elif set(adapter.targets) <= set(shape.linear_shapes()):
+        sizes, width = _adapter_sizes(shape, adapter), WIDTHS[adapter.dtype]
+        found["adapter_weights_bytes"] = sum(sizes) * width
+    else:
+        return found
+    found["gradient_bytes"] = sum(sizes) * width
+    found["optimizer_bytes"] = _optimizer(sizes, width, workload.optimizer)
+    return found
+
+
+def _parameter_sizes(shape: Shape) -> list[int]:
+    """Numbers in each parameter tensor of the model; a tied head counts once."""
+    linear = shape.linear_shapes()
+    layer = [rows * columns for rows, columns in linear.values()] + [shape.hidden_size] * 2
+    if shape.attention_bias:
+        layer += [linear[name][0] for name in ("q_proj", "k_proj", "v_proj")]
+    embeddings = [shape.vocab_size * shape.hidden_size] * (1 if shape.tie_word_embeddings else 2)
+    return layer * shape.num_hidden_layers + embeddings + [shape.hidden_size]
+
+
+def _adapter_sizes(shape: Shape, adapter: AdapterSpec) -> list[int]:
+    linear = shape.linear_shapes()
+    layer = [adapter.rank * edge for name in adapter.targets for edge in linear[name]]
+    return layer * shape.num_hidden_layers
+
+
+def _optimizer(sizes: list[int], width: int, optimizer: str) -> int:
+    """AdamW's two moments a parameter: in its dtype and a step count by torch, in 8 bits with constants by bitsandbytes."""
+    if "8bit" not in optimizer:
+        return sum(2 * size * width + 4 for size in sizes)
+    tables = 2 * 256 * 4 if any(size >= _MIN_8BIT for size in sizes) else 0  # shared by all parameters
+    small = sum(2 * 4 * size for size in sizes if size < _MIN_8BIT)
+    large = sum(2 * (size + 4 * ceil(size / _OPTIMIZER_BLOCK)) for size in sizes if size >= _MIN_8BIT)
+    return tables + small + large
+
+
+def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
+    """Keys and values of one token in every layer."""
+    return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * WIDTHS[dtype]
+
+
+def embedding_bytes(shape: Shape, dtype: str) -> int:
+    """The embedding table alone."""
+    return shape.vocab_size * shape.hidden_size * WIDTHS[dtype]
+
+
+def prompt_lengths(workload: GenerateSpec) -> tuple[int, ...]:
+    """Tokens of each prompt that the case generates from; empty where texts decide."""
+    count = workload.batch * workload.prompts
+    if workload.prompt_length is not None:
+        return (workload.prompt_length,) * count
+    if workload.data.source != "trace" or workload.data.name is None:
+        return ()
+    try:
+        return recorded_lengths(workload.data.name)[:count]
+    except DataError:
+        return ()

@@ -1,0 +1,69 @@
+"""What a record says of itself, read so that nothing missing or absurd raises; and numbers in words."""
+
+from __future__ import annotations
+
+import statistics
+
+from hpc_core.record import Record
+from hpc_core.spec import FinetuneSpec
+
+__all__ = ["bytes_text", "flops_text", "positions_of", "seconds_text", "step_seconds", "value_of"]
+
+_PROFILED_STEPS = 10
+"""Steps that `busy_s` is the mean of."""
+
+
+def value_of(record: Record, name: str) -> float | None:
+    """A metric's value; None where the record has none."""
+    metric = record.metrics.get(name)
+    return None if metric is None else float(metric.value)
+
+
+def positions_of(record: Record, workload: FinetuneSpec) -> float | None:
+    """Tokens of a step, padding included: as counted, or full rows. None where only the data would know."""
+    tokens = value_of(record, "tokens")
+    if tokens is not None:
+        return (tokens + (value_of(record, "padded_tokens") or 0.0)) / workload.steps
+    return None if workload.padding == "longest" else float(workload.batch * workload.length)
+
+
+def step_seconds(record: Record, name: str, workload: FinetuneSpec) -> float | None:
+    """Seconds of a step by `step_s` or `busy_s`; None where they are not those of the counted tokens.
+
+    Where widths differ a median step is no mean step, so the samples' mean is taken, and busy time only over whole
+    passes. Where all steps are equal, the shorter of value and mean.
+    """
+    metric = record.metrics.get(name)
+    if metric is None:
+        return None
+    ragged = workload.padding == "longest"
+    if ragged and name == "busy_s" and _PROFILED_STEPS % workload.steps:
+        return None
+    if metric.samples is None:
+        return float(metric.value)
+    mean = statistics.fmean(metric.samples)
+    return mean if ragged else min(mean, float(metric.value))
+
+
+def flops_text(rate: float, unit: str = "FLOP/s") -> str:
+    """1.06 PFLOP/s, 209.5 TFLOP/s."""
+    for prefix, factor in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
+        if rate >= factor:
+            return f"{rate / factor:.4g} {prefix}{unit}"
+    return f"{rate:.4g} {unit}"
+
+
+def seconds_text(seconds: float) -> str:
+    """37.8 s, 37.8 ms, 37.8 µs."""
+    for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if seconds >= factor:
+            return f"{seconds / factor:.3g} {unit}" if seconds < 1000 else f"{seconds:.1f} s"
+    return f"{seconds:.3g} s"
+
+
+def bytes_text(count: float) -> str:
+    """28.45 GiB, 1.10 MiB."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
+        if count >= factor:
+            return f"{count / factor:.2f} {unit}"
+    return f"{count:,.0f} bytes"
