@@ -27,7 +27,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench test lint clean
+.PHONY: help bench test faults lint clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ bench: $(INSTALLED) $(if $(filter small,$(SCALE)),$(WEIGHTS)) ## run the perform
 
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest $(ARGS)
+
+faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it?
+	$(BIN)/hpc-core faults $(ARGS)
 
 lint: $(INSTALLED) ## check style, format, types and who may import whom
 	$(BIN)/ruff check .

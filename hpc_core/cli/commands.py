@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,9 +13,12 @@ import hpc_core
 from hpc_core.cases import ALL
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.faults import markdown, run_trials, table
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.running import read_record, run_case, write_whole
 from hpc_core.errors import SpecError
+from hpc_core.faults import FAULTS
+from hpc_core.launch.launcher import Launcher
 from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
@@ -138,3 +142,23 @@ def original_report(
             f"{len(broken)} of {len(records)} cases gave no numbers: {', '.join(broken)}. Run again to try just those."
         )
         raise typer.Exit(EXIT_BROKEN)
+
+
+@app.command("faults")
+def try_faults(
+    only: Annotated[str, typer.Option(help="Names to try, as a glob.")] = "*",
+    scale: Annotated[Literal["tiny", "full"], typer.Option(help="tiny on a CPU, full on a GPU.")] = "tiny",
+    baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
+) -> None:
+    """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
+    names = [name for name in FAULTS if fnmatchcase(name, only)]
+    if not names:
+        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
+    with Launcher("warm") as launcher:
+        trials = run_trials(names, scale=scale, baselines=baselines, tell=tell, launcher=launcher)
+    if as_markdown:
+        say(markdown(trials))
+    say(table(trials))
+    if not all(trial.good for trial in trials):
+        raise typer.Exit(1)
