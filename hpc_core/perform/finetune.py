@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from hpc_core.build.adapter import adapter_parameters
+from hpc_core.audit import Ran, attention_facts, audited_step, trainable_facts, training_facts, weight_facts
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
@@ -14,9 +14,9 @@ from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
+from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
-from hpc_core.physics.cost import train_flops
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 from hpc_core.shapes import SHAPES
 from hpc_core.spec import FinetuneSpec
@@ -40,7 +40,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     measure_memory(
         session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch)
     )
-    _count(session, program, workload)
+    ran = _count(session, program)
+    _audit(session, program, workload, ran)
     _busy(session, program)
     _learning(session, program, workload)
     return session.record()
@@ -81,7 +82,7 @@ def _gradient_marks(program: FinetuneProgram, watch: Watch) -> Mark:
     return mark
 
 
-def _count(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
+def _count(session: Session, program: FinetuneProgram) -> Ran:
     session.phase("counters")
     program.steps_done = 0
     steps = min(program.period, _BUSY_STEPS)
@@ -91,12 +92,18 @@ def _count(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -
     per = "" if steps == 1 else f" per {steps} steps"
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
     session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    asked_on = workload.checkpointing != "off"
-    seen = checkpointing_seen(forwards.count, forwards.layers, steps)
-    session.audit["checkpointing"] = Fact(asked="on" if asked_on else "off", seen=seen)
-    if session.case.adapter is not None:
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in adapter_parameters(program.model).values()})
-        session.audit["adapter_dtype"] = Fact(asked=[session.case.adapter.dtype], seen=dtypes)
+    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps))
+
+
+def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran) -> None:
+    """One step more, after everything that is gated exactly: what it takes is in no number."""
+    session.phase("audit")
+    case, notes = session.case, session.notes
+    step = audited_step(program)
+    session.audit |= weight_facts(case, program.model, notes)
+    session.audit |= trainable_facts(case, program.model, notes)
+    session.audit |= training_facts(case, workload, program, ran, step, notes)
+    session.audit |= attention_facts(case, ran.operators, session.device, notes)
 
 
 def _busy(session: Session, program: FinetuneProgram) -> None:

@@ -6,9 +6,11 @@ import itertools
 import statistics
 import time
 
+from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards, weight_facts
+from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
-from hpc_core.measure.counters import counting
+from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.finetune import bound_by
@@ -16,9 +18,9 @@ from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
+from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
-from hpc_core.physics.cost import decode_bytes
 from hpc_core.run.generate import GenerateProgram, generate_program
 from hpc_core.shapes import SHAPES
 from hpc_core.spec import GenerateSpec
@@ -38,7 +40,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _warm_up(session, program)
     peaks = _time_queries(session, program, built)
     _memory(session, program, built, peaks)
-    _count(session, program)
+    _audit(session, program, *_count(session, program))
     _busy(session, program)
     _share_of_copy(session, program)
     return session.record()
@@ -135,13 +137,14 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
     program.on_token, program.new_tokens = None, tokens
 
 
-def _count(session: Session, program: GenerateProgram) -> None:
+def _count(session: Session, program: GenerateProgram) -> tuple[Counts, ForwardsSeen]:
+    """Operators and FLOPs of prefill and of a few tokens after it; the longer query is watched, by hooks without operators."""
     session.phase("counters")
     seen = {}
     tokens = program.new_tokens
     for new in (1, 1 + _COUNTED_TOKENS):
         program.new_tokens, program.steps_done = new, 0
-        with counting() as counts:
+        with watch_forwards(program.model, session.device.type) as forwards, counting() as counts:
             program.step()
         seen[new] = counts
     program.new_tokens = tokens
@@ -155,6 +158,16 @@ def _count(session: Session, program: GenerateProgram) -> None:
         whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {_COUNTED_TOKENS} tokens"
     )
     session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
+    return whole, forwards
+
+
+def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
+    session.phase("audit")
+    case, notes, new_tokens = session.case, session.notes, 1 + _COUNTED_TOKENS
+    session.audit |= weight_facts(case, program.model, notes)
+    session.audit |= trainable_facts(case, program.model, notes)
+    session.audit |= generation_facts(program.workload, program, forwards, notes, new_tokens=new_tokens)
+    session.audit |= attention_facts(case, counts.operators, session.device, notes)
 
 
 def _busy(session: Session, program: GenerateProgram) -> None:

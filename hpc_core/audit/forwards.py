@@ -1,0 +1,126 @@
+"""Look into forwards through module hooks: what the model was given, in which mode it ran, which graph it left.
+
+The hooks run no tensor operator, so that operators, kernels and bytes stay what they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hpc_core.audit.looks import dtype_name
+from hpc_core.run.finetune import FinetuneProgram
+
+__all__ = ["ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
+
+
+@dataclass
+class ForwardsSeen:
+    """What was seen in the forwards of a model while they were watched."""
+
+    calls: int = 0
+    first: dict[str, Any] = field(default_factory=dict)
+    """The keyword arguments of the first call, by reference."""
+    cache: Any = None
+    """The KV cache of the last call; None where none was given."""
+    modules: int = 0
+    training: int = 0
+    """Of `modules`, those in training mode when the last forward began."""
+    autocast: set[str] = field(default_factory=set)
+    """"off" or a dtype, as the model and each attention found it."""
+    graph: bool = False
+    """Whether some output was part of an autograd graph."""
+    reentrant: bool = False
+    """Whether that graph holds a reentrantly checkpointed function."""
+
+
+@contextlib.contextmanager
+def watch_forwards(model: torch.nn.Module, device_type: str) -> Iterator[ForwardsSeen]:
+    """Watch every call of `model` while the block runs."""
+    seen = ForwardsSeen()
+
+    def autocast(*_: object) -> None:
+        on = torch.is_autocast_enabled(device_type)
+        seen.autocast.add(dtype_name(torch.get_autocast_dtype(device_type)) if on else "off")
+
+    def called(module: torch.nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        autocast()
+        seen.calls += 1
+        seen.first = seen.first or dict(arguments)
+        seen.cache = next((value for value in arguments.values() if _is_cache(value)), None)
+        modes = [part.training for part in module.modules()]
+        seen.modules, seen.training = len(modes), sum(modes)
+
+    def left(_: Any, __: Any, output: Any) -> None:
+        result = getattr(output, "loss", None)
+        result = getattr(output, "logits", None) if result is None else result
+        node = getattr(result, "grad_fn", None)
+        seen.graph = seen.graph or node is not None
+        seen.reentrant = seen.reentrant or "CheckpointFunctionBackward" in _node_names(node)
+
+    attentions = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    handles = [module.register_forward_pre_hook(autocast) for module in attentions]
+    handles.append(model.register_forward_pre_hook(called, with_kwargs=True))
+    handles.append(model.register_forward_hook(left))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "layers") and hasattr(value, "get_seq_length")
+
+
+def _node_names(root: Any) -> set[str]:
+    """Names of all nodes of the backward graph below `root`."""
+    found, visited, waiting = set(), set(), [root]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        found.add(str(node.name()))
+        waiting += [below for below, _ in node.next_functions]
+    return found
+
+
+@dataclass
+class StepSeen:
+    """One training step that was looked at."""
+
+    forwards: ForwardsSeen
+    gradients: dict[str, float | None]
+    """Largest absolute gradient of each trainable parameter before the optimizer's step; None where none arrived."""
+
+
+def audited_step(program: FinetuneProgram) -> StepSeen:
+    """Run the program's widest batch once more, and look at it from the forward to the gradients."""
+    largest: dict[str, torch.Tensor | None] = {}
+
+    def mark(phase: str) -> None:
+        if phase == "optimizer":  # after backward, before the step: every gradient is there
+            for name, parameter in program.model.named_parameters():
+                if parameter.requires_grad:
+                    largest[name] = None if parameter.grad is None else _largest(parameter.grad)
+
+    program.steps_done = program.widest
+    with watch_forwards(program.model, program.batches[0].ids.device.type) as forwards:
+        program.step(mark)
+    arrived = [value for value in largest.values() if value is not None]
+    # One wait for the device, not one a parameter.
+    values = iter(torch.stack(arrived).tolist() if arrived else [])
+    gradients = {name: None if value is None else float(next(values)) for name, value in largest.items()}
+    return StepSeen(forwards, gradients)
+
+
+def _largest(gradient: torch.Tensor) -> torch.Tensor:
+    """The infinity norm: a reduction without a temporary of the gradient's size; NaN and infinity come through."""
+    largest: torch.Tensor = torch.linalg.vector_norm(gradient.detach(), ord=math.inf, dtype=torch.float32)
+    return largest

@@ -1,0 +1,192 @@
+"""Facts of training: optimizer, checkpointing and its kind, dropout, autocast, gradients, real and padded tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_core.audit.forwards import ForwardsSeen, StepSeen
+from hpc_core.audit.looks import names, taken
+from hpc_core.data.batching import IGNORED_LABEL
+from hpc_core.record import Fact
+from hpc_core.run.finetune import DeviceBatch, FinetuneProgram
+from hpc_core.spec import Case, FinetuneSpec
+
+__all__ = ["Ran", "optimizer_kind", "training_facts"]
+
+_SMALLEST_8BIT = 4096
+"""bitsandbytes keeps the state of smaller tensors in float32."""
+_SHORTEST = 3
+"""In shorter rows attention has nothing to choose from, and the gradient of queries and keys is rightly zero."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What the counted steps showed."""
+
+    operators: Counter[str]
+    checkpointing: str
+    """"on", "off" or a sentence, by counted forwards."""
+
+
+def training_facts(
+    case: Case, workload: FinetuneSpec, program: FinetuneProgram, ran: Ran, step: StepSeen, notes: list[str]
+) -> dict[str, Fact]:
+    """All facts of a fine-tuning case that are not about its weights."""
+    forwards = step.forwards
+    kinds = workload.checkpointing in ("reentrant", "non-reentrant") and ran.checkpointing == "on"
+    if workload.checkpointing == "as-prepare-leaves-it":
+        notes.append(f"prepare left checkpointing {ran.checkpointing}, {_checkpointing_kind(forwards)}")
+    autocast = "bfloat16" if workload.precision == "autocast-bf16" else "off"
+    return taken(
+        {
+            "checkpointing": lambda: Fact(
+                asked="off" if workload.checkpointing == "off" else "on", seen=ran.checkpointing
+            ),
+            "checkpointing_kind": lambda: (
+                Fact(asked=workload.checkpointing, seen=_checkpointing_kind(forwards)) if kinds else None
+            ),
+            "optimizer": lambda: Fact(asked=workload.optimizer, seen=optimizer_kind(program.optimizer)),
+            "optimizer_state_dtype": lambda: _state_dtypes(workload, program),
+            "training_mode": lambda: Fact(asked="on", seen=_mode(forwards)),
+            "dropout": lambda: _dropout(case, program, ran),
+            "autocast": lambda: Fact(asked=[autocast], seen=sorted(forwards.autocast)),
+            "gradients": lambda: _gradients(program, step),
+            "trained_tokens": lambda: _trained_tokens(workload, program),
+            "padded_tokens": lambda: _padded_tokens(workload, program),
+            "batch": lambda: _batch(workload, program, forwards),
+        },
+        notes,
+    )
+
+
+def _checkpointing_kind(forwards: ForwardsSeen) -> str:
+    return "reentrant" if forwards.reentrant else "non-reentrant"
+
+
+def optimizer_kind(optimizer: Any) -> str:
+    """The name that a case would call this optimizer by, read from the live object."""
+    name = type(optimizer).__name__.lower()
+    base = "adamw" if "adamw" in name else name
+    if type(optimizer).__module__.startswith("bitsandbytes"):
+        paged = "paged-" if optimizer.is_paged else ""
+        return f"{base}-{paged}{optimizer.args.optim_bits}bit"
+    for way in ("fused", "foreach"):
+        if all(group.get(way) for group in optimizer.param_groups):
+            return f"{base}-{way}"
+    return base
+
+
+def _state_dtypes(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
+    """Moments take the parameter's dtype, or a byte in large tensors of an 8-bit optimizer."""
+    optimizer: Any = program.optimizer
+    parameters = [part for group in optimizer.param_groups for part in group["params"]]
+    if workload.optimizer.endswith("8bit"):
+        asked = names(torch.uint8 if part.numel() >= _SMALLEST_8BIT else torch.float32 for part in parameters)
+    else:
+        asked = names(part.dtype for part in parameters)
+    moments = ("exp_avg", "exp_avg_sq", "state1", "state2")
+    seen = names(state[name].dtype for state in optimizer.state.values() for name in moments if name in state)
+    return Fact(asked=asked, seen=seen)
+
+
+def _mode(forwards: ForwardsSeen) -> str:
+    if not forwards.calls:
+        raise LookupError("no forward was seen")
+    asleep = forwards.modules - forwards.training
+    return f"off in {asleep} of {forwards.modules} modules" if asleep else "on"
+
+
+def _dropout(case: Case, program: FinetuneProgram, ran: Ran) -> Fact | None:
+    """The rates of the adapter's live dropout modules, and whether an operator of dropout ran at all."""
+    if case.adapter is None:
+        return None
+    asked = [case.adapter.dropout] if case.adapter.dropout else []
+    modules = [
+        module
+        for name, module in program.model.named_modules()
+        if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
+    ]
+    rates = sorted({module.p if module.training else 0.0 for module in modules})
+    drew = any(name.startswith(("aten.native_dropout.", "aten.bernoulli")) for name in ran.operators)
+    if rates and any(rates) and not drew:
+        return Fact(asked=asked, seen=f"{rates}, but no operator of dropout ran")
+    return Fact(asked=asked, seen=rates)
+
+
+def _gradients(program: FinetuneProgram, step: StepSeen) -> Fact | None:
+    """Whether a finite gradient reached every trainable parameter, and is not zero throughout.
+
+    LoRA's A gets a zero gradient in the very first step only, as long as B is zero; this step comes after many. In float16
+    a whole gradient may underflow, and in rows of two tokens attention learns nothing: zeros are let pass there. A loss that
+    is not finite has a fact of its own, and no gradient behind it says more.
+    """
+    if program.loss is None or not math.isfinite(float(program.loss)):
+        return None
+    dtypes = {name: part.dtype for name, part in program.model.named_parameters()}
+    long = program.batches[program.widest].ids.shape[1] >= _SHORTEST
+    odd = {}
+    for name, largest in step.gradients.items():
+        if largest is None:
+            odd[name] = "has none"
+        elif not math.isfinite(largest):
+            odd[name] = "is not finite"
+        elif largest == 0 and long and dtypes[name] != torch.float16:
+            odd[name] = "is zero"
+    count = len(step.gradients)
+    seen = f"{count - len(odd)} of {count} reached"
+    if odd:
+        first = next(iter(odd))
+        seen += f"; {first} {odd[first]}"
+    return Fact(asked=f"{count} of {count} reached", seen=seen)
+
+
+def _labels(batch: Any) -> int:
+    return int((batch != IGNORED_LABEL).sum())
+
+
+def _padding(mask: Any) -> int:
+    return 0 if mask is None else int((mask == 0).sum())
+
+
+def _pass(workload: FinetuneSpec, program: FinetuneProgram) -> list[DeviceBatch]:
+    return [program.batches[index % len(program.batches)] for index in range(workload.steps)]
+
+
+def _is_full(workload: FinetuneSpec) -> bool:
+    """Random and packed rows fill every place: closed form. Of other data the collated lists say."""
+    return workload.packing or workload.data.source == "random"
+
+
+def _trained_tokens(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
+    """Labels on the device, over a whole timed pass."""
+    asked = program.tokens_of(workload.steps)
+    if _is_full(workload):
+        asked = workload.batch * workload.length * workload.steps
+    return Fact(asked=asked, seen=sum(_labels(batch.labels) for batch in _pass(workload, program)))
+
+
+def _padded_tokens(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
+    asked = 0 if _is_full(workload) else program.padded_of(workload.steps)
+    return Fact(asked=asked, seen=sum(_padding(batch.mask) for batch in _pass(workload, program)))
+
+
+def _batch(workload: FinetuneSpec, program: FinetuneProgram, forwards: ForwardsSeen) -> Fact:
+    """What the model itself was given in the audited step."""
+    widest = program.batches[program.widest]
+    given = forwards.first
+    rows, width = given["input_ids"].shape
+    seen = _described(rows, width, _labels(given["labels"]), _padding(given.get("attention_mask")))
+    if _is_full(workload):
+        asked = _described(workload.batch, workload.length, workload.batch * workload.length, 0)
+    else:
+        asked = _described(workload.batch, widest.ids.shape[1], widest.tokens, widest.padded)
+    return Fact(asked=asked, seen=seen)
+
+
+def _described(rows: int, width: int, labels: int, masked: int) -> str:
+    return f"{rows} x {width} ids, {labels} labels, {masked} masked"

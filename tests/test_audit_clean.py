@@ -1,0 +1,175 @@
+"""The audit of runs that are what was asked: every fact there, every fact true, whatever the variant."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.audit.weights import linear_layers, quantized_bytes
+from hpc_core.build import build
+from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
+from hpc_core.launch.protocol import Job
+from hpc_core.perform import perform
+from hpc_core.record import Record
+from hpc_core.spec import Case, DataSpec, FinetuneSpec, QuantSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CASES = {
+    case.id: case for case in TINY if not case.id.endswith("-soak")
+}  # its two hundred steps have tests of their own
+WEIGHTS = {
+    "quantized_layers",
+    "embedding_dtype",
+    "norm_dtype",
+    "head_dtype",
+    "trainable_parameters",
+    "attention",
+    "attention_kernel",
+}
+QUANTIZED = {"quantization", "quantized_bytes"}
+TRAINING = {
+    "checkpointing",
+    "optimizer",
+    "optimizer_state_dtype",
+    "trainable_names",
+    "training_mode",
+    "autocast",
+    "gradients",
+    "trained_tokens",
+    "padded_tokens",
+    "batch",
+    "losses_finite",
+}
+GENERATION = {
+    "cache",
+    "cache_length",
+    "forwards",
+    "new_tokens",
+    "training_mode",
+    "autograd",
+    "autocast",
+    "prompt_tokens",
+    "prefill",
+}
+
+
+@functools.cache
+def _once(case: Case) -> Record:
+    return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
+
+
+def _asked_facts(case: Case) -> set[str]:
+    facts = WEIGHTS | (TRAINING if isinstance(case.workload, FinetuneSpec) else GENERATION)
+    if case.quantization is not None:
+        facts = facts | QUANTIZED
+        if case.quantization.kind != "int8":
+            facts = facts | {"compute_dtype", "double_quantization"}
+    if case.adapter is not None:
+        facts = facts | {"adapter_dtype", "dropout"}
+    if isinstance(case.workload, FinetuneSpec) and case.workload.checkpointing in ("reentrant", "non-reentrant"):
+        facts = facts | {"checkpointing_kind"}
+    return facts
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_a_tiny_case_has_all_its_facts_and_they_hold(case_id: str) -> None:
+    """No fact is missing, none fails, and none could not be determined."""
+    record = _once(CASES[case_id])
+    assert record.reasons == ()
+    assert record.status == "ok"
+    assert _asked_facts(CASES[case_id]) - set(record.audit) == set()
+    assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
+
+
+_short: dict[str, Any] = {"batch": 2, "length": 16, "steps": 2}
+_answer: dict[str, Any] = {"prompts": 1, "prompt_length": 9, "new_tokens": 4}
+_int8 = QuantSpec(kind="int8", compute_dtype="float16")
+_eager = finetune(tiny, lora(), variant="lora", **_short).vary("lora-eager", attention="eager")
+VARIANTS = [
+    finetune(tiny, lora(), variant="lora-reentrant", checkpointing="reentrant", **_short),
+    finetune(tiny, lora(dropout=0.0), variant="lora-sober", **_short),
+    finetune(tiny, lora(targets=("up_proj", "lm_head")), variant="lora-head", **_short),
+    finetune(tiny, lora(dtype="float16"), variant="lora-fp16", **_short),
+    finetune(tiny, lora(), variant="lora-foreach", optimizer="adamw-foreach", **_short),
+    finetune(tiny, variant="full-autocast", precision="autocast-bf16", **_short).vary(
+        "full-autocast-fp32", model_dtype="float32"
+    ),
+    finetune(tiny, lora(), variant="lora-autocast", precision="autocast-bf16", **_short),
+    finetune(tiny, qlora(kind="fp4", double_quant=True), variant="qlora-fp4", **_short),
+    finetune(tiny, qlora(kind="int8", compute_dtype="float16"), variant="qlora-int8", prepare=True, **_short),
+    finetune(tiny, lora(), variant="lora-short", batch=1, length=2, steps=2),
+    _eager,
+    generate(tiny, variant="generate-static", cache="static", **_answer),
+    generate(tiny, variant="generate-eager", **_answer).vary("generate-eager-2", attention="eager"),
+    generate(
+        tiny,
+        variant="generate-padded",
+        batch=2,
+        prompts=2,
+        prompt_length=None,
+        new_tokens=3,
+        data=DataSpec(source="trace", name="gsm8k"),
+    ),
+    generate(
+        tiny,
+        variant="generate-head",
+        quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16", skip_modules=("down_proj",)),
+        **_answer,
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.id)
+def test_a_rarer_variant_is_no_false_alarm(case: Case) -> None:
+    """What no catalogue case asks for holds too: other caches, optimizers, kinds of checkpointing, attention, targets."""
+    record = _once(case)
+    assert record.reasons == ()
+    assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
+
+
+def test_without_a_cache_its_length_is_no_question() -> None:
+    """A query without KV cache has no length of one, and says that it had none."""
+    audit = _once(generate(tiny, variant="generate-uncached", cache="off", **_answer)).audit
+    assert audit["cache"].seen == "off"
+    assert "cache_length" not in audit
+
+
+def test_the_attention_kernel_is_told() -> None:
+    """The record says which fused kernel ran; a CPU has one."""
+    assert _once(CASES["tiny/lora"]).audit["attention_kernel"].seen == ["flash_attention_for_cpu"]
+
+
+def test_what_prepare_left_is_noted() -> None:
+    """A case that leaves the kind of checkpointing to peft is told in its notes which one it got."""
+    assert "prepare left checkpointing on, reentrant" in _once(CASES["tiny/qlora-prepare"]).circumstances.notes
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [QuantSpec(kind="nf4", compute_dtype="float32", double_quant=nested) for nested in (False, True)] + [_int8],
+    ids=["nf4", "nf4-dq", "int8"],
+)
+def test_the_closed_form_of_a_layers_bytes_adds_up(spec: QuantSpec) -> None:
+    """The bytes of one layer by hand: packed weights, constants, tables."""
+    weights, rows = 256 * 128, 256
+    blocks = weights // 64
+    by_hand = {
+        ("int8", False): weights + 4 * rows,
+        ("nf4", False): weights // 2 + 64 + 4 * blocks,
+        ("nf4", True): weights // 2 + 64 + blocks + 2 * 4 + 4 + 1024,
+    }
+    assert quantized_bytes(spec, 128, 256) == by_hand[spec.kind, spec.double_quant]
+
+
+def test_linear_layers_keep_their_names_under_an_adapter() -> None:
+    """A wrapped layer is found once, under the name it had, and LoRA's own linear layers are not among them."""
+    plain = build(CASES["tiny/full-bf16"], torch.device("cpu")).model
+    wrapped = build(CASES["tiny/qlora"], torch.device("cpu")).model
+    prefix = "base_model.model."
+    assert [prefix + name for name in linear_layers(plain)] == list(linear_layers(wrapped))
+    assert len(linear_layers(plain)) == 3 * 7 + 1
