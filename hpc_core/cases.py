@@ -166,6 +166,7 @@ FULL: tuple[Case, ...] = (
 """The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
 
 _TINY_TRACE = DataSpec(source="trace", name="wikitext2", rows=64)
+_SOAK_TRACE = DataSpec(source="trace", name="wikitext2", rows=1000)
 _tiny_lora = finetune(tiny, lora(), batch=2, length=64, steps=5)
 
 TINY: tuple[Case, ...] = (
@@ -174,6 +175,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-padded", data=_TINY_TRACE, padding="longest"),
     _tiny_lora.vary("lora-max-length", data=_TINY_TRACE, padding="max_length"),
     _tiny_lora.vary("lora-packed", data=_TINY_TRACE, packing=True),
+    _tiny_lora.vary("lora-soak", data=_SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
 

@@ -172,8 +172,8 @@ _LIST = (
     Fault(
         "growing-memory",
         "each step leaves 4 MiB behind",
-        "lora",
-        ("peak_bytes", "at_peak_other_bytes"),
+        "lora-soak",
+        ("memory_growth",),
         "training.growing_memory",
     ),
     Fault(

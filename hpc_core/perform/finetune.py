@@ -14,6 +14,7 @@ from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
+from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
@@ -55,10 +56,15 @@ def _note_loss(session: Session, program: FinetuneProgram) -> None:
 def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
     program.steps_done = 0  # every pass sees the same batches
     samples = []
+    soak = Soak(session, workload.steps) if workload.steps >= LEAST_STEPS else None
     with session.timing():
-        for _ in range(workload.steps):
+        for done in range(1, workload.steps + 1):
             samples.append(seconds_of(program.step, session.device))
             _note_loss(session, program)
+            if soak is not None:
+                soak.after_step(done)
+    if soak is not None:
+        soak.close(workload.steps)
     tokens, padded = program.tokens_of(workload.steps), program.padded_of(workload.steps)
     session.metrics["step_s"] = wall(samples)
     session.metrics["tokens"] = counted(tokens, better="same", case_only=True)

@@ -17,6 +17,7 @@ from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
 from hpc_core.perform.observe import watch_cache
+from hpc_core.perform.quality import measure_perplexity
 from hpc_core.perform.session import Session
 from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
@@ -43,6 +44,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _audit(session, program, *_count(session, program))
     _busy(session, program)
     _share_of_copy(session, program)
+    measure_perplexity(session, built)
     return session.record()
 
 

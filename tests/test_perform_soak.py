@@ -1,0 +1,25 @@
+"""The soak: two hundred steps over real, varying lengths, whose memory must stay flat."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_core.cases import catalogue
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Job
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_clean_soak_is_flat_and_a_leak_of_each_step_is_not() -> None:
+    """Two hundred steps of different widths keep nothing; four megabytes left behind by each make the record INVALID, with the sum."""
+    case = catalogue()["tiny/lora-soak"]
+    with Launcher("warm") as launcher:
+        clean = launcher.run(Job(case=case))
+        leaking = launcher.run(Job(case=case, fault="growing-memory"))
+
+    assert (clean.status, clean.audit["memory_growth"].seen) == ("ok", "flat")
+    assert clean.metrics["compilations"].value == 0
+    assert len(clean.metrics["step_s"].samples or ()) == 200
+    assert leaking.status == "invalid"
+    assert any(reason.startswith("memory_growth: asked for 'flat', saw '+") for reason in leaking.reasons)
