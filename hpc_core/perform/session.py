@@ -127,8 +127,9 @@ class Session:
                 )
             if watch is not None:
                 watch()
-            settled = len(set(peaks[-2:])) == 1 or program.period > 1
-            if len(seconds) >= least and settled and seconds[-1] < _SETTLED_RATIO * min(seconds):
+            # Steps of different widths differ in peak and time by right: having seen a period of them is all there is.
+            alike = len(set(peaks[-2:])) == 1 and seconds[-1] < _SETTLED_RATIO * min(seconds)
+            if len(seconds) >= least and (alike or program.period > 1):
                 return
         self.notes.append(
             f"warm-up did not settle in {len(seconds)} steps: peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s"
