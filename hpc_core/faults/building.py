@@ -161,3 +161,23 @@ def eager_attention(injection: Injection) -> None:
         model.config._attn_implementation = "eager"
 
     _after(injection, assemble, "causal_lm", change)
+
+
+def attention_scaled(injection: Injection) -> None:
+    """The fused attention takes its scores twice as large; eager attention is as it was."""
+    _fused_attention(injection, lambda options: options | {"scaling": 2 * options["scaling"]})
+
+
+def attention_not_causal(injection: Injection) -> None:
+    """The fused attention forgets that it must not look ahead; eager attention is as it was."""
+    _fused_attention(injection, lambda options: options | {"is_causal": False})
+
+
+def _fused_attention(injection: Injection, change: Any) -> None:
+    registry: Any = library("transformers.modeling_utils", "This fault").ALL_ATTENTION_FUNCTIONS
+    original = registry["sdpa"]
+
+    def attention(*args: Any, **options: Any) -> Any:
+        return original(*args, **(change(options) if injection.hit() else options))
+
+    registry["sdpa"] = attention

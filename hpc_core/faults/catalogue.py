@@ -126,6 +126,20 @@ _LIST = (
         ("attention*", "operators"),
         "building.eager_attention",
     ),
+    Fault(
+        "attention-scaled",
+        "the fused attention takes its scores twice as large",
+        "full-fp32",
+        ("equivalence",),
+        "building.attention_scaled",
+    ),
+    Fault(
+        "attention-not-causal",
+        "the fused attention looks ahead",
+        "generate-bf16",
+        ("equivalence",),
+        "building.attention_not_causal",
+    ),
     # What a training step does.
     Fault(
         "extra-kernel",

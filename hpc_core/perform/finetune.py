@@ -10,6 +10,7 @@ from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.perform.equivalence import measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
@@ -45,6 +46,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     _audit(session, program, workload, ran)
     _busy(session, program)
     _learning(session, program, workload)
+    widest_batch = program.batches[program.widest]
+    measure_equivalence(session, built.model, widest_batch.ids, widest_batch.mask)
     return session.record()
 
 

@@ -13,6 +13,7 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors
 from hpc_core.measure.phases import PhasePeaks
+from hpc_core.perform.equivalence import measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
@@ -45,6 +46,8 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _busy(session, program)
     _share_of_copy(session, program)
     measure_perplexity(session, built)
+    prompt = program.inputs[_longest(program)]
+    measure_equivalence(session, built.model, prompt["input_ids"], prompt["attention_mask"])
     return session.record()
 
 
