@@ -24,7 +24,20 @@ from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, case_to_json
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CASES = {case.id: case for case in TINY}
-_BUILD = ["import", "build", "data", "warm-up", "measure", "memory", "counters", "audit", "busy", "record", "done"]
+_BUILD = [
+    "import",
+    "build",
+    "data",
+    "warm-up",
+    "measure",
+    "memory",
+    "counters",
+    "audit",
+    "busy",
+    "equivalence",
+    "record",
+    "done",
+]
 
 
 def _perform(case: Case) -> tuple[Record, list[Event]]:
