@@ -5,6 +5,7 @@ Runs last and turns the model itself into the reference, layer by layer: nothing
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def measure_equivalence(session: Session, model: torch.nn.Module, ids: torch.Ten
 
     On a CPU only: on a GPU the float32 reference would need room that a case does not leave by right.
     """
-    if session.on_gpu:
+    broken = any(not fact.holds for fact in session.audit.values())
+    if session.on_gpu or broken:  # what did not run as asked is INVALID already, and may not run as a reference at all
         return
     session.phase("equivalence")
     model.eval()
@@ -53,9 +55,9 @@ def measure_equivalence(session: Session, model: torch.nn.Module, ids: torch.Ten
     reference = _logits(model, ids, mask)[kept]
     error = float((seen - reference).norm() / reference.norm())
     allowed = tolerance(session)
-    session.metrics["logits_error"] = reported(
-        error, "ratio", note=f"relative to float32, dequantized, eager; allowed {allowed:g}"
-    )
+    if math.isfinite(error):
+        note = f"relative to float32, dequantized, eager; allowed {allowed:g}"
+        session.metrics["logits_error"] = reported(error, "ratio", note=note)
     within = f"within {allowed:g} of the reference"
     session.audit["equivalence"] = Fact(asked=within, seen=within if error <= allowed else f"off by {error:.3g}")
 
