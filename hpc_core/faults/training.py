@@ -136,6 +136,10 @@ def mask_built(injection: Injection) -> None:
     """The square mask is always built."""
 
     def call(original: Any, self: Any, args: Any, kwargs: Any) -> Any:
+        if (
+            self.config._attn_implementation != "sdpa"
+        ):  # eager attention adds its mask: a square of booleans is no mask there
+            return original(self, *args, **kwargs)
         ids = kwargs["input_ids"]
         rows, width = ids.shape
         mask = torch.ones(width, width, dtype=torch.bool, device=ids.device).tril().expand(rows, 1, width, width)
