@@ -13,7 +13,7 @@ from hpc_core.cases import generate
 from hpc_core.data.rows import PromptBatch
 from hpc_core.errors import MeasureError
 from hpc_core.perform.observe import watch_cache
-from hpc_core.run.generate import GenerateProgram, TokenTimes, generate_program
+from hpc_core.run.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
 from hpc_core.spec import DataSpec, GenerateSpec, ModelSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
@@ -151,3 +151,14 @@ def test_queries_come_round(built: Built) -> None:
         program.step()
         answers.append(program.answer_ids())
     assert answers[0] == answers[2] != answers[1]
+
+
+def test_an_instruct_model_is_asked_in_its_own_words() -> None:
+    """Where a tokenizer has a chat template, the text stands where the user speaks and the model's turn begins after it."""
+
+    class Instruct:
+        def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> list[int]:
+            assert options["add_generation_prompt"]
+            return [1, *(3 + ord(letter) for letter in messages[0]["content"]), 2]
+
+    assert AskedInChat(Instruct()).encode("ab") == [1, 100, 101, 2]

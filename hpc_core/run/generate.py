@@ -12,7 +12,7 @@ from hpc_core.errors import MeasureError
 from hpc_core.program import Mark, unmarked
 from hpc_core.spec import GenerateSpec
 
-__all__ = ["GenerateProgram", "TokenTimes", "generate_program"]
+__all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program"]
 
 
 class TokenTimes:
@@ -33,6 +33,19 @@ class TokenTimes:
 
     def end(self) -> None:
         """Nothing follows."""
+
+
+class AskedInChat:
+    """A tokenizer that puts each text where the model's chat template has the user's words: an instruct model answers those."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, /) -> list[int]:
+        """Ids of the whole exchange up to where the model's turn begins."""
+        message = [{"role": "user", "content": text}]
+        ids: list[int] = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
+        return ids
 
 
 class GenerateProgram:
@@ -111,5 +124,6 @@ def generate_program(built: Built, workload: GenerateSpec) -> GenerateProgram:
         DataError: the data has fewer prompts than asked for.
     """
     text = workload.data.source in ("embedded", "hub", "file")
-    prompts = prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=built.tokenizer if text else None)
+    tokenizer = AskedInChat(built.tokenizer) if getattr(built.tokenizer, "chat_template", None) else built.tokenizer
+    prompts = prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=tokenizer if text else None)
     return GenerateProgram(built, workload, prompts)
