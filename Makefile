@@ -16,7 +16,6 @@ SCALE ?=
 ARGS ?=
 # A folder with gsm8k/test.jsonl and wikitext2/wiki.test.raw, for machines that cannot reach the hub.
 DATA ?= $(firstword $(wildcard ../shared/data data))
-export HPC_CORE_DATA ?= $(abspath $(DATA))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,6 +32,7 @@ help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Stack: $(STACK) ($(CONSTRAINTS)). Variables: ARGS, SCALE=tiny|small|full, STACK=cpu|gpu, PYTHON, PIP_ARGS."
 
+bench: export HPC_CORE_DATA ?= $(abspath $(DATA))
 bench: $(INSTALLED) $(if $(filter small,$(SCALE)),$(WEIGHTS)) ## run the performance suite against baselines/
 	$(BIN)/python -m pytest --benchmark $(if $(SCALE),--perf-scale $(SCALE)) $(ARGS)
 

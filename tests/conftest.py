@@ -2,4 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
 pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(autouse=True)
+def no_data_sets_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of data sets that the developer's shell names would answer where a test expects the hub, or its absence."""
+    monkeypatch.delenv("HPC_CORE_DATA", raising=False)
