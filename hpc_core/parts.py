@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from hpc_core.errors import SpecError
-from hpc_core.shapes import shape
+from hpc_core.shapes import Shape, shape
 from hpc_core.strict import Strict, check_types, refuse
 
 __all__ = ["AdapterSpec", "DataSpec", "Dtype", "ModelSpec", "QuantSpec"]
@@ -19,6 +21,8 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
 
     shape: str | None = None
     """A name from `hpc_core.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
+    layers: int | None = None
+    """Only so many decoder layers of the shape, each at its full width: a short stand-in for the whole. None takes all."""
     weights: Literal["random", "folder", "hub", "gguf"] = "random"
     path: str | None = None
     """Local folder, hub id or GGUF file; `package://module/file.gguf` names a file that an installed package carries."""
@@ -40,12 +44,27 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
                 self.path is not None,
                 f"Random weights are made, not read: drop path={self.path!r} or say weights='folder'.",
             )
-            shape(self.shape or "")
+            whole = shape(self.shape or "")
+            refuse(
+                self.layers is not None and not 1 <= self.layers < whole.num_hidden_layers,
+                f"layers={self.layers}: {self.shape} has {whole.num_hidden_layers}; say 1 to {whole.num_hidden_layers - 1}, or leave it out for all.",
+            )
         else:
             refuse(not self.path, f"weights={self.weights!r} needs path=, a local folder, hub id or GGUF file.")
             refuse(self.shape is not None, f"weights={self.weights!r} brings its own shape: drop shape={self.shape!r}.")
+            refuse(
+                self.layers is not None, f"weights={self.weights!r} brings its own layers: drop layers={self.layers}."
+            )
         is_package = (self.path or "").startswith(_PACKAGE_DATA)
         refuse(is_package and self.weights != "gguf", "package:// names a GGUF file: say weights='gguf'.")
+
+    @property
+    def sizes(self) -> Shape | None:
+        """The named shape with as many layers as are taken; None where the weights bring their own."""
+        if self.shape is None:
+            return None
+        whole = shape(self.shape)
+        return whole if self.layers is None else msgspec.structs.replace(whole, num_hidden_layers=self.layers)
 
 
 class QuantSpec(Strict, frozen=True, kw_only=True):

@@ -160,7 +160,11 @@ def cases(draw: st.DrawFn) -> Case:
     workload: Any = draw(st.one_of(finetunes, generates, callables))
     if isinstance(workload, CallableSpec):
         return Case(workload=workload, **common)
-    common["model"] = ModelSpec(shape=draw(st.sampled_from(["tiny", "llama-3.2-3b"])), dtype=draw(dtypes))
+    common["model"] = ModelSpec(
+        shape=draw(st.sampled_from(["tiny", "llama-3.2-3b"])),
+        layers=draw(st.sampled_from([None, 1, 2])),
+        dtype=draw(dtypes),
+    )
     if isinstance(workload, FinetuneSpec):
         common["adapter"] = draw(st.none() | adapters)
     if common.get("adapter") is not None or isinstance(workload, GenerateSpec):

@@ -206,3 +206,16 @@ def test_the_same_case_is_built_the_same_twice() -> None:
     named = dict(second.named_parameters())
     assert len(named) > 50
     assert all(torch.equal(parameter, named[name]) for name, parameter in first.named_parameters())
+
+
+def test_fewer_layers_of_a_shape_keep_their_width() -> None:
+    """layers=2 builds two full-width layers, and the closed form of its parameters says so too."""
+    short = ModelSpec(shape="tiny", layers=2)
+    model = causal_lm(short, torch.device("cpu"))
+    whole = causal_lm(ModelSpec(shape="tiny"), torch.device("cpu"))
+    assert short.sizes is not None
+    assert sum(parameter.numel() for parameter in model.parameters()) == short.sizes.parameter_count()
+    assert len(dict(model.named_modules())["model.layers"]) == 2  # type: ignore[arg-type]
+    assert model.state_dict()["model.layers.1.mlp.up_proj.weight"].shape == (
+        whole.state_dict()["model.layers.1.mlp.up_proj.weight"].shape
+    )

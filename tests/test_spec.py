@@ -35,6 +35,7 @@ STEP = CallableSpec(factory="mypkg.train:make_step")
 DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
     ModelSpec: {
         "shape": None,
+        "layers": None,
         "weights": "random",
         "path": None,
         "dtype": "bfloat16",
@@ -171,6 +172,9 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(), "Random weights need a shape"),
     (lambda: ModelSpec(shape="tiny", path="/w"), "Random weights are made, not read"),
     (lambda: ModelSpec(shape="gpt-9"), "gpt-9"),
+    (lambda: ModelSpec(shape="tiny", layers=3), "tiny has 3; say 1 to 2"),
+    (lambda: ModelSpec(shape="tiny", layers=0), "say 1 to 2"),
+    (lambda: ModelSpec(weights="hub", path="a/b", layers=2), "brings its own layers"),
     (lambda: ModelSpec(weights="folder"), "weights='folder' needs path="),
     (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "brings its own shape"),
     (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),

@@ -11,7 +11,6 @@ from hpc_core.audit.looks import names, taken
 from hpc_core.audit.weights import linear_layers
 from hpc_core.build.adapter import adapter_parameters
 from hpc_core.record import Fact
-from hpc_core.shapes import SHAPES
 from hpc_core.spec import AdapterSpec, Case, FinetuneSpec
 
 __all__ = ["trainable_facts"]
@@ -48,7 +47,7 @@ def _live(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def _asked_count(case: Case, model: torch.nn.Module) -> int:
     """Closed form: every parameter, or rank x (inputs + outputs) for each layer that the adapter targets."""
     assert case.model is not None
-    shape = None if case.model.shape is None else SHAPES[case.model.shape]
+    shape = case.model.sizes
     if case.adapter is None:
         return sum(part.numel() for part in model.parameters()) if shape is None else shape.parameter_count()
     known = {} if shape is None else shape.linear_shapes()

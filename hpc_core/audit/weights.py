@@ -9,7 +9,6 @@ import torch
 from hpc_core.audit.looks import dtype_name, names, taken
 from hpc_core.measure.owners import owned_bytes
 from hpc_core.record import Fact
-from hpc_core.shapes import SHAPES
 from hpc_core.spec import Case, FinetuneSpec, QuantSpec
 
 __all__ = ["linear_layers", "quantized_bytes", "weight_facts"]
@@ -87,9 +86,10 @@ def _count_of_shape(case: Case, otherwise: int) -> int:
     assert case.model is not None
     if case.quantization is None:
         return 0
-    if case.model.shape is None:
+    shape = case.model.sizes
+    if shape is None:
         return otherwise
-    shape, skipped = SHAPES[case.model.shape], case.quantization.skip_modules
+    skipped = case.quantization.skip_modules
     in_a_layer = [name for name in shape.linear_shapes() if name not in skipped]
     return len(in_a_layer) * shape.num_hidden_layers + ("lm_head" not in skipped)
 

@@ -15,7 +15,7 @@ import torch
 from hpc_core.build.libraries import library
 from hpc_core.build.quantization import bitsandbytes_config
 from hpc_core.errors import BuildError, DataError, MissingLibraryError
-from hpc_core.shapes import Shape, shape
+from hpc_core.shapes import Shape
 from hpc_core.spec import ModelSpec, QuantSpec
 
 __all__ = ["causal_lm", "gguf_file", "model_config", "tokenizer_of", "torch_dtype"]
@@ -68,8 +68,8 @@ def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec 
         MissingLibraryError: transformers or gguf is not installed.
     """
     if spec.weights == "random":
-        assert spec.shape is not None
-        return _random(shape(spec.shape), spec, device)
+        assert spec.sizes is not None
+        return _random(spec.sizes, spec, device)
     return _pretrained(spec, device, quantization)
 
 

@@ -20,7 +20,6 @@ from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
-from hpc_core.shapes import SHAPES
 from hpc_core.spec import FinetuneSpec
 
 __all__ = ["measure_finetune"]
@@ -154,12 +153,13 @@ def _share_of_matmul(session: Session, step_s: float) -> None:
     assert isinstance(workload, FinetuneSpec)
     dtype = "bfloat16" if workload.precision == "autocast-bf16" else model.dtype
     ceiling = session.job.ceilings.get(f"matmul_{dtype}_flop_per_s")
-    if model.shape is None or ceiling is None or workload.data.source != "random":
+    shape = model.sizes
+    if shape is None or ceiling is None or workload.data.source != "random":
         return
     adapter = session.case.adapter
-    if adapter is not None and not set(adapter.targets) <= set(SHAPES[model.shape].linear_shapes()):
+    if adapter is not None and not set(adapter.targets) <= set(shape.linear_shapes()):
         return  # an adapter elsewhere, on the head for one: no closed form
-    needed = train_flops(SHAPES[model.shape], workload.batch, workload.length, adapter)
+    needed = train_flops(shape, workload.batch, workload.length, adapter)
     session.metrics["mfu"] = ratio(
         needed / step_s / ceiling, note="FLOPs without recomputation over wall time and the measured matmul rate"
     )

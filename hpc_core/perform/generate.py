@@ -24,7 +24,6 @@ from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
 from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.shapes import SHAPES
 from hpc_core.spec import GenerateSpec
 
 __all__ = ["measure_generate"]
@@ -210,9 +209,9 @@ def _share_of_copy(session: Session, program: GenerateProgram) -> None:
     ceiling = session.job.ceilings.get("copy_bytes_per_s")
     model = session.case.model
     assert model is not None
-    if ceiling is None or model.shape is None:
+    shape = model.sizes
+    if ceiling is None or shape is None:
         return
-    shape = SHAPES[model.shape]
     width = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
     length = statistics.fmean(len(prompt.ids[0]) for prompt in program.prompts) + program.new_tokens / 2
     cache = int(

@@ -10,7 +10,7 @@ from math import ceil
 
 from hpc_core.data.lengths import recorded_lengths
 from hpc_core.errors import DataError
-from hpc_core.shapes import SHAPES, Shape
+from hpc_core.shapes import Shape
 from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, QuantSpec
 
 __all__ = ["WIDTHS", "embedding_bytes", "expected_bytes", "kv_bytes_per_token", "prompt_lengths", "shape_of"]
@@ -35,7 +35,7 @@ _ROTARY_TABLES = 2
 
 def shape_of(case: Case) -> Shape | None:
     """The case's named shape; None where its weights bring their own, and for callables."""
-    return None if case.model is None or case.model.shape is None else SHAPES[case.model.shape]
+    return None if case.model is None else case.model.sizes
 
 
 def expected_bytes(case: Case) -> dict[str, int]:
