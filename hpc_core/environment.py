@@ -172,13 +172,17 @@ def circumstances(
     ceilings: dict[str, float] | None = None,
     fault: str | None = None,
     started_at: datetime.datetime | None = None,
+    where: Machine | None = None,
     **seen: Any,
 ) -> Circumstances:
-    """Everything around a run that can be told before it, completed by what the run itself saw (`gpu=`, `phase_s=`, `notes=`)."""
+    """Everything around a run that can be told before it, completed by what the run itself saw (`gpu=`, `phase_s=`, `notes=`).
+
+    `where` speaks for a machine that was predicted for, in place of this one.
+    """
     revision, dirty = commit()
     when = started_at or datetime.datetime.now(datetime.UTC)
     return Circumstances(
-        machine=machine(device),
+        machine=where or machine(device),
         stack=stack(device),
         python=platform.python_version(),
         host_cpu=_cpu_name(),

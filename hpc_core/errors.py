@@ -23,6 +23,7 @@ __all__ = [
     "LaunchError",
     "MeasureError",
     "MissingLibraryError",
+    "PredictError",
     "SpecError",
 ]
 
@@ -61,3 +62,7 @@ class LaunchError(HpcCoreError):
 
 class BaselineError(HpcCoreError):
     """A baseline cannot be written, or must not be."""
+
+
+class PredictError(HpcCoreError):
+    """A case cannot be predicted: something in it has no model here, or the machine cannot predict at all."""

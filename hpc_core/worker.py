@@ -78,7 +78,10 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
     progress = _Progress(emit)
     try:
         progress.emit(Phase("import"))
-        perform = importlib.import_module("hpc_core.perform").perform
+        if job.predict is not None:
+            importlib.import_module("hpc_core.predict.shim").load()
+        half = "hpc_core.perform" if job.predict is None else "hpc_core.predict"
+        perform = importlib.import_module(half).perform
         progress.emit(Phase("start"))
         record: Record = perform(job, progress.emit)
         record_to_json(record)  # what cannot travel fails here, where it can still be told

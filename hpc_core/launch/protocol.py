@@ -28,6 +28,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Ceilings measured earlier in this session, to stand beside the numbers."""
     fault: str | None = None
     """Name of a fault from `hpc_core.faults` to inject before building."""
+    predict: str | None = None
+    """Name of a GPU from `hpc_core.gpus`: predict the case for it on fake tensors, instead of running it."""
     measure_ceilings: bool = False
     """Measure the machine's ceilings instead of the case; the record's circumstances hold them."""
 

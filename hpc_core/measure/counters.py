@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_core.measure.formulas import own_formulas
 
-__all__ = ["Counts", "counting"]
+__all__ = ["FREE", "Counts", "counting"]
 
-_FREE = {"prim", "profiler"}
+FREE = {"prim", "profiler"}
 """Operator namespaces that do no work."""
 
 
@@ -24,7 +24,7 @@ class _Operators(TorchDispatchMode):
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace not in _FREE:
+        if func.namespace not in FREE:
             self.seen[str(func)] += 1
         return func(*args, **(kwargs or {}))
 

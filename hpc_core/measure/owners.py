@@ -103,5 +103,6 @@ class Bystanders:
 
 def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind these tensors, each counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    # By the storage itself, not its address: the storages of fake tensors have none.
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

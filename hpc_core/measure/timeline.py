@@ -29,6 +29,8 @@ class Allocation:
     """Set when the owner is known (weights, adapter, gradients, optimizer, kv_cache, other)."""
     source: str = ""
     """The operator that made it, where known."""
+    block: int | None = None
+    """Its address in a model of the allocator, where there is one."""
 
 
 @dataclass

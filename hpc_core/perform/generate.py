@@ -26,11 +26,11 @@ from hpc_core.record import Fact, Record
 from hpc_core.run.generate import GenerateProgram, generate_program
 from hpc_core.spec import GenerateSpec
 
-__all__ = ["measure_generate"]
+__all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 
-_BUSY_TOKENS = 16
+BUSY_TOKENS = 16
 """Decoded tokens under the profiler; it keeps every launch of every token."""
-_COUNTED_TOKENS = 4
+COUNTED_TOKENS = 4
 
 
 def measure_generate(session: Session, workload: GenerateSpec) -> Record:
@@ -130,7 +130,7 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
     """Categories from a query that is recorded; on a GPU a short one, since the history of a long one takes as long as the query."""
     tokens = program.new_tokens
     if session.on_gpu:
-        program.new_tokens = min(_BUSY_TOKENS + 1, tokens)
+        program.new_tokens = min(BUSY_TOKENS + 1, tokens)
     with watch_cache(program.model) as cache:
 
         def marking(watch: Watch) -> Mark:
@@ -146,20 +146,20 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
     session.phase("counters")
     seen = {}
     tokens = program.new_tokens
-    for new in (1, 1 + _COUNTED_TOKENS):
+    for new in (1, 1 + COUNTED_TOKENS):
         program.new_tokens, program.steps_done = new, 0
         with watch_forwards(program.model, session.device.type) as forwards, counting() as counts:
             program.step()
         seen[new] = counts
     program.new_tokens = tokens
-    prefill, whole = seen[1], seen[1 + _COUNTED_TOKENS]
-    decode = f"1 per {_COUNTED_TOKENS} tokens"
+    prefill, whole = seen[1], seen[1 + COUNTED_TOKENS]
+    decode = f"1 per {COUNTED_TOKENS} tokens"
     session.metrics["operators"] = counted(
-        whole.total, machine=session.on_gpu, unit=f"1 per prefill and {_COUNTED_TOKENS} tokens"
+        whole.total, machine=session.on_gpu, unit=f"1 per prefill and {COUNTED_TOKENS} tokens"
     )
     session.metrics["operators_decode"] = counted(whole.total - prefill.total, machine=session.on_gpu, unit=decode)
     session.metrics["flops"] = counted(
-        whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {_COUNTED_TOKENS} tokens"
+        whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {COUNTED_TOKENS} tokens"
     )
     session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
     return whole, forwards
@@ -167,7 +167,7 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
 
 def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
     session.phase("audit")
-    case, notes, new_tokens = session.case, session.notes, 1 + _COUNTED_TOKENS
+    case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS
     session.audit |= weight_facts(case, program.model, notes)
     session.audit |= trainable_facts(case, program.model, notes)
     session.audit |= generation_facts(program.workload, program, forwards, notes, new_tokens=new_tokens)
@@ -179,7 +179,7 @@ def _busy(session: Session, program: GenerateProgram) -> None:
     if not session.on_gpu:
         return
     tokens = program.new_tokens
-    decoded = min(_BUSY_TOKENS, tokens - 1)
+    decoded = min(BUSY_TOKENS, tokens - 1)
     activities = []
     for new in (1, 1 + decoded):
         program.new_tokens = new

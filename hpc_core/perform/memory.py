@@ -19,8 +19,9 @@ from hpc_core.measure.timeline import CATEGORIES, Timeline
 from hpc_core.perform.metrics import measured_bytes
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, Program, unmarked
+from hpc_core.record import Metric
 
-__all__ = ["Fixed", "Watch", "measure_memory"]
+__all__ = ["Fixed", "Watch", "measure_memory", "memory_metrics", "peak_metrics"]
 
 
 class _Cyclic(Program, Protocol):
@@ -95,27 +96,31 @@ def measure_memory(
     else:
         timeline = _from_storages(session, program, owners, marking)
         peaks = timeline.peaks_by_phase(program.phases)
-    peak = max(peaks.values())
-    session.metrics["peak_bytes"] = measured_bytes(peak, machine=session.on_gpu)
-    if len(program.phases) > 1:
-        for phase, value in peaks.items():
-            session.metrics[f"peak_{phase}_bytes"] = measured_bytes(value, machine=session.on_gpu)
-    _categories(session, timeline)
+    session.metrics |= memory_metrics(peaks, timeline, on_gpu=session.on_gpu)
 
 
-def _categories(session: Session, timeline: Timeline) -> None:
+def peak_metrics(peaks: dict[str, int], *, on_gpu: bool) -> dict[str, Metric]:
+    """`peak_bytes`, and the peaks of the phases where there are several."""
+    metrics = {"peak_bytes": measured_bytes(max(peaks.values()), machine=on_gpu)}
+    if len(peaks) > 1:
+        metrics |= {f"peak_{phase}_bytes": measured_bytes(value, machine=on_gpu) for phase, value in peaks.items()}
+    return metrics
+
+
+def memory_metrics(peaks: dict[str, int], timeline: Timeline, *, on_gpu: bool) -> dict[str, Metric]:
+    """`peak_bytes`, the peaks of several phases, and the bytes of each category at the timeline's highest point."""
+    metrics = peak_metrics(peaks, on_gpu=on_gpu)
     totals = dict(timeline.at_peak())
     for category in CATEGORIES:
         if totals[category]:
             # At the step's highest point, by requested bytes; the allocator rounds up to its blocks beyond that.
             # On a CPU "other" holds scalars that libraries keep alive; the peak, which counts them, is gated.
-            gated = session.on_gpu or category != "other"
-            session.metrics[f"at_peak_{category}_bytes"] = measured_bytes(
-                totals[category], machine=session.on_gpu, gated=gated
-            )
-    if session.on_gpu:
-        rounding = int(session.metrics["peak_bytes"].value) - sum(totals.values())
-        session.metrics["at_peak_rounding_bytes"] = measured_bytes(max(rounding, 0), machine=True, gated=False)
+            gated = on_gpu or category != "other"
+            metrics[f"at_peak_{category}_bytes"] = measured_bytes(totals[category], machine=on_gpu, gated=gated)
+    if on_gpu:
+        rounding = int(metrics["peak_bytes"].value) - sum(totals.values())
+        metrics["at_peak_rounding_bytes"] = measured_bytes(max(rounding, 0), machine=True, gated=False)
+    return metrics
 
 
 def _from_history(session: Session, program: Program, owners: dict[str, list[torch.Tensor]], marking: Any) -> Timeline:

@@ -1,0 +1,145 @@
+"""A model of torch's CUDA caching allocator: which bytes count as allocated and reserved for a sequence of requests.
+
+Pure: no torch, no clock. The native backend with its default configuration and one stream, as in
+`c10/cuda/CUDACachingAllocator.cpp` of torch 2.11 to 2.13: requests are rounded to 512 bytes, served best fit from free
+blocks, and what is left of a block is split off and merged again when its neighbour is freed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field
+
+__all__ = ["Allocator"]
+
+_ROUND = 512
+"""`kMinBlockSize`."""
+_SMALL = 1 << 20
+"""`kSmallSize`: requests up to here come from the small pool."""
+_SMALL_SEGMENT = 2 << 20
+"""`kSmallBuffer`: what the small pool asks the driver for."""
+_LARGE_SEGMENT = 20 << 20
+"""`kLargeBuffer`: what is asked for requests from 1 to 10 MiB."""
+_MIN_LARGE = 10 << 20
+"""`kMinLargeAlloc`: from here a request gets a segment of its own."""
+_ROUND_LARGE = 2 << 20
+"""`kRoundLarge`: to which such a segment is rounded."""
+_ADDRESS_GAP = 1 << 30
+"""Between two segments, so that blocks of different segments are never neighbours."""
+
+
+@dataclass(slots=True)
+class _Block:
+    size: int
+    small: bool
+    free: bool = True
+    before: int | None = None
+    after: int | None = None
+
+
+@dataclass
+class Allocator:
+    """Blocks by address; `allocated` and `reserved` are bytes as `torch.cuda.memory_stats` counts them."""
+
+    allocated: int = 0
+    reserved: int = 0
+    peak_allocated: int = 0
+    peak_reserved: int = 0
+    _blocks: dict[int, _Block] = field(default_factory=dict)
+    _free: dict[bool, list[tuple[int, int]]] = field(default_factory=lambda: {True: [], False: []})
+    """Free blocks of the small and the large pool as (size, address), sorted: best fit, lowest address first."""
+    _next_address: int = _ADDRESS_GAP
+
+    def malloc(self, requested: int) -> int | None:
+        """Take `requested` bytes; their address, or None for an empty request.
+
+        Raises:
+            ValueError: a negative request.
+        """
+        if requested < 0:
+            raise ValueError(f"An allocation of {requested} bytes makes no sense.")
+        if requested == 0:
+            return None
+        size = -(-requested // _ROUND) * _ROUND
+        small = size <= _SMALL
+        address = self._find(size, small)
+        block = self._blocks[address]
+        block.free = False
+        self._split(address, block, size)
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return address
+
+    def _find(self, size: int, small: bool) -> int:
+        pool = self._free[small]
+        index = bisect_left(pool, (size, 0))
+        if index < len(pool):
+            return pool.pop(index)[1]
+        segment = _SMALL_SEGMENT if small else _LARGE_SEGMENT
+        if size >= _MIN_LARGE:
+            segment = -(-size // _ROUND_LARGE) * _ROUND_LARGE
+        address = self._next_address
+        self._next_address += segment + _ADDRESS_GAP
+        self._blocks[address] = _Block(segment, small)
+        self.reserved += segment
+        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        return address
+
+    def _split(self, address: int, block: _Block, size: int) -> None:
+        """`should_split`: the small pool splits off any whole unit, the large one only what is above 1 MiB."""
+        rest = block.size - size
+        if rest < _ROUND or (not block.small and rest <= _SMALL):
+            return
+        behind = address + size
+        self._blocks[behind] = _Block(rest, block.small, before=address, after=block.after)
+        if block.after is not None:
+            self._blocks[block.after].before = behind
+        block.after, block.size = behind, size
+        insort(self._free[block.small], (rest, behind))
+
+    def free(self, address: int | None) -> None:
+        """Give a block back; it merges with free neighbours of its segment.
+
+        Raises:
+            ValueError: nothing was allocated at this address.
+        """
+        if address is None:
+            return
+        block = self._blocks.get(address)
+        if block is None or block.free:
+            raise ValueError(f"Nothing is allocated at {address:#x}.")
+        self.allocated -= block.size
+        block.free = True
+        if block.after is not None and self._blocks[block.after].free:
+            self._swallow(block, address, block.after)
+        if block.before is not None and self._blocks[block.before].free:
+            before = block.before
+            first = self._blocks[before]
+            self._remove(first, before)
+            self._join(first, before, block, address)
+            address, block = before, first
+        insort(self._free[block.small], (block.size, address))
+
+    def _swallow(self, block: _Block, address: int, after: int) -> None:
+        behind = self._blocks[after]
+        self._remove(behind, after)
+        self._join(block, address, behind, after)
+
+    def _join(self, first: _Block, address: int, second: _Block, at: int) -> None:
+        first.size += second.size
+        first.after = second.after
+        if second.after is not None:
+            self._blocks[second.after].before = address
+        del self._blocks[at]
+
+    def _remove(self, block: _Block, address: int) -> None:
+        pool = self._free[block.small]
+        pool.pop(bisect_left(pool, (block.size, address)))
+
+    def size_of(self, address: int | None) -> int:
+        """Bytes that the block at this address counts as allocated; 0 for None."""
+        return 0 if address is None else self._blocks[address].size
+
+    def reset_peaks(self) -> None:
+        """As `torch.cuda.reset_peak_memory_stats`."""
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved

@@ -1,0 +1,121 @@
+"""Which kernels torch's scaled dot product attention takes on a GPU, and the operator it then dispatches.
+
+A CPU build has no CUDA side of `_fused_sdp_choice`, so the choice of ATen/native/transformers/cuda/sdp_utils.cpp is made here:
+in the order of `priority_order`, each backend's own conditions as far as dense decoder attention can meet or break them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hpc_core.gpus import Gpu
+
+__all__ = ["Attention", "chosen"]
+
+_HALF = (torch.float16, torch.bfloat16)
+_MOST_WIDTH = 256
+"""Head width above which flash and cuDNN's kernels are not taken (`check_head_dim_size_flash`, `check_cudnn_tensor_shapes`)."""
+
+
+def chosen(
+    gpu: Gpu, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, grouped: bool
+) -> str:
+    """ "cudnn", "flash", "efficient" or "math", for (batch, heads, length, width) tensors.
+
+    `grouped`: `enable_gqa` with fewer key heads than query heads. Flash and cuDNN's kernels take that, the memory-efficient ones
+    do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`), as measured with torch 2.11: grouped float32
+    attention runs by explicit products there.
+    """
+    width, same_width = query.shape[-1], query.shape[-1] == value.shape[-1]
+    half = query.dtype in _HALF
+    fits = half and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
+    if fits and gpu.prefers_cudnn_attention and not (mask is not None and mask.requires_grad):
+        return "cudnn"
+    if fits and mask is None:
+        return "flash"
+    alignment = 8 if half else 4
+    if not grouped and width % alignment == 0 and value.shape[-1] % alignment == 0:
+        return "efficient"
+    return "math"
+
+
+class Attention:
+    """Stands in for `torch.nn.functional.scaled_dot_product_attention`."""
+
+    def __init__(self, gpu: Gpu):
+        self._gpu = gpu
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """As in ATen/native/transformers/attention.cpp: `(batch, heads, length, width)` in and out."""
+        grouped = enable_gqa and key.shape[-3] != query.shape[-3]
+        how = chosen(self._gpu, query, key, value, attn_mask, grouped=grouped)
+        aten: Any = torch.ops.aten
+        trains = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        if how == "math":
+            return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        mask = _added(attn_mask, query)
+        if how == "cudnn":
+            heads = query.shape[-3]
+            bias = None if mask is None else mask.expand(query.shape[0], heads, query.shape[-2], key.shape[-2])
+            found = aten._scaled_dot_product_cudnn_attention(
+                query, key, value, bias, trains, dropout_p, is_causal, False, scale=scale
+            )
+        elif how == "flash":
+            found = aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )
+        else:
+            found = aten._scaled_dot_product_efficient_attention(
+                query, key, value, _padded(mask, query, key), trains, dropout_p, is_causal, scale=scale
+            )
+        out: torch.Tensor = found[0]
+        return out
+
+
+def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    """`convert_boolean_attn_mask`: a mask of truths becomes one that is added to the scores."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    zeros = torch.zeros((), dtype=query.dtype, device=query.device)
+    lowest = torch.full((), -math.inf, dtype=query.dtype, device=query.device)
+    return torch.where(mask, zeros, lowest)
+
+
+def _padded(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """`preprocess_mask`: the memory-efficient kernels want rows aligned to 16 numbers, and the mask as large as the scores."""
+    if mask is None:
+        return None
+    length = mask.shape[-1]
+    if length % 16:
+        mask = torch.nn.functional.pad(mask, (0, 16 - length % 16))[..., :length]
+    return mask.expand(query.shape[0], query.shape[-3], query.shape[-2], key.shape[-2])
+
+
+def _math(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    aten: Any = torch.ops.aten
+    out: torch.Tensor = aten._scaled_dot_product_attention_math(
+        query, key, value, mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
+    )[0]
+    return out

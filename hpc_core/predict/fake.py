@@ -1,0 +1,92 @@
+"""The fake GPU that the code under test runs on: fake tensors of device "cuda", and what must be told or taken from it for that.
+
+Every patch here stands in for something that fake tensors cannot do; none changes what a model computes or keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hpc_core.build.libraries import library
+from hpc_core.gpus import Gpu
+from hpc_core.predict import shim
+from hpc_core.predict.answers import Answers
+from hpc_core.predict.attention import Attention
+from hpc_core.predict.quantized import fake_bitsandbytes
+from hpc_core.predict.watch import GpuWatch
+
+__all__ = ["fake_gpu"]
+
+_OWN_KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle", "_fused_rms_norm")
+"""Composite operators that CUDA has kernels of its own for (native_functions.yaml). A CPU build lacks them, and autograd would take
+the parts instead, in more operators and more memory.
+"""
+
+
+@contextlib.contextmanager
+def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
+    """While active, tensors of device "cuda" are fake, and what they would do to a GPU's memory is watched.
+
+    Raises:
+        PredictError: this process did not load the empty CUDA device before torch.
+    """
+    shim.install_guard()
+    _claim_kernels()
+    answers = Answers()
+    watch = GpuWatch(gpu, answers)
+    masking: Any = library("transformers.masking_utils", "Prediction")
+    with contextlib.ExitStack() as stack:
+        # transformers takes fake tensors for a trace and would build a mask that a real run leaves out.
+        stack.enter_context(mock.patch.object(masking, "is_tracing", lambda *_: False))
+        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", Attention(gpu)))
+        stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
+        # autocast asks for a GPU that is not there and would switch itself off.
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(watch)
+        if importlib.util.find_spec("bitsandbytes") is not None:
+            stack.enter_context(fake_bitsandbytes())
+        yield watch, answers
+
+
+def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply` for fake parameters: `swap_tensors` refuses them, so they are bound anew, as `.data =` would leave them."""
+    if recurse:
+        for child in self.children():
+            child._apply(fn)
+    with torch.no_grad():
+        for store in (self._parameters, self._buffers):
+            for name, value in store.items():
+                if value is None:
+                    continue
+                changed = fn(value)
+                if changed is not value and (changed.dtype, changed.device) != (value.dtype, value.device):
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    store[name] = torch.nn.Parameter(changed, value.requires_grad) if is_parameter else changed
+    return self
+
+
+@functools.cache
+def _claim_kernels() -> torch.library.Library:
+    """Say that CUDA has the kernels, for as long as the process lives: fake tensors never call them."""
+    library_of_claims = torch.library.Library("aten", "IMPL")
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in _OWN_KERNELS:
+        if not has(f"aten::{name}", "CUDA"):
+            library_of_claims.impl(name, _never, "CUDA")
+    return library_of_claims
+
+
+def _never(*_: Any, **__: Any) -> None:
+    raise AssertionError("a fake tensor reached a kernel")

@@ -1,0 +1,157 @@
+"""How many kernels and copies an operator launches on a GPU.
+
+Most launch one kernel. What launches more is listed with its reason; what cuBLAS's heuristics decide, which are not public,
+is marked as seen on an H100 with CUDA 13.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+__all__ = ["Launches", "multi_tensor_launches"]
+
+_NONE = {
+    *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
+    *("detach", "alias", "lift_fresh", "set_", "resize_", "is_pinned", "_has_compatible_shallow_copy_type"),
+    *("view", "_unsafe_view", "_reshape_alias", "reshape", "scalar_tensor"),
+}
+"""Operators that launch nothing: memory without content, and views that do not say that they are. A scalar goes as an argument."""
+
+_BEYOND_ONE = {
+    "slice_backward": 1,  # zeros, then a copy into the slice
+    "select_backward": 1,
+    "constant_pad_nd": 1,  # a fill, then a copy into the middle
+    "nll_loss_backward": 1,  # zeros, then one number a row
+    "cumsum": 1,  # cub::DeviceScan starts with a kernel of its own
+    "_safe_softmax": 3,  # softmax, then rows that are masked out: eq, all, where
+    "embedding_dense_backward": 4,  # a radix sort of the ids, then segments
+    # Row sums of output times gradient before, and queries' gradients from float32 after the main kernel.
+    "_scaled_dot_product_cudnn_attention_backward": 2,
+    "_scaled_dot_product_flash_attention_backward": 2,
+    "_scaled_dot_product_efficient_attention_backward": 1,
+}
+
+_CHUNK = 65536
+_MOST_BLOCKS = 320
+_MOST_TENSORS = (110, 64, 48, 36, 30)
+"""`kChunkSize`, `depth_to_max_blocks` and `depth_to_max_tensors` of ATen/native/cuda/MultiTensorApply.cuh."""
+_FUSED_DEPTH = 4
+"""Lists that a fused Adam walks along together: parameters, gradients and two moments."""
+
+_COPIES = {"clone", "_to_copy", "copy_", "contiguous"}
+_SPLIT_LENGTH = 1024
+_SPLIT_WIDTH = 64
+_FEW_ROWS = 64
+_FEW_COLUMNS = 4096
+_LONG = 8192
+
+
+class Launches:
+    """What was launched so far."""
+
+    def __init__(self) -> None:
+        self.kernels = 0
+        self.copies = 0
+        self.by_operator: Counter[str] = Counter()
+
+    def add(
+        self, func: Any, name: str, args: tuple[Any, ...], inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> None:
+        """Count one operator on CUDA tensors."""
+        if func.is_view or name in _NONE:
+            return
+        if _by_copy_engine(name, args, inputs, outputs):
+            self.copies += 1
+            return
+        kernels = _kernels(name, args, inputs)
+        self.kernels += kernels
+        self.by_operator[str(func)] += kernels
+
+    def add_inside(self, name: str, kernels: int) -> None:
+        """Count kernels that an operator launches through others that are not dispatched."""
+        self.kernels += kernels
+        self.by_operator[name] += kernels
+
+
+def _by_copy_engine(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
+    """Whether this is a plain memcpy: `copy_device_to_device` in ATen/native/cuda/Copy.cu takes one for equal dtypes and layouts."""
+    if name == "pow" and isinstance(args[1], int | float) and args[1] == 1:
+        return True  # `pow_tensor_scalar` copies its base for this exponent: the backward of every square
+    if name not in _COPIES or not inputs or not outputs:
+        return False
+    source, target = inputs[-1], outputs[0]
+    if not isinstance(source, FakeTensor) or not isinstance(target, FakeTensor):
+        return True
+    if source.fake_device.type != target.fake_device.type:
+        return True
+    if source.dtype != target.dtype:
+        return False
+    if source.is_contiguous() and target.is_contiguous():
+        return True
+    dense = bool(torch._prims_common.is_non_overlapping_and_dense_or_false(source))
+    return dense and source.stride() == target.stride()
+
+
+def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> int:
+    if name.startswith("_foreach_"):
+        lists = [
+            value for value in args if isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor)
+        ]
+        depth = len(lists) + (
+            0 if name.endswith("_") else 1
+        )  # where nothing is changed in place, a list of results too
+        return multi_tensor_launches([tensor.numel() for tensor in lists[0]], depth)
+    if name.startswith("_fused_adam"):
+        return multi_tensor_launches([tensor.numel() for tensor in args[0]], _FUSED_DEPTH)
+    if (
+        name == "sum"
+        and len(args) > 1
+        and args[1]
+        and (inputs[0].dim() - 1) not in [d % inputs[0].dim() for d in args[1]]
+    ):
+        return 2  # seen on an H100: sums over rows, of norms' weight gradients and of repeated key heads
+    if name == "mm":
+        return 1 + _splits(*args[:2])
+    return 1 + _BEYOND_ONE.get(name, 0)
+
+
+def multi_tensor_launches(sizes: list[int], depth: int) -> int:
+    """Launches of `multi_tensor_apply` over lists of tensors with so many numbers each, `depth` lists side by side.
+
+    A launch ends when it is full of tensors or of blocks; a block takes one chunk of one tensor.
+    """
+    launches, tensors, blocks = 0, 0, 0
+    for size in sizes:
+        if size == 0:
+            continue
+        tensors += 1
+        chunks = -(-size // _CHUNK)
+        for chunk in range(chunks):
+            blocks += 1
+            last = chunk == chunks - 1
+            if blocks == _MOST_BLOCKS or (last and tensors == _MOST_TENSORS[depth - 1]):
+                launches += 1
+                blocks, tensors = 0, 0 if last else 1
+    return launches + (blocks > 0)
+
+
+def _splits(left: torch.Tensor, right: torch.Tensor) -> int:
+    """Whether cuBLAS splits a long reduction with a small result, and adds the parts in a kernel of its own.
+
+    Seen on an H100. One row, a decoded token: with up to 4096 columns. Few rows, a short prompt: from 8192 numbers a sum. LoRA's
+    narrow products: in float32 always, in half precision where the reduction runs over the rows of both, as for weight gradients.
+    """
+    rows, length = left.shape
+    columns = right.shape[1]
+    over_rows = left.stride(0) == 1 and right.stride(1) == 1 and rows > 1
+    if rows == 1:
+        return int(columns <= _FEW_COLUMNS and length >= _SPLIT_LENGTH)
+    if rows <= _FEW_ROWS and columns > _SPLIT_WIDTH and not over_rows:
+        return int(columns <= _FEW_COLUMNS and length >= _LONG)
+    if min(rows, columns) > _SPLIT_WIDTH or length < _SPLIT_LENGTH:
+        return 0
+    return int(left.dtype == torch.float32 or over_rows)

@@ -1,0 +1,265 @@
+"""Every operator of a step on fake tensors: what the GPU's allocator would be asked for, and when it would be given back.
+
+Sits below autograd, so it sees what autograd saves, frees and recomputes. Knows no model; what an operator takes beyond the
+tensors that it returns, and how many kernels it launches, other modules say.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from hpc_core.errors import PredictError
+from hpc_core.gpus import Gpu
+from hpc_core.measure.counters import FREE
+from hpc_core.measure.formulas import own_formulas
+from hpc_core.measure.timeline import Allocation, Timeline
+from hpc_core.predict.allocator import Allocator
+from hpc_core.predict.answers import Answers
+from hpc_core.predict.kernels import Launches
+from hpc_core.predict.layout import laid_out
+from hpc_core.predict.quantized import CONSTANTS_FIRST, STAND_INS
+
+__all__ = ["Counts", "GpuWatch"]
+
+aten: Any = torch.ops.aten
+
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmv", "mv", "dot"}
+"""Operators that go through cuBLAS, whose handle has a workspace for each thread."""
+_KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
+"""Namespaces of operators whose memory is known: that of what they return, and what `quantized` adds."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was dispatched, computed and launched since the watch's `begin`."""
+
+    operators: int
+    flops: int
+    kernels: int
+    copies: int
+
+
+class GpuWatch(TorchDispatchMode):
+    """While active, feeds birth and death of each CUDA storage to the allocator; it is also the mark of a step's phases."""
+
+    def __init__(self, gpu: Gpu, answers: Answers):
+        super().__init__()
+        self.gpu = gpu
+        self.allocator = Allocator()
+        self.timeline = Timeline()
+        self.peaks: dict[str, int] = {}
+        """Allocated bytes by phase, as `max_memory_allocated` would give them."""
+        self.launches = Launches()
+        self.operators: Counter[str] = Counter()
+        """Operators as they were dispatched, views included: the same count as `measure.counters`."""
+        self.flops = 0
+        self._formulas = _formulas()
+        self._within = 0
+        """How deep in parts of an operator that was counted whole."""
+        self._inside = 0
+        """How deep in a stand-in, whose FLOPs were counted whole."""
+        self._answers = answers
+        self._phases: list[str] = []
+        self._phase = -1
+        self._clock = 0
+        self._known: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+        self._living: dict[int, Allocation] = {}
+        self._threads: set[int] = set()
+
+    def begin(self, phases: Sequence[str]) -> None:
+        """A step begins: what lives now was there before it, and the peaks start from it."""
+        self._phases, self._phase, self._clock = list(phases), -1, 0
+        for piece in self._living.values():
+            piece.born, piece.phase = 0, -1
+        self.timeline = Timeline(list(self._living.values()))
+        self.peaks = {}
+        self.launches, self.operators, self.flops = Launches(), Counter(), 0
+        self._formulas = _formulas()  # bitsandbytes' operators are there by now
+        self.allocator.reset_peaks()
+
+    def __call__(self, phase: str) -> None:
+        """A phase begins."""
+        self.end_phase()
+        self._phase = self._phases.index(phase)
+
+    def end_phase(self) -> None:
+        """The phase that runs ends, and its peak is kept."""
+        if self._phase >= 0:
+            name = self._phases[self._phase]
+            self.peaks[name] = max(self.allocator.peak_allocated, self.peaks.get(name, 0))
+        self.allocator.reset_peaks()
+
+    def counts(self) -> Counts:
+        """What has run since `begin`."""
+        return Counts(self.operators.total(), self.flops, self.launches.kernels, self.launches.copies)
+
+    def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say who owns these tensors."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            known = self._known.get(id(storage))
+            if known is not None and known[0]() is storage:
+                known[1].category = category
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator on fake tensors, and note what a GPU would take and give back."""
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func.namespace not in _KNOWN:
+            raise PredictError(
+                f"The operator {func.namespace}::{func._schema.name.partition('::')[2]} has no model here: what it takes and launches on "
+                "a GPU is not known. Predict the case without it, or measure it on a GPU."
+            )
+        if not self._within and func.namespace not in FREE:
+            self.operators[str(func)] += 1
+        name = func._schema.name.partition("::")[2]
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if func is aten._local_scalar_dense.default:
+            self.launches.copies += _on_gpu(inputs[0])
+            return self._answers.scalar(inputs[0])
+        formula = self._formulas.get(func._overloadpacket)
+        if (
+            formula is None
+            and func.namespace == "aten"
+            and (parts := self._in_parts(func, args, kwargs)) is not NotImplemented
+        ):
+            return parts
+        on_gpu = any(map(_on_gpu, inputs))
+        if formula is not None and not self._inside:
+            self.flops += int(formula(*args, **kwargs, out_val=None))
+        if on_gpu and name in STAND_INS:
+            return self._stand_in(func, name, args, kwargs)
+        if on_gpu and name in _PRODUCTS:
+            self._workspace()
+        if self._accumulates(func, args, kwargs):
+            self.launches.add(func, name, args, inputs, [])
+            return args[0]
+        out = laid_out(name, inputs, func(*args, **kwargs))
+        outputs = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
+        for value in reversed(outputs) if name in CONSTANTS_FIRST else outputs:
+            self._add(value, str(func))
+        self._answers.follow(name, inputs, outputs)
+        if on_gpu or any(map(_on_gpu, outputs)):
+            self._launched(func, name, args, inputs, outputs)
+        return out
+
+    def _launched(
+        self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
+    ) -> None:
+        if name == "_to_copy" and inputs and not _on_gpu(inputs[0]):
+            # A tensor that is made of numbers on the GPU: a real run dispatches nothing for it, and an empty one copies nothing.
+            self.operators[str(func)] -= 1
+            if inputs[0].numel() == 0:
+                return
+        self.launches.add(func, name, args, inputs, outputs)
+
+    def _stand_in(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """What the operator does inside: its parts take memory and launch kernels, but are no operators of the step."""
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        self._within += 1
+        self._inside += 1
+        try:
+            with self:
+                return STAND_INS[name](self.gpu, self.launches.add_inside, **given)
+        finally:
+            self._within -= 1
+            self._inside -= 1
+
+    def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A composite operator arrives whole where autograd is off; its parts are what runs, and what has FLOPs."""
+        if not _composite(func):
+            return NotImplemented
+        self._within += 1
+        try:
+            with self:
+                return func.decompose(*args, **kwargs)
+        finally:
+            self._within -= 1
+
+    def _accumulates(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Autograd's InputBuffer adds a second gradient into the first where nobody else holds it; under a dispatch mode it never does.
+
+        `InputBuffer::accumulate` and `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
+        """
+        if func is not aten.add.Tensor or kwargs or torch.is_grad_enabled() or self._phase < 0:
+            return False
+        if self._phases[self._phase] != "backward":
+            return False
+        first, second = args
+        if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
+            return False
+        if not _on_gpu(first) or first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        storage = first.untyped_storage()
+        whole = storage.nbytes() == first.numel() * first.element_size()
+        dense = bool(torch._prims_common.is_non_overlapping_and_dense_or_false(first))
+        return whole and dense and torch._C._storage_Use_Count(storage._cdata) <= 2
+
+    def _workspace(self) -> None:
+        thread = threading.get_ident()
+        if thread not in self._threads:
+            self._threads.add(thread)
+            piece = self._take(self.gpu.workspace_bytes, "cuBLAS workspace")
+            piece.category = "other"
+
+    def _take(self, size_bytes: int, source: str) -> Allocation:
+        self._clock += 1
+        piece = Allocation(size_bytes=size_bytes, born=self._clock, phase=self._phase, source=source)
+        piece.block = self.allocator.malloc(size_bytes)
+        self._living[id(piece)] = piece
+        self.timeline.allocations.append(piece)
+        return piece
+
+    def _give(self, piece: Allocation) -> None:
+        self._clock += 1
+        piece.died, piece.died_in = self._clock, self._phase
+        self.allocator.free(piece.block)
+        del self._living[id(piece)]
+
+    def _add(self, tensor: torch.Tensor, source: str) -> None:
+        if not _on_gpu(tensor):
+            return
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        known = self._known.get(key)
+        if known is not None and known[0]() is storage:
+            return
+        piece = self._take(storage.nbytes(), source)
+
+        def died(_: Any) -> None:
+            self._give(piece)
+            if self._known.get(key, (None, None))[1] is piece:
+                del self._known[key]
+
+        self._known[key] = (weakref.ref(storage, died), piece)
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    # `tensor.device` of a fake tensor is an operator of its own, and would come through the watch again.
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
+
+
+@functools.cache
+def _composite(func: Any) -> bool:
+    """Whether a GPU runs its parts too. Some composite operators have kernels of their own as well; those that have one on a CPU
+    have one on CUDA (native_functions.yaml: `silu_backward` and its kind).
+    """
+    return bool(func._can_decompose()) and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
+
+
+def _formulas() -> dict[Any, Any]:
+    """FLOPs by operator, of tensors: torch's own, and those of `measure.formulas`, which take shapes."""
+    return flop_registry | {operator: shape_wrapper(formula) for operator, formula in own_formulas().items()}
