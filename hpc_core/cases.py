@@ -175,6 +175,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-padded", data=_TINY_TRACE, padding="longest"),
     _tiny_lora.vary("lora-max-length", data=_TINY_TRACE, padding="max_length"),
     _tiny_lora.vary("lora-packed", data=_TINY_TRACE, packing=True),
+    _tiny_lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32),
     _tiny_lora.vary("lora-soak", data=_SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""

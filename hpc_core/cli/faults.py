@@ -14,8 +14,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.cases import catalogue
-from hpc_core.faults import FAULTS, Fault
-from hpc_core.faults.catalogue import TWIN
+from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
