@@ -1,4 +1,4 @@
-"""The facts `loss` and `loss_scale`: is the loss the mean over the labels, and does just that reach the backward pass?
+"""The facts `loss` and `loss_scale`: whether the loss is the mean over the labels, and whether just that goes backward.
 
 Both are worked out again from the logits of one training step: the loss in closed form from logits and labels, its gradient
 by the closed form (softmax - one-hot) / labels at a few places. An optimizer that divides by the gradient's size, as Adam

@@ -1,4 +1,4 @@
-"""The fact `modules_own`: is the code that the model runs the libraries' own, or did somebody leave a patch behind?
+"""The fact `modules_own`: whether the code that the model runs is the libraries' own, or somebody left a patch behind.
 
 Libraries such as Liger replace forwards and functions of transformers for the whole process. In a process of its own a case
 cannot inherit that; where cases share one (`inline`), or a plugin patches on import, this tells.

@@ -1,4 +1,4 @@
-"""The fact `weights`: do the live base weights hold what the case's seed says, each under its own name?
+"""The fact `weights`: whether the live base weights hold what the case's seed says, each under its own name.
 
 Every matrix is drawn again, alone, and compared. It needs no stored number, so nothing of it depends on machine or version:
 both sides come from the same library on the same device in the same process.
