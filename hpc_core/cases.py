@@ -236,7 +236,7 @@ TRIAL: tuple[Case, ...] = (
     *(_short(case) for case in FULL),
     _short_lora.vary("lora-8bit-4-layers", optimizer="adamw-8bit", rank=32),
     _short_lora.vary("lora-padded-4-layers", data=_TINY_TRACE, padding="longest", epoch_rows=None),
-    _short_lora.vary("lora-packed-4-layers", data=_TINY_TRACE, packing=True, epoch_rows=None),
+    _short_lora.vary("lora-packed-4-layers", data=_SOAK_TRACE, packing=True, epoch_rows=None),
     _short_lora.vary("lora-soak-4-layers", data=_SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
 )
 """Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""

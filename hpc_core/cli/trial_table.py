@@ -23,11 +23,11 @@ def summary(trials: list[Trial], seconds: float) -> str:
 
 def markdown(trials: list[Trial]) -> str:
     """The table for docs/faults.md."""
-    lines = ["| fault | what it does | case | verdict | caught by | twin |", "|---|---|---|---|---|---|"]
+    lines = ["| fault | what it does | seen on | case | verdict | caught by | twin |", "|---|---|---|---|---|---|---|"]
     for trial in trials:
         named = ", ".join(f"`{name}`" for name in trial.caught_by)
         by = named if trial.outcome == "caught" else f"**{trial.outcome.replace('MISSED', 'missed')}**"
         lines.append(
-            f"| `{trial.fault.name}` | {trial.fault.summary} | `{trial.case}` | {trial.verdict} | {by} | {trial.twin} |"
+            f"| `{trial.fault.name}` | {trial.fault.summary} | {trial.fault.seen_on} | `{trial.case}` | {trial.verdict} | {by} | {trial.twin} |"
         )
     return "\n".join(lines)
