@@ -26,8 +26,9 @@ def markdown(trials: list[Trial]) -> str:
     lines = ["| fault | what it does | seen on | case | verdict | caught by | twin |", "|---|---|---|---|---|---|---|"]
     for trial in trials:
         named = ", ".join(f"`{name}`" for name in trial.caught_by)
+        on = trial.fault.seen_on if trial.fault.needs is None else "neither"
         by = named if trial.outcome == "caught" else f"**{trial.outcome.replace('MISSED', 'missed')}**"
         lines.append(
-            f"| `{trial.fault.name}` | {trial.fault.summary} | {trial.fault.seen_on} | `{trial.case}` | {trial.verdict} | {by} | {trial.twin} |"
+            f"| `{trial.fault.name}` | {trial.fault.summary} | {on} | `{trial.case}` | {trial.verdict} | {by} | {trial.twin} |"
         )
     return "\n".join(lines)
