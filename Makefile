@@ -12,6 +12,8 @@ PYTHON ?= python3
 # For pip: an index or a folder of wheels, say. Without a GPU, the plain torch for Linux still brings CUDA's libraries, several
 # gigabytes; naming an index of CPU builds here saves them. The pins hold either way ("==2.13.0" takes "2.13.0+cpu").
 PIP_ARGS ?=
+# Workers at a time for `make faults`: tiny cases run on one thread each.
+JOBS ?= $(shell n=$$(nproc); echo $$((n > 4 ? 4 : n)))
 SCALE ?=
 ARGS ?=
 # A folder with gsm8k/test.jsonl and wikitext2/wiki.test.raw, for machines that cannot reach the hub.
@@ -30,7 +32,7 @@ SHELL := /bin/bash
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Stack: $(STACK) ($(CONSTRAINTS)). Variables: ARGS, SCALE=tiny|small|full, STACK=cpu|gpu, PYTHON, PIP_ARGS."
+	@echo "Stack: $(STACK) ($(CONSTRAINTS)). Variables: ARGS, JOBS, SCALE=tiny|small|full, STACK=cpu|gpu, PYTHON, PIP_ARGS."
 
 bench: export HPC_CORE_DATA ?= $(abspath $(DATA))
 bench: $(INSTALLED) $(if $(filter small,$(SCALE)),$(WEIGHTS)) ## run the performance suite against baselines/
@@ -40,7 +42,7 @@ test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest $(ARGS)
 
 faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it?
-	$(BIN)/hpc-core faults $(ARGS)
+	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)
 
 lint: $(INSTALLED) ## check style, format, types and who may import whom
 	$(BIN)/ruff check .

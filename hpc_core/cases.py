@@ -16,6 +16,7 @@ __all__ = [
     "FULL",
     "SMALL",
     "TINY",
+    "TRIAL",
     "Method",
     "catalogue",
     "finetune",
@@ -175,6 +176,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-padded", data=_TINY_TRACE, padding="longest"),
     _tiny_lora.vary("lora-max-length", data=_TINY_TRACE, padding="max_length"),
     _tiny_lora.vary("lora-packed", data=_TINY_TRACE, packing=True),
+    _tiny_lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32),
     _tiny_lora.vary("lora-soak", data=_SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
@@ -220,6 +222,24 @@ SMALL: tuple[Case, ...] = (
     finetune(smollm2, qlora(compute_dtype="float32"), data=_PARAGRAPHS, **_small_rows),
 )
 """SmolLM2-135M-Instruct with its true weights: answers that can be read, a loss that falls."""
+
+
+def _short(case: Case) -> Case:
+    """The case `<id>-4-layers`: each layer at full width, a handful of steps."""
+    less = {"new_tokens": 8} if isinstance(case.workload, GenerateSpec) else {"steps": 4}
+    return case.vary(f"{case.id.rpartition('/')[2]}-4-layers", layers=4, timeout_s=180, **less)
+
+
+_short_lora = next(_short(case) for case in FULL if case.id.endswith("/lora"))
+
+TRIAL: tuple[Case, ...] = (
+    *(_short(case) for case in FULL),
+    _short_lora.vary("lora-8bit-4-layers", optimizer="adamw-8bit", rank=32),
+    _short_lora.vary("lora-padded-4-layers", data=_TINY_TRACE, padding="longest", epoch_rows=None),
+    _short_lora.vary("lora-packed-4-layers", data=_SOAK_TRACE, packing=True, epoch_rows=None),
+    _short_lora.vary("lora-soak-4-layers", data=_SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
+)
+"""Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
 
 ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL)
 

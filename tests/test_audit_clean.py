@@ -29,6 +29,8 @@ WEIGHTS = {
     "trainable_parameters",
     "attention",
     "attention_kernel",
+    "weights",
+    "modules_own",
 }
 QUANTIZED = {"quantization", "quantized_bytes"}
 TRAINING = {
@@ -43,6 +45,8 @@ TRAINING = {
     "padded_tokens",
     "batch",
     "losses_finite",
+    "loss",
+    "loss_scale",
 }
 GENERATION = {
     "cache",

@@ -215,7 +215,7 @@ def test_fewer_layers_of_a_shape_keep_their_width() -> None:
     whole = causal_lm(ModelSpec(shape="tiny"), torch.device("cpu"))
     assert short.sizes is not None
     assert sum(parameter.numel() for parameter in model.parameters()) == short.sizes.parameter_count()
-    assert len(dict(model.named_modules())["model.layers"]) == 2  # type: ignore[arg-type]
+    assert len(dict(model.named_modules())["model.layers"]) == 2
     assert model.state_dict()["model.layers.1.mlp.up_proj.weight"].shape == (
         whole.state_dict()["model.layers.1.mlp.up_proj.weight"].shape
     )

@@ -6,7 +6,21 @@ import importlib.util
 
 import pytest
 
-from hpc_core.cases import ALL, FULL, SMALL, TINY, catalogue, finetune, generate, llama_3b, lora, qlora, smollm2, tiny
+from hpc_core.cases import (
+    ALL,
+    FULL,
+    SMALL,
+    TINY,
+    TRIAL,
+    catalogue,
+    finetune,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+    smollm2,
+    tiny,
+)
 from hpc_core.errors import SpecError
 from hpc_core.spec import FinetuneSpec, GenerateSpec, case_from_json, case_to_json
 
@@ -38,6 +52,16 @@ def test_ids_are_unique_and_so_is_what_they_run() -> None:
     """No two cases share an id, and no two run the same."""
     assert len(catalogue()) == len(ALL) == len(TINY) + len(SMALL) + len(FULL)
     assert len({case.digest for case in ALL}) == len(ALL)
+
+
+def test_the_short_cases_are_full_width_and_kept_apart() -> None:
+    """Each case of the trials on a GPU has four layers of the full shape, an id of its own, and no place in the catalogue."""
+    assert len({case.id for case in (*ALL, *TRIAL)}) == len(ALL) + len(TRIAL)
+    for case in TRIAL:
+        assert case.id.endswith("-4-layers")
+        assert case.needs_gpu
+        assert case.model is not None
+        assert (case.model.shape, case.model.layers) == ("llama-3.2-3b", 4)
 
 
 def test_two_cases_of_one_id_are_refused() -> None:

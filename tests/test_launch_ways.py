@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from hpc_core.errors import LaunchError
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Event, Exited, Finished, Job, Phase, encode_event
+from hpc_core.launch.protocol import Event, Exited, Finished, Job, Phase, Way, encode_event
 from hpc_core.record import Failure, Record
 from hpc_core.spec import CallableSpec, Case
 
@@ -182,6 +183,19 @@ def test_jobs_do_not_share_a_process(warm: Launcher, tmp_path: Path) -> None:
         assert warm.run(job("counted", path=str(tmp_path / "facts"))).status == "ok"
         calls.append(json.loads((tmp_path / "facts").read_text())["calls"])
     assert calls == [1, 1]
+
+
+@pytest.mark.parametrize("way", ["warm", "exec"])
+def test_several_threads_may_run_jobs(way: Way) -> None:
+    """Four threads with one launcher: each gets the record of its own case, and each worker is a process of its own."""
+    jobs = [
+        msgspec.structs.replace(asked := job("quiet"), case=msgspec.structs.replace(asked.case, id=f"own/{n}"))
+        for n in range(8)
+    ]
+    with Launcher(way) as launcher, ThreadPoolExecutor(4) as pool:
+        records = list(pool.map(launcher.run, jobs))
+    assert [(record.status, record.case.id) for record in records] == [("ok", f"own/{n}") for n in range(8)]
+    assert launcher.notes == ()
 
 
 def test_a_worker_sees_the_launchers_environment_of_now(

@@ -1,7 +1,7 @@
 """State audit: what ran against what was asked, read from the live module and from the steps, never from the config.
 
-Each function returns facts by name. Nothing here measures: the gated passes are over, or are only looked at through
-module hooks that run no operator. Knows nothing of sessions, records' verdicts and judging.
+Each function returns facts by name. Nothing here measures: the passes that are gated exactly are over, or are only looked
+at through module hooks that run no operator. Knows nothing of sessions, records' verdicts and judging.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 from hpc_core.audit.attention import attention_facts
 from hpc_core.audit.forwards import StepSeen, audited_step, watch_forwards
 from hpc_core.audit.generation import generation_facts
+from hpc_core.audit.loss import loss_facts
+from hpc_core.audit.modules import module_facts
 from hpc_core.audit.trainables import trainable_facts
 from hpc_core.audit.training import Ran, training_facts
+from hpc_core.audit.values import value_facts
 from hpc_core.audit.weights import weight_facts
 
 __all__ = [
@@ -19,8 +22,11 @@ __all__ = [
     "attention_facts",
     "audited_step",
     "generation_facts",
+    "loss_facts",
+    "module_facts",
     "trainable_facts",
     "training_facts",
+    "value_facts",
     "watch_forwards",
     "weight_facts",
 ]

@@ -1,6 +1,7 @@
 """Look into forwards through module hooks: what the model was given, in which mode it ran, which graph it left.
 
-The hooks run no tensor operator, so that operators, kernels and bytes stay what they are.
+The hooks of `watch_forwards` run no tensor operator, so that operators, kernels and bytes stay what they are. Those of
+`audited_step` do, in a step of its own after them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit.looks import dtype_name
+from hpc_core.audit.loss import LossSeen, watch_loss
 from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
@@ -98,6 +100,7 @@ class StepSeen:
     forwards: ForwardsSeen
     gradients: dict[str, float | None]
     """Largest absolute gradient of each trainable parameter before the optimizer's step; None where none arrived."""
+    loss: LossSeen
 
 
 def audited_step(program: FinetuneProgram) -> StepSeen:
@@ -111,13 +114,17 @@ def audited_step(program: FinetuneProgram) -> StepSeen:
                     largest[name] = None if parameter.grad is None else _largest(parameter.grad)
 
     program.steps_done = program.widest
-    with watch_forwards(program.model, program.batches[0].ids.device.type) as forwards:
+    batch = program.batches[program.widest]
+    with (
+        watch_forwards(program.model, batch.ids.device.type) as forwards,
+        watch_loss(program.model, batch.labels) as loss,
+    ):
         program.step(mark)
     arrived = [value for value in largest.values() if value is not None]
     # One wait for the device, not one a parameter.
     values = iter(torch.stack(arrived).tolist() if arrived else [])
     gradients = {name: None if value is None else float(next(values)) for name, value in largest.items()}
-    return StepSeen(forwards, gradients)
+    return StepSeen(forwards, gradients, loss)
 
 
 def _largest(gradient: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpc_core.build.drawn import draw_weights
 from hpc_core.build.libraries import library
 from hpc_core.build.quantization import bitsandbytes_config
 from hpc_core.errors import BuildError, DataError, MissingLibraryError
@@ -88,6 +89,8 @@ def _random(named: Shape, spec: ModelSpec, device: torch.device) -> torch.nn.Mod
         raise BuildError(
             f"Shape {spec.shape} should have {named.parameter_count():,} parameters, transformers built {parameters:,}."
         )
+    # Drawn anew, each by its name: the audit can then draw any of them again, whatever order transformers fills them in.
+    draw_weights(model, spec.seed)
     return model
 
 

@@ -14,7 +14,7 @@ from hpc_core.build.libraries import library
 from hpc_core.errors import BuildError
 from hpc_core.spec import QuantSpec
 
-__all__ = ["bitsandbytes_config", "quantize", "quantized_layers"]
+__all__ = ["bitsandbytes_config", "dequantized_weight", "quantize", "quantized_layers"]
 
 
 def bitsandbytes_config(spec: QuantSpec) -> Any:
@@ -67,6 +67,19 @@ def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     bnb = library("bitsandbytes", "Quantization")
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def dequantized_weight(layer: Any) -> torch.Tensor:
+    """The weight that a quantized layer stands for, (out_features, in_features), in whichever dtype bitsandbytes gives."""
+    bnb = library("bitsandbytes", "Reading quantized weights")
+    if isinstance(layer, bnb.nn.Linear4bit):
+        weight: torch.Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        return weight
+    # The constants move from the weight to the layer's state in the first forward.
+    rows = layer.state.CB if layer.state.CB is not None else layer.weight.CB
+    constants = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
+    scaled: torch.Tensor = rows.float() * constants.float().view(-1, 1) / 127  # a row's largest is 127
+    return scaled
 
 
 def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,15 +11,16 @@ import msgspec
 import typer
 
 import hpc_core
-from hpc_core.cases import ALL
+from hpc_core.cases import ALL, TRIAL
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
-from hpc_core.cli.faults import markdown, run_trials, table
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.running import read_record, run_case, write_whole
+from hpc_core.cli.trial_table import markdown, summary
+from hpc_core.cli.trials import run_trials, trial_cases
+from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
 from hpc_core.faults import FAULTS
-from hpc_core.launch.launcher import Launcher
 from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
@@ -50,7 +52,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Say the versi
 
 def _known(files: list[Path] | None) -> dict[str, Case]:
     own = [case for path in files or [] for case in load_case_file(path)]
-    return {case.id: case for case in [*ALL, *own]}
+    return {case.id: case for case in [*ALL, *TRIAL, *own]}
 
 
 @app.command("cases")
@@ -147,18 +149,53 @@ def original_report(
 @app.command("faults")
 def try_faults(
     only: Annotated[str, typer.Option(help="Names to try, as a glob.")] = "*",
-    scale: Annotated[Literal["tiny", "full"], typer.Option(help="tiny on a CPU, full on a GPU.")] = "tiny",
+    scale: Annotated[
+        Literal["tiny", "full"], typer.Option(help="tiny on a CPU; full: four full-width layers on a GPU.")
+    ] = "tiny",
+    against: Annotated[
+        Literal["baselines", "clean"] | None,
+        typer.Option(
+            help="What to judge by: accepted baselines, or a clean run of each case first. By default baselines, for full clean."
+        ),
+    ] = None,
     baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Workers at a time; with more than one, GPU-busy time is not judged.")
+    ] = 1,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
 ) -> None:
     """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
-    names = [name for name in FAULTS if fnmatchcase(name, only)]
-    if not names:
-        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
-    with Launcher("warm") as launcher:
-        trials = run_trials(names, scale=scale, baselines=baselines, tell=tell, launcher=launcher)
+    names = _faults_here(only, scale)
+    if scale == "full":
+        if against == "baselines":
+            raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
+        if not visible_gpus():
+            raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+    if jobs > 1:
+        tell(f"{jobs} workers share the device, so GPU-busy time is left out of every judgement.")
+    began = time.monotonic()
+    trials = run_trials(
+        names,
+        cases=trial_cases(scale),
+        against=against or ("clean" if scale == "full" else "baselines"),
+        baselines=baselines,
+        jobs=jobs,
+        tell=tell,
+    )
     if as_markdown:
         say(markdown(trials))
-    say(table(trials))
+    say(summary(trials, time.monotonic() - began))
     if not all(trial.good for trial in trials):
         raise typer.Exit(1)
+
+
+def _faults_here(only: str, scale: Literal["tiny", "full"]) -> list[str]:
+    """The faults of these names that this path must catch; the others are told."""
+    asked = [name for name in FAULTS if fnmatchcase(name, only)]
+    if not asked:
+        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
+    here = "cpu" if scale == "tiny" else "gpu"
+    names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
+    if elsewhere := [name for name in asked if name not in names]:
+        tell(f"Not tried, because they show on the other path only: {', '.join(elsewhere)}.")
+    return names

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
-from hpc_core.faults.catalogue import FAULTS, Fault, Injection, inject
+from hpc_core.faults.catalogue import FAULTS
+from hpc_core.faults.fault import TWIN, Fault, Injection
+from hpc_core.faults.injecting import in_place, inject
 
-__all__ = ["FAULTS", "Fault", "Injection", "inject"]
+__all__ = ["FAULTS", "TWIN", "Fault", "Injection", "in_place", "inject"]

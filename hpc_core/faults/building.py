@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from hpc_core.build import assemble
 from hpc_core.build.adapter import adapter_parameters
+from hpc_core.build.drawn import draw_weights
 from hpc_core.build.libraries import library
-from hpc_core.faults.catalogue import Injection
+from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
 
 _TRANSFORMERS = "transformers"
@@ -181,3 +183,39 @@ def _fused_attention(injection: Injection, change: Any) -> None:
         return original(*args, **(change(options) if injection.hit() else options))
 
     registry["sdpa"] = attention
+
+
+def weights_redrawn(injection: Injection) -> None:
+    """Loading takes one layer's down-projection from another seed."""
+
+    def change(model: Any) -> None:
+        draw_weights(model.model.layers[1].mlp.down_proj, 1)
+
+    _after(injection, assemble, "causal_lm", change)
+
+
+def weights_shuffled(injection: Injection) -> None:
+    """Loading puts the rows of one layer's down-projection in the opposite order, before it is quantized."""
+
+    def change(model: Any) -> None:
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight.data = weight.data.flip(0)
+
+    _after(injection, assemble, "causal_lm", change)
+
+
+def foreign_forward(injection: Injection) -> None:
+    """transformers' MLP gets a forward that was written elsewhere and computes the same, as Liger's patch of the whole process does."""
+    mlp: Any = library("transformers.models.llama.modeling_llama", "This fault").LlamaMLP
+    original = mlp.forward
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        injection.hit()
+        return original(self, x)
+
+    if injection.active:
+        # The same code, as if another package had brought it: it runs with that package's globals.
+        elsewhere = {"__name__": "another_library.patches", "__builtins__": __builtins__}
+        mlp.forward = FunctionType(forward.__code__, elsewhere, "forward", closure=forward.__closure__)
+    else:
+        mlp.forward = forward

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import time
 from typing import Any
 
 from hpc_core.build.libraries import library
-from hpc_core.faults.catalogue import Injection
+from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
+
+_SLEEP_S = 0.005
 
 
 def cache_off(injection: Injection) -> None:
@@ -46,6 +49,22 @@ def logits_whole_prompt(injection: Injection) -> None:
             return original(self, *args, **(kwargs | {"logits_to_keep": 0} if injection.hit() else kwargs))
 
         # generate asks the signature which arguments a model takes.
+        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+        return forward
+
+    replace(llama.LlamaForCausalLM, "forward", make)
+
+
+def decode_sleep(injection: Injection) -> None:
+    """The host sleeps before each forward: nothing more is computed, allocated or launched."""
+    llama: Any = library("transformers.models.llama.modeling_llama", "This fault")
+
+    def make(original: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if injection.hit():
+                time.sleep(_SLEEP_S)
+            return original(self, *args, **kwargs)
+
         forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return forward
 

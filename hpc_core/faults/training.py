@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
-from hpc_core.faults.catalogue import Injection
+from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
 from hpc_core.run import finetune
 
 _RETAINED_BYTES = 64 * 2**20
 _GROWTH_BYTES = 4 * 2**20
+_SCALE = 4
 
 
 def _llama() -> Any:
@@ -235,3 +236,43 @@ def padding_for_packing(injection: Injection) -> None:
         return batches
 
     replace(finetune, "batches", make)
+
+
+def optimizer_32bit(injection: Injection) -> None:
+    """bitsandbytes' optimizer takes every tensor for one that is too small for 8 bits; it still says that it has 8."""
+    bnb: Any = library("bitsandbytes", "This fault")
+
+    def make(original: Any) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            changed = {"min_8bit_size": 2**62} if injection.hit() else {}
+            original(self, *args, **(kwargs | changed))
+
+        return init
+
+    replace(bnb.optim.AdamW8bit, "__init__", make)
+
+
+def loss_summed(injection: Injection) -> None:
+    """transformers' loss function forgets to divide by the number of labels."""
+    losses: Any = library("transformers.loss.loss_utils", "This fault")
+
+    def make(original: Any) -> Any:
+        def cross_entropy(source: torch.Tensor, target: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            loss: torch.Tensor = original(source, target, *args, **kwargs)
+            return loss * (target >= 0).sum() if injection.hit() else loss
+
+        return cross_entropy
+
+    replace(losses, "fixed_cross_entropy", make)
+
+
+def loss_scaled(injection: Injection) -> None:
+    """The loop forgets to divide by its four accumulated batches; the loss that it reports is right."""
+
+    def make(original: Any) -> Any:
+        def backward(self: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            original(self * _SCALE if injection.hit() else self, *args, **kwargs)
+
+        return backward
+
+    replace(torch.Tensor, "backward", make)

@@ -7,6 +7,7 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -33,11 +34,14 @@ _SUPERVISOR_ENDS_S = 10.0
 class Launcher:
     """Runs jobs, each in a process of its own; a context manager that leaves none behind.
 
+    Several threads may run jobs at a time, except "inline": all they share is the warm parent, which forks one worker after
+    the other, and each worker has descriptors of its own.
+
     Args:
         way: "warm" forks from a parent that has torch and transformers imported, "exec" starts a fresh interpreter,
             "inline" runs in this process. If the parent cannot preload, "warm" becomes "exec" and a note says so.
         python: the workers' interpreter; this one by default. Not for "inline".
-        on_event: hears every event as it comes. What it raises ends the worker and leaves `run`.
+        on_event: hears every event as it comes, in the thread that runs the job. What it raises ends the worker and leaves `run`.
         environment: variables that workers have beyond this process's. Not for "inline".
         debug: "inline" raises a case's error instead of recording it, for `--pdb`.
         preload_limit_s: seconds that imports may take.
@@ -61,6 +65,8 @@ class Launcher:
         self._preload_limit_s = preload_limit_s
         self._parent: WarmParent | None = None
         self._notes: tuple[str, ...] = ()
+        self._starting = threading.RLock()
+        """Held while the warm parent comes and goes."""
 
     def __enter__(self) -> Self:
         return self
@@ -91,19 +97,23 @@ class Launcher:
         Raises:
             LaunchError: the interpreter does not exist.
         """
-        if self._way != "warm" or self._parent is not None:
-            return
-        try:
-            self._parent = WarmParent(
-                executable(self._python), self._environment, preload_limit_s=self._preload_limit_s
-            )
-        except NoWarmParent as reason:
-            self._fall_back(reason)
+        with self._starting:
+            if self._way != "warm" or self._parent is not None:
+                return
+            try:
+                self._parent = WarmParent(
+                    executable(self._python), self._environment, preload_limit_s=self._preload_limit_s
+                )
+            except NoWarmParent as reason:
+                self._fall_back(reason)
 
     def _fall_back(self, reason: NoWarmParent) -> None:
-        self.close()
-        self._way = "exec"
-        self._notes = (*self._notes, f"Launched by exec instead of warm: {reason}")
+        with self._starting:
+            if self._way != "warm":
+                return  # another thread found out first
+            self.close()
+            self._way = "exec"
+            self._notes = (*self._notes, f"Launched by exec instead of warm: {reason}")
 
     def run(self, job: Job) -> Record:
         """Run one job and return its record; a worker that crashes, hangs or is killed is a failed record.
@@ -123,9 +133,10 @@ class Launcher:
 
     def close(self) -> None:
         """End the warm parent. May be called again; a later job starts another one."""
-        parent, self._parent = self._parent, None
-        if parent is not None:
-            parent.close()
+        with self._starting:
+            parent, self._parent = self._parent, None
+            if parent is not None:
+                parent.close()
 
     def _tell(self, job: Job, event: Event) -> None:
         if self._on_event is not None:
@@ -153,9 +164,10 @@ class Launcher:
 
     def _start(self, channel: Channel) -> subprocess.Popen[bytes] | None:
         """The supervisor, where it is this process's child."""
-        if self._parent is not None:
-            self._parent.start(channel)
-            return None
+        with self._starting:  # one request at a time on the warm parent's line
+            if self._parent is not None:
+                self._parent.start(channel)
+                return None
         return start_cold(channel, executable(self._python), self._environment)
 
     def _follow(self, channel: Channel, job: Job) -> Seen:

@@ -31,9 +31,13 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     session = Session(job, emit, started=started, began=began)
     if job.measure_ceilings:
         return session.ceilings()
-    if job.fault is not None:
-        from hpc_core.faults import inject
+    from hpc_core.faults import in_place, inject
 
+    if left := in_place():
+        session.reasons.append(
+            f"The fault {left[0]}, injected by an earlier case of this process, is still in place. Run this case in a process of its own: not inline."
+        )
+    if job.fault is not None:
         session.injection = inject(job.fault)
     workload = job.case.workload
     if isinstance(workload, FinetuneSpec):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
-from hpc_core.audit import Ran, attention_facts, audited_step, trainable_facts, training_facts, weight_facts
+from hpc_core.audit import Ran, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
@@ -108,9 +108,10 @@ def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, r
     session.phase("audit")
     case, notes = session.case, session.notes
     step = audited_step(program)
-    session.audit |= weight_facts(case, program.model, notes)
+    session.audit_model(program.model)
     session.audit |= trainable_facts(case, program.model, notes)
     session.audit |= training_facts(case, workload, program, ran, step, notes)
+    session.audit |= loss_facts(program.loss, step.loss, notes)
     session.audit |= attention_facts(case, ran.operators, session.device, notes)
 
 

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 
-from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards, weight_facts
+from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
@@ -168,7 +168,7 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
 def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
     session.phase("audit")
     case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS
-    session.audit |= weight_facts(case, program.model, notes)
+    session.audit_model(program.model)
     session.audit |= trainable_facts(case, program.model, notes)
     session.audit |= generation_facts(program.workload, program, forwards, notes, new_tokens=new_tokens)
     session.audit |= attention_facts(case, counts.operators, session.device, notes)

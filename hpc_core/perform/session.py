@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.build import Built, build
 from hpc_core.environment import circumstances, gpu_state
 from hpc_core.errors import MeasureError, SpecError
@@ -151,6 +152,12 @@ class Session:
         except MeasureError as error:
             self.reasons.append(str(error))
             return None
+
+    def audit_model(self, model: torch.nn.Module) -> None:
+        """Facts of the live model that every workload shares: how and what its weights are, and whose code it runs."""
+        self.audit |= weight_facts(self.case, model, self.notes)
+        self.audit |= value_facts(self.case, model, self.notes)
+        self.audit |= module_facts(model, self.notes, injected=self.injection is not None)
 
     def ceilings(self) -> Record:
         """Measure the machine instead of the case."""

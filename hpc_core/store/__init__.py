@@ -1,11 +1,12 @@
 """Baselines on disk: one readable file a case and machine, with the accepted records beside it as its proof.
 
-`find` looks one up and never raises for what a file holds; `accept` writes one. Does not judge: `gate` does.
+`find` looks one up and never raises for what a file holds; `accept` writes one, `unstored` makes one that is not kept. Does
+not judge: `gate` does.
 """
 
 from __future__ import annotations
 
-from hpc_core.store.acceptance import HISTORY_LENGTH, accept
+from hpc_core.store.acceptance import HISTORY_LENGTH, accept, unstored
 from hpc_core.store.baseline import (
     Acceptance,
     Accepted,
@@ -36,4 +37,5 @@ __all__ = [
     "gated_metrics",
     "history_path",
     "proves_nothing",
+    "unstored",
 ]

@@ -21,7 +21,7 @@ from hpc_core.spec import SCHEMA
 from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Missing, gated_metrics, proves_nothing
 from hpc_core.store.lookup import baseline_path, find, history_path, render
 
-__all__ = ["HISTORY_LENGTH", "accept"]
+__all__ = ["HISTORY_LENGTH", "accept", "unstored"]
 
 HISTORY_LENGTH = 8
 """Accepted sessions kept beside a baseline."""
@@ -58,6 +58,16 @@ def accept(
     if isinstance(found, Missing):
         action = "created"
     return Acceptance(path=str(path), action=action, changes=_changes(old, new))
+
+
+def unstored(record: Record, *, reason: str) -> Baseline:
+    """The baseline that this record would become, for a judgement in the same session; nothing is written.
+
+    Raises:
+        BaselineError: the record must not be a baseline.
+    """
+    _refuse(record, reason, allow_dirty=True)
+    return _baseline(record, reason, datetime.datetime.now(datetime.UTC))
 
 
 def _refuse(record: Record, reason: str, allow_dirty: bool) -> None:

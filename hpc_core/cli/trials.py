@@ -1,0 +1,205 @@
+"""Try every injected fault and its no-op twin, and say which the gate catches.
+
+A fault is caught when one of the metrics or facts that it names turns red; a twin, whose patch is in place and does no harm,
+must pass. A fault whose code never ran, or that passes, is a failure of ours. Both are judged against the accepted baselines,
+or against a clean run of the same case in the same session, which needs none.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hpc_core.cases import TINY, TRIAL
+from hpc_core.errors import BaselineError
+from hpc_core.faults import FAULTS, TWIN, Fault
+from hpc_core.gate import Judgement, Verdict, judge
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Event, Job
+from hpc_core.record import Metric, Record
+from hpc_core.spec import Case
+from hpc_core.store import Baseline, Damaged, Lookup, find, unstored
+
+__all__ = ["Against", "Trial", "run_trials", "trial_cases"]
+
+Against = Literal["baselines", "clean"]
+"""What a trial is judged against: what is accepted on disk, or a clean run of the same case in the same session."""
+
+_FOUR_LAYERS = "-4-layers"
+
+
+def trial_cases(scale: Literal["tiny", "full"]) -> dict[str, Case]:
+    """The cases that faults are tried on, by variant: the tiny ones, or the short full-width ones for a GPU."""
+    cases = TINY if scale == "tiny" else TRIAL
+    return {case.id.partition("/")[2].removesuffix(_FOUR_LAYERS): case for case in cases}
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One fault tried: what turned red, and what its twin did."""
+
+    fault: Fault
+    case: str
+    red: tuple[str, ...]
+    """Metrics that regressed and facts that do not hold."""
+    verdict: str
+    headline: str = ""
+    twin: str
+    """The twin's verdict; anything but PASS is a false alarm, and then with its headline."""
+    shown: str = ""
+    """Of a fault that no single run can be judged for: the first number that it should show in, twin and fault."""
+
+    @property
+    def caught_by(self) -> tuple[str, ...]:
+        """Those of the red ones that the fault names."""
+        return tuple(name for name in self.red if any(fnmatchcase(name, pattern) for pattern in self.fault.shows_in))
+
+    @property
+    def outcome(self) -> str:
+        """One of "caught", "MISSED" (a false alarm of the twin is one too), and what a verdict would need: "needs A/B"."""
+        if self.twin != "PASS":
+            return "MISSED"
+        if self.caught_by:
+            return "caught"
+        if self.fault.needs is not None and not self.red:
+            return f"needs {self.fault.needs}"
+        return "MISSED"
+
+    @property
+    def good(self) -> bool:
+        """Caught by what it should be caught by, or known not to be yet; and no false alarm."""
+        return self.outcome != "MISSED"
+
+    def line(self) -> str:
+        """For the terminal, while the trials run."""
+        return f"{self.outcome:<9} {self.fault.name:<22} {self.case:<34} {self._why()}"
+
+    def _why(self) -> str:
+        if self.twin != "PASS":
+            return f"its twin is not green: {self.twin}"
+        if self.outcome == "caught":
+            return f"{self.verdict} by {', '.join(self.caught_by[:3])}"
+        if self.good:
+            return f"{self.verdict}; {self.shown}"
+        others = f"; red: {', '.join(self.red)}" if self.red else ""
+        return f"{self.verdict}, should show in {' or '.join(self.fault.shows_in)}{others}: {self.headline}"
+
+
+def run_trials(
+    names: Iterable[str],
+    *,
+    cases: Mapping[str, Case],
+    tell: Callable[[str], None],
+    against: Against = "baselines",
+    baselines: Path = Path("baselines"),
+    jobs: int = 1,
+) -> list[Trial]:
+    """Run each fault and its twin, one fresh process each, `jobs` at a time; the trials in the order of the names.
+
+    Args:
+        names: of faults.
+        cases: by variant.
+        tell: hears a line for each trial as it ends.
+        against: "clean" runs each case once without a fault first.
+        baselines: folder of the accepted ones.
+        jobs: with more than one, workers share the device: time on it is then left out of every judgement.
+
+    Raises:
+        LaunchError: no worker can be started at all.
+        KeyboardInterrupt: after the workers are gone.
+    """
+    chosen = {name: cases[FAULTS[name].variant] for name in names}
+    stop = threading.Event()
+
+    def heard(_: Case, __: Event) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt  # ends this thread's worker
+
+    with Launcher("warm", on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
+        launcher.prepare()
+        try:
+            bench = _Bench(launcher, baselines, alone=jobs == 1)
+            if against == "clean":
+                # First in the queue, so that no trial waits for a run that waits for a thread.
+                bench.clean = {case.id: pool.submit(bench.run_clean, case) for case in chosen.values()}
+            trials = {pool.submit(bench.trial, FAULTS[name], case): name for name, case in chosen.items()}
+            done = {}
+            for future in as_completed(trials):
+                done[trials[future]] = future.result()
+                tell(future.result().line())
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [done[name] for name in chosen]
+
+
+class _Bench:
+    """Runs one case after another in any thread, and judges them by one rule."""
+
+    def __init__(self, launcher: Launcher, baselines: Path, *, alone: bool):
+        self._launcher = launcher
+        self._baselines = baselines
+        self._alone = alone
+        self.clean: dict[str, Future[Lookup]] = {}
+
+    def run_clean(self, case: Case) -> Lookup:
+        """A run without a fault, in a baseline's place."""
+        record = self._launcher.run(Job(case=case))
+        try:
+            return unstored(record, reason="a clean run of the same session")
+        except BaselineError as error:
+            return Damaged(path=f"the clean run of {case.id}", reason=str(error))
+
+    def trial(self, fault: Fault, case: Case) -> Trial:
+        """The fault and its twin."""
+        record, judgement = self._judged(case, fault.name)
+        twin_record, twin = self._judged(case, fault.name + TWIN)
+        return Trial(
+            fault=fault,
+            case=case.id,
+            red=_red(record, judgement),
+            verdict=str(judgement.verdict),
+            headline=judgement.headline,
+            twin=str(twin.verdict) if twin.verdict is Verdict.PASS else f"{twin.verdict}: {twin.headline}",
+            shown="" if fault.needs is None else _shown(fault, twin_record, record),
+        )
+
+    def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
+        record = self._launcher.run(Job(case=case, fault=fault))
+        lookup = self._lookup(case, record)
+        if not self._alone:
+            record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))
+            if isinstance(lookup, Baseline):
+                lookup = msgspec.structs.replace(lookup, metrics=_without_busy(lookup.metrics))
+        return record, judge(record, lookup)
+
+    def _lookup(self, case: Case, record: Record) -> Lookup:
+        if case.id in self.clean:
+            return self.clean[case.id].result()
+        return find(self._baselines, record.circumstances.machine.key, case.id)
+
+
+def _without_busy(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """All but time on the device, which several workers at once lengthen. Bytes and counts they do not touch."""
+    return {name: metric for name, metric in metrics.items() if metric.noise != "busy"}
+
+
+def _red(record: Record, judgement: Judgement) -> tuple[str, ...]:
+    facts = [name for name, fact in record.audit.items() if not fact.holds]
+    metrics = [row.metric for row in judgement.metrics if row.verdict is Verdict.REGRESSED]
+    return tuple(facts + metrics)
+
+
+def _shown(fault: Fault, twin: Record, record: Record) -> str:
+    """What the eye sees and the gate does not judge."""
+    for name in fault.shows_in:
+        before, after = twin.metrics.get(name), record.metrics.get(name)
+        if before is not None and after is not None:
+            return f"{name} {before.value:.4g} → {after.value:.4g} {after.unit}, shown and not gated"
+    return f"none of {', '.join(fault.shows_in)} was measured"
