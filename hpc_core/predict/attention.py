@@ -23,7 +23,7 @@ _MOST_WIDTH = 256
 def chosen(
     gpu: Gpu, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, grouped: bool
 ) -> str:
-    """ "cudnn", "flash", "efficient" or "math", for (batch, heads, length, width) tensors.
+    """One of "cudnn", "flash", "efficient" and "math", for (batch, heads, length, width) tensors.
 
     `grouped`: `enable_gqa` with fewer key heads than query heads. Flash and cuDNN's kernels take that, the memory-efficient ones
     do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`), as measured with torch 2.11: grouped float32

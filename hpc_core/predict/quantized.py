@@ -58,11 +58,13 @@ def fake_bitsandbytes() -> Iterator[None]:
         patches.enter_context(mock.patch.object(quantization, "_four_bit", _four_bit))
         patches.enter_context(mock.patch.object(quantization, "_int8", _int8))
         # The code book of double quantization is computed on the host, value by value; only its size matters.
-        patches.enter_context(
-            mock.patch.object(bnb.functional, "create_dynamic_map", lambda *_, **__: torch.empty(256))
-        )
+        patches.enter_context(mock.patch.object(bnb.functional, "create_dynamic_map", _code_book))
         patches.enter_context(mock.patch.dict(bnb.functional.name2qmap, clear=True))
         yield
+
+
+def _code_book(*_: object, **__: object) -> torch.Tensor:
+    return torch.empty(256)
 
 
 def _four_bit(weight: torch.Tensor, module: Any) -> torch.nn.Parameter:
@@ -167,5 +169,5 @@ def _rule(gpu: Gpu) -> Any:
         "_GEMM_4BIT_CUSTOM_FLOOR_M": 4,
         "_gpu_dispatch_props": lambda _: (gpu.multiprocessors, *gpu.capability),
     }
-    exec(compile(ast.Module([rule], []), str(path), "exec"), names)
+    exec(compile(ast.Module([rule], []), str(path), "exec"), names)  # noqa: S102 - an installed package's own code
     return names[_RULE]

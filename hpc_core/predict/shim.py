@@ -37,7 +37,7 @@ def load() -> None:
     Raises:
         PredictError: torch is imported already or absent, or there is no compiler that can make the library.
     """
-    global _library  # noqa: PLW0603 - a process loads it once, for good
+    global _library  # a process loads it once, for good
     if _library is not None:
         return
     if "torch" in sys.modules:

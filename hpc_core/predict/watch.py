@@ -118,28 +118,24 @@ class GpuWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func.namespace not in _KNOWN:
-            raise PredictError(
-                f"The operator {func.namespace}::{func._schema.name.partition('::')[2]} has no model here: what it takes and launches on "
-                "a GPU is not known. Predict the case without it, or measure it on a GPU."
-            )
+        _refuse_unknown(func)
         if not self._within and func.namespace not in FREE:
             self.operators[str(func)] += 1
-        name = func._schema.name.partition("::")[2]
-        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        if func is aten._local_scalar_dense.default:
-            self.launches.copies += _on_gpu(inputs[0])
-            return self._answers.scalar(inputs[0])
         formula = self._formulas.get(func._overloadpacket)
-        if (
-            formula is None
-            and func.namespace == "aten"
-            and (parts := self._in_parts(func, args, kwargs)) is not NotImplemented
-        ):
-            return parts
-        on_gpu = any(map(_on_gpu, inputs))
+        if formula is None and _composite(func):
+            return self._in_parts(func, args, kwargs)
         if formula is not None and not self._inside:
             self.flops += int(formula(*args, **kwargs, out_val=None))
+        return self._leaf(func, args, kwargs)
+
+    def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operator that a GPU has code for."""
+        name = func._schema.name.partition("::")[2]
+        inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        on_gpu = any(map(_on_gpu, inputs))
+        if func is aten._local_scalar_dense.default:
+            self.launches.copies += on_gpu
+            return self._answers.scalar(inputs[0])
         if on_gpu and name in STAND_INS:
             return self._stand_in(func, name, args, kwargs)
         if on_gpu and name in _PRODUCTS:
@@ -180,8 +176,6 @@ class GpuWatch(TorchDispatchMode):
 
     def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A composite operator arrives whole where autograd is off; its parts are what runs, and what has FLOPs."""
-        if not _composite(func):
-            return NotImplemented
         self._within += 1
         try:
             with self:
@@ -247,6 +241,14 @@ class GpuWatch(TorchDispatchMode):
         self._known[key] = (weakref.ref(storage, died), piece)
 
 
+def _refuse_unknown(func: Any) -> None:
+    if func.namespace not in _KNOWN:
+        raise PredictError(
+            f"The operator {func._schema.name} has no model here: what it takes and launches on a GPU is not known. "
+            "Predict the case without it, or measure it on a GPU."
+        )
+
+
 def _on_gpu(tensor: torch.Tensor) -> bool:
     # `tensor.device` of a fake tensor is an operator of its own, and would come through the watch again.
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
@@ -257,6 +259,8 @@ def _composite(func: Any) -> bool:
     """Whether a GPU runs its parts too. Some composite operators have kernels of their own as well; those that have one on a CPU
     have one on CUDA (native_functions.yaml: `silu_backward` and its kind).
     """
+    if func.namespace != "aten":
+        return False
     return bool(func._can_decompose()) and not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")
 
 
