@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpc_core.limits import GiB, Limits, MiB
     from hpc_core.plugin.cases import perf_cases
+    from hpc_core.plugin.predicting import predicted_cases
     from hpc_core.record import Metric, Record
     from hpc_core.spec import (
         AdapterSpec,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "hpc_core.limits": ("GiB", "Limits", "MiB"),
     "hpc_core.plugin.cases": ("perf_cases",),
+    "hpc_core.plugin.predicting": ("predicted_cases",),
     "hpc_core.record": ("Metric", "Record"),
     "hpc_core.spec": (
         "AdapterSpec",
@@ -58,6 +60,7 @@ __all__ = [
     "Record",
     "__version__",
     "perf_cases",
+    "predicted_cases",
 ]
 
 

@@ -14,6 +14,7 @@ from hpc_core.spec import AdapterSpec, Case, DataSpec, FinetuneSpec, GenerateSpe
 __all__ = [
     "ALL",
     "FULL",
+    "PREDICTED",
     "SMALL",
     "TINY",
     "TRIAL",
@@ -240,6 +241,19 @@ TRIAL: tuple[Case, ...] = (
     _short_lora.vary("lora-soak-4-layers", data=_SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
 )
 """Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
+
+_8b, _13b = ModelSpec(shape="llama-3.1-8b"), ModelSpec(shape="llama-2-13b")
+_step: dict[str, Any] = {"batch": 4, "length": 512}
+
+PREDICTED: tuple[Case, ...] = (
+    *FULL,
+    finetune(ModelSpec(shape="llama-3.2-1b"), full, variant="full-bf16", **_step),
+    finetune(ModelSpec(shape="qwen2.5-1.5b"), lora(), variant="lora", **_step),
+    finetune(_8b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
+    finetune(_13b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
+    generate(_8b, variant="generate-bf16", prompts=1, prompt_length=512, new_tokens=32),
+)
+"""What is predicted without a GPU: the full-size cases, and some of the other shapes."""
 
 ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL)
 

@@ -139,6 +139,8 @@ class Record(_Seen, frozen=True, kw_only=True):
     audit: dict[str, Fact] = {}
     reasons: tuple[str, ...] = ()
     """Why the record is invalid, one sentence each."""
+    makers_at_peak: dict[str, int] = {}
+    """Bytes alive at the highest point by "category operator", the largest; where operators are watched, as in a prediction."""
     losses: tuple[float, ...] = ()
     """Loss of every step, from the first, in order."""
     answers: tuple[str, ...] = ()

@@ -12,7 +12,22 @@ import msgspec
 from hpc_core.record import Record
 from hpc_core.spec import Case
 
-__all__ = ["Event", "Exited", "Finished", "Job", "Phase", "Preloaded", "Request", "Way", "decode_event", "encode_event"]
+__all__ = [
+    "FAKE_CUDA",
+    "Event",
+    "Exited",
+    "Finished",
+    "Job",
+    "Phase",
+    "Preloaded",
+    "Request",
+    "Way",
+    "decode_event",
+    "encode_event",
+]
+
+FAKE_CUDA = "HPC_CORE_FAKE_CUDA"
+"""Environment variable of a warm parent whose workers predict: "1" loads the empty CUDA device before torch."""
 
 Way = Literal["warm", "exec", "inline"]
 """How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""

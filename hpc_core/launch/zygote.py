@@ -1,6 +1,7 @@
 """The warm parent: `python -m hpc_core.launch.zygote …` imports torch and transformers once, then forks workers.
 
-It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. It runs no job
+It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. A parent of predictions
+(HPC_CORE_FAKE_CUDA=1) loads the empty CUDA device before torch and has no such worry. It runs no job
 itself, sets no thread count and computes nothing: a pool of torch's threads would not survive the fork. (The threads it
 has are OpenBLAS's, numpy's and scipy's, which OpenBLAS starts again in a child by itself.) It ends with its socket.
 """
@@ -8,6 +9,7 @@ has are OpenBLAS's, numpy's and scipy's, which OpenBLAS starts again in a child 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import importlib
 import math
@@ -19,7 +21,7 @@ import time
 
 import msgspec
 
-from hpc_core.launch.protocol import Preloaded, Request
+from hpc_core.launch.protocol import FAKE_CUDA, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
 
 __all__ = ["main"]
@@ -34,6 +36,7 @@ _PRELOAD = (
     "hpc_core.worker",
 )
 _MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
+_PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
 _CHECK_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _REQUEST_BYTES = 1 << 20
 
@@ -63,9 +66,14 @@ def _preload() -> Preloaded:
     """
     began = time.monotonic()
     asked = os.environ.get(_CHECK_BY_NVML)
+    fake = os.environ.get(FAKE_CUDA) == "1"
+    if fake:
+        importlib.import_module("hpc_core.predict.shim").load()
     os.environ[_CHECK_BY_NVML] = "1"  # torch.cuda.is_available() through the CUDA runtime would spoil every fork
     for name in _PRELOAD:
         importlib.import_module(name)
+    if fake:
+        _import_what_is_there(_PRELOAD_FAKE)
     if asked is None:
         del os.environ[_CHECK_BY_NVML]
     else:
@@ -74,7 +82,7 @@ def _preload() -> Preloaded:
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
     for name in _MUST_NOT_BE_LOADED:
-        if name in sys.modules:
+        if name in sys.modules and not fake:
             raise RuntimeError(f"Preloading imported {name}, which initializes CUDA; a forked worker could not use it.")
     gc.collect()
     gc.freeze()  # children do not walk, and so do not copy, what is shared
@@ -84,6 +92,12 @@ def _preload() -> Preloaded:
         modules=tuple(sorted(sys.modules)),
         cuda_initialized=initialized,
     )
+
+
+def _import_what_is_there(names: tuple[str, ...]) -> None:
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):  # a case that needs it will say so
+            importlib.import_module(name)
 
 
 def _serve(line: socket.socket) -> None:

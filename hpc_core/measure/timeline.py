@@ -76,15 +76,28 @@ class Timeline:
 
     def at_peak(self) -> Mapping[str, int]:
         """Live bytes by category at the highest point; they add up to the peak."""
-        when, _ = self.peak()
-        alive = [
-            piece for piece in self.allocations if piece.born <= when and (piece.died is None or piece.died > when)
-        ]
-        peak_phase = max((piece.phase for piece in self.allocations if piece.born <= when), default=-1)
         totals = dict.fromkeys(CATEGORIES, 0)
-        for piece in alive:
-            totals[piece.category or _guess(piece, peak_phase)] += piece.size_bytes
+        for category, piece in self._alive_at_peak():
+            totals[category] += piece.size_bytes
         return totals
+
+    def makers_at_peak(self, most: int = 24) -> dict[str, int]:
+        """Live bytes at the highest point by "category operator", the largest first, `most` of them: who made what is there."""
+        totals: dict[str, int] = {}
+        for category, piece in self._alive_at_peak():
+            name = f"{category} {piece.source}".rstrip()
+            totals[name] = totals.get(name, 0) + piece.size_bytes
+        largest = sorted(totals.items(), key=lambda each: (-each[1], each[0]))
+        return dict(largest[:most])
+
+    def _alive_at_peak(self) -> list[tuple[str, Allocation]]:
+        when, _ = self.peak()
+        peak_phase = max((piece.phase for piece in self.allocations if piece.born <= when), default=-1)
+        return [
+            (piece.category or _guess(piece, peak_phase), piece)
+            for piece in self.allocations
+            if piece.born <= when and (piece.died is None or piece.died > when)
+        ]
 
 
 def _guess(piece: Allocation, peak_phase: int) -> str:

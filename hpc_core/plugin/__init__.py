@@ -33,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.UsageError: options that contradict each other.
     """
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `perf_cases` marks such cases by itself")
+    config.addinivalue_line(
+        "markers", "perf_predicted: predicts a case without a GPU; `predicted_cases` marks such tests"
+    )
     config.addinivalue_line("markers", "benchmark: a benchmark with custom settings (pytest-benchmark)")
     if not config.getoption("perf_active"):
         return

@@ -16,6 +16,7 @@ from hpc_core.errors import LaunchError, SpecError
 from hpc_core.limits import Limits
 from hpc_core.plugin.cases import case_id_of
 from hpc_core.plugin.outcome import Ending, ending, properties
+from hpc_core.plugin.predicting import predicted_gpu
 from hpc_core.plugin.replay import replay
 from hpc_core.plugin.runner import Runner
 from hpc_core.record import Record
@@ -79,10 +80,11 @@ class Perf:
                 case = self._own_case(what, given, limits=limits, steps=steps, timeout_s=timeout_s, device=device)
         except SpecError as error:
             pytest.fail(str(error), pytrace=False)
-        if case.needs_gpu and not visible_gpus():
+        gpu = predicted_gpu(self._item)
+        if gpu is None and case.needs_gpu and not visible_gpus():
             pytest.skip("needs a CUDA GPU: none is visible")
         try:
-            row = self._run(case, what)
+            row = self._run(case, what, gpu)
         except LaunchError as error:
             self._end(
                 Ending(outcome="failed", blame="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
@@ -94,8 +96,10 @@ class Perf:
         self._end(chosen, can_wait=row.record.status == "ok" and chosen.blame == "not comparable")
         return row.record
 
-    def _run(self, case: Case, what: Case | str | Callable[[], Any]) -> Row:
+    def _run(self, case: Case, what: Case | str | Callable[[], Any], gpu: str | None) -> Row:
         try:
+            if gpu is not None:
+                return self._runner.predict(case, gpu, self._command)
             if callable(what):
                 return self._runner.run_bare(case, what, self._command)
             return self._runner.run(case, self._command)

@@ -13,6 +13,7 @@ import pytest
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import Way
+from hpc_core.plugin.predicting import Extent
 from hpc_core.selection import load_case_file
 
 __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
@@ -40,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     records: Path | None
     case_files: tuple[Path, ...]
     fault: str | None
+    predict: Extent
+    """How many predictions are made."""
     paths: tuple[str, ...]
     """What `--benchmark` runs without a path."""
 
@@ -110,6 +113,12 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="inject a fault, to see whether the gate catches it",
     )
+    add(
+        "--perf-predict",
+        choices=("short", "all", "off"),
+        default=None,
+        help="predict GPU memory without a GPU: a short set (the default where none is visible), all cases, or none",
+    )
     parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
     parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
     parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
@@ -141,6 +150,7 @@ def read_settings(config: pytest.Config) -> Settings:
         records=None if records is None else here / records,
         case_files=_case_files(config),
         fault=fault,
+        predict=_extent(config, why),
         paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
     )
 
@@ -176,6 +186,16 @@ def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | No
         return None, "-m"
     gpus = visible_gpus()
     return ("full", str(gpus[0]["name"])) if gpus else ("tiny", "no CUDA GPU is visible")
+
+
+def _extent(config: pytest.Config, why_scale: str) -> Extent:
+    """All where cases are named one by one; the short set where no GPU could measure; none where a scale was asked for."""
+    asked = config.getoption("perf_predict")
+    if asked is not None:
+        return cast("Extent", asked)
+    if why_scale == "--case":
+        return "all"
+    return "off" if why_scale in ("as asked", "-m") or visible_gpus() else "short"
 
 
 def _case_files(config: pytest.Config) -> tuple[Path, ...]:

@@ -84,8 +84,9 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     accept = f'Accept it: {command} --perf-update --reason "…"' if compared and not faulted else ""
     step = judgement.next_step if not compared else ""
     lines = [_metric_line(judgement.case, each) for each in bad]
+    more = [f"  at the peak: {line}" for line in row.grown]
     return _paragraph(
-        judgement.headline, reason, *lines, moved, f"Baseline: {judgement.baseline_path}", step, accept, again
+        judgement.headline, reason, *lines, *more, moved, f"Baseline: {judgement.baseline_path}", step, accept, again
     )
 
 

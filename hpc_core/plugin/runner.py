@@ -17,14 +17,15 @@ from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
 from hpc_core.gate import judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
 from hpc_core.record import Record, record_to_json
 from hpc_core.report import Row
+from hpc_core.report.growth import grown
 from hpc_core.spec import CallableSpec, Case
-from hpc_core.store import accept, find
+from hpc_core.store import accept, find, last_accepted
 
 __all__ = ["Runner"]
 
@@ -39,6 +40,12 @@ class Runner:
         self._ceilings: dict[str, float] | None = None
         inline = settings.way == "inline"
         self._launcher = Launcher(settings.way, on_event=lambda _, event: self._heard(event), debug=inline)
+        # Never inline: the empty CUDA device must be there before torch is imported.
+        self._predicting = Launcher(
+            "warm" if settings.way == "inline" else settings.way,
+            on_event=lambda _, event: self._heard(event),
+            environment={FAKE_CUDA: "1"},
+        )
 
     def _heard(self, event: Event) -> None:
         if isinstance(event, Phase):
@@ -63,6 +70,18 @@ class Runner:
             record = self._launcher.run(job)
         return self._judged(record, command)
 
+    def predict(self, case: Case, gpu: str, command: str) -> Row:
+        """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.
+
+        Raises:
+            LaunchError: no worker can be started at all.
+        """
+        with self._progress.case(case.id):
+            self._progress.phase("preload")
+            self._predicting.prepare()
+            record = self._predicting.run(Job(case=case, predict=gpu, fault=self._settings.fault))
+        return self._judged(record, command)
+
     def run_bare(self, case: Case, step: Callable[[], Any], command: str) -> Row:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
@@ -79,11 +98,17 @@ class Runner:
     def _judged(self, record: Record, command: str) -> Row:
         if self._settings.records is not None:
             _write(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
-        row = Row(record=record, judgement=self._judgement(record), command=command)
+        row = Row(record=record, judgement=self._judgement(record), command=command, grown=self._grown(record))
         if self._settings.update and record.status == "ok":
             row = self._accepted(row)
         self.rows.append(row)
         return row
+
+    def _grown(self, record: Record) -> tuple[str, ...]:
+        if not record.makers_at_peak:
+            return ()
+        before = last_accepted(self._settings.baselines, record.circumstances.machine.key, record.case.id)
+        return () if before is None else grown(before, record)
 
     def _judgement(self, record: Record) -> Any:
         return judge(record, find(self._settings.baselines, record.circumstances.machine.key, record.case.id))
@@ -99,6 +124,7 @@ class Runner:
     def close(self) -> None:
         """Leave no process and no live line. May be called again."""
         self._launcher.close()
+        self._predicting.close()
         self._progress.close()
 
 

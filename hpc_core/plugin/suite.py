@@ -20,6 +20,7 @@ from hpc_core.plugin.fixture import ENDING, Perf
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.outcome import Blame, exit_code
+from hpc_core.plugin.predicting import predicted_gpu, takes_part
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.runner import Runner
@@ -60,6 +61,8 @@ class Suite:
         own = any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
+        if predicted_gpu(item) is not None:
+            path = f"{self._short(item.path)} "
         fault = f" --perf-fault {self._settings.fault}" if self._settings.fault else ""
         return f"pytest --benchmark {path}--case '{case_id_of(item)}'{fault}"
 
@@ -83,7 +86,8 @@ class Suite:
         what = f"scale {settings.scale or 'any'} ({settings.why_scale})"
         fault = f", fault {settings.fault}" if settings.fault else ""
         where = f"baselines {self._short(settings.baselines)}"
-        return f"hpc-core: {hpc_core.__version__}, {what}, {where}, {settings.way}{fault}"
+        predict = "" if settings.predict == "off" else f", predictions: {settings.predict}"
+        return f"hpc-core: {hpc_core.__version__}, {what}{predict}, {where}, {settings.way}{fault}"
 
     def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
         """A case file is a test module whose tests are its cases."""
@@ -114,6 +118,8 @@ class Suite:
         case = case_of(item)
         if not matches(case_id_of(item), self._settings.globs):
             return False
+        if predicted_gpu(item) is not None:
+            return takes_part(item, self._settings.predict)
         # A test that brings a step of its own belongs to no scale.
         return case is None or self._settings.scale in (None, case.scale)
 
@@ -229,9 +235,9 @@ class Suite:
 
 
 def _refuse_twins(items: list[pytest.Item]) -> None:
-    seen: dict[str, str] = {}
+    seen: dict[tuple[str, str | None], str] = {}
     for item in items:
-        other = seen.setdefault(case_id_of(item), item.nodeid)
+        other = seen.setdefault((case_id_of(item), predicted_gpu(item)), item.nodeid)
         if other != item.nodeid:
             raise pytest.UsageError(
                 f"two tests have the case {case_id_of(item)!r}, and so one baseline: {other} and {item.nodeid}. "

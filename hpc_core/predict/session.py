@@ -41,6 +41,7 @@ class Prediction:
         self.metrics: dict[str, Metric] = {}
         self.audit: dict[str, Fact] = {}
         self.notes: list[str] = []
+        self.makers_at_peak: dict[str, int] = {}
         self.injection: Injection | None = None if job.fault is None else inject(job.fault)
         self._job = job
         self._emit = emit
@@ -101,6 +102,7 @@ class Prediction:
             metrics=dict(sorted(self.metrics.items())),
             audit=self.audit,
             reasons=tuple(reasons),
+            makers_at_peak=self.makers_at_peak,
             circumstances=circumstances(
                 "cpu",
                 self._job.launched,

@@ -33,6 +33,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Set where the record became the baseline."""
     refused: str | None = None
     """Why it was to become the baseline and did not."""
+    grown: tuple[str, ...] = ()
+    """What holds more memory at the peak than in the last accepted record, the largest first."""
     command: str | None = None
     """Runs just this case again, where that takes more than its id."""
 

@@ -6,7 +6,7 @@ not judge: `gate` does.
 
 from __future__ import annotations
 
-from hpc_core.store.acceptance import HISTORY_LENGTH, accept, unstored
+from hpc_core.store.acceptance import HISTORY_LENGTH, accept, last_accepted, unstored
 from hpc_core.store.baseline import (
     Acceptance,
     Accepted,
@@ -36,6 +36,7 @@ __all__ = [
     "find",
     "gated_metrics",
     "history_path",
+    "last_accepted",
     "proves_nothing",
     "unstored",
 ]

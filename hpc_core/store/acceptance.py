@@ -21,7 +21,7 @@ from hpc_core.spec import SCHEMA
 from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Missing, gated_metrics, proves_nothing
 from hpc_core.store.lookup import baseline_path, find, history_path, render
 
-__all__ = ["HISTORY_LENGTH", "accept", "unstored"]
+__all__ = ["HISTORY_LENGTH", "accept", "last_accepted", "unstored"]
 
 HISTORY_LENGTH = 8
 """Accepted sessions kept beside a baseline."""
@@ -130,6 +130,22 @@ def _changes(old: Baseline | None, new: Baseline) -> tuple[Change, ...]:
             old_value, new_value = (None if metric is None else metric.value for metric in (was, now))
             changes.append(Change(metric=name, old=old_value, new=new_value, unit=unit))
     return tuple(changes)
+
+
+def last_accepted(root: Path, key: str, case_id: str) -> Record | None:
+    """The record that was accepted last; None where there is none or it cannot be read: for an explanation, never for a verdict.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    try:
+        lines = _history_lines(history_path(root, key, case_id))
+    except BaselineError:
+        return None
+    try:
+        return record_from_json(lines[-1]) if lines else None
+    except SpecError:
+        return None
 
 
 def _history_lines(path: Path) -> list[bytes]:
