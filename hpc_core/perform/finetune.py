@@ -10,7 +10,7 @@ from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
-from hpc_core.perform.equivalence import measure_equivalence
+from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
@@ -45,9 +45,25 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     _audit(session, program, workload, ran)
     _busy(session, program)
     _learning(session, program, workload)
-    widest_batch = program.batches[program.widest]
-    measure_equivalence(session, built.model, widest_batch.ids, widest_batch.mask)
+    measure_equivalence(session, built.model, _left_for_reference(program))
     return session.record()
+
+
+def _left_for_reference(program: FinetuneProgram) -> Given:
+    """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
+    batch = program.batches[program.widest]
+    program.batches.clear()
+    program.optimizer.state.clear()
+    program.optimizer.zero_grad(set_to_none=True)
+    program.loss = None
+    rows = list(range(len(batch.ids)))
+    if batch.mask is not None:
+        rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()
+    ids, labels, mask = (
+        None if part is None else part[rows[:MOST_ROWS], :MOST_TOKENS] for part in (batch.ids, batch.labels, batch.mask)
+    )
+    assert ids is not None
+    return Given(ids, mask, labels=labels)
 
 
 def _note_loss(session: Session, program: FinetuneProgram) -> None:

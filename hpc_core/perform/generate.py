@@ -6,6 +6,8 @@ import itertools
 import statistics
 import time
 
+import torch
+
 from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards, weight_facts
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
@@ -13,7 +15,7 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors
 from hpc_core.measure.phases import PhasePeaks
-from hpc_core.perform.equivalence import measure_equivalence
+from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory
 from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
@@ -39,15 +41,26 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
-    peaks = _time_queries(session, program, built)
+    answered: list[list[list[int]]] = []
+    peaks = _time_queries(session, program, built, answered)
     _memory(session, program, built, peaks)
     _audit(session, program, *_count(session, program))
     _busy(session, program)
     _share_of_copy(session, program)
     measure_perplexity(session, built)
-    prompt = program.inputs[_longest(program)]
-    measure_equivalence(session, built.model, prompt["input_ids"], prompt["attention_mask"])
+    measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
     return session.record()
+
+
+def _answered(program: GenerateProgram, answers: list[list[int]]) -> Given:
+    """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
+    prompt = program.inputs[_longest(program)]
+    ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
+    chosen = torch.tensor(answers[:MOST_ROWS], dtype=ids.dtype, device=ids.device)
+    # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers hang on.
+    chosen = chosen[:, : max(1, MOST_TOKENS - ids.shape[1] + 1)]
+    fed = chosen[:, :-1]
+    return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)
 
 
 def _warm_up(session: Session, program: GenerateProgram) -> None:
@@ -63,8 +76,10 @@ def _longest(program: GenerateProgram) -> int:
     return max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
 
 
-def _time_queries(session: Session, program: GenerateProgram, built: Built) -> dict[str, int] | None:
-    """Every prompt once, and the peak bytes by phase on a GPU.
+def _time_queries(
+    session: Session, program: GenerateProgram, built: Built, answered: list[list[list[int]]]
+) -> dict[str, int] | None:
+    """Every prompt once, its answer's ids into `answered`, and the peak bytes by phase on a GPU.
 
     The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
     allocator's counters between prefill and decode waits for nothing.
@@ -87,7 +102,8 @@ def _time_queries(session: Session, program: GenerateProgram, built: Built) -> d
                 peaks.close()
             first.append(times[0] - start)
             decode += [later - earlier for earlier, later in itertools.pairwise(times)]
-            session.answers += _answers(program, built)
+            answered.append(program.answer_ids())
+            session.answers += _texts(answered[-1], built)
     program.on_token = None
     _note_times(session, program, queries, first, decode)
     return None if peaks is None else peaks.peaks
@@ -119,8 +135,7 @@ def _note_times(
     session.audit["new_tokens"] = Fact(asked=tokens, seen=len(program.answer_ids()[0]))
 
 
-def _answers(program: GenerateProgram, built: Built) -> list[str]:
-    ids = program.answer_ids()
+def _texts(ids: list[list[int]], built: Built) -> list[str]:
     if built.tokenizer is None:
         return [" ".join(map(str, row)) for row in ids]
     return [str(built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
