@@ -11,7 +11,7 @@ from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
-from hpc_core.perform.memory import Fixed, Watch, measure_memory
+from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
@@ -39,8 +39,9 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
     measure_memory(
-        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch)
+        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
     )
+    note_unexplained(session)
     ran = _count(session, program)
     _audit(session, program, workload, ran)
     _busy(session, program)
@@ -97,10 +98,12 @@ def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSp
     session.metrics["epoch_s"] = reported(typical * batches, "s", note=note)
 
 
-def _gradient_marks(program: FinetuneProgram, watch: Watch) -> Mark:
+def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) -> Mark:
     def mark(phase: str) -> None:
         if phase == "optimizer":  # after backward, before the step: every gradient is there
-            watch.own_now("gradients", gradient_tensors(program.model))
+            gradients = gradient_tensors(program.model)
+            watch.own_now("gradients", gradients)
+            session.metrics["gradient_bytes"] = tensor_bytes(owned_bytes(gradients))
         watch(phase)
 
     return mark

@@ -13,12 +13,12 @@ from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
-from hpc_core.measure.owners import cache_tensors
+from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
-from hpc_core.perform.memory import Fixed, Watch, measure_memory
-from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
+from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
+from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.quality import measure_perplexity
 from hpc_core.perform.session import Session
@@ -152,7 +152,15 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
             program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
             return watch
 
-        measure_memory(session, Fixed(program, _longest(program)), built.model, None, marking=marking, peaks=peaks)
+        longest = _longest(program)
+        measure_memory(session, Fixed(program, longest), built.model, None, marking=marking, peaks=peaks)
+        cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
+        if cache.seen is None:
+            note_unexplained(session)
+        else:
+            note = f"after {cached} tokens a row"
+            session.metrics["kv_cache_bytes"] = tensor_bytes(owned_bytes(cache_tensors(cache.seen)), note=note)
+            note_unexplained(session, cached_tokens=cached)
     program.on_token, program.new_tokens = None, tokens
 
 
