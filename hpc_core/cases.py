@@ -202,12 +202,15 @@ _small_rows: dict[str, Any] = {
 SMALL: tuple[Case, ...] = (
     generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
     generate(smollm2, variant="generate-gsm8k", data=DataSpec(source="hub", name="gsm8k"), **_small_answers),
-    generate(
-        smollm2,
-        variant="generate-nf4",
-        quantization=QuantSpec(kind="nf4", compute_dtype="float32"),
-        data=_PROBLEMS,
-        **_small_answers,
+    *(
+        generate(
+            smollm2,
+            variant=f"generate-{kind}",
+            quantization=msgspec.convert({"kind": kind, "compute_dtype": computed}, QuantSpec),
+            data=_PROBLEMS,
+            **_small_answers,
+        )
+        for kind, computed in (("nf4", "float32"), ("fp4", "float32"), ("int8", "float16"))
     ),
     finetune(smollm2, lora(), data=_PARAGRAPHS, **_small_rows),
     finetune(

@@ -20,7 +20,7 @@ from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import watch_cache
-from hpc_core.perform.quality import measure_perplexity
+from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
 from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
@@ -49,6 +49,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _share_of_copy(session, program)
     measure_perplexity(session, built)
     measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
+    measure_perplexity_unquantized(session, built)
     return session.record()
 
 

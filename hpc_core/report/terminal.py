@@ -36,15 +36,25 @@ _STYLES = {
 _UNDECIDED = "yellow"
 _NOTHING = "-"
 _GAP = 2
-_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", "against baseline")
-_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall")
+_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", "perplexity", "against baseline")
+_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", "perplexity")
 """Left out in this order where the terminal is too narrow."""
-_LEFT = ("case", "verdict", "share", "against baseline")
+_LEFT = ("case", "verdict", "share", "perplexity", "against baseline")
 _NARROWEST_CHANGE = 18
 
 
 def _cells(row: Row) -> dict[str, str]:
-    texts = (row.case, row.verdict, row.wall, row.busy, row.peak, row.tokens_per_s, row.share, row.change)
+    texts = (
+        row.case,
+        row.verdict,
+        row.wall,
+        row.busy,
+        row.peak,
+        row.tokens_per_s,
+        row.share,
+        row.perplexity,
+        row.change,
+    )
     return dict(zip(_COLUMNS, texts, strict=True))
 
 
