@@ -28,6 +28,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Ceilings measured earlier in this session, to stand beside the numbers."""
     fault: str | None = None
     """Name of a fault from `hpc_core.faults` to inject before building."""
+    audit: bool = True
+    """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
     measure_ceilings: bool = False
     """Measure the machine's ceilings instead of the case; the record's circumstances hold them."""
 

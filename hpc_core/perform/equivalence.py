@@ -67,7 +67,7 @@ def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) 
 
     On a GPU only where the float32 reference fits; a note says by how much it does not.
     """
-    if any(not fact.holds for fact in session.audit.values()):
+    if not session.job.audit or any(not fact.holds for fact in session.audit.values()):
         return  # what did not run as asked is INVALID already, and may not run as a reference at all
     session.note_process_memory()  # the reference's memory is not the case's
     session.phase("equivalence")

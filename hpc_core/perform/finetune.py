@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 
@@ -13,7 +14,7 @@ from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_b
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
-from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
+from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.physics.cost import train_flops
@@ -113,7 +114,8 @@ def _count(session: Session, program: FinetuneProgram) -> Ran:
     session.phase("counters")
     program.steps_done = 0
     steps = min(program.period, _BUSY_STEPS)
-    with counting() as counts, count_layer_forwards(program.model) as forwards:
+    watched = count_layer_forwards(program.model) if session.job.audit else contextlib.nullcontext(LayerForwards())
+    with counting() as counts, watched as forwards:
         for _ in range(steps):
             program.step()
     per = "" if steps == 1 else f" per {steps} steps"
@@ -124,6 +126,8 @@ def _count(session: Session, program: FinetuneProgram) -> Ran:
 
 def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran) -> None:
     """One step more, after everything that is gated exactly: what it takes is in no number."""
+    if not session.job.audit:
+        return
     session.phase("audit")
     case, notes = session.case, session.notes
     step = audited_step(program)

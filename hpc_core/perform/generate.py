@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
@@ -172,7 +173,9 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
     tokens = program.new_tokens
     for new in (1, 1 + _COUNTED_TOKENS):
         program.new_tokens, program.steps_done = new, 0
-        with watch_forwards(program.model, session.device.type) as forwards, counting() as counts:
+        kind = session.device.type
+        watched = watch_forwards(program.model, kind) if session.job.audit else contextlib.nullcontext(ForwardsSeen())
+        with watched as forwards, counting() as counts:
             program.step()
         seen[new] = counts
     program.new_tokens = tokens
@@ -190,6 +193,8 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
 
 
 def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
+    if not session.job.audit:
+        return
     session.phase("audit")
     case, notes, new_tokens = session.case, session.notes, 1 + _COUNTED_TOKENS
     session.audit |= weight_facts(case, program.model, notes)

@@ -23,6 +23,7 @@ from hpc_core.plugin.outcome import Blame, exit_code
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.runner import Runner
+from hpc_core.plugin.session import PerfSession
 from hpc_core.report import render
 from hpc_core.selection import matches, unknown_glob
 
@@ -36,7 +37,7 @@ _UNUSED = "ignore:Benchmark fixture was not used at all"
 
 def uses_perf(item: pytest.Item) -> bool:
     """Whether a test takes part in performance runs."""
-    return "perf" in getattr(item, "fixturenames", ())
+    return not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 class Suite:
@@ -50,6 +51,7 @@ class Suite:
         self._plain = False
         self._progress = Progress(ticking=settings.way != "inline")
         self._runner = Runner(settings, self._progress)
+        self.session = PerfSession(self._runner)
 
     def perf(self, item: pytest.Item, benchmark: Any) -> Perf:
         """The fixture's value for one test."""
@@ -212,6 +214,9 @@ class Suite:
                 width = shutil.get_terminal_size().columns
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
+                terminalreporter.write_line(text)
+            for title, text in self.session.shown:
+                terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
         return result
 
