@@ -13,6 +13,7 @@ from hpc_core.spec import AdapterSpec, Case, DataSpec, FinetuneSpec, GenerateSpe
 
 __all__ = [
     "ALL",
+    "DEVICE_BOUND",
     "FULL",
     "SMALL",
     "TINY",
@@ -164,6 +165,17 @@ FULL: tuple[Case, ...] = (
     *_fine_tuning(llama_3b, batch=4, length=512, epoch_rows=4000),
 )
 """The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
+
+_filled: dict[str, Any] = {"batch": 32, "prompts": 2, "prompt_length": 512, "new_tokens": 8}
+_half = msgspec.structs.replace(llama_3b, dtype="float16")
+DEVICE_BOUND: tuple[Case, ...] = (
+    generate(_half, variant="generate-fp16-b32", **_filled),
+    generate(_half, variant="generate-nf4-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float32"), **_filled),
+    generate(
+        _half, variant="generate-nf4-fp16-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float16"), **_filled
+    ),
+)
+"""INT4 against FP16 where the device is what one waits for: a prefill of 32 x 512 tokens. In no suite but `bench/original_report.py`."""
 
 _TINY_TRACE = DataSpec(source="trace", name="wikitext2", rows=64)
 _SOAK_TRACE = DataSpec(source="trace", name="wikitext2", rows=1000)

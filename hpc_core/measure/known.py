@@ -59,7 +59,7 @@ def sleeping(seconds: float, times: int = 1, streams: int = 1, pause_s: float = 
 
 def _cycles_per_s() -> float:
     torch.cuda._sleep(4 * _CALIBRATION_CYCLES)  # until the clock has risen to where it stays
-    rates = []
+    rates: list[float] = []
     for _ in range(5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -34,6 +34,8 @@ __all__ = ["measure_generate"]
 _BUSY_TOKENS = 16
 """Decoded tokens under the profiler; it keeps every launch of every token."""
 _COUNTED_TOKENS = 4
+_LEAST_ANSWERED = 8
+"""Tokens of an answer that are compared with the reference's, however long the prompt is."""
 
 
 def measure_generate(session: Session, workload: GenerateSpec) -> Record:
@@ -60,7 +62,7 @@ def _answered(program: GenerateProgram, answers: list[list[int]]) -> Given:
     ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
     chosen = torch.tensor(answers[:MOST_ROWS], dtype=ids.dtype, device=ids.device)
     # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers hang on.
-    chosen = chosen[:, : max(1, MOST_TOKENS - ids.shape[1] + 1)]
+    chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
     fed = chosen[:, :-1]
     return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)
 
@@ -229,6 +231,8 @@ def _busy(session: Session, program: GenerateProgram) -> None:
     for name in ("kernels", "copies", "memsets"):
         session.metrics[name] = counted(getattr(whole, name), machine=True, unit=f"1 per prefill and {decoded} tokens")
     session.metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
+    first = prefill.busy_s / session.metrics["time_to_first_token_s"].value
+    session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
     share = session.metrics["busy_decode_token_s"].value / session.metrics["decode_token_s"].value
     session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Generator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,9 @@ class Suite:
 
     def _command(self, item: pytest.Item) -> str:
         """The one line that runs just this case."""
-        own = any(item.path.is_relative_to(path) for path in self._settings.paths)
+        # A file that pytest only collects when it is named, such as bench/original_report.py, must be named.
+        found = any(fnmatchcase(item.path.name, pattern) for pattern in self._config.getini("python_files"))
+        own = found and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
         fault = f" --perf-fault {self._settings.fault}" if self._settings.fault else ""
