@@ -65,7 +65,7 @@ def reference_bytes(model: Any, rows: int, width: int) -> int:
         if tensor.is_floating_point() and id(tensor) not in inside:
             grown += (_FLOAT32 - tensor.element_size()) * tensor.numel()
             largest = max(largest, tensor.numel())
-    config = model.config
+    config = model.config.get_text_config()
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     logits = _LOGITS_HELD * rows * width * int(config.vocab_size)

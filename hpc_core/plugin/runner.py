@@ -76,6 +76,8 @@ class Runner:
             LaunchError: no worker can be started at all.
         """
         with self._progress.case(job.case.id):
+            if self._settings.way == "inline":
+                load_measuring_half()
             self._launcher.prepare()
             return self._launcher.run(msgspec.structs.replace(job, device=_device(job.case)))
 
