@@ -199,6 +199,7 @@ _small_answers: dict[str, Any] = {
     "prompts": 3,
     "prompt_length": None,
     "new_tokens": 48,
+    "timeout_s": 900.0,
 }
 _small_rows: dict[str, Any] = {
     "prefix": "smollm2-135m",
@@ -208,8 +209,9 @@ _small_rows: dict[str, Any] = {
     "steps": 6,
     "packing": True,
     "learning_rate": 1e-3,
+    "timeout_s": 900.0,
 }
-"""Few rows, so that the same batches come again and their loss can be seen to fall."""
+"""Few rows, so that the same batches come again and their loss can be seen to fall. On a busy CPU they take minutes."""
 
 SMALL: tuple[Case, ...] = (
     generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
