@@ -81,9 +81,12 @@ def test_perplexity_stands_beside_that_of_the_unquantized_model() -> None:
     both = {"perplexity": reported(38.7355, "1"), "perplexity_unquantized": reported(30.3675, "1")}
     quantized = Row(record=measured("generate-nf4", **both))
     plain = Row(record=measured("generate-fp16", perplexity=reported(30.3675, "1")))
-    assert (quantized.perplexity, plain.perplexity) == ("38.74 (unquantized 30.37)", "30.37")
-    assert "38.74 (unquantized 30.37)" in render([quantized, plain], width=140, color=False)
-    assert "perplexity" not in render([Row(record=measured())], width=140, color=False)
+    assert (quantized.perplexity, plain.perplexity) == ("38.74 (30.37)", "30.37")
+    for width in (80, 140):
+        table = render([quantized, plain], width=width, color=False).splitlines()
+        assert "ppl (unquantized)" in table[0]
+        assert any("38.74 (30.37)" in line for line in table)
+    assert "ppl" not in render([Row(record=measured())], width=140, color=False)
 
 
 def test_a_wide_terminal_shows_every_column(rows: list[Row]) -> None:

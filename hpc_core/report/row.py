@@ -81,11 +81,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def perplexity(self) -> str:
-        """Of the model as it ran, and of the same weights unquantized where both were measured."""
+        """Of the model as it ran, and in brackets that of the same weights unquantized where both were measured."""
         found, plain = self._metrics.get("perplexity"), self._metrics.get("perplexity_unquantized")
         if found is None:
             return _NOTHING
-        return f"{found.value:.2f}" if plain is None else f"{found.value:.2f} (unquantized {plain.value:.2f})"
+        return f"{found.value:.2f}" if plain is None else f"{found.value:.2f} ({plain.value:.2f})"
 
     @property
     def share(self) -> str:

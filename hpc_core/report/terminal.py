@@ -36,10 +36,11 @@ _STYLES = {
 _UNDECIDED = "yellow"
 _NOTHING = "-"
 _GAP = 2
-_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", "perplexity", "against baseline")
-_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", "perplexity")
+_PERPLEXITY = "ppl (unquantized)"
+_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", _PERPLEXITY, "against baseline")
+_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", _PERPLEXITY)
 """Left out in this order where the terminal is too narrow."""
-_LEFT = ("case", "verdict", "share", "perplexity", "against baseline")
+_LEFT = ("case", "verdict", "share", _PERPLEXITY, "against baseline")
 _NARROWEST_CHANGE = 18
 
 
