@@ -13,6 +13,7 @@ from hpc_core.spec import AdapterSpec, Case, DataSpec, FinetuneSpec, GenerateSpe
 
 __all__ = [
     "ALL",
+    "DEVICE_BOUND",
     "FULL",
     "PREDICTED",
     "SMALL",
@@ -167,6 +168,17 @@ FULL: tuple[Case, ...] = (
 )
 """The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
 
+_filled: dict[str, Any] = {"batch": 32, "prompts": 2, "prompt_length": 512, "new_tokens": 8}
+_half = msgspec.structs.replace(llama_3b, dtype="float16")
+DEVICE_BOUND: tuple[Case, ...] = (
+    generate(_half, variant="generate-fp16-b32", **_filled),
+    generate(_half, variant="generate-nf4-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float32"), **_filled),
+    generate(
+        _half, variant="generate-nf4-fp16-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float16"), **_filled
+    ),
+)
+"""INT4 against FP16 where the device is what one waits for: a prefill of 32 x 512 tokens. In no suite but `bench/original_report.py`."""
+
 _TINY_TRACE = DataSpec(source="trace", name="wikitext2", rows=64)
 _SOAK_TRACE = DataSpec(source="trace", name="wikitext2", rows=1000)
 _tiny_lora = finetune(tiny, lora(), batch=2, length=64, steps=5)
@@ -190,6 +202,7 @@ _small_answers: dict[str, Any] = {
     "prompts": 3,
     "prompt_length": None,
     "new_tokens": 48,
+    "timeout_s": 900.0,
 }
 _small_rows: dict[str, Any] = {
     "prefix": "smollm2-135m",
@@ -199,18 +212,22 @@ _small_rows: dict[str, Any] = {
     "steps": 6,
     "packing": True,
     "learning_rate": 1e-3,
+    "timeout_s": 900.0,
 }
-"""Few rows, so that the same batches come again and their loss can be seen to fall."""
+"""Few rows, so that the same batches come again and their loss can be seen to fall. On a busy CPU they take minutes."""
 
 SMALL: tuple[Case, ...] = (
     generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
     generate(smollm2, variant="generate-gsm8k", data=DataSpec(source="hub", name="gsm8k"), **_small_answers),
-    generate(
-        smollm2,
-        variant="generate-nf4",
-        quantization=QuantSpec(kind="nf4", compute_dtype="float32"),
-        data=_PROBLEMS,
-        **_small_answers,
+    *(
+        generate(
+            smollm2,
+            variant=f"generate-{kind}",
+            quantization=msgspec.convert({"kind": kind, "compute_dtype": computed}, QuantSpec),
+            data=_PROBLEMS,
+            **_small_answers,
+        )
+        for kind, computed in (("nf4", "float32"), ("fp4", "float32"), ("int8", "float16"))
     ),
     finetune(smollm2, lora(), data=_PARAGRAPHS, **_small_rows),
     finetune(

@@ -242,3 +242,23 @@ def test_outcomes() -> None:
         "NO_BASELINE": ("skipped", "failed"),
         "INCOMPATIBLE": ("skipped", "failed"),
     }
+
+
+def test_a_metric_that_the_baseline_lacks_is_skipped_and_hides_no_regression(tmp_path: Path) -> None:
+    """A newly gated metric alone is NO_BASELINE, skipped unless strict; beside it something worse still fails."""
+    accepted = baseline(a_record({"peak_bytes": peak(GiB)}), tmp_path)
+    new = Metric(value=0, unit="bytes", noise="exact", better="lower", **CPU_BYTES)
+    good = judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), accepted)
+    worse = judge(a_record({"peak_bytes": peak(2 * GiB), "unexplained_bytes": new}), accepted)
+    assert (good.verdict, good.verdict.outcome(), good.verdict.outcome(strict=True)) == (
+        Verdict.NO_BASELINE, "skipped", "failed",
+    )  # fmt: skip
+    assert worse.verdict is Verdict.REGRESSED
+
+
+def test_an_accepted_zero_leaves_no_slack(tmp_path: Path) -> None:
+    """Where nothing was unexplained, one byte is a regression; and zero itself is a value like any other."""
+    none, one = (Metric(value=value, unit="bytes", noise="exact", better="lower", **CPU_BYTES) for value in (0, 1))
+    accepted = baseline(a_record({"unexplained_bytes": none}), tmp_path)
+    assert judge(a_record({"unexplained_bytes": none}), accepted).verdict is Verdict.PASS
+    assert judge(a_record({"unexplained_bytes": one}), accepted).verdict is Verdict.REGRESSED

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hpc_core.build.causal_lm import causal_lm
 from hpc_core.cases import TINY, catalogue
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
@@ -90,6 +92,29 @@ def test_memory_adds_up(case_id: str) -> None:
             categories["at_peak_kv_cache_bytes"]
             == 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 24 * 2
         )
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_nothing_is_left_unexplained(case_id: str) -> None:
+    """Weights, adapter, gradients, optimizer state and KV cache take what their closed forms say, to the byte."""
+    unexplained = _once(case_id)[0].metrics["unexplained_bytes"]
+    adapter = CASES[case_id].adapter is not None
+    categories = 2 + (1 + adapter) * isinstance(CASES[case_id].workload, FinetuneSpec)
+    assert (unexplained.value, unexplained.gated) == (0, True)
+    assert unexplained.note == f"measured minus closed form: equal in {categories} categories"
+
+
+def test_a_buffer_that_nobody_asked_for_is_unexplained_to_the_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand bytes more in the model's weights are a thousand unexplained bytes, and the note says whose."""
+
+    def with_a_buffer(*args: Any, **named: Any) -> torch.nn.Module:
+        model = causal_lm(*args, **named)
+        model.register_buffer("forgotten", torch.zeros(250))
+        return model
+
+    monkeypatch.setattr("hpc_core.build.assemble.causal_lm", with_a_buffer)
+    unexplained = _perform(CASES["tiny/full-bf16"])[0].metrics["unexplained_bytes"]
+    assert (unexplained.value, unexplained.note) == (1000, "measured minus closed form: weights +1,000")
 
 
 @pytest.mark.parametrize(

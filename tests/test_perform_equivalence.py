@@ -1,16 +1,42 @@
-"""The reference path: the same weights dequantized, in float32, with eager attention."""
+"""The reference path: the same weights dequantized, in float32, with eager attention; and what is compared with it."""
 
 from __future__ import annotations
+
+import datetime
+import time
+from typing import Any
 
 import pytest
 import torch
 
-from hpc_core.build import build
+from hpc_core.build import Built, build
 from hpc_core.build.quantization import quantized_layers
-from hpc_core.cases import catalogue
+from hpc_core.cases import catalogue, finetune, lora
 from hpc_core.launch.protocol import Job
-from hpc_core.perform import perform
-from hpc_core.perform.equivalence import TOLERANCES, turn_into_reference
+from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.perform import equivalence, perform
+from hpc_core.perform.equivalence import TOLERANCES, Given, measure_equivalence
+from hpc_core.perform.reference import full_float32, reference_bytes, turn_into_reference
+from hpc_core.perform.session import Session
+from hpc_core.spec import Case, ModelSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+
+def _built(case: Case) -> tuple[Session, Built]:
+    job = Job(case=case, device="cpu", launched="inline")
+    session = Session(job, lambda _: None, started=datetime.datetime.now(datetime.UTC), began=time.perf_counter())
+    return session, build(case, torch.device("cpu"))
+
+
+def _answered(model: Any) -> Given:
+    """Two prompts of 12 tokens, the second padded on the left, and six tokens after each, by `generate`."""
+    ids, mask = torch.randint(3, 400, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+    answers = out[:, 12:]
+    return Given(out[:, :-1], torch.cat([mask, torch.ones_like(answers[:, :-1])], dim=1), answers=answers)
 
 
 @pytest.mark.parametrize("variant", ["generate-nf4", "generate-nf4-dq", "generate-int8", "qlora"])
@@ -40,3 +66,91 @@ def test_a_clean_case_is_equivalent_with_room_to_spare(variant: str) -> None:
     allowed = float(str(record.audit["equivalence"].asked).split()[1])
     assert record.audit["equivalence"].holds
     assert 0 < record.metrics["logits_error"].value < allowed / 5
+    if "generate" in variant:
+        assert record.audit["greedy_tokens"].holds
+        assert record.metrics["greedy_agreement"].value > 0.8
+    else:
+        assert record.audit["reference_loss"].holds
+        losses = [record.metrics[name].value for name in ("loss_checked", "loss_reference")]
+        assert losses[0] == pytest.approx(losses[1], rel=allowed / 5)
+
+
+def test_dropout_of_an_adapter_does_not_disturb() -> None:
+    """A LoRA model whose dropout drops half of everything in training is compared without it: float32 agrees to float32."""
+    method = lora(dropout=0.5)
+    model = ModelSpec(shape="tiny", dtype="float32")
+    case = finetune(model, method, variant="lora-dropout", batch=2, length=32, steps=3, learning_rate=1e-2)
+    record = perform(Job(case=case), lambda _: None)
+    assert record.status == "ok", record.reasons
+    assert record.metrics["logits_error"].value < 1e-5
+    assert record.metrics["loss_checked"].value == pytest.approx(record.metrics["loss_reference"].value, rel=1e-5)
+
+
+def test_the_answers_of_generate_are_those_of_the_reference() -> None:
+    """With a KV cache and padding on the left, `generate` chooses what the reference chooses without either."""
+    session, built = _built(catalogue()["tiny/generate-fp16"])
+    measure_equivalence(session, built.model, _answered(built.model))
+    assert session.audit["greedy_tokens"].holds
+    assert session.metrics["greedy_agreement"].value > 0.8
+    assert "host_peak_bytes" in session.metrics  # noted before the reference was made
+
+
+def test_an_answer_that_is_not_the_reference_s_is_named() -> None:
+    """One token that the reference would not have chosen is told by its place and by both ids."""
+    session, built = _built(catalogue()["tiny/generate-fp16"])
+    given = _answered(built.model)
+    assert given.answers is not None
+    changed = given.answers.clone()
+    changed[1, 5] = (changed[1, 5] + 100) % 400  # the last one, so that nothing hangs on it
+
+    measure_equivalence(session, built.model, Given(given.ids, given.mask, answers=changed))
+
+    fact = session.audit["greedy_tokens"]
+    assert not fact.holds
+    assert fact.seen.startswith("1 of 12 are not the reference's; first token 5 of row 1: ")
+    assert session.audit["equivalence"].holds  # the logits are as they should be
+
+
+def test_what_the_reference_needs_is_what_it_takes() -> None:
+    """The estimate's weights are the growth to the byte, and the largest tensor is there twice while it is converted."""
+    for variant in ("generate-nf4-dq", "generate-int8", "full-bf16", "full-fp32", "qlora"):
+        model: Any = build(catalogue()[f"tiny/{variant}"], torch.device("cpu")).model
+        before = sum(owned_bytes(part) for part in weight_tensors(model).values())
+        estimate = reference_bytes(model, 0, 0)
+        largest = 4 * max(parameter.numel() for parameter in model.parameters())
+
+        turn_into_reference(model)
+
+        after = sum(owned_bytes(part) for part in weight_tensors(model).values())
+        assert estimate == after - before + largest
+    one, two = reference_bytes(model, 1, 64), reference_bytes(model, 2, 64)
+    assert two > one > estimate
+
+
+def test_a_reference_that_does_not_fit_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where room is short nothing is compared, and a note says what is needed and what is left."""
+    session, built = _built(catalogue()["tiny/generate-bf16"])
+    session.note_process_memory()
+    monkeypatch.setattr(session, "on_gpu", True)
+    monkeypatch.setattr(equivalence, "room_bytes", lambda _: 1000)
+
+    measure_equivalence(session, built.model, Given(torch.ones(2, 8, dtype=torch.long), None))
+
+    assert session.audit == {}
+    assert [note.partition("needs ")[0] for note in session.notes] == [
+        "equivalence: not checked, the float32 reference "
+    ]
+    assert session.notes[0].endswith("MiB more and 1,000 bytes are left")
+
+
+def test_the_reference_computes_in_float32_whatever_was_allowed() -> None:
+    """tfloat32 that the code under test has switched on is off for the reference, and on again after it."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with full_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -17,7 +17,7 @@ from hpc_core.build.adapter import adapter_parameters
 from hpc_core.cases import finetune, full, generate, lora, qlora
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.physics import expected_bytes
-from hpc_core.physics.footprint import kv_bytes_per_token, prompt_lengths
+from hpc_core.physics.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
 from hpc_core.record import Record, record_from_json
 from hpc_core.run.finetune import make_optimizer
 from hpc_core.shapes import SHAPES
@@ -75,6 +75,18 @@ def test_committed_caches_hold_whole_tokens() -> None:
         assert held.value <= expected["kv_cache_bytes"]
         seen += 1
     assert seen >= 10
+
+
+def test_what_is_not_explained_is_said_by_category() -> None:
+    """Measured minus expected; what was not measured is missing whole, and a shape without closed forms explains nothing."""
+    case = generate(TINY, prompts=1, prompt_length=24, new_tokens=8, batch=3)
+    weights = expected_bytes(case)["weights_bytes"]
+    held = 3 * 31 * kv_bytes_per_token(SHAPES["tiny"], "bfloat16")
+    measured = {"weights_bytes": weights + 12, "kv_cache_bytes": held - 1, "peak_bytes": 10**9}
+    assert unexplained_bytes(case, measured, cached_tokens=31) == {"weights_bytes": 12, "kv_cache_bytes": -1}
+    assert unexplained_bytes(case, {}) == {"weights_bytes": -weights}
+    own = ModelSpec(weights="gguf", path="some.gguf", dtype="float32")
+    assert unexplained_bytes(generate(own, scale="small", prefix="own"), measured, cached_tokens=31) == {}
 
 
 def _weights(case: Case) -> tuple[int, int]:

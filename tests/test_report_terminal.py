@@ -76,6 +76,19 @@ def test_nothing_is_wider_than_the_terminal(rows: list[Row], width: int) -> None
         assert line.split()[0] in (variant, f"llama-3.2-3b/{variant}")
 
 
+def test_perplexity_stands_beside_that_of_the_unquantized_model() -> None:
+    """A quantized case with true weights shows both; one that is not quantized shows its own, others have no such column."""
+    both = {"perplexity": reported(38.7355, "1"), "perplexity_unquantized": reported(30.3675, "1")}
+    quantized = Row(record=measured("generate-nf4", **both))
+    plain = Row(record=measured("generate-fp16", perplexity=reported(30.3675, "1")))
+    assert (quantized.perplexity, plain.perplexity) == ("38.74 (30.37)", "30.37")
+    for width in (80, 140):
+        table = render([quantized, plain], width=width, color=False).splitlines()
+        assert "ppl (unquantized)" in table[0]
+        assert any("38.74 (30.37)" in line for line in table)
+    assert "ppl" not in render([Row(record=measured())], width=140, color=False)
+
+
 def test_a_wide_terminal_shows_every_column(rows: list[Row]) -> None:
     """At 140 columns wall, busy, memory, tokens, share of the ceiling and the change stand side by side."""
     line = next(line for line in render(rows, width=140, color=False).splitlines() if "REGRESSED" in line)

@@ -1,22 +1,24 @@
-"""Does the fast path compute what the plain one does? Logits against the same weights dequantized, in float32, with eager attention.
+"""Does the fast path compute what the plain one does? Logits, loss and greedy tokens against the reference path.
 
-Runs last and turns the model itself into the reference, layer by layer: nothing can be measured after it.
+Runs last and turns the model itself into the reference: nothing can be measured after it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
-from hpc_core.build.quantization import quantized_layers
-from hpc_core.perform.metrics import reported
+from hpc_core.perform.metrics import ratio, reported
+from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
 from hpc_core.perform.session import Session
+from hpc_core.physics.reading import bytes_text
 from hpc_core.record import Fact
 
-__all__ = ["TOLERANCES", "measure_equivalence", "tolerance", "turn_into_reference"]
+__all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "measure_equivalence", "tolerance"]
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
 """Largest relative error of the logits, |seen - reference| / |reference|, by the coarsest arithmetic on the way.
@@ -25,6 +27,31 @@ A rounding to a format with p bits of mantissa errs by up to 2^-(p+1): 6e-8 in f
 tens of layers such errors add up like a random walk, by some ten times; a wrong kernel or mask errs by the order of 1. LLM.int8
 rounds activations to eight bits, 4e-3 of their largest, which is far more of a typical one.
 """
+
+MOST_ROWS, MOST_TOKENS = 2, 256
+"""Of a batch only so much goes through both paths: about a second at three billion parameters, and a wrong kernel shows in it."""
+
+_TIE = 4
+"""An error of the tolerance times a row's norm is one of the tolerance times its root mean square in the typical logit; the
+difference of two such errors stays below four times that but once in some two hundred."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What both paths are given, as tensors of (rows, width) on the device."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    labels: torch.Tensor | None = None
+    """Of a training batch: both paths compute its loss."""
+    answers: torch.Tensor | None = None
+    """(rows, tokens) generated greedily; the last `tokens` positions of `ids` are where each of them was chosen."""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    logits: torch.Tensor
+    loss: float | None
 
 
 def tolerance(session: Session) -> float:
@@ -39,22 +66,64 @@ def tolerance(session: Session) -> float:
     return max(TOLERANCES[name] for name in formats)
 
 
-def measure_equivalence(session: Session, model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    """`logits_error` and the fact `equivalence`, over the given ids, (batch, width), where the mask says they are real.
+def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) -> None:
+    """`logits_error` and the fact `equivalence`; of a training batch the loss, of answers the greedy tokens, by both paths.
 
-    On a CPU only: on a GPU the float32 reference would need room that a case does not leave by right.
+    On a GPU only where the float32 reference fits; a note says by how much it does not.
     """
-    broken = any(not fact.holds for fact in session.audit.values())
-    if session.on_gpu or broken:  # what did not run as asked is INVALID already, and may not run as a reference at all
-        return
+    if not session.job.audit or any(not fact.holds for fact in session.audit.values()):
+        return  # what did not run as asked is INVALID already, and may not run as a reference at all
+    session.note_process_memory()  # the reference's memory is not the case's
     session.phase("equivalence")
-    model.eval()
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    seen = _logits(model, ids, mask)[kept]
-    turn_into_reference(model)
-    reference = _logits(model, ids, mask)[kept]
-    error = float((seen - reference).norm() / reference.norm())
+    if session.on_gpu and not _fits(session, model, given):
+        return
+    try:
+        seen, reference = _both(session, model, given)
+    except torch.OutOfMemoryError as error:
+        session.notes.append(f"equivalence: the float32 reference was to fit and did not, nothing is compared: {error}")
+        return
     allowed = tolerance(session)
+    kept = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask.bool()
+    _compare_logits(session, seen.logits[kept], reference.logits[kept], allowed)
+    if seen.loss is not None and reference.loss is not None:
+        _compare_losses(session, seen.loss, reference.loss, allowed)
+    if given.answers is not None:
+        _compare_tokens(session, reference.logits[:, -given.answers.shape[1] :], given.answers, allowed)
+
+
+def _fits(session: Session, model: torch.nn.Module, given: Given) -> bool:
+    needed, room = reference_bytes(model, *given.ids.shape), room_bytes(session.device)
+    if needed > room:
+        session.notes.append(
+            f"equivalence: not checked, the float32 reference needs {bytes_text(needed)} more and {bytes_text(room)} are left"
+        )
+    return needed <= room
+
+
+def _both(session: Session, model: torch.nn.Module, given: Given) -> tuple[_Outcome, _Outcome]:
+    """The case's own path, then the reference; without dropout in either."""
+    model.eval()
+    autocast = getattr(session.case.workload, "precision", "pure") == "autocast-bf16"
+    own = torch.autocast(session.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
+    with own:
+        seen = _forward(model, given)
+    turn_into_reference(model)
+    with full_float32():
+        return seen, _forward(model, given)
+
+
+def _forward(model: Any, given: Given) -> _Outcome:
+    where: dict[str, torch.Tensor] = {}
+    if given.answers is not None and given.mask is not None:
+        # As `generate` counts them: padding stands on the left and has no position.
+        where["position_ids"] = (given.mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        out = model(input_ids=given.ids, attention_mask=given.mask, labels=given.labels, use_cache=False, **where)
+    return _Outcome(out.logits.float(), None if given.labels is None else float(out.loss))
+
+
+def _compare_logits(session: Session, seen: torch.Tensor, reference: torch.Tensor, allowed: float) -> None:
+    error = float((seen - reference).norm() / reference.norm())
     if math.isfinite(error):
         note = f"relative to float32, dequantized, eager; allowed {allowed:g}"
         session.metrics["logits_error"] = reported(error, "ratio", note=note)
@@ -62,39 +131,38 @@ def measure_equivalence(session: Session, model: torch.nn.Module, ids: torch.Ten
     session.audit["equivalence"] = Fact(asked=within, seen=within if error <= allowed else f"off by {error:.3g}")
 
 
-def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits.float()
-
-
-def turn_into_reference(model: Any) -> None:
-    """Dequantize every quantized layer, cast everything to float32, and take eager attention."""
-    if getattr(model, "is_quantized", False) or _has_quantized(model):
-        for name, layer in quantized_layers(model).items():
-            model.set_submodule(name, _dequantized(layer))
-    for parameter in (*model.parameters(), *model.buffers()):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    model.config._attn_implementation = "eager"  # the switch that each attention reads at every call
-
-
-def _has_quantized(model: torch.nn.Module) -> bool:
-    return any(
-        "Linear4bit" in type(module).__name__ or "Linear8bitLt" in type(module).__name__ for module in model.modules()
+def _compare_losses(session: Session, seen: float, reference: float, allowed: float) -> None:
+    """A loss errs by less than its logits do: it averages over tokens, and a shift of all logits leaves it as it is."""
+    if not math.isfinite(reference):
+        session.notes.append(f"equivalence: the reference's loss is {reference}, so the losses are not compared")
+        return
+    error = abs(seen - reference) / abs(reference) if reference else abs(seen)
+    for name, value in (("loss_checked", seen), ("loss_reference", reference)):
+        if math.isfinite(value):
+            session.metrics[name] = reported(value, "nats", note="one batch, without dropout, after the last step")
+    within = f"within {allowed:g} of the reference"
+    session.audit["reference_loss"] = Fact(
+        asked=within, seen=within if error <= allowed else f"{seen:.6g}, the reference's is {reference:.6g}"
     )
 
 
-def _dequantized(layer: Any) -> torch.nn.Linear:
-    bnb = library("bitsandbytes", "The reference of a quantized model")
-    if isinstance(layer, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    else:
-        rows = layer.state.CB if layer.state.CB is not None else layer.weight.CB
-        constants = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
-        weight = rows.float() * constants.float().view(-1, 1) / 127  # rows are scaled so that their largest is 127
-    plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-    if layer.bias is not None:
-        plain.bias = torch.nn.Parameter(layer.bias.data.float(), requires_grad=False)
-    return plain
+def _compare_tokens(session: Session, reference: torch.Tensor, answers: torch.Tensor, allowed: float) -> None:
+    """Whether the reference, asked at each answered position, would have chosen the same token.
+
+    Where it prefers another one by less than two logits may err, it is a tie and proves nothing. A token from a broken path lies
+    some root mean squares of the row below the best one.
+    """
+    best, chosen = reference.max(dim=-1), reference.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+    same = best.indices == answers
+    tied = best.values - chosen <= _TIE * allowed * reference.square().mean(dim=-1).sqrt()
+    session.metrics["greedy_agreement"] = ratio(
+        float(same.float().mean()), note=f"of {answers.numel()} tokens; the others are ties within the tolerance"
+    )
+    wrong = (~same & ~tied).nonzero().tolist()
+    asked, seen = "the reference's, or tied", f"{len(wrong)} of {answers.numel()} are not the reference's"
+    if wrong:
+        row, at = wrong[0]
+        seen += (
+            f"; first token {at} of row {row}: {int(answers[row, at])}, the reference's {int(best.indices[row, at])}"
+        )
+    session.audit["greedy_tokens"] = Fact(asked=asked, seen=seen if wrong else asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 
@@ -10,10 +11,10 @@ from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
-from hpc_core.perform.equivalence import measure_equivalence
-from hpc_core.perform.memory import Fixed, Watch, measure_memory
+from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
+from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
-from hpc_core.perform.observe import checkpointing_seen, count_layer_forwards
+from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.physics.cost import train_flops
@@ -39,15 +40,32 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
     measure_memory(
-        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(program, watch)
+        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
     )
+    note_unexplained(session)
     ran = _count(session, program)
     _audit(session, program, workload, ran)
     _busy(session, program)
     _learning(session, program, workload)
-    widest_batch = program.batches[program.widest]
-    measure_equivalence(session, built.model, widest_batch.ids, widest_batch.mask)
+    measure_equivalence(session, built.model, _left_for_reference(program))
     return session.record()
+
+
+def _left_for_reference(program: FinetuneProgram) -> Given:
+    """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
+    batch = program.batches[program.widest]
+    program.batches.clear()
+    program.optimizer.state.clear()
+    program.optimizer.zero_grad(set_to_none=True)
+    program.loss = None
+    rows = list(range(len(batch.ids)))
+    if batch.mask is not None:
+        rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()
+    ids, labels, mask = (
+        None if part is None else part[rows[:MOST_ROWS], :MOST_TOKENS] for part in (batch.ids, batch.labels, batch.mask)
+    )
+    assert ids is not None
+    return Given(ids, mask, labels=labels)
 
 
 def _note_loss(session: Session, program: FinetuneProgram) -> None:
@@ -81,10 +99,12 @@ def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSp
     session.metrics["epoch_s"] = reported(typical * batches, "s", note=note)
 
 
-def _gradient_marks(program: FinetuneProgram, watch: Watch) -> Mark:
+def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) -> Mark:
     def mark(phase: str) -> None:
         if phase == "optimizer":  # after backward, before the step: every gradient is there
-            watch.own_now("gradients", gradient_tensors(program.model))
+            gradients = gradient_tensors(program.model)
+            watch.own_now("gradients", gradients)
+            session.metrics["gradient_bytes"] = tensor_bytes(owned_bytes(gradients))
         watch(phase)
 
     return mark
@@ -94,7 +114,8 @@ def _count(session: Session, program: FinetuneProgram) -> Ran:
     session.phase("counters")
     program.steps_done = 0
     steps = min(program.period, _BUSY_STEPS)
-    with counting() as counts, count_layer_forwards(program.model) as forwards:
+    watched = count_layer_forwards(program.model) if session.job.audit else contextlib.nullcontext(LayerForwards())
+    with counting() as counts, watched as forwards:
         for _ in range(steps):
             program.step()
     per = "" if steps == 1 else f" per {steps} steps"
@@ -105,6 +126,8 @@ def _count(session: Session, program: FinetuneProgram) -> Ran:
 
 def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran) -> None:
     """One step more, after everything that is gated exactly: what it takes is in no number."""
+    if not session.job.audit:
+        return
     session.phase("audit")
     case, notes = session.case, session.notes
     step = audited_step(program)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import statistics
 import time
+
+import torch
 
 from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
-from hpc_core.measure.owners import cache_tensors
+from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
-from hpc_core.perform.equivalence import measure_equivalence
+from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
-from hpc_core.perform.memory import Fixed, Watch, measure_memory
-from hpc_core.perform.metrics import busy, counted, ratio, reported, wall
+from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
+from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import watch_cache
-from hpc_core.perform.quality import measure_perplexity
+from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
 from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
@@ -31,6 +34,8 @@ __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 BUSY_TOKENS = 16
 """Decoded tokens under the profiler; it keeps every launch of every token."""
 COUNTED_TOKENS = 4
+_LEAST_ANSWERED = 8
+"""Tokens of an answer that are compared with the reference's, however long the prompt is."""
 
 
 def measure_generate(session: Session, workload: GenerateSpec) -> Record:
@@ -39,15 +44,27 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
-    peaks = _time_queries(session, program, built)
+    answered: list[list[list[int]]] = []
+    peaks = _time_queries(session, program, built, answered)
     _memory(session, program, built, peaks)
     _audit(session, program, *_count(session, program))
     _busy(session, program)
     _share_of_copy(session, program)
     measure_perplexity(session, built)
-    prompt = program.inputs[_longest(program)]
-    measure_equivalence(session, built.model, prompt["input_ids"], prompt["attention_mask"])
+    measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
+    measure_perplexity_unquantized(session, built)
     return session.record()
+
+
+def _answered(program: GenerateProgram, answers: list[list[int]]) -> Given:
+    """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
+    prompt = program.inputs[_longest(program)]
+    ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
+    chosen = torch.tensor(answers[:MOST_ROWS], dtype=ids.dtype, device=ids.device)
+    # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers hang on.
+    chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
+    fed = chosen[:, :-1]
+    return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)
 
 
 def _warm_up(session: Session, program: GenerateProgram) -> None:
@@ -63,8 +80,10 @@ def _longest(program: GenerateProgram) -> int:
     return max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
 
 
-def _time_queries(session: Session, program: GenerateProgram, built: Built) -> dict[str, int] | None:
-    """Every prompt once, and the peak bytes by phase on a GPU.
+def _time_queries(
+    session: Session, program: GenerateProgram, built: Built, answered: list[list[list[int]]]
+) -> dict[str, int] | None:
+    """Every prompt once, its answer's ids into `answered`, and the peak bytes by phase on a GPU.
 
     The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
     allocator's counters between prefill and decode waits for nothing.
@@ -87,7 +106,8 @@ def _time_queries(session: Session, program: GenerateProgram, built: Built) -> d
                 peaks.close()
             first.append(times[0] - start)
             decode += [later - earlier for earlier, later in itertools.pairwise(times)]
-            session.answers += _answers(program, built)
+            answered.append(program.answer_ids())
+            session.answers += _texts(answered[-1], built)
     program.on_token = None
     _note_times(session, program, queries, first, decode)
     return None if peaks is None else peaks.peaks
@@ -119,8 +139,7 @@ def _note_times(
     session.audit["new_tokens"] = Fact(asked=tokens, seen=len(program.answer_ids()[0]))
 
 
-def _answers(program: GenerateProgram, built: Built) -> list[str]:
-    ids = program.answer_ids()
+def _texts(ids: list[list[int]], built: Built) -> list[str]:
     if built.tokenizer is None:
         return [" ".join(map(str, row)) for row in ids]
     return [str(built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
@@ -137,7 +156,15 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
             program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
             return watch
 
-        measure_memory(session, Fixed(program, _longest(program)), built.model, None, marking=marking, peaks=peaks)
+        longest = _longest(program)
+        measure_memory(session, Fixed(program, longest), built.model, None, marking=marking, peaks=peaks)
+        cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
+        if cache.seen is None:
+            note_unexplained(session)
+        else:
+            note = f"after {cached} tokens a row"
+            session.metrics["kv_cache_bytes"] = tensor_bytes(owned_bytes(cache_tensors(cache.seen)), note=note)
+            note_unexplained(session, cached_tokens=cached)
     program.on_token, program.new_tokens = None, tokens
 
 
@@ -148,7 +175,9 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
     tokens = program.new_tokens
     for new in (1, 1 + COUNTED_TOKENS):
         program.new_tokens, program.steps_done = new, 0
-        with watch_forwards(program.model, session.device.type) as forwards, counting() as counts:
+        kind = session.device.type
+        watched = watch_forwards(program.model, kind) if session.job.audit else contextlib.nullcontext(ForwardsSeen())
+        with watched as forwards, counting() as counts:
             program.step()
         seen[new] = counts
     program.new_tokens = tokens
@@ -166,6 +195,8 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
 
 
 def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
+    if not session.job.audit:
+        return
     session.phase("audit")
     case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS
     session.audit_model(program.model)
@@ -200,6 +231,8 @@ def _busy(session: Session, program: GenerateProgram) -> None:
     for name in ("kernels", "copies", "memsets"):
         session.metrics[name] = counted(getattr(whole, name), machine=True, unit=f"1 per prefill and {decoded} tokens")
     session.metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
+    first = prefill.busy_s / session.metrics["time_to_first_token_s"].value
+    session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
     share = session.metrics["busy_decode_token_s"].value / session.metrics["decode_token_s"].value
     session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
 

@@ -16,12 +16,13 @@ from hpc_core.measure.owners import living_tensors, optimizer_tensors, weight_te
 from hpc_core.measure.phases import peaks_of
 from hpc_core.measure.storages import StorageWatch
 from hpc_core.measure.timeline import CATEGORIES, Timeline
-from hpc_core.perform.metrics import measured_bytes
+from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.perform.session import Session
+from hpc_core.physics.footprint import unexplained_bytes
 from hpc_core.program import Mark, Program, unmarked
 from hpc_core.record import Metric
 
-__all__ = ["Fixed", "Watch", "measure_memory", "memory_metrics", "peak_metrics"]
+__all__ = ["Fixed", "Watch", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]
 
 
 class _Cyclic(Program, Protocol):
@@ -121,6 +122,22 @@ def memory_metrics(peaks: dict[str, int], timeline: Timeline, *, on_gpu: bool) -
         rounding = int(metrics["peak_bytes"].value) - sum(totals.values())
         metrics["at_peak_rounding_bytes"] = measured_bytes(max(rounding, 0), machine=True, gated=False)
     return metrics
+
+
+def note_unexplained(session: Session, *, cached_tokens: int | None = None) -> None:
+    """`unexplained_bytes`: what weights, adapter, gradients, optimizer state and KV cache take beside their closed forms.
+
+    Too little is as odd as too much, and must not hide it, so the differences are added without their signs. Activations and temporaries
+    have no closed form; what nobody owns at the peak has a metric of its own, `at_peak_other_bytes`.
+    """
+    measured = {name: int(metric.value) for name, metric in session.metrics.items() if name.endswith("_bytes")}
+    differences = unexplained_bytes(session.case, measured, cached_tokens=cached_tokens)
+    if not differences:
+        return
+    odd = [f"{name.removesuffix('_bytes')} {value:+,}" for name, value in sorted(differences.items()) if value]
+    note = "measured minus closed form: " + (", ".join(odd) or f"equal in {len(differences)} categories")
+    total = sum(abs(value) for value in differences.values())
+    session.metrics["unexplained_bytes"] = tensor_bytes(total, note=note)
 
 
 def _from_history(session: Session, program: Program, owners: dict[str, list[torch.Tensor]], marking: Any) -> Timeline:

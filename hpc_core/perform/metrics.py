@@ -31,9 +31,9 @@ def measured_bytes(value: int, *, machine: bool, gated: bool = True, note: str |
     )
 
 
-def tensor_bytes(value: int) -> Metric:
+def tensor_bytes(value: int, *, note: str | None = None) -> Metric:
     """Bytes of tensors that the stack decides, whatever the machine: weights, optimizer state."""
-    return Metric(value=value, unit="bytes", noise="exact", better="lower", depends_on=_STACK)
+    return Metric(value=value, unit="bytes", noise="exact", better="lower", depends_on=_STACK, note=note)
 
 
 def counted(

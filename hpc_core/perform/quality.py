@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from hpc_core.build import Built
+from hpc_core.build.causal_lm import causal_lm
 from hpc_core.data.rows import token_rows
 from hpc_core.perform.metrics import reported
 from hpc_core.perform.session import Session
+from hpc_core.record import Metric
 from hpc_core.spec import DataSpec
 
-__all__ = ["measure_perplexity"]
+__all__ = ["measure_perplexity", "measure_perplexity_unquantized"]
 
 _TOKENS = 2048
 _WINDOW = 512
@@ -31,15 +33,32 @@ def measure_perplexity(session: Session, built: Built) -> None:
     if built.tokenizer is None:
         return
     session.phase("quality")
+    session.metrics["perplexity"] = _perplexity(session, built, built.model)
+
+
+def measure_perplexity_unquantized(session: Session, built: Built) -> None:
+    """`perplexity_unquantized` beside it: the same text through the same weights, built once more without quantization.
+
+    At scale small only, where a second model costs seconds; after everything else, since it is memory that is not the case's.
+    """
+    case = session.case
+    if built.tokenizer is None or case.quantization is None or case.scale != "small" or case.model is None:
+        return
+    session.note_process_memory()
+    session.phase("quality")
+    model = causal_lm(case.model, built.device).eval()
+    session.metrics["perplexity_unquantized"] = _perplexity(session, built, model)
+
+
+def _perplexity(session: Session, built: Built, model: Any) -> Metric:
     ids, source = _text(session, built)
-    model: Any = built.model
     losses = []
     with torch.no_grad():
         for start in range(0, len(ids) - 1, _WINDOW):
             window = torch.tensor([ids[start : start + _WINDOW]], device=built.device)
             losses.append(float(model(input_ids=window, labels=window).loss))
-    value = math.exp(sum(losses) / len(losses))
-    session.metrics["perplexity"] = reported(value, "1", note=f"{len(ids)} tokens of {source}, windows of {_WINDOW}")
+    note = f"{len(ids)} tokens of {source}, windows of {_WINDOW}"
+    return reported(math.exp(sum(losses) / len(losses)), "1", note=note)
 
 
 def _text(session: Session, built: Built) -> tuple[list[int], str]:

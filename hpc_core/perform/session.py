@@ -168,6 +168,13 @@ class Session:
     def record(self) -> Record:
         """Close the session: memory of the process, clocks after, and the record of all that was collected."""
         self.phase("record")
+        self.note_process_memory()
+        return self._close(ceilings=self.job.ceilings)
+
+    def note_process_memory(self) -> None:
+        """What the process and the card hold, once: what is done for the sake of checking comes after it and is not in it."""
+        if "host_peak_bytes" in self.metrics:
+            return
         self.metrics["host_peak_bytes"] = measured_bytes(_host_peak_bytes(), machine=True, gated=False)
         if self.on_gpu:
             stats = torch.cuda.memory_stats(self.device)
@@ -178,7 +185,6 @@ class Session:
                 total - free, machine=True, gated=False, note="all processes on the card, context included"
             )
             self.metrics["allocator_retries"] = reported(int(stats["num_alloc_retries"]), "1")
-        return self._close(ceilings=self.job.ceilings)
 
     def _prove_fault(self) -> None:
         if self.injection is None:
@@ -194,6 +200,8 @@ class Session:
         for name, fact in self.audit.items():
             if not fact.holds:
                 self.reasons.append(f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}.")
+        if not self.job.audit:
+            self.reasons.append("The audit was switched off: what ran was not checked, so its numbers prove nothing.")
         self._prove_fault()
         self.phase("done")
         gpu: dict[str, Any] = {"before": self._gpu_before, "after": gpu_state()} if self.on_gpu else {}

@@ -6,6 +6,7 @@ Sources: the layouts of bitsandbytes 0.50 (`functional.QuantState`, `optim.optim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
 
 from hpc_core.data.lengths import recorded_lengths
@@ -13,7 +14,15 @@ from hpc_core.errors import DataError
 from hpc_core.shapes import Shape
 from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, QuantSpec
 
-__all__ = ["WIDTHS", "embedding_bytes", "expected_bytes", "kv_bytes_per_token", "prompt_lengths", "shape_of"]
+__all__ = [
+    "WIDTHS",
+    "embedding_bytes",
+    "expected_bytes",
+    "kv_bytes_per_token",
+    "prompt_lengths",
+    "shape_of",
+    "unexplained_bytes",
+]
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number."""
@@ -59,6 +68,20 @@ def expected_bytes(case: Case) -> dict[str, int]:
             held = max(lengths) + case.workload.new_tokens - 1  # the last token is never fed back
             found["kv_cache_bytes"] = case.workload.batch * held * kv_bytes_per_token(shape, case.model.dtype)
     return found
+
+
+def unexplained_bytes(case: Case, measured: Mapping[str, int], *, cached_tokens: int | None = None) -> dict[str, int]:
+    """Measured minus expected bytes by category, for those that have a closed form; empty where none has.
+
+    `cached_tokens` are the tokens a row that the measured cache held; None where no cache was measured.
+    """
+    expected = {name: value for name, value in expected_bytes(case).items() if name != "kv_cache_bytes"}
+    shape = shape_of(case)
+    if cached_tokens is not None and shape is not None and case.model is not None:
+        assert isinstance(case.workload, GenerateSpec)
+        held = case.workload.batch * cached_tokens
+        expected["kv_cache_bytes"] = held * kv_bytes_per_token(shape, case.model.dtype)
+    return {name: measured.get(name, 0) - value for name, value in expected.items()}
 
 
 def _weights(shape: Shape, width: int, case: Case) -> int | None:

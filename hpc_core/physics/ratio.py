@@ -1,20 +1,22 @@
-"""What two records cannot both claim: full fine-tuning faster than LoRA, for the same tokens in the same precision."""
+"""What two records cannot both claim: full fine-tuning faster than LoRA, recomputation for nothing, 4-bit products for less."""
 
 from __future__ import annotations
 
 import msgspec
 
 from hpc_core.physics.floors import Floor, train_floor
-from hpc_core.physics.reading import bytes_text, positions_of, seconds_text, step_seconds
+from hpc_core.physics.reading import bytes_text, positions_of, seconds_text, step_seconds, value_of
 from hpc_core.record import Record
-from hpc_core.spec import FinetuneSpec
+from hpc_core.spec import FinetuneSpec, GenerateSpec
 
-__all__ = ["BUSY_MARGIN", "WALL_MARGIN", "ratio_impossible"]
+__all__ = ["BUSY_MARGIN", "WALL_MARGIN", "checkpointing_impossible", "four_bit_impossible", "ratio_impossible"]
 
 BUSY_MARGIN = 0.9
 """Full may take so much of LoRA's GPU-busy time: LoRA's small kernels cost time that its FLOPs do not show (seen: 1.10)."""
 WALL_MARGIN = 0.5
 """And so much of its wall time, where the host launches LoRA's many more kernels (seen on a slow host: 0.80)."""
+
+_SAME_PEAK = 0.99
 
 
 def ratio_impossible(a: Record, b: Record) -> tuple[str, ...]:
@@ -41,6 +43,57 @@ def ratio_impossible(a: Record, b: Record) -> tuple[str, ...]:
     )
 
 
+def checkpointing_impossible(plain: Record, checkpointed: Record) -> tuple[str, ...]:
+    """Why these two cannot be the same training step without and with checkpointing; empty where they can, or are not.
+
+    Checkpointing runs every layer's forward once more and keeps less: it cannot take less GPU-busy time, nor peak as high.
+    """
+    one, other = plain.case, checkpointed.case
+    if not isinstance(one.workload, FinetuneSpec) or not isinstance(other.workload, FinetuneSpec):
+        return ()
+    same = (one.model, one.quantization, one.adapter) == (other.model, other.quantization, other.adapter)
+    work = [msgspec.structs.replace(_work(load), checkpointing="off") for load in (one.workload, other.workload)]
+    if not same or work[0] != work[1] or not _same_machine(plain, checkpointed):
+        return ()
+    reasons = []
+    times = value_of(plain, "busy_s"), value_of(checkpointed, "busy_s")
+    if times[0] is not None and times[1] is not None and times[1] < times[0]:
+        reasons.append(
+            f"{other.id} takes {seconds_text(times[1])} of GPU-busy time a step, {one.id} {seconds_text(times[0])}: recomputing every layer takes no less."
+        )
+    peaks = value_of(plain, "peak_bytes"), value_of(checkpointed, "peak_bytes")
+    if peaks[0] is not None and peaks[1] is not None and peaks[1] >= _SAME_PEAK * peaks[0]:
+        reasons.append(
+            f"{other.id} peaks at {bytes_text(peaks[1])}, {one.id} at {bytes_text(peaks[0])}: with checkpointing fewer activations live, so both or neither checkpointed."
+        )
+    return tuple(reasons)
+
+
+def four_bit_impossible(plain: Record, quantized: Record) -> tuple[str, ...]:
+    """Why a 4-bit prefill cannot be that much faster than the unquantized one; empty where it can, or where they differ otherwise.
+
+    The weights are dequantized and multiplied in a float dtype: the same products, and the dequantization besides.
+    """
+    one, other = plain.case, quantized.case
+    if one.quantization is not None or other.quantization is None or other.quantization.kind == "int8":
+        return ()
+    if not isinstance(one.workload, GenerateSpec) or one.workload != other.workload or one.model != other.model:
+        return ()
+    times = value_of(plain, "busy_prefill_s"), value_of(quantized, "busy_prefill_s")
+    if not _same_machine(plain, quantized) or times[0] is None or times[1] is None:
+        return ()
+    if times[1] >= BUSY_MARGIN * times[0]:
+        return ()
+    return (
+        f"{other.id} takes {seconds_text(times[1])} of GPU-busy time for its prefill, {one.id} {seconds_text(times[0])}: {times[1] / times[0]:.2f} of it, below {BUSY_MARGIN:g}. "
+        "4-bit weights are multiplied in a float dtype, so the products are the same: they did not do the same work.",
+    )
+
+
+def _same_machine(a: Record, b: Record) -> bool:
+    return a.circumstances.machine.key == b.circumstances.machine.key
+
+
 def _comparable(full: Record, lora: Record) -> bool:
     """Full and LoRA of one model on one machine, not quantized, over the same tokens."""
     one, other = full.case, lora.case
@@ -50,7 +103,7 @@ def _comparable(full: Record, lora: Record) -> bool:
         return False
     if one.quantization is not None or other.quantization is not None or one.model != other.model:
         return False
-    if full.circumstances.machine.key != lora.circumstances.machine.key:
+    if not _same_machine(full, lora):
         return False
     return _work(one.workload) == _work(other.workload)
 

@@ -13,8 +13,9 @@ import pytest
 
 if TYPE_CHECKING:
     from hpc_core.plugin.fixture import Perf
+    from hpc_core.plugin.session import PerfSession
 
-__all__ = ["perf", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+__all__ = ["perf", "perf_session", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
 
 _SUITE = "hpc-core-suite"
 
@@ -67,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip tests that measure, unless measuring was asked for."""
     if not config.getoption("perf_active"):
         for item in items:
-            if "perf" in getattr(item, "fixturenames", ()):
+            if not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ())):
                 item.add_marker(pytest.mark.skip(reason="needs --benchmark"))
 
 
@@ -77,3 +78,11 @@ def perf(request: pytest.FixtureRequest, benchmark: Any) -> Perf:
     suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
     made: Perf = suite.perf(request.node, benchmark)
     return made
+
+
+@pytest.fixture
+def perf_session(request: pytest.FixtureRequest) -> PerfSession:
+    """The session so far: its sound records by case id, unjudged runs, and text for its end."""
+    suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
+    session: PerfSession = suite.session
+    return session

@@ -88,6 +88,18 @@ class Runner:
             record = measure_here(case, step, self._heard)
         return self._judged(record, command)
 
+    def run_unjudged(self, job: Job) -> Record:
+        """Run a job as it is, and neither judge nor list it: for tests of the suite itself.
+
+        Raises:
+            LaunchError: no worker can be started at all.
+        """
+        with self._progress.case(job.case.id):
+            if self._settings.way == "inline":
+                load_measuring_half()
+            self._launcher.prepare()
+            return self._launcher.run(msgspec.structs.replace(job, device=_device(job.case)))
+
     def _measured_ceilings(self, case: Case) -> dict[str, float]:
         """Once a session; a failure leaves the numbers without their ceilings, and the next case says why it fails."""
         if self._ceilings is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Generator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from hpc_core.plugin.predicting import predicted_gpu, takes_part
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.runner import Runner
+from hpc_core.plugin.session import PerfSession
 from hpc_core.report import render
 from hpc_core.selection import matches, unknown_glob
 
@@ -37,7 +39,7 @@ _UNUSED = "ignore:Benchmark fixture was not used at all"
 
 def uses_perf(item: pytest.Item) -> bool:
     """Whether a test takes part in performance runs."""
-    return "perf" in getattr(item, "fixturenames", ())
+    return not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 class Suite:
@@ -51,6 +53,7 @@ class Suite:
         self._plain = False
         self._progress = Progress(ticking=settings.way != "inline")
         self._runner = Runner(settings, self._progress)
+        self.session = PerfSession(self._runner)
 
     def perf(self, item: pytest.Item, benchmark: Any) -> Perf:
         """The fixture's value for one test."""
@@ -58,7 +61,9 @@ class Suite:
 
     def _command(self, item: pytest.Item) -> str:
         """The one line that runs just this case."""
-        own = any(item.path.is_relative_to(path) for path in self._settings.paths)
+        # A file that pytest only collects when it is named, such as bench/original_report.py, must be named.
+        found = any(fnmatchcase(item.path.name, pattern) for pattern in self._config.getini("python_files"))
+        own = found and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
         if predicted_gpu(item) is not None:
@@ -218,6 +223,9 @@ class Suite:
                 width = shutil.get_terminal_size().columns
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
+                terminalreporter.write_line(text)
+            for title, text in self.session.shown:
+                terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
         return result
 

@@ -82,6 +82,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return _NOTHING if metric is None else f"{metric.value:,.0f}"
 
     @property
+    def perplexity(self) -> str:
+        """Of the model as it ran, and in brackets that of the same weights unquantized where both were measured."""
+        found, plain = self._metrics.get("perplexity"), self._metrics.get("perplexity_unquantized")
+        if found is None:
+            return _NOTHING
+        return f"{found.value:.2f}" if plain is None else f"{found.value:.2f} ({plain.value:.2f})"
+
+    @property
     def share(self) -> str:
         """Share of the ceiling it runs against: "MFU 41 %" or "MBU 55 %"; without a ceiling, what it is bound by."""
         for name, word in _SHARES:

@@ -36,15 +36,26 @@ _STYLES = {
 _UNDECIDED = "yellow"
 _NOTHING = "-"
 _GAP = 2
-_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", "against baseline")
-_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall")
+_PERPLEXITY = "ppl (unquantized)"
+_COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", _PERPLEXITY, "against baseline")
+_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", _PERPLEXITY)
 """Left out in this order where the terminal is too narrow."""
-_LEFT = ("case", "verdict", "share", "against baseline")
+_LEFT = ("case", "verdict", "share", _PERPLEXITY, "against baseline")
 _NARROWEST_CHANGE = 18
 
 
 def _cells(row: Row) -> dict[str, str]:
-    texts = (row.case, row.verdict, row.wall, row.busy, row.peak, row.tokens_per_s, row.share, row.change)
+    texts = (
+        row.case,
+        row.verdict,
+        row.wall,
+        row.busy,
+        row.peak,
+        row.tokens_per_s,
+        row.share,
+        row.perplexity,
+        row.change,
+    )
     return dict(zip(_COLUMNS, texts, strict=True))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpc_core.errors import BuildError
-from hpc_core.program import Mark, unmarked
+from hpc_core.program import Mark, Program, unmarked
 from hpc_core.spec import CallableSpec
 
 __all__ = ["CallableProgram", "load_factory"]
@@ -29,8 +29,10 @@ class CallableProgram:
         self._step()
 
 
-def load_factory(spec: CallableSpec) -> CallableProgram:
+def load_factory(spec: CallableSpec) -> Program:
     """Import the factory, call it with its arguments, and keep the step it returns.
+
+    What has `phases`, `period` and `step(mark)` is a program already: its peaks are measured by phase.
 
     Raises:
         BuildError: it cannot be imported, takes other arguments, or returns nothing callable.
@@ -49,6 +51,9 @@ def load_factory(spec: CallableSpec) -> CallableProgram:
         raise BuildError(f"The module {module_name} has no {name}.")
     _check_arguments(spec, factory)
     step = factory(**spec.arguments)
+    if all(hasattr(step, name) for name in ("phases", "period", "step")):
+        program: Program = step
+        return program
     if not callable(step):
         raise BuildError(
             f"{spec.factory} must return the step, a callable without arguments; it returned {type(step).__name__}."

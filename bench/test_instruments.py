@@ -1,0 +1,164 @@
+"""The instruments against work of known size, through the whole measuring path, and what the audit costs. On a GPU; seconds in all.
+
+Each test runs a factory of `hpc_core.measure.known` in a worker of its own, as any user's step. What the instrument says beside
+what is known stands in the assertion, and in JUnit's properties as `known.*` and `seen.*`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from hpc_core.cases import finetune, generate, lora
+from hpc_core.launch.protocol import Job
+from hpc_core.limits import MiB
+from hpc_core.physics import datasheet
+from hpc_core.plugin.fixture import Perf
+from hpc_core.plugin.session import PerfSession
+from hpc_core.record import Record
+from hpc_core.spec import Case, ModelSpec, QuantSpec
+
+pytestmark = pytest.mark.gpu
+
+_SECONDS = 0.02
+_WITHIN = 0.01
+_PROFILED = 10
+"""Steps that kernels, copies and memsets are totals over."""
+_DELAY_S = 2e-3
+"""What a host may take to notice that the device has finished."""
+
+
+@pytest.fixture
+def against(record_property: Callable[[str, object], None]) -> Callable[[str, float, float], float]:
+    """The relative error of a reading, noted in JUnit's report beside both numbers."""
+
+    def error(name: str, seen: float, known: float) -> float:
+        record_property(f"known.{name}", known)
+        record_property(f"seen.{name}", seen)
+        return seen / known - 1
+
+    return error
+
+
+def _value(record: Record, name: str) -> float:
+    return float(record.metrics[name].value)
+
+
+@pytest.mark.parametrize(
+    ("times", "streams", "pause_s"),
+    [
+        pytest.param(1, 1, 0.0, id="one-sleep"),
+        pytest.param(2, 1, 0.02, id="two-with-a-pause"),
+        pytest.param(1, 2, 0.0, id="two-streams-at-once"),
+    ],
+)
+def test_a_known_duration_is_seen_within_one_percent(
+    perf: Perf, against: Callable[[str, float, float], float], times: int, streams: int, pause_s: float
+) -> None:
+    """Busy time is that of the sleeps by CUDA events: pauses do not count, and two streams at once count once."""
+    record = perf(
+        "hpc_core.measure.known:sleeping",
+        seconds=_SECONDS,
+        times=times,
+        streams=streams,
+        pause_s=pause_s,
+        steps=5,
+        device="cuda",
+    )
+    known = times * _SECONDS
+    busy = against("busy_s", _value(record, "busy_s"), known)
+    assert abs(busy) < _WITHIN, f"busy_s is {_value(record, 'busy_s'):.6f} s, known are {known:.6f} s: {busy:+.3%}"
+    waited = known + (times - 1) * pause_s
+    wall = against("step_s", _value(record, "step_s"), waited)
+    assert -_WITHIN < wall < _WITHIN + _DELAY_S / waited, f"step_s is {wall:+.3%} off the known {waited:.6f} s"
+    assert record.metrics["kernels"].value == _PROFILED * times * streams
+
+
+def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, float, float], float]) -> None:
+    """Peaks by phase from the allocator's counters, categories at the peak from its history, none off by a byte."""
+    unit = 16 * MiB
+    record = perf("hpc_core.measure.known:scheduled", unit_bytes=unit, steps=3, device="cuda")
+    known = {
+        "peak_bytes": 7 * unit,
+        "peak_first_bytes": 7 * unit,
+        "peak_second_bytes": 5 * unit,
+        "at_peak_other_bytes": 2 * unit,
+        "at_peak_temporaries_bytes": 4 * unit,
+        "at_peak_activations_bytes": unit,
+        "at_peak_rounding_bytes": 0,
+    }
+    seen = {name: record.metrics[name].value for name in known}
+    against("peak_bytes", seen["peak_bytes"], known["peak_bytes"])
+    assert seen == known
+
+
+def test_known_launches_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
+    """Every kernel, copy and fill is there, and operators are those that the step calls."""
+    record = perf("hpc_core.measure.known:launching", kernels=37, copies=3, fills=2, steps=3, device="cuda")
+    # torch fills with zero by a kernel or by a memset, as it likes.
+    launched = record.metrics["kernels"].value + record.metrics["memsets"].value
+    against("kernels", launched, _PROFILED * 39)
+    seen = (launched, record.metrics["copies"].value, record.metrics["operators"].value)
+    assert seen == (_PROFILED * 39, _PROFILED * 3, 42)
+
+
+def test_known_flops_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
+    """FLOPs are those of the products, each one kernel, and what they make of the busy time is what the card can do."""
+    times, edge = 10, 4096
+    record = perf(
+        "hpc_core.measure.known:multiplying", rows=edge, inner=edge, columns=edge, times=times, steps=3, device="cuda"
+    )
+    known = 2 * edge**3 * times
+    against("flops", _value(record, "flops"), known)
+    assert (record.metrics["flops"].value, record.metrics["kernels"].value) == (known, _PROFILED * times)
+    sheet = datasheet(record.circumstances.machine)
+    if sheet is not None:
+        rate = known / _value(record, "busy_s")
+        assert rate < sheet.flop_per_s["bfloat16"], f"{rate / 1e12:.0f} TFLOP/s is more than {sheet.source} names"
+
+
+_SHALLOW = ModelSpec(shape="llama-3.2-3b", layers=2)
+_AUDITED = (
+    finetune(_SHALLOW, lora(), prefix="audit-cost", variant="lora", batch=2, length=256, steps=3),
+    generate(
+        _SHALLOW,
+        prefix="audit-cost",
+        variant="generate-nf4",
+        quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"),
+        prompts=1,
+        new_tokens=18,
+    ),
+)
+_MOST_SHARE = 0.03
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.kind) for case in _AUDITED])
+def test_the_audit_changes_no_exact_number(case: Case, perf_session: PerfSession) -> None:
+    """With and without the audit, peaks, operators, kernels and all else that is gated exactly are equal."""
+    seen = [
+        {
+            name: metric.value
+            for name, metric in perf_session.run(Job(case=case, audit=audit)).metrics.items()
+            if metric.noise == "exact" and metric.gated
+        }
+        for audit in (True, False)
+    ]
+    assert {"peak_bytes", "operators", "kernels"} <= set(seen[0])
+    assert seen[0] == seen[1]
+
+
+def test_the_audit_takes_less_than_three_percent(
+    perf_session: PerfSession, record_property: Callable[[str, object], None]
+) -> None:
+    """Of the seconds of every full-size case of this session; a `--case` that chooses none leaves nothing to judge."""
+    shares = {}
+    for record in perf_session.records.values():
+        phases = record.circumstances.phase_s
+        if record.case.scale == "full" and "audit" in phases:
+            shares[record.case.id] = phases["audit"] / sum(phases.values())
+    if not shares:
+        pytest.skip("no full-size case ran in this session before this test: run the whole bench/")
+    worst = max(shares, key=lambda name: shares[name])
+    record_property("seen.audit_share", shares[worst])
+    assert shares[worst] < _MOST_SHARE, f"the audit takes {shares[worst]:.1%} of {worst}, allowed are {_MOST_SHARE:.0%}"

@@ -1,0 +1,43 @@
+"""Work of known size, on a CPU: the same factories and the same path as `bench/test_instruments.py` takes on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpc_core.launch.protocol import Job
+from hpc_core.perform import perform
+from hpc_core.record import Record
+from hpc_core.spec import CallableSpec, Case
+
+
+def _record(factory: str, **arguments: Any) -> Record:
+    workload = CallableSpec(
+        factory=f"hpc_core.measure.known:{factory}", arguments=arguments | {"device": "cpu"}, steps=2
+    )
+    return perform(Job(case=Case(id=f"known/{factory}", scale="tiny", workload=workload), device="cpu"), lambda _: None)
+
+
+def test_a_schedule_of_allocations_is_seen_to_the_byte() -> None:
+    """Peaks by phase and categories at the peak are those of the schedule."""
+    unit = 1_000_003
+    values = {name: metric.value for name, metric in _record("scheduled", unit_bytes=unit).metrics.items()}
+    assert (values["peak_bytes"], values["peak_first_bytes"], values["peak_second_bytes"]) == (
+        7 * unit, 7 * unit, 5 * unit,
+    )  # fmt: skip
+    assert values["at_peak_temporaries_bytes"] == 4 * unit
+    assert values["at_peak_activations_bytes"] == unit
+    assert values["at_peak_other_bytes"] == 2 * unit
+
+
+def test_launches_are_counted_as_operators() -> None:
+    """Additions, copies and fills are one operator each."""
+    assert _record("launching", kernels=37, copies=3, fills=2).metrics["operators"].value == 42
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_products_have_the_flops_of_their_sizes(times: int) -> None:
+    """FLOPs are two a multiply-add, product by product."""
+    record = _record("multiplying", rows=8, inner=32, columns=16, times=times, dtype="float32")
+    assert record.metrics["flops"].value == times * 2 * 8 * 32 * 16

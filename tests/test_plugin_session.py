@@ -1,0 +1,65 @@
+"""Tests that judge a whole session: what they see, when they take part, what they print. Workers are told, not run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from hpc_core.plugin import runner
+from tests.told_launcher import ToldLauncher
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., pytest.RunResult]
+
+SUITE = """
+import pytest
+
+def test_step(perf):
+    perf("told:step", peak=2**30)
+
+def test_together(perf_session):
+    [record] = perf_session.records.values()
+    perf_session.show("all of it", f"one record, {record.metrics['peak_bytes'].value:,} bytes")
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest in a project whose suite is a file that pytest collects only when it is named."""
+    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    pytester.makepyprojecttoml("""
+        [tool.pytest.ini_options]
+        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
+        filterwarnings = ["error"]
+    """)
+    pytester.mkdir("bench")
+    (pytester.path / "bench" / "together.py").write_text(SUITE)
+    (pytester.path / "bench" / "test_nothing.py").write_text("")
+
+    def ran(*arguments: str) -> pytest.RunResult:
+        return pytester.runpytest_inprocess(*arguments)
+
+    return ran
+
+
+def test_a_test_of_the_session_sees_its_records_and_prints_below_the_table(run: Run) -> None:
+    """The section comes after the table of cases, with what the test made of the records."""
+    result = run("--benchmark", "bench/together.py")
+    result.assert_outcomes(skipped=1, passed=1)
+    result.stdout.fnmatch_lines(["*= hpc-core =*", "*= all of it =*", "one record, 1,073,741,824 bytes"])
+
+
+def test_it_takes_no_part_unless_asked(run: Run) -> None:
+    """Without --benchmark it is skipped; where --case chooses others it is left out; unnamed, the file is not collected."""
+    result = run("-rs", "bench/together.py")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["*needs --benchmark*"])
+    run("--benchmark", "bench/together.py", "--case", "together/test_step").assert_outcomes(skipped=1, deselected=1)
+    assert run("--benchmark").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_the_command_names_a_file_that_must_be_named(run: Run) -> None:
+    """What runs a case again works as it stands: a file that is only collected when named is in it."""
+    result = run("--benchmark", "bench/together.py", "--perf-strict")
+    result.stdout.fnmatch_lines(["*pytest --benchmark bench/together.py --case 'together/test_step'*"])
