@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
-from hpc_core.build.quantization import quantized_layers
+from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 
 __all__ = ["full_float32", "reference_bytes", "room_bytes", "turn_into_reference"]
@@ -95,15 +94,8 @@ def _has_quantized(model: torch.nn.Module) -> bool:
 
 
 def _dequantized(layer: Any) -> torch.nn.Linear:
-    bnb = library("bitsandbytes", "The reference of a quantized model")
-    if isinstance(layer, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    else:
-        rows = layer.state.CB if layer.state.CB is not None else layer.weight.CB
-        constants = layer.state.SCB if layer.state.SCB is not None else layer.weight.SCB
-        weight = rows.float() * constants.float().view(-1, 1) / 127  # rows are scaled so that their largest is 127
     plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+    plain.weight = torch.nn.Parameter(dequantized_weight(layer).float(), requires_grad=False)
     if layer.bias is not None:
         plain.bias = torch.nn.Parameter(layer.bias.data.float(), requires_grad=False)
     return plain
