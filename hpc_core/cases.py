@@ -15,7 +15,6 @@ __all__ = [
     "ALL",
     "DEVICE_BOUND",
     "FULL",
-    "PREDICTED",
     "SMALL",
     "TINY",
     "TRIAL",
@@ -259,16 +258,82 @@ TRIAL: tuple[Case, ...] = (
 )
 """Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
 
+ALL: tuple[Case, ...] = (
+    generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
+    generate(smollm2, variant="generate-gsm8k", data=DataSpec(source="hub", name="gsm8k"), **_small_answers),
+    *(
+        generate(
+            smollm2,
+            variant=f"generate-{kind}",
+            quantization=msgspec.convert({"kind": kind, "compute_dtype": computed}, QuantSpec),
+            data=_PROBLEMS,
+            **_small_answers,
+        )
+        for kind, computed in (("nf4", "float32"), ("fp4", "float32"), ("int8", "float16"))
+    ),
+    finetune(smollm2, lora(), data=_PARAGRAPHS, **_small_rows),
+    finetune(
+        smollm2,
+        lora(),
+        variant="lora-wikitext2",
+        data=DataSpec(source="hub", name="wikitext2", rows=30),
+        **_small_rows,
+    ),
+    finetune(smollm2, qlora(compute_dtype="float32"), data=_PARAGRAPHS, **_small_rows),
+)
+"""SmolLM2-135M-Instruct with its true weights: answers that can be read, a loss that falls."""
+
+
+def _short(case: Case) -> Case:
+    """The case `<id>-4-layers`: each layer at full width, a handful of steps."""
+    less = {"new_tokens": 8} if isinstance(case.workload, GenerateSpec) else {"steps": 4}
+    return case.vary(f"{case.id.rpartition('/')[2]}-4-layers", layers=4, timeout_s=180, **less)
+
+
+_short_lora = next(_short(case) for case in FULL if case.id.endswith("/lora"))
+
+TRIAL: tuple[Case, ...] = (
+    *(_short(case) for case in FULL),
+    _short_lora.vary("lora-8bit-4-layers", optimizer="adamw-8bit", rank=32),
+    _short_lora.vary("lora-padded-4-layers", data=_TINY_TRACE, padding="longest", epoch_rows=None),
+    _short_lora.vary("lora-packed-4-layers", data=_SOAK_TRACE, packing=True, epoch_rows=None),
+    _short_lora.vary("lora-soak-4-layers", data=_SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
+)
+"""Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
+
 _8b, _13b = ModelSpec(shape="llama-3.1-8b"), ModelSpec(shape="llama-2-13b")
 _step: dict[str, Any] = {"batch": 4, "length": 512}
 
+_1b, _qwen = ModelSpec(shape="llama-3.2-1b"), ModelSpec(shape="qwen2.5-1.5b")
+_everywhere = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+HELD_OUT: tuple[Case, ...] = (
+    finetune(_1b, lora(rank=32, targets=_everywhere), variant="lora-r32-b8x256", batch=8, length=256),
+    finetune(_qwen, full, variant="full-foreach-b2x512", optimizer="adamw-foreach", batch=2, length=512),
+    finetune(_1b, full, variant="full-8bit-b2x1024", optimizer="adamw-8bit", batch=2, length=1024),
+    finetune(_8b, qlora(), variant="qlora-gc-b2x1024", checkpointing="non-reentrant", batch=2, length=1024),
+    finetune(llama_3b, qlora(double_quant=True, dtype="bfloat16"), variant="qlora-dq-b1x2048", batch=1, length=2048),
+    finetune(llama_3b, lora(), variant="lora-padded-b8", data=_GSM8K_TRACE, padding="longest", batch=8, length=256),
+    generate(llama_3b, variant="generate-b8x300", batch=8, prompts=1, prompt_length=300, new_tokens=32),
+    generate(
+        _13b,
+        variant="generate-nf4-1000",
+        quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"),
+        prompts=1,
+        prompt_length=1000,
+        new_tokens=32,
+    ),
+)
+"""Configurations that no rule of the predictor was made by: their predictions are accepted before anything is measured."""
+
 PREDICTED: tuple[Case, ...] = (
     *FULL,
-    finetune(ModelSpec(shape="llama-3.2-1b"), full, variant="full-bf16", **_step),
-    finetune(ModelSpec(shape="qwen2.5-1.5b"), lora(), variant="lora", **_step),
+    finetune(_1b, full, variant="full-bf16", **_step),
+    finetune(_qwen, lora(), variant="lora", **_step),
     finetune(_8b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
     finetune(_13b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
     generate(_8b, variant="generate-bf16", prompts=1, prompt_length=512, new_tokens=32),
+    *HELD_OUT,
 )
 """What is predicted without a GPU: the full-size cases, and some of the other shapes."""
 

@@ -14,6 +14,8 @@ import hpc_core
 from hpc_core.cases import ALL, TRIAL
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
+from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.running import read_record, run_case, write_whole
 from hpc_core.cli.trial_table import markdown, summary
@@ -21,12 +23,14 @@ from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
 from hpc_core.faults import FAULTS
+from hpc_core.gpus import DEFAULT, gpu_named
 from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
 from hpc_core.selection import load_case_file, near
 from hpc_core.spec import Case, ModelSpec, case_to_json
+from hpc_core.store import Baseline, find
 
 __all__ = ["app"]
 
@@ -144,6 +148,21 @@ def original_report(
             f"{len(broken)} of {len(records)} cases gave no numbers: {', '.join(broken)}. Run again to try just those."
         )
         raise typer.Exit(EXIT_BROKEN)
+
+
+@app.command("prediction-table")
+def prediction_table(
+    only: Annotated[str, typer.Option(help="Cases, as a glob over whole ids.")] = "*",
+    gpu: Annotated[str, typer.Option(help="The GPU whose baselines stand beside.")] = DEFAULT,
+    baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
+) -> None:
+    """Predict every case that was measured on a GPU, and print both: the table of docs/prediction.md."""
+    name = gpu_named(gpu).name
+    key = machine_key(name)
+    cases = [case for case in chosen(only, fnmatchcase) if isinstance(find(baselines, key, case.id), Baseline)]
+    if not cases:
+        raise SpecError(f"{baselines / key} holds no baseline of a case that matches {only!r}.")
+    say(beside(compare(predictions(cases, name, tell), baselines, key)))
 
 
 @app.command("faults")
