@@ -28,7 +28,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench test faults lint clean
+.PHONY: help bench predict test faults lint clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ help: ## say what there is
 bench: export HPC_CORE_DATA ?= $(abspath $(DATA))
 bench: $(INSTALLED) $(if $(filter small,$(SCALE)),$(WEIGHTS)) ## run the performance suite against baselines/
 	$(BIN)/python -m pytest --benchmark $(if $(SCALE),--perf-scale $(SCALE)) $(ARGS)
+
+predict: $(INSTALLED) ## predict every full-size case without a GPU, against baselines/predicted/
+	$(BIN)/python -m pytest --benchmark bench/test_predicted.py --perf-predict all $(ARGS)
 
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest $(ARGS)
