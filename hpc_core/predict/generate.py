@@ -6,12 +6,14 @@ prompt that is as much longer.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import torch
 
 from hpc_core.errors import PredictError
 from hpc_core.measure.owners import cache_tensors, weight_tensors
+from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.generate import BUSY_TOKENS, COUNTED_TOKENS
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes
@@ -135,7 +137,8 @@ def _memory(prediction: Prediction, generation: _Generation, longest: int) -> No
             if phase == "decode" or before == 0:  # the prefill of a prompt that was made longer is none of the case's
                 peaks[phase] = max(peaks[phase], peak)
         if recorded:
-            found.append((watch.peaks["decode"] if before else max(watch.peaks.values()), watch.timeline))
+            peak = watch.peaks["decode"] if before else max(watch.peaks.values())
+            found.append((peak, _kept(watch.timeline, decoding=before > 0)))
     program.inputs[longest] = inputs
     timeline = max(found, key=lambda each: each[0])[1]
     metrics = memory_metrics(peaks, timeline, on_gpu=True)
@@ -143,6 +146,14 @@ def _memory(prediction: Prediction, generation: _Generation, longest: int) -> No
     metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
     prediction.makers_at_peak = timeline.makers_at_peak()
     prediction.metrics |= metrics
+
+
+def _kept(timeline: Timeline, *, decoding: bool) -> Timeline:
+    """A copy, since the next query begins with what lives now. `decoding`: without what came and went in the prefill, so that the
+    highest point lies in the tokens after it.
+    """
+    pieces = [piece for piece in timeline.allocations if not decoding or piece.died_in != 0]
+    return Timeline([dataclasses.replace(piece) for piece in pieces])
 
 
 def _watched(generation: _Generation, index: int, tokens: int) -> GpuWatch:

@@ -60,7 +60,21 @@ def fake_bitsandbytes() -> Iterator[None]:
         # The code book of double quantization is computed on the host, value by value; only its size matters.
         patches.enter_context(mock.patch.object(bnb.functional, "create_dynamic_map", _code_book))
         patches.enter_context(mock.patch.dict(bnb.functional.name2qmap, clear=True))
+        # Paged state: managed memory, by the driver and not by torch's allocator; torch sees a tensor of the host.
+        patches.enter_context(mock.patch.object(bnb.functional, "get_paged", _paged))
+        patches.enter_context(mock.patch.object(bnb.functional, "fill", _nothing))
+        patches.enter_context(mock.patch.object(bnb.functional, "prefetch_tensor", _nothing))
         yield
+
+
+def _paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    tensor: Any = torch.empty(shape, dtype=dtype, device="cpu")
+    tensor.is_paged, tensor.page_deviceid = True, device.index
+    return tensor  # type: ignore[no-any-return]
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Calls into the CUDA library that no tensor comes of."""
 
 
 def _code_book(*_: object, **__: object) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""Predict a list of jobs in one fresh process, which loads the empty device before torch: `python -m tests.predicting`.
+
+Jobs come as JSON on standard input, their records go as JSON to standard output, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from hpc_core.launch.protocol import Job
+from hpc_core.record import Record
+from hpc_core.spec import Case
+
+__all__ = ["GPU", "predicted", "values"]
+
+ROOT = Path(__file__).parent.parent
+GPU = "H100 80GB HBM3"
+
+
+def predicted(cases: Sequence[Case], gpu: str = GPU, timeout_s: float = 300.0) -> list[Record]:
+    """The records of these cases' predictions, all made by one process one after another."""
+    jobs = msgspec.json.encode([Job(case=case, predict=gpu) for case in cases])
+    command = [sys.executable, "-m", "tests.predicting"]
+    done = subprocess.run(command, input=jobs, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode()
+    return msgspec.json.decode(done.stdout, type=list[Record])
+
+
+def values(record: Record) -> dict[str, float | int]:
+    """The numbers of a record that must be there."""
+    assert record.failure is None, f"{record.case.id}: {record.failure.message}\n{record.failure.detail}"
+    return {name: metric.value for name, metric in record.metrics.items()}
+
+
+def _serve() -> None:
+    from hpc_core.predict import shim
+
+    shim.load()
+    from hpc_core.worker import run_job
+
+    jobs = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Job])
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # what libraries print is none of the answer
+        out.write(msgspec.json.encode([run_job(job, lambda _: None) for job in jobs]))
+
+
+if __name__ == "__main__":
+    _serve()

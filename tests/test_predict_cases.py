@@ -1,0 +1,144 @@
+"""Prediction runs on every kind of case, and its bytes are those of the closed forms. All on a tiny model, many to a process."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from hpc_core.cases import TINY, generate, tiny
+from hpc_core.physics import expected_bytes, impossible
+from hpc_core.physics.floors import train_floor
+from hpc_core.record import Record, record_from_json, record_to_json
+from hpc_core.spec import Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+from tests.predicting import predicted, values
+
+pytestmark = pytest.mark.slow
+
+_BY_VARIANT = {case.id.partition("/")[2]: case for case in TINY}
+FULL, LORA, QLORA = (_BY_VARIANT[name] for name in ("full-bf16", "lora", "qlora"))
+_TRACE = DataSpec(source="trace", name="wikitext2", rows=64)
+_NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
+
+MORE: tuple[Case, ...] = (
+    FULL.vary("full-reentrant", checkpointing="reentrant"),
+    FULL.vary("full-eager", attention="eager"),
+    FULL.vary("full-autocast", precision="autocast-bf16", model_dtype="float32"),
+    FULL.vary("full-foreach", optimizer="adamw-foreach"),
+    FULL.vary("full-8bit", optimizer="adamw-8bit"),
+    FULL.vary("full-paged", optimizer="adamw-paged-8bit"),
+    LORA.vary("lora-reentrant", checkpointing="reentrant"),
+    LORA.vary("lora-autocast", precision="autocast-bf16"),
+    LORA.vary("lora-foreach", optimizer="adamw-foreach"),
+    LORA.vary("lora-8bit-everywhere", optimizer="adamw-8bit", rank=32, targets=("q_proj", "up_proj", "down_proj")),
+    LORA.vary("lora-padded-eager", attention="eager", data=_TRACE, padding="longest", steps=2),
+    QLORA.vary("qlora-prepare-reentrant", prepare=True, checkpointing="reentrant"),
+    QLORA.vary("qlora-prepare-non-reentrant", prepare=True, checkpointing="non-reentrant"),
+    QLORA.vary("qlora-prepare-autocast", prepare=True, precision="autocast-bf16"),
+    QLORA.vary("qlora-fp4", quantization=QuantSpec(kind="fp4", compute_dtype="bfloat16")),
+    QLORA.vary("qlora-dq", double_quant=True),
+    QLORA.vary("qlora-int8", quantization=QuantSpec(kind="int8", compute_dtype="float16")),
+    QLORA.vary("qlora-padded", data=_TRACE, padding="longest", steps=2),
+    generate(tiny, variant="generate-batch", batch=3, prompts=2, prompt_length=None, new_tokens=6, data=_TRACE),
+    generate(tiny, variant="generate-no-cache", batch=2, prompts=1, prompt_length=16, new_tokens=4, cache="off"),
+    generate(
+        ModelSpec(shape="tiny", attention="eager"),
+        variant="generate-eager",
+        prompts=1,
+        prompt_length=16,
+        new_tokens=4,
+    ),
+    generate(tiny, variant="generate-two", prompts=1, prompt_length=16, new_tokens=2),
+    generate(
+        tiny,
+        variant="generate-fp4",
+        quantization=QuantSpec(kind="fp4", compute_dtype="float32"),
+        prompts=1,
+        prompt_length=16,
+        new_tokens=4,
+    ),
+)
+CASES = {case.id: case for case in (*TINY, *MORE)}
+
+
+def _many(cases: Sequence[Case]) -> dict[str, Record]:
+    return {record.case.id: record for record in predicted(cases)}
+
+
+@functools.cache
+def _all() -> dict[str, Record]:
+    with ThreadPoolExecutor(2) as pool:
+        halves = pool.map(_many, (TINY, MORE))
+        return {name: record for half in halves for name, record in half.items()}
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_a_prediction_is_a_sound_record(case_id: str) -> None:
+    """It comes out valid, passes the laws of physics, equals its JSON, and has bytes, counts and FLOPs but no times."""
+    record = _all()[case_id]
+    seen = values(record)
+    assert (record.status, record.reasons) == ("ok", ())
+    assert impossible(record) == ()
+    assert record_from_json(record_to_json(record)) == record
+    assert all(seen[name] > 0 for name in ("peak_bytes", "reserved_bytes", "operators", "kernels", "flops"))
+    assert {metric.noise for metric in record.metrics.values()} == {"exact"}
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_what_a_case_holds_is_as_the_closed_forms_say(case_id: str) -> None:
+    """Weights, adapter and optimizer state to the byte; all of it and the gradients are there when the optimizer begins."""
+    record = _all()[case_id]
+    seen, expected = values(record), expected_bytes(CASES[case_id])
+    for name in ("weights_bytes", "adapter_weights_bytes", "optimizer_bytes"):
+        assert seen.get(name) == expected.get(name), name
+    held = {name: size for name, size in expected.items() if name != "optimizer_bytes" or "paged" not in case_id}
+    last = "peak_decode_bytes" if "generate" in case_id else "peak_optimizer_bytes"
+    assert seen[last] >= sum(held.values())
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_memory_adds_up(case_id: str) -> None:
+    """Categories and rounding add up to the peak, the peak is the highest phase, and no more is in use than is reserved."""
+    seen = values(_all()[case_id])
+    categories = sum(value for name, value in seen.items() if name.startswith("at_peak_"))
+    phases = {name: value for name, value in seen.items() if name in _PHASE_PEAKS}
+    assert categories == seen["peak_bytes"] == max(phases.values())
+    assert seen["peak_requested_bytes"] <= seen["peak_bytes"] <= seen["reserved_bytes"]
+
+
+_PHASE_PEAKS = {f"peak_{phase}_bytes" for phase in ("forward", "backward", "optimizer", "prefill", "decode")}
+
+
+@pytest.mark.parametrize("case_id", [name for name, case in CASES.items() if isinstance(case.workload, FinetuneSpec)])
+def test_training_computes_at_least_its_products(case_id: str) -> None:
+    """FLOPs of the first step are no fewer than those that the shape needs in any implementation."""
+    case, record = CASES[case_id], _all()[case_id]
+    assert isinstance(case.workload, FinetuneSpec)
+    positions = case.workload.batch * case.workload.length
+    floor = train_floor(case, positions)
+    assert floor is not None
+    if record.metrics["flops"].unit == "FLOP" and case.workload.data.source == "random":
+        assert floor.flops <= values(record)["flops"] < 2.5 * floor.flops
+
+
+def test_paged_optimizer_state_lies_outside_the_allocator() -> None:
+    """State of at least 100,000 numbers is managed memory: part of the optimizer's bytes, and of no peak."""
+    plain, paged = (values(_all()[f"tiny/{name}"]) for name in ("full-8bit", "full-paged"))
+    shape = FULL.model.sizes if FULL.model is not None else None
+    assert shape is not None
+    table = shape.vocab_size * shape.hidden_size
+    assert table >= 100_000 > shape.intermediate_size * shape.hidden_size
+    assert paged["optimizer_bytes"] == plain["optimizer_bytes"]
+    assert plain["at_peak_optimizer_bytes"] - paged["at_peak_optimizer_bytes"] == 2 * table
+    assert plain["peak_bytes"] - paged["peak_bytes"] == 2 * table
+    assert paged["operators"] == plain["operators"]
+
+
+def test_a_cache_grows_by_keys_and_values_alone() -> None:
+    """Generation without a cache computes more and holds no keys and values."""
+    kept, off = (_all()[f"tiny/generate-{name}"] for name in ("batch", "no-cache"))
+    assert isinstance(off.case.workload, GenerateSpec)
+    assert "at_peak_kv_cache_bytes" in kept.metrics
+    assert "at_peak_kv_cache_bytes" not in off.metrics
