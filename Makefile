@@ -42,7 +42,7 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 	$(BIN)/python -m pytest --benchmark bench/test_predicted.py --perf-predict all $(ARGS)
 
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it?
 	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)

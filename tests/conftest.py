@@ -11,3 +11,10 @@ pytest_plugins = ["pytester"]
 def no_data_sets_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of data sets that the developer's shell names would answer where a test expects the hub, or its absence."""
     monkeypatch.delenv("HPC_CORE_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_worker_of_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite that a test runs is a run of its own: as a worker's child, pytest-benchmark would take no samples."""
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+        monkeypatch.delenv(name, raising=False)

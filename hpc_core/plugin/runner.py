@@ -40,12 +40,8 @@ class Runner:
         self._ceilings: dict[str, float] | None = None
         inline = settings.way == "inline"
         self._launcher = Launcher(settings.way, on_event=lambda _, event: self._heard(event), debug=inline)
-        # Never inline: the empty CUDA device must be there before torch is imported.
-        self._predicting = Launcher(
-            "warm" if settings.way == "inline" else settings.way,
-            on_event=lambda _, event: self._heard(event),
-            environment={FAKE_CUDA: "1"},
-        )
+        self._predicting: Launcher | None = None
+        """Made with the first prediction: its parent is another than that of cases that run."""
 
     def _heard(self, event: Event) -> None:
         if isinstance(event, Phase):
@@ -78,9 +74,17 @@ class Runner:
         """
         with self._progress.case(case.id):
             self._progress.phase("preload")
-            self._predicting.prepare()
-            record = self._predicting.run(Job(case=case, predict=gpu, fault=self._settings.fault))
+            launcher = self._predicting_launcher()
+            launcher.prepare()
+            record = launcher.run(Job(case=case, predict=gpu, fault=self._settings.fault))
         return self._judged(record, command)
+
+    def _predicting_launcher(self) -> Launcher:
+        if self._predicting is None:
+            # Never inline: the empty CUDA device must be there before torch is imported.
+            way = "warm" if self._settings.way == "inline" else self._settings.way
+            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), environment={FAKE_CUDA: "1"})
+        return self._predicting
 
     def run_bare(self, case: Case, step: Callable[[], Any], command: str) -> Row:
         """Measure a bare callable in this process, and judge it."""
@@ -136,7 +140,8 @@ class Runner:
     def close(self) -> None:
         """Leave no process and no live line. May be called again."""
         self._launcher.close()
-        self._predicting.close()
+        if self._predicting is not None:
+            self._predicting.close()
         self._progress.close()
 
 
