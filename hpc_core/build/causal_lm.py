@@ -96,7 +96,9 @@ def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Modul
                 config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention
             )
     except ValueError as error:
-        raise BuildError(f"transformers makes no causal language model of {spec.path or spec.shape}: {error}") from error
+        raise BuildError(
+            f"transformers makes no causal language model of {spec.path or spec.shape}: {error}"
+        ) from error
     assert isinstance(model, torch.nn.Module)
     # Drawn anew, each by its name: the audit can then draw any of them again, whatever order transformers fills them in.
     draw_weights(model, spec.seed)

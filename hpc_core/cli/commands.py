@@ -13,10 +13,10 @@ import typer
 import hpc_core
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
-from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
-from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
+from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
+from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.running import read_record, run_case, write_whole
 from hpc_core.cli.trial_table import markdown, summary
@@ -29,8 +29,8 @@ from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
-from hpc_core.store import Baseline, find
 from hpc_core.spec import ModelSpec, case_to_json
+from hpc_core.store import Baseline, find
 
 __all__ = ["app"]
 
