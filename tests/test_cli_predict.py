@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sysconfig
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,11 +15,13 @@ import hpc_core
 from hpc_core.cases import catalogue
 from hpc_core.cli import predict as command
 from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
+from hpc_core.cli.own_model import case_of_model, context_length
 from hpc_core.errors import PredictError, SpecError
 from hpc_core.gpus import gpu_named
 from hpc_core.record import Failure, Machine, Record, record_from_json
 from hpc_core.report.prediction import prediction_block, sweep_table
-from hpc_core.spec import Case, FinetuneSpec
+from hpc_core.shapes import SHAPES
+from hpc_core.spec import Case, FinetuneSpec, ModelSpec
 from tests.strategies import a_case, a_record, around, counted, peak
 from tests.test_cli import run
 
@@ -35,6 +38,20 @@ def predicted_record(case: Case, gpu: str, peak_bytes: int) -> Record:
     metrics |= {"flops": counted(10**12, unit="FLOP"), "kernels": counted(50, unit="1 per 10 steps")}
     where = Machine(key="predicted", name=card.name, memory_bytes=card.memory_bytes)
     return a_record(metrics, case=case, circumstances=around(where, gpu={"torch": "a CPU build"}))
+
+
+def tiny_config() -> dict[str, Any]:
+    """The configuration of the shape `tiny`, as a model's folder would hold it."""
+    said = msgspec.to_builtins(SHAPES["tiny"])
+    names: tuple[str, ...] = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    names += ("head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    return {"model_type": said["architecture"]} | {name: said[name] for name in names}
 
 
 @pytest.fixture
@@ -70,9 +87,15 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         (["tiny/lora-padded", "--fit", "length"], "bring their own lengths"),
         (["tiny/generate-bf16", "--fit", "rank"], "that can be fitted: batch, prompt_length, new_tokens"),
         (["tiny/lora", "--margin", "much"], "--margin 'much' is no size"),
+        ([], "Say either a case"),
+        (["tiny/lora", "--model", "x"], "Say either a case"),
+        (["tiny/lora", "--method", "full"], "--method belongs to --model"),
+        (["--model", "./nowhere"], "no such folder or file, and no hub id"),
+        (["--model", "/"], "the folder holds no config.json"),
+        (["tiny/lora", "--batch", "2", "--set", "batch=3"], "batch is said twice"),
         (["tiny/lora", "--margin", "90GiB"], "leaves nothing of H100 80GB HBM3's 79.65 GiB"),
     ],
-    ids=lambda value: "-".join(value[1:]) if isinstance(value, list) else "",
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad input: exit code 2, one line that names it and what to say instead, and nothing is predicted."""
@@ -194,6 +217,34 @@ def test_what_has_no_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]
     assert err.count("\n") == 1
     with pytest.raises(PredictError, match="static cache"):
         hpc_core.predicted(catalogue()["tiny/generate-bf16"].vary("static", cache="static"))
+
+
+@predicts
+@pytest.mark.slow
+def test_any_model_by_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with nothing but a config.json of a known shape is predicted as that shape is, to the byte and the kernel."""
+    (tmp_path / "My Model").mkdir()
+    (tmp_path / "My Model" / "config.json").write_text(json.dumps(tiny_config()))
+    asked = ["--batch", "2", "--length", "64", "--set", "steps=5", "--json"]
+    assert run("predict", "--model", tmp_path / "My Model", "--method", "lora", *asked) == 0
+    own = record_from_json(capsys.readouterr().out)
+    assert own.case.id == "my-model/lora+batch-2+length-64+steps-5"
+    assert own.case.model == ModelSpec(weights="config", path=str(tmp_path / "My Model"))
+    assert own.metrics == hpc_core.predicted(catalogue()["tiny/lora"]).metrics
+
+
+def test_the_case_of_a_model(tmp_path: Path) -> None:
+    """A hub id need not be here; the context that a local configuration says bounds --fit length."""
+    hub = case_of_model("some-owner/Some-Model-8B", "qlora")
+    assert (hub.id, hub.quantization is not None) == ("some-model-8b/qlora", True)
+    assert hub.model == ModelSpec(weights="config", path="some-owner/Some-Model-8B")
+    assert context_length(hub.model) is None
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config()))
+    local = case_of_model(str(file), "generate")
+    assert local.kind == "generate"
+    assert local.model is not None
+    assert context_length(local.model) == 2048
 
 
 def test_a_wrong_gpu_in_python_starts_no_process() -> None:

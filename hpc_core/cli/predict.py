@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,7 @@ from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_chan
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.known import Files, known_case
+from hpc_core.cli.own_model import Way, case_of_model, context_length
 from hpc_core.errors import PredictError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.gpus import DEFAULT, GPUS, gpu_named
@@ -34,7 +36,13 @@ _MARGIN_IS = "for the CUDA context (about 0.5 GiB) and for fragmentation, which 
 
 
 def predict(
-    case: Annotated[str, typer.Argument(help="A whole id, such as llama-3.2-3b/qlora.")],
+    case: Annotated[str | None, typer.Argument(help="A whole id, such as llama-3.2-3b/qlora; or --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a case: a folder with a config.json, such a file, or a hub id.")
+    ] = None,
+    method: Annotated[Way | None, typer.Option(help="What to do with --model; lora if not said.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Short for --set batch=N.")] = None,
+    length: Annotated[int | None, typer.Option(help="Short for --set length=N; of the prompt, for generation.")] = None,
     gpu: Annotated[str, typer.Option(help=f"For which GPU: {', '.join(GPUS)}, or a part of a name.")] = DEFAULT,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field: --set batch=8; repeatable.")
@@ -51,7 +59,8 @@ def predict(
     card, kept = gpu_named(gpu), bytes_said("--margin", margin)
     if kept >= card.memory_bytes:
         raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
-    asked = with_changes(known_case(case, cases), changes_said(changes or []))
+    base = _base(case, model, method, cases)
+    asked = with_changes(base, _short(base, batch, length, changes_said(changes or [])))
     if sweep is not None:
         _sweep(asked, sweep, card.name, kept, as_json=as_json)
     elif fit is not None:
@@ -59,6 +68,35 @@ def predict(
     else:
         with predicting_launcher() as launcher:
             _one(prediction(launcher, asked, gpu=card.name), kept, as_json=as_json)
+
+
+def _base(case: str | None, model: str | None, method: Way | None, files: list[Path] | None) -> Case:
+    """The case that is asked about, before any change.
+
+    Raises:
+        SpecError: none is named, or two are.
+    """
+    if (case is None) == (model is None):
+        raise SpecError("Say either a case, such as tiny/lora (hpc-core cases lists them), or --model PATH_OR_HUB_ID.")
+    if model is not None:
+        return case_of_model(model, method or "lora")
+    if method is not None:
+        raise SpecError(f"--method belongs to --model: {case} has its own.")
+    assert case is not None
+    return known_case(case, files)
+
+
+def _short(case: Case, batch: int | None, length: int | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, with those that have an option of their own.
+
+    Raises:
+        SpecError: one is said twice.
+    """
+    name = "prompt_length" if case.kind == "generate" else "length"
+    said = {field: value for field, value in (("batch", batch), (name, length)) if value is not None}
+    if twice := [field for field in said if field in changes]:
+        raise SpecError(f"{twice[0]} is said twice: by its own option and by --set.")
+    return said | changes
 
 
 def _one(record: Record, kept: int, *, as_json: bool) -> None:
@@ -167,8 +205,9 @@ def _most(case: Case, field: str) -> int:
     """Where the search ends: a length at the model's context, if it is known here."""
     if field not in _LENGTHS:
         return _MOST
-    shape = None if case.model is None else case.model.sizes
-    return _LONGEST if shape is None else shape.max_position_embeddings
+    assert case.model is not None
+    shape = case.model.sizes
+    return (context_length(case.model) or _LONGEST) if shape is None else shape.max_position_embeddings
 
 
 def _told(what: str, launcher: Launcher, case: Case, gpu: str) -> Record:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -55,6 +55,7 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         # autocast asks for a GPU that is not there and would switch itself off.
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", _always(gpu.capability)))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
@@ -69,6 +70,10 @@ def _no(*_: object) -> bool:  # not mock's own: that keeps what it was called wi
 
 def _yes(*_: object, **__: object) -> bool:
     return True
+
+
+def _always(value: object) -> Callable[..., object]:
+    return lambda *_: value
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
