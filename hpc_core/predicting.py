@@ -15,29 +15,29 @@ from hpc_core.spec import Case
 __all__ = ["predicted", "predicting_launcher", "prediction", "why_not"]
 
 
-def predicted(case: Case, *, gpu: str = DEFAULT) -> Record:
+def predicted(case: Case, *, gpu: str = DEFAULT, timeline: bool = False) -> Record:
     """What a case would take on a GPU that need not be there: bytes, FLOPs and counts, from a process that takes seconds.
 
     `gpu` is the name of a kind of GPU, or an unambiguous part of it ("4090"). The record is "invalid" where what would run
-    is not what the case asks for; its `reasons` say what.
+    is not what the case asks for; its `reasons` say what. With `timeline` it also holds the memory over the step.
 
     Raises:
         PredictError: no such kind of GPU, or the case cannot be predicted; the message says why.
     """
     with predicting_launcher() as launcher:
-        record = prediction(launcher, case, gpu=gpu)
+        record = prediction(launcher, case, gpu=gpu, timeline=timeline)
     if record.failure is not None:
         raise PredictError(why_not(record))
     return record
 
 
-def prediction(launcher: Launcher, case: Case, *, gpu: str) -> Record:
+def prediction(launcher: Launcher, case: Case, *, gpu: str, timeline: bool = False) -> Record:
     """One prediction by this launcher; one that fails is a failed record.
 
     Raises:
         PredictError: no kind of GPU, or several, are called so.
     """
-    return launcher.run(Job(case=case, predict=gpu_named(gpu).name))
+    return launcher.run(Job(case=case, predict=gpu_named(gpu).name, timeline=timeline))
 
 
 def predicting_launcher(*, several: bool = False) -> Launcher:

@@ -59,7 +59,7 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Predictions without workers: 2 GiB and one for each row of the batch. Holds the cases that were asked for."""
     asked: list[Case] = []
 
-    def prediction(_: Any, case: Case, *, gpu: str) -> Record:
+    def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False) -> Record:
         asked.append(case)
         assert isinstance(case.workload, FinetuneSpec)
         return predicted_record(case, gpu, (2 + case.workload.batch) * GIB)
@@ -87,6 +87,10 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         (["tiny/lora-padded", "--fit", "length"], "bring their own lengths"),
         (["tiny/generate-bf16", "--fit", "rank"], "that can be fitted: batch, prompt_length, new_tokens"),
         (["tiny/lora", "--margin", "much"], "--margin 'much' is no size"),
+        (["tiny/lora", "--plot", "m.txt"], "say what to draw by its suffix: .svg, .png, .pdf"),
+        (["tiny/lora", "--plot", "m.svg", "--fit", "batch"], "--plot draws one prediction"),
+        (["tiny/lora", "--over", "m.json"], "say --plot memory.svg too"),
+        (["tiny/lora", "--plot", "m.svg", "--over", "nowhere.json"], "nowhere.json: No such file"),
         ([], "Say either a case"),
         (["tiny/lora", "--model", "x"], "Say either a case"),
         (["tiny/lora", "--method", "full"], "--method belongs to --model"),
@@ -199,11 +203,16 @@ def test_what_does_not_fit_is_said_first() -> None:
 def test_three_lines_of_python_and_the_command_agree(capsys: pytest.CaptureFixture[str]) -> None:
     """`hpc_core.predicted` gives the record that `hpc-core predict --json` prints, with the peak where the README says."""
     record = hpc_core.predicted(catalogue()["tiny/lora"], gpu="RTX 4090")
-    assert run("predict", "tiny/lora", "--gpu", "RTX 4090", "--json") == 0
+    assert run("predict", "tiny/lora", "--gpu", "RTX 4090", "--json", "--timeline") == 0
     printed = capsys.readouterr().out
     assert json.loads(printed)["metrics"]["peak_bytes"]["value"] == record.metrics["peak_bytes"].value > 10 * 2**20
     assert record_from_json(printed).metrics == record.metrics
     assert record.circumstances.machine.name == "RTX 4090"
+    over_the_step = record_from_json(printed).timeline
+    assert record.timeline is None
+    assert over_the_step is not None
+    assert over_the_step.phases == ("forward", "backward", "optimizer")
+    assert max(over_the_step.totals) == record.metrics["peak_requested_bytes"].value
 
 
 @predicts

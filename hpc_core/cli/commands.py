@@ -79,10 +79,11 @@ def run_one(
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, instead of a table.")] = False,
     launch: Annotated[Literal["warm", "exec", "inline"], typer.Option(help="How the worker is started.")] = "exec",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    timeline: Annotated[bool, typer.Option("--timeline", help="Keep memory over the step in the record.")] = False,
     cases: Files = None,
 ) -> None:
     """Run one case and show what was measured; nothing is judged. Exit code 1: invalid, 11: the run broke."""
-    record = run_case(launch, known_case(case, cases), device)
+    record = run_case(launch, known_case(case, cases), device, timeline=timeline)
     if as_json:
         say(record_to_json(record, indent=2).decode())
     else:

@@ -13,12 +13,14 @@ from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.known import Files, known_case
 from hpc_core.cli.own_model import Way, case_of_model, context_length
+from hpc_core.cli.running import read_record
 from hpc_core.errors import PredictError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.launch.launcher import Launcher
 from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record import Record, record_to_json
+from hpc_core.report.memory_plot import check_plot, draw_memory
 from hpc_core.report.prediction import fits, prediction_block, sweep_table
 from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
 
@@ -50,12 +52,20 @@ def predict(
     sweep: Annotated[str | None, typer.Option(help="One row a value: --sweep batch=1,2,4,8.")] = None,
     fit: Annotated[str | None, typer.Option(help="Find the largest batch or length that fits the card.")] = None,
     margin: Annotated[str, typer.Option(help=f"Memory of the card to keep free, {_MARGIN_IS}.")] = "1GiB",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory over the step into this file: .svg, .png or .pdf.")
+    ] = None,
+    over: Annotated[
+        Path | None, typer.Option(help="A record to draw over it, such as one by run --timeline --json.")
+    ] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Keep memory over the step in the record.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, one a line for a sweep.")] = False,
     cases: Files = None,
 ) -> None:
     """Predict memory, FLOPs and kernels of a case on a GPU, without one. Exit code 1: it does not fit or is invalid, 11: it broke."""
     if sweep is not None and fit is not None:
         raise SpecError("--sweep and --fit are two questions: ask one at a time.")
+    drawn = _drawing(plot, over, alone=sweep is None and fit is None)
     card, kept = gpu_named(gpu), bytes_said("--margin", margin)
     if kept >= card.memory_bytes:
         raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
@@ -67,7 +77,30 @@ def predict(
         _fit(asked, fit, card.name, kept, as_json=as_json)
     else:
         with predicting_launcher() as launcher:
-            _one(prediction(launcher, asked, gpu=card.name), kept, as_json=as_json)
+            record = prediction(launcher, asked, gpu=card.name, timeline=timeline or plot is not None)
+        if plot is not None:
+            draw_memory(_answered(record), plot, drawn)
+        _one(record, kept, as_json=as_json)
+
+
+def _drawing(plot: Path | None, over: Path | None, *, alone: bool) -> Record | None:
+    """The record to be drawn over the plot, if there is one; whatever is wrong with either is found before anything is predicted.
+
+    Raises:
+        SpecError: a plot of several predictions, a record over no plot or without a timeline, no such file.
+        MissingLibraryError: matplotlib is not installed.
+    """
+    if plot is None:
+        if over is not None:
+            raise SpecError("--over draws over a plot: say --plot memory.svg too.")
+        return None
+    if not alone:
+        raise SpecError("--plot draws one prediction: drop --sweep and --fit.")
+    check_plot(plot)
+    record = None if over is None else read_record(over)
+    if record is not None and record.timeline is None:
+        raise SpecError(f"{over} holds no timeline: make it with hpc-core run CASE --timeline --json.")
+    return record
 
 
 def _base(case: str | None, model: str | None, method: Way | None, files: list[Path] | None) -> Case:
