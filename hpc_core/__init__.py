@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hpc_core.limits import GiB, Limits, MiB
     from hpc_core.plugin.cases import perf_cases
     from hpc_core.plugin.predicting import predicted_cases
+    from hpc_core.predicting import predicted
     from hpc_core.record import Metric, Record
     from hpc_core.spec import (
         AdapterSpec,
@@ -30,6 +31,7 @@ _HOMES = {
     "hpc_core.limits": ("GiB", "Limits", "MiB"),
     "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.plugin.predicting": ("predicted_cases",),
+    "hpc_core.predicting": ("predicted",),
     "hpc_core.record": ("Metric", "Record"),
     "hpc_core.spec": (
         "AdapterSpec",
@@ -60,6 +62,7 @@ __all__ = [
     "Record",
     "__version__",
     "perf_cases",
+    "predicted",
     "predicted_cases",
 ]
 

@@ -14,6 +14,12 @@ __all__ = ["AdapterSpec", "DataSpec", "Dtype", "ModelSpec", "QuantSpec"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _PACKAGE_DATA = "package://"
+_PATHS = {
+    "folder": "a local folder",
+    "hub": "a hub id",
+    "gguf": "a GGUF file",
+    "config": "a folder with a config.json, such a file, or a hub id",
+}
 
 
 class ModelSpec(Strict, frozen=True, kw_only=True):
@@ -23,13 +29,20 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     """A name from `hpc_core.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
     layers: int | None = None
     """Only so many decoder layers of the shape, each at its full width: a short stand-in for the whole. None takes all."""
-    weights: Literal["random", "folder", "hub", "gguf"] = "random"
+    weights: Literal["random", "folder", "hub", "gguf", "config"] = "random"
+    """config: random ones, in the shape that a model's `config.json` says; enough to predict it, or to time it."""
     path: str | None = None
-    """Local folder, hub id or GGUF file; `package://module/file.gguf` names a file that an installed package carries."""
+    """Local folder, hub id or GGUF file; `package://module/file.gguf` names a file that an installed package carries.
+    For weights="config" a folder with a config.json, such a file, or a hub id."""
     dtype: Dtype = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
     seed: int = 0
     """Seed of random weights."""
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its weights are random, and so mean nothing."""
+        return self.weights in ("random", "config")
 
     def __post_init__(self) -> None:
         """Random weights need a shape, real ones a path.
@@ -50,7 +63,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
                 f"layers={self.layers}: {self.shape} has {whole.num_hidden_layers}; say 1 to {whole.num_hidden_layers - 1}, or leave it out for all.",
             )
         else:
-            refuse(not self.path, f"weights={self.weights!r} needs path=, a local folder, hub id or GGUF file.")
+            refuse(not self.path, f"weights={self.weights!r} needs path=, {_PATHS[self.weights]}.")
             refuse(self.shape is not None, f"weights={self.weights!r} brings its own shape: drop shape={self.shape!r}.")
             refuse(
                 self.layers is not None, f"weights={self.weights!r} brings its own layers: drop layers={self.layers}."

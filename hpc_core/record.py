@@ -18,6 +18,7 @@ __all__ = [
     "Fact",
     "Failure",
     "Machine",
+    "MemoryTimeline",
     "Metric",
     "Record",
     "record_from_json",
@@ -127,6 +128,32 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class MemoryTimeline(_Seen, frozen=True, kw_only=True):
+    """Live bytes of one step by category, at some hundred of its events; as asked for, without the allocator's rounding."""
+
+    phases: tuple[str, ...]
+    events: tuple[int, ...]
+    """Allocations and frees since the step began, one number a sample."""
+    phase: tuple[int, ...]
+    """Index of the phase that each sample lies in; -1 before the first."""
+    bytes_by_category: dict[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        """Columns of one length.
+
+        Raises:
+            SpecError: they differ, or a sample's phase is none.
+        """
+        lengths = {len(self.events), len(self.phase), *map(len, self.bytes_by_category.values())}
+        if len(lengths) > 1 or any(not -1 <= index < len(self.phases) for index in self.phase):
+            raise SpecError(f"A timeline has one phase and one value a category for each event, got {sorted(lengths)}.")
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """Live bytes of all categories, a sample each."""
+        return tuple(map(sum, zip(*self.bytes_by_category.values(), strict=True))) or (0,) * len(self.events)
+
+
 class Record(_Seen, frozen=True, kw_only=True):
     """What was seen when a case ran."""
 
@@ -141,6 +168,8 @@ class Record(_Seen, frozen=True, kw_only=True):
     """Why the record is invalid, one sentence each."""
     makers_at_peak: dict[str, int] = {}
     """Bytes alive at the highest point by "category operator", the largest; where operators are watched, as in a prediction."""
+    timeline: MemoryTimeline | None = None
+    """Memory over the step that gave the categories, where it was asked for."""
     losses: tuple[float, ...] = ()
     """Loss of every step, from the first, in order."""
     answers: tuple[str, ...] = ()

@@ -14,7 +14,7 @@ from hpc_core.errors import SpecError
 if TYPE_CHECKING:
     from hpc_core.spec import Case
 
-__all__ = ["varied"]
+__all__ = ["changed", "varied"]
 
 _PARTS = ("model", "quantization", "adapter", "workload")
 
@@ -24,6 +24,18 @@ def varied(case: Case, variant: str, changes: dict[str, Any]) -> Case:
 
     Raises:
         SpecError: an unknown or ambiguous field, or nothing changed.
+    """
+    new = changed(case, variant, changes)
+    if new.digest == case.digest and (new.timeout_s, new.limits) == (case.timeout_s, case.limits):
+        raise SpecError(f"{new.id} runs exactly what {case.id} runs: a variant must change something.")
+    return new
+
+
+def changed(case: Case, variant: str, changes: dict[str, Any]) -> Case:
+    """As `varied`, for changes that may also say what is so already.
+
+    Raises:
+        SpecError: an unknown or ambiguous field.
     """
     values = {name: getattr(case, name) for name in case.__struct_fields__}
     nested: dict[str, dict[str, Any]] = {}
@@ -39,10 +51,7 @@ def varied(case: Case, variant: str, changes: dict[str, Any]) -> Case:
     for part, fields in nested.items():
         values[part] = _replaced(values[part], fields)
     values["id"] = f"{case.id.partition('/')[0]}/{variant}"
-    new = type(case)(**values)
-    if new.digest == case.digest and (new.timeout_s, new.limits) == (case.timeout_s, case.limits):
-        raise SpecError(f"{new.id} runs exactly what {case.id} runs: a variant must change something.")
-    return new
+    return type(case)(**values)
 
 
 def _replaced(part: Any, fields: dict[str, Any]) -> Any:

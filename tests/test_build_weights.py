@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hpc_core.audit import value_facts
 from hpc_core.build import build
 from hpc_core.build.causal_lm import causal_lm, gguf_file, model_config, tokenizer_of
 from hpc_core.build.libraries import library
@@ -219,3 +221,47 @@ def test_fewer_layers_of_a_shape_keep_their_width() -> None:
     assert model.state_dict()["model.layers.1.mlp.up_proj.weight"].shape == (
         whole.state_dict()["model.layers.1.mlp.up_proj.weight"].shape
     )
+
+
+def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
+    """A config.json, in its folder or alone, draws the very weights that its shape draws; no weights are read, and no tokenizer."""
+    (saved / "model.safetensors").unlink()
+    for path in (saved, saved / "config.json"):
+        spec = ModelSpec(weights="config", path=str(path))
+        model = causal_lm(spec, CPU)
+        pairs = zip(causal_lm(tiny, CPU).named_parameters(), model.named_parameters(), strict=True)
+        assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in pairs)
+        assert tokenizer_of(spec) is None
+
+
+def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
+    """It is quantized in place like any drawn model, and the audit finds every weight as drawn."""
+    case = finetune(ModelSpec(weights="config", path=str(saved)), qlora(), scale="tiny")
+    notes: list[str] = []
+    facts = value_facts(case, build(case, CPU).model, notes)
+    assert facts["weights"].holds
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, "cannot be had"),
+        ({"model_type": "no-such-model"}, "cannot be had"),
+        ({"model_type": "vit"}, "no causal language model"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"stored quantized \(gptq\)",
+        ),
+        (None, "holds no config.json"),
+    ],
+    ids=["empty", "unknown", "no-language", "quantized", "none"],
+)
+def test_a_configuration_that_cannot_be_built_is_refused(
+    said: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    """Each with its reason, and none with a traceback of a library."""
+    if said is not None:
+        (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises((DataError, BuildError), match=message):
+        causal_lm(ModelSpec(weights="config", path=str(tmp_path)), CPU)

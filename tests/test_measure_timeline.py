@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.measure.timeline import CATEGORIES, Allocation, Timeline
@@ -119,3 +119,35 @@ def test_who_owns_what_nobody_claimed() -> None:
     )
     seen = {name: value for name, value in timeline.at_peak().items() if value}
     assert seen == {"other": 1, "activations": 10 + 10_000, "temporaries": 100, "weights": 1000}
+
+
+@given(timelines(), st.integers(7, 30))
+def test_samples_keep_the_peak_and_add_nothing(timeline: Timeline, most: int) -> None:
+    """No more points than asked for, each a moment that was, the highest among them the peak with its categories."""
+    sampled = timeline.sampled(PHASES, most)
+    assert len(sampled.events) <= most
+    assert list(sampled.events) == sorted(set(sampled.events))
+    assert sampled.totals == tuple(_live(timeline, event) for event in sampled.events)
+    when, peak = timeline.peak()
+    assert max(sampled.totals) == peak
+    if peak:
+        at = sampled.events.index(when)
+        assert {name: column[at] for name, column in sampled.bytes_by_category.items() if column[at]} == {
+            name: size for name, size in timeline.at_peak().items() if size
+        }
+
+
+@given(st.lists(st.integers(1, 1000), min_size=500, max_size=1000))
+@settings(max_examples=10)
+def test_a_long_timeline_becomes_few_points(sizes: list[int]) -> None:
+    """Thousands of temporaries, each freed before the next: 400 points at most, the first of each phase and the peak among them."""
+    third = len(sizes) // 3 + 1
+    pieces = [
+        Allocation(size_bytes=size, born=2 * at + 1, phase=at // third, died=2 * at + 2, died_in=at // third)
+        for at, size in enumerate(sizes)
+    ]
+    sampled = Timeline(pieces).sampled(PHASES)
+    assert 390 <= len(sampled.events) <= 400
+    assert max(sampled.totals) == max(sizes)
+    assert {1, 2 * third + 1, 4 * third + 1} <= set(sampled.events)
+    assert set(sampled.bytes_by_category) == {"temporaries"}

@@ -176,6 +176,8 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(shape="tiny", layers=0), "say 1 to 2"),
     (lambda: ModelSpec(weights="hub", path="a/b", layers=2), "brings its own layers"),
     (lambda: ModelSpec(weights="folder"), "weights='folder' needs path="),
+    (lambda: ModelSpec(weights="config"), "weights='config' needs path=, a folder with a config.json"),
+    (lambda: ModelSpec(weights="config", path="a/b", shape="tiny"), "brings its own shape"),
     (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "brings its own shape"),
     (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),
     (lambda: ModelSpec(shape="tiny", dtype="int4"), "Invalid enum value 'int4'"),  # type: ignore[arg-type]

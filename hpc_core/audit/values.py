@@ -15,7 +15,7 @@ from hpc_core.build.causal_lm import torch_dtype
 from hpc_core.build.drawn import STD, drawn
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.record import Fact
-from hpc_core.spec import Case, FinetuneSpec
+from hpc_core.spec import Case, FinetuneSpec, ModelSpec
 
 __all__ = ["value_facts"]
 
@@ -40,11 +40,11 @@ def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
     spec = case.model
     assert spec is not None
     allowed = _allowed(case)
-    if spec.weights != "random" or allowed is None:
+    if not spec.drawn or allowed is None:
         return None
     asked = f"as drawn by seed {spec.seed}"
     odd = []
-    tied = spec.sizes is not None and spec.sizes.tie_word_embeddings
+    tied = _tied(spec, model)
     for name, live in _matrices(case, model).items():
         # A tied head is the table; one that was quantized on its own began as a copy of it.
         source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
@@ -54,6 +54,10 @@ def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
     if not odd:
         return Fact(asked=asked, seen=asked)
     return Fact(asked=asked, seen=odd[0] + (f", {len(odd) - 1} more with it" if len(odd) > 1 else ""))
+
+
+def _tied(spec: ModelSpec, model: Any) -> bool:
+    return model.config.tie_word_embeddings if spec.sizes is None else spec.sizes.tie_word_embeddings
 
 
 def _allowed(case: Case) -> float | None:

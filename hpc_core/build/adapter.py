@@ -51,15 +51,31 @@ def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module
     try:
         wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == torch.float32)
     except ValueError as error:
-        raise BuildError(f"peft cannot attach LoRA to {', '.join(spec.targets)}: {error}") from error
+        raise BuildError(
+            f"peft cannot attach LoRA to {', '.join(spec.targets)}: {error} This model has: {_targets(model)}."
+        ) from error
     assert isinstance(wrapped, torch.nn.Module)
     adapter = adapter_parameters(wrapped)
     for parameter in adapter.values():
         parameter.data = parameter.data.to(dtype)
     missing = [target for target in spec.targets if not any(f".{target}." in name for name in adapter)]
     if missing:
-        raise BuildError(f"No module was named {', '.join(missing)}: the adapter would train less than asked.")
+        raise BuildError(
+            f"No module was named {', '.join(missing)}: the adapter would train less than asked. Name others as its "
+            f"targets; this model has: {_targets(model)}."
+        )
     return wrapped
+
+
+def _targets(model: torch.nn.Module) -> str:
+    """Names that an adapter's targets can be chosen from: the matrices of a model, embeddings left out."""
+    found: dict[str, None] = {}
+    for name, parameter in model.named_parameters():
+        owner, _, kind = name.replace(".base_layer", "").rpartition(".")
+        last = owner.rpartition(".")[2]
+        if kind == "weight" and parameter.dim() == 2 and ".lora_" not in name and "embed" not in last:
+            found[last] = None
+    return ", ".join(found)
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -46,7 +46,8 @@ def build(case: Case, device: torch.device) -> Built:
     else:
         model.eval()
         model.requires_grad_(False)
-    vocabulary = int(getattr(model, "config").vocab_size)  # noqa: B009 - transformers' models have it, torch's stubs do not know
+    config: Any = getattr(model, "config")  # noqa: B009 - transformers' models have it, torch's stubs do not know
+    vocabulary = int(config.get_text_config().vocab_size)
     return Built(model=model, device=device, vocab_size=vocabulary, tokenizer=tokenizer_of(case.model))
 
 

@@ -1,4 +1,4 @@
-"""A causal language model from a ModelSpec: random weights of a named shape, or real ones from folder, hub or GGUF.
+"""A causal language model from a ModelSpec: random weights of a named shape or of any configuration, or real ones from folder, hub or GGUF.
 
 Random weights are drawn on the target device, so that 3B parameters take seconds and no checkpoint is written.
 """
@@ -19,7 +19,7 @@ from hpc_core.errors import BuildError, DataError, MissingLibraryError
 from hpc_core.shapes import Shape
 from hpc_core.spec import ModelSpec, QuantSpec
 
-__all__ = ["causal_lm", "gguf_file", "model_config", "tokenizer_of", "torch_dtype"]
+__all__ = ["causal_lm", "gguf_file", "model_config", "read_config", "tokenizer_of", "torch_dtype"]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -71,27 +71,64 @@ def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec 
     if spec.weights == "random":
         assert spec.sizes is not None
         return _random(spec.sizes, spec, device)
+    if spec.weights == "config":
+        return _drawn(read_config(spec.path or ""), spec, device)
     return _pretrained(spec, device, quantization)
 
 
 def _random(named: Shape, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
-    transformers = library("transformers", "Building a model")
-    config = model_config(named, spec.dtype, spec.attention)
-    torch.manual_seed(spec.seed)
-    with torch.device(device):
-        # from_config draws in the dtype asked for: no float32 copy of the whole model, on no device.
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention
-        )
-    assert isinstance(model, torch.nn.Module)
+    model = _drawn(model_config(named, spec.dtype, spec.attention), spec, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != named.parameter_count():
         raise BuildError(
             f"Shape {spec.shape} should have {named.parameter_count():,} parameters, transformers built {parameters:,}."
         )
+    return model
+
+
+def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+    transformers = library("transformers", "Building a model")
+    torch.manual_seed(spec.seed)
+    try:
+        with torch.device(device):
+            # from_config draws in the dtype asked for: no float32 copy of the whole model, on no device.
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention
+            )
+    except ValueError as error:
+        raise BuildError(
+            f"transformers makes no causal language model of {spec.path or spec.shape}: {error}"
+        ) from error
+    assert isinstance(model, torch.nn.Module)
     # Drawn anew, each by its name: the audit can then draw any of them again, whatever order transformers fills them in.
     draw_weights(model, spec.seed)
     return model
+
+
+def read_config(path: str) -> Any:
+    """transformers' configuration in a folder, a config.json or on the hub, without any weights.
+
+    Raises:
+        DataError: there is none, or it cannot be read; or it is of a model whose weights are stored quantized, which none are here.
+        MissingLibraryError: transformers is not installed.
+    """
+    transformers = library("transformers", "Reading a model's configuration")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise DataError(f"The folder {path} holds no config.json.")
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"The configuration of {path!r} cannot be had: {error} Give a local folder with its config.json."
+        ) from error
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method", "some method") if isinstance(stored, dict) else type(stored).__name__
+        raise DataError(
+            f"{path} is stored quantized ({method}), and weights are drawn unquantized here. Give the model that it was made from, "
+            "and quantization=QuantSpec(...) for bitsandbytes."
+        )
+    return config
 
 
 def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec | None) -> torch.nn.Module:
@@ -153,7 +190,7 @@ def tokenizer_of(spec: ModelSpec) -> Any | None:
     Raises:
         DataError: the weights come without one.
     """
-    if spec.weights == "random":
+    if spec.drawn:
         return None
     transformers = library("transformers", "Reading a tokenizer")
     try:

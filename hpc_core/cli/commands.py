@@ -11,9 +11,10 @@ import msgspec
 import typer
 
 import hpc_core
-from hpc_core.cases import ALL, TRIAL
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.known import Files, known_case, known_cases
+from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.protocol import run_protocol
@@ -28,8 +29,7 @@ from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
-from hpc_core.selection import load_case_file, near
-from hpc_core.spec import Case, ModelSpec, case_to_json
+from hpc_core.spec import ModelSpec, case_to_json
 from hpc_core.store import Baseline, find
 
 __all__ = ["app"]
@@ -42,8 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(baseline_app, name="baseline")
+app.command("predict")(predict)
 
-Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES count too; repeatable.")]
 EXIT_BROKEN = 11
 
 
@@ -54,11 +54,6 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Say the versi
         raise typer.Exit
 
 
-def _known(files: list[Path] | None) -> dict[str, Case]:
-    own = [case for path in files or [] for case in load_case_file(path)]
-    return {case.id: case for case in [*ALL, *TRIAL, *own]}
-
-
 @app.command("cases")
 def list_cases(
     scale: Annotated[Literal["tiny", "small", "full"] | None, typer.Option(help="Only this scale.")] = None,
@@ -66,7 +61,7 @@ def list_cases(
     cases: Files = None,
 ) -> None:
     """List the cases: id, scale, kind, digest."""
-    chosen = [case for case in _known(cases).values() if scale in (None, case.scale)]
+    chosen = [case for case in known_cases(cases).values() if scale in (None, case.scale)]
     if as_json:
         for case in chosen:
             say(case_to_json(case).decode())
@@ -84,15 +79,11 @@ def run_one(
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, instead of a table.")] = False,
     launch: Annotated[Literal["warm", "exec", "inline"], typer.Option(help="How the worker is started.")] = "exec",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    timeline: Annotated[bool, typer.Option("--timeline", help="Keep memory over the step in the record.")] = False,
     cases: Files = None,
 ) -> None:
     """Run one case and show what was measured; nothing is judged. Exit code 1: invalid, 11: the run broke."""
-    known = _known(cases)
-    if case not in known:
-        raise SpecError(
-            f"no case is called {case!r}. Near: {', '.join(near(case, known)) or 'none; see hpc-core cases'}."
-        )
-    record = run_case(launch, known[case], device)
+    record = run_case(launch, known_case(case, cases), device, timeline=timeline)
     if as_json:
         say(record_to_json(record, indent=2).decode())
     else:

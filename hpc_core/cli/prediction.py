@@ -9,14 +9,13 @@ import msgspec
 
 from hpc_core.errors import SpecError
 from hpc_core.gpus import GPUS
-from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import FAKE_CUDA, Job
 from hpc_core.predicted_cases import PREDICTED
+from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record import Record
 from hpc_core.spec import Case
 from hpc_core.store import Baseline, find
 
-__all__ = ["Miss", "compare", "markdown", "predicting_launcher", "predictions", "worst"]
+__all__ = ["Miss", "compare", "markdown", "predictions", "worst"]
 
 _CATEGORY = "at_peak_"
 _SMALL_BYTES = 2**20
@@ -37,11 +36,6 @@ class Miss(msgspec.Struct, frozen=True, kw_only=True):
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
-def predicting_launcher() -> Launcher:
-    """A launcher whose workers predict: its warm parent has the empty CUDA device, torch and the libraries loaded once."""
-    return Launcher("warm", environment={FAKE_CUDA: "1"})
-
-
 def predictions(cases: Iterable[Case], gpu: str, tell: Callable[[str], None]) -> list[Record]:
     """The predicted records of these cases, in order.
 
@@ -49,11 +43,11 @@ def predictions(cases: Iterable[Case], gpu: str, tell: Callable[[str], None]) ->
         SpecError: a case cannot be predicted.
     """
     records = []
-    with predicting_launcher() as launcher:
+    with predicting_launcher(several=True) as launcher:
         for case in cases:
-            record = launcher.run(Job(case=case, predict=gpu))
+            record = prediction(launcher, case, gpu=gpu)
             if record.failure is not None:
-                raise SpecError(f"{case.id} cannot be predicted: {record.failure.message}")
+                raise SpecError(f"{case.id} cannot be predicted: {why_not(record)}")
             seconds = sum(record.circumstances.phase_s.values())
             tell(f"{case.id:<36} {record.metrics['peak_bytes'].value:>16,} bytes  {seconds:.1f} s")
             records.append(record)

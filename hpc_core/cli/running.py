@@ -21,7 +21,11 @@ _SHOWN_PHASES = ("build", "warm-up", "measure", "memory", "counters", "busy")
 
 
 def run_case(
-    launcher_way: Literal["warm", "exec", "inline"], case: Case, device: Literal["auto", "cpu", "cuda"]
+    launcher_way: Literal["warm", "exec", "inline"],
+    case: Case,
+    device: Literal["auto", "cpu", "cuda"],
+    *,
+    timeline: bool = False,
 ) -> Record:
     """Run one case alone, telling its phases.
 
@@ -38,7 +42,7 @@ def run_case(
         ceilings = {}
         if device == "cuda" or (device == "auto" and case.needs_gpu):
             ceilings = launcher.run(Job(case=case, device=device, measure_ceilings=True)).circumstances.ceilings
-        return launcher.run(Job(case=case, device=device, ceilings=ceilings))
+        return launcher.run(Job(case=case, device=device, ceilings=ceilings, timeline=timeline))
 
 
 def read_record(path: Path) -> Record:

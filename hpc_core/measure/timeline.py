@@ -6,8 +6,10 @@ activations, temporaries, other (inputs, workspaces) and rounding (what the allo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from hpc_core.record import MemoryTimeline
 
 __all__ = ["CATEGORIES", "Allocation", "Timeline"]
 
@@ -98,6 +100,69 @@ class Timeline:
             for piece in self.allocations
             if piece.born <= when and (piece.died is None or piece.died > when)
         ]
+
+    def sampled(self, phases: Sequence[str], most: int = 400) -> MemoryTimeline:
+        """The live bytes by category at `most` events or fewer: of each stretch of events the highest and the lowest.
+
+        So the peak is kept as it is, nothing is above what was there, and every sample is a moment that was. The first event of each
+        phase is kept too.
+
+        Raises:
+            ValueError: fewer points than it takes to keep the phases and the peak.
+        """
+        if most < len(phases) + 4:
+            raise ValueError(f"{most} points are too few for {len(phases)} phases and the peak.")
+        moments = self._moments()
+        kept = [moments[index] for index in _telling([(at.phase, at.total) for at in moments], most)]
+        seen = [category for category in CATEGORIES if any(at.live[category] for at in kept)]
+        return MemoryTimeline(
+            phases=tuple(phases),
+            events=tuple(at.event for at in kept),
+            phase=tuple(at.phase for at in kept),
+            bytes_by_category={category: tuple(at.live[category] for at in kept) for category in seen},
+        )
+
+    def _moments(self) -> list[_Moment]:
+        """Every event in order, with what lives after it."""
+        changes: dict[int, list[tuple[int, str, int]]] = {}
+        for piece in self.allocations:
+            category = piece.category or _guess(piece, piece.phase)
+            changes.setdefault(piece.born, []).append((piece.phase, category, piece.size_bytes))
+            if piece.died is not None:
+                at = piece.phase if piece.died_in is None else piece.died_in
+                changes.setdefault(piece.died, []).append((at, category, -piece.size_bytes))
+        live, phase, moments = dict.fromkeys(CATEGORIES, 0), -1, []
+        for event in sorted(changes):
+            for at, category, size_bytes in changes[event]:
+                phase = max(phase, at)
+                live[category] += size_bytes
+            moments.append(_Moment(event, phase, dict(live)))
+        return moments
+
+
+@dataclass(frozen=True)
+class _Moment:
+    event: int
+    phase: int
+    live: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.live.values())
+
+
+def _telling(points: Sequence[tuple[int, int]], most: int) -> list[int]:
+    """Which of these (phase, bytes) to keep: the first of each phase, the last of all, the highest and lowest of each stretch."""
+    if len(points) <= most:
+        return list(range(len(points)))
+    firsts = [index for index, point in enumerate(points) if index == 0 or point[0] != points[index - 1][0]]
+    kept = {*firsts, len(points) - 1}
+    stretches = (most - len(kept)) // 2
+    for number in range(stretches):
+        begin, end = number * len(points) // stretches, (number + 1) * len(points) // stretches
+        kept.add(max(range(begin, end), key=lambda index: points[index][1]))
+        kept.add(min(range(begin, end), key=lambda index: points[index][1]))
+    return sorted(kept)
 
 
 def _guess(piece: Allocation, peak_phase: int) -> str:

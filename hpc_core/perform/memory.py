@@ -98,6 +98,8 @@ def measure_memory(
         timeline = _from_storages(session, program, owners, marking)
         peaks = timeline.peaks_by_phase(program.phases)
     session.metrics |= memory_metrics(peaks, timeline, on_gpu=session.on_gpu)
+    if session.job.timeline:
+        session.timeline = timeline.sampled(program.phases)
 
 
 def peak_metrics(peaks: dict[str, int], *, on_gpu: bool) -> dict[str, Metric]:

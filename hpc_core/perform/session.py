@@ -24,7 +24,7 @@ from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.physics.check import judged
 from hpc_core.program import Program
-from hpc_core.record import Fact, Metric, Record
+from hpc_core.record import Fact, MemoryTimeline, Metric, Record
 
 __all__ = ["Session", "choose_device"]
 
@@ -66,6 +66,7 @@ class Session:
         self.audit: dict[str, Fact] = {}
         self.reasons: list[str] = []
         self.notes: list[str] = []
+        self.timeline: MemoryTimeline | None = None
         self.losses: list[float] = []
         self.answers: list[str] = []
         self.bystanders: Bystanders | None = None
@@ -214,6 +215,7 @@ class Session:
             metrics=dict(sorted(self.metrics.items())),
             audit=self.audit,
             reasons=tuple(self.reasons),
+            timeline=self.timeline,
             losses=tuple(self.losses),
             answers=tuple(self.answers),
             circumstances=circumstances(

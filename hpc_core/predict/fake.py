@@ -9,7 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -57,6 +57,7 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
         # bitsandbytes' optimizers wait for the GPU after every parameter.
         stack.enter_context(mock.patch("torch.cuda.synchronize", _no))
+        stack.enter_context(mock.patch("torch.cuda.get_device_capability", _always(gpu.capability)))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
@@ -71,6 +72,10 @@ def _no(*_: object) -> bool:  # not mock's own: that keeps what it was called wi
 
 def _yes(*_: object, **__: object) -> bool:
     return True
+
+
+def _always(value: object) -> Callable[..., object]:
+    return lambda *_: value
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:

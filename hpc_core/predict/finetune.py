@@ -64,7 +64,7 @@ def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
     watch.own_now("optimizer", optimizer_tensors(program.optimizer))
     _step(program, answers, program.widest, watch)
     prediction.metrics |= memory_metrics(watch.peaks, watch.timeline, on_gpu=True)
-    prediction.makers_at_peak = watch.timeline.makers_at_peak()
+    prediction.keep(watch.timeline, program.phases)
     _, requested = watch.timeline.peak()
     note = "tensors and scratch as asked for, without the allocator's rounding"
     prediction.metrics["peak_requested_bytes"] = measured_bytes(requested, machine=True, gated=False, note=note)

@@ -144,7 +144,7 @@ def _memory(prediction: Prediction, generation: _Generation, longest: int) -> No
     metrics = memory_metrics(peaks, timeline, on_gpu=True)
     note = "tensors and scratch as asked for, without the allocator's rounding"
     metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
-    prediction.makers_at_peak = timeline.makers_at_peak()
+    prediction.keep(timeline, program.phases)
     prediction.metrics |= metrics
 
 

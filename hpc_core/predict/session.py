@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from hpc_core.gpus import Gpu, gpu_named
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.clock import quiet
 from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
 from hpc_core.predict.watch import GpuWatch
-from hpc_core.record import Fact, Machine, Metric, Record
+from hpc_core.record import Fact, Machine, MemoryTimeline, Metric, Record
 
 __all__ = ["MACHINE_KEY", "Prediction"]
 
@@ -42,6 +43,7 @@ class Prediction:
         self.audit: dict[str, Fact] = {}
         self.notes: list[str] = []
         self.makers_at_peak: dict[str, int] = {}
+        self.timeline: MemoryTimeline | None = None
         self.injection: Injection | None = None if job.fault is None else inject(job.fault)
         self._job = job
         self._emit = emit
@@ -76,6 +78,12 @@ class Prediction:
             self.metrics["adapter_weights_bytes"] = tensor_bytes(owned_bytes(owned["adapter"]))
         return built
 
+    def keep(self, timeline: Timeline, phases: Sequence[str]) -> None:
+        """What filled the step's highest point, and how it came to be where the job asks for that."""
+        self.makers_at_peak = timeline.makers_at_peak()
+        if self._job.timeline:
+            self.timeline = timeline.sampled(phases)
+
     def look(self, built: Built) -> None:
         """The facts that a model shows by itself: what is quantized, which dtypes, what trains."""
         self.phase("audit")
@@ -103,6 +111,7 @@ class Prediction:
             audit=self.audit,
             reasons=tuple(reasons),
             makers_at_peak=self.makers_at_peak,
+            timeline=self.timeline,
             circumstances=circumstances(
                 "cpu",
                 self._job.launched,

@@ -43,7 +43,7 @@ def load() -> None:
     if "torch" in sys.modules:
         raise PredictError(
             "Prediction needs a process that has not imported torch yet: run it through `hpc-core predict`, "
-            "`hpc_core.predict(...)` or the plugin, which start one."
+            "`hpc_core.predicted(...)` or the plugin, which start one."
         )
     torch = _torch_folder()
     path = compiled()

@@ -1,0 +1,95 @@
+"""The largest whole number whose memory fits: a search that asks for few peaks, since each takes seconds. Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from hpc_core.errors import PredictError
+
+__all__ = ["Search", "largest_fitting"]
+
+_BISECT_EVERY = 3
+"""Interpolation may creep up on a bent curve; every third question halves what is left."""
+_FARTHEST = 8
+"""A guess goes no further than so many times beyond what was asked already."""
+_SLACK = 0.01
+_SLACK_BYTES = 64 << 20
+"""A peak may fall so much from a value to a larger one: allocators hand out whole blocks, and kernels differ by shape."""
+
+
+@dataclass
+class Search:
+    """What was asked so far."""
+
+    room_bytes: int
+    peaks: dict[int, int] = field(default_factory=dict)
+    """Bytes by value, in the order in which they were asked."""
+
+    @property
+    def fitting(self) -> int | None:
+        """The largest value that was seen to fit."""
+        return max((value for value, peak in self.peaks.items() if peak <= self.room_bytes), default=None)
+
+    @property
+    def beyond(self) -> int | None:
+        """The smallest value that was seen not to fit."""
+        return min((value for value, peak in self.peaks.items() if peak > self.room_bytes), default=None)
+
+
+def largest_fitting(
+    peak_of: Callable[[int], int], room_bytes: int, *, start: int, least: int, most: int, name: str = "value"
+) -> Search:
+    """Find the largest value from `least` to `most` whose peak is at most `room_bytes`, if there is one.
+
+    Straight-line guesses between what is known, since memory mostly grows evenly, and bisection in between, so that it ends
+    after few questions whatever the curve.
+
+    Raises:
+        PredictError: a larger value takes clearly less memory, so that no search can be right.
+    """
+    search = Search(room_bytes)
+    guess: int | None = min(max(start, least), most)
+    while guess is not None:
+        search.peaks[guess] = peak_of(guess)
+        _refuse_falling(search, name)
+        guess = _next(search, least, most)
+    return search
+
+
+def _next(search: Search, least: int, most: int) -> int | None:
+    low, high = search.fitting, search.beyond
+    first = least if low is None else low + 1
+    last = most if high is None else high - 1
+    if first > last:
+        return None
+    if len(search.peaks) % _BISECT_EVERY and (guess := _straight(search)) is not None:
+        return min(max(guess, first), last)
+    if low is None:
+        return first if first == last else (first + last) // 2
+    return min(2 * low, last) if high is None else (first + last) // 2
+
+
+def _straight(search: Search) -> int | None:
+    """Where a straight line through the two values nearest to the limit meets it."""
+    known = sorted(search.peaks, key=lambda value: abs(search.peaks[value] - search.room_bytes))[:2]
+    if len(known) < 2:
+        return None
+    (one, two) = sorted(known)
+    rise = search.peaks[two] - search.peaks[one]
+    if rise <= 0:
+        return None
+    guess = one + (search.room_bytes - search.peaks[one]) * (two - one) // rise
+    return min(guess, _FARTHEST * max(search.peaks))
+
+
+def _refuse_falling(search: Search, name: str) -> None:
+    known = sorted(search.peaks)
+    for small, large in itertools.pairwise(known):
+        before, after = search.peaks[small], search.peaks[large]
+        if after < before - max(_SLACK_BYTES, _SLACK * before):
+            raise PredictError(
+                f"{name}={large} would take less ({after / 2**30:.2f} GiB) than {name}={small} ({before / 2**30:.2f} GiB): "
+                f"memory does not grow with {name} here, so there is no largest value. Look at some with --sweep {name}={small},{large}."
+            )

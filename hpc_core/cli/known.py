@@ -1,0 +1,41 @@
+"""Which cases the command line knows, and finding one by its id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpc_core.cases import ALL, TRIAL
+from hpc_core.errors import SpecError
+from hpc_core.predicted_cases import PREDICTED
+from hpc_core.selection import load_case_file, near
+from hpc_core.spec import Case
+
+__all__ = ["Files", "known_case", "known_cases"]
+
+Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES count too; repeatable.")]
+
+
+def known_cases(files: list[Path] | None) -> dict[str, Case]:
+    """The catalogue's cases and those of these files, by id.
+
+    Raises:
+        SpecError: a file that is none, or holds no cases.
+    """
+    own = [case for path in files or [] for case in load_case_file(path)]
+    return {case.id: case for case in [*ALL, *TRIAL, *PREDICTED, *own]}
+
+
+def known_case(case_id: str, files: list[Path] | None) -> Case:
+    """The case of this id.
+
+    Raises:
+        SpecError: there is none; the message names those that are near.
+    """
+    known = known_cases(files)
+    if case_id not in known:
+        close = ", ".join(near(case_id, known)) or "none; see hpc-core cases"
+        raise SpecError(f"no case is called {case_id!r}. Near: {close}.")
+    return known[case_id]

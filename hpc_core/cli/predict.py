@@ -1,0 +1,256 @@
+"""`hpc-core predict …`: what a case would take on a GPU that need not be there, for one case, a sweep, or the largest that fits."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
+from hpc_core.cli.console import say, tell
+from hpc_core.cli.fitting import largest_fitting
+from hpc_core.cli.known import Files, known_case
+from hpc_core.cli.own_model import Way, case_of_model, context_length
+from hpc_core.cli.running import read_record
+from hpc_core.errors import PredictError, SpecError
+from hpc_core.gate import sizes
+from hpc_core.gpus import DEFAULT, GPUS, gpu_named
+from hpc_core.launch.launcher import Launcher
+from hpc_core.predicting import predicting_launcher, prediction, why_not
+from hpc_core.record import Record, record_to_json
+from hpc_core.report.memory_plot import check_plot, draw_memory
+from hpc_core.report.prediction import fits, prediction_block, sweep_table
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
+
+__all__ = ["predict"]
+
+EXIT_NOT = 1
+EXIT_BROKEN = 11
+_MOST = 4096
+"""Where --fit stops, unless the model's context ends before."""
+_LONGEST = 1 << 20
+_FITTED = {"finetune": ("batch", "length"), "generate": ("batch", "prompt_length", "new_tokens")}
+"""Fields in which memory grows, by kind of case."""
+_LENGTHS = ("length", "prompt_length", "new_tokens")
+_MARGIN_IS = "for the CUDA context (about 0.5 GiB) and for fragmentation, which are not in the prediction"
+
+
+def predict(
+    case: Annotated[str | None, typer.Argument(help="A whole id, such as llama-3.2-3b/qlora; or --model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a case: a folder with a config.json, such a file, or a hub id.")
+    ] = None,
+    method: Annotated[Way | None, typer.Option(help="What to do with --model; lora if not said.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Short for --set batch=N.")] = None,
+    length: Annotated[int | None, typer.Option(help="Short for --set length=N; of the prompt, for generation.")] = None,
+    gpu: Annotated[str, typer.Option(help=f"For which GPU: {', '.join(GPUS)}, or a part of a name.")] = DEFAULT,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a field: --set batch=8; repeatable.")
+    ] = None,
+    sweep: Annotated[str | None, typer.Option(help="One row a value: --sweep batch=1,2,4,8.")] = None,
+    fit: Annotated[str | None, typer.Option(help="Find the largest batch or length that fits the card.")] = None,
+    margin: Annotated[str, typer.Option(help=f"Memory of the card to keep free, {_MARGIN_IS}.")] = "1GiB",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw memory over the step into this file: .svg, .png or .pdf.")
+    ] = None,
+    over: Annotated[
+        Path | None, typer.Option(help="A record to draw over it, such as one by run --timeline --json.")
+    ] = None,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Keep memory over the step in the record.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, one a line for a sweep.")] = False,
+    cases: Files = None,
+) -> None:
+    """Predict memory, FLOPs and kernels of a case on a GPU, without one. Exit code 1: it does not fit or is invalid, 11: it broke."""
+    if sweep is not None and fit is not None:
+        raise SpecError("--sweep and --fit are two questions: ask one at a time.")
+    drawn = _drawing(plot, over, alone=sweep is None and fit is None)
+    card, kept = gpu_named(gpu), bytes_said("--margin", margin)
+    if kept >= card.memory_bytes:
+        raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
+    base = _base(case, model, method, cases)
+    asked = with_changes(base, _short(base, batch, length, changes_said(changes or [])))
+    if sweep is not None:
+        _sweep(asked, sweep, card.name, kept, as_json=as_json)
+    elif fit is not None:
+        _fit(asked, fit, card.name, kept, as_json=as_json)
+    else:
+        with predicting_launcher() as launcher:
+            record = prediction(launcher, asked, gpu=card.name, timeline=timeline or plot is not None)
+        if plot is not None:
+            draw_memory(_answered(record), plot, drawn)
+        _one(record, kept, as_json=as_json)
+
+
+def _drawing(plot: Path | None, over: Path | None, *, alone: bool) -> Record | None:
+    """The record to be drawn over the plot, if there is one; whatever is wrong with either is found before anything is predicted.
+
+    Raises:
+        SpecError: a plot of several predictions, a record over no plot or without a timeline, no such file.
+        MissingLibraryError: matplotlib is not installed.
+    """
+    if plot is None:
+        if over is not None:
+            raise SpecError("--over draws over a plot: say --plot memory.svg too.")
+        return None
+    if not alone:
+        raise SpecError("--plot draws one prediction: drop --sweep and --fit.")
+    check_plot(plot)
+    record = None if over is None else read_record(over)
+    if record is not None and record.timeline is None:
+        raise SpecError(f"{over} holds no timeline: make it with hpc-core run CASE --timeline --json.")
+    return record
+
+
+def _base(case: str | None, model: str | None, method: Way | None, files: list[Path] | None) -> Case:
+    """The case that is asked about, before any change.
+
+    Raises:
+        SpecError: none is named, or two are.
+    """
+    if (case is None) == (model is None):
+        raise SpecError("Say either a case, such as tiny/lora (hpc-core cases lists them), or --model PATH_OR_HUB_ID.")
+    if model is not None:
+        return case_of_model(model, method or "lora")
+    if method is not None:
+        raise SpecError(f"--method belongs to --model: {case} has its own.")
+    assert case is not None
+    return known_case(case, files)
+
+
+def _short(case: Case, batch: int | None, length: int | None, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, with those that have an option of their own.
+
+    Raises:
+        SpecError: one is said twice.
+    """
+    name = "prompt_length" if case.kind == "generate" else "length"
+    said = {field: value for field, value in (("batch", batch), (name, length)) if value is not None}
+    if twice := [field for field in said if field in changes]:
+        raise SpecError(f"{twice[0]} is said twice: by its own option and by --set.")
+    return said | changes
+
+
+def _one(record: Record, kept: int, *, as_json: bool) -> None:
+    if as_json:
+        say(record_to_json(record, indent=2).decode())
+        if record.failure is not None:
+            raise typer.Exit(EXIT_BROKEN)
+    else:
+        _answered(record)
+        say(prediction_block(record, kept))
+    if record.status == "invalid" or not fits(record, kept):
+        raise typer.Exit(EXIT_NOT)
+
+
+def _answered(record: Record) -> Record:
+    """The record, if it holds a prediction.
+
+    Raises:
+        PredictError: it does not; the message says why.
+    """
+    if record.failure is not None:
+        raise PredictError(why_not(record))
+    return record
+
+
+def _sweep(case: Case, said: str, gpu: str, kept: int, *, as_json: bool) -> None:
+    field, values = sweep_said(said)
+    varied = [(str(value), with_changes(case, {field: value})) for value in values]  # what is wrong is said first
+    rows = []
+    with predicting_launcher(several=len(varied) > 1) as launcher:
+        for value, each in varied:
+            rows.append((value, _told(f"{field}={value}", launcher, each, gpu)))
+    if as_json:
+        for _, record in rows:
+            say(record_to_json(record).decode())
+    else:
+        say(f"{case.id} on one {gpu}, predicted; left: beyond the margin of {_bytes(kept)}")
+        say(sweep_table(field, rows, kept))
+    if any(record.failure is not None for _, record in rows):
+        raise typer.Exit(EXIT_BROKEN)
+    if any(record.status == "invalid" for _, record in rows):
+        raise typer.Exit(EXIT_NOT)
+
+
+def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
+    field = _field_to_fit(case, name)
+    room = gpu_named(gpu).memory_bytes - kept
+    records: dict[int, Record] = {}
+    began = time.monotonic()
+    with predicting_launcher(several=True) as launcher:
+
+        def peak_of(value: int) -> int:
+            each = with_changes(case, {field: value})
+            seen = _answered(_told(f"{field}={value}", launcher, each, gpu))
+            records[value] = seen
+            return int(seen.metrics["peak_bytes"].value)
+
+        start = getattr(case.workload, field)
+        most = _most(case, field)
+        least = 1 if field in ("batch", "prompt_length") else 2
+        search = largest_fitting(peak_of, room, start=start, least=least, most=most, name=field)
+    best = search.fitting
+    if best is None:
+        worst = min(search.peaks)
+        raise PredictError(
+            f"{case.id} does not fit one {gpu} with any {field}: {field}={worst} takes {_bytes(search.peaks[worst])}, "
+            f"and {_bytes(room)} are left by the margin of {_bytes(kept)}."
+        )
+    if as_json:
+        say(record_to_json(records[best], indent=2).decode())
+        return
+    beyond = search.beyond
+    end = (
+        f"{field}={beyond} would take {_bytes(search.peaks[beyond])}"
+        if beyond is not None
+        else f"no more than {most} was tried"
+    )
+    say(f"largest {field} that fits: {best} ({end}; {len(search.peaks)} predictions, {time.monotonic() - began:.0f} s)")
+    say(f"kept free: {_bytes(kept)} of {_bytes(room + kept)} {_MARGIN_IS} (--margin)")
+    say(prediction_block(records[best], kept))
+
+
+def _field_to_fit(case: Case, name: str) -> str:
+    """The workload's field of this name; "length" is a prompt's where there is no other.
+
+    Raises:
+        SpecError: memory need not grow with this field, or the data ends before it does.
+    """
+    known = _FITTED.get(case.kind, ())
+    field = "prompt_length" if name == "length" and "prompt_length" in known else name
+    if field not in known:
+        names = ", ".join(known) or "none: it is a callable"
+        raise SpecError(f"--fit {name}: memory need not grow with it. Fields of {case.id} that can be fitted: {names}.")
+    workload = case.workload
+    assert isinstance(workload, FinetuneSpec | GenerateSpec)
+    bounded = isinstance(workload, FinetuneSpec) and workload.padding == "longest" and field == "length"
+    if getattr(workload, field) is None or bounded:
+        raise SpecError(
+            f"--fit {name}: the rows of {workload.data.name} bring their own lengths. Fit the batch, or take random rows: "
+            f"a case with data=DataSpec()."
+        )
+    return field
+
+
+def _most(case: Case, field: str) -> int:
+    """Where the search ends: a length at the model's context, if it is known here."""
+    if field not in _LENGTHS:
+        return _MOST
+    assert case.model is not None
+    shape = case.model.sizes
+    return (context_length(case.model) or _LONGEST) if shape is None else shape.max_position_embeddings
+
+
+def _told(what: str, launcher: Launcher, case: Case, gpu: str) -> Record:
+    """One prediction of several, and a line about it on stderr, since they take their time."""
+    began = time.monotonic()
+    record = prediction(launcher, case, gpu=gpu)
+    peak = record.metrics.get("peak_bytes")
+    tell(f"{what}: {'failed' if peak is None else _bytes(int(peak.value))} ({time.monotonic() - began:.0f} s)")
+    return record
+
+
+def _bytes(value: int) -> str:
+    return sizes.quantity(value, "bytes")
