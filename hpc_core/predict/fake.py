@@ -47,22 +47,37 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
     masking: Any = library("transformers.masking_utils", "Prediction")
     with contextlib.ExitStack() as stack:
         # transformers takes fake tensors for a trace and would build a mask that a real run leaves out.
-        stack.enter_context(mock.patch.object(masking, "is_tracing", return_value=False))
+        stack.enter_context(mock.patch.object(masking, "is_tracing", _no))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", Attention(gpu)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         # Values do not matter, and a generator of random numbers on a GPU cannot be had without one.
         stack.enter_context(mock.patch.object(drawn, "_fill", _filled))
         # autocast asks for a GPU that is not there and would switch itself off.
-        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
-        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
+        stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
+        stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
         # bitsandbytes' optimizers wait for the GPU after every parameter.
-        stack.enter_context(mock.patch("torch.cuda.synchronize"))
+        stack.enter_context(mock.patch("torch.cuda.synchronize", _nothing))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
         if importlib.util.find_spec("bitsandbytes") is not None:
             stack.enter_context(fake_bitsandbytes())
         yield watch, answers
+
+
+# Functions, and no mocks' `return_value`: a mock remembers what it was called with, and so keeps tensors alive.
+
+
+def _no(*_: object, **__: object) -> bool:
+    return False
+
+
+def _yes(*_: object, **__: object) -> bool:
+    return True
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Nothing to wait for."""
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
