@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_core.build import drawn
 from hpc_core.build.libraries import library
+from hpc_core.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.predict import shim
 from hpc_core.predict.answers import Answers
@@ -57,6 +58,7 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
         # bitsandbytes' optimizers wait for the GPU after every parameter.
         stack.enter_context(mock.patch("torch.cuda.synchronize", _nothing))
+        stack.enter_context(mock.patch.object(torch, "compile", _compile))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
@@ -78,6 +80,23 @@ def _yes(*_: object, **__: object) -> bool:
 
 def _nothing(*_: object, **__: object) -> None:
     """Nothing to wait for."""
+
+
+def _compile(model: Any = None, **_: object) -> Any:
+    """In place of `torch.compile`, as a call and as a decorator: what it is given cannot be called. Dynamo would pass by a
+    function under a dispatch mode, and the watch would see operators that a real run fuses.
+    """
+
+    def refused(*_: object, **__: object) -> None:
+        name = getattr(model, "__qualname__", type(model).__name__)
+        raise PredictError(
+            f"torch.compile has no model here: which kernels {name} would be compiled to, and what they take, is not known. "
+            "Predict the case without it, or measure it on a GPU."
+        )
+
+    if isinstance(model, torch.nn.Module):
+        refused()
+    return _compile if model is None else refused
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
