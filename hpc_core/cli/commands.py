@@ -172,16 +172,25 @@ def try_faults(
     jobs: Annotated[
         int, typer.Option("--jobs", min=1, help="Workers at a time; with more than one, GPU-busy time is not judged.")
     ] = 1,
+    predicted: Annotated[
+        bool,
+        typer.Option(
+            "--predicted", help="Run nothing: predict four full-width layers, clean and with each fault, for an H100."
+        ),
+    ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
 ) -> None:
     """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
-    names = _faults_here(only, scale)
-    if scale == "full":
+    if predicted and against == "baselines":
+        raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
+    scale = "full" if predicted else scale
+    names = _faults_here(only, "predicted" if predicted else scale)
+    if scale == "full" and not predicted:
         if against == "baselines":
             raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
         if not visible_gpus():
             raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
-    if jobs > 1:
+    if jobs > 1 and not predicted:
         tell(f"{jobs} workers share the device, so GPU-busy time is left out of every judgement.")
     began = time.monotonic()
     trials = run_trials(
@@ -190,6 +199,7 @@ def try_faults(
         against=against or ("clean" if scale == "full" else "baselines"),
         baselines=baselines,
         jobs=jobs,
+        predict=DEFAULT if predicted else None,
         tell=tell,
     )
     if as_markdown:
@@ -199,13 +209,15 @@ def try_faults(
         raise typer.Exit(1)
 
 
-def _faults_here(only: str, scale: Literal["tiny", "full"]) -> list[str]:
+def _faults_here(only: str, path: Literal["tiny", "full", "predicted"]) -> list[str]:
     """The faults of these names that this path must catch; the others are told."""
     asked = [name for name in FAULTS if fnmatchcase(name, only)]
     if not asked:
         raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
-    here = "cpu" if scale == "tiny" else "gpu"
+    here = {"tiny": "cpu", "full": "gpu", "predicted": "neither"}[path]
     names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
+    if path == "predicted":
+        names = [name for name in asked if FAULTS[name].predicted]
     if elsewhere := [name for name in asked if name not in names]:
-        tell(f"Not tried, because they show on the other path only: {', '.join(elsewhere)}.")
+        tell(f"Not tried, because they do not show on this path: {', '.join(elsewhere)}.")
     return names

@@ -51,13 +51,20 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     headline: str = ""
     twin: str
     """The twin's verdict; anything but PASS is a false alarm, and then with its headline."""
+    predicted: bool = False
+    """Whether nothing ran, and all of it was predicted."""
     shown: str = ""
     """Of a fault that no single run can be judged for: the first number that it should show in, twin and fault."""
 
     @property
+    def must_show_in(self) -> tuple[str, ...]:
+        """Of what at least one must turn red on this path."""
+        return self.fault.predicted if self.predicted else self.fault.shows_in
+
+    @property
     def caught_by(self) -> tuple[str, ...]:
         """Those of the red ones that the fault names."""
-        return tuple(name for name in self.red if any(fnmatchcase(name, pattern) for pattern in self.fault.shows_in))
+        return tuple(name for name in self.red if any(fnmatchcase(name, pattern) for pattern in self.must_show_in))
 
     @property
     def outcome(self) -> str:
@@ -87,7 +94,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         if self.good:
             return f"{self.verdict}; {self.shown}"
         others = f"; red: {', '.join(self.red)}" if self.red else ""
-        return f"{self.verdict}, should show in {' or '.join(self.fault.shows_in)}{others}: {self.headline}"
+        return f"{self.verdict}, should show in {' or '.join(self.must_show_in)}{others}: {self.headline}"
 
 
 def run_trials(
@@ -98,6 +105,7 @@ def run_trials(
     against: Against = "baselines",
     baselines: Path = Path("baselines"),
     jobs: int = 1,
+    predict: str | None = None,
 ) -> list[Trial]:
     """Run each fault and its twin, one fresh process each, `jobs` at a time; the trials in the order of the names.
 
@@ -108,6 +116,7 @@ def run_trials(
         against: "clean" runs each case once without a fault first.
         baselines: folder of the accepted ones.
         jobs: with more than one, workers share the device: time on it is then left out of every judgement.
+        predict: a kind of GPU; then faults, twins and clean runs are predicted for it, and none is needed.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -120,10 +129,11 @@ def run_trials(
         if stop.is_set():
             raise KeyboardInterrupt  # ends this thread's worker
 
-    with Launcher("warm", on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
+    # A prediction must load its empty device before torch, which a warm parent has imported.
+    with Launcher("warm" if predict is None else "exec", on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
         launcher.prepare()
         try:
-            bench = _Bench(launcher, baselines, alone=jobs == 1)
+            bench = _Bench(launcher, baselines, alone=jobs == 1, predict=predict)
             if against == "clean":
                 # First in the queue, so that no trial waits for a run that waits for a thread.
                 bench.clean = {case.id: pool.submit(bench.run_clean, case) for case in chosen.values()}
@@ -142,15 +152,16 @@ def run_trials(
 class _Bench:
     """Runs one case after another in any thread, and judges them by one rule."""
 
-    def __init__(self, launcher: Launcher, baselines: Path, *, alone: bool):
+    def __init__(self, launcher: Launcher, baselines: Path, *, alone: bool, predict: str | None = None):
         self._launcher = launcher
+        self._predict = predict
         self._baselines = baselines
         self._alone = alone
         self.clean: dict[str, Future[Lookup]] = {}
 
     def run_clean(self, case: Case) -> Lookup:
         """A run without a fault, in a baseline's place."""
-        record = self._launcher.run(Job(case=case))
+        record = self._launcher.run(Job(case=case, predict=self._predict))
         try:
             return unstored(record, reason="a clean run of the same session")
         except BaselineError as error:
@@ -163,6 +174,7 @@ class _Bench:
         return Trial(
             fault=fault,
             case=case.id,
+            predicted=self._predict is not None,
             red=_red(record, judgement),
             verdict=str(judgement.verdict),
             headline=judgement.headline,
@@ -171,7 +183,7 @@ class _Bench:
         )
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
-        record = self._launcher.run(Job(case=case, fault=fault))
+        record = self._launcher.run(Job(case=case, fault=fault, predict=self._predict))
         lookup = self._lookup(case, record)
         if not self._alone:
             record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))

@@ -25,6 +25,8 @@ class Fault:
     """`module.function` in this package."""
     seen_on: Literal["cpu", "gpu", "both"] = "both"
     """On which path the gate must catch it; on the other it is not tried."""
+    predicted: tuple[str, ...] = ()
+    """What a prediction alone, without a GPU, must turn red; empty where it cannot see the fault: it has no values and no times."""
     needs: str | None = None
     """What a verdict would take that one run against a baseline is not, such as "A/B". Such a fault is tried and counts neither as caught nor as missed."""
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_core.build import drawn
 from hpc_core.build.libraries import library
+from hpc_core.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.predict import shim
 from hpc_core.predict.answers import Answers
@@ -56,8 +57,9 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
         # bitsandbytes' optimizers wait for the GPU after every parameter.
-        stack.enter_context(mock.patch("torch.cuda.synchronize", _no))
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", _always(gpu.capability)))
+        stack.enter_context(mock.patch("torch.cuda.synchronize", _nothing))
+        stack.enter_context(mock.patch.object(torch, "compile", _compile))
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(watch)
@@ -66,7 +68,10 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         yield watch, answers
 
 
-def _no(*_: object) -> bool:  # not mock's own: that keeps what it was called with, and so the tensors alive
+# Functions, and no mocks' `return_value`: a mock remembers what it was called with, and so keeps tensors alive.
+
+
+def _no(*_: object, **__: object) -> bool:
     return False
 
 
@@ -76,6 +81,27 @@ def _yes(*_: object, **__: object) -> bool:
 
 def _always(value: object) -> Callable[..., object]:
     return lambda *_: value
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Nothing to wait for."""
+
+
+def _compile(model: Any = None, **_: object) -> Any:
+    """In place of `torch.compile`, as a call and as a decorator: what it is given cannot be called. Dynamo would pass by a
+    function under a dispatch mode, and the watch would see operators that a real run fuses.
+    """
+
+    def refused(*_: object, **__: object) -> None:
+        name = getattr(model, "__qualname__", type(model).__name__)
+        raise PredictError(
+            f"torch.compile has no model here: which kernels {name} would be compiled to, and what they take, is not known. "
+            "Predict the case without it, or measure it on a GPU."
+        )
+
+    if isinstance(model, torch.nn.Module):
+        refused()
+    return _compile if model is None else refused
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:

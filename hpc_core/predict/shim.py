@@ -49,7 +49,12 @@ def load() -> None:
     path = compiled()
     for name in _TORCH_LIBRARIES:  # the library's symbols are torch's; Python loads torch's own files later by itself
         ctypes.CDLL(str(torch / "lib" / name), mode=ctypes.RTLD_GLOBAL)
-    _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    try:
+        _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise PredictError(
+            f"The compiled device {path} cannot be loaded ({error}). Remove it: it is made anew."
+        ) from error
 
 
 def install_guard() -> None:
@@ -88,7 +93,12 @@ def _torch_folder() -> Path:
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(root) / "hpc-core"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PredictError(
+            f"{folder}, which keeps a compiled file, cannot be made ({error.strerror}): name another folder in XDG_CACHE_HOME."
+        ) from error
     return folder
 
 
@@ -113,9 +123,9 @@ def _compile(torch: Path, path: Path) -> None:
                 f"{_first_error(done.stderr)}. It needs C++20: name another compiler in the environment variable CXX."
             )
         half.replace(path)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise PredictError(
-            f"Prediction compiles a small C++ file once, and there is no compiler {compiler!r}. Install one "
+            f"Prediction compiles a small C++ file once, and there is no compiler {compiler!r} ({error.strerror}). Install one "
             "(Debian: apt-get install g++), or name one in the environment variable CXX."
         ) from error
     except subprocess.TimeoutExpired as error:

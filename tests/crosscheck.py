@@ -1,0 +1,96 @@
+"""The step of a case run for real on a CPU, for comparison with its prediction: `python -m tests.crosscheck`.
+
+Cases come as JSON on standard input; bytes, FLOPs and operators of each case's widest step go as JSON to standard output.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import msgspec
+
+from hpc_core.spec import Case, FinetuneSpec
+
+__all__ = ["Real", "really_run"]
+
+ROOT = Path(__file__).parent.parent
+
+
+class Real(msgspec.Struct, kw_only=True):
+    """What a step on the CPU took."""
+
+    peak_bytes: int
+    """Live bytes of tensor storages, weights included, at the highest point."""
+    flops: int = 0
+    operators: dict[str, int] = {}
+
+
+def really_run(cases: Sequence[Case], *, count: bool, timeout_s: float = 300.0) -> list[Real]:
+    """One process for all; `count`: FLOPs and operators too, for which each case does one step more."""
+    command = [sys.executable, "-m", "tests.crosscheck", *(["--count"] if count else [])]
+    given = msgspec.json.encode(list(cases))
+    done = subprocess.run(command, input=given, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.decode()
+    return msgspec.json.decode(done.stdout, type=list[Real])
+
+
+def _left_alone(*_: object) -> None:
+    """The weights stay as they are."""
+
+
+def _run(case: Case, *, count: bool) -> Real:
+    import torch
+
+    from hpc_core.build import build, causal_lm
+    from hpc_core.measure.clock import quiet
+    from hpc_core.measure.counters import counting
+    from hpc_core.measure.owners import optimizer_tensors, weight_tensors
+    from hpc_core.measure.storages import StorageWatch
+    from hpc_core.run.finetune import finetune_program
+
+    assert isinstance(case.workload, FinetuneSpec)
+    # torch's own first numbers will do: to draw a table of 128,256 rows again takes ten times as long as the step.
+    with mock.patch.object(causal_lm, "draw_weights", _left_alone), quiet():
+        program = finetune_program(build(case, torch.device("cpu")), case, case.workload)
+        program.steps_done = program.widest
+        program.step()  # makes the optimizer's state
+        watch = StorageWatch(program.phases)
+        batches = [
+            [batch.ids, batch.labels] + ([] if batch.mask is None else [batch.mask]) for batch in program.batches
+        ]
+        watch.own("other", [tensor for batch in batches for tensor in batch])
+        assert program.loss is not None
+        watch.own("other", [program.loss])
+        for category, tensors in weight_tensors(program.model).items():
+            watch.own(category, tensors)
+        if case.quantization is not None and case.quantization.double_quant:
+            tables = importlib.import_module("bitsandbytes.functional").name2qmap
+            watch.own("other", tables.values())  # one for all layers, which quantized their constants by it
+        watch.own("optimizer", optimizer_tensors(program.optimizer))
+        program.steps_done = program.widest
+        with watch:
+            program.step(watch)
+        real = Real(peak_bytes=watch.timeline.peak()[1])
+        if count:
+            program.steps_done = program.widest
+            with counting() as counts:
+                program.step()
+            real.flops, real.operators = counts.flops, dict(counts.operators)
+    return real
+
+
+def _serve(*, count: bool) -> None:
+    cases = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Case])
+    with os.fdopen(os.dup(1), "wb") as out:
+        os.dup2(2, 1)  # what libraries print is none of the answer
+        out.write(msgspec.json.encode([_run(case, count=count) for case in cases]))
+
+
+if __name__ == "__main__":
+    _serve(count="--count" in sys.argv)

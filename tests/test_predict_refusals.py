@@ -1,0 +1,74 @@
+"""What has no model is refused in a sentence that names it, and never predicted as something else."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_core.cases import TINY, generate, tiny
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Job
+from hpc_core.record import Record
+from hpc_core.spec import CallableSpec, Case
+from tests.predicting import GPU, predicted
+
+pytestmark = pytest.mark.slow
+
+LORA = next(case for case in TINY if case.id == "tiny/lora")
+
+
+def _refusal(record: Record) -> str:
+    assert record.status == "failed"
+    assert record.failure is not None
+    assert record.failure.kind == "refused", record.failure.detail
+    assert "\n" not in record.failure.message
+    return record.failure.message
+
+
+def test_a_static_cache_is_refused() -> None:
+    """Its forward is compiled on a GPU; the message says what to predict instead."""
+    case = generate(tiny, variant="generate-static", prompts=1, prompt_length=8, new_tokens=4, cache="static")
+    message = _refusal(predicted([case])[0])
+    assert "torch.compile has no model here" in message
+    assert "cache='dynamic'" in message
+
+
+def test_a_callable_is_refused() -> None:
+    """A step of the user's own is named."""
+    case = Case(id="mine/step", scale="tiny", workload=CallableSpec(factory="tests.launch_factories:quick"))
+    assert _refusal(predicted([case])[0]).startswith("mine/step is a callable")
+
+
+def test_an_unknown_operator_is_refused() -> None:
+    """An operator of another library is named, even if it has a fake: a fake says nothing of what it takes inside."""
+    message = _refusal(predicted([LORA], first="custom_operator")[0])
+    assert message.startswith("The operator odd_models::doubled has no model here")
+
+
+@pytest.mark.parametrize("first", ["compiled_late", "compiled_module"])
+def test_a_compiled_model_is_refused(first: str) -> None:
+    """torch.compile fuses operators and plans memory: what runs is not what would be watched."""
+    message = _refusal(predicted([LORA], first=first)[0])
+    assert message.startswith("torch.compile has no model here")
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    """The message lists those that are known."""
+    message = _refusal(predicted([LORA], gpu="GTX 480")[0])
+    assert "'GTX 480'" in message
+    assert GPU in message
+
+
+def test_a_process_with_torch_is_refused() -> None:
+    """In a process that has imported torch, such as a warm parent's fork, the way to predict is said."""
+    with Launcher("warm") as launcher:
+        message = _refusal(launcher.run(Job(case=LORA, predict=GPU)))
+    assert "has not imported torch yet" in message
+
+
+def test_a_case_can_be_predicted_through_the_launcher() -> None:
+    """A fresh interpreter loads the empty device before torch, and its record says for which GPU it speaks."""
+    with Launcher("exec") as launcher:
+        record = launcher.run(Job(case=LORA, predict="h100"))
+    assert record.status == "ok", record.failure
+    assert record.circumstances.machine.name == GPU
+    assert record.circumstances.machine.key == "predicted"
