@@ -56,8 +56,8 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         # autocast asks for a GPU that is not there and would switch itself off.
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
-        # bitsandbytes' optimizers wait for the GPU after every parameter.
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", _always(gpu.capability)))
+        # bitsandbytes' optimizers wait for the GPU after every parameter.
         stack.enter_context(mock.patch("torch.cuda.synchronize", _nothing))
         stack.enter_context(mock.patch.object(torch, "compile", _compile))
         stack.enter_context(warnings.catch_warnings())
