@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 
 from hpc_core.errors import SpecError
@@ -23,6 +24,9 @@ def inject(name: str) -> Injection:
     if fault is None:
         known = "\n".join(f"  {known.name}: {known.summary}" for known in FAULTS.values())
         raise SpecError(f"No fault is called {name!r}. There are:\n{known}")
+    with contextlib.suppress(ModuleNotFoundError):
+        # Its first import puts another object in `transformers`' place, on which a patch that was made before is missing.
+        importlib.import_module("peft")
     injection = Injection(fault, active=not name.endswith(TWIN))
     module, _, function = fault.patch.partition(".")
     getattr(importlib.import_module(f"hpc_core.faults.{module}"), function)(injection)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hpc_core.errors import PredictError
 from hpc_core.gpus import Gpu
 
 __all__ = ["Attention", "chosen"]
@@ -28,16 +29,30 @@ def chosen(
     `grouped`: `enable_gqa` with fewer key heads than query heads. Flash and cuDNN's kernels take that, the memory-efficient ones
     do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`), as measured with torch 2.11: grouped float32
     attention runs by explicit products there.
+
+    Raises:
+        PredictError: heads whose width flash attention would pad.
     """
     width, same_width = query.shape[-1], query.shape[-1] == value.shape[-1]
     half = query.dtype in _HALF
     fits = half and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
-    if fits and gpu.prefers_cudnn_attention and not (mask is not None and mask.requires_grad):
+    allowed = torch.backends.cuda  # what `torch.nn.attention.sdpa_kernel` and its kind leave on
+    if (
+        fits
+        and gpu.prefers_cudnn_attention
+        and allowed.cudnn_sdp_enabled()
+        and not (mask is not None and mask.requires_grad)
+    ):
         return "cudnn"
-    if fits and mask is None:
+    if fits and mask is None and allowed.flash_sdp_enabled():
         return "flash"
+    if half and allowed.flash_sdp_enabled() and mask is None and same_width and width % 8 and width <= _MOST_WIDTH:
+        raise PredictError(
+            f"Heads of {width} numbers have no model here: flash attention pads them to a multiple of 8. Measure the case on a GPU."
+        )
     alignment = 8 if half else 4
-    if not grouped and width % alignment == 0 and value.shape[-1] % alignment == 0:
+    aligned = width % alignment == 0 and value.shape[-1] % alignment == 0
+    if not grouped and aligned and allowed.mem_efficient_sdp_enabled():
         return "efficient"
     return "math"
 

@@ -13,6 +13,7 @@ BUILT = (
         "qlora",
         ("quantized_layers*", "weights_bytes"),
         "building.quantization_skipped",
+        predicted=("quantized_layers*",),
     ),
     Fault(
         "compute-dtype-fp32",
@@ -27,6 +28,7 @@ BUILT = (
         "generate-nf4-dq",
         ("double_quant*", "weights_bytes"),
         "building.double_quant_lost",
+        predicted=("double_quant*",),
     ),
     Fault("fp4-for-nf4", "FP4 code book in place of NF4", "qlora", ("quantization*",), "building.fp4_for_nf4"),
     Fault(
@@ -35,6 +37,7 @@ BUILT = (
         "lora",
         ("embedding*", "weights_bytes"),
         "building.embeddings_float32",
+        predicted=("embedding*",),
     ),
     Fault(
         "rank-16",
@@ -42,6 +45,7 @@ BUILT = (
         "lora",
         ("trainable*", "adapter_weights_bytes"),
         "building.rank_16",
+        predicted=("trainable*",),
     ),
     Fault(
         "more-targets",
@@ -49,6 +53,7 @@ BUILT = (
         "lora",
         ("trainable*", "adapter_weights_bytes"),
         "building.more_targets",
+        predicted=("trainable*",),
     ),
     Fault(
         "fp32-adapters",
@@ -56,14 +61,23 @@ BUILT = (
         "lora-bf16",
         ("adapter_dtype",),
         "building.float32_adapters",
+        predicted=("adapter_dtype",),
     ),
-    Fault("adapters-frozen", "half of the adapter is not trained", "lora", ("trainable*",), "building.adapters_frozen"),
+    Fault(
+        "adapters-frozen",
+        "half of the adapter is not trained",
+        "lora",
+        ("trainable*",),
+        "building.adapters_frozen",
+        predicted=("trainable*",),
+    ),
     Fault(
         "gc-off",
         "checkpointing is asked for and silently not switched on",
         "lora-gc",
         ("checkpointing*",),
         "building.checkpointing_off",
+        predicted=("peak_bytes",),
     ),
     Fault(
         "gc-on",
@@ -85,6 +99,7 @@ BUILT = (
         "lora",
         ("attention*", "operators"),
         "building.eager_attention",
+        predicted=("peak_bytes", "operators"),
     ),
     Fault(
         "attention-scaled",

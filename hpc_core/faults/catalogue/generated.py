@@ -13,6 +13,7 @@ GENERATED = (
         "generate-bf16",
         ("cache", "flops"),
         "generation.cache_off",
+        predicted=("flops", "peak_decode_bytes"),
     ),
     Fault(
         "cache-copied", "the cache is copied at every token", "generate-bf16", ("operators",), "generation.cache_copied"
@@ -23,6 +24,7 @@ GENERATED = (
         "generate-bf16",
         ("flops_prefill", "peak_prefill_bytes"),
         "generation.logits_whole_prompt",
+        predicted=("peak_prefill_bytes", "peak_bytes"),
     ),
     Fault(
         "decode-sleep",

@@ -20,6 +20,7 @@ TRAINED = (
         "lora",
         ("operators", "peak_bytes"),
         "training.extra_clone",
+        predicted=("operators",),
     ),
     Fault(
         "math-attention",
@@ -27,6 +28,7 @@ TRAINED = (
         "lora",
         ("attention*", "operators"),
         "training.math_attention",
+        predicted=("peak_bytes", "operators"),
     ),
     Fault(
         "mask-built",
@@ -34,6 +36,7 @@ TRAINED = (
         "lora",
         ("operators",),
         "training.mask_built",
+        predicted=("peak_bytes", "operators"),
     ),
     Fault(
         "logits-kept",
@@ -41,6 +44,7 @@ TRAINED = (
         "lora",
         ("peak_bytes", "peak_forward_bytes"),
         "training.logits_kept",
+        predicted=("peak_bytes",),
     ),
     Fault(
         "retained-64mib",
@@ -48,6 +52,7 @@ TRAINED = (
         "lora",
         ("peak_bytes", "at_peak_other_bytes"),
         "training.retained_tensor",
+        predicted=("peak_bytes",),
     ),
     Fault(
         "growing-memory",
@@ -76,6 +81,7 @@ TRAINED = (
         "lora",
         ("flops", "operators", "checkpointing*"),
         "training.double_forward",
+        predicted=("flops",),
     ),
     Fault(
         "gradients-kept",
@@ -83,6 +89,7 @@ TRAINED = (
         "full-bf16",
         ("peak_forward_bytes", "operators", "peak_bytes"),
         "training.gradients_kept",
+        predicted=("peak_bytes",),
     ),
     Fault(
         "foreach-for-fused",
@@ -90,6 +97,7 @@ TRAINED = (
         "lora",
         ("operators", "optimizer*"),
         "training.foreach_for_fused",
+        predicted=("peak_optimizer_bytes", "operators"),
     ),
     Fault(
         "half-the-tokens",
@@ -118,6 +126,7 @@ TRAINED = (
         "lora-8bit",
         ("optimizer_state_dtype",),
         "training.optimizer_32bit",
+        predicted=("optimizer_bytes",),
     ),
     Fault(
         "loss-summed",

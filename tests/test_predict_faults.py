@@ -1,0 +1,31 @@
+"""Faults that a prediction alone catches: judged by a clean prediction of the same session, nothing runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpc_core.cli.trials import run_trials, trial_cases
+from hpc_core.faults import FAULTS
+from tests.predicting import GPU
+
+SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}
+
+
+def test_many_faults_are_seen_without_a_gpu() -> None:
+    """At least ten of them by bytes; those that change values or times alone are none of them."""
+    in_bytes = [name for name, fault in SEEN.items() if any(metric.endswith("_bytes") for metric in fault.predicted)]
+    assert len(in_bytes) >= 10
+    assert not set(SEEN) & {"decode-sleep", "attention-scaled", "weights-shuffled", "loss-scaled", "foreign-forward"}
+
+
+@pytest.mark.slow
+def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
+    """One in what is built and one in what a step keeps, on tiny cases; `hpc-core faults --predicted` tries all at full width."""
+    told: list[str] = []
+    names = ["rank-16", "logits-kept"]
+    trials = run_trials(names, cases=trial_cases("tiny"), tell=told.append, against="clean", jobs=2, predict=GPU)
+    assert [trial.outcome for trial in trials] == ["caught", "caught"]
+    assert all(trial.twin == "PASS" for trial in trials)
+    assert "adapter_weights_bytes" in trials[0].caught_by
+    assert "peak_bytes" in trials[1].caught_by
+    assert len(told) == 2
