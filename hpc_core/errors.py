@@ -22,6 +22,7 @@ __all__ = [
     "HpcCoreError",
     "LaunchError",
     "MeasureError",
+    "MissingCompilerError",
     "MissingLibraryError",
     "PredictError",
     "SpecError",
@@ -66,3 +67,7 @@ class BaselineError(HpcCoreError):
 
 class PredictError(HpcCoreError):
     """A case cannot be predicted: something in it has no model here, or the machine cannot predict at all."""
+
+
+class MissingCompilerError(PredictError, MissingLibraryError):
+    """Prediction needs a C++ compiler once, and this machine has none: something to install, no fault of the case."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 pytest_plugins = ["pytester"]
@@ -18,3 +21,16 @@ def no_worker_of_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
     """A suite that a test runs is a run of its own: as a worker's child, pytest-benchmark would take no samples."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)
+
+
+_PREDICT = ("test_predict_", "test_plugin_predicted", "test_cli_predict", "test_cli_fitting", "test_predicting")
+_NO_NEED = ("test_predict_allocator", "test_predict_shim")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Prediction compiles a C++ file once. Where there is no compiler its tests are skipped, and say so."""
+    if shutil.which(os.environ.get("CXX", "c++")) is not None:
+        return
+    for item in items:
+        if item.path.stem.startswith(_PREDICT) and not item.path.stem.startswith(_NO_NEED):
+            item.add_marker(pytest.mark.skip(reason="prediction needs a C++ compiler, and there is none (CXX, c++)"))

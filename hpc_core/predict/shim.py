@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from hpc_core.errors import PredictError
+from hpc_core.errors import MissingCompilerError, PredictError
 
 __all__ = ["compiled", "install_guard", "load", "loaded"]
 
@@ -72,7 +72,8 @@ def compiled() -> Path:
     """The compiled library for this torch, made now if need be.
 
     Raises:
-        PredictError: torch is absent, or the compiler is missing or fails.
+        MissingCompilerError: there is no compiler.
+        PredictError: torch is absent, or the compiler fails.
     """
     torch = _torch_folder()
     version = (torch / "version.py").read_bytes()
@@ -124,7 +125,7 @@ def _compile(torch: Path, path: Path) -> None:
             )
         half.replace(path)
     except OSError as error:
-        raise PredictError(
+        raise MissingCompilerError(
             f"Prediction compiles a small C++ file once, and there is no compiler {compiler!r} ({error.strerror}). Install one "
             "(Debian: apt-get install g++), or name one in the environment variable CXX."
         ) from error
