@@ -55,8 +55,11 @@ def _run(case: Case, *, count: bool) -> Real:
     from hpc_core.run.finetune import finetune_program
 
     assert isinstance(case.workload, FinetuneSpec)
+    torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
     # torch's own first numbers will do: to draw a table of 128,256 rows again takes ten times as long as the step.
-    with mock.patch.object(causal_lm, "draw_weights", _left_alone), quiet():
+    models = importlib.import_module("transformers").PreTrainedModel
+    undrawn = mock.patch.multiple(models, initialize_weights=_left_alone)
+    with undrawn, mock.patch.object(causal_lm, "draw_weights", _left_alone), quiet():
         program = finetune_program(build(case, torch.device("cpu")), case, case.workload)
         program.steps_done = program.widest
         program.step()  # makes the optimizer's state

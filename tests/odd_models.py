@@ -29,8 +29,9 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 
 def compiled_late() -> None:
     """Every MLP is compiled when it is called."""
-    original = _mlp().forward
-    _mlp().forward = lambda self, x: torch.compile(original, dynamic=True)(self, x)
+    original: Any = _mlp().forward
+    late: Any = torch
+    _mlp().forward = lambda self, x: late.compile(original, dynamic=True)(self, x)
 
 
 def compiled_module() -> None:

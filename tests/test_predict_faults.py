@@ -20,12 +20,12 @@ def test_many_faults_are_seen_without_a_gpu() -> None:
 
 @pytest.mark.slow
 def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
-    """One in what is built and one in what a step keeps, on tiny cases; `hpc-core faults --predicted` tries all at full width."""
+    """One in what is built and one in what generation does, on tiny cases; `hpc-core faults --predicted` tries all at full width."""
     told: list[str] = []
-    names = ["rank-16", "logits-kept"]
+    names = ["rank-16", "cache-off"]
     trials = run_trials(names, cases=trial_cases("tiny"), tell=told.append, against="clean", jobs=2, predict=GPU)
     assert [trial.outcome for trial in trials] == ["caught", "caught"]
     assert all(trial.twin == "PASS" for trial in trials)
-    assert "adapter_weights_bytes" in trials[0].caught_by
-    assert "peak_bytes" in trials[1].caught_by
+    assert "trainable_parameters" in trials[0].caught_by
+    assert "flops" in trials[1].caught_by
     assert len(told) == 2
