@@ -106,3 +106,4 @@ def test_a_model_without_logits_is_a_note(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert {"loss", "loss_scale"} & set(record.audit) == set()
     assert any(note.startswith("audit: loss could not be determined") for note in record.circumstances.notes)
+    assert any(note.startswith("equivalence: not checked") for note in record.circumstances.notes)

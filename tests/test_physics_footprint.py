@@ -70,7 +70,7 @@ def test_committed_caches_hold_whole_tokens() -> None:
         assert model.shape is not None
         assert isinstance(workload, GenerateSpec)
         # While a layer adds a token it holds the old and the new keys or values, so a rest below one token may remain.
-        tokens = held.value / kv_bytes_per_token(SHAPES[model.shape], model.dtype)
+        tokens = held.value / workload.batch / kv_bytes_per_token(SHAPES[model.shape], model.dtype)
         assert 0.9 * min(prompt_lengths(workload)) <= tokens <= max(prompt_lengths(workload)) + workload.new_tokens
         assert held.value <= expected["kv_cache_bytes"]
         seen += 1

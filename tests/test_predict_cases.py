@@ -60,7 +60,9 @@ MORE: tuple[Case, ...] = (
         new_tokens=4,
     ),
 )
-CASES = {case.id: case for case in (*TINY, *MORE)}
+_KINDS = "generate-bf16 generate-nf4-dq generate-int8 full-bf16 full-fp32 lora lora-gc qlora qlora-prepare lora-padded lora-packed"
+PLAIN = tuple(_BY_VARIANT[name] for name in _KINDS.split())
+CASES = {case.id: case for case in (*PLAIN, *MORE)}
 
 
 def _many(cases: Sequence[Case]) -> dict[str, Record]:
@@ -70,7 +72,7 @@ def _many(cases: Sequence[Case]) -> dict[str, Record]:
 @functools.cache
 def _all() -> dict[str, Record]:
     with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(_many, (TINY, MORE))
+        halves = pool.map(_many, (PLAIN, MORE))
         return {name: record for half in halves for name, record in half.items()}
 
 

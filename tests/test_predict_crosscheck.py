@@ -22,29 +22,22 @@ _WIDE = ModelSpec(shape="llama-3.2-1b", layers=2)
 _SMALL = ModelSpec(shape="smollm2-135m", layers=2)
 # On a CPU dropout is a multiplication by a float mask, on a GPU a kernel with a mask of truths: other bytes, so there is none.
 _LORA = finetune(_WIDE, lora(dropout=0.0), batch=2, length=32, steps=1)
-_QLORA = finetune(_WIDE, qlora(dropout=0.0), batch=2, length=32, steps=1)
-_MANY_TOKENS = finetune(_SMALL, lora(dropout=0.0), scale="full", batch=4, length=256, steps=1)
+_QLORA = finetune(_SMALL, qlora(dropout=0.0), scale="full", batch=2, length=32, steps=1)
+_MANY_TOKENS = finetune(_SMALL, lora(dropout=0.0), scale="full", batch=2, length=256, steps=1)
 
 BYTES = (
     _LORA,
-    _LORA.vary("lora-gc", checkpointing="non-reentrant"),
-    finetune(ModelSpec(shape="llama-3.2-1b", layers=1), full, batch=2, length=32, steps=1),
-    _QLORA,
     _QLORA.vary("qlora-dq", double_quant=True),
-    _MANY_TOKENS,
-    _MANY_TOKENS.vary("lora-gc", checkpointing="reentrant"),
-    finetune(_SMALL, full, scale="full", batch=4, length=256, steps=1),
+    _MANY_TOKENS.vary("lora-gc", checkpointing="non-reentrant"),
+    finetune(_SMALL, full, scale="full", batch=2, length=256, steps=1),
 )
-"""The last three hold more activations than weights."""
+"""The last two hold more activations than weights."""
 _TINY = finetune(tiny, lora(dropout=0.0), batch=2, length=64, steps=1)
 COUNTS = (
     finetune(tiny, full, batch=2, length=64, steps=1),
-    finetune(tiny, full, variant="full-foreach", optimizer="adamw-foreach", batch=2, length=64, steps=1),
     _TINY,
     _TINY.vary("lora-eager", attention="eager"),
     _TINY.vary("lora-gc", checkpointing="non-reentrant"),
-    _TINY.vary("lora-gc-reentrant", checkpointing="reentrant"),
-    finetune(tiny, qlora(dropout=0.0), batch=2, length=64, steps=1),
     finetune(tiny, qlora(dropout=0.0, double_quant=True), variant="qlora-dq", batch=2, length=64, steps=1),
 )
 

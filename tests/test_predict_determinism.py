@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
-from hpc_core.cases import FULL, TINY
+from hpc_core.cases import TINY
 from hpc_core.record import Record
 from hpc_core.spec import Case
 from tests.predicting import predicted
 
 pytestmark = pytest.mark.slow
 
-_CASES = {case.id: case for case in (*TINY, *FULL)}
+_CASES = {case.id: case for case in TINY}
 _FEW = [_CASES[f"tiny/{name}"] for name in ("lora-gc", "qlora-prepare", "generate-nf4", "full-bf16")]
 
 
@@ -44,10 +44,3 @@ def test_a_process_predicts_the_same_again() -> None:
     """Nothing of a case is left when the next one begins."""
     first, second = predicted([_FEW[0], _FEW[0]])
     assert _essence(first) == _essence(second)
-
-
-def test_a_full_size_prediction_is_the_same_again() -> None:
-    """28 layers of Llama-3.2-3B with checkpointing, whose backward runs in a thread of its own."""
-    case = [_CASES["llama-3.2-3b/lora-gc"]]
-    one, other = _twice(case, case)
-    assert _essence(one[0]) == _essence(other[0])

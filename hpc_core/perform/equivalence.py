@@ -78,10 +78,14 @@ def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) 
     if session.on_gpu and not _fits(session, model, given):
         return
     try:
-        seen, reference = _both(session, model, given)
+        both = _both(session, model, given)
     except torch.OutOfMemoryError as error:
         session.notes.append(f"equivalence: the float32 reference was to fit and did not, nothing is compared: {error}")
         return
+    if both is None:
+        session.notes.append("equivalence: not checked, the model gives no whole logits, as with a fused loss")
+        return
+    seen, reference = both
     allowed = tolerance(session)
     kept = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask.bool()
     _compare_logits(session, seen.logits[kept], reference.logits[kept], allowed)
@@ -100,25 +104,30 @@ def _fits(session: Session, model: torch.nn.Module, given: Given) -> bool:
     return needed <= room
 
 
-def _both(session: Session, model: torch.nn.Module, given: Given) -> tuple[_Outcome, _Outcome]:
-    """The case's own path, then the reference; without dropout in either."""
+def _both(session: Session, model: torch.nn.Module, given: Given) -> tuple[_Outcome, _Outcome] | None:
+    """The case's own path, then the reference; without dropout in either. None where a path gives no logits."""
     model.eval()
     autocast = getattr(session.case.workload, "precision", "pure") == "autocast-bf16"
     own = torch.autocast(session.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     with own:
         seen = _forward(model, given)
+    if seen is None:
+        return None
     turn_into_reference(model)
     with full_float32():
-        return seen, _forward(model, given)
+        reference = _forward(model, given)
+    return None if reference is None else (seen, reference)
 
 
-def _forward(model: Any, given: Given) -> _Outcome:
+def _forward(model: Any, given: Given) -> _Outcome | None:
     where: dict[str, torch.Tensor] = {}
     if given.answers is not None and given.mask is not None:
         # As `generate` counts them: padding stands on the left and has no position.
         where["position_ids"] = (given.mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         out = model(input_ids=given.ids, attention_mask=given.mask, labels=given.labels, use_cache=False, **where)
+    if out.logits is None:
+        return None
     return _Outcome(out.logits.float(), None if given.labels is None else float(out.loss))
 
 
