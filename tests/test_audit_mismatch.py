@@ -182,13 +182,15 @@ def test_the_other_kind_of_checkpointing_voids_the_run(monkeypatch: pytest.Monke
     assert len(record.reasons) == 1
 
 
-def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
+def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind: str = "finetune") -> None:
+    make: Any = {"finetune": finetune_program, "generate": generate_program}[kind]
+
     def program(*arguments: Any) -> Any:
-        made = finetune_program(*arguments)
+        made = make(*arguments)
         change(made)
         return made
 
-    monkeypatch.setattr("hpc_core.perform.finetune.finetune_program", program)
+    monkeypatch.setattr(f"hpc_core.perform.{kind}.{kind}_program", program)
 
 
 def _asleep(program: Any) -> None:
@@ -288,15 +290,6 @@ def test_attention_that_is_not_fused_voids_the_run(
     assert len(record.reasons) == 1
 
 
-def _answered_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
-    def program(*arguments: Any) -> Any:
-        made = generate_program(*arguments)
-        change(made)
-        return made
-
-    monkeypatch.setattr("hpc_core.perform.generate.generate_program", program)
-
-
 def _other_options(**more: Any) -> Change:
     def change(program: Any) -> None:
         generate_as_asked = program.model.generate
@@ -339,7 +332,7 @@ def _again(model: Any, inputs: Any, output: Any) -> None:
 def test_a_changed_query_voids_the_run(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The generation program is changed before its first query, and the record says what it then did."""
     change, asked, seen = QUERIES[fact]
-    _answered_otherwise(monkeypatch, change)
+    _programmed_otherwise(monkeypatch, change, "generate")
     _mismatch(_perform(ANSWER), fact, asked, seen)
 
 

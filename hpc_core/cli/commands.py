@@ -18,7 +18,7 @@ from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.protocol import run_protocol
-from hpc_core.cli.running import read_record, run_case, write_whole
+from hpc_core.cli.running import read_record, run_case
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.environment import visible_gpus
@@ -31,6 +31,7 @@ from hpc_core.report import Row
 from hpc_core.report.original import original_files
 from hpc_core.spec import ModelSpec, case_to_json
 from hpc_core.store import Baseline, find
+from hpc_core.whole_file import write_whole
 
 __all__ = ["app"]
 

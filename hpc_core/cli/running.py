@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import time
 from pathlib import Path
 from typing import Literal
@@ -14,6 +12,7 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record, record_from_json, record_to_json
 from hpc_core.spec import Case
+from hpc_core.whole_file import write_whole
 
 __all__ = ["read_record", "run_case", "write_record"]
 
@@ -64,14 +63,3 @@ def read_record(path: Path) -> Record:
 def write_record(path: Path, record: Record) -> None:
     """Write a record whole or not at all."""
     write_whole(path, record_to_json(record, indent=2) + b"\n")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by this content, or leave it as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)  # noqa: PTH105 - the atomic one, by its name
-    finally:
-        draft.unlink(missing_ok=True)

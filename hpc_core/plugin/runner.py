@@ -5,10 +5,7 @@ Knows no pytest item and no outcome. Nothing starts before the first case does.
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -26,6 +23,7 @@ from hpc_core.report import Row
 from hpc_core.report.growth import grown
 from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept, find, last_accepted
+from hpc_core.whole_file import write_whole
 
 __all__ = ["Runner"]
 
@@ -113,7 +111,7 @@ class Runner:
 
     def _judged(self, record: Record, command: str) -> Row:
         if self._settings.records is not None:
-            _write(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
+            write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
         row = Row(record=record, judgement=self._judgement(record), command=command, grown=self._grown(record))
         if self._settings.update and record.status == "ok":
             row = self._accepted(row)
@@ -152,13 +150,3 @@ def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:
     if isinstance(case.workload, CallableSpec) or case.scale != "tiny":
         return "cuda"
     return "auto"
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        draft.write_bytes(content)
-        os.replace(draft, path)  # noqa: PTH105 - the atomic one, by its name
-    finally:
-        draft.unlink(missing_ok=True)
