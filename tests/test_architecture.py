@@ -107,6 +107,13 @@ def test_importing_the_package_is_quick_and_loads_no_torch() -> None:
     assert min(seconds) < IMPORT_SECONDS
 
 
+def test_no_public_name_is_a_module_too() -> None:
+    """Importing a submodule puts it into the package's namespace, in place of a function of the same name."""
+    import hpc_core
+
+    assert not [name for name in hpc_core.__all__ if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()]
+
+
 @pytest.mark.parametrize("path", MODULES, ids=relative)
 def test_what_is_exported_is_described(path: Path) -> None:
     """Each function and class that a module exports has a docstring."""

@@ -9,7 +9,7 @@ import typer
 
 from hpc_core.cases import ALL, TRIAL
 from hpc_core.errors import SpecError
-from hpc_core.predicted_cases import PREDICTED
+from hpc_core.cases_to_predict import PREDICTED
 from hpc_core.selection import load_case_file, near
 from hpc_core.spec import Case
 

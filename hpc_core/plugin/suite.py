@@ -62,14 +62,17 @@ class Suite:
     def _command(self, item: pytest.Item) -> str:
         """The one line that runs just this case."""
         # A file that pytest only collects when it is named, such as bench/original_report.py, must be named.
-        found = any(fnmatchcase(item.path.name, pattern) for pattern in self._config.getini("python_files"))
-        own = found and any(item.path.is_relative_to(path) for path in self._settings.paths)
+        own = self._is_found(item.path) and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
         if predicted_gpu(item) is not None:
             path = f"{self._short(item.path)} "
         fault = f" --perf-fault {self._settings.fault}" if self._settings.fault else ""
         return f"pytest --benchmark {path}--case '{case_id_of(item)}'{fault}"
+
+    def _is_found(self, path: Path) -> bool:
+        """Whether pytest collects this file by its name, without being told."""
+        return any(fnmatchcase(path.name, pattern) for pattern in self._config.getini("python_files"))
 
     def _short(self, path: Path) -> str:
         here = self._config.invocation_params.dir
@@ -93,6 +96,13 @@ class Suite:
         where = f"baselines {self._short(settings.baselines)}"
         predict = "" if settings.predict == "off" else f", predictions: {settings.predict}"
         return f"hpc-core: {hpc_core.__version__}, {what}{predict}, {where}, {settings.way}{fault}"
+
+    def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+        """A case file below a folder that runs anyway: pytest 9 drops the file from its arguments for the folder's sake."""
+        own = file_path.resolve() in self._settings.case_files
+        if not own or parent.session.isinitpath(file_path) or self._is_found(file_path):
+            return None  # no case file, or one that pytest collects by itself
+        return self.pytest_pycollect_makemodule(file_path, parent)
 
     def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
         """A case file is a test module whose tests are its cases."""
