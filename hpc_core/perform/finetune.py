@@ -6,7 +6,7 @@ import contextlib
 import math
 import statistics
 
-from hpc_core.audit import Ran, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
+from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
@@ -43,8 +43,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
         session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
     )
     note_unexplained(session)
-    ran = _count(session, program)
-    _audit(session, program, workload, ran)
+    ran, seen = _count(session, program)
+    _audit(session, program, workload, ran, seen)
     _busy(session, program)
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
@@ -110,27 +110,34 @@ def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) ->
     return mark
 
 
-def _count(session: Session, program: FinetuneProgram) -> Ran:
+def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | None]:
+    """Count a pass; the audit looks at the step on the widest batch in it, which saves a step of its own."""
     session.phase("counters")
-    program.steps_done = 0
     steps = min(program.period, _BUSY_STEPS)
+    seen = None
     watched = count_layer_forwards(program.model) if session.job.audit else contextlib.nullcontext(LayerForwards())
     with counting() as counts, watched as forwards:
-        for _ in range(steps):
-            program.step()
+        for index in range(steps):
+            program.steps_done = index
+            if session.job.audit and index == program.widest:
+                seen = audited_step(program, session.aside)
+            else:
+                program.step()
     per = "" if steps == 1 else f" per {steps} steps"
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
     session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps))
+    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps)), seen
 
 
-def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran) -> None:
-    """One step more, after everything that is gated exactly: what it takes is in no number."""
+def _audit(
+    session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None
+) -> None:
+    """After everything that is gated exactly; with a step more where the counted ones did not hold the widest batch."""
     if not session.job.audit:
         return
     session.phase("audit")
     case, notes = session.case, session.notes
-    step = audited_step(program)
+    step = audited_step(program) if seen is None else seen
     session.audit_model(program.model)
     session.audit |= trainable_facts(case, program.model, notes)
     session.audit |= training_facts(case, workload, program, ran, step, notes)
