@@ -129,9 +129,7 @@ def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | 
     return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps)), seen
 
 
-def _audit(
-    session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None
-) -> None:
+def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:
     """After everything that is gated exactly; with a step more where the counted ones did not hold the widest batch."""
     if not session.job.audit:
         return
