@@ -234,6 +234,9 @@ class Suite:
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
                 terminalreporter.write_line(text)
+            if self._runner.earlier is not None and self._runner.earlier.said:
+                terminalreporter.section("resumed", sep="=")
+                terminalreporter.write_line("\n".join(self._runner.earlier.said))
             for title, text in self.session.shown:
                 terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
