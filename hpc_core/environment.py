@@ -123,8 +123,10 @@ def _cuda_of_torch() -> dict[str, str]:
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
     """Commit and whether the tree differs from it; (None, None) outside a git repository or without git.
 
-    The environment variable HPC_CORE_COMMIT speaks for trees that were copied without their repository.
+    The environment variable HPC_CORE_COMMIT wins where it is set: it speaks for trees that were copied, which may hold no repository, or an older one.
     """
+    if told := os.environ.get("HPC_CORE_COMMIT", "").strip():
+        return told, None
     try:
         head = subprocess.run(
             ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
@@ -133,7 +135,7 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
             ["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("HPC_CORE_COMMIT"), None
+        return None, None
     return head.stdout.strip(), bool(status.stdout.strip())
 
 
