@@ -121,6 +121,8 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     """Measured in this session: matmul_flop_per_s by dtype, copy_bytes_per_s."""
     gpu: dict[str, Any] = {}
     """uuid, clocks in MHz before and after, temperature, throttle reasons, other processes."""
+    canary: dict[str, float] = {}
+    """Busy seconds of the two pieces of work that no code changes, "compute" and "memory", in this session; {} if not run."""
     phase_s: dict[str, float] = {}
     """Seconds spent in each phase of the worker."""
     fault: str | None = None

@@ -12,6 +12,7 @@ import pytest
 
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
+from hpc_core.gate import Waiver, waivers_from_toml
 from hpc_core.launch.protocol import Way
 from hpc_core.plugin.predicting import Extent
 from hpc_core.selection import load_case_file
@@ -21,6 +22,7 @@ __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
 ACTIVE = "perf_active"
 """Where pytest keeps `--benchmark`."""
 
+WAIVERS = "perf-waivers.toml"
 _SCALES = ("tiny", "small", "full", "auto")
 _GPU_WORD = re.compile(r"\bgpu\b")
 
@@ -45,6 +47,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How many predictions are made."""
     paths: tuple[str, ...]
     """What `--benchmark` runs without a path."""
+    dirty: bool = False
+    """Numbers of uncommitted code may be accepted."""
+    base: str | None = None
+    """The revision whose merge base is judged against."""
+    waivers: tuple[Waiver, ...] = ()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -78,6 +85,17 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="TEXT",
         dest="perf_reason",
         help="why the new numbers are right; kept in the baseline",
+    )
+    add(
+        "--perf-dirty",
+        action="store_true",
+        help="with --perf-update: accept numbers of code that is not committed",
+    )
+    add(
+        "--perf-base",
+        default=None,
+        metavar="REV",
+        help="judge against the baselines of the merge base with REV, as origin/main: a baseline changed since is shown as such",
     )
     add(
         "--perf-baselines",
@@ -121,6 +139,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
     parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
+    parser.addini("perf_waivers", "file of waivers, below the root folder", default=WAIVERS)
     parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
 
 
@@ -152,6 +171,9 @@ def read_settings(config: pytest.Config) -> Settings:
         fault=fault,
         predict=_extent(config, why),
         paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
+        dirty=bool(option("perf_dirty")),
+        base=option("perf_base"),
+        waivers=_waivers(config),
     )
 
 
@@ -165,6 +187,8 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
     if reason and not update:
         raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+    if config.getoption("perf_dirty") and not update:
+        raise pytest.UsageError("--perf-dirty belongs to --perf-update, which is missing: nothing would be written.")
     if fault and fault not in (known := _faults()):
         raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. There are: {', '.join(known)}.")
     if update and fault:
@@ -208,3 +232,17 @@ def _case_files(config: pytest.Config) -> tuple[Path, ...]:
         except SpecError as error:
             raise pytest.UsageError(str(error)) from error
     return files
+
+
+def _waivers(config: pytest.Config) -> tuple[Waiver, ...]:
+    """The entries of the file of waivers; none where there is no file and the ini file names none."""
+    name = str(config.getini("perf_waivers"))
+    path = config.rootpath / name
+    if not path.exists():
+        if name != WAIVERS:
+            raise pytest.UsageError(f"perf_waivers: there is no file {path}.")
+        return ()
+    try:
+        return waivers_from_toml(path.read_text(encoding="utf-8"), name)
+    except (SpecError, OSError, UnicodeDecodeError) as error:
+        raise pytest.UsageError(str(error) if isinstance(error, SpecError) else f"{name}: {error}") from error

@@ -12,17 +12,18 @@ import msgspec
 
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
-from hpc_core.gate import judge
+from hpc_core.gate import Judgement
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
+from hpc_core.plugin.review import Review
 from hpc_core.record import Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
 from hpc_core.spec import CallableSpec, Case
-from hpc_core.store import accept, find, last_accepted
+from hpc_core.store import accept, last_accepted
 from hpc_core.whole_file import write_whole
 
 __all__ = ["Runner"]
@@ -31,9 +32,10 @@ __all__ = ["Runner"]
 class Runner:
     """One launcher for a whole session, and the rows it gave."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    def __init__(self, settings: Settings, progress: Progress, review: Review) -> None:
         self.rows: list[Row] = []
         self._settings = settings
+        self._review = review
         self._progress = progress
         self._ceilings: dict[str, float] | None = None
         inline = settings.way == "inline"
@@ -112,7 +114,13 @@ class Runner:
     def _judged(self, record: Record, command: str) -> Row:
         if self._settings.records is not None:
             write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
-        row = Row(record=record, judgement=self._judgement(record), command=command, grown=self._grown(record))
+        row = Row(
+            record=record,
+            judgement=self._judgement(record),
+            command=command,
+            grown=self._grown(record),
+            expired=self._review.expired(record.case.id),
+        )
         if self._settings.update and record.status == "ok":
             row = self._accepted(row)
         self.rows.append(row)
@@ -124,12 +132,14 @@ class Runner:
         before = last_accepted(self._settings.baselines, record.circumstances.machine.key, record.case.id)
         return () if before is None else grown(before, record)
 
-    def _judgement(self, record: Record) -> Any:
-        return judge(record, find(self._settings.baselines, record.circumstances.machine.key, record.case.id))
+    def _judgement(self, record: Record) -> Judgement:
+        return self._review.judged(record)
 
     def _accepted(self, row: Row) -> Row:
         try:
-            acceptance = accept(self._settings.baselines, row.record, reason=self._settings.reason)
+            acceptance = accept(
+                self._settings.baselines, row.record, reason=self._settings.reason, allow_dirty=self._settings.dirty
+            )
         except BaselineError as error:
             return msgspec.structs.replace(row, refused=str(error))
         # Judged again: a limit that the case's owner has set is not lifted by accepting a number beyond it.

@@ -1,0 +1,102 @@
+"""Judge a record of a pull request: against the baselines of its merge base, knowing those that the pull request brings.
+
+A baseline that a pull request changes is no free pass: the change is judged too. Pure, like all of the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from hpc_core.gate import sizes
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, worst
+from hpc_core.limits import Limits
+from hpc_core.record import Record
+from hpc_core.store.baseline import Baseline, Lookup
+
+__all__ = ["judge_pull_request"]
+
+_FAILING = (Verdict.REGRESSED, Verdict.INVALID)
+_DECIDED = (Verdict.PASS, Verdict.IMPROVED, Verdict.REGRESSED)
+
+
+def judge_pull_request(record: Record, base: Lookup, head: Lookup, limits: Limits | None = None) -> Judgement:
+    """The verdict on a record against the baseline `base` of the merge base, given the baseline `head` of the pull request.
+
+    Where the pull request leaves the baseline alone, this is `judge(record, base)`. Where it changes it:
+
+    - REGRESSED against the merge base stays REGRESSED. It is excused if the pull request accepts what was just measured:
+      its baseline holds another value than the merge base's, and the record passes against that. A record that is better
+      than what the pull request accepts is not excused, or a baseline could be raised further than the code needs.
+    - What fails against the pull request's own baseline fails: it would fail on the next run after the merge.
+    - What the merge base cannot judge (a new case, a changed case, a new metric, another driver) is judged by the
+      pull request's baseline.
+    """
+    against_base = judge(record, base, limits)
+    # Only where it lies differs between a missing file here and there.
+    if record.status != "ok" or base == head or (not isinstance(base, Baseline) and type(base) is type(head)):
+        return against_base
+    against_head = judge(record, head, limits)
+    if not isinstance(base, Baseline) or all(row.verdict not in _DECIDED for row in against_base.metrics):
+        return _with_remark(against_head, head, against_base)
+    here = {row.metric: row for row in against_head.metrics}
+    # Held by the merge base, absent from the record and from the pull request's baseline: dropped on purpose.
+    dropped = [row.metric for row in against_base.metrics if row.metric not in here and isinstance(head, Baseline)]
+    judged = [
+        _row(row, here.pop(row.metric, None), base, head) for row in against_base.metrics if row.metric not in dropped
+    ]
+    rows = [row for row, _ in judged] + list(here.values())
+    rows.sort(key=lambda row: (-row.verdict.severity, -abs(row.ratio or 0.0), row.metric))
+    verdict = worst(row.verdict for row in rows)
+    if not isinstance(head, Baseline) and against_head.verdict in _FAILING:
+        verdict = worst((verdict, against_head.verdict))
+    model = against_base if against_base.verdict is verdict else _in_words(against_head)
+    excuses = tuple(excuse for _, excuse in judged if excuse is not None)
+    remarks = (f"dropped by this pull request: {', '.join(dropped)}",) if dropped else ()
+    return msgspec.structs.replace(model, verdict=verdict, metrics=tuple(rows), excuses=excuses, remarks=remarks)
+
+
+def _row(
+    was: MetricVerdict, now: MetricVerdict | None, base: Baseline, head: Lookup
+) -> tuple[MetricVerdict, Excuse | None]:
+    """Of the verdicts on one metric against both baselines, the one that counts; and what excuses it."""
+    if now is None:
+        return was, None
+    if was.verdict is Verdict.REGRESSED:
+        return _regressed(was, now, base, head)
+    if now.verdict in _FAILING:
+        return msgspec.structs.replace(now, reason=f"Against the baseline of this pull request: {now.reason}"), None
+    return (was if was.verdict in _DECIDED or not isinstance(head, Baseline) else now), None
+
+
+def _regressed(
+    was: MetricVerdict, now: MetricVerdict, base: Baseline, head: Lookup
+) -> tuple[MetricVerdict, Excuse | None]:
+    old = base.metrics.get(was.metric)
+    new = head.metrics.get(was.metric) if isinstance(head, Baseline) else None
+    if not isinstance(head, Baseline) or old is None or new is None or old == new:
+        return was, None
+    moved = f"{was.metric} {sizes.pair(old.value, new.value, new.unit)}"
+    if now.verdict is Verdict.PASS:
+        return was, Excuse(
+            metric=was.metric, text=f"accepted in this pull request: {moved}, reason: {head.accepted.reason}"
+        )
+    told = f"This pull request accepts {moved}, but that is not what this run gives: {now.reason}"
+    return msgspec.structs.replace(was, reason=f"{was.reason} {told}"), None
+
+
+def _with_remark(judgement: Judgement, head: Lookup, against_base: Judgement) -> Judgement:
+    why = head.accepted.reason if isinstance(head, Baseline) else "no sound baseline"
+    remark = (
+        f"judged by the baseline of this pull request ({why}), as the merge base has none to compare with: "
+        f"{against_base.headline}"
+    )
+    return msgspec.structs.replace(judgement, remarks=(*judgement.remarks, remark))
+
+
+def _in_words(judgement: Judgement) -> Judgement:
+    words: Iterable[str] = ("headline", "reason")
+    told = {name: f"{getattr(judgement, name)} (against the baseline of this pull request)" for name in words}
+    return msgspec.structs.replace(judgement, **told)
