@@ -21,8 +21,8 @@ values = st.integers(1, 60).map(lambda number: number * 2**28)
 
 def judged(base: int | Lookup, head: int | Lookup, new: int, **more: Any) -> Judgement:
     """A peak of `new` bytes, with these accepted at the merge base and in the pull request."""
-    lookups = (stored({"peak_bytes": peak(each)}) if isinstance(each, int) else each for each in (base, head))
-    return judge_pull_request(a_record({"peak_bytes": peak(new)}), *lookups, **more)
+    old, own = (stored({"peak_bytes": peak(each)}) if isinstance(each, int) else each for each in (base, head))
+    return judge_pull_request(a_record({"peak_bytes": peak(new)}), old, own, **more)
 
 
 @given(values, values)

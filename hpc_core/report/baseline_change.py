@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_core.gate import sizes
 from hpc_core.store import Baseline, BaselineChange, Change, Damaged, Lookup, Missing
 
-__all__ = ["change_line"]
+__all__ = ["change_line", "changed_metric"]
 
 _SHOWN = 6
 
@@ -23,7 +23,7 @@ def change_line(change: BaselineChange) -> str:
         return f"{where}: {before}, {len(change.new.metrics)} metrics{reason}"
     case = "the case changed; " if change.old.digest != change.new.digest else ""
     metrics = change.metrics
-    said = ", ".join(_metric(each) for each in metrics[:_SHOWN]) or "every value as before"
+    said = ", ".join(changed_metric(each) for each in metrics[:_SHOWN]) or "every value as before"
     more = f" and {len(metrics) - _SHOWN} more" if len(metrics) > _SHOWN else ""
     return f"{where}: {case}{said}{more}{reason}"
 
@@ -32,7 +32,8 @@ def _state(lookup: Lookup) -> str:
     return f"DAMAGED: {lookup.reason}" if isinstance(lookup, Damaged) else "of another schema"
 
 
-def _metric(change: Change) -> str:
+def changed_metric(change: Change) -> str:
+    """Such as "peak_bytes 5.62 GiB → 7.50 GiB (+33 %)"."""
     if change.old is None or change.new is None:
         value = change.old if change.new is None else change.new
         assert value is not None

@@ -20,7 +20,7 @@ from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Miss
 from hpc_core.store.history_file import history_lines, lengthened
 from hpc_core.store.lookup import baseline_path, find, history_path, render
 
-__all__ = ["accept", "changes_between", "unstored"]
+__all__ = ["accept", "changes_between", "refuse", "unstored"]
 
 
 def accept(
@@ -37,7 +37,7 @@ def accept(
     """
     circumstances = record.circumstances
     path = baseline_path(root, circumstances.machine.key, record.case.id)
-    _refuse(record, reason, allow_dirty)
+    refuse(record, reason, allow_dirty)
     new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
     kept = history_lines(history)
@@ -65,11 +65,16 @@ def unstored(record: Record, *, reason: str) -> Baseline:
     Raises:
         BaselineError: the record must not be a baseline.
     """
-    _refuse(record, reason, allow_dirty=True)
+    refuse(record, reason, allow_dirty=True)
     return _baseline(record, reason, datetime.datetime.now(datetime.UTC))
 
 
-def _refuse(record: Record, reason: str, allow_dirty: bool) -> None:
+def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
+    """Refuse what must not be a baseline, before anything is written.
+
+    Raises:
+        BaselineError: the record is no proof, has no reason, or is of uncommitted code without `allow_dirty`.
+    """
     case, circumstances = record.case.id, record.circumstances
     if not reason.strip():
         raise BaselineError(f'{case}: a baseline needs a reason, such as --reason "checkpointing is off on purpose".')
