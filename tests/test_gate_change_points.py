@@ -25,7 +25,7 @@ def test_exact_metrics_change_where_their_value_does(values: list[int]) -> None:
     """Replaying the changes from the first value gives the series again; nothing else is told, and nothing twice."""
     changes = exact_changes(values)
     told = {change.index: change for change in changes}
-    level = values[0] if values else 0
+    level: float = values[0] if values else 0
     for index, value in enumerate(values):
         if index in told:
             assert told[index].before == level

@@ -62,7 +62,9 @@ def test_another_metric_is_not_excused() -> None:
     record = a_record({"peak_bytes": peak(7 * GiB), "operators": counted(9)})
     base = stored({"peak_bytes": peak(5 * GiB), "operators": counted(8)})
     head = stored({"peak_bytes": peak(7 * GiB), "operators": counted(8)})
-    assert judge_pull_request(record, base, head).outcome() == "failed"
+    judgement = judge_pull_request(record, base, head)
+    assert judgement.outcome() == "failed"
+    assert [row.metric for row in judgement.metrics if "This pull request accepts" in row.reason] == []
     assert judge_pull_request(record, base, stored(record.metrics)).outcome() == "passed"
 
 

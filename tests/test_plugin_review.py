@@ -157,7 +157,7 @@ def test_uncommitted_code_is_no_baseline_unless_told(pytester: pytest.Pytester, 
     bench(pytester, GIB, more=", dirty=True")
     refused = run("--perf-update", "--reason", "try")
     assert refused.ret == 1
-    refused.stdout.fnmatch_lines(["*REFUSED*", f"*{CASE}: the tree has uncommitted changes*"])
+    refused.stdout.fnmatch_lines(["*REFUSED*", f"REFUSED {CASE}: the tree has uncommitted changes*"])
     assert not (pytester.path / "baselines").exists()
     assert run("--perf-update", "--reason", "try", "--perf-dirty").ret == 0
     assert run("--perf-dirty").ret == 4

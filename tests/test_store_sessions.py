@@ -108,6 +108,9 @@ def test_baselines_of_a_commit(tmp_path: Path) -> None:
     (root / "cpu" / "tiny" / "lora.json").write_text("{}")
 
     past = PastBaselines(root, "HEAD")
+    assert len(sessions(root, H100.key, CASE)) == 2
+    assert [each.metrics["peak_bytes"] for each in past.sessions(H100.key, CASE)] == [(2.0 * 2**30,)]
+    assert past.sessions(H100.key, "tiny/new") == ()
     found = past.find(H100.key, CASE)
     assert past.commit == first
     assert isinstance(found, Baseline)

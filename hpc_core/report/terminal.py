@@ -137,7 +137,7 @@ def _problem(row: Row) -> _Problem | None:
         step = () if row.command is None else (row.command,)
         return _Problem(f"{failure.kind} in {failure.phase}: {failure.message}", step=step)
     if row.refused is not None:
-        return _Problem(row.refused)
+        return _Problem(row.refused.removeprefix(f"{row.case}: "))
     if judgement is None:
         return _Problem(" ".join(row.record.reasons)) if row.record.reasons else None
     if judgement.verdict is Verdict.PASS:

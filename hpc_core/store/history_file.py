@@ -15,7 +15,7 @@ from hpc_core.record import Record, record_from_json
 from hpc_core.spec import SCHEMA
 from hpc_core.store.lookup import history_path
 
-__all__ = ["HISTORY_BYTES", "HISTORY_LENGTH", "history_lines", "last_accepted", "lengthened"]
+__all__ = ["HISTORY_BYTES", "HISTORY_LENGTH", "checked_lines", "history_lines", "last_accepted", "lengthened"]
 
 HISTORY_LENGTH = 8
 """Accepted sessions kept beside a baseline: a prediction interval wants at least five, and machines drift over more."""
@@ -55,6 +55,15 @@ def history_lines(path: Path) -> list[bytes]:
         raise BaselineError(
             f"{path}: the history cannot be read ({error}). Move it away, then accept again."
         ) from error
+    return checked_lines(lines, str(path))
+
+
+def checked_lines(lines: list[bytes], path: str) -> list[bytes]:
+    """These lines, if each is a record or was one in another schema; `path` is what the file is called.
+
+    Raises:
+        BaselineError: a line is no record.
+    """
     for number, line in enumerate(lines, start=1):
         try:
             schema = msgspec.json.decode(line, type=_SchemaOnly).schema

@@ -9,7 +9,9 @@ import msgspec
 from hpc_core.repository import contents, listing, resolved
 from hpc_core.store.acceptance import changes_between
 from hpc_core.store.baseline import Baseline, Change, Lookup, Missing
-from hpc_core.store.lookup import baseline_path, find, parsed
+from hpc_core.store.history_file import checked_lines
+from hpc_core.store.lookup import baseline_path, find, history_path, parsed
+from hpc_core.store.sessions import Session, sessions_of_lines
 
 __all__ = ["BaselineChange", "PastBaselines", "baseline_changes"]
 
@@ -23,9 +25,9 @@ class PastBaselines:
         Raises:
             RepositoryError: no such revision, or `root` lies in no repository.
         """
-        self.commit = resolved(root if root.is_dir() else root.parent, revision)
         self._root = root
-        folder = root if root.is_dir() else root.parent
+        self._folder = folder = next(each for each in (root, *root.resolve().parents) if each.is_dir())
+        self.commit = resolved(folder, revision)
         paths = [path for path in listing(folder, self.commit, root) if path.suffix == ".json"]
         raws = contents(folder, [(self.commit, path) for path in paths])
         whole = root.resolve()
@@ -44,6 +46,16 @@ class PastBaselines:
             others = sorted(known.parts[0] for known in self._raw if known.parts[1:] == path.parts[1:])
             return Missing(path=label, elsewhere=tuple(others))
         return parsed(label, raw)
+
+    def sessions(self, key: str, case_id: str, *, digest: str | None = None) -> tuple[Session, ...]:
+        """As `sessions.sessions`, at the commit.
+
+        Raises:
+            BaselineError: the history was damaged then; or as `baseline_path`.
+        """
+        path = history_path(self._root, key, case_id)
+        raw = contents(self._folder, [(self.commit, path)])[0] or b""
+        return sessions_of_lines(checked_lines(raw.splitlines(), f"{self.commit[:10]}:{path}"), digest)
 
     def known(self) -> tuple[tuple[str, str], ...]:
         """Machine and case id of every file that could be a baseline."""

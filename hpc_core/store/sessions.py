@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from hpc_core.record import Metric, Record, record_from_json
 from hpc_core.store.history_file import history_lines
 from hpc_core.store.lookup import history_path
 
-__all__ = ["Session", "accepted_records", "session_of", "sessions"]
+__all__ = ["Session", "accepted_records", "session_of", "sessions", "sessions_of_lines"]
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +39,12 @@ def sessions(root: Path, key: str, case_id: str, *, digest: str | None = None) -
     Raises:
         BaselineError: the history is damaged; or as `baseline_path`.
     """
-    records = accepted_records(root, key, case_id)
+    return sessions_of_lines(history_lines(history_path(root, key, case_id)), digest)
+
+
+def sessions_of_lines(lines: Sequence[bytes], digest: str | None = None) -> tuple[Session, ...]:
+    """As `sessions`, from the checked lines of a history, wherever they were read."""
+    records = _records(lines)
     if not records:
         return ()
     chosen = digest or records[-1].case.digest
@@ -51,10 +57,14 @@ def accepted_records(root: Path, key: str, case_id: str) -> tuple[Record, ...]:
     Raises:
         BaselineError: the history is damaged; or as `baseline_path`.
     """
+    return _records(history_lines(history_path(root, key, case_id)))
+
+
+def _records(lines: Sequence[bytes]) -> tuple[Record, ...]:
     # A dict from the end keeps the last acceptance of a line that is there twice.
-    lines = list(dict.fromkeys(reversed(history_lines(history_path(root, key, case_id)))))
+    once = list(dict.fromkeys(reversed(lines)))
     found = []
-    for line in reversed(lines):
+    for line in reversed(once):
         try:
             found.append(record_from_json(line))
         except SpecError:  # intact, so of another schema
