@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.gate import Judgement, Verdict, judge, judge_pull_request
+from hpc_core.gate import Judgement, Side, Verdict, judge, judge_pull_request
 from hpc_core.limits import GiB, Limits
-from hpc_core.record import Metric
+from hpc_core.record import Metric, Record
 from hpc_core.store import Damaged, Lookup, Missing
-from tests.strategies import a_record, counted, peak
+from tests.strategies import STACK, a_record, busy, counted, failed_record, peak
 from tests.test_gate_laws import stored
 
 NONE = Missing(path="base")
 values = st.integers(1, 60).map(lambda number: number * 2**28)
 
 
+def of_record(record: Record, base: Lookup, head: Lookup, limits: Limits | None = None) -> Judgement:
+    """The record, judged by the rules of a pull request."""
+    return judge_pull_request(*(Side(lookup, judge(record, lookup, limits)) for lookup in (base, head)))
+
+
 def judged(base: int | Lookup, head: int | Lookup, new: int, **more: Any) -> Judgement:
     """A peak of `new` bytes, with these accepted at the merge base and in the pull request."""
     old, own = (stored({"peak_bytes": peak(each)}) if isinstance(each, int) else each for each in (base, head))
-    return judge_pull_request(a_record({"peak_bytes": peak(new)}), old, own, **more)
+    return of_record(a_record({"peak_bytes": peak(new)}), old, own, **more)
 
 
 @given(values, values)
@@ -62,10 +68,10 @@ def test_another_metric_is_not_excused() -> None:
     record = a_record({"peak_bytes": peak(7 * GiB), "operators": counted(9)})
     base = stored({"peak_bytes": peak(5 * GiB), "operators": counted(8)})
     head = stored({"peak_bytes": peak(7 * GiB), "operators": counted(8)})
-    judgement = judge_pull_request(record, base, head)
+    judgement = of_record(record, base, head)
     assert judgement.outcome() == "failed"
     assert [row.metric for row in judgement.metrics if "This pull request accepts" in row.reason] == []
-    assert judge_pull_request(record, base, stored(record.metrics)).outcome() == "passed"
+    assert of_record(record, base, stored(record.metrics)).outcome() == "passed"
 
 
 @pytest.mark.parametrize("base", [NONE, Damaged(path="x", reason="y")])
@@ -93,7 +99,24 @@ def test_metrics_come_and_go_as_accepted() -> None:
     """A metric that the pull request adds or drops, baseline included, needs no strictness waived; it is said."""
     old: dict[str, Metric] = {"peak_bytes": peak(), "operators": counted()}
     record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
-    judgement = judge_pull_request(record, stored(old), stored(record.metrics))
+    judgement = of_record(record, stored(old), stored(record.metrics))
     assert judgement.outcome(strict=True) == "passed"
     assert judgement.remarks == ("dropped by this pull request: operators",)
-    assert judge_pull_request(record, stored(old), stored(old)).outcome(strict=True) == "failed"
+    assert of_record(record, stored(old), stored(old)).outcome(strict=True) == "failed"
+
+
+def test_what_cannot_be_decided_is_not_excused() -> None:
+    """If the record regressed, and whether it is what the pull request accepts is undecided, so is the whole."""
+    record = a_record({"busy_s": busy(0.5)})
+    base, head = stored({"busy_s": busy(0.25)}), stored({"busy_s": busy(0.5)})
+    head = msgspec.structs.replace(head, stack=STACK | {"driver": "590.0"})
+    judgement = of_record(record, base, head)
+    assert (judgement.verdict, judgement.outcome()) == (Verdict.INCONCLUSIVE, "skipped")
+    assert "REGRESSED against the merge base; this pull request accepts busy_s" in judgement.metrics[0].reason
+
+
+def test_a_failed_run_stays_one() -> None:
+    """No baseline settles a run that gave no numbers."""
+    judgement = of_record(failed_record(), NONE, stored({"peak_bytes": peak()}))
+    assert judgement.broken
+    assert judgement.verdict is Verdict.INVALID

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpc_core.gate.judge import judge
-from hpc_core.gate.pull_request import judge_pull_request
+from hpc_core.gate.pull_request import Side, judge_pull_request
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Outcome, Verdict
 from hpc_core.gate.waiver import Waiver, expired, waived, waivers_from_toml
 
@@ -12,6 +12,7 @@ __all__ = [
     "Judgement",
     "MetricVerdict",
     "Outcome",
+    "Side",
     "Verdict",
     "Waiver",
     "expired",

@@ -10,35 +10,40 @@ from collections.abc import Iterable
 import msgspec
 
 from hpc_core.gate import sizes
-from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, worst
-from hpc_core.limits import Limits
-from hpc_core.record import Record
 from hpc_core.store.baseline import Baseline, Lookup
 
-__all__ = ["judge_pull_request"]
+__all__ = ["Side", "judge_pull_request"]
 
 _FAILING = (Verdict.REGRESSED, Verdict.INVALID)
 _DECIDED = (Verdict.PASS, Verdict.IMPROVED, Verdict.REGRESSED)
 
 
-def judge_pull_request(record: Record, base: Lookup, head: Lookup, limits: Limits | None = None) -> Judgement:
-    """The verdict on a record against the baseline `base` of the merge base, given the baseline `head` of the pull request.
+class Side(msgspec.Struct, frozen=True):
+    """A baseline, or what lies in its place, and the plain judgement of the record against it."""
 
-    Where the pull request leaves the baseline alone, this is `judge(record, base)`. Where it changes it:
+    lookup: Lookup
+    judgement: Judgement
+
+
+def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:
+    """The verdict on a record against the merge base's baseline, given the baseline of the pull request.
+
+    Where the pull request leaves the baseline alone, this is the judgement against the merge base's. Where it changes it:
 
     - REGRESSED against the merge base stays REGRESSED. It is excused if the pull request accepts what was just measured:
       its baseline holds another value than the merge base's, and the record passes against that. A record that is better
-      than what the pull request accepts is not excused, or a baseline could be raised further than the code needs.
+      than what the pull request accepts is not excused, or a baseline could be raised further than the code needs. If
+      whether it passes cannot be decided, neither can this: INCONCLUSIVE.
     - What fails against the pull request's own baseline fails: it would fail on the next run after the merge.
     - What the merge base cannot judge (a new case, a changed case, a new metric, another driver) is judged by the
       pull request's baseline.
     """
-    against_base = judge(record, base, limits)
-    # Only where it lies differs between a missing file here and there.
-    if record.status != "ok" or base == head or (not isinstance(base, Baseline) and type(base) is type(head)):
+    base, against_base = base_side.lookup, base_side.judgement
+    head, against_head = head_side.lookup, head_side.judgement
+    untouched = base == head or (not isinstance(base, Baseline) and type(base) is type(head))
+    if untouched or not against_base.metrics:  # a run that failed or is invalid has none
         return against_base
-    against_head = judge(record, head, limits)
     if not isinstance(base, Baseline) or all(row.verdict not in _DECIDED for row in against_base.metrics):
         return _with_remark(against_head, head, against_base)
     here = {row.metric: row for row in against_head.metrics}
@@ -79,6 +84,9 @@ def _regressed(
     if not isinstance(head, Baseline) or old is None or new is None or old == new:
         return was, None
     moved = f"{was.metric} {sizes.pair(old.value, new.value, new.unit)}"
+    if now.verdict is Verdict.INCONCLUSIVE:
+        told = f"REGRESSED against the merge base; this pull request accepts {moved}, and whether this run gives that"
+        return msgspec.structs.replace(now, reason=f"{told} is undecided: {now.reason}"), None
     if now.verdict is Verdict.PASS:
         return was, Excuse(
             metric=was.metric, text=f"accepted in this pull request: {moved}, reason: {head.accepted.reason}"

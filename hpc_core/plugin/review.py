@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from hpc_core.errors import RepositoryError
-from hpc_core.gate import Judgement, expired, judge, judge_pull_request, waived
+from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, waived
 from hpc_core.plugin.options import Settings
 from hpc_core.record import Record
 from hpc_core.report import Row
@@ -43,10 +43,10 @@ class Review:
         """The verdict on a record, with what excuses it."""
         key, case_id = record.circumstances.machine.key, record.case.id
         here = find(self._settings.baselines, key, case_id)
-        if self._base is None:
-            judgement = judge(record, here)
-        else:
-            judgement = judge_pull_request(record, self._base.find(key, case_id), here)
+        judgement = judge(record, here)
+        if self._base is not None:
+            there = self._base.find(key, case_id)
+            judgement = judge_pull_request(Side(there, judge(record, there)), Side(here, judgement))
         return waived(judgement, record, self._settings.waivers, self._today)
 
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
