@@ -41,8 +41,8 @@ def test_an_untouched_baseline_is_judged_as_ever(base: int, new: int) -> None:
 @given(values, values, values)
 @settings(max_examples=300)
 def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, new: int) -> None:
-    """It passes if nothing is worse than the pull request's own baseline, and what is worse than the merge base's was
-    accepted as exactly what it is now; the verdict says REGRESSED whenever the merge base does.
+    """It passes if nothing is worse than the pull request's own baseline, that was not made worse than what is measured, and
+    what is worse than the merge base's was accepted as what it is now; the verdict says REGRESSED whenever the merge base does.
     """
     judgement = judged(base, head, new)
     alone = {name: judged(value, value, new).verdict for name, value in (("base", base), ("head", head))}
@@ -50,7 +50,9 @@ def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, ne
         assert judgement.verdict is Verdict.REGRESSED
         assert (judgement.outcome() == "passed") == (alone["head"] is Verdict.PASS and base != head)
     else:
-        assert (judgement.outcome() == "passed") == (alone["head"] is not Verdict.REGRESSED)
+        loosened = alone["head"] is Verdict.IMPROVED and head > base
+        assert (judgement.outcome() == "passed") == (alone["head"] is not Verdict.REGRESSED and not loosened)
+        assert (judgement.verdict is Verdict.INVALID) == loosened
     assert bool(judgement.excuses) == (alone["base"] is Verdict.REGRESSED and judgement.outcome() == "passed")
 
 
@@ -61,6 +63,15 @@ def test_what_was_accepted_is_said() -> None:
     loose = judged(5 * GiB, 9 * GiB, 7 * GiB)
     assert loose.outcome() == "failed"
     assert "accepts peak_bytes 5.00 GiB → 9.00 GiB, but that is not what this run gives" in loose.metrics[0].reason
+
+
+def test_a_baseline_raised_for_nothing_is_invalid() -> None:
+    """Code that takes what it took, and a baseline that allows for more: INVALID, led by that metric; tightening is fine."""
+    judgement = judged(5 * GiB, 9 * GiB, 5 * GiB)
+    assert (judgement.verdict, judgement.outcome()) == (Verdict.INVALID, "failed")
+    assert judgement.headline == "peak_bytes -4.00 GiB (against the baseline of this pull request)"
+    assert "would hide the next regression" in judgement.reason
+    assert judged(9 * GiB, 5 * GiB, 5 * GiB).verdict is Verdict.IMPROVED
 
 
 def test_another_metric_is_not_excused() -> None:

@@ -5,12 +5,13 @@ A baseline that a pull request changes is no free pass: the change is judged too
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 
 from hpc_core.gate import sizes
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, worst
+from hpc_core.record import Metric
 from hpc_core.store.baseline import Baseline, Lookup
 
 __all__ = ["Side", "judge_pull_request"]
@@ -36,6 +37,7 @@ def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:
       than what the pull request accepts is not excused, or a baseline could be raised further than the code needs. If
       whether it passes cannot be decided, neither can this: INCONCLUSIVE.
     - What fails against the pull request's own baseline fails: it would fail on the next run after the merge.
+    - A baseline that the pull request makes worse than what this run gives is INVALID, though no metric is worse.
     - What the merge base cannot judge (a new case, a changed case, a new metric, another driver) is judged by the
       pull request's baseline.
     """
@@ -57,7 +59,7 @@ def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:
     verdict = worst(row.verdict for row in rows)
     if not isinstance(head, Baseline) and against_head.verdict in _FAILING:
         verdict = worst((verdict, against_head.verdict))
-    model = against_base if against_base.verdict is verdict else _in_words(against_head)
+    model = against_base if against_base.verdict is verdict else _in_words(against_head, rows, verdict)
     excuses = tuple(excuse for _, excuse in judged if excuse is not None)
     remarks = (f"dropped by this pull request: {', '.join(dropped)}",) if dropped else ()
     return msgspec.structs.replace(model, verdict=verdict, metrics=tuple(rows), excuses=excuses, remarks=remarks)
@@ -73,7 +75,24 @@ def _row(
         return _regressed(was, now, base, head)
     if now.verdict in _FAILING:
         return msgspec.structs.replace(now, reason=f"Against the baseline of this pull request: {now.reason}"), None
-    return (was if was.verdict in _DECIDED or not isinstance(head, Baseline) else now), None
+    if not isinstance(head, Baseline):
+        return was, None
+    if now.verdict is Verdict.IMPROVED and _is_looser(base.metrics.get(was.metric), head.metrics.get(was.metric)):
+        return _loosened(now), None
+    return (was if was.verdict in _DECIDED else now), None
+
+
+def _is_looser(old: Metric | None, new: Metric | None) -> bool:
+    """Whether a worse value is accepted than before."""
+    if old is None or new is None or old.unit != new.unit:
+        return False
+    return {"lower": new.value > old.value, "higher": new.value < old.value, "same": False}[new.better]
+
+
+def _loosened(row: MetricVerdict) -> MetricVerdict:
+    why = "This pull request accepts a worse value than this run gives, which would hide the next regression"
+    step = f"Accept what it gives, or restore the baseline. {row.next_step}".strip()
+    return msgspec.structs.replace(row, verdict=Verdict.INVALID, reason=f"{why}: {row.reason}", next_step=step)
 
 
 def _regressed(
@@ -104,7 +123,16 @@ def _with_remark(judgement: Judgement, head: Lookup, against_base: Judgement) ->
     return msgspec.structs.replace(judgement, remarks=(*judgement.remarks, remark))
 
 
-def _in_words(judgement: Judgement) -> Judgement:
-    words: Iterable[str] = ("headline", "reason")
-    told = {name: f"{getattr(judgement, name)} (against the baseline of this pull request)" for name in words}
-    return msgspec.structs.replace(judgement, **told)
+def _in_words(against_head: Judgement, rows: Sequence[MetricVerdict], verdict: Verdict) -> Judgement:
+    """The pull request's judgement as the case's, led by the metric that decides."""
+    leading = next((row for row in rows if row.verdict is verdict), None)
+    where = "(against the baseline of this pull request)"
+    headline, reason, step = (
+        f"{against_head.headline} {where}",
+        f"{against_head.reason} {where}",
+        against_head.next_step,
+    )
+    if leading is not None and against_head.verdict is not verdict:
+        size = "" if leading.change is None else f" {sizes.change(leading.change, leading.unit)}"
+        headline, reason, step = f"{leading.metric}{size} {where}", leading.reason, leading.next_step
+    return msgspec.structs.replace(against_head, headline=headline, reason=reason, next_step=step)
