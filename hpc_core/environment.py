@@ -13,12 +13,13 @@ import importlib.util
 import os
 import platform
 import re
-import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_core.errors import RepositoryError
 from hpc_core.gpu_state import read_state
 from hpc_core.record import Circumstances, Machine
+from hpc_core.repository import head, is_dirty
 
 __all__ = ["STACK_PACKAGES", "circumstances", "commit", "cpu_machine", "gpu_state", "machine", "stack", "visible_gpus"]
 
@@ -121,22 +122,22 @@ def _cuda_of_torch() -> dict[str, str]:
 
 @functools.cache
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
-    """Commit and whether the tree differs from it; (None, None) outside a git repository or without git.
+    """The commit that runs, and whether its code was changed since; (None, None) outside a git repository or without git.
 
-    The environment variable HPC_CORE_COMMIT wins where it is set: it speaks for trees that were copied, which may hold no repository, or an older one.
+    The environment variable HPC_CORE_COMMIT wins where it is set. It speaks for trees that were copied, which may hold no
+    repository, or an older one; whether such a tree was changed is unknown, so the second is then None. What counts as a
+    change is said at `repository.is_dirty`: baselines that the run itself writes do not.
     """
-    if told := os.environ.get("HPC_CORE_COMMIT", "").strip():
+    told = os.environ.get("HPC_CORE_COMMIT", "").strip()
+    if told:
         return told, None
-    try:
-        head = subprocess.run(
-            ["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
-        )
-        status = subprocess.run(
-            ["git", "-C", folder, "status", "--porcelain"], capture_output=True, text=True, timeout=20, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+    found = head(Path(folder))
+    if found is None:
         return None, None
-    return head.stdout.strip(), bool(status.stdout.strip())
+    try:
+        return found, is_dirty(Path(folder))
+    except RepositoryError:
+        return found, None
 
 
 def gpu_state() -> dict[str, Any]:

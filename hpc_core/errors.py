@@ -8,6 +8,7 @@ HpcCoreError
 ├── BuildError           the model that was built is not the one asked for
 ├── MeasureError         an instrument saw something that makes its own reading void
 ├── LaunchError          no worker process could be started at all
+├── RepositoryError      git cannot say what was asked of it
 └── BaselineError        a baseline cannot be written, or must not be
 
 A message says what happened with its numbers, against which limit, and what to do next.
@@ -25,6 +26,7 @@ __all__ = [
     "MissingCompilerError",
     "MissingLibraryError",
     "PredictError",
+    "RepositoryError",
     "SpecError",
 ]
 
@@ -63,6 +65,10 @@ class LaunchError(HpcCoreError):
 
 class BaselineError(HpcCoreError):
     """A baseline cannot be written, or must not be."""
+
+
+class RepositoryError(HpcCoreError):
+    """Git cannot say what was asked: no repository, no such revision, no merge base."""
 
 
 class PredictError(HpcCoreError):

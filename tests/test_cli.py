@@ -12,7 +12,8 @@ import pytest
 
 from hpc_core.cli import main
 from hpc_core.record import record_from_json, record_to_json
-from tests.strategies import a_record, failed_record, peak
+from tests.git_project import GitProject
+from tests.strategies import a_case, a_record, around, failed_record, peak
 
 ROOT = Path(__file__).parent.parent
 RECORD = a_record()
@@ -42,6 +43,10 @@ def run(*arguments: str | Path) -> int:
         (["baseline", "list", "--baselines", "nowhere"], "no such folder"),
         (["baseline", "accept", "nowhere.json", "--reason", "x"], "nowhere.json: No such file"),
         (["baseline", "diff", __file__], "Not a record"),
+        (["baseline", "diff", __file__, "HEAD"], "compare two files, or two git revisions"),
+        (["baseline", "diff", "v1"], "baselines: no such folder"),
+        (["history", "tiny/lora"], "nothing is known of 'tiny/lora'"),
+        (["history", "tiny/lora", "--plot", "a.svg"], "--plot draws one metric"),
         (["export", "nowhere", "--out", "out"], "no such folder"),
         (["original-report", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
         (["cases", "--cases", "nowhere.py"], "no such case file"),
@@ -134,3 +139,48 @@ def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert said.count("measured already") == 5
     assert said.count(": running") == 2
+
+
+def test_what_changed_between_revisions_and_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Baselines of two revisions, of a revision and today, and two files of any kind are compared value by value."""
+    project = GitProject(tmp_path / "project")
+    monkeypatch.chdir(project.root)
+    records = {"old": RECORD, "new": a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})}
+    for name, each in records.items():
+        Path("records", name).mkdir(parents=True)
+        Path("records", name, "lora.json").write_bytes(record_to_json(each))
+        assert run("baseline", "accept", f"records/{name}", "--reason", f"the {name} one") == 0
+        project.commit(name)
+    capsys.readouterr()
+    line = "nvidia-h100-80gb-hbm3-80gib/tiny/lora: peak_bytes 2.00 GiB → 3.00 GiB (+50 %); reason: the new one"
+    for revisions in (["HEAD~1"], ["HEAD~1", "HEAD"]):
+        assert run("baseline", "diff", *revisions) == 0
+        assert capsys.readouterr().out == f"{line}\n"
+    assert run("baseline", "diff", "HEAD") == 0
+    assert "No baseline changed in" in capsys.readouterr().out
+    stored = "baselines/nvidia-h100-80gb-hbm3-80gib/tiny/lora.json"
+    assert run("baseline", "diff", "records/old/lora.json", stored) == 0
+    assert "peak_bytes 2.00 GiB → 3.00 GiB (+50 %)" in capsys.readouterr().out
+
+
+def test_uncommitted_code_is_accepted_only_if_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One dirty record among several accepts none of them, unless --allow-dirty says that it is meant."""
+    for name, dirty in (("a", False), ("b", True)):
+        case = a_case(f"tiny/{name}")
+        (tmp_path / f"{name}.json").write_bytes(record_to_json(a_record(case=case, circumstances=around(dirty=dirty))))
+    accept = (
+        "baseline",
+        "accept",
+        tmp_path / "a.json",
+        tmp_path / "b.json",
+        "--reason",
+        "x",
+        "--baselines",
+        tmp_path / "b",
+    )
+    assert run(*accept) == 2
+    assert "--allow-dirty" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run(*accept, "--allow-dirty") == 0

@@ -156,12 +156,17 @@ def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dirty_tree_is_refused_on_request(tmp_path: Path) -> None:
-    """A dirty tree is recorded, or refused where only commits may make baselines."""
+def test_a_dirty_tree_is_refused_unless_told(tmp_path: Path) -> None:
+    """Numbers of uncommitted code are refused unless told, and then say so; where that is unknown they are accepted."""
     record = a_record(circumstances=around(dirty=True))
-    with pytest.raises(BaselineError, match="uncommitted changes"):
-        accept(tmp_path, record, reason="r", allow_dirty=False)
-    accept(tmp_path, record, reason="r")
+    with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-dirty.*--allow-dirty"):
+        accept(tmp_path, record, reason="r")
+    assert list(tmp_path.iterdir()) == []
+    accept(tmp_path, a_record(circumstances=around(dirty=None)), reason="r")
+    accept(tmp_path, record, reason="r", allow_dirty=True)
+    accept(
+        tmp_path, a_record({"operators": counted(1)}, circumstances=around(dirty=True)), reason="r", allow_dirty=True
+    )
     found = look(tmp_path)
     assert isinstance(found, Baseline)
     assert found.accepted.dirty is True

@@ -42,7 +42,7 @@ class ToldLauncher:
 def _told(job: Job, what: str, arguments: dict[str, Any]) -> Record:
     around = Circumstances(
         machine=CPU, stack=STACK, python="3.11.7", host_cpu="some CPU", launched=job.launched,
-        started_at="2026-11-24T12:00:00+00:00", fault=job.fault,
+        started_at="2026-11-24T12:00:00+00:00", fault=job.fault, dirty=arguments.get("dirty"),
     )  # fmt: skip
     if what == "crash":
         kind: FailureKind = arguments.get("kind", "crash")

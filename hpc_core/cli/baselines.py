@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -11,10 +11,14 @@ from hpc_core.cli.console import say, show
 from hpc_core.cli.running import read_record
 from hpc_core.errors import SpecError
 from hpc_core.gate import judge, sizes
+from hpc_core.record import Metric
 from hpc_core.report import Row
+from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
 from hpc_core.selection import near
-from hpc_core.store import Baseline, Damaged, Lookup, OlderSchema, accept, find
+from hpc_core.store import Baseline, Damaged, Lookup, OlderSchema, PastBaselines, accept, baseline_changes, find
+from hpc_core.store.acceptance import changes_between, refuse
+from hpc_core.store.lookup import parsed
 
 __all__ = ["baseline_app"]
 
@@ -80,26 +84,95 @@ def show_one(case: Annotated[str, typer.Argument(help="A whole id.")], baselines
 
 @baseline_app.command("accept")
 def accept_records(
-    records: Annotated[list[Path], typer.Argument(help="Records of runs, such as a GPU run's artifact.")],
+    records: Annotated[
+        list[Path],
+        typer.Argument(help="Records of runs, or folders that --perf-records wrote, such as a GPU run's artifact."),
+    ],
     reason: Annotated[str, typer.Option(help="Why these numbers are right; kept in the baseline.")],
     baselines: Folder = DEFAULT,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Also records of code that was not committed.")
+    ] = False,
 ) -> None:
     """Make records the baselines of their cases."""
-    read = [
-        read_record(path) for path in records
-    ]  # all of them first: one bad file must not leave half of them accepted
+    # All of them first: one bad file must not leave half of them accepted.
+    read = [read_record(path) for path in _files(records)]
     for record in read:
-        say(accepted_line(accept(baselines, record, reason=reason)))
+        refuse(record, reason, allow_dirty)
+    for record in read:
+        say(accepted_line(accept(baselines, record, reason=reason, allow_dirty=allow_dirty)))
+
+
+def _files(paths: list[Path]) -> list[Path]:
+    """These files, and those below these folders.
+
+    Raises:
+        SpecError: a folder without a record.
+    """
+    found: list[Path] = []
+    for path in paths:
+        below = (
+            sorted(each for each in path.rglob("*.json") if not each.name.startswith(".")) if path.is_dir() else [path]
+        )
+        if not below:
+            raise SpecError(f"{path}: holds no record (*.json).")
+        found += below
+    return found
 
 
 @baseline_app.command()
-def diff(record: Annotated[Path, typer.Argument(help="The record of a run.")], baselines: Folder = DEFAULT) -> None:
-    """Judge a record against its baseline without running anything. Exit code 1 if it would fail."""
-    seen = read_record(record)
+def diff(
+    one: Annotated[str, typer.Argument(help="A record's file, a baseline's file, or a git revision.")],
+    other: Annotated[str | None, typer.Argument(help="Another of the same kind; without it, what is here now.")] = None,
+    baselines: Folder = DEFAULT,
+) -> None:
+    """Show what differs: a record from its baseline (exit code 1 if it would fail), two files, or the baselines of two revisions."""
+    if other is None and Path(one).is_file():
+        _judge(Path(one), baselines)
+    if Path(one).is_file() != (other is None or Path(other).is_file()) and other is not None:
+        raise SpecError(f"{one} and {other}: compare two files, or two git revisions.")
+    for line in (
+        _of_files(Path(one), Path(other)) if other and Path(one).is_file() else _of_revisions(one, other, baselines)
+    ):
+        say(line)
+
+
+def _judge(path: Path, baselines: Path) -> NoReturn:
+    seen = read_record(path)
     lookup = find(baselines, seen.circumstances.machine.key, seen.case.id)
     judgement = judge(seen, lookup)
     show([Row(record=seen, judgement=judgement)])
     for row in judgement.metrics:
         if row.change:
             say(f"  {row.verdict:<12} {row.reason}")
-    raise typer.Exit(1 if judgement.verdict.outcome() == "failed" else 0)
+    raise typer.Exit(1 if judgement.outcome() == "failed" else 0)
+
+
+def _of_files(one: Path, other: Path) -> list[str]:
+    (name, old), (newer, new) = (_metrics(path) for path in (one, other))
+    told = [f"  {changed_metric(change)}" for change in changes_between(old, new)]
+    return [f"{name} → {newer}:", *(told or ["  every metric alike"])]
+
+
+def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
+    """Case, and metrics by name without samples, of a record or of a baseline.
+
+    Raises:
+        SpecError: the file is neither.
+    """
+    raw = path.read_bytes()
+    lookup = parsed(str(path), raw)
+    if isinstance(lookup, Baseline):
+        return f"{lookup.machine.key}/{lookup.case} ({path})", lookup.metrics
+    record = read_record(path)
+    return f"{record.circumstances.machine.key}/{record.case.id} ({path})", record.metrics
+
+
+def _of_revisions(one: str, other: str | None, baselines: Path) -> list[str]:
+    if not baselines.is_dir():
+        raise SpecError(f"{baselines}: no such folder. Name it with --baselines.")
+    old = PastBaselines(baselines, one)
+    new = None if other is None else PastBaselines(baselines, other)
+    told = [change_line(change) for change in baseline_changes(baselines, old, new)]
+    where = f"{old.commit[:10]}..{'here' if new is None else new.commit[:10]}"
+    return told or [f"No baseline changed in {where}."]

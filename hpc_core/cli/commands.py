@@ -13,6 +13,7 @@ import typer
 import hpc_core
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.history import history
 from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
+app.command("history")(history)
 
 EXIT_BROKEN = 11
 

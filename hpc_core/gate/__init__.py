@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from hpc_core.gate.judge import judge
-from hpc_core.gate.verdict import Judgement, MetricVerdict, Outcome, Verdict
+from hpc_core.gate.pull_request import Side, judge_pull_request
+from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Outcome, Verdict
+from hpc_core.gate.waiver import Waiver, expired, waived, waivers_from_toml
 
-__all__ = ["Judgement", "MetricVerdict", "Outcome", "Verdict", "judge"]
+__all__ = [
+    "Excuse",
+    "Judgement",
+    "MetricVerdict",
+    "Outcome",
+    "Side",
+    "Verdict",
+    "Waiver",
+    "expired",
+    "judge",
+    "judge_pull_request",
+    "waived",
+    "waivers_from_toml",
+]

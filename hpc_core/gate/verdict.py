@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["Judgement", "MetricVerdict", "Outcome", "Verdict", "worst"]
+__all__ = ["Excuse", "Judgement", "MetricVerdict", "Outcome", "Verdict", "worst"]
 
 Outcome = Literal["passed", "failed", "skipped"]
 
@@ -65,6 +65,14 @@ class MetricVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """What to do; empty if nothing."""
 
 
+class Excuse(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a REGRESSED metric does not fail its test: a waiver, or an acceptance in the same pull request."""
+
+    metric: str
+    text: str
+    """"waived by jane until 2027-01-31 (12 days left): …" or "accepted in this pull request: …"."""
+
+
 class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict on a case: that of its worst metric, or of what stands above all metrics."""
 
@@ -83,3 +91,16 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     """Where the baseline lies or would lie, below the folder of baselines: `<machine>/<shape>/<variant>.json`."""
     broken: bool = False
     """The run itself failed, so there was nothing to judge."""
+    excuses: tuple[Excuse, ...] = ()
+    """REGRESSED metrics that do not fail the test; the verdict stays what it is."""
+    remarks: tuple[str, ...] = ()
+    """What else a reader must know of how it was judged, a sentence each."""
+
+    def outcome(self, *, strict: bool = False) -> Outcome:
+        """The test outcome: that of the verdict, unless every REGRESSED metric is excused; then that of the gravest other."""
+        excused = {excuse.metric for excuse in self.excuses}
+        rest = [row for row in self.metrics if row.verdict is not Verdict.REGRESSED or row.metric not in excused]
+        if self.verdict is not Verdict.REGRESSED or len(rest) == len(self.metrics):
+            return self.verdict.outcome(strict=strict)
+        least = Verdict.PASS if any(row.old is not None for row in self.metrics) else Verdict.NO_BASELINE
+        return worst((least, *(row.verdict for row in rest))).outcome(strict=strict)

@@ -13,9 +13,11 @@ import pytest
 
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
+from hpc_core.gate import Waiver
 from hpc_core.launch.protocol import Way
 from hpc_core.plugin.predicting import Extent
 from hpc_core.plugin.replicating import MOST
+from hpc_core.plugin.waiver_file import WAIVERS, read_waivers
 from hpc_core.selection import load_case_file
 
 __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
@@ -51,6 +53,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How many predictions are made."""
     paths: tuple[str, ...]
     """What `--benchmark` runs without a path."""
+    dirty: bool = False
+    """Numbers of uncommitted code may be accepted."""
+    base: str | None = None
+    """The revision whose merge base is judged against."""
+    waivers: tuple[Waiver, ...] = ()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -84,6 +91,17 @@ def add_options(parser: pytest.Parser) -> None:
         metavar="TEXT",
         dest="perf_reason",
         help="why the new numbers are right; kept in the baseline",
+    )
+    add(
+        "--perf-dirty",
+        action="store_true",
+        help="with --perf-update: accept numbers of code that is not committed",
+    )
+    add(
+        "--perf-base",
+        default=None,
+        metavar="REV",
+        help="judge against the baselines of the merge base with REV, as origin/main: a baseline changed since is shown as such",
     )
     add(
         "--perf-baselines",
@@ -145,6 +163,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
     parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
+    parser.addini("perf_waivers", "file of waivers, below the root folder", default=WAIVERS)
     parser.addini("perf_processes", "processes a case: a number, or auto", default="auto")
     parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
 
@@ -182,6 +201,9 @@ def read_settings(config: pytest.Config) -> Settings:
         fault=fault,
         predict=_extent(config, why),
         paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
+        dirty=bool(option("perf_dirty")),
+        base=option("perf_base"),
+        waivers=read_waivers(config),
     )
 
 
@@ -195,6 +217,8 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
     if reason and not update:
         raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+    if config.getoption("perf_dirty") and not update:
+        raise pytest.UsageError("--perf-dirty belongs to --perf-update, which is missing: nothing would be written.")
     if fault and fault not in (known := _faults()):
         raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. There are: {', '.join(known)}.")
     if update and fault:

@@ -59,7 +59,9 @@ def ending(row: Row, *, strict: bool, command: str) -> Ending:
         return Ending(outcome="failed", blame="worse", text=_paragraph(row.refused, again))
     if judgement is None:
         return Ending(outcome="passed")
-    outcome_ = judgement.verdict.outcome(strict=strict)
+    outcome_ = judgement.outcome(strict=strict)
+    if row.expired and outcome_ != "failed":
+        return Ending(outcome="failed", blame="worse", text=_paragraph(*row.expired, again))
     if outcome_ == "passed":
         return Ending(outcome="passed")
     if outcome_ == "skipped":
@@ -85,8 +87,20 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     step = judgement.next_step if not compared else ""
     lines = [_metric_line(judgement.case, each) for each in bad]
     more = [f"  at the peak: {line}" for line in row.grown]
+    excused = [f"  {excuse.metric}: {excuse.text}" for excuse in judgement.excuses]
     return _paragraph(
-        judgement.headline, reason, *lines, *more, moved, f"Baseline: {judgement.baseline_path}", step, accept, again
+        judgement.headline,
+        reason,
+        *lines,
+        *more,
+        *excused,
+        *judgement.remarks,
+        *row.expired,
+        moved,
+        f"Baseline: {judgement.baseline_path}",
+        step,
+        accept,
+        again,
     )
 
 

@@ -13,7 +13,7 @@ import msgspec
 
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
-from hpc_core.gate import judge
+from hpc_core.gate import Judgement
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
@@ -21,11 +21,12 @@ from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
 from hpc_core.plugin.replicating import Enough, Plan, narrow, replicated
 from hpc_core.plugin.resuming import Earlier
+from hpc_core.plugin.review import Review
 from hpc_core.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
 from hpc_core.spec import CallableSpec, Case
-from hpc_core.store import accept, find, last_accepted
+from hpc_core.store import accept, last_accepted
 from hpc_core.whole_file import write_whole
 
 __all__ = ["Runner"]
@@ -37,10 +38,11 @@ class Runner:
     `enough` says whether a case's busy times, one a process, suffice; it is asked where there is a time budget.
     """
 
-    def __init__(self, settings: Settings, progress: Progress, *, enough: Enough = narrow) -> None:
+    def __init__(self, settings: Settings, progress: Progress, review: Review, *, enough: Enough = narrow) -> None:
         self._enough = enough
         self.rows: list[Row] = []
         self._settings = settings
+        self._review = review
         self._progress = progress
         self._machine: Circumstances | None = None
         """What the machine can do and how fast it is today: ceilings and canary, measured once a session."""
@@ -159,7 +161,13 @@ class Runner:
 
     def _judged(self, record: Record, command: str) -> Row:
         self._keep(record)
-        row = Row(record=record, judgement=self._judgement(record), command=command, grown=self._grown(record))
+        row = Row(
+            record=record,
+            judgement=self._judgement(record),
+            command=command,
+            grown=self._grown(record),
+            expired=self._review.expired(record.case.id),
+        )
         if self._settings.update and record.status == "ok":
             row = self._accepted(row)
         self.rows.append(row)
@@ -171,12 +179,14 @@ class Runner:
         before = last_accepted(self._settings.baselines, record.circumstances.machine.key, record.case.id)
         return () if before is None else grown(before, record)
 
-    def _judgement(self, record: Record) -> Any:
-        return judge(record, find(self._settings.baselines, record.circumstances.machine.key, record.case.id))
+    def _judgement(self, record: Record) -> Judgement:
+        return self._review.judged(record)
 
     def _accepted(self, row: Row) -> Row:
         try:
-            acceptance = accept(self._settings.baselines, row.record, reason=self._settings.reason)
+            acceptance = accept(
+                self._settings.baselines, row.record, reason=self._settings.reason, allow_dirty=self._settings.dirty
+            )
         except BaselineError as error:
             return msgspec.structs.replace(row, refused=str(error))
         # Judged again: a limit that the case's owner has set is not lifted by accepting a number beyond it.

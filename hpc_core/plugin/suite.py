@@ -24,6 +24,7 @@ from hpc_core.plugin.outcome import Blame, exit_code
 from hpc_core.plugin.predicting import predicted_gpu, takes_part
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
+from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.session import PerfSession
 from hpc_core.record import Record
@@ -53,7 +54,8 @@ class Suite:
         self._blames: list[Blame] = []
         self._plain = False
         self._progress = Progress(ticking=settings.way != "inline")
-        self._runner = Runner(settings, self._progress)
+        self._review = Review(settings)
+        self._runner = Runner(settings, self._progress, self._review)
         self.session = PerfSession(self._runner)
 
     def perf(self, item: pytest.Item, benchmark: Any) -> Perf:
@@ -117,6 +119,8 @@ class Suite:
         """Keep what was asked for, and give each kept test its timer."""
         taking_part = [item for item in items if uses_perf(item)]
         ids = [case_id_of(item) for item in taking_part]
+        if config.args_source is not pytest.Config.ArgsSource.ARGS:
+            self._review.known = tuple(ids)
         for glob in self._settings.globs:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
@@ -218,6 +222,8 @@ class Suite:
             self._locks.release()
             if exitstatus == pytest.ExitCode.TESTS_FAILED and self._blames:
                 session.exitstatus = exit_code(self._blames)
+            elif exitstatus == pytest.ExitCode.OK and self._review.expired():
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_unconfigure(self) -> None:
         """As above, where a session never began or never finished."""
@@ -238,7 +244,7 @@ class Suite:
             if self._runner.earlier is not None and self._runner.earlier.said:
                 terminalreporter.section("resumed", sep="=")
                 terminalreporter.write_line("\n".join(self._runner.earlier.said))
-            for title, text in self.session.shown:
+            for title, text in [*self._review.sections(self._runner.rows), *self.session.shown]:
                 terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
         return result

@@ -35,6 +35,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Why it was to become the baseline and did not."""
     grown: tuple[str, ...] = ()
     """What holds more memory at the peak than in the last accepted record, the largest first."""
+    expired: tuple[str, ...] = ()
+    """Waivers of this case whose day has passed, a sentence each."""
     command: str | None = None
     """Runs just this case again, where that takes more than its id."""
 

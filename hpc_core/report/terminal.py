@@ -17,6 +17,7 @@ from rich.text import Text
 
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import Record
+from hpc_core.report.ratchet import keep_gains
 from hpc_core.report.row import Row, accepted_line
 
 __all__ = ["caption", "render", "summary"]
@@ -136,28 +137,47 @@ def _problem(row: Row) -> _Problem | None:
         step = () if row.command is None else (row.command,)
         return _Problem(f"{failure.kind} in {failure.phase}: {failure.message}", step=step)
     if row.refused is not None:
-        return _Problem(row.refused)
+        return _Problem(row.refused.removeprefix(f"{row.case}: "))
     if judgement is None:
         return _Problem(" ".join(row.record.reasons)) if row.record.reasons else None
     if judgement.verdict is Verdict.PASS:
-        return None
+        return _Problem(row.expired[0], row.expired[1:]) if row.expired else None
     plain = f"pytest --benchmark --case {row.case}"
+    excuses = (f"{excuse.metric}: {excuse.text}" for excuse in judgement.excuses)
+    settled = judgement.verdict is Verdict.IMPROVED or _is_excused(row)
     return _Problem(
         judgement.headline,
-        (judgement.reason,) if judgement.reason != judgement.headline else (),
-        (judgement.next_step.replace(plain, row.command or plain),) if judgement.next_step else (),
+        (
+            *((judgement.reason,) if judgement.reason != judgement.headline else ()),
+            *excuses,
+            *judgement.remarks,
+            *row.expired,
+        ),
+        # What improved is accepted by one command for all of it, at the end.
+        (judgement.next_step.replace(plain, row.command or plain),) if judgement.next_step and not settled else (),
     )
+
+
+def _is_excused(row: Row) -> bool:
+    """Whether it is worse than accepted, and that fails nothing."""
+    judgement = row.judgement
+    return judgement is not None and bool(judgement.excuses) and judgement.outcome() != "failed"
 
 
 def _problems(rows: Iterable[Row]) -> list[RenderableType]:
     """One paragraph a problem; what several cases share in every word but their name is said once."""
-    shared: dict[tuple[str, str], list[tuple[str, _Problem]]] = {}
+    shared: dict[tuple[str, str, str], list[tuple[str, _Problem]]] = {}
     for row in rows:
         found = _problem(row)
         if found is not None:
-            shared.setdefault((row.verdict, found.headline.replace(row.case, "…")), []).append((row.case, found))
+            word = "REGRESSED, excused" if _is_excused(row) else row.verdict
+            # Who answers for it, and until when, is said of each case by itself.
+            own = (
+                row.case if row.expired or (row.judgement and (row.judgement.excuses or row.judgement.remarks)) else ""
+            )
+            shared.setdefault((word, found.headline.replace(row.case, "…"), own), []).append((row.case, found))
     drawn: list[RenderableType] = []
-    for (verdict, headline), alike in shared.items():
+    for (verdict, headline, _), alike in shared.items():
         case, problem = alike[0]
         several = len(alike) > 1
         who, said = (f"{len(alike)} cases", headline) if several else (case, problem.headline)
@@ -186,7 +206,8 @@ def summary(rows: Sequence[Row], width: int) -> Group:
     problems = _problems(rows)
     written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
     notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
-    for block in (problems, written, [Text(f"note: {note}", style="dim") for note in notes]):
+    gains = [_unbroken(line) for line in keep_gains(rows)]
+    for block in (problems, gains, written, [Text(f"note: {note}", style="dim") for note in notes]):
         if block:
             parts += [Text(), *block]
     parts += [Text(), *(Text(line, style="dim") for line in dict.fromkeys(caption(row.record) for row in rows))]

@@ -1,12 +1,12 @@
 """Baselines on disk: one readable file a case and machine, with the accepted records beside it as its proof.
 
-`find` looks one up and never raises for what a file holds; `accept` writes one, `unstored` makes one that is not kept. Does
-not judge: `gate` does.
+`find` looks one up and never raises for what a file holds; `accept` writes one, `unstored` makes one that is not kept.
+`sessions` are the accepted ones, for statistics; `PastBaselines` are those of a commit. Does not judge: `gate` does.
 """
 
 from __future__ import annotations
 
-from hpc_core.store.acceptance import HISTORY_LENGTH, accept, last_accepted, unstored
+from hpc_core.store.acceptance import accept, unstored
 from hpc_core.store.baseline import (
     Acceptance,
     Accepted,
@@ -19,24 +19,35 @@ from hpc_core.store.baseline import (
     gated_metrics,
     proves_nothing,
 )
+from hpc_core.store.history_file import HISTORY_BYTES, HISTORY_LENGTH, last_accepted
 from hpc_core.store.lookup import baseline_path, find, history_path
+from hpc_core.store.past import BaselineChange, PastBaselines, baseline_changes
+from hpc_core.store.sessions import Session, accepted_records, session_of, sessions
 
 __all__ = [
+    "HISTORY_BYTES",
     "HISTORY_LENGTH",
     "Acceptance",
     "Accepted",
     "Baseline",
+    "BaselineChange",
     "Change",
     "Damaged",
     "Lookup",
     "Missing",
     "OlderSchema",
+    "PastBaselines",
+    "Session",
     "accept",
+    "accepted_records",
+    "baseline_changes",
     "baseline_path",
     "find",
     "gated_metrics",
     "history_path",
     "last_accepted",
     "proves_nothing",
+    "session_of",
+    "sessions",
     "unstored",
 ]

@@ -8,46 +8,43 @@ from __future__ import annotations
 import datetime
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
-from hpc_core.errors import BaselineError, SpecError
-from hpc_core.record import Metric, Record, record_from_json, record_to_json
+from hpc_core.errors import BaselineError
+from hpc_core.record import Metric, Record, record_to_json
 from hpc_core.spec import SCHEMA
 from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Missing, gated_metrics, proves_nothing
+from hpc_core.store.history_file import history_lines, lengthened
 from hpc_core.store.lookup import baseline_path, find, history_path, render
 
-__all__ = ["HISTORY_LENGTH", "accept", "last_accepted", "unstored"]
-
-HISTORY_LENGTH = 8
-"""Accepted sessions kept beside a baseline."""
+__all__ = ["accept", "changes_between", "refuse", "unstored"]
 
 
 def accept(
-    root: Path, record: Record, *, reason: str, allow_dirty: bool = True, at: datetime.datetime | None = None
+    root: Path, record: Record, *, reason: str, allow_dirty: bool = False, at: datetime.datetime | None = None
 ) -> Acceptance:
     """Make this record the baseline of its case on its machine, and add it to the history beside it.
 
     The baseline is rewritten only if metrics, stack, digest or machine differ; the history always grows by one line,
-    to `HISTORY_LENGTH` at most. Both files are replaced whole or not at all.
+    within the bounds of `history_file`. Both files are replaced whole or not at all. A record from a tree with uncommitted
+    changes is refused unless `allow_dirty`; one of which that is unknown is not.
 
     Raises:
         BaselineError: the record must not be a baseline, the history is damaged, or the files cannot be written.
     """
     circumstances = record.circumstances
     path = baseline_path(root, circumstances.machine.key, record.case.id)
-    _refuse(record, reason, allow_dirty)
+    refuse(record, reason, allow_dirty)
     new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
-    kept = _history_lines(history)
+    kept = history_lines(history)
     found = find(root, circumstances.machine.key, record.case.id)
     old = found if isinstance(found, Baseline) else None
     try:
-        lines = [*kept, record_to_json(record)][-HISTORY_LENGTH:]
+        lines = lengthened(kept, record_to_json(record), record.case.id)
         texts = {history: b"".join(line + b"\n" for line in lines)}
         if old is None or _substance(old) != _substance(new):
             texts[path] = render(new)
@@ -57,7 +54,9 @@ def accept(
     action: Literal["created", "updated", "unchanged"] = "updated" if path in texts else "unchanged"
     if isinstance(found, Missing):
         action = "created"
-    return Acceptance(path=str(path), action=action, changes=_changes(old, new))
+    return Acceptance(
+        path=str(path), action=action, changes=changes_between({} if old is None else old.metrics, new.metrics)
+    )
 
 
 def unstored(record: Record, *, reason: str) -> Baseline:
@@ -66,11 +65,16 @@ def unstored(record: Record, *, reason: str) -> Baseline:
     Raises:
         BaselineError: the record must not be a baseline.
     """
-    _refuse(record, reason, allow_dirty=True)
+    refuse(record, reason, allow_dirty=True)
     return _baseline(record, reason, datetime.datetime.now(datetime.UTC))
 
 
-def _refuse(record: Record, reason: str, allow_dirty: bool) -> None:
+def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
+    """Refuse what must not be a baseline, before anything is written.
+
+    Raises:
+        BaselineError: the record is no proof, has no reason, or is of uncommitted code without `allow_dirty`.
+    """
     case, circumstances = record.case.id, record.circumstances
     if not reason.strip():
         raise BaselineError(f'{case}: a baseline needs a reason, such as --reason "checkpointing is off on purpose".')
@@ -83,7 +87,9 @@ def _refuse(record: Record, reason: str, allow_dirty: bool) -> None:
         )
     if circumstances.dirty and not allow_dirty:
         raise BaselineError(
-            f"{case}: the tree has uncommitted changes on {circumstances.commit}; commit them and run again."
+            f"{case}: the tree has uncommitted changes on {(circumstances.commit or 'an unknown commit')[:10]}, so nobody "
+            "could measure this again. Commit them and run again; or say that it is meant: --perf-dirty with "
+            "--perf-update, --allow-dirty with hpc-core baseline accept."
         )
     gated = gated_metrics(record)
     if not gated:
@@ -120,57 +126,16 @@ def _substance(baseline: Baseline) -> tuple[Any, ...]:
     return baseline.digest, baseline.machine.key, baseline.stack, baseline.metrics
 
 
-def _changes(old: Baseline | None, new: Baseline) -> tuple[Change, ...]:
-    before: dict[str, Metric] = {} if old is None else old.metrics
+def changes_between(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[Change, ...]:
+    """The metrics that differ in anything, by name, with the value before and after."""
     changes = []
-    for name in sorted(before | new.metrics):
-        was, now = before.get(name), new.metrics.get(name)
+    for name in sorted({*old, *new}):
+        was, now = old.get(name), new.get(name)
         if was != now:
-            unit = now.unit if now is not None else before[name].unit
+            unit = now.unit if now is not None else old[name].unit
             old_value, new_value = (None if metric is None else metric.value for metric in (was, now))
             changes.append(Change(metric=name, old=old_value, new=new_value, unit=unit))
     return tuple(changes)
-
-
-def last_accepted(root: Path, key: str, case_id: str) -> Record | None:
-    """The record that was accepted last; None where there is none or it cannot be read: for an explanation, never for a verdict.
-
-    Raises:
-        BaselineError: as `baseline_path`.
-    """
-    try:
-        lines = _history_lines(history_path(root, key, case_id))
-    except BaselineError:
-        return None
-    try:
-        return record_from_json(lines[-1]) if lines else None
-    except SpecError:
-        return None
-
-
-def _history_lines(path: Path) -> list[bytes]:
-    """The lines of an intact history. A line of another schema is kept as it is: it was proof when it was written."""
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise BaselineError(
-            f"{path}: the history cannot be read ({error}). Move it away, then accept again."
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            schema = msgspec.json.decode(line, type=_SchemaOnly).schema
-            if schema == SCHEMA:
-                record_from_json(line)
-        except (SpecError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            message = (
-                f"{path}, line {number}: not a record ({error}). Restore it from git or delete it, then accept again."
-            )
-            raise BaselineError(message) from error
-    return lines
-
-
-class _SchemaOnly(msgspec.Struct):
-    schema: int = SCHEMA
 
 
 def _replace_all(texts: dict[Path, bytes]) -> None:

@@ -18,7 +18,7 @@ from hpc_core.errors import BaselineError
 from hpc_core.spec import SCHEMA, case_to_json
 from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, is_gated
 
-__all__ = ["baseline_path", "find", "history_path", "render"]
+__all__ = ["baseline_path", "find", "history_path", "parsed", "render"]
 
 _LARGEST_BYTES = 4 * 2**20
 _NAME = r"[a-z0-9][a-z0-9.+_-]*"
@@ -62,10 +62,15 @@ def find(root: Path, key: str, case_id: str) -> Lookup:
         return Missing(path=str(path), elsewhere=_elsewhere(root, key, case_id))
     except OSError as error:
         return Damaged(path=str(path), reason=f"it cannot be read: {error.strerror or error}")
+    return parsed(str(path), raw)
+
+
+def parsed(path: str, raw: bytes) -> Baseline | Damaged | OlderSchema:
+    """What the bytes of a file are; `path` is only what it is called. No content raises."""
     try:
         return _parse(path, raw)
     except _DamageError as damage:
-        return Damaged(path=str(path), reason=str(damage))
+        return Damaged(path=path, reason=str(damage))
 
 
 class _DamageError(Exception):
@@ -89,13 +94,13 @@ def _elsewhere(root: Path, key: str, case_id: str) -> tuple[str, ...]:
         return ()
 
 
-def _parse(path: Path, raw: bytes) -> Baseline | OlderSchema:
+def _parse(path: str, raw: bytes) -> Baseline | OlderSchema:
     content = _intact_content(raw)
     schema = content.get("schema")
     if not isinstance(schema, int) or isinstance(schema, bool):
         raise _DamageError(f"its schema is {schema!r}, not a number")
     if schema != SCHEMA:
-        return OlderSchema(path=str(path), found=schema)
+        return OlderSchema(path=path, found=schema)
     try:
         baseline = msgspec.convert(content, Baseline)
         contradiction = _contradiction(baseline)

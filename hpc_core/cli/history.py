@@ -1,0 +1,89 @@
+"""`hpc-core history CASE [METRIC]`: a metric over sessions and commits, where it moved, and a picture of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+
+from hpc_core.cli.console import say, tell
+from hpc_core.errors import SpecError
+from hpc_core.report.memory_plot import check_plot
+from hpc_core.report.over_time import as_json, counted, lines, overview, series
+from hpc_core.report.over_time_plot import draw_series
+from hpc_core.selection import near
+from hpc_core.store.over_time import OverTime, over_time
+
+__all__ = ["history"]
+
+
+def history(
+    case: Annotated[str, typer.Argument(help="A whole id, such as tiny/lora.")],
+    metric: Annotated[str | None, typer.Argument(help="Such as peak_bytes; without it, a line a gated metric.")] = None,
+    baselines: Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")] = Path("baselines"),
+    machine: Annotated[str | None, typer.Option(help="Its key, where several have the case.")] = None,
+    records: Annotated[
+        list[Path] | None, typer.Option(help="A folder that --perf-records wrote, as more points; repeatable.")
+    ] = None,
+    git: Annotated[bool, typer.Option(help="Also what git remembers of the baseline and its history.")] = True,
+    plot: Annotated[Path | None, typer.Option(help="Draw it into this .svg, .png or .pdf.")] = None,
+    as_json_: Annotated[bool, typer.Option("--json", help="Points and change points as JSON.")] = False,
+) -> None:
+    """Show a metric of a case over sessions and commits, and where it changed."""
+    if plot is not None:
+        check_plot(plot)
+        if metric is None:
+            raise SpecError(f"--plot draws one metric: hpc-core history {case} peak_bytes --plot {plot}.")
+    key, found = _found(case, machine, baselines, records or [], git=git)
+    chosen = [metric] if metric else sorted({name for point in found.points for name in point.metrics})
+    if as_json_:
+        told = as_json(case, key, [series(found.points, name) for name in chosen], found.notes)
+        say(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+    else:
+        text = overview(found.points) if metric is None else lines(series(found.points, metric))
+        first, last = found.points[0], found.points[-1]
+        say(f"{case} on {key}: {counted(len(found.points), 'session')}, {first.at[:10]} to {last.at[:10]}")
+        for line in text:
+            say(line)
+        for note in found.notes:
+            tell(f"note: {note}")
+    if plot is not None and metric is not None:
+        draw_series(case, key, series(found.points, metric), plot)
+        tell(f"wrote {plot}")
+
+
+def _found(case: str, machine: str | None, baselines: Path, records: list[Path], *, git: bool) -> tuple[str, OverTime]:
+    """The machine and its points; of several machines that have the case, one must be named.
+
+    Raises:
+        SpecError: no machine has it, or several do.
+    """
+    here = sorted(path.parent.parent.name for path in baselines.glob(f"*/{case}.json"))
+    tried = [machine] if machine else here or sorted(_of_records(records, case))
+    found = {key: points for key in tried if (points := over_time(baselines, key, case, records, git=git)).points}
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if found:
+        raise SpecError(f"{case} is known on {', '.join(found)}: say one with --machine.")
+    known = {f"{path.parent.name}/{path.stem}" for path in baselines.glob("*/*/*.json")}
+    close = ", ".join(near(case, known)) or "none; see hpc-core baseline list"
+    where = f" on {machine}" if machine else ""
+    raise SpecError(f"nothing is known of {case!r}{where} in {baselines}. Near: {close}.")
+
+
+def _of_records(folders: list[Path], case: str) -> set[str]:
+    """The machines that records of a case are of."""
+    from hpc_core.cli.running import read_record
+
+    paths = [path for folder in folders for path in folder.rglob(f"{case.rpartition('/')[2]}*.json")]
+    found = set()
+    for path in paths:
+        try:
+            record = read_record(path)
+        except SpecError:
+            continue
+        if record.case.id == case:
+            found.add(record.circumstances.machine.key)
+    return found

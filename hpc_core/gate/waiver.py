@@ -1,0 +1,161 @@
+"""Waivers: a regression that somebody answers for, up to a limit and until a day. Pure: text and verdicts in, verdicts out.
+
+A waiver changes what a REGRESSED metric does to its test, never the verdict itself: the report goes on calling it REGRESSED.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import tomllib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from hpc_core.errors import SpecError
+from hpc_core.gate import sizes
+from hpc_core.gate.tolerance import exceeds
+from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict
+from hpc_core.limits import relative_limit
+from hpc_core.record import Metric, Record
+from hpc_core.selection import matches
+
+__all__ = ["Waiver", "expired", "waived", "waivers_from_toml"]
+
+
+class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One entry of the file of waivers."""
+
+    case: str
+    """A glob over whole ids."""
+    metric: str
+    limit: str | int | float
+    """How bad it may get: a percentage of the accepted value ("+5 %"), or a number in the metric's unit."""
+    reason: str
+    owner: str
+    expires: datetime.date
+    """The last day on which it holds, in UTC."""
+
+    def __post_init__(self) -> None:
+        """Refuse what says too little.
+
+        Raises:
+            SpecError: an empty text, or a limit that is none.
+        """
+        for name in ("case", "metric", "reason", "owner"):
+            if not getattr(self, name).strip():
+                raise SpecError(f"{name} is empty: a waiver says whose it is, of what, and why.")
+        if isinstance(self.limit, str):
+            self._ratio()
+        elif isinstance(self.limit, bool) or not math.isfinite(self.limit) or self.limit <= 0:
+            raise SpecError(
+                f"limit {self.limit!r}: a number above 0 in the metric's unit, or a percentage such as '+5 %'."
+            )
+
+    def _ratio(self) -> float | None:
+        return relative_limit(self.limit.removeprefix("+")) if isinstance(self.limit, str) else None
+
+    def covers(self, case_id: str) -> bool:
+        """Whether the glob matches a case."""
+        return matches(case_id, [self.case])
+
+    def is_over(self, today: datetime.date) -> bool:
+        """Whether its last day has passed."""
+        return today > self.expires
+
+    def allows(self, metric: Metric, accepted: float | None) -> bool:
+        """Whether the metric's value is no worse than the waiver's limit; `accepted` is that of the baseline, if there is one."""
+        ratio = self._ratio()
+        if ratio is not None:
+            return accepted is not None and _worse_by(metric, accepted) <= ratio * abs(accepted)
+        assert not isinstance(self.limit, str)
+        if metric.better == "same":
+            near, far = sorted((self.limit, self.limit if accepted is None else accepted))
+            return near <= metric.value <= far
+        return not exceeds(metric, self.limit)
+
+    def limit_text(self, unit: str) -> str:
+        """The limit in words: "+5 %" or "8.00 GiB"."""
+        if isinstance(self.limit, str):
+            return f"+{self.limit.removeprefix('+')}"
+        return sizes.quantity(self.limit, unit)
+
+
+def _worse_by(metric: Metric, accepted: float) -> float:
+    difference = metric.value - accepted
+    return {"lower": difference, "higher": -difference, "same": abs(difference)}[metric.better]
+
+
+def waivers_from_toml(text: str, where: str) -> tuple[Waiver, ...]:
+    """The entries `[[waiver]]` of a file's text; `where` is what the file is called in errors.
+
+    Raises:
+        SpecError: no TOML, an unknown key, an entry that lacks something, a bad date, or two entries of one case and metric.
+    """
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{where}: no TOML: {error}.") from error
+    entries = content.pop("waiver", [])
+    if content or not isinstance(entries, list):
+        strange = ", ".join(sorted(content)) or "waiver"
+        raise SpecError(f"{where}: holds {strange}; it holds entries [[waiver]] and nothing else.")
+    found = tuple(_entry(entry, f"{where}, waiver {number}") for number, entry in enumerate(entries, start=1))
+    named = [(waiver.case, waiver.metric) for waiver in found]
+    twice = next((each for each in named if named.count(each) > 1), None)
+    if twice is not None:
+        raise SpecError(f"{where}: {twice[1]} of {twice[0]} is waived twice. Keep one entry.")
+    return found
+
+
+def _entry(entry: Any, where: str) -> Waiver:
+    if isinstance(entry, dict) and isinstance(entry.get("expires"), datetime.datetime):
+        raise SpecError(f"{where}: expires {entry['expires']}: say a day, as 2027-01-31, without a time.")
+    try:
+        return msgspec.convert(entry, Waiver, builtin_types=(datetime.date,))
+    except (msgspec.ValidationError, SpecError) as error:
+        raise SpecError(f"{where}: {error} An entry has case, metric, limit, reason, owner, expires.") from error
+
+
+def waived(judgement: Judgement, record: Record, waivers: Iterable[Waiver], today: datetime.date) -> Judgement:
+    """The judgement with an excuse for each REGRESSED metric that a waiver allows today; nothing else of it changes.
+
+    Where a waiver names the metric but the value is beyond its limit, the metric's reason says so.
+    """
+    active = [waiver for waiver in waivers if waiver.covers(judgement.case) and not waiver.is_over(today)]
+    if not active:
+        return judgement
+    excuses, rows = list(judgement.excuses), []
+    for row in judgement.metrics:
+        metric = record.metrics.get(row.metric)
+        mine = [waiver for waiver in active if waiver.metric == row.metric]
+        if row.verdict is not Verdict.REGRESSED or metric is None or not mine:
+            rows.append(row)
+            continue
+        enough = next((waiver for waiver in mine if waiver.allows(metric, row.old)), None)
+        if enough is not None:
+            excuses.append(Excuse(metric=row.metric, text=_text(enough, metric.unit, today)))
+        rows.append(row if enough is not None else _beyond(row, mine))
+    return msgspec.structs.replace(judgement, metrics=tuple(rows), excuses=tuple(excuses))
+
+
+def _beyond(row: MetricVerdict, waivers: Sequence[Waiver]) -> MetricVerdict:
+    limits = " or ".join(f"{waiver.limit_text(row.unit)} by {waiver.owner}" for waiver in waivers)
+    return msgspec.structs.replace(row, reason=f"{row.reason} It is waived only up to {limits}.")
+
+
+def _text(waiver: Waiver, unit: str, today: datetime.date) -> str:
+    days = (waiver.expires - today).days
+    left = "1 day left" if days == 1 else f"{days} days left"
+    return f"waived up to {waiver.limit_text(unit)} by {waiver.owner} until {waiver.expires} ({left}): {waiver.reason}"
+
+
+def expired(waivers: Iterable[Waiver], today: datetime.date, case_id: str | None = None) -> tuple[str, ...]:
+    """A sentence on each waiver whose day has passed, of one case or of all."""
+    return tuple(
+        f"waiver of {waiver.metric} of {waiver.case} by {waiver.owner} expired on {waiver.expires} "
+        f"({(today - waiver.expires).days} days ago): remove it or renew it"
+        for waiver in waivers
+        if waiver.is_over(today) and (case_id is None or waiver.covers(case_id))
+    )

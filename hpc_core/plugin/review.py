@@ -1,0 +1,76 @@
+"""What a reviewer wants to see of a run: against which baselines it was judged, which of them changed, what is waived.
+
+Holds the baselines of the merge base and the waivers for a whole session. Launches nothing and writes nothing.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from hpc_core.errors import RepositoryError
+from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, waived
+from hpc_core.plugin.options import Settings
+from hpc_core.record import Record
+from hpc_core.report import Row
+from hpc_core.report.baseline_change import change_line
+from hpc_core.report.waivers import waiver_line
+from hpc_core.repository import merge_base
+from hpc_core.store import PastBaselines, baseline_changes, find
+
+__all__ = ["Review"]
+
+
+class Review:
+    """Judges records, and knows what a report must say beside the verdicts."""
+
+    def __init__(self, settings: Settings, today: datetime.date | None = None) -> None:
+        """Read the baselines of the merge base, where one was named.
+
+        Raises:
+            pytest.UsageError: git knows no such merge base.
+        """
+        self._settings = settings
+        self._today = today or datetime.datetime.now(datetime.UTC).date()
+        self._base = _at_merge_base(settings.baselines, settings.base)
+        self.known: tuple[str, ...] | None = None
+        """Ids of all cases of the suite; None if only a part of it was collected."""
+
+    def judged(self, record: Record) -> Judgement:
+        """The verdict on a record, with what excuses it."""
+        key, case_id = record.circumstances.machine.key, record.case.id
+        here = find(self._settings.baselines, key, case_id)
+        judgement = judge(record, here)
+        if self._base is not None:
+            there = self._base.find(key, case_id)
+            judgement = judge_pull_request(Side(there, judge(record, there)), Side(here, judgement))
+        return waived(judgement, record, self._settings.waivers, self._today)
+
+    def expired(self, case_id: str | None = None) -> tuple[str, ...]:
+        """A sentence on each waiver whose day has passed: of a case, or of all."""
+        return expired(self._settings.waivers, self._today, case_id)
+
+    def sections(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
+        """Titles and texts for the end of a run: the baselines that changed, the waivers."""
+        found = []
+        if self._base is not None:
+            title = f"baselines changed since the merge base with {self._settings.base} ({self._base.commit[:10]})"
+            lines = [change_line(change) for change in baseline_changes(self._settings.baselines, self._base)]
+            found.append((title, "\n".join(lines or ["none"])))
+        if self._settings.waivers:
+            lines = [waiver_line(waiver, rows, self.known, self._today) for waiver in self._settings.waivers]
+            found.append(("waivers", "\n".join(lines)))
+        return found
+
+
+def _at_merge_base(baselines: Path, revision: str | None) -> PastBaselines | None:
+    if revision is None:
+        return None
+    folder = next(each for each in (baselines, *baselines.parents) if each.is_dir())
+    try:
+        return PastBaselines(baselines, merge_base(folder, revision))
+    except RepositoryError as error:
+        raise pytest.UsageError(f"--perf-base {revision}: {error}") from error

@@ -1,0 +1,179 @@
+"""What git says of a tree: its commit, whether the code differs from it, files of other commits. Only reads.
+
+Every call starts git, so nothing here works without it; each function says what happens then.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from hpc_core.errors import RepositoryError
+
+__all__ = ["Revision", "contents", "head", "is_dirty", "listing", "merge_base", "resolved", "revisions_of", "top"]
+
+_SECONDS = 60
+_CODE = frozenset({".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"})
+"""Files that git does not know count as changes only if they can be code: a report or a record that lies around is none."""
+
+
+class Revision(msgspec.Struct, frozen=True, kw_only=True):
+    """A commit that changed a file."""
+
+    commit: str
+    at: str
+    """When it was committed, ISO 8601 with its offset."""
+    subject: str
+
+
+def head(folder: Path) -> str | None:
+    """The commit that is checked out; None outside a repository, before its first commit, or without git."""
+    try:
+        return _git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}").decode().strip()
+    except RepositoryError:
+        return None
+
+
+def is_dirty(folder: Path) -> bool:
+    """Whether the code of the whole tree around `folder` differs from its commit.
+
+    What hpc-core itself writes does not count, or the first baseline that a run accepts would make the tree dirty for all
+    that follow: `<variant>.history.jsonl`, and the `<variant>.json` beside one. Files that git does not know count only
+    where they can be code.
+
+    Raises:
+        RepositoryError: not a repository, or no git.
+    """
+    root = top(folder)
+    said = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(
+        errors="replace"
+    )
+    entries = [(entry[:2], entry[3:]) for entry in said.split("\0") if entry]
+    written = {path for _, path in entries if path.endswith(".history.jsonl")}
+    return any(_counts(root, state, path, written) for state, path in entries)
+
+
+def _counts(root: Path, state: str, path: str, written: set[str]) -> bool:
+    if path.endswith(".history.jsonl"):
+        return False
+    if state == "??" and PurePosixPath(path).suffix not in _CODE:
+        return False
+    beside = f"{path.removesuffix('.json')}.history.jsonl"
+    return not (path.endswith(".json") and (beside in written or (root / beside).exists()))
+
+
+def top(folder: Path) -> Path:
+    """The root of the tree that `folder` lies in.
+
+    Raises:
+        RepositoryError: not a repository, or no git.
+    """
+    return Path(_git(folder, "rev-parse", "--show-toplevel").decode().removesuffix("\n"))
+
+
+def merge_base(folder: Path, revision: str) -> str:
+    """The newest commit that HEAD and a revision share: what a pull request against it started from.
+
+    Raises:
+        RepositoryError: no such revision, no common commit, or a clone too shallow to tell.
+    """
+    fetch = "In a workflow, give actions/checkout `fetch-depth: 0`; by hand: git fetch --unshallow origin."
+    shallow = _git(folder, "rev-parse", "--is-shallow-repository").decode().strip() == "true"
+    try:
+        commit = resolved(folder, revision)
+    except RepositoryError as error:
+        if shallow:
+            raise RepositoryError(f"{revision!r} is not in this shallow clone. {fetch}") from error
+        raise
+    try:
+        return _git(folder, "merge-base", commit, "HEAD").decode().strip()
+    except RepositoryError as error:
+        why = f"This clone is shallow and does not reach it. {fetch}" if shallow else "They have no commit in common."
+        raise RepositoryError(f"HEAD and {revision} have no merge base here. {why}") from error
+
+
+def resolved(folder: Path, revision: str) -> str:
+    """The whole name of a commit.
+
+    Raises:
+        RepositoryError: there is none, not a repository, or no git.
+    """
+    top(folder)
+    try:
+        # A revision that begins with a dash is no option.
+        said = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+    except RepositoryError as error:
+        raise RepositoryError(f"git knows no revision {revision!r} in {folder}.") from error
+    return said.decode().strip()
+
+
+def contents(folder: Path, asked: Sequence[tuple[str, Path]]) -> tuple[bytes | None, ...]:
+    """What files held at commits, for each (commit, path), by one call of git; None where a file was not there.
+
+    Raises:
+        RepositoryError: a path lies outside the repository, or git fails.
+    """
+    root = top(folder)
+    names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in asked)
+    said = _git(root, "cat-file", "--batch", given=names.encode(errors="surrogateescape"))
+    found: list[bytes | None] = []
+    for _ in asked:
+        line, _, said = said.partition(b"\n")
+        if line.endswith((b" missing", b" ambiguous")):
+            found.append(None)
+            continue
+        size = int(line.rsplit(b" ", 1)[1])
+        found.append(said[:size])
+        said = said[size + 1 :]
+    return tuple(found)
+
+
+def listing(folder: Path, commit: str, path: Path) -> tuple[Path, ...]:
+    """The files below a folder at a commit, as paths of today; none if it was not there.
+
+    Raises:
+        RepositoryError: the path lies outside the repository, or git fails.
+    """
+    root = top(folder)
+    name = _inside(root, path)
+    said = _git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", f"{name}/" if name else ".")
+    return tuple(root / each for each in said.decode(errors="surrogateescape").split("\0") if each)
+
+
+def revisions_of(folder: Path, paths: Iterable[Path]) -> tuple[Revision, ...]:
+    """The commits up to HEAD that changed one of these files, oldest first; none before the first commit.
+
+    Raises:
+        RepositoryError: a path lies outside the repository, or git fails.
+    """
+    if head(folder) is None:
+        return ()
+    root = top(folder)
+    names = [_inside(root, path) for path in paths]
+    said = _git(root, "log", "--reverse", "--format=%H%x1f%cI%x1f%s%x1e", "HEAD", "--", *names)
+    parts = [line.strip("\n").split("\x1f") for line in said.decode(errors="replace").split("\x1e") if line.strip()]
+    return tuple(Revision(commit=commit, at=at, subject=subject) for commit, at, subject in parts)
+
+
+def _inside(root: Path, path: Path) -> str:
+    """The path as git names it, from the root of the tree."""
+    root, whole = root.resolve(), path.resolve()
+    if not whole.is_relative_to(root):
+        raise RepositoryError(f"{path} lies outside the repository {root}, so git knows nothing of it.")
+    relative = whole.relative_to(root).as_posix()
+    return "" if relative == "." else relative
+
+
+def _git(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        ran = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise RepositoryError(f"git cannot be run in {folder}: {error}") from error
+    if ran.returncode:
+        said = " ".join(ran.stderr.decode(errors="replace").split()) or f"exit code {ran.returncode}"
+        raise RepositoryError(f"git {arguments[0]} in {folder}: {said}")
+    return ran.stdout

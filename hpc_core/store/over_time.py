@@ -1,0 +1,153 @@
+"""A case over time: its accepted records of today, those that git remembers, and records that lie in folders.
+
+Reads baselines, git and records; judges nothing. A thing that is there twice counts once.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hpc_core.errors import RepositoryError, SpecError
+from hpc_core.record import Metric, Record, record_from_json
+from hpc_core.repository import contents, revisions_of
+from hpc_core.store.baseline import Baseline, gated_metrics
+from hpc_core.store.lookup import baseline_path, history_path, parsed
+from hpc_core.store.sessions import accepted_records
+
+__all__ = ["OverTime", "Point", "over_time"]
+
+Source = Literal["accepted", "git", "record"]
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """One session of a case, or one accepted baseline of which only the gated values are left."""
+
+    at: str
+    """When it ran, or, of a baseline alone, when it was accepted: ISO 8601, UTC."""
+    commit: str | None
+    source: Source
+    """"accepted" today, accepted once and found in "git", or a "record" of a folder."""
+    digest: str
+    stack: dict[str, str]
+    metrics: dict[str, Metric]
+
+
+class OverTime(msgspec.Struct, frozen=True, kw_only=True):
+    """The points of one case on one machine, oldest first, and what was left out."""
+
+    points: tuple[Point, ...]
+    notes: tuple[str, ...]
+
+
+def over_time(root: Path, key: str, case_id: str, records: Sequence[Path] = (), *, git: bool = True) -> OverTime:
+    """Everything that is known of a case on a machine, of the newest digest of the case only.
+
+    Args:
+        root: the folder of baselines.
+        key: of the machine.
+        case_id: a whole id.
+        records: folders of record files, as `--perf-records` writes them; whatever they are of is sorted out here.
+        git: also what git remembers of the baseline and of its history.
+
+    Raises:
+        BaselineError: the history of today is damaged; or as `baseline_path`.
+        SpecError: a folder of records that is none.
+    """
+    notes: list[str] = []
+    found = [_of_record(record, "accepted") for record in accepted_records(root, key, case_id)]
+    if git:
+        try:
+            found += _remembered(root, key, case_id)
+        except RepositoryError as error:
+            notes.append(f"nothing from git: {error}")
+    found += [_of_record(record, "record") for record in _lying(records, key, case_id, notes)]
+    points = sorted(_each_once(found), key=lambda point: _moment(point.at))
+    chosen = [point for point in points if point.digest == points[-1].digest]
+    if len(chosen) < len(points):
+        notes.append(f"{len(points) - len(chosen)} older points are of another case by its digest, and left out")
+    return OverTime(points=tuple(chosen), notes=tuple(notes))
+
+
+def _of_record(record: Record, source: Source) -> Point:
+    seen = record.circumstances
+    return Point(
+        at=seen.started_at,
+        commit=seen.commit,
+        source=source,
+        digest=record.case.digest,
+        stack=seen.stack,
+        metrics=record.metrics,
+    )
+
+
+def _remembered(root: Path, key: str, case_id: str) -> Iterator[Point]:
+    """What git holds: every line that was ever in the history, and the baselines whose record it never held."""
+    history, baseline = history_path(root, key, case_id), baseline_path(root, key, case_id)
+    folder = next(each for each in (root, *root.resolve().parents) if each.is_dir())
+    commits = [revision.commit for revision in revisions_of(folder, [history, baseline])]
+    asked = [(commit, path) for commit in commits for path in (history, baseline)]
+    raws = contents(folder, asked)
+    lines = dict.fromkeys(line for raw in raws[::2] for line in (raw or b"").splitlines())
+    records = [record for record in map(_intact, lines) if record is not None]
+    yield from (_of_record(record, "git") for record in records)
+    proven = [(record.circumstances.commit, gated_metrics(record)) for record in records]
+    for raw in dict.fromkeys(raws[1::2]):
+        lookup = None if raw is None else parsed(str(baseline), raw)
+        if isinstance(lookup, Baseline) and (lookup.accepted.commit, lookup.metrics) not in proven:
+            yield Point(
+                at=lookup.accepted.at,
+                commit=lookup.accepted.commit,
+                source="git",
+                digest=lookup.digest,
+                stack=lookup.stack,
+                metrics=lookup.metrics,
+            )
+
+
+def _intact(line: bytes) -> Record | None:
+    try:
+        return record_from_json(line)
+    except SpecError:  # of another schema, or damaged in that commit
+        return None
+
+
+def _lying(folders: Iterable[Path], key: str, case_id: str, notes: list[str]) -> Iterator[Record]:
+    """The sound records of this case and machine in these folders; what is none is counted."""
+    strange = unsound = 0
+    for folder in folders:
+        if not folder.is_dir():
+            raise SpecError(f"{folder}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
+        for path in sorted(folder.rglob("*.json")):
+            record = _intact(path.read_bytes())
+            if record is None:
+                strange += 1
+            elif record.case.id == case_id and record.circumstances.machine.key == key:
+                unsound += record.status != "ok"
+                if record.status == "ok":
+                    yield record
+    if strange:
+        notes.append(f"{strange} files of the folders are no records of this schema")
+    if unsound:
+        notes.append(f"{unsound} records are invalid or of runs that failed, and left out")
+
+
+def _each_once(points: Iterable[Point]) -> list[Point]:
+    """The first of those that say the same of one moment: accepted before git before folders."""
+    seen: dict[tuple[str, bytes], Point] = {}
+    for point in points:
+        said = msgspec.json.encode((point.commit, point.digest, point.metrics), order="sorted")
+        seen.setdefault((point.at, said), point)
+    return list(seen.values())
+
+
+def _moment(at: str) -> datetime.datetime:
+    try:
+        moment = datetime.datetime.fromisoformat(at)
+    except ValueError:
+        return datetime.datetime.min.replace(tzinfo=datetime.UTC)
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,158 @@
+"""`hpc-core history`: every session that baselines, git and folders know, once, in order, with what moved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from hpc_core.cli import main
+from hpc_core.record import Record, record_to_json
+from hpc_core.store import HISTORY_LENGTH, accept
+from hpc_core.store.over_time import over_time
+from tests.git_project import GitProject
+from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, peak
+
+CASE = "tiny/lora"
+
+
+def of_day(day: int, *, operators: int = 10, busy_s: float = 0.25, **changes: Any) -> Record:
+    """The record of a session of its own."""
+    fields = {"started_at": f"2026-11-{day:02d}T10:00:00+00:00", "commit": f"{day:010d}", "gpu": {"uuid": "GPU-1"}}
+    metrics = {"operators": counted(operators), "peak_bytes": peak(), "busy_s": busy(busy_s, samples=(busy_s, busy_s))}
+    return a_record(metrics, circumstances=around(**(fields | changes)))
+
+
+@pytest.fixture(scope="module")
+def twelve_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve accepted sessions, one a commit; the operators grow with the seventh, when transformers moved too."""
+    made = GitProject(tmp_path_factory.mktemp("days") / "project")
+    for day in range(1, 13):
+        moved = day >= 7
+        stack = STACK | ({"transformers": "5.24.0"} if moved else {})
+        record = of_day(day, operators=12 if moved else 10, busy_s=0.25 + 0.001 * (day % 3) + 0.02 * moved, stack=stack)
+        accept(made.root / "baselines", record, reason=f"day {day}")
+        made.commit(f"day {day}")
+    return made.root
+
+
+@pytest.fixture
+def project(twelve_days: Path, tmp_path: Path) -> GitProject:
+    """A copy that a test may change."""
+    return GitProject(Path(shutil.copytree(twelve_days, tmp_path / "project")))
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of `hpc-core history`."""
+    try:
+        main(["history", *map(str, arguments)])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_git_remembers_more_than_the_file_keeps(project: GitProject) -> None:
+    """Sessions that fell out of the bounded history come back from its commits, each once, oldest first."""
+    root = project.root / "baselines"
+    found = over_time(root, H100.key, CASE).points
+    assert [point.commit for point in found] == [f"{day:010d}" for day in range(1, 13)]
+    assert [point.source for point in found].count("accepted") == HISTORY_LENGTH
+    assert len(over_time(root, H100.key, CASE, git=False).points) == HISTORY_LENGTH
+
+
+def test_a_baseline_without_its_history_is_a_point_too(project: GitProject) -> None:
+    """Where only the baseline's file is left in git, its accepted values are a point."""
+    root = project.root / "baselines"
+    case = a_case("tiny/other")
+    for day in (20, 21):
+        accept(root, msgspec.structs.replace(of_day(day, operators=day), case=case), reason="r")
+        next(root.rglob("other.history.jsonl")).unlink()
+        project.commit(f"other {day}")
+    found = over_time(root, H100.key, "tiny/other").points
+    assert [(point.source, point.metrics["operators"].value) for point in found] == [("git", 20), ("git", 21)]
+
+
+def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> None:
+    """Sound records of the case and machine count, those that were accepted only once; what is none is said."""
+    folder = tmp_path / "records" / "deep"
+    folder.mkdir(parents=True)
+    records = {"a": of_day(12, operators=12, busy_s=0.27, stack=STACK | {"transformers": "5.24.0"}), "b": of_day(25)}
+    records["other"] = msgspec.structs.replace(of_day(26), case=a_case("tiny/other"))
+    records["invalid"] = msgspec.structs.replace(of_day(27), status="invalid", reasons=("too fast",))
+    for name, record in records.items():
+        (folder / f"{name}.json").write_bytes(record_to_json(record))
+    (folder / "junk.json").write_text("{}")
+    found = over_time(project.root / "baselines", H100.key, CASE, [tmp_path / "records"])
+    assert [point.commit for point in found.points[-2:]] == ["0000000012", "0000000025"]
+    assert len(found.points) == 13
+    assert found.notes == (
+        "1 files of the folders are no records of this schema",
+        "1 records are invalid or of runs that failed, and left out",
+    )
+
+
+def test_a_changed_case_begins_anew(project: GitProject) -> None:
+    """Points of another digest are left out, and that is said."""
+    root = project.root / "baselines"
+    accept(root, msgspec.structs.replace(of_day(20), case=a_case(seed=3)), reason="another seed")
+    found = over_time(root, H100.key, CASE)
+    assert [point.commit for point in found.points] == ["0000000020"]
+    assert found.notes == ("12 older points are of another case by its digest, and left out",)
+
+
+def test_the_table_tells_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
+    """An exact metric changes where its value does, a noisy one by a test; the commits and packages between are named."""
+    root = project.root / "baselines"
+    assert run(CASE, "operators", "--baselines", root) == 0
+    told = capsys.readouterr().out
+    assert f"{CASE} on {H100.key}: 12 sessions, 2026-11-01 to 2026-11-12" in told
+    assert told.count("\n*") == 1
+    assert "+20 % (10 → 12); commits 0000000006..0000000007; moved: transformers 5.23.0 → 5.24.0" in told
+    assert run(CASE, "busy_s", "--baselines", root) == 0
+    told = capsys.readouterr().out
+    assert told.count("\n* 2026-11-07") == told.count("\n*") == 1
+    assert "p 0.0" in told
+    assert "with a chance of 5%" in told
+    assert run(CASE, "--baselines", root) == 0
+    assert "peak_bytes  2.00 GiB  [12 sessions: no change]" in capsys.readouterr().out
+
+
+def test_few_sessions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Four sessions of a noisy metric show no change point but a sentence on how many it takes; no git is a note."""
+    for day, seconds in enumerate((0.2, 0.2, 0.4, 0.4), start=1):
+        accept(tmp_path / "b", of_day(day, busy_s=seconds), reason="r")
+    assert run(CASE, "busy_s", "--baselines", tmp_path / "b") == 0
+    out, err = capsys.readouterr()
+    assert "4 sessions cannot show a change: no order of them would be rarer than 5% by chance; 8 are needed." in out
+    assert "\n*" not in out
+    assert "note: nothing from git" in err
+
+
+def test_json_and_pictures(project: GitProject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON holds points and change points; the picture is the same bytes each time and names the change."""
+    pytest.importorskip("matplotlib")
+    root = project.root / "baselines"
+    picture = tmp_path / "history.svg"
+    assert run(CASE, "operators", "--baselines", root, "--json", "--plot", picture) == 0
+    told = json.loads(capsys.readouterr().out)["metrics"]["operators"]
+    assert [point["value"] for point in told["points"]] == [10] * 6 + [12] * 6
+    assert told["changes"] == [{"index": 6, "before": 10, "after": 12, "p": None}]
+    first = picture.read_bytes()
+    assert b"+20 % (10 " in first
+    assert run(CASE, "operators", "--baselines", root, "--plot", picture) == 0
+    assert picture.read_bytes() == first
+
+
+def test_several_machines_must_be_told_apart(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
+    """A case that two machines know, or a metric that none holds, is one line on stderr and exit code 2."""
+    root = project.root / "baselines"
+    assert run(CASE, "no_such_metric", "--baselines", root) == 2
+    assert "There are: busy_s, operators, peak_bytes." in capsys.readouterr().err
+    accept(root, a_record(circumstances=around(msgspec.structs.replace(H100, key="cpu"))), reason="r")
+    assert run(CASE, "--baselines", root) == 2
+    assert "say one with --machine" in capsys.readouterr().err
+    assert run(CASE, "--baselines", root, "--machine", "cpu") == 0

@@ -1,0 +1,175 @@
+"""What a reviewer lives through: a pull request that edits its baselines, waivers, uncommitted code, gains to keep."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+import pytest
+
+from hpc_core.plugin import runner
+from tests.git_project import GitProject
+from tests.told_launcher import ToldLauncher
+
+pytestmark = pytest.mark.slow
+Run = Callable[..., pytest.RunResult]
+
+GIB = 2**30
+TODAY = datetime.datetime.now(datetime.UTC).date()
+CASE = "test_own/test_step"
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest in a project whose warnings are errors and whose suite lies in bench/."""
+    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    pytester.makepyprojecttoml("""
+        [tool.pytest.ini_options]
+        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
+        filterwarnings = ["error"]
+    """)
+    pytester.mkdir("bench")
+
+    def ran(*arguments: str) -> pytest.RunResult:
+        return pytester.runpytest_inprocess("--benchmark", *arguments)
+
+    return ran
+
+
+def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
+    """Write the suite of the project: one test a peak."""
+    names = ["step", "other"]
+    tests = (
+        f"def test_{name}(perf):\n    perf('told:step', peak={peak}{more})\n"
+        for name, peak in zip(names, peaks, strict=False)
+    )
+    (pytester.path / "bench" / "test_own.py").write_text("\n".join(tests))
+
+
+def lower(pytester: pytest.Pytester, run: Run, peak: int) -> None:
+    """Accept a peak that is not what the suite gives; the case, and so its digest, stays the same."""
+    import msgspec
+
+    from hpc_core.record import record_from_json
+    from hpc_core.store import accept
+
+    run("--perf-update", "--reason", "first")
+    root = pytester.path / "baselines"
+    for history in root.rglob("*.history.jsonl"):
+        record = record_from_json(history.read_text().splitlines()[-1])
+        metrics = record.metrics | {"peak_bytes": msgspec.structs.replace(record.metrics["peak_bytes"], value=peak)}
+        accept(root, msgspec.structs.replace(record, metrics=metrics), reason="doctored")
+
+
+def waive(pytester: pytest.Pytester, *, limit: str, days: int, case: str = CASE, metric: str = "peak_bytes") -> None:
+    """Write the file of waivers with one entry."""
+    expires = TODAY + datetime.timedelta(days=days)
+    entry = f'case = "{case}"\nmetric = "{metric}"\nlimit = {limit}\nreason = "a known bug"\nowner = "jane"\n'
+    (pytester.path / "perf-waivers.toml").write_text(f"[[waiver]]\n{entry}expires = {expires}\n")
+
+
+def test_a_pull_request_that_edits_its_baseline(pytester: pytest.Pytester, run: Run) -> None:
+    """More memory fails against the merge base; accepted in the same pull request it passes, is still called REGRESSED, and
+    the edited baseline is listed with both values and the reason.
+    """
+    bench(pytester, GIB)
+    lower(pytester, run, GIB // 2)
+    project = GitProject(pytester.path)
+    project.commit("the baseline")
+    project.git("checkout", "-q", "-b", "topic")
+
+    before = run("--perf-base", "main")
+    assert before.ret == 1
+    before.stdout.fnmatch_lines(["*baselines changed since the merge base with main*", "none"])
+
+    assert run("--perf-update", "--reason", "more on purpose", "--perf-base", "main").ret == 0
+    project.commit("accepted")
+    assert run().ret == 0
+    after = run("--perf-base", "main")
+    assert after.ret == 0
+    after.assert_outcomes(passed=1)
+    after.stdout.fnmatch_lines([
+        "*test_own/test_step*REGRESSED*",
+        "REGRESSED, excused test_own/test_step: peak_bytes +512.00 MiB, limit +0.05 %",
+        "*accepted in this pull request: peak_bytes 512.00 MiB → 1.00*",
+        "*baselines changed since the merge base with main*",
+        "cpu/test_own/test_step: peak_bytes 512.00 MiB → 1.00 GiB (+100 %); reason: more on purpose",
+    ])  # fmt: skip
+
+
+def test_no_merge_base_is_a_usage_error(pytester: pytest.Pytester, run: Run) -> None:
+    """Without a repository, or with a revision that it lacks, nothing runs and one line says why."""
+    bench(pytester, GIB)
+    assert run("--perf-base", "main").ret == 4
+    GitProject(pytester.path).commit("first")
+    result = run("--perf-base", "origin/main")
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["ERROR: --perf-base origin/main: git knows no revision 'origin/main'*"])
+
+
+def test_a_waiver_until_it_expires(pytester: pytest.Pytester, run: Run) -> None:
+    """Within its limit the test passes and every report names owner, reason and days; a tighter one does not help; an
+    expired one fails the run, although nothing is wrong with the metric, and a run of other cases too.
+    """
+    bench(pytester, GIB, GIB)
+    lower(pytester, run, GIB - 2**24)
+    assert run("--case", CASE).ret == 1
+
+    waive(pytester, limit='"+5 %"', days=12)
+    waived = run("--case", CASE)
+    assert waived.ret == 0
+    waived.stdout.fnmatch_lines([
+        "*peak_bytes: waived up to +5 % by jane until * (12 days left): a*",
+        f"peak_bytes of {CASE} up to +5 %, by jane * (12 days left): a known bug [[]used by {CASE}]",
+    ])  # fmt: skip
+    waive(pytester, limit=str(GIB - 2**23), days=12)
+    assert run("--case", CASE).ret == 1
+
+    run("--perf-update", "--reason", "fixed")
+    waive(pytester, limit='"+5 %"', days=-2)
+    expired = run("--case", CASE)
+    assert expired.ret == 1
+    expired.assert_outcomes(failed=1)
+    expired.stdout.fnmatch_lines(
+        [f"waiver of peak_bytes of {CASE} by jane expired on * (2 days ago): remove it or renew it"]
+    )
+    other = run("--case", "*/test_other")
+    assert other.ret == 1
+    other.assert_outcomes(passed=1)
+    other.stdout.fnmatch_lines(["*EXPIRED 2 days ago*"])
+
+
+def test_a_waiver_of_nothing_is_seen(pytester: pytest.Pytester, run: Run) -> None:
+    """A waiver that matches no case or metric warns in the report; one that cannot be read is a usage error."""
+    bench(pytester, GIB)
+    waive(pytester, limit="1", days=1, case="gone/*")
+    run().stdout.fnmatch_lines(["*WARNING: matches none of the suite's 1 cases*"])
+    waive(pytester, limit="1", days=1, metric="peek_bytes")
+    run().stdout.fnmatch_lines([f"*WARNING: {CASE} without such a metric*"])
+    (pytester.path / "perf-waivers.toml").write_text("[[waiver]]\nowner = 3\n")
+    result = run()
+    assert result.ret == 4
+    result.stderr.fnmatch_lines(["ERROR: perf-waivers.toml, waiver 1: *"])
+
+
+def test_uncommitted_code_is_no_baseline_unless_told(pytester: pytest.Pytester, run: Run) -> None:
+    """--perf-update refuses numbers of a changed tree and writes nothing; --perf-dirty accepts them."""
+    bench(pytester, GIB, more=", dirty=True")
+    refused = run("--perf-update", "--reason", "try")
+    assert refused.ret == 1
+    refused.stdout.fnmatch_lines(["*REFUSED*", f"REFUSED {CASE}: the tree has uncommitted changes*"])
+    assert not (pytester.path / "baselines").exists()
+    assert run("--perf-update", "--reason", "try", "--perf-dirty").ret == 0
+    assert run("--perf-dirty").ret == 4
+
+
+def test_gains_are_kept_by_one_command(pytester: pytest.Pytester, run: Run) -> None:
+    """All cases that improved beyond their tolerance are named by one command, which accepts them."""
+    bench(pytester, GIB, GIB)
+    lower(pytester, run, 2 * GIB)
+    result = run()
+    assert result.ret == 0
+    result.stdout.fnmatch_lines([
+        "2 cases are better than accepted. Keep the gain, so that it cannot be lost unseen:",
+        "*pytest --benchmark --case 'test_own/test_step' --case 'test_own/test_other' --perf-update --reason \"…\"",
+    ])  # fmt: skip
