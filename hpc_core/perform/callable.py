@@ -20,7 +20,7 @@ _BUSY_STEPS = 10
 def measure_callable(session: Session, workload: CallableSpec) -> Record:
     """Import the factory, make the step, and measure it."""
     session.phase("build")
-    return measure_program(session, load_factory(workload), workload.steps)
+    return measure_program(session, load_factory(workload, session.device.type), workload.steps)
 
 
 def measure_program(session: Session, program: Program, steps: int) -> Record:
