@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from hpc_core.errors import SpecError
 from hpc_core.gate import judge
@@ -19,7 +21,6 @@ from hpc_core.limits import Limits
 from hpc_core.record import Record, record_from_json
 from hpc_core.store import accept, find
 
-transformers = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 STEPS, BATCH, ACCUMULATED, LENGTH = 12, 2, 2, 16
@@ -217,12 +218,8 @@ def test_an_interrupted_training_leaves_a_failed_record(tmp_path: Path, within: 
     """Ctrl-C in the middle of the watched step: the record is failed, and no tensor is watched any more."""
     perf = PerfCallback(tmp_path / "run.json")
     trainer = _trainer(tmp_path, perf, _Interrupts())
-    with pytest.raises(KeyboardInterrupt):
-        if within:
-            with perf:
-                trainer.train()
-        else:
-            trainer.train()
+    with pytest.raises(KeyboardInterrupt), perf if within else contextlib.nullcontext():
+        trainer.train()
     failure = _read(perf.path).failure
     assert failure is not None
     assert failure.kind == "interrupted"
