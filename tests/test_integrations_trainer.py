@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import runpy
 import statistics
 import time
 from pathlib import Path
@@ -260,3 +261,14 @@ def test_what_makes_no_sense_is_refused_before_the_training(tmp_path: Path) -> N
         PerfCallback(tmp_path / "run.json", warm_up=-1)
     with pytest.raises(SpecError, match="<shape>/<variant>"):
         _trainer(tmp_path, PerfCallback(tmp_path / "run.json", case="No Id")).train()
+
+
+def test_the_example_leaves_its_record(tmp_path: Path) -> None:
+    """The training of examples/trainer ends with a sound record, in which padding and the peak are gated."""
+    torch.set_num_threads(1)
+    main = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "trainer" / "train.py"))["main"]
+    record = _read(main(tmp_path))
+    assert (record.status, record.reasons, len(record.losses)) == ("ok", (), 20)
+    assert record.metrics["padded_tokens"].gated
+    assert record.metrics["peak_bytes"].gated
+    assert record.losses[-1] < record.losses[0]

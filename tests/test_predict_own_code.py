@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import functools
+import os
+import runpy
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
+from hpc_core.gate import judge
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record import Record
 from hpc_core.spec import CallableSpec, Case
+from hpc_core.store import find
 from tests import own_steps
 from tests.predicting import predicted, values
 
 pytestmark = pytest.mark.slow
+
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "own_code"
 
 
 def _case(name: str, factory: str, **arguments: Any) -> Case:
@@ -39,18 +49,21 @@ ASKED = {
     "raise": "raised IndexError on fake tensors",
 }
 """What a step does, and what the refusal says of it."""
+LARGE: Case = runpy.run_path(str(EXAMPLE / "perf" / "test_predicted.py"))["LARGE"]
 CASES = [
     *(_case(what.replace(" ", "-"), "does", what=what) for what in ASKED),
     _case("cpu", "stays_on_the_cpu"),
     _case("optimizer", "optimizer_first"),
     _case("given", "train"),
     _case("found", "picks_its_device"),
+    LARGE,
 ]
 
 
 @functools.cache
 def _records() -> dict[str, Record]:
-    return {record.case.id: record for record in predicted(CASES)}
+    with mock.patch.dict(os.environ, PYTHONPATH=str(EXAMPLE)):
+        return {record.case.id: record for record in predicted(CASES)}
 
 
 def _refusal(name: str) -> str:
@@ -86,3 +99,11 @@ def test_a_step_finds_the_gpu_either_way() -> None:
     assert given == found
     assert {"peak_bytes", "flops", "kernels", "operators", "copies"} <= set(given)
     assert given["copies"] == 20  # the loss goes to the host twice a step, once to be shown and once to be kept
+
+
+def test_the_prediction_of_the_example_meets_its_baseline() -> None:
+    """The training of 20 GiB that examples/own_code predicts takes no byte, FLOP or kernel more than was accepted there."""
+    record = _records()[LARGE.id]
+    assert record.failure is None, record.failure
+    judged = judge(record, find(EXAMPLE / "baselines", "predicted", LARGE.id))
+    assert judged.verdict is Verdict.PASS, judged.reason
