@@ -9,7 +9,7 @@ LARGE = Case(
     scale="full",
     workload=CallableSpec(
         factory="own_code.train:make_step",
-        arguments={"batch": 32, "length": 1024, "width": 2048, "layers": 4, "heads": 16},
+        arguments={"batch": 32, "length": 1024, "width": 4096, "layers": 2, "heads": 32},
     ),
     limits=Limits(peak_bytes=40 * GiB),
 )

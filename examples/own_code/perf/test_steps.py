@@ -27,9 +27,9 @@ def test_train_on_a_gpu(perf):
         "own_code.train:make_step",
         batch=32,
         length=1024,
-        width=2048,
-        layers=4,
-        heads=16,
+        width=4096,
+        layers=2,
+        heads=32,
         device="cuda",
         limits=Limits(peak_bytes=40 * GiB, busy_s=0.5),
     )
