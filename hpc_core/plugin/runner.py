@@ -45,8 +45,10 @@ class Runner:
         if isinstance(event, Phase):
             self._progress.phase(event.name)
 
-    def run(self, case: Case, command: str) -> Row:
+    def run(self, case: Case, command: str, *, judge: bool = True) -> Row:
         """Run the case in a process of its own, and judge it; `command` is what runs just this case.
+
+        Without `judge` no baseline is looked at or written; what is no sound record is bad all the same.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -62,9 +64,9 @@ class Runner:
             ceilings = self._measured_ceilings(case) if device == "cuda" else {}
             job = Job(case=case, device=device, ceilings=ceilings, fault=self._settings.fault)
             record = self._launcher.run(job)
-        return self._judged(record, command)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
-    def predict(self, case: Case, gpu: str, command: str) -> Row:
+    def predict(self, case: Case, gpu: str, command: str, *, judge: bool = True) -> Row:
         """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.
 
         Raises:
@@ -75,7 +77,7 @@ class Runner:
             launcher = self._predicting_launcher()
             launcher.prepare()
             record = launcher.run(Job(case=case, predict=gpu, fault=self._settings.fault))
-        return self._judged(record, command)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def _predicting_launcher(self) -> Launcher:
         if self._predicting is None:
@@ -84,11 +86,11 @@ class Runner:
             self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), environment={FAKE_CUDA: "1"})
         return self._predicting
 
-    def run_bare(self, case: Case, step: Callable[[], Any], command: str) -> Row:
+    def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
             record = measure_here(case, step, self._heard)
-        return self._judged(record, command)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def run_unjudged(self, job: Job) -> Record:
         """Run a job as it is, and neither judge nor list it: for tests of the suite itself.
@@ -109,9 +111,18 @@ class Runner:
             self._ceilings = record.circumstances.ceilings
         return self._ceilings
 
-    def _judged(self, record: Record, command: str) -> Row:
+    def _unjudged(self, record: Record, command: str) -> Row:
+        self._keep(record)
+        row = Row(record=record, judgement=None if record.status == "ok" else self._judgement(record), command=command)
+        self.rows.append(row)
+        return row
+
+    def _keep(self, record: Record) -> None:
         if self._settings.records is not None:
             write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
+
+    def _judged(self, record: Record, command: str) -> Row:
+        self._keep(record)
         row = Row(record=record, judgement=self._judgement(record), command=command, grown=self._grown(record))
         if self._settings.update and record.status == "ok":
             row = self._accepted(row)
