@@ -42,6 +42,8 @@ def predict_callable(prediction: Prediction, workload: CallableSpec) -> Record:
     with prediction.fake() as (watch, _), own_code(watch, workload.factory):
         prediction.phase("build")
         program = load_factory(workload, prediction.device.type)
+        peak = watch.allocator.peak_allocated
+        prediction.metrics["peak_load_bytes"] = measured_bytes(peak, machine=True, gated=False)
         prediction.phase("warm-up")
         for _ in range(min(max(2, program.period), _PERIOD_MOST)):
             program.step()
