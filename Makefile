@@ -44,8 +44,9 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it?
+faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it? Then the memory faults, by prediction
 	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)
+	$(BIN)/hpc-core faults --predicted --memory --jobs $(JOBS) $(ARGS)
 
 lint: $(INSTALLED) ## check style, format, types and who may import whom
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import pytest
 
 from hpc_core.cases import finetune, generate, lora
 from hpc_core.launch.protocol import Job
+from hpc_core.launch.replicates import busy_values, merged
 from hpc_core.limits import MiB
 from hpc_core.physics import datasheet
 from hpc_core.plugin.fixture import Perf
@@ -80,6 +81,8 @@ def test_a_known_duration_is_seen_within_one_percent(
     wall = against("step_s", _value(record, "step_s"), waited)
     assert -_WITHIN < wall < _WITHIN + _DELAY_S / waited, f"step_s is {wall:+.3%} off the known {waited:.6f} s"
     assert record.metrics["kernels"].value == _PROFILED * times * streams
+    waits = times - 1 if pause_s else 0
+    assert record.metrics["synchronizations"].value == _PROFILED * waits
 
 
 def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, float, float], float]) -> None:
@@ -110,6 +113,10 @@ def test_known_launches_are_counted_exactly(perf: Perf, against: Callable[[str, 
     against("kernels", launched, _PROFILED * 39)
     seen = (launched, record.metrics["copies"].value, record.metrics["operators"].value)
     assert seen == (_PROFILED * 39, _PROFILED * 3, 42)
+    assert record.metrics["synchronizations"].value == 0
+    families = record.kernel_families
+    assert sum(each.kernels for each in families.values()) == record.metrics["kernels"].value
+    assert families["elementwise"].kernels >= _PROFILED * 37
 
 
 def test_known_flops_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
@@ -162,6 +169,33 @@ def test_the_audit_changes_no_exact_number(case: Case, perf_session: PerfSession
     ]
     assert {"peak_bytes", "operators", "kernels"} <= set(seen[0])
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.kind) for case in _AUDITED])
+def test_a_further_process_counts_the_same_and_is_short(
+    case: Case, perf_session: PerfSession, request: pytest.FixtureRequest
+) -> None:
+    """Five steps say what ten say: counts are equal to the full process's, busy times lie within 1 %, and it takes less time."""
+    full, short = (perf_session.run(Job(case=case, replicate=replicate)) for replicate in (False, True))
+    both = merged(full, [short])
+    assert both.status == "ok", both.reasons
+    seconds = [process.seconds for process in both.processes]
+    for name, (first, other) in busy_values(both).items():
+        _note(request, f"seen.{name}", other / first - 1)
+        assert abs(other / first - 1) < _WITHIN, f"{name} is {other:.6f} s, in the full process {first:.6f} s"
+    _note(request, "seen.seconds", seconds)
+    assert seconds[1] < seconds[0]
+
+
+def test_the_canary_is_as_fast_as_the_ceilings(
+    perf_session: PerfSession, against: Callable[[str, float, float], float]
+) -> None:
+    """Its product and its copy are those of the ceilings, so both say the same of this card, within 10 %."""
+    seen = perf_session.run(Job(case=_AUDITED[0], canary=True, measure_ceilings=True)).circumstances
+    product = 2 * 8192**3 / seen.ceilings["matmul_bfloat16_flop_per_s"]
+    copy = 2 * 2**31 / seen.ceilings["copy_bytes_per_s"]
+    assert abs(against("canary.compute", seen.canary["compute"], product)) < 0.1
+    assert abs(against("canary.memory", seen.canary["memory"], copy)) < 0.1
 
 
 def test_the_audit_takes_less_than_three_percent(perf_session: PerfSession, request: pytest.FixtureRequest) -> None:

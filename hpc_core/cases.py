@@ -18,6 +18,7 @@ __all__ = [
     "SMALL",
     "TINY",
     "TRIAL",
+    "WHOLE",
     "Method",
     "catalogue",
     "finetune",
@@ -247,7 +248,8 @@ def _short(case: Case) -> Case:
     return case.vary(f"{case.id.rpartition('/')[2]}-4-layers", layers=4, timeout_s=180, **less)
 
 
-_short_lora = next(_short(case) for case in FULL if case.id.endswith("/lora"))
+_lora = next(case for case in FULL if case.id.endswith("/lora"))
+_short_lora = _short(_lora)
 
 TRIAL: tuple[Case, ...] = (
     *(_short(case) for case in FULL),
@@ -257,6 +259,9 @@ TRIAL: tuple[Case, ...] = (
     _short_lora.vary("lora-soak-4-layers", data=_SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
 )
 """Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
+
+WHOLE: tuple[Case, ...] = (*FULL, _lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32))
+"""Whole full-size cases, for trying faults on predictions."""
 
 ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL)
 

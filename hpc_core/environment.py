@@ -14,10 +14,10 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from hpc_core.gpu_state import read_state
 from hpc_core.record import Circumstances, Machine
 
 __all__ = ["STACK_PACKAGES", "circumstances", "commit", "cpu_machine", "gpu_state", "machine", "stack", "visible_gpus"]
@@ -138,31 +138,9 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """Clocks in MHz, temperature, power, throttle reasons and other processes of the first visible GPU, now. {} without one."""
+    """`gpu_state.read_state` of the first visible GPU, and its uuid. {} without one."""
     gpus = visible_gpus()
-    if not gpus:
-        return {}
-    import pynvml
-
-    pynvml.nvmlInit()
-    try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(gpus[0]["index"])
-        state: dict[str, Any] = {"uuid": gpus[0]["uuid"]}
-        readings: dict[str, Callable[[], Any]] = {
-            "sm_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "temperature_c": lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "power_w": lambda: round(pynvml.nvmlDeviceGetPowerUsage(handle) / 1000, 1),
-            "throttle_reasons": lambda: int(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
-            "used_bytes": lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used),
-            "processes": lambda: len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
-        }
-        for name, read in readings.items():
-            with contextlib.suppress(pynvml.NVMLError):  # a virtual machine may hide single sensors
-                state[name] = read()
-        return state
-    finally:
-        pynvml.nvmlShutdown()
+    return {"uuid": gpus[0]["uuid"], **read_state(gpus[0]["index"])} if gpus else {}
 
 
 def circumstances(

@@ -67,6 +67,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernels_prefill: Limit = None
     copies: Limit = None
     memsets: Limit = None
+    synchronizations: Limit = None
+    graph_breaks: Limit = None
+    recompilations: Limit = None
     operators: Limit = None
     operators_decode: Limit = None
     flops: Limit = None

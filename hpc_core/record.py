@@ -17,9 +17,11 @@ __all__ = [
     "Circumstances",
     "Fact",
     "Failure",
+    "KernelFamily",
     "Machine",
     "MemoryTimeline",
     "Metric",
+    "Process",
     "Record",
     "record_from_json",
     "record_to_json",
@@ -119,8 +121,10 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     dirty: bool | None = None
     ceilings: dict[str, float] = {}
     """Measured in this session: matmul_flop_per_s by dtype, copy_bytes_per_s."""
+    canary: dict[str, float] = {}
+    """Seconds of work that no change of the code under test can move, "compute" and "memory", timed in this session."""
     gpu: dict[str, Any] = {}
-    """uuid, clocks in MHz before and after, temperature, throttle reasons, other processes."""
+    """`before`, `after`, and around the busy measurement: uuid, clocks in MHz, temperature, throttle reasons, other processes."""
     phase_s: dict[str, float] = {}
     """Seconds spent in each phase of the worker."""
     fault: str | None = None
@@ -154,6 +158,29 @@ class MemoryTimeline(_Seen, frozen=True, kw_only=True):
         return tuple(map(sum, zip(*self.bytes_by_category.values(), strict=True))) or (0,) * len(self.events)
 
 
+class KernelFamily(_Seen, frozen=True, kw_only=True):
+    """What the kernels of one family took, as totals over the work that `kernels` counts."""
+
+    seconds: float
+    kernels: int
+
+
+class Process(_Seen, frozen=True, kw_only=True):
+    """One of the processes that a case's samples come from; those without a failure stand in the order of the samples."""
+
+    started_at: str
+    seconds: float
+    """What the whole process took."""
+    wall_s: dict[str, float] = {}
+    """Median of each wall metric that it measured, in seconds."""
+    gpu: dict[str, Any] = {}
+    """As in the circumstances."""
+    flags: tuple[str, ...] = ()
+    """Why to doubt its sample: a throttled clock, another process on the GPU."""
+    failure: str = ""
+    """Why it gave no sample."""
+
+
 class Record(_Seen, frozen=True, kw_only=True):
     """What was seen when a case ran."""
 
@@ -174,6 +201,10 @@ class Record(_Seen, frozen=True, kw_only=True):
     """Loss of every step, from the first, in order."""
     answers: tuple[str, ...] = ()
     """Generated text or token ids, for the eye and for equivalence."""
+    kernel_families: dict[str, KernelFamily] = {}
+    """Where the GPU's time went in the first process, by family of kernels."""
+    processes: tuple[Process, ...] = ()
+    """Where the samples come from, the full process first; empty where it was the only one."""
     circumstances: Circumstances
 
     def __post_init__(self) -> None:

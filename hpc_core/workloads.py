@@ -29,6 +29,8 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
     """Tokens in each prompt for random data; None where the data set brings its own lengths."""
     new_tokens: int = 64
     cache: Literal["dynamic", "static", "off"] = "dynamic"
+    compiled: bool = True
+    """Where the cache is static, transformers compiles the forward on a GPU; False keeps it eager."""
     engine: Literal["stock"] = "stock"
     extrapolate_to: int | None = None
     """Also state the seconds that so many new tokens would take, marked as extrapolated."""
@@ -56,6 +58,10 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
                 self.prompt_length is not None,
                 f"{self.data.source} prompts bring their own lengths: say prompt_length=None.",
             )
+        refuse(
+            not self.compiled and self.cache != "static",
+            f"compiled=False belongs to cache='static', which alone is compiled; the cache is {self.cache!r}.",
+        )
         too_short = self.extrapolate_to is not None and self.extrapolate_to < self.new_tokens
         refuse(too_short, f"extrapolate_to={self.extrapolate_to} is below new_tokens={self.new_tokens}.")
 

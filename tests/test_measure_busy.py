@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hpc_core.errors import MeasureError
 from hpc_core.measure import busy
 from hpc_core.measure.busy import Interval, device_activity, summarize, union_s
+from hpc_core.measure.host_calls import HostCall
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 START = Interval("spin_kernel(long)", "kernel", 7, 0, 10)
@@ -120,7 +121,8 @@ def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyP
 
 def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
     """A complete reading after an incomplete one is the one that is told."""
-    readings = iter([([START], 1), ([START, Interval("gemm", "kernel", 7, 20, 50), END], 3)])
+    calls = [HostCall("cudaLaunchKernel", number, number) for number in range(3)]
+    readings = iter([([START], calls[:1]), ([START, Interval("gemm", "kernel", 7, 20, 50), END], calls)])
     monkeypatch.setattr(busy, "_record", lambda work, device: [])
     monkeypatch.setattr(busy, "_sort", lambda events: next(readings))
     seen = device_activity(lambda: None, torch.device("cpu"))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_core.measure.canary import measure_canary
 from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import counting
@@ -155,3 +156,10 @@ def test_seconds_are_those_of_the_step() -> None:
 def test_a_cpu_has_no_ceilings() -> None:
     """Nothing is measured on a CPU."""
     assert measure_ceilings(CPU) == {}
+
+
+def test_the_canary_runs_on_a_cpu_too() -> None:
+    """Both pieces of its work take time, so that the whole way can be tried without a GPU."""
+    seen = measure_canary(CPU)
+    assert set(seen) == {"compute", "memory"}
+    assert all(0 < seconds < 10 for seconds in seen.values())

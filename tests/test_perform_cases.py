@@ -18,6 +18,7 @@ from hpc_core.cases import TINY, catalogue
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
 from hpc_core.launch.protocol import Event, Job, Phase
+from hpc_core.launch.replicates import merged
 from hpc_core.perform import perform
 from hpc_core.record import Record, record_from_json, record_to_json
 from hpc_core.shapes import SHAPES
@@ -70,6 +71,21 @@ def test_a_tiny_case_gives_a_sound_record(case_id: str) -> None:
     assert record_from_json(record_to_json(record, indent=2)) == record
     assert all(math.isfinite(loss) for loss in record.losses)
     assert len(_exact(record)) >= 12
+
+
+@pytest.mark.parametrize(("case_id", "timed"), [("tiny/qlora-gc", "step_s"), ("tiny/generate-nf4", "query_s")])
+def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str) -> None:
+    """Without a GPU it times steps or queries and leaves out all other instruments; its sizes are the first process's."""
+    first = _once(case_id)[0]
+    events: list[Event] = []
+    record = perform(Job(case=CASES[case_id], launched="inline", replicate=True), events.append)
+    phases = [event.name for event in events if isinstance(event, Phase)]
+    assert phases == ["import", "build", "data", "warm-up", "measure", "record", "done"]
+    assert "peak_bytes" not in record.metrics
+    both = merged(first, [record])
+    assert both.status == "ok", both.reasons
+    assert both.metrics == first.metrics
+    assert [set(process.wall_s) >= {timed} for process in both.processes] == [True, True]
 
 
 @pytest.mark.parametrize("case_id", CASES)

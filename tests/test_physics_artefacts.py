@@ -108,7 +108,7 @@ def test_a_prefill_that_waits_for_the_host_shows_nothing(records: dict[str, Reco
 
 def test_what_did_not_run_is_missing(records: dict[str, Record]) -> None:
     """Without its records an artefact judges nothing and names them."""
-    del records["lora"]
-    full, _, four_bit = artefacts(records)
+    there = {name: record for name, record in records.items() if name != "lora" and not name.endswith("-b32")}
+    full, _, four_bit = artefacts(there)
     assert (full.missing, full.refused) == (("lora",), ())
     assert four_bit.missing == ("generate-fp16-b32", "generate-nf4-b32", "generate-nf4-fp16-b32")

@@ -50,6 +50,9 @@ MORE: tuple[Case, ...] = (
         prompt_length=16,
         new_tokens=4,
     ),
+    generate(
+        tiny, variant="generate-static", prompts=1, prompt_length=16, new_tokens=6, cache="static", compiled=False
+    ),
     generate(tiny, variant="generate-two", prompts=1, prompt_length=16, new_tokens=2),
     generate(
         tiny,
@@ -144,3 +147,16 @@ def test_a_cache_grows_by_keys_and_values_alone() -> None:
     assert isinstance(off.case.workload, GenerateSpec)
     assert "at_peak_kv_cache_bytes" in kept.metrics
     assert "at_peak_kv_cache_bytes" not in off.metrics
+
+
+def test_a_static_cache_has_its_last_size_at_once() -> None:
+    """Keys and values of all places but the last, which is never fed back, from the first token on."""
+    record = _all()["tiny/generate-static"]
+    assert record.case.model is not None
+    shape = record.case.model.sizes
+    assert shape is not None
+    places = 16 + 6 - 1
+    entry = (
+        2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    )  # keys and values, two bytes each
+    assert values(record)["at_peak_kv_cache_bytes"] >= places * entry

@@ -14,6 +14,7 @@ from hpc_core.gpus import GPUS, Gpu
 from hpc_core.predict.attention import chosen
 from hpc_core.predict.kernels import multi_tensor_launches
 from hpc_core.predict.layout import laid_out
+from hpc_core.predict.products import product_kernels
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 CHUNK, BLOCKS = 65536, 320
@@ -190,3 +191,36 @@ def _mask(kind: str | None, dtype: torch.dtype) -> torch.Tensor | None:
     return (
         torch.ones(16, 16, dtype=torch.bool) if kind == "bool" else torch.ones(16, 16, dtype=dtype, requires_grad=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "kernels"),
+    [
+        ((1, 3072, 3072), "nt", 2),  # a decoded token: split
+        ((1, 3072, 8192), "nt", 1),
+        ((1024, 3072, 3072), "nt", 1),
+        ((2048, 3072, 8), "nt", 2),  # LoRA's A
+        ((2048, 8, 3072), "nt", 1),  # and its B
+        ((8192, 4096, 8192), "tn", 1),  # a full weight's gradient, which is not in the table
+    ],
+)
+def test_a_product_takes_the_kernels_that_an_h100_launched(
+    shape: tuple[int, int, int], layout: str, kernels: int
+) -> None:
+    """The table is looked up by sizes and layout, in bfloat16 as in float16."""
+    rows, inner, columns = shape
+    for dtype in (torch.bfloat16, torch.float16):
+        left = torch.empty(rows, inner, dtype=dtype, device="meta")
+        right = torch.empty(inner, columns, dtype=dtype, device="meta")
+        if layout[0] == "t":
+            left = left.t().contiguous().t()
+        if layout[1] == "t":
+            right = right.t().contiguous().t()
+        assert product_kernels(left, right) == kernels
+
+
+@given(st.integers(1, 5000), st.integers(1, 20000), st.integers(1, 200000))
+def test_any_product_has_kernels(rows: int, inner: int, columns: int) -> None:
+    """A size that was never seen takes after its nearest neighbour: one kernel, or two with the sum, three with a scaling before."""
+    left = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
+    assert product_kernels(left, torch.empty(columns, inner, dtype=torch.bfloat16, device="meta").t()) in (1, 2, 3)

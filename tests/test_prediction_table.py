@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from hpc_core.cases import FULL
+from hpc_core.cases_to_predict import HELD_OUT, PREDICTED
 from hpc_core.cli.prediction import Miss, compare, machine_key, markdown, worst
 from hpc_core.gpus import DEFAULT
-from hpc_core.cases_to_predict import HELD_OUT, PREDICTED
 from hpc_core.spec import Case
 from hpc_core.store import last_accepted
 

@@ -1,7 +1,7 @@
 """State audit: what ran against what was asked, read from the live module and from the steps, never from the config.
 
 Each function returns facts by name. Nothing here measures: the passes that are gated exactly are over, or are only looked
-at through module hooks that run no operator. Knows nothing of sessions, records' verdicts and judging.
+at through module hooks, and what those compute is in no count. Knows nothing of sessions, records' verdicts and judging.
 """
 
 from __future__ import annotations

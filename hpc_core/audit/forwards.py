@@ -1,14 +1,14 @@
 """Look into forwards through module hooks: what the model was given, in which mode it ran, which graph it left.
 
 The hooks of `watch_forwards` run no tensor operator, so that operators, kernels and bytes stay what they are. Those of
-`audited_step` do, in a step of its own after them.
+`audited_step` do, inside the `aside` that they are given: there nothing is counted, and the time is the audit's own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,10 @@ from hpc_core.audit.looks import dtype_name
 from hpc_core.audit.loss import LossSeen, watch_loss
 from hpc_core.run.finetune import FinetuneProgram
 
-__all__ = ["ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
+__all__ = ["Aside", "ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
+
+Aside = Callable[[], contextlib.AbstractContextManager[None]]
+"""What is done in the block that it gives is in no count of the pass that it interrupts."""
 
 
 @dataclass
@@ -42,7 +45,9 @@ class ForwardsSeen:
 
 
 @contextlib.contextmanager
-def watch_forwards(model: torch.nn.Module, device_type: str) -> Iterator[ForwardsSeen]:
+def watch_forwards(
+    model: torch.nn.Module, device_type: str, aside: Aside = contextlib.nullcontext
+) -> Iterator[ForwardsSeen]:
     """Watch every call of `model` while the block runs."""
     seen = ForwardsSeen()
 
@@ -63,7 +68,8 @@ def watch_forwards(model: torch.nn.Module, device_type: str) -> Iterator[Forward
         result = getattr(output, "logits", None) if result is None else result
         node = getattr(result, "grad_fn", None)
         seen.graph = seen.graph or node is not None
-        seen.reentrant = seen.reentrant or "CheckpointFunctionBackward" in _node_names(node)
+        with aside():
+            seen.reentrant = seen.reentrant or "CheckpointFunctionBackward" in _node_names(node)
 
     attentions = [module for name, module in model.named_modules() if name.endswith("self_attn")]
     handles = [module.register_forward_pre_hook(autocast) for module in attentions]
@@ -103,26 +109,29 @@ class StepSeen:
     loss: LossSeen
 
 
-def audited_step(program: FinetuneProgram) -> StepSeen:
-    """Run the program's widest batch once more, and look at it from the forward to the gradients."""
+def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext) -> StepSeen:
+    """Run a step on the program's widest batch, and look at it from the forward to the gradients."""
     largest: dict[str, torch.Tensor | None] = {}
 
     def mark(phase: str) -> None:
         if phase == "optimizer":  # after backward, before the step: every gradient is there
-            for name, parameter in program.model.named_parameters():
-                if parameter.requires_grad:
-                    largest[name] = None if parameter.grad is None else _largest(parameter.grad)
+            with aside():
+                for name, parameter in program.model.named_parameters():
+                    if parameter.requires_grad:
+                        largest[name] = None if parameter.grad is None else _largest(parameter.grad)
 
     program.steps_done = program.widest
     batch = program.batches[program.widest]
     with (
-        watch_forwards(program.model, batch.ids.device.type) as forwards,
-        watch_loss(program.model, batch.labels) as loss,
+        watch_forwards(program.model, batch.ids.device.type, aside) as forwards,
+        watch_loss(program.model, batch.labels, aside) as loss,
     ):
         program.step(mark)
-    arrived = [value for value in largest.values() if value is not None]
-    # One wait for the device, not one a parameter.
-    values = iter(torch.stack(arrived).tolist() if arrived else [])
+    with aside():
+        loss.close()
+        arrived = [value for value in largest.values() if value is not None]
+        # One wait for the device, not one a parameter.
+        values = iter(torch.stack(arrived).tolist() if arrived else [])
     gradients = {name: None if value is None else float(next(values)) for name, value in largest.items()}
     return StepSeen(forwards, gradients, loss)
 

@@ -8,7 +8,7 @@ does, hides a wrong scale from the losses after it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,49 +49,66 @@ class LossSeen:
 
 
 @contextlib.contextmanager
-def watch_loss(model: torch.nn.Module, labels: torch.Tensor) -> Iterator[LossSeen]:
-    """Watch one training step on these labels, (batch, width), in the block; the first call of `model` counts."""
+def watch_loss(
+    model: torch.nn.Module,
+    labels: torch.Tensor,
+    aside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Iterator[LossSeen]:
+    """Watch one training step on these labels, (batch, width), in the block; the first call of `model` counts.
+
+    What was seen is worked out inside `aside`, and is whole after `LossSeen.close`.
+    """
     seen = LossSeen()
 
     def left(_: Any, __: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
         if seen.mean is None and isinstance(logits, torch.Tensor) and logits.requires_grad:
-            _look(seen, logits, labels)
+            with aside(), torch.no_grad():
+                arrived = _look(seen, logits, labels)
+            if arrived is not None:
+                logits.register_hook(lambda gradient: _keep(gradient, arrived, aside))
 
     handle = model.register_forward_hook(left)
     try:
         yield seen
     finally:
         handle.remove()
-    seen.close()
 
 
-def _look(seen: LossSeen, logits: torch.Tensor, labels: torch.Tensor) -> None:
-    with torch.no_grad():
-        wanted = labels[:, 1:]  # each place predicts the token after it
-        rows, places = torch.nonzero(wanted != IGNORED_LABEL, as_tuple=True)
-        seen.labels = len(rows)
-        if not seen.labels:
-            return
-        targets = wanted[rows, places]
-        total = 0.0
-        for start in range(0, seen.labels, _ROWS):
-            part = slice(start, start + _ROWS)
-            chunk = logits[rows[part], places[part]].float()
-            right = chunk.gather(1, targets[part].unsqueeze(1)).squeeze(1)
-            total += float((chunk.logsumexp(dim=1) - right).double().sum())
-        seen.mean = total / seen.labels
-        some = torch.linspace(0, seen.labels - 1, min(_PLACES, seen.labels), device=logits.device).round().long()
-        rows, places, targets = rows[some], places[some], targets[some]
-        asked = logits[rows, places].float().softmax(dim=1)
-        asked[torch.arange(len(some), device=logits.device), targets] -= 1
-        asked /= seen.labels
+def _keep(
+    gradient: torch.Tensor,
+    arrived: Callable[[torch.Tensor], None],
+    aside: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
+    with aside(), torch.no_grad():
+        arrived(gradient)
+
+
+def _look(seen: LossSeen, logits: torch.Tensor, labels: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
+    """Note the mean over the labels; give what is to be done with the logits' gradient, or None without labels."""
+    wanted = labels[:, 1:]  # each place predicts the token after it
+    rows, places = torch.nonzero(wanted != IGNORED_LABEL, as_tuple=True)
+    seen.labels = len(rows)
+    if not seen.labels:
+        return None
+    targets = wanted[rows, places]
+    sums = []
+    for start in range(0, seen.labels, _ROWS):
+        part = slice(start, start + _ROWS)
+        # log_softmax and not logsumexp: the loss itself has loaded its kernel; another one takes 80 ms to load.
+        likely = logits[rows[part], places[part]].float().log_softmax(dim=1)
+        sums.append(likely.gather(1, targets[part].unsqueeze(1)).double().sum())
+    seen.mean = -float(torch.stack(sums).sum()) / seen.labels
+    some = torch.linspace(0, seen.labels - 1, min(_PLACES, seen.labels), device=logits.device).round().long()
+    rows, places, targets = rows[some], places[some], targets[some]
+    asked = logits[rows, places].float().softmax(dim=1)
+    asked[torch.arange(len(some), device=logits.device), targets] -= 1
+    asked /= seen.labels
 
     def arrived(gradient: torch.Tensor) -> None:
-        with torch.no_grad():
-            seen._gradients[:] = [gradient[rows, places].float(), asked]
+        seen._gradients[:] = [gradient[rows, places].float(), asked]
 
-    logits.register_hook(arrived)
+    return arrived
 
 
 def loss_facts(loss: torch.Tensor | None, seen: LossSeen, notes: list[str]) -> dict[str, Fact]:

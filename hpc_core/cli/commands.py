@@ -179,13 +179,22 @@ def try_faults(
             "--predicted", help="Run nothing: predict four full-width layers, clean and with each fault, for an H100."
         ),
     ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="With --predicted: all layers; only faults that must show in bytes, only bytes count, no twins.",
+        ),
+    ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
 ) -> None:
     """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
     if predicted and against == "baselines":
         raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
+    if memory and not predicted:
+        raise SpecError("--memory belongs to --predicted, which is missing: say both.")
     scale = "full" if predicted else scale
-    names = _faults_here(only, "predicted" if predicted else scale)
+    names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
     if scale == "full" and not predicted:
         if against == "baselines":
             raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
@@ -196,7 +205,8 @@ def try_faults(
     began = time.monotonic()
     trials = run_trials(
         names,
-        cases=trial_cases(scale),
+        cases=trial_cases("whole" if memory else scale),
+        memory=memory,
         against=against or ("clean" if scale == "full" else "baselines"),
         baselines=baselines,
         jobs=jobs,
@@ -210,15 +220,18 @@ def try_faults(
         raise typer.Exit(1)
 
 
-def _faults_here(only: str, path: Literal["tiny", "full", "predicted"]) -> list[str]:
+def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:
     """The faults of these names that this path must catch; the others are told."""
     asked = [name for name in FAULTS if fnmatchcase(name, only)]
     if not asked:
         raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
-    here = {"tiny": "cpu", "full": "gpu", "predicted": "neither"}[path]
-    names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
     if path == "predicted":
         names = [name for name in asked if FAULTS[name].predicted]
+    elif path == "memory":
+        names = [name for name in asked if any(metric.endswith("_bytes") for metric in FAULTS[name].predicted)]
+    else:
+        here = {"tiny": "cpu", "full": "gpu"}[path]
+        names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
     if elsewhere := [name for name in asked if name not in names]:
         tell(f"Not tried, because they do not show on this path: {', '.join(elsewhere)}.")
     return names

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from hpc_core.cases import ALL, TRIAL
-from hpc_core.errors import SpecError
 from hpc_core.cases_to_predict import PREDICTED
+from hpc_core.errors import SpecError
 from hpc_core.selection import load_case_file, near
 from hpc_core.spec import Case
 

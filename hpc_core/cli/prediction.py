@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.cases_to_predict import PREDICTED
 from hpc_core.errors import SpecError
 from hpc_core.gpus import GPUS
-from hpc_core.cases_to_predict import PREDICTED
 from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record import Record
 from hpc_core.spec import Case

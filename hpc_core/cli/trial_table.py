@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hpc_core.cli.trials import Trial
+from hpc_core.cli.trials import NO_TWIN, Trial
 
 __all__ = ["markdown", "summary"]
 
@@ -12,8 +12,11 @@ def summary(trials: list[Trial], seconds: float) -> str:
     waiting = [trial for trial in trials if trial.outcome.startswith("needs")]
     missed = [trial.fault.name for trial in trials if not trial.good]
     judged = len(trials) - len(waiting)
-    alarms = sum(trial.twin != "PASS" for trial in trials)
-    twins = "twins green" if not alarms else f"{alarms} of {len(trials)} twins not green"
+    alarms = sum(not trial.no_alarm for trial in trials)
+    untried = all(trial.twin == NO_TWIN for trial in trials)
+    twins = (
+        "twins not run" if untried else "twins green" if not alarms else f"{alarms} of {len(trials)} twins not green"
+    )
     lines = [f"{judged - len(missed)} of {judged} faults caught, {twins}, {seconds:.0f} s"]
     lines += [f"Not caught by a single run: {trial.fault.name} {trial.outcome}" for trial in waiting]
     if missed:

@@ -16,27 +16,28 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.cases import TINY, TRIAL
+from hpc_core.cases import TINY, TRIAL, WHOLE
 from hpc_core.errors import BaselineError
 from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Event, Job
+from hpc_core.launch.protocol import FAKE_CUDA, Event, Job
 from hpc_core.record import Metric, Record
 from hpc_core.spec import Case
 from hpc_core.store import Baseline, Damaged, Lookup, find, unstored
 
-__all__ = ["Against", "Trial", "run_trials", "trial_cases"]
+__all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]
 
 Against = Literal["baselines", "clean"]
 """What a trial is judged against: what is accepted on disk, or a clean run of the same case in the same session."""
 
+NO_TWIN = "not run"
 _FOUR_LAYERS = "-4-layers"
 
 
-def trial_cases(scale: Literal["tiny", "full"]) -> dict[str, Case]:
-    """The cases that faults are tried on, by variant: the tiny ones, or the short full-width ones for a GPU."""
-    cases = TINY if scale == "tiny" else TRIAL
+def trial_cases(scale: Literal["tiny", "full", "whole"]) -> dict[str, Case]:
+    """The cases that faults are tried on, by variant: tiny ones, short full-width ones for a GPU, whole ones for a prediction."""
+    cases = {"tiny": TINY, "full": TRIAL, "whole": WHOLE}[scale]
     return {case.id.partition("/")[2].removesuffix(_FOUR_LAYERS): case for case in cases}
 
 
@@ -50,16 +51,19 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     headline: str = ""
     twin: str
-    """The twin's verdict; anything but PASS is a false alarm, and then with its headline."""
+    """The twin's verdict; anything but PASS is a false alarm, and then with its headline. `NO_TWIN` if it was not run."""
     predicted: bool = False
     """Whether nothing ran, and all of it was predicted."""
+    memory: bool = False
+    """Whether only bytes count as having caught it."""
     shown: str = ""
     """Of a fault that no single run can be judged for: the first number that it should show in, twin and fault."""
 
     @property
     def must_show_in(self) -> tuple[str, ...]:
         """Of what at least one must turn red on this path."""
-        return self.fault.predicted if self.predicted else self.fault.shows_in
+        names = self.fault.predicted if self.predicted else self.fault.shows_in
+        return tuple(name for name in names if name.endswith("_bytes")) if self.memory else names
 
     @property
     def caught_by(self) -> tuple[str, ...]:
@@ -67,9 +71,14 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(name for name in self.red if any(fnmatchcase(name, pattern) for pattern in self.must_show_in))
 
     @property
+    def no_alarm(self) -> bool:
+        """Whether the twin, if it ran, passed."""
+        return self.twin in ("PASS", NO_TWIN)
+
+    @property
     def outcome(self) -> str:
         """One of "caught", "MISSED" (a false alarm of the twin is one too), and what a verdict would need: "needs A/B"."""
-        if self.twin != "PASS":
+        if not self.no_alarm:
             return "MISSED"
         if self.caught_by:
             return "caught"
@@ -87,7 +96,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.outcome:<9} {self.fault.name:<22} {self.case:<34} {self._why()}"
 
     def _why(self) -> str:
-        if self.twin != "PASS":
+        if not self.no_alarm:
             return f"its twin is not green: {self.twin}"
         if self.outcome == "caught":
             return f"{self.verdict} by {', '.join(self.caught_by[:3])}"
@@ -106,6 +115,7 @@ def run_trials(
     baselines: Path = Path("baselines"),
     jobs: int = 1,
     predict: str | None = None,
+    memory: bool = False,
 ) -> list[Trial]:
     """Run each fault and its twin, one fresh process each, `jobs` at a time; the trials in the order of the names.
 
@@ -117,6 +127,7 @@ def run_trials(
         baselines: folder of the accepted ones.
         jobs: with more than one, workers share the device: time on it is then left out of every judgement.
         predict: a kind of GPU; then faults, twins and clean runs are predicted for it, and none is needed.
+        memory: only bytes count as having caught a fault, and no twin is run.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -129,11 +140,12 @@ def run_trials(
         if stop.is_set():
             raise KeyboardInterrupt  # ends this thread's worker
 
-    # A prediction must load its empty device before torch, which a warm parent has imported.
-    with Launcher("warm" if predict is None else "exec", on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
+    # A prediction must load its empty device before torch: its parent is one that did.
+    environment = None if predict is None else {FAKE_CUDA: "1"}
+    with Launcher("warm", environment=environment, on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
         launcher.prepare()
         try:
-            bench = _Bench(launcher, baselines, alone=jobs == 1, predict=predict)
+            bench = _Bench(launcher, baselines, alone=jobs == 1, predict=predict, memory=memory)
             if against == "clean":
                 # First in the queue, so that no trial waits for a run that waits for a thread.
                 bench.clean = {case.id: pool.submit(bench.run_clean, case) for case in chosen.values()}
@@ -152,8 +164,11 @@ def run_trials(
 class _Bench:
     """Runs one case after another in any thread, and judges them by one rule."""
 
-    def __init__(self, launcher: Launcher, baselines: Path, *, alone: bool, predict: str | None = None):
+    def __init__(
+        self, launcher: Launcher, baselines: Path, *, alone: bool, predict: str | None = None, memory: bool = False
+    ):
         self._launcher = launcher
+        self._memory = memory
         self._predict = predict
         self._baselines = baselines
         self._alone = alone
@@ -168,18 +183,28 @@ class _Bench:
             return Damaged(path=f"the clean run of {case.id}", reason=str(error))
 
     def trial(self, fault: Fault, case: Case) -> Trial:
-        """The fault and its twin."""
+        """The fault and its twin; of a whole model's memory the fault alone, since short models try the twins in less time."""
         record, judgement = self._judged(case, fault.name)
+        if self._memory:
+            return self._trial(fault, case, record, judgement, twin=NO_TWIN)
         twin_record, twin = self._judged(case, fault.name + TWIN)
+        passed = str(twin.verdict) if twin.verdict is Verdict.PASS else f"{twin.verdict}: {twin.headline}"
+        shown = "" if fault.needs is None else _shown(fault, twin_record, record)
+        return self._trial(fault, case, record, judgement, twin=passed, shown=shown)
+
+    def _trial(
+        self, fault: Fault, case: Case, record: Record, judgement: Judgement, *, twin: str, shown: str = ""
+    ) -> Trial:
         return Trial(
             fault=fault,
             case=case.id,
             predicted=self._predict is not None,
+            memory=self._memory,
             red=_red(record, judgement),
             verdict=str(judgement.verdict),
             headline=judgement.headline,
-            twin=str(twin.verdict) if twin.verdict is Verdict.PASS else f"{twin.verdict}: {twin.headline}",
-            shown="" if fault.needs is None else _shown(fault, twin_record, record),
+            twin=twin,
+            shown=shown,
         )
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:

@@ -51,6 +51,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
     measure_ceilings: bool = False
     """Measure the machine's ceilings instead of the case; the record's circumstances hold them."""
+    canary: bool = False
+    """Time work that no change of the code under test can move, instead of the case; the record's circumstances hold it."""
+    replicate: bool = False
+    """Another process of a case that was measured in full: only build, warm up, and measure busy time and launches (on a CPU: wall time)."""
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event"):

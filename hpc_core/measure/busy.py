@@ -9,15 +9,16 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from hpc_core.errors import MeasureError
 from hpc_core.measure.clock import quiet, synchronize
+from hpc_core.measure.host_calls import MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
 
-__all__ = ["DeviceActivity", "device_activity", "summarize", "union_s"]
+__all__ = ["DeviceActivity", "device_activity", "mark_step", "summarize", "union_s"]
 
 _SENTINEL = "spin_kernel"
 """The kernel behind torch.cuda._sleep."""
@@ -50,22 +51,37 @@ class DeviceActivity:
     kernel_s: dict[str, float]
     """Seconds by kernel name."""
     kernel_counts: dict[str, int]
+    synchronizations: int = 0
+    """How often the host waited for the device."""
+    steps_alike: bool = False
+    """Every step that `mark_step` ended made the host launch, copy, fill and wait as often as the others."""
 
 
-def device_activity(work: Callable[[], None], device: torch.device) -> DeviceActivity:
-    """Run `work` under the profiler and say what the device did.
+def mark_step(device: torch.device) -> None:
+    """Say in the profile that a step has ended, without waiting and without work for the device."""
+    stream = torch.cuda.current_stream(device)
+    for _ in range(MARKS):
+        stream.query()
+
+
+def device_activity(work: Callable[[], None], device: torch.device, *, marked_steps: int = 0) -> DeviceActivity:
+    """Run `work` under the profiler and say what the device did; `marked_steps` are those whose end `work` marks.
 
     Raises:
         MeasureError: three times in a row the reading was incomplete.
     """
     trouble = ""
     for _ in range(_TRIES):
-        events = _record(work, device)
-        intervals, launches = _sort(events)
+        intervals, calls = _sort(_record(work, device))
+        ordered = kinds(calls)
         try:
-            return summarize(intervals, launches)
+            activity = summarize(intervals, ordered.count("launch"))
         except MeasureError as error:
             trouble = str(error)
+            continue
+        between = made_between(ordered)
+        alike = marked_steps > 0 and steps_alike(between, marked_steps)
+        return replace(activity, synchronizations=synchronizations(between), steps_alike=alike)
     raise MeasureError(f"{trouble} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
 
 
@@ -85,11 +101,10 @@ def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
     return list(inner.kineto_results.events())
 
 
-def _sort(events: Iterable[Any]) -> tuple[list[Interval], int]:
-    """Device records as intervals, and the number of kernel launches that the host made."""
+def _sort(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
+    """Device records as intervals, and the host's calls of the CUDA runtime."""
     intervals: list[Interval] = []
-    # By correlation id: one launch can appear as a runtime call and as the driver call beneath it.
-    launches: set[int] = set()
+    calls: list[HostCall] = []
     cuda = torch._C._autograd.DeviceType.CUDA
     for event in events:
         name = event.name()
@@ -97,9 +112,9 @@ def _sort(events: Iterable[Any]) -> tuple[list[Interval], int]:
             kind = _kind(event, name)
             if kind is not None:
                 intervals.append(Interval(name, kind, event.device_resource_id(), event.start_ns(), event.end_ns()))
-        elif "LaunchKernel" in name or "LaunchCooperativeKernel" in name:
-            launches.add(event.correlation_id())
-    return intervals, len(launches)
+        elif name.startswith("cu"):
+            calls.append(HostCall(name, event.correlation_id(), event.start_ns()))
+    return intervals, calls
 
 
 def _kind(event: Any, name: str) -> str | None:

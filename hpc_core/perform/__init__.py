@@ -29,8 +29,8 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     from hpc_core.perform.session import Session  # torch and the rest: seconds, inside the phase that says so
 
     session = Session(job, emit, started=started, began=began)
-    if job.measure_ceilings:
-        return session.ceilings()
+    if job.measure_ceilings or job.canary:
+        return session.machine()
     from hpc_core.faults import in_place, inject
 
     if left := in_place():

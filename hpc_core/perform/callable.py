@@ -5,16 +5,15 @@ from __future__ import annotations
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.perform.memory import measure_memory
-from hpc_core.perform.metrics import busy, counted, ratio, wall
+from hpc_core.perform.metrics import counted, ratio, wall
+from hpc_core.perform.profiled import note_compilations, profile_steps, wall_only
 from hpc_core.perform.session import Session
 from hpc_core.program import Program
 from hpc_core.record import Record
 from hpc_core.run.callable import load_factory
 from hpc_core.spec import CallableSpec
 
-__all__ = ["measure_callable", "measure_program"]
-
-_BUSY_STEPS = 10
+__all__ = ["measure_again", "measure_callable", "measure_program"]
 
 
 def measure_callable(session: Session, workload: CallableSpec) -> Record:
@@ -26,6 +25,8 @@ def measure_callable(session: Session, workload: CallableSpec) -> Record:
 def measure_program(session: Session, program: Program, steps: int) -> Record:
     """Warm up, time `steps` steps, and take each instrument in turn, the profiler last."""
     session.warm_up(program)
+    if session.job.replicate:
+        return measure_again(session, program, steps)
     with session.timing():
         samples = [seconds_of(program.step, session.device) for _ in range(steps)]
     session.metrics["step_s"] = wall(samples)
@@ -35,16 +36,17 @@ def measure_program(session: Session, program: Program, steps: int) -> Record:
         program.step()
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu)
     session.metrics["flops"] = counted(counts.flops, unit="FLOP", machine=session.on_gpu)
-    session.phase("busy")
+    note_compilations(session)
+    busy_s = profile_steps(session, program)
+    if busy_s is not None:
+        session.metrics["busy_share"] = ratio(busy_s / session.metrics["step_s"].value)
+    return session.record()
 
-    def work() -> None:
-        for _ in range(_BUSY_STEPS):
-            program.step()
 
-    activity = session.busy(work)
-    if activity is not None:
-        session.metrics["busy_s"] = busy(activity.busy_s / _BUSY_STEPS)
-        session.metrics["busy_share"] = ratio(activity.busy_s / _BUSY_STEPS / session.metrics["step_s"].value)
-        for name in ("kernels", "copies", "memsets"):
-            session.metrics[name] = counted(getattr(activity, name), machine=True, unit=f"1 per {_BUSY_STEPS} steps")
+def measure_again(session: Session, program: Program, steps: int) -> Record:
+    """What a further process measures of a warm program: busy time and launches, or on a CPU `steps` by the clock."""
+    if session.on_gpu:
+        profile_steps(session, program)
+    else:
+        wall_only(session, program, steps)
     return session.record()

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 
+from hpc_core.build.causal_lm import torch_dtype
 from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
 from hpc_core.perform.session import Session
 from hpc_core.physics.reading import bytes_text
 from hpc_core.record import Fact
 
-__all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "measure_equivalence", "tolerance"]
+__all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "coarsest", "measure_equivalence", "tolerance"]
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
 """Largest relative error of the logits, |seen - reference| / |reference|, by the coarsest arithmetic on the way.
@@ -26,7 +27,14 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
 A rounding to a format with p bits of mantissa errs by up to 2^-(p+1): 6e-8 in float32, 5e-4 in float16, 4e-3 in bfloat16. Through
 tens of layers such errors add up like a random walk, by some ten times; a wrong kernel or mask errs by the order of 1. LLM.int8
 rounds activations to eight bits, 4e-3 of their largest, which is far more of a typical one.
+
+Deeper and wider models err more (bfloat16 on an H100: 0.026 in 16 layers of 2048, 0.044 in 28 of 3072, 0.063 in 32 of 4096, 0.095 in 40 of
+5120). Where the error is beyond the table, the plain path is run in the case's own arithmetic too, and the fast one may err twice
+as much as it, which is how FlashAttention's tests judge; never more than `_MOST` times the table.
 """
+
+_PLAIN_TIMES = 2
+_MOST = 4
 
 MOST_ROWS, MOST_TOKENS = 2, 256
 """Of a batch only so much goes through both paths: about a second at three billion parameters, and a wrong kernel shows in it."""
@@ -54,8 +62,8 @@ class _Outcome:
     loss: float | None
 
 
-def tolerance(session: Session) -> float:
-    """The tolerance of this case: that of its coarsest arithmetic."""
+def coarsest(session: Session) -> str:
+    """The coarsest arithmetic on the way: a key of `TOLERANCES`."""
     case = session.case
     assert case.model is not None
     formats: set[str] = {case.model.dtype}
@@ -63,7 +71,12 @@ def tolerance(session: Session) -> float:
         formats.add("int8" if case.quantization.kind == "int8" else case.quantization.compute_dtype)
     if getattr(case.workload, "precision", "pure") == "autocast-bf16":
         formats.add("bfloat16")
-    return max(TOLERANCES[name] for name in formats)
+    return max(formats, key=TOLERANCES.__getitem__)
+
+
+def tolerance(session: Session) -> float:
+    """The tolerance of this case by the table: that of its coarsest arithmetic."""
+    return TOLERANCES[coarsest(session)]
 
 
 def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) -> None:
@@ -79,16 +92,20 @@ def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) 
         return
     try:
         both = _both(session, model, given)
-    except torch.OutOfMemoryError as error:
-        session.notes.append(f"equivalence: the float32 reference was to fit and did not, nothing is compared: {error}")
+    except torch.OutOfMemoryError as full:
+        session.notes.append(f"equivalence: the float32 reference was to fit and did not, nothing is compared: {full}")
         return
     if both is None:
         session.notes.append("equivalence: not checked, the model gives no whole logits, as with a fused loss")
         return
     seen, reference = both
-    allowed = tolerance(session)
     kept = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask.bool()
-    _compare_logits(session, seen.logits[kept], reference.logits[kept], allowed)
+    wanted = reference.logits[kept]
+    error = _error(seen.logits[kept], wanted)
+    allowed = tolerance(session)
+    if allowed < error <= _MOST * allowed:
+        allowed = _by_the_plain_path(session, model, given, wanted, kept, allowed)
+    _compare_logits(session, error, allowed)
     if seen.loss is not None and reference.loss is not None:
         _compare_losses(session, seen.loss, reference.loss, allowed)
     if given.answers is not None:
@@ -131,12 +148,34 @@ def _forward(model: Any, given: Given) -> _Outcome | None:
     return _Outcome(out.logits.float(), None if given.labels is None else float(out.loss))
 
 
-def _compare_logits(session: Session, seen: torch.Tensor, reference: torch.Tensor, allowed: float) -> None:
-    error = float((seen - reference).norm() / reference.norm())
+def _error(seen: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((seen - reference).norm() / reference.norm())
+
+
+def _by_the_plain_path(
+    session: Session, model: Any, given: Given, reference: torch.Tensor, kept: torch.Tensor, allowed: float
+) -> float:
+    """What is allowed where the table is not enough: by what eager attention on unquantized layers errs in the same arithmetic."""
+    arithmetic = coarsest(session)
+    if arithmetic not in ("float16", "bfloat16"):
+        return allowed  # float32 is the reference, and int8 has no plain path
+    for parameter in model.parameters():  # buffers stay: rotary frequencies are in float32 in the case too
+        parameter.data = parameter.data.to(torch_dtype(arithmetic))
+    plain = _forward(model, given)
+    if plain is None:
+        return allowed
+    error = _error(plain.logits[kept], reference)
+    if not math.isfinite(error):
+        return allowed
+    session.notes.append(f"equivalence: the plain path errs by {error:.3g} in {arithmetic}; twice that is allowed")
+    return min(max(allowed, _PLAIN_TIMES * error), _MOST * allowed)
+
+
+def _compare_logits(session: Session, error: float, allowed: float) -> None:
     if math.isfinite(error):
-        note = f"relative to float32, dequantized, eager; allowed {allowed:g}"
+        note = f"relative to float32, dequantized, eager; allowed {allowed:.3g}"
         session.metrics["logits_error"] = reported(error, "ratio", note=note)
-    within = f"within {allowed:g} of the reference"
+    within = f"within {allowed:.3g} of the reference"
     session.audit["equivalence"] = Fact(asked=within, seen=within if error <= allowed else f"off by {error:.3g}")
 
 
@@ -149,7 +188,7 @@ def _compare_losses(session: Session, seen: float, reference: float, allowed: fl
     for name, value in (("loss_checked", seen), ("loss_reference", reference)):
         if math.isfinite(value):
             session.metrics[name] = reported(value, "nats", note="one batch, without dropout, after the last step")
-    within = f"within {allowed:g} of the reference"
+    within = f"within {allowed:.3g} of the reference"
     session.audit["reference_loss"] = Fact(
         asked=within, seen=within if error <= allowed else f"{seen:.6g}, the reference's is {reference:.6g}"
     )

@@ -6,15 +6,16 @@ import contextlib
 import math
 import statistics
 
-from hpc_core.audit import Ran, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
-from hpc_core.measure.busy import DeviceActivity
+from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.perform.callable import measure_again
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
-from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
+from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
+from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.physics.cost import train_flops
@@ -25,8 +26,6 @@ from hpc_core.spec import FinetuneSpec
 
 __all__ = ["measure_finetune"]
 
-_BUSY_STEPS = 10
-
 
 def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     """Build, warm up, time, and take each instrument in turn, the profiler last."""
@@ -36,6 +35,9 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program))
+    if session.job.replicate:
+        program.steps_done = 0  # the batches that the first process measured
+        return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
@@ -43,8 +45,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
         session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
     )
     note_unexplained(session)
-    ran = _count(session, program)
-    _audit(session, program, workload, ran)
+    ran, seen = _count(session, program)
+    _audit(session, program, workload, ran, seen)
     _busy(session, program)
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
@@ -110,27 +112,32 @@ def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) ->
     return mark
 
 
-def _count(session: Session, program: FinetuneProgram) -> Ran:
+def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | None]:
+    """Count a pass; the audit looks at the step on the widest batch in it, which saves a step of its own."""
     session.phase("counters")
-    program.steps_done = 0
-    steps = min(program.period, _BUSY_STEPS)
+    steps = min(program.period, BUSY_STEPS)
+    seen = None
     watched = count_layer_forwards(program.model) if session.job.audit else contextlib.nullcontext(LayerForwards())
     with counting() as counts, watched as forwards:
-        for _ in range(steps):
-            program.step()
+        for index in range(steps):
+            program.steps_done = index
+            if session.job.audit and index == program.widest:
+                seen = audited_step(program, session.aside)
+            else:
+                program.step()
     per = "" if steps == 1 else f" per {steps} steps"
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
     session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps))
+    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps)), seen
 
 
-def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran) -> None:
-    """One step more, after everything that is gated exactly: what it takes is in no number."""
+def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:
+    """After everything that is gated exactly; with a step more where the counted ones did not hold the widest batch."""
     if not session.job.audit:
         return
     session.phase("audit")
     case, notes = session.case, session.notes
-    step = audited_step(program)
+    step = audited_step(program) if seen is None else seen
     session.audit_model(program.model)
     session.audit |= trainable_facts(case, program.model, notes)
     session.audit |= training_facts(case, workload, program, ran, step, notes)
@@ -139,36 +146,19 @@ def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, r
 
 
 def _busy(session: Session, program: FinetuneProgram) -> None:
-    session.phase("busy")
+    note_compilations(session)
     program.steps_done = 0
-    steps = _BUSY_STEPS
-
-    def work() -> None:
-        for _ in range(steps):
-            program.step()
-
-    activity = session.busy(work)
-    if activity is None:
+    busy_s = profile_steps(session, program)
+    if busy_s is None:
         return
-    _busy_metrics(session, activity, steps)
     step_s = session.metrics["step_s"].value
-    session.metrics["busy_share"] = ratio(
-        activity.busy_s / steps / step_s, note=bound_by(activity.busy_s / steps / step_s)
-    )
+    session.metrics["busy_share"] = ratio(busy_s / step_s, note=bound_by(busy_s / step_s))
     _share_of_matmul(session, step_s)
 
 
 def bound_by(share: float) -> str:
     """Words for the share of wall time in which the device worked."""
     return "device-bound" if share >= 0.9 else "launch-bound: the device waits for the host"
-
-
-def _busy_metrics(session: Session, activity: DeviceActivity, steps: int) -> None:
-    session.metrics["busy_s"] = busy(activity.busy_s / steps)
-    for name in ("kernels", "copies", "memsets"):
-        total = getattr(activity, name)
-        # Over ten steps, not a step: a kernel that only every second step launches must not vanish in a division.
-        session.metrics[name] = counted(total, machine=True, unit=f"1 per {steps} steps")
 
 
 def _share_of_matmul(session: Session, step_s: float) -> None:

@@ -21,6 +21,7 @@ from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import watch_cache
+from hpc_core.perform.profiled import note_compilations, note_counts
 from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
 from hpc_core.physics.cost import decode_bytes
@@ -44,15 +45,29 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
+    if session.job.replicate:
+        return _again(session, program)
     answered: list[list[list[int]]] = []
     peaks = _time_queries(session, program, built, answered)
     _memory(session, program, built, peaks)
     _audit(session, program, *_count(session, program))
+    note_compilations(session)
     _busy(session, program)
+    _busy_shares(session)
     _share_of_copy(session, program)
     measure_perplexity(session, built)
     measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
     measure_perplexity_unquantized(session, built)
+    return session.record()
+
+
+def _again(session: Session, program: GenerateProgram) -> Record:
+    """What a further process measures: busy time and launches, or on a CPU every prompt once by the clock."""
+    if session.on_gpu:
+        _busy(session, program)
+    else:
+        with session.timing():
+            session.metrics["query_s"] = wall([seconds_of(program.step, session.device) for _ in range(program.period)])
     return session.record()
 
 
@@ -228,12 +243,21 @@ def _busy(session: Session, program: GenerateProgram) -> None:
         return
     session.metrics["busy_prefill_s"] = busy(prefill.busy_s)
     session.metrics["busy_decode_token_s"] = busy((whole.busy_s - prefill.busy_s) / decoded)
-    for name in ("kernels", "copies", "memsets"):
-        session.metrics[name] = counted(getattr(whole, name), machine=True, unit=f"1 per prefill and {decoded} tokens")
+    note_counts(session, whole, unit=f"1 per prefill and {decoded} tokens")
     session.metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
-    first = prefill.busy_s / session.metrics["time_to_first_token_s"].value
+
+
+def _busy_shares(session: Session) -> None:
+    if "busy_decode_token_s" not in session.metrics:
+        return
+    first, share = (
+        session.metrics[busy_name].value / session.metrics[wall_name].value
+        for busy_name, wall_name in (
+            ("busy_prefill_s", "time_to_first_token_s"),
+            ("busy_decode_token_s", "decode_token_s"),
+        )
+    )
     session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
-    share = session.metrics["busy_decode_token_s"].value / session.metrics["decode_token_s"].value
     session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
 
 

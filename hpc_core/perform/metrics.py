@@ -43,10 +43,11 @@ def counted(
     machine: bool = False,
     unit: str = "1",
     case_only: bool = False,
+    gated: bool = True,
 ) -> Metric:
     """A count that is equal in every run: kernels, operators, FLOPs, tokens, parameters."""
     depends = _CASE if case_only else _MACHINE if machine else _STACK
-    return Metric(value=value, unit=unit, noise="exact", better=better, depends_on=depends)
+    return Metric(value=value, unit=unit, noise="exact", better=better, depends_on=depends, gated=gated)
 
 
 def busy(value_s: float) -> Metric:

@@ -10,21 +10,24 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.build import Built, build
 from hpc_core.environment import circumstances, gpu_state
 from hpc_core.errors import MeasureError, SpecError
 from hpc_core.faults import Injection
+from hpc_core.gpu_state import flags, setup_notes
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.busy import DeviceActivity, device_activity
+from hpc_core.measure.canary import measure_canary
 from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.physics.check import judged
 from hpc_core.program import Program
-from hpc_core.record import Fact, MemoryTimeline, Metric, Record
+from hpc_core.record import Fact, KernelFamily, MemoryTimeline, Metric, Record
 
 __all__ = ["Session", "choose_device"]
 
@@ -72,13 +75,14 @@ class Session:
         self.bystanders: Bystanders | None = None
         """On a CPU, what was alive before the first step."""
         self.injection: Injection | None = None
+        self.kernel_families: dict[str, KernelFamily] = {}
         self._emit = emit
         self._started = started
         self._began = began
         self._phase: str | None = "import"
         self._phase_began = began
         self._phase_s: dict[str, float] = {}
-        self._gpu_before = gpu_state() if self.on_gpu else {}
+        self._gpu: dict[str, Any] = {"before": _state_of_others()} if self.on_gpu else {}
 
     def phase(self, name: str) -> None:
         """The worker enters a phase: told to the launcher, and timed."""
@@ -87,6 +91,18 @@ class Session:
             self._phase_s[self._phase] = self._phase_s.get(self._phase, 0.0) + now - self._phase_began
         self._phase, self._phase_began = name, now
         self._emit(Phase(name))
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Look at a pass that is being counted: no counter sees what runs in the block, and its time is the audit's."""
+        synchronize(self.device)
+        began = time.perf_counter()
+        with _disable_current_modes():
+            yield
+        synchronize(self.device)
+        took = time.perf_counter() - began
+        self._phase_s["audit"] = self._phase_s.get("audit", 0.0) + took
+        self._phase_began += took
 
     def build(self) -> Built:
         """Build the case's module; its peak while loading, its bytes and the host's peak become metrics."""
@@ -144,15 +160,24 @@ class Session:
         with quiet():
             yield
 
-    def busy(self, work: Callable[[], None]) -> DeviceActivity | None:
+    def busy(self, work: Callable[[], None], *, marked_steps: int = 0) -> DeviceActivity | None:
         """What the device did in `work`; None on a CPU, or with a reason when the profiler's reading is void."""
         if not self.on_gpu:
             return None
+        states = {"before": gpu_state()}
+
+        def watched() -> None:
+            work()
+            # Everything is launched and most of it still runs: the clock and what holds it down are those of the work.
+            states["during"] = gpu_state()
+
         try:
-            return device_activity(work, self.device)
+            return device_activity(watched, self.device, marked_steps=marked_steps)
         except MeasureError as error:
             self.reasons.append(str(error))
             return None
+        finally:
+            self._gpu["busy"] = {**states, "after": gpu_state()}
 
     def audit_model(self, model: torch.nn.Module) -> None:
         """Facts of the live model that every workload shares: how and what its weights are, and whose code it runs."""
@@ -160,11 +185,16 @@ class Session:
         self.audit |= value_facts(self.case, model, self.notes)
         self.audit |= module_facts(model, self.notes, injected=self.injection is not None)
 
-    def ceilings(self) -> Record:
-        """Measure the machine instead of the case."""
+    def machine(self) -> Record:
+        """Measure the machine instead of the case: its ceilings, the canary, or both."""
         self.phase("ceilings")
-        found = measure_ceilings(self.device)
-        return self._close(ceilings=found)
+        ceilings = measure_ceilings(self.device) if self.job.measure_ceilings else {}
+        canary = {}
+        try:
+            canary = measure_canary(self.device) if self.job.canary else {}
+        except MeasureError as error:
+            self.notes.append(f"no canary: {error}")
+        return self._close(ceilings=ceilings, canary=canary)
 
     def record(self) -> Record:
         """Close the session: memory of the process, clocks after, and the record of all that was collected."""
@@ -197,7 +227,7 @@ class Session:
                 f"The fault {name} was injected, but {self.case.id} never reaches the code that it changes: it proves nothing here."
             )
 
-    def _close(self, *, ceilings: dict[str, float]) -> Record:
+    def _close(self, *, ceilings: dict[str, float], canary: dict[str, float] | None = None) -> Record:
         for name, fact in self.audit.items():
             if not fact.holds:
                 self.reasons.append(f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}.")
@@ -205,9 +235,9 @@ class Session:
             self.reasons.append("The audit was switched off: what ran was not checked, so its numbers prove nothing.")
         self._prove_fault()
         self.phase("done")
-        gpu: dict[str, Any] = {"before": self._gpu_before, "after": gpu_state()} if self.on_gpu else {}
         if self.on_gpu:
-            gpu["cuda"] = str(torch.version.cuda)
+            self._gpu |= {"after": gpu_state(), "cuda": str(torch.version.cuda)}
+            self.notes += [f"GPU {flag}" for flag in flags(self._gpu)] + list(setup_notes(self._gpu["after"]))
         kind: Literal["cpu", "cuda"] = "cuda" if self.on_gpu else "cpu"
         record = Record(
             case=self.case,
@@ -218,18 +248,28 @@ class Session:
             timeline=self.timeline,
             losses=tuple(self.losses),
             answers=tuple(self.answers),
+            kernel_families=self.kernel_families,
             circumstances=circumstances(
                 kind,
                 self.job.launched,
                 ceilings=ceilings,
+                canary=canary or {},
                 fault=self.job.fault,
                 started_at=self._started,
-                gpu=gpu,
+                gpu=self._gpu,
                 phase_s={name: round(value, 4) for name, value in self._phase_s.items()},
                 notes=tuple(self.notes),
             ),
         )
         return judged(record)  # what cannot be is no result
+
+
+def _state_of_others() -> dict[str, Any]:
+    """The GPU's state before this process uses it. Inline, an earlier case of this very process already has."""
+    state = gpu_state()
+    if torch.cuda.is_initialized() and state.get("processes"):
+        state["processes"] -= 1
+    return state
 
 
 def _host_peak_bytes() -> int:

@@ -193,10 +193,23 @@ def _device_bound(ours: Mapping[str, Record]) -> str:
             "Where the device is what one waits for, in a prefill of many tokens at once:",
             _table(found.head, rows),
             *(f"* Refused: {reason}" for reason in found.refused),
+            *_why_slow(ours),
         ]
     if awaited:
         parts.append(_AWAITED.format(missing=", ".join(awaited)))
     return "\n\n".join(parts)
+
+
+def _why_slow(ours: Mapping[str, Record]) -> list[str]:
+    """How much of NF4's slowness is its compute dtype, once all three cases are there."""
+    names = ("generate-fp16-b32", "generate-nf4-b32", "generate-nf4-fp16-b32")
+    if not set(names) <= set(ours):
+        return []
+    fp16, default, half = (_value(ours[name], "busy_prefill_s") for name in names)
+    return [
+        f"So what makes INT4 slow on a busy device is its compute dtype: left at float32, bitsandbytes' default, a prefill takes {default / fp16:.1f} times FP16's, "
+        f"with float16 {half / fp16:.2f} times."
+    ]
 
 
 def _fourth(report: Mapping[str, Record]) -> str:

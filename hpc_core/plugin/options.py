@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from pathlib import Path
 from typing import Literal, cast
@@ -14,6 +15,7 @@ from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import Way
 from hpc_core.plugin.predicting import Extent
+from hpc_core.plugin.replicating import MOST
 from hpc_core.selection import load_case_file
 
 __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
@@ -39,6 +41,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     strict: bool
     way: Way
     records: Path | None
+    resume: Path | None
+    """Where an earlier call left records that may still hold."""
+    processes: int | Literal["auto"]
+    budget_s: float | None
     case_files: tuple[Path, ...]
     fault: str | None
     predict: Extent
@@ -99,6 +105,24 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add("--perf-records", default=None, metavar="DIR", help="write each record as DIR/<shape>/<variant>.json")
     add(
+        "--perf-resume",
+        default=None,
+        metavar="DIR",
+        help="as --perf-records, and take what an earlier call left there if case, code, stack and machine are the same",
+    )
+    add(
+        "--perf-processes",
+        default=None,
+        metavar="N|auto",
+        help="processes a case, for its busy time (ini: perf_processes); auto, the default: 3 on a GPU, else 1",
+    )
+    add(
+        "--perf-budget",
+        default=None,
+        metavar="MINUTES",
+        help="start no further process of a case once the run takes this long; with auto, run more until times are narrow",
+    )
+    add(
         "--perf-cases",
         "--cases",
         action="append",
@@ -121,6 +145,7 @@ def add_options(parser: pytest.Parser) -> None:
     )
     parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
     parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
+    parser.addini("perf_processes", "processes a case: a number, or auto", default="auto")
     parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
 
 
@@ -136,7 +161,9 @@ def read_settings(config: pytest.Config) -> Settings:
     _refuse(config, update=update, reason=reason, fault=fault)
     scale, why = _scale(config)
     where = option("perf_baselines")
-    records = option("perf_records")
+    records, resume = option("perf_records"), option("perf_resume")
+    if records is not None and resume is not None:
+        raise pytest.UsageError("--perf-records and --perf-resume both say where records lie. Drop --perf-records.")
     here = config.invocation_params.dir
     return Settings(
         scale=scale,
@@ -147,7 +174,10 @@ def read_settings(config: pytest.Config) -> Settings:
         baselines=here / where if where else config.rootpath / str(config.getini("perf_baselines")),
         strict=bool(option("perf_strict")),
         way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
-        records=None if records is None else here / records,
+        records=here / (records or resume) if records or resume else None,
+        resume=None if resume is None else here / resume,
+        processes=_processes(config),
+        budget_s=_budget_s(config),
         case_files=_case_files(config),
         fault=fault,
         predict=_extent(config, why),
@@ -169,6 +199,31 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. There are: {', '.join(known)}.")
     if update and fault:
         raise pytest.UsageError(f"--perf-fault {fault} with --perf-update: a faulted run is no baseline. Drop one.")
+
+
+def _processes(config: pytest.Config) -> int | Literal["auto"]:
+    asked = config.getoption("perf_processes")
+    text = str(config.getini("perf_processes") if asked is None else asked).strip()
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or not 1 <= int(text) <= MOST:
+        raise pytest.UsageError(f"--perf-processes: a number from 1 to {MOST}, or auto, got {text!r}.")
+    if int(text) > 1 and config.getoption("perf_inline"):
+        raise pytest.UsageError(f"--perf-processes {text} with --perf-inline: inline there is one process. Drop one.")
+    return int(text)
+
+
+def _budget_s(config: pytest.Config) -> float | None:
+    text = config.getoption("perf_budget")
+    if text is None:
+        return None
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise pytest.UsageError(f"--perf-budget: minutes above 0, got {text!r}.")
+    return minutes * 60
 
 
 def _faults() -> list[str]:

@@ -5,6 +5,7 @@ Knows no pytest item and no outcome. Nothing starts before the first case does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,7 +19,9 @@ from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
-from hpc_core.record import Record, record_to_json
+from hpc_core.plugin.replicating import Enough, Plan, narrow, replicated
+from hpc_core.plugin.resuming import Earlier
+from hpc_core.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
 from hpc_core.spec import CallableSpec, Case
@@ -29,13 +32,24 @@ __all__ = ["Runner"]
 
 
 class Runner:
-    """One launcher for a whole session, and the rows it gave."""
+    """One launcher for a whole session, and the rows it gave.
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
+    `enough` says whether a case's busy times, one a process, suffice; it is asked where there is a time budget.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress, *, enough: Enough = narrow) -> None:
+        self._enough = enough
         self.rows: list[Row] = []
         self._settings = settings
         self._progress = progress
-        self._ceilings: dict[str, float] | None = None
+        self._machine: Circumstances | None = None
+        """What the machine can do and how fast it is today: ceilings and canary, measured once a session."""
+        self._plan = Plan(processes=settings.processes, budget_s=settings.budget_s)
+        self._began: float | None = None
+        self.earlier: Earlier | None = None
+        if settings.resume is not None:
+            self.earlier = Earlier(settings.resume, self._plan, baselines=settings.baselines, fault=settings.fault)
+        self._process = ""
         inline = settings.way == "inline"
         self._launcher = Launcher(settings.way, on_event=lambda _, event: self._heard(event), debug=inline)
         self._predicting: Launcher | None = None
@@ -43,7 +57,7 @@ class Runner:
 
     def _heard(self, event: Event) -> None:
         if isinstance(event, Phase):
-            self._progress.phase(event.name)
+            self._progress.phase(f"{self._process}{event.name}")
 
     def run(self, case: Case, command: str, *, judge: bool = True) -> Row:
         """Run the case in a process of its own, and judge it; `command` is what runs just this case.
@@ -54,17 +68,45 @@ class Runner:
             LaunchError: no worker can be started at all.
             Exception: under `--perf-inline`, whatever the code under test raises.
         """
+        self._began = time.monotonic() if self._began is None else self._began
         with self._progress.case(case.id):
-            if self._settings.way == "inline":
-                load_measuring_half()
-            else:
-                self._progress.phase("preload")
-                self._launcher.prepare()
-            device = _device(case)
-            ceilings = self._measured_ceilings(case) if device == "cuda" else {}
-            job = Job(case=case, device=device, ceilings=ceilings, fault=self._settings.fault)
-            record = self._launcher.run(job)
-        return self._judged(record, command) if judge else self._unjudged(record, command)
+            first = self._earlier(case) or self._first(case)
+            return self._judged(self._replicated(case, first), command) if judge else self._unjudged(first, command)
+
+    def _earlier(self, case: Case) -> Record | None:
+        return None if self.earlier is None else self.earlier.record(case, _device_of(case))
+
+    def _first(self, case: Case) -> Record:
+        """The record of the full process."""
+        if self._settings.way == "inline":
+            load_measuring_half()
+        else:
+            self._progress.phase("preload")
+            self._launcher.prepare()
+        device = _device(case)
+        today = self._measured_machine(case) if device == "cuda" else None
+        ceilings = {} if today is None else today.ceilings
+        record = self._launcher.run(Job(case=case, device=device, ceilings=ceilings, fault=self._settings.fault))
+        if today is not None and today.canary:
+            seen = msgspec.structs.replace(record.circumstances, canary=today.canary)
+            record = msgspec.structs.replace(record, circumstances=seen)
+        self._keep(record)
+        return record
+
+    def _replicated(self, case: Case, first: Record) -> Record:
+        if self._settings.way == "inline":
+            return first  # a further process is what this way does not have
+        job = Job(case=case, device=_device(case), fault=self._settings.fault, replicate=True)
+
+        def further(number: int, total: int) -> Record:
+            self._process = f"process {number}{f' of {total}' if total else ''}, "
+            try:
+                return self._launcher.run(job)
+            finally:
+                self._process = ""
+
+        assert self._began is not None
+        return replicated(first, further, self._plan, enough=self._enough, keep=self._keep, began=self._began)
 
     def predict(self, case: Case, gpu: str, command: str, *, judge: bool = True) -> Row:
         """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.
@@ -104,12 +146,12 @@ class Runner:
             self._launcher.prepare()
             return self._launcher.run(msgspec.structs.replace(job, device=_device(job.case)))
 
-    def _measured_ceilings(self, case: Case) -> dict[str, float]:
-        """Once a session; a failure leaves the numbers without their ceilings, and the next case says why it fails."""
-        if self._ceilings is None:
-            record = self._launcher.run(Job(case=case, device="cuda", measure_ceilings=True))
-            self._ceilings = record.circumstances.ceilings
-        return self._ceilings
+    def _measured_machine(self, case: Case) -> Circumstances:
+        """Once a session; a failure leaves the numbers without ceilings and canary, and the next case says why it fails."""
+        if self._machine is None:
+            job = Job(case=case, device="cuda", measure_ceilings=True, canary=True)
+            self._machine = self._launcher.run(job).circumstances
+        return self._machine
 
     def _unjudged(self, record: Record, command: str) -> Row:
         self._keep(record)
@@ -118,8 +160,11 @@ class Runner:
         return row
 
     def _keep(self, record: Record) -> None:
+        """Write the record where it was asked for; a sound one may stand in for a run in a later call."""
         if self._settings.records is not None:
             write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
+            if self.earlier is not None:
+                self.earlier.keep(record.case.id)
 
     def _judged(self, record: Record, command: str) -> Row:
         self._keep(record)
@@ -152,6 +197,10 @@ class Runner:
         if self._predicting is not None:
             self._predicting.close()
         self._progress.close()
+
+
+def _device_of(case: Case) -> Literal["cpu", "cuda"]:
+    return "cuda" if _device(case) == "cuda" else "cpu"
 
 
 def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:

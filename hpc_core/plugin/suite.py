@@ -26,6 +26,7 @@ from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.session import PerfSession
+from hpc_core.record import Record
 from hpc_core.report import render
 from hpc_core.selection import matches, unknown_glob
 
@@ -188,7 +189,7 @@ class Suite:
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         assert reporter is not None
         headline = row.judgement.headline if row.judgement is not None and row.acceptance is None else ""
-        took = duration(sum(row.record.circumstances.phase_s.values()))
+        took = _took(row.record)
         reporter.ensure_newline()
         reporter.write_line(f"  [{self._progress.count}] {row.case}  {row.verdict}  {took}  {headline}".rstrip())
 
@@ -234,6 +235,9 @@ class Suite:
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
                 terminalreporter.write_line(text)
+            if self._runner.earlier is not None and self._runner.earlier.said:
+                terminalreporter.section("resumed", sep="=")
+                terminalreporter.write_line("\n".join(self._runner.earlier.said))
             for title, text in self.session.shown:
                 terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
@@ -250,6 +254,14 @@ class Suite:
             "name": where.name,
             "stack": stack("cuda" if device == "cuda" else "cpu"),
         }
+
+
+def _took(record: Record) -> str:
+    """Seconds of the case's processes, and how many there were if more than one."""
+    processes = record.processes
+    if not processes:
+        return duration(sum(record.circumstances.phase_s.values()))
+    return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} processes"
 
 
 def _refuse_twins(items: list[pytest.Item]) -> None:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from fractions import Fraction
+
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
-from hpc_core.predict.watch import GpuWatch
+from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record import Record
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 from hpc_core.spec import FinetuneSpec
 
-__all__ = ["predict_finetune"]
+__all__ = ["between", "predict_finetune", "to_watch"]
 
 _STEPS = 10
 """Kernels are counted over so many steps, as `perform.finetune` does under the profiler."""
+_WATCHED = 3
+"""Widths of ragged batches that are watched."""
 
 
 def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
@@ -72,15 +78,22 @@ def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
 
 def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, answers: Answers) -> None:
     """Operators and FLOPs over a period, kernels and copies over ten steps; steps of equal shape count alike."""
-    known = {program.batches[program.widest].ids.shape: watch.counts()}
     launched = [index % len(program.batches) for index in range(_STEPS)]
-    for index in sorted(set(launched)):
-        shape = program.batches[index].ids.shape
-        if shape not in known:
+    by_width: dict[int, int] = {_width(program, program.widest): program.widest}
+    for index in launched:
+        by_width.setdefault(_width(program, index), index)
+    known = {_width(program, program.widest): watch.counts()}
+    for width in to_watch(sorted(by_width)):
+        if width not in known:
             watch.begin(program.phases)
-            _step(program, answers, index, watch)
-            known[shape] = watch.counts()
-    per_step = [known[program.batches[index].ids.shape] for index in launched]
+            _step(program, answers, by_width[width], watch)
+            known[width] = watch.counts()
+    if len(known) < len(by_width):
+        prediction.notes.append(
+            f"counts: of {len(by_width)} widths {', '.join(map(str, sorted(known)))} were watched; the others' FLOPs lie on the parabola through "
+            "them, their operators and kernels are those of the nearest"
+        )
+    per_step = [between(known, _width(program, index)) for index in launched]
     steps = min(program.period, _STEPS)
     per = "" if steps == 1 else f" per {steps} steps"
     operators, flops = sum(each.operators for each in per_step[:steps]), sum(each.flops for each in per_step[:steps])
@@ -89,3 +102,32 @@ def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
     unit = f"1 per {_STEPS} steps"
     prediction.metrics["kernels"] = counted(sum(each.kernels for each in per_step), machine=True, unit=unit)
     prediction.metrics["copies"] = counted(sum(each.copies for each in per_step), machine=True, unit=unit)
+
+
+def _width(program: FinetuneProgram, index: int) -> int:
+    """Tokens a row; every batch of a program has as many rows."""
+    return int(program.batches[index].ids.shape[1])
+
+
+def to_watch(widths: list[int]) -> list[int]:
+    """Of sorted widths the smallest, the middle one and the largest: a step at three billion parameters takes seconds to watch."""
+    return widths if len(widths) <= _WATCHED else [widths[0], widths[len(widths) // 2], widths[-1]]
+
+
+def between(known: dict[int, Counts], width: int) -> Counts:
+    """Counts at a width from those at others.
+
+    FLOPs of a step are c0 + c1 * width + c2 * width²: products with weights grow with the tokens, attention with their square, so three
+    widths say it exactly (Lagrange's formula in fractions). Operators do not depend on the width, kernels hardly.
+    """
+    if width in known:
+        return known[width]
+    flops = sum(
+        (
+            Fraction(counts.flops) * math.prod(Fraction(width - other, at - other) for other in known if other != at)
+            for at, counts in known.items()
+        ),
+        Fraction(0),
+    )
+    nearest = known[min(known, key=lambda at: (abs(at - width), at))]
+    return replace(nearest, flops=round(flops))

@@ -1,7 +1,7 @@
 """Predict a generation case: memory of prefill and decode, and what prefill and a token launch and compute.
 
 Tokens are alike but for the cache, which grows: the first ones after the longest prompt are watched, and the last ones, by a
-prompt that is as much longer.
+prompt that is as much longer. A static cache has its size from the start, and its first tokens are all there is to see.
 """
 
 from __future__ import annotations
@@ -48,24 +48,28 @@ class _Generation:
         self._left -= 1
         return self._left >= 0
 
-    def query(self, index: int, new_tokens: int, *, marked: bool) -> None:
-        """Prompt number `index` and so many tokens; `marked` with the phases' marks, and so the streamer's copies."""
+    def query(self, index: int, new_tokens: int, *, marked: bool, room: int | None = None) -> None:
+        """Prompt number `index` and so many tokens; `marked` with the phases' marks, and so the streamer's copies.
+
+        `room` asks for more tokens and ends after `new_tokens`, so that a static cache has its size.
+        """
         gc.collect()  # what the query before left in reference cycles
         program = self.program
         prompt = program.prompts[index]
         self.answers.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
-        kept, program.new_tokens, program.steps_done = program.new_tokens, new_tokens, index
+        kept, program.new_tokens, program.steps_done = program.new_tokens, room or new_tokens, index
+        program.ended_after = new_tokens
         self._left = new_tokens
         program.step(self.watch if marked else unmarked)
-        program.new_tokens = kept
+        program.new_tokens, program.ended_after = kept, None
 
 
 def predict_generate(prediction: Prediction, workload: GenerateSpec) -> Record:
     """A warm query, the counts of a short one, then memory of the longest prompt's first and last tokens."""
-    if workload.cache == "static":
+    if workload.cache == "static" and workload.compiled:
         raise PredictError(
             f"{prediction.case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile has no "
-            "model here. Predict it with cache='dynamic', whose memory is that of the same tokens."
+            "model here. Predict it with compiled=False, or with cache='dynamic', whose memory is that of the same tokens."
         )
     with prediction.fake() as (watch, answers):
         built = prediction.build(watch)
@@ -75,7 +79,8 @@ def predict_generate(prediction: Prediction, workload: GenerateSpec) -> Record:
         _tokens(prediction, program, workload)
         prediction.phase("warm-up")
         longest = max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
-        generation.query(longest, 1, marked=False)
+        static = workload.cache == "static"  # it is kept from query to query, as large as the largest asked for
+        generation.query(longest, 1, marked=False, room=program.new_tokens if static else None)
         prediction.phase("counters")
         _counts(prediction, generation)
         prediction.phase("memory")
@@ -120,18 +125,29 @@ def _counts(prediction: Prediction, generation: _Generation) -> None:
 
 
 def _memory(prediction: Prediction, generation: _Generation, longest: int) -> None:
+    program = generation.program
+    look = _static_cache if program.workload.cache == "static" else _growing_cache
+    peaks, timeline = look(generation, longest)
+    metrics = memory_metrics(peaks, timeline, on_gpu=True)
+    note = "tensors and scratch as asked for, without the allocator's rounding"
+    metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
+    prediction.keep(timeline, program.phases)
+    prediction.metrics |= metrics
+
+
+def _growing_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
     """The first tokens after the longest prompt, those that a measured run records, and the last ones: three places of one cache."""
     program = generation.program
     first = min(_FIRST_TOKENS, program.new_tokens)
     stretches = {0: first}
-    if program.workload.cache != "off":
+    if program.workload.cache == "dynamic":
         for end in (min(BUSY_TOKENS + 1, program.new_tokens), program.new_tokens):
             if end > first:
                 stretches[end - _LAST_TOKENS] = _LAST_TOKENS
     inputs, found, peaks = program.inputs[longest], [], dict.fromkeys(program.phases, 0)
     for before, tokens in stretches.items():
         program.inputs[longest] = _longer(inputs, before)
-        watch = _watched(generation, longest, tokens)
+        watch = _watched(generation, longest, tokens, room=None)
         recorded = before + tokens <= BUSY_TOKENS + 1
         for phase, peak in watch.peaks.items():
             if phase == "decode" or before == 0:  # the prefill of a prompt that was made longer is none of the case's
@@ -140,12 +156,16 @@ def _memory(prediction: Prediction, generation: _Generation, longest: int) -> No
             peak = watch.peaks["decode"] if before else max(watch.peaks.values())
             found.append((peak, _kept(watch.timeline, decoding=before > 0)))
     program.inputs[longest] = inputs
-    timeline = max(found, key=lambda each: each[0])[1]
-    metrics = memory_metrics(peaks, timeline, on_gpu=True)
-    note = "tensors and scratch as asked for, without the allocator's rounding"
-    metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
-    prediction.keep(timeline, program.phases)
-    prediction.metrics |= metrics
+    return peaks, max(found, key=lambda each: each[0])[1]
+
+
+def _static_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
+    """The first tokens, with a cache for all of them, and once more with one for those that a measured run records."""
+    asked = generation.program.new_tokens
+    peaks = dict(_watched(generation, longest, min(_FIRST_TOKENS, asked), room=asked).peaks)
+    recorded = min(BUSY_TOKENS + 1, asked)
+    watch = _watched(generation, longest, min(_FIRST_TOKENS, recorded), room=recorded)
+    return peaks, _kept(watch.timeline, decoding=False)
 
 
 def _kept(timeline: Timeline, *, decoding: bool) -> Timeline:
@@ -156,7 +176,7 @@ def _kept(timeline: Timeline, *, decoding: bool) -> Timeline:
     return Timeline([dataclasses.replace(piece) for piece in pieces])
 
 
-def _watched(generation: _Generation, index: int, tokens: int) -> GpuWatch:
+def _watched(generation: _Generation, index: int, tokens: int, *, room: int | None) -> GpuWatch:
     program, watch = generation.program, generation.watch
     gc.collect()
     watch.begin(program.phases)
@@ -164,7 +184,7 @@ def _watched(generation: _Generation, index: int, tokens: int) -> GpuWatch:
         watch.own_now(category, tensors)
     with watch_cache(program.model) as cache:
         program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
-        generation.query(index, tokens, marked=True)
+        generation.query(index, tokens, marked=True, room=room)
     cache.seen = None  # it would hold its keys and values through the next query
     program.on_token = None
     watch.end_phase()

@@ -1,7 +1,6 @@
 """How many kernels and copies an operator launches on a GPU.
 
-Most launch one kernel. What launches more is listed with its reason; what cuBLAS's heuristics decide, which are not public,
-is marked as seen on an H100 with CUDA 13.
+Most launch one kernel. What launches more is listed with its reason; matrix products have a table of their own (`products`).
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+
+from hpc_core.predict.products import product_kernels
 
 __all__ = ["Launches", "multi_tensor_launches"]
 
@@ -43,11 +44,6 @@ _FUSED_DEPTH = 4
 """Lists that a fused Adam walks along together: parameters, gradients and two moments."""
 
 _COPIES = {"clone", "_to_copy", "copy_", "contiguous"}
-_SPLIT_LENGTH = 1024
-_SPLIT_WIDTH = 64
-_FEW_ROWS = 64
-_FEW_COLUMNS = 4096
-_LONG = 8192
 
 
 class Launches:
@@ -115,7 +111,9 @@ def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> in
     ):
         return 2  # seen on an H100: sums over rows, of norms' weight gradients and of repeated key heads
     if name == "mm":
-        return 1 + _splits(*args[:2])
+        return product_kernels(*args[:2])
+    if name == "addmm":
+        return product_kernels(*args[1:3])
     return 1 + _BEYOND_ONE.get(name, 0)
 
 
@@ -137,21 +135,3 @@ def multi_tensor_launches(sizes: list[int], depth: int) -> int:
                 launches += 1
                 blocks, tensors = 0, 0 if last else 1
     return launches + (blocks > 0)
-
-
-def _splits(left: torch.Tensor, right: torch.Tensor) -> int:
-    """Whether cuBLAS splits a long reduction with a small result, and adds the parts in a kernel of its own.
-
-    Seen on an H100. One row, a decoded token: with up to 4096 columns. Few rows, a short prompt: from 8192 numbers a sum. LoRA's
-    narrow products: in float32 always, in half precision where the reduction runs over the rows of both, as for weight gradients.
-    """
-    rows, length = left.shape
-    columns = right.shape[1]
-    over_rows = left.stride(0) == 1 and right.stride(1) == 1 and rows > 1
-    if rows == 1:
-        return int(columns <= _FEW_COLUMNS and length >= _SPLIT_LENGTH)
-    if rows <= _FEW_ROWS and columns > _SPLIT_WIDTH and not over_rows:
-        return int(columns <= _FEW_COLUMNS and length >= _LONG)
-    if min(rows, columns) > _SPLIT_WIDTH or length < _SPLIT_LENGTH:
-        return 0
-    return int(left.dtype == torch.float32 or over_rows)

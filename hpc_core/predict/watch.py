@@ -116,7 +116,7 @@ class GpuWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator on fake tensors, and note what a GPU would take and give back."""
         kwargs = kwargs or {}
-        if func.namespace == "prim":
+        if func.namespace == "prim" or _without_tensors(func):
             return func(*args, **kwargs)
         _refuse_unknown(func)
         if not self._within and func.namespace not in FREE:
@@ -239,6 +239,13 @@ class GpuWatch(TorchDispatchMode):
                 del self._known[key]
 
         self._known[key] = (weakref.ref(storage, died), piece)
+
+
+@functools.cache
+def _without_tensors(func: Any) -> bool:
+    """Whether an operator neither takes nor gives a tensor, as `torchvision::_cuda_version`, which its import calls."""
+    schema = func._schema
+    return not any("Tensor" in str(part.type) for part in (*schema.arguments, *schema.returns))
 
 
 def _refuse_unknown(func: Any) -> None:

@@ -63,6 +63,8 @@ class GenerateProgram:
         self.output: torch.Tensor | None = None
         self.steps_done = 0
         self.new_tokens = workload.new_tokens
+        self.ended_after: int | None = None
+        """Tokens after which something outside ends a query, as a prediction does; None: after `new_tokens`."""
         self.on_token: Any = None
         """Called with 1, 2, … as each new token reaches the host; None leaves `generate` without a streamer."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
@@ -94,13 +96,15 @@ class GenerateProgram:
         }
         if self.workload.cache == "static":
             options["cache_implementation"] = "static"
+            options["disable_compile"] = not self.workload.compiled
         if mark is not unmarked or self.on_token is not None:
             options["streamer"] = TokenTimes(self._watcher(mark))
         self.output = self.model.generate(**inputs, **options)
         self.steps_done += 1
         came = self.output.shape[1] - inputs["input_ids"].shape[1]
-        if came != self.new_tokens:
-            raise MeasureError(f"generate gave {came} new tokens, asked for exactly {self.new_tokens}.")
+        wanted = self.new_tokens if self.ended_after is None else self.ended_after
+        if came != wanted:
+            raise MeasureError(f"generate gave {came} new tokens, asked for exactly {wanted}.")
 
     def _watcher(self, mark: Mark) -> Any:
         def watch(count: int) -> None:

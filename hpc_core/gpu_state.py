@@ -1,0 +1,114 @@
+"""The state of a GPU, and what is strange about it: clocks, temperature, throttling, MIG, other processes.
+
+NVML is read in one function; the rest turns its numbers into words and knows no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["flags", "read_state", "setup_notes", "throttle_words"]
+
+_THROTTLES = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x10: "sync boost",
+    0x20: "thermal slowdown by software",
+    0x40: "thermal slowdown by hardware",
+    0x80: "power brake",
+}
+"""Bits of nvmlClocksEventReasons (nvml.h) that slow a busy GPU. An idle GPU and clocks that somebody set are none."""
+_SET_BY_SOMEBODY = {0x2: "application clocks", 0x100: "display clocks"}
+
+
+def throttle_words(reasons: int) -> tuple[str, ...]:
+    """What holds the clock of a busy GPU down, by NVML's bit mask; empty for nothing, idle, and clocks that somebody set."""
+    return tuple(word for bit, word in _THROTTLES.items() if reasons & bit)
+
+
+def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
+    """Why to doubt a busy time, given the states around it: the clock was throttled, or the GPU was shared.
+
+    `gpu` holds states of `read_state`: `before`, read before this process used the GPU, and in `busy` those `before`,
+    `during` and `after` the measurement. Any may be missing.
+    """
+    busy = gpu.get("busy", {})
+    during = busy.get("during", {})
+    found = []
+    words = throttle_words(int(during.get("throttle_reasons", 0)))
+    if words:
+        clock = f" at {during['sm_clock_mhz']} MHz" if "sm_clock_mhz" in during else ""
+        found.append(f"throttled: {', '.join(words)}{clock}")
+    slowed = [(kind, _more(busy, f"{kind}_violation_ns")) for kind in ("power", "thermal")]
+    found += [
+        f"throttled: {kind} held the clock down for {ns / 1e6:.0f} ms" for kind, ns in slowed if ns > 0 and not words
+    ]
+    others = max(int(gpu.get("before", {}).get("processes", 0)), int(during.get("processes", 1)) - 1)
+    if others > 0:
+        found.append(f"shared: {others} other process{'es' if others > 1 else ''} on the GPU")
+    return tuple(found)
+
+
+def _more(busy: Mapping[str, Any], name: str) -> int:
+    """By how much a counter grew over the measurement; 0 where it was not read."""
+    before, after = busy.get("before", {}).get(name), busy.get("after", {}).get(name)
+    return 0 if before is None or after is None else int(after) - int(before)
+
+
+def setup_notes(state: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of the GPU's setup a reader of its times should know: MIG, no persistence, clocks that somebody set."""
+    notes = []
+    if state.get("mig_mode"):
+        notes.append("the GPU is split by MIG: its times are those of a slice")
+    if state.get("persistence_mode") == 0:
+        notes.append(
+            "the GPU's persistence mode is off: the driver may unload between processes (nvidia-smi -pm 1 turns it on)"
+        )
+    notes += [
+        f"somebody has set the GPU's {word}"
+        for bit, word in _SET_BY_SOMEBODY.items()
+        if int(state.get("throttle_reasons", 0)) & bit
+    ]
+    return tuple(notes)
+
+
+def read_state(index: int) -> dict[str, Any]:
+    """The state of NVML's GPU number `index`, now; a reading that its driver does not give is left out.
+
+    `throttle_reasons` is NVML's bit mask, `*_violation_ns` how long the clock was held down since the driver was loaded.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        state: dict[str, Any] = {}
+        for name, read in _readings(pynvml, handle).items():
+            # A virtual machine may hide single sensors, and an old driver lack a function.
+            with contextlib.suppress(pynvml.NVMLError):
+                state[name] = read()
+        return state
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _readings(nvml: Any, handle: Any) -> dict[str, Callable[[], Any]]:
+    return {
+        "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+        "power_w": lambda: round(nvml.nvmlDeviceGetPowerUsage(handle) / 1000, 1),
+        "throttle_reasons": lambda: int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        "power_violation_ns": lambda: _violation_ns(nvml, handle, nvml.NVML_PERF_POLICY_POWER),
+        "thermal_violation_ns": lambda: _violation_ns(nvml, handle, nvml.NVML_PERF_POLICY_THERMAL),
+        "used_bytes": lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle).used),
+        "processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+        "mig_mode": lambda: int(nvml.nvmlDeviceGetMigMode(handle)[0]),
+        "persistence_mode": lambda: int(nvml.nvmlDeviceGetPersistenceMode(handle)),
+    }
+
+
+def _violation_ns(nvml: Any, handle: Any, policy: int) -> int:
+    return int(nvml.nvmlDeviceGetViolationStatus(handle, policy).violationTime)

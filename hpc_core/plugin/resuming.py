@@ -1,0 +1,130 @@
+"""Records of an earlier call that still hold, so that a long run can be done in several: `--perf-resume DIR`.
+
+A record is taken only if nothing that could move it has moved: the case, the code, the stack, the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from hpc_core.environment import commit, machine, stack, visible_gpus
+from hpc_core.errors import SpecError
+from hpc_core.plugin.replicating import Plan
+from hpc_core.record import Record, record_from_json
+from hpc_core.spec import Case
+from hpc_core.whole_file import write_whole
+
+__all__ = ["Earlier", "code_state"]
+
+_CODES = "code-states.json"
+_CODE = frozenset({".py", ".toml", ".ini", ".cfg", ".cpp", ".cu", ".cuh", ".h"})
+"""Files that git does not know yet and that count as code. Logs and results beside it do not."""
+
+
+class Earlier:
+    """The records that an earlier call left in a folder.
+
+    Args:
+        folder: where they lie, as `--perf-records` writes them. May be empty or not there yet.
+        plan: how many processes a case should have.
+        baselines: a folder whose changes do not matter: accepting a case must not void the records of the others.
+        fault: injected in this run.
+    """
+
+    def __init__(self, folder: Path, plan: Plan, *, baselines: Path, fault: str | None = None) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._fault = fault
+        self._code = code_state(Path.cwd(), (folder, baselines))
+        self._codes = self._read_codes()
+        self.said: list[str] = []
+        """One line a record that was found: taken, or why not."""
+
+    def _read_codes(self) -> dict[str, str]:
+        try:
+            return msgspec.json.decode((self._folder / _CODES).read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.MsgspecError):
+            return {}
+
+    def record(self, case: Case, device: Literal["cpu", "cuda"]) -> Record | None:
+        """The record of this case that can stand in for a run; None if there is none, which `said` explains.
+
+        It may have fewer processes than planned: what is missing can be added on the same GPU.
+        """
+        path = self._folder / f"{case.id}.json"
+        if not path.exists():
+            return None
+        try:
+            found = record_from_json(path.read_bytes())
+        except (OSError, SpecError) as error:
+            self.said.append(f"{case.id} runs again: {path} is no record ({error})")
+            return None
+        why = self._moved(found, case, device)
+        self.said.append(
+            f"{case.id} taken from {path}, of {found.circumstances.started_at}"
+            if why is None
+            else f"{case.id} runs again: {why}"
+        )
+        return found if why is None else None
+
+    def _moved(self, found: Record, case: Case, device: Literal["cpu", "cuda"]) -> str | None:
+        """Why an earlier record says nothing of what would run now, or None."""
+        seen, revision, now = found.circumstances, commit()[0], stack(device)
+        packages = [name for name in sorted(now | seen.stack) if seen.stack.get(name) != now.get(name)]
+        done, gpu = max(1, len(found.processes)), seen.gpu.get("before", {}).get("uuid")
+        checks = (
+            (found.status != "ok", f"the earlier run was {found.status}"),
+            (found.case.digest != case.digest, f"the case changed, digest {found.case.digest} to {case.digest}"),
+            (seen.fault != self._fault, f"the earlier run had the fault {seen.fault}, this one has {self._fault}"),
+            (seen.machine.key != machine(device).key, f"it was measured on {seen.machine.key}"),
+            (bool(packages), f"{', '.join(packages)} moved since"),
+            (seen.commit != revision, f"it was measured at commit {seen.commit}, this is {revision}"),
+            (revision is None, "neither git nor HPC_CORE_COMMIT says which code this is"),
+            (self._codes.get(case.id) != self._code, "what is not committed differs from what it was measured with"),
+            (done < self._plan.total(found) and gpu != _gpu_uuid(), f"it has {done} processes, of another GPU"),
+        )
+        return next((reason for is_so, reason in checks if is_so), None)
+
+    def keep(self, case_id: str) -> None:
+        """Say beside a record that was just written which code it is of."""
+        if self._codes.get(case_id) != self._code:
+            self._codes[case_id] = self._code
+            write_whole(self._folder / _CODES, msgspec.json.encode(self._codes, order="sorted") + b"\n")
+
+
+def _gpu_uuid() -> str | None:
+    gpus = visible_gpus()
+    return str(gpus[0]["uuid"]) if gpus else None
+
+
+def code_state(folder: Path, ignoring: Sequence[Path] = ()) -> str:
+    """A digest of commit and uncommitted changes of the git repository around `folder`, new files included.
+
+    Outside a repository, or without git, it says what `environment.commit` says: there only a stated commit is known.
+    """
+    excluded = [f":(exclude){path.resolve()}" for path in ignoring if path.resolve().is_relative_to(folder.resolve())]
+    digest = hashlib.sha256()
+    try:
+        for arguments in (
+            ["rev-parse", "HEAD"],
+            ["diff", "HEAD", "--binary", "--", ".", *excluded],
+            ["ls-files", "-z", "--others", "--exclude-standard", "--", ".", *excluded],
+        ):
+            said = subprocess.run(
+                ["git", "-C", str(folder), *arguments], capture_output=True, timeout=20, check=True
+            ).stdout
+            if arguments[0] != "ls-files":
+                digest.update(said)
+    except (OSError, subprocess.SubprocessError):
+        return f"no git, commit {commit(str(folder))[0]}"
+    for name in sorted(filter(None, said.split(b"\0"))):
+        path = folder / name.decode("utf-8", "surrogateescape")
+        if path.suffix in _CODE and path.is_file():
+            digest.update(name + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]

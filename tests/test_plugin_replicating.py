@@ -1,0 +1,296 @@
+"""How many processes a case gets, what an earlier call leaves to do, and the plugin's options for both."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core import environment
+from hpc_core.launch.protocol import Job
+from hpc_core.plugin import resuming, runner
+from hpc_core.plugin.replicating import MOST, Plan, narrow, replicated
+from hpc_core.plugin.resuming import Earlier, code_state
+from hpc_core.record import Metric, Record, record_from_json, record_to_json
+from tests.strategies import a_case, a_record
+from tests.told_launcher import ToldLauncher
+
+
+def timed(value: float) -> Record:
+    """A record with this busy time."""
+    busy = Metric(value=value, unit="s", noise="busy", better="lower", depends_on=("case", "stack", "machine"))
+    return a_record({"busy_s": busy})
+
+
+class Processes:
+    """Gives these busy times, one a further process, the last again and again; each takes ten seconds of its clock."""
+
+    def __init__(self, *values: float) -> None:
+        self._values = values
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, number: int, total: int) -> Record:
+        """The record of the next process."""
+        self.asked.append((number, total))
+        return timed(self._values[min(len(self.asked), len(self._values)) - 1])
+
+    def clock(self) -> float:
+        """Seconds since the first."""
+        return 10.0 * len(self.asked)
+
+
+def ran(first: Record, plan: Plan, *values: float) -> tuple[Record, list[tuple[int, int]]]:
+    """The record after the plan was followed, and the numbers of the processes that ran."""
+    more = Processes(*values)
+    return replicated(first, more, plan, clock=more.clock), more.asked
+
+
+def test_three_on_a_gpu_and_one_elsewhere() -> None:
+    """Where there is busy time, three processes are the default; where there is none, one."""
+    record, asked = ran(timed(1.0), Plan(), 3.0, 2.0)
+    assert (record.metrics["busy_s"].samples, asked) == ((1.0, 3.0, 2.0), [(2, 3), (3, 3)])
+    on_cpu = a_record({"peak_bytes": a_record().metrics["peak_bytes"]})
+    assert ran(on_cpu, Plan(), 1.0) == (on_cpu, [])
+
+
+@given(st.integers(1, MOST), st.integers(1, MOST))
+def test_a_number_is_kept_to_and_what_ran_before_counts(wanted: int, before: int) -> None:
+    """So many processes in total, those of an earlier call included; never one too many."""
+    plan = Plan(processes=wanted)
+    first = ran(timed(1.0), Plan(processes=before), 1.0)[0]
+    record, asked = ran(first, plan, 2.0)
+    assert len(asked) == max(0, wanted - before)
+    assert max(1, len(record.processes)) == max(wanted, before)
+
+
+def test_a_budget_lets_wide_times_have_more_processes() -> None:
+    """With a budget, processes are added until their times lie close together, and no longer."""
+    spread = (1.01, 1.0, 1.01, 1.0, 1.0)
+    assert len(ran(timed(1.0), Plan(), *spread)[1]) == 2
+    assert len(ran(timed(1.0), Plan(budget_s=1000.0), *spread)[1]) == MOST - 1
+    assert len(ran(timed(1.0), Plan(budget_s=1000.0), 1.001, 1.002)[1]) == 2
+
+
+def test_a_spent_budget_ends_it_and_is_said() -> None:
+    """Nothing starts once the budget is spent; a case that should have had more says so, with the numbers."""
+    record, asked = ran(timed(1.0), Plan(processes=5, budget_s=20.0), 1.0)
+    assert asked == [(2, 5), (3, 5)]
+    assert record.circumstances.notes[0].startswith("the time budget ended with 3 of 5 processes of tiny/lora")
+
+
+def test_a_broken_case_has_no_further_process() -> None:
+    """A first process that proves nothing is not repeated, and neither is a case whose counts contradict each other."""
+    void = a_record(status="invalid", reasons=("It ran unquantized.",))
+    assert ran(void, Plan(processes=5), 1.0) == (void, [])
+
+
+@pytest.mark.parametrize(
+    ("values", "enough"),
+    [
+        ((1.0,), False),
+        ((1.0, 1.0), False),  # two that agree may do so by chance
+        ((1.0, 1.0, 1.0), True),
+        ((1.0, 1.001, 1.004), True),
+        ((1.0, 1.001, 1.006), False),
+        ((0.0011, 0.0011, 0.00111), False),  # relative, not in seconds
+    ],
+)
+def test_times_are_narrow_within_a_quarter_of_a_percent(values: tuple[float, ...], enough: bool) -> None:
+    """Half the range of at least three processes may be 0.25 % of their median."""
+    assert narrow(values) is enough
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path]:
+    """A git repository with one file of code, as the working folder."""
+    (tmp_path / "code.py").write_text("x = 1\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.chdir(tmp_path)
+    environment.commit.cache_clear()
+    yield tmp_path
+    environment.commit.cache_clear()
+
+
+def left(folder: Path, **changes: Any) -> Record:
+    """A record that an earlier call left in `folder` for the code as it is now."""
+    seen = environment.circumstances("cpu", "warm")
+    record = a_record(circumstances=msgspec.structs.replace(seen, **changes))
+    path = folder / f"{record.case.id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(record_to_json(record))
+    earlier(folder).keep(record.case.id)
+    return record
+
+
+def earlier(folder: Path, **named: Any) -> Earlier:
+    return Earlier(folder, Plan(processes=1), baselines=Path("baselines"), **named)
+
+
+def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
+    """Case, code, stack and machine are the same: the record stands in for a run, and that is said."""
+    record = left(repository / "records")
+    (repository / "records" / "junk.py").write_text("")
+    (repository / "baselines").mkdir()
+    (repository / "baselines" / "accepted.py").write_text("")
+    (repository / "log.txt").write_text("no code")
+    again = earlier(repository / "records")
+    assert again.record(record.case, "cpu") == record
+    assert again.said == [
+        f"tiny/lora taken from {repository}/records/tiny/lora.json, of {record.circumstances.started_at}"
+    ]
+    assert again.record(a_case("tiny/other"), "cpu") is None
+    assert len(again.said) == 1  # what never ran needs no word
+
+
+@pytest.mark.parametrize(
+    ("changes", "named", "why"),
+    [
+        ({"commit": "0123abc"}, {}, "it was measured at commit 0123abc, this is"),
+        ({"stack": {"torch": "1.0"}}, {}, "torch, .*moved since"),
+        ({"machine": a_record().circumstances.machine}, {}, "it was measured on nvidia-h100"),
+        ({}, {"fault": "rank"}, "the earlier run had the fault None, this one has rank"),
+    ],
+)
+def test_a_record_of_anything_else_is_not(
+    repository: Path, changes: dict[str, Any], named: dict[str, Any], why: str
+) -> None:
+    """Another commit, stack, machine or fault: the case runs again, and the reason is said."""
+    record = left(repository / "records", **changes)
+    again = earlier(repository / "records", **named)
+    assert again.record(record.case, "cpu") is None
+    assert again.said[0].startswith("tiny/lora runs again: ")
+    assert re.search(why, again.said[0]), again.said
+
+
+@pytest.mark.parametrize("name", ["code.py", "new.py"])
+def test_code_that_is_not_committed_counts(repository: Path, name: str) -> None:
+    """A changed file and a new one void what was measured before them; the same change again does not."""
+    record = left(repository / "records")
+    (repository / name).write_text("x = 2\n")
+    again = earlier(repository / "records")
+    assert again.record(record.case, "cpu") is None
+    assert "what is not committed differs" in again.said[0]
+    left(repository / "records")
+    assert earlier(repository / "records").record(record.case, "cpu") is not None
+
+
+def test_a_damaged_record_runs_again(repository: Path) -> None:
+    """Half a file is no record, and no traceback."""
+    record = left(repository / "records")
+    path = repository / "records" / "tiny" / "lora.json"
+    path.write_bytes(path.read_bytes()[:100])
+    again = earlier(repository / "records")
+    assert again.record(record.case, "cpu") is None
+    assert "is no record" in again.said[0]
+
+
+def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside a repository a record is taken only if somebody says which commit this is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
+    environment.commit.cache_clear()
+    record = left(tmp_path / "records")
+    again = earlier(tmp_path / "records")
+    assert again.record(record.case, "cpu") is None
+    assert "neither git nor HPC_CORE_COMMIT" in again.said[0]
+    environment.commit.cache_clear()
+    assert code_state(tmp_path) == "no git, commit None"
+    environment.commit.cache_clear()
+
+
+class BusyLauncher(ToldLauncher):
+    """As on a GPU: each process has a busy time of its own, those that follow the first another number of kernels if told."""
+
+    jobs: list[Job] = []
+
+    def run(self, job: Job) -> Record:
+        """What is told, with busy time."""
+        BusyLauncher.jobs.append(job)
+        record = super().run(job)
+        if record.status != "ok":
+            return record
+        arguments: dict[str, Any] = job.case.workload.arguments  # type: ignore[union-attr]
+        kernels = arguments.get("kernels", 100) if job.replicate else 100
+        count = msgspec.structs.replace(record.metrics["operators"], value=kernels)
+        busy = timed(1.0 + len(BusyLauncher.jobs) / 1000).metrics["busy_s"]
+        return msgspec.structs.replace(record, metrics=record.metrics | {"busy_s": busy, "kernels": count})
+
+
+Run = Callable[..., pytest.RunResult]
+STORY = 'def test_step(perf):\n    perf("told:step", {arguments})\n'
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a project of one case whose workers are told."""
+    monkeypatch.setattr(runner, "Launcher", BusyLauncher)
+    BusyLauncher.jobs = []
+    pytester.makepyprojecttoml('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
+    folder = pytester.mkdir("bench")
+
+    def ran(*options: str, arguments: str = "") -> pytest.RunResult:
+        (folder / "test_own.py").write_text(STORY.format(arguments=arguments))
+        return pytester.runpytest_inprocess("--benchmark", *options)
+
+    return ran
+
+
+def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.Pytester, run: Run) -> None:
+    """Three by default where there is busy time: one in full, two short; the history keeps every sample."""
+    run("--perf-update", "--reason", "first").assert_outcomes(passed=1)
+    assert [job.replicate for job in BusyLauncher.jobs] == [False, True, True]
+    history = pytester.path / "baselines" / "cpu" / "test_own" / "test_step.history.jsonl"
+    record = record_from_json(history.read_text())
+    assert record.metrics["busy_s"].samples == (1.001, 1.002, 1.003)
+    assert (record.metrics["busy_s"].value, len(record.processes)) == (1.002, 3)
+
+
+def test_counts_that_differ_between_processes_fail_the_case(run: Run) -> None:
+    """A kernel more in a further process is INVALID, with both numbers, and no further process runs."""
+    result = run(arguments="kernels=101")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*kernels is 100 in process 1 and 101 in process 2 of the same case*"])
+    assert len(BusyLauncher.jobs) == 2
+
+
+def test_a_second_call_takes_what_the_first_left(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --perf-resume the second call runs only the processes that are missing, and says whence the others came."""
+    monkeypatch.setattr(resuming.Earlier, "_moved", lambda self, found, case, device: None)
+    run("--perf-resume=left", "--perf-processes=2")
+    assert len(BusyLauncher.jobs) == 2
+    result = run("--perf-resume=left", "--perf-processes=4")
+    assert [job.replicate for job in BusyLauncher.jobs] == [False, True, True, True]
+    result.stdout.fnmatch_lines(["*= resumed =*", "test_own/test_step taken from *left/test_own/test_step.json, of *"])
+    record = record_from_json((pytester.path / "left" / "test_own" / "test_step.json").read_text())
+    assert len(record.processes) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--perf-processes=0",), "--perf-processes: a number from 1 to 12, or auto, got '0'"),
+        (("--perf-processes=many",), "got 'many'"),
+        (("--perf-processes=2", "--perf-inline"), "inline there is one process"),
+        (("--perf-budget=0",), "--perf-budget: minutes above 0, got '0'"),
+        (("--perf-budget=inf",), "got 'inf'"),
+        (("--perf-budget=soon",), "got 'soon'"),
+        (("--perf-records=a", "--perf-resume=b"), "both say where records lie"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(run: Run, options: tuple[str, ...], said: str) -> None:
+    """One line, exit code 4, nothing runs."""
+    result = run(*options)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert said in str(result.stderr)
+    assert BusyLauncher.jobs == []

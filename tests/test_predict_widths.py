@@ -1,0 +1,42 @@
+"""Ragged batches: of many widths three are watched, and the counts of the others follow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.cases import TINY
+from hpc_core.launch.protocol import Job
+from hpc_core.perform import perform
+from hpc_core.predict.finetune import between, to_watch
+from hpc_core.predict.watch import Counts
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+from tests.predicting import predicted
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+
+@pytest.mark.slow
+def test_flops_between_three_watched_widths_are_exact() -> None:
+    """A step's FLOPs are a parabola of its width: from three of ten ragged widths the others follow, as a run counts them."""
+    case = next(case for case in TINY if case.id == "tiny/lora-padded").vary("lora-wide", steps=10, batch=3)
+    [record] = predicted([case])
+    measured = perform(Job(case=case, device="cpu"), lambda _: None)
+    assert [note for note in record.circumstances.notes if note.startswith("counts: of ")]
+    assert record.metrics["flops"].value == measured.metrics["flops"].value
+
+
+@given(
+    st.lists(st.integers(1, 5000), min_size=3, max_size=6, unique=True),
+    st.tuples(*[st.integers(0, 10**12)] * 3),
+)
+def test_a_parabola_is_met_everywhere(widths: list[int], factors: tuple[int, int, int]) -> None:
+    """Whatever its factors, three points give all others, in whole FLOPs."""
+
+    def at(width: int) -> Counts:
+        return Counts(7, sum(factor * width**power for power, factor in enumerate(factors)), 5, 3)
+
+    known = {width: at(width) for width in to_watch(sorted(widths))}
+    assert [between(known, width) for width in widths] == [at(width) for width in widths]
