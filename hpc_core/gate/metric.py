@@ -16,7 +16,7 @@ from hpc_core.store.baseline import Baseline, proves_nothing
 
 __all__ = ["Bench", "judge_metric", "update_command"]
 
-_ONLY_ON_A_GPU = ("busy_", "kernels", "copies", "memsets")
+_ONLY_ON_A_GPU = ("busy_", "kernels", "copies", "memsets", "synchronizations")
 _MUST_AGREE = ("unit", "noise", "better", "depends_on")
 
 
