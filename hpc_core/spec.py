@@ -129,7 +129,8 @@ class Case(Strict, frozen=True, kw_only=True):
         """A new case under the id `<shape>/<variant>`, with fields changed wherever they live.
 
         A field is named as in its part (`rank=16`, `batch=8`, `timeout_s=120`); one that several parts have is named
-        with the part (`model_dtype`, `adapter_dtype`, `data_seed`). `quantization=None` or a whole part replaces it.
+        with the part (`model_dtype`, `adapter_dtype`, `data_seed`). `quantization=None` or a whole part replaces it. An argument that a
+        callable's case gives to its factory is varied by its name (`batch=8`).
 
         Raises:
             SpecError: a field that no part has, or that several have; a variant that changes nothing.

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from hpc_core.errors import SpecError
 
 if TYPE_CHECKING:
@@ -48,10 +46,18 @@ def changed(case: Case, variant: str, changes: dict[str, Any]) -> Case:
     data = nested.pop("data", None)
     if data is not None:
         nested.setdefault("workload", {})["data"] = _replaced(getattr(case.workload, "data"), data)  # noqa: B009
+    arguments = nested.pop("arguments", None)
+    if arguments is not None:
+        nested.setdefault("workload", {})["arguments"] = _arguments(case) | arguments
     for part, fields in nested.items():
         values[part] = _replaced(values[part], fields)
     values["id"] = f"{case.id.partition('/')[0]}/{variant}"
     return type(case)(**values)
+
+
+def _arguments(case: Case) -> dict[str, Any]:
+    """Those that a callable's case gives to its factory; which others the factory knows cannot be seen from here."""
+    return dict(getattr(case.workload, "arguments", {}))
 
 
 def _replaced(part: Any, fields: dict[str, Any]) -> Any:
@@ -61,21 +67,23 @@ def _replaced(part: Any, fields: dict[str, Any]) -> Any:
 
 def _place(case: Case, name: str) -> tuple[str, str]:
     """The part and the field that a change names; part "" is the case itself."""
-    parts: dict[str, msgspec.Struct] = {part: getattr(case, part) for part in _PARTS if getattr(case, part) is not None}
+    parts = {part: getattr(case, part).__struct_fields__ for part in _PARTS if getattr(case, part) is not None}
     if hasattr(case.workload, "data"):
-        parts["data"] = case.workload.data
+        parts["data"] = case.workload.data.__struct_fields__
+    if case.kind == "callable":
+        parts["arguments"] = tuple(_arguments(case))
     if name in case.__struct_fields__ and name not in ("id", "seed"):
         return "", name
-    places = [(part, name) for part, value in parts.items() if name in value.__struct_fields__]
-    for part, value in parts.items():
-        if name.startswith(f"{part}_") and name.removeprefix(f"{part}_") in value.__struct_fields__:
+    places = [(part, name) for part, fields in parts.items() if name in fields]
+    for part, fields in parts.items():
+        if name.startswith(f"{part}_") and name.removeprefix(f"{part}_") in fields:
             places.append((part, name.removeprefix(f"{part}_")))
     if name == "seed":
         places = [("", "seed")]  # the case's own; the others are model_seed and data_seed
     if len(places) == 1:
         return places[0]
     if not places:
-        known = sorted({field for value in parts.values() for field in value.__struct_fields__})
+        known = sorted({field for fields in parts.values() for field in fields})
         raise SpecError(f"{case.id} has no field {name!r} to vary. It has: {', '.join(known)}.")
     owners = ", ".join(f"{part}_{field}" for part, field in places)
     raise SpecError(f"{name!r} is ambiguous for {case.id}: say one of {owners}.")

@@ -15,7 +15,7 @@ from unittest import mock
 
 import msgspec
 
-from hpc_core.spec import Case, FinetuneSpec
+from hpc_core.spec import CallableSpec, Case, FinetuneSpec
 
 __all__ = ["Real", "really_run"]
 
@@ -44,7 +44,35 @@ def _left_alone(*_: object) -> None:
     """The weights stay as they are."""
 
 
+def _run_callable(workload: CallableSpec) -> Real:
+    """A step of the user's own, with what its factory keeps alive."""
+    import torch
+
+    from hpc_core.measure.clock import quiet
+    from hpc_core.measure.counters import counting
+    from hpc_core.measure.owners import Bystanders, living_tensors
+    from hpc_core.measure.storages import StorageWatch
+    from hpc_core.run.callable import load_factory
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    with quiet():
+        before = Bystanders(device)
+        program = load_factory(workload, "cpu")
+        program.step()
+        program.step()
+        watch = StorageWatch(program.phases)
+        watch.own("other", before.without(living_tensors(device)))
+        with watch:
+            program.step(watch)
+        with counting() as counts:
+            program.step()
+    return Real(peak_bytes=watch.timeline.peak()[1], flops=counts.flops, operators=dict(counts.operators))
+
+
 def _run(case: Case, *, count: bool) -> Real:
+    if isinstance(case.workload, CallableSpec):
+        return _run_callable(case.workload)
     import torch
 
     from hpc_core.build import build, causal_lm

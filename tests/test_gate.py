@@ -10,9 +10,9 @@ import pytest
 
 from hpc_core.gate import Judgement, MetricVerdict, Verdict, judge
 from hpc_core.limits import GiB, Limits, MiB
-from hpc_core.record import Metric, Record
+from hpc_core.record import Machine, Metric, Record
 from hpc_core.store import Baseline, Missing, accept, find
-from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
+from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
 CPU_BYTES: dict[str, Any] = {"depends_on": ("case", "stack")}
 UPDATE = 'pytest --benchmark --case tiny/lora --perf-update --reason "…"'
@@ -146,6 +146,25 @@ def test_a_limit_that_cannot_be_kept(tmp_path: Path, metrics: dict[str, Metric],
     judgement = judge(a_record(metrics), baseline(a_record(metrics), tmp_path), Limits(busy_s=1.0))
     assert judgement.verdict is Verdict.INCOMPATIBLE
     assert fragment in judgement.headline
+
+
+@pytest.mark.parametrize(
+    ("machine", "limits", "said", "step"),
+    [
+        (CPU, Limits(busy_s=0.06), "only a GPU has busy_s, and this ran on a CPU", "device='cuda'"),
+        (CPU, Limits(kernels="1%"), "only a GPU has kernels, and this ran on a CPU", "device='cuda'"),
+        (Machine(key="predicted", name="H100", memory_bytes=80 * GiB), Limits(busy_s=0.06), "a prediction has no times", "on a GPU"),
+    ],
+)  # fmt: skip
+def test_a_limit_on_the_wrong_machine(machine: Machine, limits: Limits, said: str, step: str) -> None:
+    """Where a metric can never be, the answer says so and where its limit belongs; what else is limited is judged all the same."""
+    record = a_record({"peak_bytes": peak(GiB)}, circumstances=around(machine=machine))
+    judgement = judge(record, Missing(path="p"), limits)
+    assert judgement.verdict is Verdict.INCOMPATIBLE
+    assert said in judgement.reason
+    assert step in judgement.next_step
+    broken = judge(record, Missing(path="p"), Limits(**limits.named() | {"peak_bytes": GiB // 2}))
+    assert (broken.verdict, broken.headline) == (Verdict.REGRESSED, "peak_bytes 1.00 GiB, limit at most 512.00 MiB")
 
 
 def test_a_moved_stack_is_compared_and_suspected(against: Any) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from hpc_core.plugin import runner
-from tests.told_launcher import ToldLauncher
+from tests.told_project import Run, told_project
 
 pytestmark = pytest.mark.slow
-Run = Callable[..., pytest.RunResult]
 
 SUITE = """
 import pytest
@@ -27,20 +23,7 @@ def test_together(perf_session):
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project whose suite is a file that pytest collects only when it is named."""
-    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
-    pytester.makepyprojecttoml("""
-        [tool.pytest.ini_options]
-        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
-        filterwarnings = ["error"]
-    """)
-    pytester.mkdir("bench")
-    (pytester.path / "bench" / "together.py").write_text(SUITE)
-    (pytester.path / "bench" / "test_nothing.py").write_text("")
-
-    def ran(*arguments: str) -> pytest.RunResult:
-        return pytester.runpytest_inprocess(*arguments)
-
-    return ran
+    return told_project(pytester, monkeypatch, {"together.py": SUITE, "test_nothing.py": ""})
 
 
 def test_a_test_of_the_session_sees_its_records_and_prints_below_the_table(run: Run) -> None:

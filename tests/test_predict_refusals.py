@@ -8,7 +8,6 @@ from hpc_core.cases import TINY, generate, tiny
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Record
-from hpc_core.spec import CallableSpec, Case
 from tests.predicting import GPU, predicted
 
 pytestmark = pytest.mark.slow
@@ -30,12 +29,6 @@ def test_a_static_cache_is_refused() -> None:
     message = _refusal(predicted([case])[0])
     assert "torch.compile has no model here" in message
     assert "cache='dynamic'" in message
-
-
-def test_a_callable_is_refused() -> None:
-    """A step of the user's own is named."""
-    case = Case(id="mine/step", scale="tiny", workload=CallableSpec(factory="tests.launch_factories:quick"))
-    assert _refusal(predicted([case])[0]).startswith("mine/step is a callable")
 
 
 def test_an_unknown_operator_is_refused() -> None:

@@ -278,3 +278,19 @@ def test_vary_reaches_every_part() -> None:
     assert new.workload == FinetuneSpec(batch=8, data=DataSpec(seed=3))
     assert new.model == ModelSpec(shape="tiny", dtype="float16")
     assert (new.timeout_s, new.quantization, new.id) == (120, None, "tiny/other")
+
+
+def test_an_argument_of_a_callable_is_varied_by_its_name() -> None:
+    """One that the case gives is changed and the others stay; one that it does not give cannot be known, and is refused by name."""
+    workload = CallableSpec(factory="pkg.train:make", arguments={"batch": 4, "steps": 2})
+    case = Case(id="own/train", scale="tiny", workload=workload)
+    wider = case.vary("wide", batch=8).workload
+    assert isinstance(wider, CallableSpec)
+    assert wider.arguments == {"batch": 8, "steps": 2}
+    with pytest.raises(SpecError, match=r"no field .length. to vary\. It has: arguments, batch, device"):
+        case.vary("long", length=512)
+    with pytest.raises(SpecError, match="say one of workload_steps, arguments_steps"):
+        case.vary("more", steps=3)
+    more = case.vary("more", arguments_steps=3).workload
+    assert isinstance(more, CallableSpec)
+    assert (more.steps, more.arguments["steps"]) == (10, 3)

@@ -16,6 +16,7 @@ from hpc_core.store.baseline import Baseline, proves_nothing
 
 __all__ = ["Bench", "judge_metric", "update_command"]
 
+_ONLY_ON_A_GPU = ("busy_", "kernels", "copies", "memsets", "synchronizations")
 _MUST_AGREE = ("unit", "noise", "better", "depends_on")
 
 
@@ -107,12 +108,24 @@ def _findings(
 
 def _vanished(bench: Bench, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
+    if limited and shown is None and (lack := _what_it_takes(bench.machine, name)):
+        return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
     if limited:
         return _Finding(
             Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
         )
     reason = f"{name} vanished: the baseline holds it, but {state}."
     return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {update_command(bench.case)}")
+
+
+def _what_it_takes(machine: str, name: str) -> tuple[str, str] | None:
+    """Why a machine can never have this metric, and where a limit on it belongs."""
+    if machine == "cpu" and name.startswith(_ONLY_ON_A_GPU):
+        step = f"Limit {name} in a test that needs a GPU: perf(…, device='cuda') is skipped elsewhere."
+        return f"only a GPU has {name}, and this ran on a CPU", step
+    if machine == "predicted" and name.startswith("busy_"):
+        return "a prediction has no times", f"Limit {name} where the case runs on a GPU."
+    return None
 
 
 def _absolute(name: str, new: Metric, limit: float) -> _Finding:

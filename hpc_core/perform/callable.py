@@ -19,7 +19,7 @@ __all__ = ["measure_again", "measure_callable", "measure_program"]
 def measure_callable(session: Session, workload: CallableSpec) -> Record:
     """Import the factory, make the step, and measure it."""
     session.phase("build")
-    return measure_program(session, load_factory(workload), workload.steps)
+    return measure_program(session, load_factory(workload, session.device.type), workload.steps)
 
 
 def measure_program(session: Session, program: Program, steps: int) -> Record:

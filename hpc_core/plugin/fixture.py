@@ -50,6 +50,7 @@ class Perf:
         timeout_s: float = 300.0,
         device: Literal["any", "cuda"] = "any",
         arguments: dict[str, Any] | None = None,
+        judge: bool = True,
         **named: Any,
     ) -> Record:
         """Run a case and judge it against its baseline.
@@ -61,7 +62,9 @@ class Perf:
             steps: how many steps of a factory or callable are timed.
             timeout_s: wall-clock seconds for a factory's case.
             device: "cuda" for a factory that needs a GPU: elsewhere the test is skipped.
-            arguments: of the factory, for those called `limits`, `steps`, `timeout_s`, `device` or `what`.
+            arguments: of the factory, for those called like one of these.
+            judge: False for a test whose own assertions are all there is: no baseline is asked for, and none written. A run that
+                broke, or was not what was asked, fails all the same.
             **named: further arguments of the factory; JSON values.
 
         Returns:
@@ -74,6 +77,8 @@ class Perf:
         self._used = True
         given = (arguments or {}) | named
         try:
+            if not judge and limits is not None:
+                raise SpecError("perf(judge=False) judges nothing, so limits= would be ignored: drop one of the two.")
             if isinstance(what, Case):
                 case = _with_limits(what, limits, given)
             else:
@@ -84,7 +89,7 @@ class Perf:
         if gpu is None and case.needs_gpu and not visible_gpus():
             pytest.skip("needs a CUDA GPU: none is visible")
         try:
-            row = self._run(case, what, gpu)
+            row = self._run(case, what, gpu, judge=judge)
         except LaunchError as error:
             self._end(
                 Ending(outcome="failed", blame="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
@@ -96,13 +101,13 @@ class Perf:
         self._end(chosen, can_wait=row.record.status == "ok" and chosen.blame == "not comparable")
         return row.record
 
-    def _run(self, case: Case, what: Case | str | Callable[[], Any], gpu: str | None) -> Row:
+    def _run(self, case: Case, what: Case | str | Callable[[], Any], gpu: str | None, *, judge: bool) -> Row:
         try:
             if gpu is not None:
-                return self._runner.predict(case, gpu, self._command)
+                return self._runner.predict(case, gpu, self._command, judge=judge)
             if callable(what):
-                return self._runner.run_bare(case, what, self._command)
-            return self._runner.run(case, self._command)
+                return self._runner.run_bare(case, what, self._command, judge=judge)
+            return self._runner.run(case, self._command, judge=judge)
         except KeyboardInterrupt:
             # pytest tears this test down after all filters are gone, and pytest-benchmark would warn that it was unused.
             self._benchmark.skipped = True

@@ -61,8 +61,10 @@ class Runner:
         if isinstance(event, Phase):
             self._progress.phase(f"{self._process}{event.name}")
 
-    def run(self, case: Case, command: str) -> Row:
+    def run(self, case: Case, command: str, *, judge: bool = True) -> Row:
         """Run the case in a process of its own, and judge it; `command` is what runs just this case.
+
+        Without `judge` no baseline is looked at or written; what is no sound record is bad all the same.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -70,7 +72,8 @@ class Runner:
         """
         self._began = time.monotonic() if self._began is None else self._began
         with self._progress.case(case.id):
-            return self._judged(self._replicated(case, self._earlier(case) or self._first(case)), command)
+            first = self._earlier(case) or self._first(case)
+            return self._judged(self._replicated(case, first), command) if judge else self._unjudged(first, command)
 
     def _earlier(self, case: Case) -> Record | None:
         return None if self.earlier is None else self.earlier.record(case, _device_of(case))
@@ -107,7 +110,7 @@ class Runner:
         assert self._began is not None
         return replicated(first, further, self._plan, enough=self._enough, keep=self._keep, began=self._began)
 
-    def predict(self, case: Case, gpu: str, command: str) -> Row:
+    def predict(self, case: Case, gpu: str, command: str, *, judge: bool = True) -> Row:
         """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.
 
         Raises:
@@ -118,7 +121,7 @@ class Runner:
             launcher = self._predicting_launcher()
             launcher.prepare()
             record = launcher.run(Job(case=case, predict=gpu, fault=self._settings.fault))
-        return self._judged(record, command)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def _predicting_launcher(self) -> Launcher:
         if self._predicting is None:
@@ -127,11 +130,11 @@ class Runner:
             self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), environment={FAKE_CUDA: "1"})
         return self._predicting
 
-    def run_bare(self, case: Case, step: Callable[[], Any], command: str) -> Row:
+    def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
             record = measure_here(case, step, self._heard)
-        return self._judged(record, command)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def run_unjudged(self, job: Job) -> Record:
         """Run a job as it is, and neither judge nor list it: for tests of the suite itself.
@@ -151,6 +154,12 @@ class Runner:
             job = Job(case=case, device="cuda", measure_ceilings=True, canary=True)
             self._machine = self._launcher.run(job).circumstances
         return self._machine
+
+    def _unjudged(self, record: Record, command: str) -> Row:
+        self._keep(record)
+        row = Row(record=record, judgement=None if record.status == "ok" else self._judgement(record), command=command)
+        self.rows.append(row)
+        return row
 
     def _keep(self, record: Record) -> None:
         """Write the record where it was asked for; a sound one may stand in for a run in a later call."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 
-from hpc_core.errors import PredictError
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record
 from hpc_core.spec import FinetuneSpec, GenerateSpec
@@ -21,7 +20,7 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     """The record that this job's case would give on the GPU named in `job.predict`: bytes, counts and FLOPs, no times.
 
     Raises:
-        PredictError: something in the case has no model here.
+        PredictError: something in the case has no model here; of a step of the user's own, with the place in its code.
         HpcCoreError: the case cannot be built or run as asked.
     """
     emit(Phase("import"))
@@ -38,4 +37,6 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
         from hpc_core.predict.generate import predict_generate
 
         return predict_generate(prediction, workload)
-    raise PredictError(f"{job.case.id} is a callable: only generation and fine-tuning can be predicted so far.")
+    from hpc_core.predict.callable import predict_callable
+
+    return predict_callable(prediction, workload)

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import importlib.util
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -26,7 +27,7 @@ from hpc_core.predict.attention import Attention
 from hpc_core.predict.quantized import fake_bitsandbytes
 from hpc_core.predict.watch import GpuWatch
 
-__all__ = ["fake_gpu"]
+__all__ = ["fake_gpu", "was_moved"]
 
 _OWN_KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle", "_fused_rms_norm")
 """Composite operators that CUDA has kernels of its own for (native_functions.yaml). A CPU build lacks them, and autograd would take
@@ -114,15 +115,33 @@ def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Mod
         for child in self.children():
             child._apply(fn)
     with torch.no_grad():
-        for store in (self._parameters, self._buffers):
-            for name, value in store.items():
-                if value is None:
+        stores: Any = (self._parameters, self._buffers)
+        for store in stores:
+            for name, held in store.items():
+                if held is None:
                     continue
+                value = store[name] = _where_it_is_now(held)
                 changed = fn(value)
                 if changed is not value and (changed.dtype, changed.device) != (value.dtype, value.device):
-                    is_parameter = isinstance(value, torch.nn.Parameter)
-                    store[name] = torch.nn.Parameter(changed, value.requires_grad) if is_parameter else changed
+                    if isinstance(value, torch.nn.Parameter):
+                        changed = torch.nn.Parameter(changed, value.requires_grad)
+                    setattr(value, _MOVED_TO, weakref.ref(changed))
+                    store[name] = changed
     return self
+
+
+_MOVED_TO = "_hpc_core_moved_to"
+
+
+def _where_it_is_now(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that two modules share, such as tied embeddings, is moved once and stays shared."""
+    moved: Callable[[], torch.Tensor | None] = getattr(tensor, _MOVED_TO, lambda: None)
+    return tensor if (found := moved()) is None else _where_it_is_now(found)
+
+
+def was_moved(tensor: torch.Tensor) -> bool:
+    """Whether a module has bound another tensor in this one's place, when it was moved or cast."""
+    return hasattr(tensor, _MOVED_TO)
 
 
 @functools.cache

@@ -29,9 +29,10 @@ class CallableProgram:
         self._step()
 
 
-def load_factory(spec: CallableSpec) -> Program:
+def load_factory(spec: CallableSpec, device: str = "cpu") -> Program:
     """Import the factory, call it with its arguments, and keep the step it returns.
 
+    A factory with a parameter `device` that has no default, and that the arguments leave out, is given `device`: "cpu" or "cuda".
     What has `phases`, `period` and `step(mark)` is a program already: its peaks are measured by phase.
 
     Raises:
@@ -49,8 +50,9 @@ def load_factory(spec: CallableSpec) -> Program:
     factory = getattr(module, name, None)
     if factory is None:
         raise BuildError(f"The module {module_name} has no {name}.")
-    _check_arguments(spec, factory)
-    step = factory(**spec.arguments)
+    arguments = _device_for(factory, device) | spec.arguments
+    _check_arguments(spec, factory, arguments)
+    step = factory(**arguments)
     if all(hasattr(step, name) for name in ("phases", "period", "step")):
         program: Program = step
         return program
@@ -61,9 +63,17 @@ def load_factory(spec: CallableSpec) -> Program:
     return CallableProgram(step)
 
 
-def _check_arguments(spec: CallableSpec, factory: Any) -> None:
+def _device_for(factory: Any, device: str) -> dict[str, str]:
     try:
-        inspect.signature(factory).bind(**spec.arguments)
+        wanted = inspect.signature(factory).parameters.get("device")
+    except (TypeError, ValueError):  # not callable, or written in C
+        return {}
+    return {} if wanted is None or wanted.default is not wanted.empty else {"device": device}
+
+
+def _check_arguments(spec: CallableSpec, factory: Any, arguments: dict[str, Any]) -> None:
+    try:
+        inspect.signature(factory).bind(**arguments)
     except TypeError as error:
         raise BuildError(f"The factory {spec.factory} cannot be called with {spec.arguments}: {error}.") from error
     except ValueError:

@@ -1,0 +1,65 @@
+"""`perf(…, judge=False)`: a test whose own assertions are all there is. Workers are told, not run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.told_project import Run, told_project
+
+pytestmark = pytest.mark.slow
+
+SUITE = """
+from hpc_core import GiB, Limits
+
+def test_sound(perf):
+    assert perf("told:step", peak=GiB, judge=False).metrics["peak_bytes"].value == GiB
+
+def test_asserts(perf):
+    assert perf("told:step", peak=GiB, judge=False).metrics["peak_bytes"].value < GiB
+
+def test_invalid(perf):
+    perf("told:invalid", judge=False)
+
+def test_crash(perf):
+    perf("told:crash", judge=False)
+
+def test_limited(perf):
+    perf("told:step", judge=False, limits=Limits(peak_bytes=GiB))
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest in a project of unjudged tests."""
+    return told_project(pytester, monkeypatch, {"test_own.py": SUITE})
+
+
+def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
+    """Green without a baseline, under strict too; red by its own assertion, a run that broke or was not what was asked, or needless limits."""
+    result = run("--benchmark", "--perf-strict", "--benchmark-json=out.json")
+    result.assert_outcomes(passed=1, failed=4)
+    result.stdout.fnmatch_lines([
+        "*assert 1073741824 < 1073741824",
+        "invalid: It ran without the quantization that was asked for.",
+        "crash in build: it went wrong.",
+        "perf(judge=False) judges nothing, so limits= would be ignored: drop one of the two.",
+        "test_own/test_sound *OK*",
+    ])  # fmt: skip
+    assert (pytester.path / "out.json").exists()
+
+
+def test_nothing_is_accepted(pytester: pytest.Pytester, run: Run) -> None:
+    """--perf-update writes no baseline of it, and says nothing of one."""
+    result = run("--benchmark", "--case=test_own/test_sound", "--perf-update", "--reason=all of them")
+    result.assert_outcomes(passed=1, deselected=4)
+    assert not (pytester.path / "baselines").exists()
+
+
+def test_properties_of_a_test_reach_junit(pytester: pytest.Pytester, run: Run) -> None:
+    """As the instruments note what they saw: properties of the item are in JUnit's report, without a warning that ends the test."""
+    (pytester.path / "bench" / "test_own.py").write_text(
+        "def test_noted(perf, request):\n    perf('told:step', judge=False)\n"
+        "    request.node.user_properties.append(('seen.busy_s', 0.25))\n"
+    )
+    assert run("--benchmark", "--junitxml=junit.xml").ret == 0
+    assert '<property name="seen.busy_s" value="0.25" />' in (pytester.path / "junit.xml").read_text()

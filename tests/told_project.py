@@ -1,0 +1,34 @@
+"""A project of somebody else for stories in which workers are told, not run: its warnings are errors, its suite lies in bench/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+
+from hpc_core.plugin import runner
+from tests.told_launcher import ToldLauncher
+
+__all__ = ["Run", "told_project"]
+
+Run = Callable[..., pytest.RunResult]
+
+
+def told_project(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str] | None = None
+) -> Run:
+    """Make the project, with these files in its bench/, and return what runs pytest in it."""
+    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    pytester.makepyprojecttoml("""
+        [tool.pytest.ini_options]
+        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
+        filterwarnings = ["error"]
+    """)
+    folder = pytester.mkdir("bench")
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
+
+    def ran(*arguments: str) -> pytest.RunResult:
+        return pytester.runpytest_inprocess(*arguments)
+
+    return ran
