@@ -16,7 +16,7 @@ from hpc_core.spec import SCHEMA
 from hpc_core.store import Accepted, Baseline, accept, find, gated_metrics
 from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
 
-GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.REGRESSED]
+GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]
 values = st.integers(1, 2**45)
 directions = st.sampled_from(["lower", "higher", "same"])
 shifts = st.integers(-(2**33), 2**33) | st.integers(-3, 3) | st.integers(-3 * MiB, 3 * MiB)

@@ -13,6 +13,7 @@ import msgspec
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
 from hpc_core.gate import judge
+from hpc_core.gate.family import SUITE_ALPHA
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
@@ -33,6 +34,8 @@ class Runner:
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         self.rows: list[Row] = []
+        self.alpha = SUITE_ALPHA
+        """The share of the suite's false alarms that one case has."""
         self._settings = settings
         self._progress = progress
         self._ceilings: dict[str, float] | None = None
@@ -125,7 +128,8 @@ class Runner:
         return () if before is None else grown(before, record)
 
     def _judgement(self, record: Record) -> Any:
-        return judge(record, find(self._settings.baselines, record.circumstances.machine.key, record.case.id))
+        lookup = find(self._settings.baselines, record.circumstances.machine.key, record.case.id)
+        return judge(record, lookup, alpha=self.alpha)
 
     def _accepted(self, row: Row) -> Row:
         try:
