@@ -41,7 +41,7 @@ def aa(
     as_json: Annotated[bool, typer.Option("--json", help="The rates as JSON, instead of a table.")] = False,
     cases: Files = None,
 ) -> None:
-    """Run the same cases again and again: how often does the gate cry wolf here, and how small a change does it see?"""
+    """Run the same cases again and again: how often the gate cries wolf here, and how small a change it sees."""
     if samples:
         if case or out is not None:
             raise SpecError("--samples runs nothing: drop --case and --out.")

@@ -76,12 +76,17 @@ def _suite(rates: ErrorRates) -> list[str]:
         f"sees: the least change that is REGRESSED in {POWER:.0%} of comparisons; A/B with {BUSY_PAIRS} processes a side"
         f" ({WALL_PAIRS} for wall time), stored: against the other starts",
     ]
-    if rates.suite is None:
+    if rates.starts < 2:
         return [*lines, "Stored baselines and other rules need a second start: run again with the same --out."]
-    lines.append(f"suite runs with a false alarm of the gate: {_percent(rates.suite)} (drawn by start)")
-    lines.append(
-        f"  by comparisons that share no start: {rates.alarmed} of {rates.comparisons}, so at most {_percent(rates.bound)}"
-    )
+    if rates.suite is None:
+        lines.append("suite runs with a false alarm of the gate: none, since it judges no time here (no GPU)")
+    else:
+        drawn = f"{_percent(rates.suite)} (drawn by start)"
+        apart = f"{rates.alarmed} of {rates.comparisons}, so at most {_percent(rates.bound)}"
+        lines += [
+            f"suite runs with a false alarm of the gate: {drawn}",
+            f"  by comparisons that share no start: {apart}",
+        ]
     for noise, rules in rates.suite_others.items():
-        lines += [f"  {rule} on {noise} time: {_percent(share)}" for rule, share in rules.items()]
+        lines += [f"  of {rule} on {noise} time: {_percent(share)}" for rule, share in rules.items()]
     return lines

@@ -53,12 +53,11 @@ class BusyFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sm_clock_mhz(gpu: Mapping[str, Any]) -> float | None:
-    """The SM clock that a record's circumstances hold: the median of those seen during the work, else that after it."""
-    after = gpu.get("after")
-    seen = gpu.get(CLOCK, after.get(CLOCK) if isinstance(after, Mapping) else None)
-    values = seen if isinstance(seen, list | tuple) else [seen]
-    clocks = [float(value) for value in values if isinstance(value, int | float) and value > 0]
-    return statistics.median(clocks) if clocks else None
+    """The SM clock that a record's circumstances hold: the one seen while the device was busy, else the one after it."""
+    busy = gpu.get("busy")
+    states = (busy.get("during") if isinstance(busy, Mapping) else None, gpu.get("after"))
+    clocks = [state[CLOCK] for state in states if isinstance(state, Mapping) and CLOCK in state]
+    return next((float(clock) for clock in clocks if isinstance(clock, int | float) and clock > 0), None)
 
 
 def judge_busy(name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence) -> BusyFinding:

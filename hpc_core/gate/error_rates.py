@@ -36,7 +36,7 @@ class ErrorRates(msgspec.Struct, frozen=True, kw_only=True):
     """Tests by interval that the suite's alpha is divided over."""
     alpha: float
     suite: float | None
-    """Share of suite runs with a false alarm, under the model; None for a single start."""
+    """Share of suite runs with a false alarm, under the model; None for a single start, or where no busy time is judged."""
     suite_others: dict[str, dict[str, float]]
     """By noise class and rule: the share of ordered pairs of starts with an alarm on any such metric of any case."""
     comparisons: int
@@ -86,7 +86,7 @@ def error_rates(
 
 
 def _suite(samples: Samples, level: float, generator: random.Random, resamples: int) -> float | None:
-    if len(samples.starts) < 2:
+    if len(samples.starts) < 2 or all(metric.noise != "busy" for metric in samples.metrics.values()):
         return None
     alarms = 0
     for _ in range(resamples):

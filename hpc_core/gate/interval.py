@@ -25,6 +25,7 @@ __all__ = [
     "history_interval",
     "interval_of",
     "paired_interval",
+    "t_quantile",
     "three_way",
 ]
 
@@ -75,10 +76,15 @@ def busy_interval(new: Sequence[float], sessions: Sequence[Sequence[float]], spr
 
 
 def paired_interval(
-    base: Sequence[float], head: Sequence[float], alpha: float, *, spread: Spread | None = None
+    base: Sequence[float],
+    head: Sequence[float],
+    alpha: float,
+    *,
+    pass_alpha: float = PASS_ALPHA,
+    spread: Spread | None = None,
 ) -> Interval:
     """One value a process, in pairs of an ABBA order. With `spread`, what is known of processes counts beside the pairs."""
-    return interval_of(paired_distance(base, head, spread), alpha)
+    return interval_of(paired_distance(base, head, spread), alpha, pass_alpha=pass_alpha)
 
 
 def history_interval(

@@ -20,23 +20,24 @@ from hpc_core.record import Better
 __all__ = ["Look", "Sequential"]
 
 _PASS_LOOKS = 5
-_MOST_MORE = 200
+_MOST_PAIRS = 100
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """What one look gave."""
+    """What one look at the pairs so far says."""
 
     verdict: Verdict | None
     """None while undecided and more pairs are allowed."""
-    interval: Interval
+    interval: Interval | None
+    """None before the first look."""
     alpha_spent: float
     """At most so likely was a false REGRESSED at this look or an earlier one."""
-    settled_by: str = ""
-    """At the cap, what would decide it."""
+    settles: str = ""
+    """At the cap, a sentence: what would settle it."""
 
 
 class Sequential(msgspec.Struct, frozen=True):
-    """The rule; `look` is called with all pairs so far, after each pair from `least_pairs` on.
+    """The rule; `look` is called with all pairs so far, after each pair.
 
     Args:
         alpha: of a false REGRESSED, over all looks together.
@@ -45,6 +46,9 @@ class Sequential(msgspec.Struct, frozen=True):
         most_pairs: pairs after which an undecided comparison is INCONCLUSIVE.
         better: direction of the metric.
         spread: of processes, where it is known; None lets the pairs alone say it, as for wall time.
+
+    Raises:
+        ValueError: alpha is not between 0 and 0.5, the tolerance below 0, or the numbers of pairs make no sense.
     """
 
     alpha: float
@@ -55,13 +59,8 @@ class Sequential(msgspec.Struct, frozen=True):
     spread: Spread | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot decide.
-
-        Raises:
-            ValueError: fewer than 2 pairs, or fewer at most than at least.
-        """
-        if not 2 <= self.least_pairs <= self.most_pairs:
-            raise ValueError(f"An A/B takes 2 pairs at least, got {self.least_pairs} to {self.most_pairs}.")
+        if not 0 < self.alpha < 0.5 or not 2 <= self.least_pairs <= self.most_pairs or self.tolerance < 0:
+            raise ValueError(f"No rule: {self}.")
 
     @property
     def looks(self) -> int:
@@ -69,31 +68,31 @@ class Sequential(msgspec.Struct, frozen=True):
         return self.most_pairs - self.least_pairs + 1
 
     def look(self, base: Sequence[float], head: Sequence[float]) -> Look:
-        """Judge all pairs so far.
+        """Judge all pairs so far, one value a process, in seconds or anything else above 0.
 
         Raises:
-            ValueError: no pair, sides of different length, or a value that is not above 0.
+            ValueError: sides of different length, or a value that is not above 0.
         """
+        if len(base) < self.least_pairs and len(base) == len(head):
+            return Look(verdict=None, interval=None, alpha_spent=0.0)
         distance = paired_distance(base, head, self.spread)
         interval = self._interval(distance)
-        taken = distance.new - self.least_pairs + 1
-        spent = self.alpha * min(max(taken, 0), self.looks) / self.looks
-        if taken < 1:
-            return Look(verdict=None, interval=interval, alpha_spent=spent)
+        spent = self.alpha * min(distance.new - self.least_pairs + 1, self.looks) / self.looks
         verdict = three_way(interval, self.tolerance, self.better)
         if verdict is not Verdict.INCONCLUSIVE:
             return Look(verdict=verdict, interval=interval, alpha_spent=spent)
         if distance.new < self.most_pairs:
             return Look(verdict=None, interval=interval, alpha_spent=spent)
-        return Look(verdict=verdict, interval=interval, alpha_spent=spent, settled_by=self._settled_by(distance))
+        return Look(verdict=verdict, interval=interval, alpha_spent=spent, settles=self._settles(distance))
 
     def _interval(self, distance: Distance) -> Interval:
         passing = PASS_ALPHA / min(_PASS_LOOKS, self.looks)
         return interval_of(distance, self.alpha / self.looks, pass_alpha=passing)
 
-    def _settled_by(self, distance: Distance) -> str:
-        for more in range(1, _MOST_MORE + 1):
-            verdict = three_way(self._interval(distance.grown(new=more)), self.tolerance, self.better)
-            if verdict is not Verdict.INCONCLUSIVE:
-                return f"{more} more {'pair' if more == 1 else 'pairs'}"
-        return f"more than {_MOST_MORE} pairs: the change lies at the limit"
+    def _settles(self, distance: Distance) -> str:
+        run = distance.new
+        for pairs in range(run + 1, _MOST_PAIRS + 1):
+            grown = distance.grown(new=pairs - run)
+            if three_way(self._interval(grown), self.tolerance, self.better) is not Verdict.INCONCLUSIVE:
+                return f"About {pairs} pairs like these would settle it ({run} were run)."
+        return f"More than {_MOST_PAIRS} pairs like these ({run} were run), a quieter machine, or another tolerance would settle it."
