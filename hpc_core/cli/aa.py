@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import time
 from pathlib import Path
 from typing import Annotated
@@ -33,9 +34,10 @@ def aa(
     case: Annotated[
         list[str] | None, typer.Option("--case", help="Cases, as a glob over whole ids; repeatable.")
     ] = None,
-    processes: Annotated[int, typer.Option(min=2, help="Fresh processes a case.")] = 4,
-    out: Annotated[
-        Path | None, typer.Option(help="Add this start's samples to a file, and judge all it holds.")
+    processes: Annotated[int, typer.Option(min=1, help="Fresh processes a case.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Add the samples to a file, and judge all that it holds.")] = None,
+    start: Annotated[
+        str | None, typer.Option(help="Name of this machine start; a name that the file has adds processes to it.")
     ] = None,
     samples: Annotated[list[Path] | None, typer.Option(help="Run nothing: judge the samples of these files.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rates as JSON, instead of a table.")] = False,
@@ -43,16 +45,13 @@ def aa(
 ) -> None:
     """Run the same cases again and again: how often the gate cries wolf here, and how small a change it sees."""
     if samples:
-        if case or out is not None:
-            raise SpecError("--samples runs nothing: drop --case and --out.")
+        if case or start is not None or out is not None:
+            raise SpecError("--samples runs nothing: drop --case, --start and --out.")
         held = merged([_read(path) for path in samples])
     else:
         # Read before anything runs: a file that cannot be added to must not cost a run.
-        earlier = [_read(out)] if out is not None and out.exists() else []
-        held = merged([*earlier, _measured(_chosen(case or [], cases), processes)])
-        if out is not None:
-            write_whole(out, samples_to_json(held))
-            tell(f"wrote {out}: {len(held.starts)} {'start' if len(held.starts) == 1 else 'starts'}")
+        held = _read(out) if out is not None and out.exists() else Samples(metrics={}, starts=())
+        held = _measured(held, _chosen(case or [], cases), processes, start, out)
     rates = error_rates(held)
     say(msgspec.json.format(msgspec.json.encode(rates), indent=2).decode() if as_json else table(rates))
 
@@ -80,45 +79,52 @@ def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
     return [each for each in here if each.scale == ("full" if gpu else "tiny")]
 
 
-def _measured(cases: list[Case], processes: int) -> Samples:
-    """Round after round of all cases, so that whatever drifts is shared by them.
+def _measured(held: Samples, cases: list[Case], processes: int, name: str | None, out: Path | None) -> Samples:
+    """Round after round of all cases, so that whatever drifts is shared by them; each round is written as it ends.
 
     Raises:
         LaunchError: no worker can be started at all.
-        SpecError: a case gave no numbers.
+        SpecError: a case gave no numbers, or what it measures is declared otherwise in the file.
     """
-    records: dict[str, list[Record]] = {each.id: [] for each in cases}
     began = time.monotonic()
+    name = name or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     with Launcher("warm") as launcher:
-        for turn in range(processes):
+        for turn in range(1, processes + 1):
+            records = []
             for each in cases:
-                record = launcher.run(Job(case=each))
-                if record.status != "ok":
-                    why = record.failure.message if record.failure is not None else " ".join(record.reasons)
-                    raise SpecError(f"{each.id}: process {turn + 1} of {processes} is {record.status}: {why}")
-                records[each.id].append(record)
-                tell(f"{each.id}: process {turn + 1} of {processes} ({time.monotonic() - began:.0f} s)")
-    seen = next(iter(records.values()))[0].circumstances
-    declared: dict[str, Declared] = {}
-    values: dict[str, dict[str, tuple[float, ...]]] = {}
-    for case_id, held in records.items():
-        looked_at = {name: metric for name, metric in held[0].metrics.items() if _looked_at(name, metric)}
-        declared |= {name: Declared(metric.unit, metric.noise, metric.better) for name, metric in looked_at.items()}
-        values[case_id] = {name: _values(name, held) for name in looked_at}
-    after = seen.gpu.get("after", {})
+                tell(f"{each.id}: process {turn} of {processes} ({time.monotonic() - began:.0f} s)")
+                records.append(_sound(launcher.run(Job(case=each)), f"{turn} of {processes}"))
+            held = merged([held, *(_sample(record, name) for record in records)])
+            if out is not None:
+                write_whole(out, samples_to_json(held))
+    if out is not None:
+        count = len(held.starts)
+        tell(f"{out} holds {'1 start' if count == 1 else f'{count} starts'}")
+    return held
+
+
+def _sound(record: Record, which: str) -> Record:
+    if record.status != "ok":
+        why = record.failure.message if record.failure is not None else " ".join(record.reasons)
+        raise SpecError(f"{record.case.id}: process {which} is {record.status}: {why}")
+    return record
+
+
+def _sample(record: Record, name: str) -> Samples:
+    """One process of one case."""
+    seen = record.circumstances
+    metrics = {key: metric for key, metric in record.metrics.items() if _looked_at(key, metric)}
     start = Start(
+        name=name,
         at=seen.started_at,
         machine=seen.machine.key,
-        gpu_uuid=str(after.get("uuid", seen.machine.key)),
+        gpu_uuid=str(seen.gpu.get("after", {}).get("uuid", seen.machine.key)),
         stack=seen.stack,
-        cases=values,
+        cases={record.case.id: {key: (metric.value,) for key, metric in metrics.items()}},
     )
+    declared = {key: Declared(metric.unit, metric.noise, metric.better) for key, metric in metrics.items()}
     return Samples(metrics=declared, starts=(start,))
 
 
 def _looked_at(name: str, metric: Metric) -> bool:
     return name in _TIMED or (metric.gated and metric.noise != "wall")
-
-
-def _values(name: str, records: list[Record]) -> tuple[float, ...]:
-    return tuple(record.metrics[name].value for record in records if name in record.metrics)

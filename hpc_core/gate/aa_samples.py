@@ -23,8 +23,10 @@ class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One machine start. All its processes ran in turn, case after case, so that they share its luck."""
 
+    name: str
+    """Samples of one name and card are of one start."""
     at: str
-    """ISO 8601, UTC."""
+    """ISO 8601, UTC: when its first process began."""
     machine: str
     gpu_uuid: str
     """"cpu" without a GPU."""
@@ -68,22 +70,36 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def merged(parts: Iterable[Samples]) -> Samples:
-    """All starts of several files, the earliest first.
+    """All starts of several files, the earliest first; what is of one start is put together.
 
     Raises:
         SpecError: a metric is declared in two ways, or the starts are of several kinds of machine.
     """
     metrics: dict[str, Declared] = {}
-    starts: list[Start] = []
+    starts: dict[tuple[str, str], Start] = {}
     for part in parts:
         for name, declared in part.metrics.items():
             if metrics.setdefault(name, declared) != declared:
                 raise SpecError(f"A/A samples declare {name} in two ways: {metrics[name]} and {declared}.")
-        starts += part.starts
-    machines = sorted({start.machine for start in starts})
+        for start in part.starts:
+            key = start.name, start.gpu_uuid
+            starts[key] = _joined(starts[key], start) if key in starts else start
+    machines = sorted({start.machine for start in starts.values()})
     if len(machines) > 1:
         raise SpecError(f"A/A samples of several kinds of machine say nothing of any: {', '.join(machines)}.")
-    return Samples(metrics=metrics, starts=tuple(sorted(starts, key=lambda start: start.at)))
+    return Samples(metrics=metrics, starts=tuple(sorted(starts.values(), key=lambda start: start.at)))
+
+
+def _joined(one: Start, other: Start) -> Start:
+    """The processes of both, in order."""
+    cases = {
+        case: {
+            name: (*one.cases.get(case, {}).get(name, ()), *other.cases.get(case, {}).get(name, ()))
+            for name in one.cases.get(case, {}) | other.cases.get(case, {})
+        }
+        for case in one.cases | other.cases
+    }
+    return msgspec.structs.replace(one, at=min(one.at, other.at), cases=cases)
 
 
 def samples_from_json(text: bytes, where: str) -> Samples:
