@@ -138,7 +138,7 @@ def test_a_share_of_wall_time_that_is_unlike(share: float, slower: float, verdic
     """More than twice apart, busy time is not compared; a share that moved because busy time did is no excuse."""
     shown = Metric(value=share, unit="ratio", noise="wall", better="higher", depends_on=("case",), gated=False)
     metrics = {"busy_s": busy(0.2 * slower), "busy_share": shown}
-    sessions = {"busy_s": STEADY, "busy_share": [(0.45,), (0.41,)]}
+    sessions: dict[str, Any] = {"busy_s": STEADY, "busy_share": [(0.45,), (0.41,)]}
     judgement = judge(a_record(metrics), stored({"busy_s": busy(0.2)}), sessions=sessions)
     assert judgement.verdict.value == verdict
     assert ("more than 2 times apart" in judgement.reason) == (verdict == "INCONCLUSIVE")

@@ -28,7 +28,7 @@ def expected_line(judged: Iterable[MetricVerdict]) -> str | None:
     if not levels:
         return None
     tests = "1 test" if len(levels) == 1 else f"{len(levels)} tests"
-    return f"expected false alarms in this run: {_short(sum(levels))} ({tests} of GPU-busy time; bytes and counts have none)"
+    return f"expected false alarms in this run: {_short(sum(levels))} ({tests} of GPU-busy time)"
 
 
 def _short(value: float) -> str:
