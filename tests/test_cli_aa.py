@@ -14,6 +14,7 @@ from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_f
 from hpc_core.gate.error_rates import binomial_bound, error_rates
 from hpc_core.gate.family import share
 from hpc_core.gate.interval import busy_interval, three_way
+from hpc_core.gate.metric_rates import residuals
 from hpc_core.gate.spread import SPREADS
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict
@@ -104,6 +105,13 @@ def test_a_change_that_is_detected_is() -> None:
 
     assert regressed(said.detects * 1.01) >= 180
     assert regressed(said.detects / 2) <= 10
+
+
+def test_differences_to_a_start_spread_as_processes_do() -> None:
+    """However few processes a start has, what is drawn for an A/B spreads as they do: a mean of two takes half away, and it is put back."""
+    logs = np.random.default_rng(5).normal(0, 0.01, (2000, 2))
+    drawn = residuals([tuple(pair) for pair in np.exp(logs).tolist()])
+    assert np.std(drawn) == pytest.approx(0.01, rel=0.1)  # its own deviation is 1.6 %
 
 
 def test_starts_that_differ_are_found_out() -> None:

@@ -60,6 +60,12 @@ def test_five_stored_sessions_keep_the_level_whatever_sessions_differ_by(between
     assert alarms(sessions(1, count + 1, between=between), by_data, 0.0) <= most(RUNS, ALPHA)
 
 
+def test_one_process_against_sessions_of_three_keeps_the_level() -> None:
+    """A single new process is less sure than the stored medians of three, where it is processes that differ, by 1 %."""
+    draws = ([*old, new[:1]] for *old, new in sessions(11, 6, between=0.0, within=0.01))
+    assert alarms(draws, by_data, 0.0) <= most(RUNS, ALPHA)
+
+
 @pytest.mark.parametrize("noise", [{"spikes": 0.05}, {"drift": 0.003}, {"spikes": 0.1, "drift": 0.001}], ids=str)
 def test_spikes_and_drift_alarm_no_more_than_stated(noise: dict[str, float]) -> None:
     """A process in twenty 5 % slower, or a machine that wanders by 0.3 % a session: still within alpha, at the default tolerance."""
@@ -108,6 +114,12 @@ def pairs(seed: int, count: int, change: float, *, drift: float = 0.0) -> Iterat
 def test_an_ab_keeps_the_level_whatever_its_session_is_like(count: int, drift: float) -> None:
     """Sessions of 3 % difference and a steady drift cancel in ABBA pairs: at most alpha of the intervals lie above no change."""
     found = [paired_interval(base, head, ALPHA) for base, head in pairs(5, count, 0.0, drift=drift)]
+    assert sum(interval.low > 0 for interval in found) <= most(RUNS, ALPHA)
+
+
+def test_an_ab_with_the_known_spread_of_processes_keeps_the_level() -> None:
+    """Where processes spread as is known of them, that knowledge narrows the interval of three pairs and keeps its level."""
+    found = [paired_interval(base, head, ALPHA, spread=SPREADS["train"]) for base, head in pairs(12, 3, 0.0)]
     assert sum(interval.low > 0 for interval in found) <= most(RUNS, ALPHA)
 
 

@@ -24,7 +24,7 @@ from hpc_core.gate.tolerance import BUSY_RATIOS, PAIRED_RATIO, beyond, tolerance
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import Metric
 
-__all__ = ["BUSY_PAIRS", "POWER", "WALL_PAIRS", "Rate", "Side", "against_stored", "processes", "rate"]
+__all__ = ["BUSY_PAIRS", "POWER", "WALL_PAIRS", "Rate", "Side", "against_stored", "processes", "rate", "residuals"]
 
 POWER = 0.95
 PROCESSES = 3
@@ -84,9 +84,9 @@ def rate(
         paired = stored = _exact(every, declared) if len(every) > 1 else None
     else:
         if several:
-            residuals = _residuals(several)
+            about = residuals(several)
             paired = _side(
-                [_ab(name, declared, residuals, level, generator) for _ in range(resamples)], _paired_ratio(declared)
+                [_ab(name, declared, about, level, generator) for _ in range(resamples)], _paired_ratio(declared)
             )
         if len(held) > (1 if declared.noise == "busy" else LEAST_SESSIONS):
             found = [against_stored(name, declared, *_drawn(held, generator), level) for _ in range(resamples)]
@@ -133,7 +133,7 @@ def _metric(value: float, declared: Declared) -> Metric:
     return Metric(value=value, unit=declared.unit, noise="exact", better=declared.better, depends_on=("case", "stack"))
 
 
-def _residuals(held: list[tuple[float, ...]]) -> list[float]:
+def residuals(held: list[tuple[float, ...]]) -> list[float]:
     """Processes about their start in log ratio, widened by what a mean of so few takes away."""
     found = []
     for values in held:
@@ -161,10 +161,10 @@ def _stored_ratio(name: str, declared: Declared) -> float:
     return BUSY_RATIOS[family_of(name)] if declared.noise == "busy" else WALL_RATIO
 
 
-def _ab(name: str, declared: Declared, residuals: list[float], level: float, generator: random.Random) -> Interval:
+def _ab(name: str, declared: Declared, about: list[float], level: float, generator: random.Random) -> Interval:
     busy = declared.noise == "busy"
     count = BUSY_PAIRS if busy else WALL_PAIRS
-    base, head = ([math.exp(generator.choice(residuals)) for _ in range(count)] for _ in range(2))
+    base, head = ([math.exp(generator.choice(about)) for _ in range(count)] for _ in range(2))
     return interval_of(paired_distance(base, head, SPREADS[family_of(name)] if busy else None), level)
 
 
