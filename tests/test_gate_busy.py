@@ -8,7 +8,7 @@ import pytest
 
 from hpc_core.gate import MetricVerdict, Verdict, judge
 from hpc_core.gate.busy import sm_clock_mhz
-from hpc_core.gate.distance import stored_distance
+from hpc_core.gate.distance import Distance, stored_distance
 from hpc_core.gate.family import SUITE_ALPHA, expected_line
 from hpc_core.gate.interval import history_interval, interval_of, three_way
 from hpc_core.gate.sequential import Sequential
@@ -80,6 +80,23 @@ def test_what_would_settle_it_does() -> None:
     row = judged(0.2039, 0.204, 0.2041)
     assert row.settled_by
     assert row.settled_by in row.next_step
+
+
+@pytest.mark.parametrize(("new", "sessions"), [(1, 5), (3, 5), (1, 1), (2, 8)])
+def test_the_deviation_is_the_stated_one(new: int, sessions: int) -> None:
+    """between * (1 + 1/K) + within * (1/n_new + 1/n_old), where 1/n is the variance of a median: 1, 1/2, 0.449."""
+    between, within, of_median = 0.02**2, 0.01**2, {1: 1.0, 2: 0.5, 3: 0.44867}
+    distance = Distance(
+        centre=0.0,
+        session_variance=between + within * of_median[3],
+        process_variance=within,
+        new=new,
+        sessions=sessions,
+        stored=of_median[3],
+        text="",
+    )
+    expected = between * (1 + 1 / sessions) + within * (of_median[new] + of_median[3] / sessions)
+    assert distance.deviation**2 == pytest.approx(expected)
 
 
 def test_a_case_divides_its_share_over_its_busy_metrics() -> None:

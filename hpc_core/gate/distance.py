@@ -92,6 +92,8 @@ def stored_distance(
         raise ValueError("An interval needs at least one stored session.")
     medians = [statistics.median(session) for session in logs]
     process = _process_variance([*logs, ours], spread)
+    if len(logs) >= LEAST_SESSIONS:  # then what is assumed is only the least: it must not hide what the processes show
+        process = max(process, _process_variance([*logs, ours], None))
     stored = statistics.fmean(_median_variance(len(session)) for session in logs)
     count = len(logs)
     squares = _squares(medians)
