@@ -7,6 +7,9 @@ import shutil
 
 import pytest
 
+# A story in this process forgets the modules that it was the first to import, and numpy refuses to be loaded twice.
+import scipy.special  # noqa: F401
+
 pytest_plugins = ["pytester"]
 
 

@@ -181,9 +181,14 @@ def metrics(draw: st.DrawFn, *, least: int = 0) -> Metric:
     noise: Any = draw(st.sampled_from(["exact", "busy", "wall"]))
     dependences: list[Any] = [("case",), ("case", "stack"), ("case", "stack", "machine")]
     value: float = draw(st.integers(least, 2**63) if noise == "exact" else positive)
+    samples: tuple[float, ...] | None = None
+    if noise == "wall":
+        samples = tuple(draw(st.lists(positive, min_size=1, max_size=4)))
+    if noise == "busy":  # one value a process, and their median: processes of one start differ by a tenth of a percent
+        samples = draw(st.sampled_from([None, (value,), (value * 0.999, value, value * 1.001)]))
     return Metric(
         value=value,
-        samples=None if noise == "exact" else tuple(draw(st.lists(positive, min_size=1, max_size=4))),
+        samples=samples,
         unit=draw(st.sampled_from(["bytes", "1", "FLOP"])) if noise == "exact" else "s",
         noise=noise,
         better=draw(st.sampled_from(["lower", "higher", "same"])),

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hpc_core.gate import Judgement, Verdict, judge
+from hpc_core.gate.interval import busy_interval, paired_interval, three_way
+from hpc_core.gate.spread import SPREADS
 from hpc_core.limits import Limits, MiB
 from hpc_core.record import Metric, Record
 from hpc_core.spec import SCHEMA
 from hpc_core.store import Accepted, Baseline, accept, find, gated_metrics
 from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
 
-GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.REGRESSED]
+GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]
 values = st.integers(1, 2**45)
 directions = st.sampled_from(["lower", "higher", "same"])
+levels = st.floats(1e-5, 0.2)
+tolerances = st.floats(0.001, 0.1)
+families = st.sampled_from(list(SPREADS.values()))
+processes = st.lists(st.floats(0.9, 1.1), min_size=1, max_size=4)
+stored_sessions = st.lists(processes, min_size=1, max_size=7)
 shifts = st.integers(-(2**33), 2**33) | st.integers(-3, 3) | st.integers(-3 * MiB, 3 * MiB)
 
 
@@ -113,3 +124,93 @@ def test_judging_never_raises_and_always_explains(record: Record, held: dict[str
     for row in judgement.metrics:
         assert row.reason
         assert row.verdict is Verdict.PASS or row.next_step
+
+
+@given(
+    processes, stored_sessions, families, levels, tolerances, st.floats(1.0, 1.2), st.sampled_from(["lower", "higher"])
+)
+@settings(max_examples=200)
+def test_busy_time_that_is_worse_is_never_judged_better(
+    new: list[float], old: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, better: Any
+) -> None:
+    """A session whose every process is slower never gets a better verdict, nor a faster one where higher is better."""
+    slower = [value * factor for value in new]
+    verdicts = [three_way(busy_interval(each, old, spread, alpha), allowed, better) for each in (new, slower)]
+    good, bad = verdicts if better == "lower" else reversed(verdicts)
+    assert GOODNESS.index(good) <= GOODNESS.index(bad)
+
+
+@given(processes, stored_sessions, families, levels, st.floats(0.001, 1000.0))
+@settings(max_examples=100)
+def test_the_unit_of_time_does_not_matter(
+    new: list[float], old: list[list[float]], spread: Any, alpha: float, scale: float
+) -> None:
+    """Milliseconds give the interval that seconds do."""
+    one = busy_interval(new, old, spread, alpha)
+    other = busy_interval([v * scale for v in new], [[v * scale for v in each] for each in old], spread, alpha)
+    assert (other.low, other.pass_high) == pytest.approx((one.low, one.pass_high), rel=1e-6, abs=1e-9)
+
+
+@given(processes, stored_sessions, families, levels, tolerances)
+@settings(max_examples=200)
+def test_directions_mirror_each_other(
+    new: list[float], old: list[list[float]], spread: Any, alpha: float, allowed: float
+) -> None:
+    """An interval and its mirror image get one verdict where lower and where higher is better; "same" takes the graver one."""
+    seen = busy_interval(new, old, spread, alpha)
+    mirrored = msgspec.structs.replace(
+        seen, low=-seen.high, high=-seen.low, pass_low=-seen.pass_high, pass_high=-seen.pass_low
+    )
+    lower, higher = three_way(seen, allowed, "lower"), three_way(seen, allowed, "higher")
+    assert three_way(mirrored, allowed, "higher") is lower
+    assert three_way(mirrored, allowed, "lower") is higher
+    assert (three_way(seen, allowed, "same") is Verdict.REGRESSED) == (Verdict.REGRESSED in (lower, higher))
+    assert (three_way(seen, allowed, "same") is Verdict.PASS) == (lower is higher is Verdict.PASS)
+
+
+@given(processes, stored_sessions, families, levels, st.floats(0.0, 1.0), tolerances)
+@settings(max_examples=200)
+def test_a_tighter_level_decides_no_more(
+    new: list[float], old: list[list[float]], spread: Any, alpha: float, share: float, allowed: float
+) -> None:
+    """Fewer allowed false alarms never turn anything into REGRESSED, and never touch who passes."""
+    tighter = max(alpha * share, 1e-9)
+    one, other = (three_way(busy_interval(new, old, spread, level), allowed, "lower") for level in (alpha, tighter))
+    assert (other is Verdict.REGRESSED) <= (one is Verdict.REGRESSED)
+    if alpha <= 0.05:
+        assert (other is Verdict.PASS) == (one is Verdict.PASS)
+
+
+@given(st.lists(processes, min_size=2, max_size=7), families, levels, tolerances, st.floats(1.0, 4.0), st.booleans())
+@settings(max_examples=200)
+def test_more_spread_decides_no_more(
+    held: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, within: bool
+) -> None:
+    """The same medians, further apart between sessions or within them, never decide what was undecided."""
+    new, *old = held
+    middle = math.exp(statistics.fmean(math.log(statistics.median(each)) for each in old))
+
+    def wider(session: list[float]) -> list[float]:
+        centre = statistics.median(session)
+        if within:
+            return [centre * (value / centre) ** factor for value in session]
+        return [value / centre * middle * (centre / middle) ** factor for value in session]
+
+    before = busy_interval(new, old, spread, alpha)
+    after = busy_interval(wider(new) if within else new, [wider(each) for each in old], spread, alpha)
+    assume(after.centre == pytest.approx(before.centre, abs=1e-9))  # the median of two is no power's mean
+    assert after.low <= before.low + 1e-9
+    assert after.pass_high >= before.pass_high - 1e-9
+    graver = three_way(before, allowed, "lower")
+    assume(min(abs(before.low - allowed), abs(before.pass_high - allowed), abs(before.pass_high + allowed)) > 1e-8)
+    assert graver is not Verdict.INCONCLUSIVE or three_way(after, allowed, "lower") is Verdict.INCONCLUSIVE
+
+
+@given(st.lists(st.tuples(st.floats(0.9, 1.1), st.floats(0.9, 1.1)), min_size=2, max_size=12), st.floats(0.01, 0.2))
+@settings(max_examples=100)
+def test_an_ab_reads_the_same_backwards(pairs: list[tuple[float, float]], alpha: float) -> None:
+    """Base and head exchanged give the inverse interval, in any order of the pairs."""
+    base, head = ([pair[side] for pair in pairs] for side in (0, 1))
+    forth, back = paired_interval(base, head, alpha), paired_interval(head[::-1], base[::-1], alpha)
+    assert (1 + forth.low) * (1 + back.high) == pytest.approx(1, rel=1e-6)
+    assert (1 + forth.centre) * (1 + back.centre) == pytest.approx(1, rel=1e-6)

@@ -46,3 +46,21 @@ def test_the_command_names_a_file_that_must_be_named(run: Run) -> None:
     """What runs a case again works as it stands: a file that is only collected when named is in it."""
     result = run("--benchmark", "bench/together.py", "--perf-strict")
     result.stdout.fnmatch_lines(["*pytest --benchmark bench/together.py --case 'together/test_step'*"])
+
+
+def test_the_suites_false_alarms_are_divided_and_said(run: Run, pytester: pytest.Pytester) -> None:
+    """Two cases with busy time have half of the suite's false alarms each, and the run ends with what they add up to."""
+    (pytester.path / "bench" / "test_busy.py").write_text("""
+def test_one(perf):
+    perf("told:step", busy=0.2)
+
+def test_two(perf):
+    perf("told:step", busy=0.1)
+""")
+    said = "expected false alarms in this run: 0.01 (2 tests of GPU-busy time)"
+    run("--benchmark", "--perf-update", "--reason", "r").assert_outcomes(passed=2)
+    both = run("--benchmark")
+    both.assert_outcomes(passed=2)
+    assert said in both.outlines
+    extra = run("--benchmark", "--case", "test_busy/test_one")
+    assert said.replace("2 tests", "1 test") in extra.outlines

@@ -8,7 +8,7 @@ from typing import Any
 from hpc_core.launch.protocol import Event, Finished, Job, Phase, Way
 from hpc_core.record import Circumstances, Failure, FailureKind, Metric, Record
 from hpc_core.spec import CallableSpec, Case
-from tests.strategies import CPU, STACK, counted, wall
+from tests.strategies import CPU, STACK, busy, counted, wall
 
 SAMPLES = (0.25, 0.5, 0.75)
 
@@ -55,6 +55,8 @@ def _told(job: Job, what: str, arguments: dict[str, Any]) -> Record:
         value=0.5, samples=SAMPLES, unit="s", noise="wall", better="lower", depends_on=wall().depends_on, gated=False
     )
     metrics = {"peak_bytes": peak, "operators": counted(), "step_s": samples}
+    if "busy" in arguments:
+        metrics["busy_s"] = busy(arguments["busy"])
     reasons = ("It ran without the quantization that was asked for.",) if what == "invalid" else ()
     return Record(
         case=job.case, status="invalid" if reasons else "ok", reasons=reasons, metrics=metrics, circumstances=around

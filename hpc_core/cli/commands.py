@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 import hpc_core
+from hpc_core.cli.aa import aa
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
 from hpc_core.cli.history import history
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
+app.command("aa")(aa)
 
 EXIT_BROKEN = 11
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpc_core.gate.judge import judge
+from hpc_core.gate.level import sessions_of_level
 from hpc_core.gate.pull_request import Side, judge_pull_request
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Outcome, Verdict
 from hpc_core.gate.waiver import Waiver, expired, waived, waivers_from_toml
@@ -18,6 +19,7 @@ __all__ = [
     "expired",
     "judge",
     "judge_pull_request",
+    "sessions_of_level",
     "waived",
     "waivers_from_toml",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import msgspec
 
 from hpc_core.gate import sizes
+from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
+from hpc_core.gate.family import SUITE_ALPHA, share
 from hpc_core.gate.metric import Bench, judge_metric, update_command
 from hpc_core.gate.moved import case_changes, packages_moved
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, worst
@@ -27,9 +29,19 @@ class _Obstacle(msgspec.Struct, frozen=True):
     next_step: str
 
 
-def judge(record: Record, lookup: Lookup, limits: Limits | None = None) -> Judgement:
+def judge(
+    record: Record,
+    lookup: Lookup,
+    limits: Limits | None = None,
+    *,
+    sessions: Sessions | None = None,
+    alpha: float | None = None,
+) -> Judgement:
     """The verdict on a record, given what the store found for its case and machine.
 
+    `sessions` are the accepted sessions' values by metric, one a process, as far as they are of the level that is accepted now;
+    without them the baseline's value is the only session. They may also hold shares of wall time and `sm_clock_mhz`.
+    `alpha` is the case's share of the suite's false alarms; by default the case is all there is.
     `limits` defaults to those of the record's case. An absolute limit is judged even without a baseline, but a case
     without one is NO_BASELINE at best. A limit on a metric that the record lacks or does not gate is INCOMPATIBLE:
     it was asked for and cannot be kept. A record whose run failed is INVALID and `broken`.
@@ -44,6 +56,7 @@ def judge(record: Record, lookup: Lookup, limits: Limits | None = None) -> Judge
         machine=record.circumstances.machine.key,
         stack=record.circumstances.stack,
         baseline=baseline if obstacle is None else None,
+        evidence=_evidence(record, sessions or {}, SUITE_ALPHA if alpha is None else alpha),
     )
     accepted = {} if bench.baseline is None else bench.baseline.metrics
     gated = gated_metrics(record)
@@ -55,6 +68,17 @@ def judge(record: Record, lookup: Lookup, limits: Limits | None = None) -> Judge
     rows.sort(key=_gravest_first)
     moved = () if baseline is None else packages_moved(baseline.stack, bench.stack)
     return _judgement(record, tuple(rows), obstacle, moved)
+
+
+def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:
+    """What busy metrics are judged by; they divide the case's share of false alarms among themselves."""
+    tests = sum(metric.noise == "busy" for metric in gated_metrics(record).values())
+    return Evidence(
+        sessions=sessions,
+        alpha=share(tests, alpha),
+        clock_mhz=sm_clock_mhz(record.circumstances.gpu),
+        shares={name: float(metric.value) for name, metric in record.metrics.items() if name.startswith("busy_share")},
+    )
 
 
 def _unjudged(record: Record) -> Judgement:
@@ -156,7 +180,8 @@ def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:
     if leading.limit == "none":
         return f"{leading.reason}{more}"
     if leading.change is not None:
-        return f"{leading.metric} {sizes.change(leading.change, leading.unit)}, limit {leading.limit}{more}"
+        undecided = f", undecided: it takes {leading.settled_by}" if leading.settled_by else ""
+        return f"{leading.metric} {sizes.change(leading.change, leading.unit)}, limit {leading.limit}{undecided}{more}"
     # Judged by an absolute limit alone, so there is no change to show.
     value = "" if leading.new is None else f" {sizes.quantity(leading.new, leading.unit)}"
     return f"{leading.metric}{value}, limit {leading.limit}{more}"

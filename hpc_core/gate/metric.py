@@ -7,8 +7,11 @@ from collections.abc import Mapping
 import msgspec
 
 from hpc_core.gate import sizes
+from hpc_core.gate.busy import Evidence, judge_busy
+from hpc_core.gate.interval import Interval
 from hpc_core.gate.moved import packages_moved, time_incomparable
-from hpc_core.gate.tolerance import beyond, ceiling_text, exceeds, tolerance
+from hpc_core.gate.spread import family_of
+from hpc_core.gate.tolerance import Tolerance, beyond, ceiling_text, exceeds, tolerance
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.limits import Limit
 from hpc_core.record import Metric
@@ -27,6 +30,7 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     machine: str
     stack: Mapping[str, str]
     baseline: Baseline | None
+    evidence: Evidence
 
 
 class _Finding(msgspec.Struct, frozen=True):
@@ -36,6 +40,8 @@ class _Finding(msgspec.Struct, frozen=True):
     limit: str
     reason: str
     next_step: str = ""
+    interval: Interval | None = None
+    settled_by: str = ""
 
 
 def update_command(case: str) -> str:
@@ -69,6 +75,7 @@ def judge_metric(
     comparable = old is not None and new is not None and old.unit == new.unit
     difference = new.value - old.value if comparable and old is not None and new is not None else None
     known = new or old or shown
+    interval = next((finding.interval for finding in findings if finding.interval is not None), None)
     return MetricVerdict(
         metric=name,
         verdict=gravest.verdict,
@@ -80,6 +87,9 @@ def judge_metric(
         limit=gravest.limit,
         reason=" ".join(reasons),
         next_step=gravest.next_step,
+        interval=None if interval is None else (interval.low, interval.high),
+        alpha=None if interval is None else interval.alpha,
+        settled_by=gravest.settled_by,
     )
 
 
@@ -158,17 +168,28 @@ def _against(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metr
 
 
 def _compared(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
-    allowed = tolerance(old, limit)
-    verdict = beyond(old, new.value, allowed)
+    allowed = tolerance(old, limit, family_of(name))
     difference = new.value - old.value
     size = sizes.change(difference, new.unit)
     relative = f", {sizes.percent(difference / old.value)}" if old.value and difference else ""
-    reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {allowed.text}."
-    if verdict is Verdict.IMPROVED:
-        return _Finding(verdict, allowed.text, reason, f"Keep the gain: {update_command(bench.case)}")
-    if verdict is Verdict.PASS:
-        return _Finding(verdict, allowed.text, reason)
+    reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {allowed.text}"
+    if new.noise == "busy":
+        found = _busy(bench, name, new, old, allowed, reason)
+    else:
+        found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
+    if found.verdict is Verdict.IMPROVED:
+        return msgspec.structs.replace(found, next_step=f"Keep the gain: {update_command(bench.case)}")
+    if found.verdict is not Verdict.REGRESSED:
+        return found
     moved = packages_moved(baseline.stack, bench.stack) if "stack" in new.depends_on else ()
     suspects = f" Moved since the baseline: {', '.join(moved)}." if moved else ""
     step = f"Find the cause; if it is meant: {update_command(bench.case)}"
-    return _Finding(verdict, allowed.text, reason + suspects, step)
+    return msgspec.structs.replace(found, reason=found.reason + suspects, next_step=step)
+
+
+def _busy(bench: Bench, name: str, new: Metric, old: Metric, allowed: Tolerance, reason: str) -> _Finding:
+    seen = judge_busy(name, new, old, allowed.distance / abs(old.value), bench.evidence)
+    step = "Measure again." if seen.verdict is Verdict.INVALID else ""
+    if seen.verdict is Verdict.INCONCLUSIVE:
+        step = f"To settle it: {seen.settled_by}." if seen.settled_by else "Measure again under like conditions."
+    return _Finding(seen.verdict, allowed.text, reason + seen.text, step, seen.interval, seen.settled_by)

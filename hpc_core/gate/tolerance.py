@@ -8,19 +8,32 @@ from __future__ import annotations
 import msgspec
 
 from hpc_core.gate import sizes
+from hpc_core.gate.spread import Family
 from hpc_core.gate.verdict import Verdict
 from hpc_core.limits import Limit, MiB, relative_limit
 from hpc_core.record import Metric
 
-__all__ = ["BUSY_RATIO", "BYTES_FLOOR", "BYTES_RATIO", "Tolerance", "beyond", "ceiling_text", "exceeds", "tolerance"]
+__all__ = [
+    "BUSY_RATIOS",
+    "BYTES_FLOOR",
+    "BYTES_RATIO",
+    "PAIRED_RATIO",
+    "Tolerance",
+    "beyond",
+    "ceiling_text",
+    "exceeds",
+    "tolerance",
+]
 
 BYTES_RATIO = 0.0005
 """0.05 %: exact bytes."""
 BYTES_FLOOR = 2 * MiB
 """What a real allocator rounds to; counted tensor bytes are deterministic and get no floor."""
-BUSY_RATIO = 0.05
-"""5 % for one process against one stored process: starts of one machine type were seen 2.2 % apart. Replication, which
-would tell the two apart, is what narrows this."""
+BUSY_RATIOS: dict[Family, float] = {"train": 0.02, "prefill": 0.03, "decode": 0.05}
+"""GPU-busy time against stored sessions. An interval that lies on both sides of it is INCONCLUSIVE, so the tolerance leaves room
+for what two machine starts differ by (`hpc_core.gate.spread`): a clean run passes although its interval is not narrow."""
+PAIRED_RATIO = 0.005
+"""0.5 %: GPU-busy time in an A/B of one session, where machine starts play no part."""
 
 
 class Tolerance(msgspec.Struct, frozen=True):
@@ -30,14 +43,17 @@ class Tolerance(msgspec.Struct, frozen=True):
     text: str
 
 
-def tolerance(accepted: Metric, limit: Limit = None) -> Tolerance:
-    """The tolerance of a gated metric. A percentage replaces the default, floor included; a number leaves it alone."""
+def tolerance(accepted: Metric, limit: Limit = None, family: Family = "train") -> Tolerance:
+    """The tolerance of a gated metric. A percentage replaces the default, floor included; a number leaves it alone.
+
+    `family` is the noise family of a busy metric.
+    """
     relative = relative_limit(limit)
     sign = {"lower": "+", "higher": "-", "same": "±"}[accepted.better]
     if relative is not None:
         return _relative(accepted, relative, sign)
     if accepted.noise == "busy":
-        return _relative(accepted, BUSY_RATIO, sign)
+        return _relative(accepted, BUSY_RATIOS[family], sign)
     if accepted.unit != "bytes":
         return Tolerance(0.0, "equal")
     default = _relative(accepted, BYTES_RATIO, sign)

@@ -63,6 +63,12 @@ class MetricVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """One or two sentences with the numbers."""
     next_step: str
     """What to do; empty if nothing."""
+    interval: tuple[float, float] | None = None
+    """Where new / old - 1 lies, by the accepted sessions; None where no interval was needed."""
+    alpha: float | None = None
+    """The level of the interval's bounds: how often a value that is no worse than allowed is REGRESSED."""
+    settled_by: str = ""
+    """What would decide an INCONCLUSIVE comparison: "2 more processes"."""
 
 
 class Excuse(msgspec.Struct, frozen=True, kw_only=True):

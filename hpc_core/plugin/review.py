@@ -6,20 +6,21 @@ Holds the baselines of the merge base and the waivers for a whole session. Launc
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from hpc_core.errors import RepositoryError
-from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, waived
+from hpc_core.errors import BaselineError, RepositoryError
+from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, sessions_of_level, waived
 from hpc_core.plugin.options import Settings
 from hpc_core.record import Record
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line
 from hpc_core.report.waivers import waiver_line
 from hpc_core.repository import merge_base
-from hpc_core.store import PastBaselines, baseline_changes, find
+from hpc_core.store import Baseline, Damaged, Lookup, PastBaselines, Session, baseline_changes, find, sessions
 
 __all__ = ["Review"]
 
@@ -39,14 +40,16 @@ class Review:
         self.known: tuple[str, ...] | None = None
         """Ids of all cases of the suite; None if only a part of it was collected."""
 
-    def judged(self, record: Record) -> Judgement:
-        """The verdict on a record, with what excuses it."""
+    def judged(self, record: Record, alpha: float) -> Judgement:
+        """The verdict on a record, with what excuses it; `alpha` is its share of the suite's false alarms."""
         key, case_id = record.circumstances.machine.key, record.case.id
         here = find(self._settings.baselines, key, case_id)
-        judgement = judge(record, here)
+        kept = partial(sessions, self._settings.baselines, key, case_id, digest=record.case.digest)
+        judgement = _against(record, here, kept, alpha)
         if self._base is not None:
             there = self._base.find(key, case_id)
-            judgement = judge_pull_request(Side(there, judge(record, there)), Side(here, judgement))
+            past = partial(self._base.sessions, key, case_id, digest=record.case.digest)
+            judgement = judge_pull_request(Side(there, _against(record, there, past, alpha)), Side(here, judgement))
         return waived(judgement, record, self._settings.waivers, self._today)
 
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
@@ -64,6 +67,17 @@ class Review:
             lines = [waiver_line(waiver, rows, self.known, self._today) for waiver in self._settings.waivers]
             found.append(("waivers", "\n".join(lines)))
         return found
+
+
+def _against(record: Record, lookup: Lookup, kept: Callable[[], tuple[Session, ...]], alpha: float) -> Judgement:
+    """The verdict by a baseline and the sessions that were accepted for it; a damaged history is a damaged baseline."""
+    if not isinstance(lookup, Baseline):
+        return judge(record, lookup, alpha=alpha)
+    try:
+        found = sessions_of_level([session.metrics for session in kept()], lookup.metrics)
+    except BaselineError as error:
+        return judge(record, Damaged(path=f"the history of {record.case.id}", reason=str(error)), alpha=alpha)
+    return judge(record, lookup, sessions=found, alpha=alpha)
 
 
 def _at_merge_base(baselines: Path, revision: str | None) -> PastBaselines | None:

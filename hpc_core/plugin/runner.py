@@ -14,6 +14,7 @@ import msgspec
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
 from hpc_core.gate import Judgement
+from hpc_core.gate.family import SUITE_ALPHA
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
@@ -41,6 +42,8 @@ class Runner:
     def __init__(self, settings: Settings, progress: Progress, review: Review, *, enough: Enough = narrow) -> None:
         self._enough = enough
         self.rows: list[Row] = []
+        self.alpha = SUITE_ALPHA
+        """The share of the suite's false alarms that one case has."""
         self._settings = settings
         self._review = review
         self._progress = progress
@@ -189,7 +192,7 @@ class Runner:
         return () if before is None else grown(before, record)
 
     def _judgement(self, record: Record) -> Judgement:
-        return self._review.judged(record)
+        return self._review.judged(record, self.alpha)
 
     def _accepted(self, row: Row) -> Row:
         try:

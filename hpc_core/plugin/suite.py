@@ -16,6 +16,7 @@ import pytest
 
 import hpc_core
 from hpc_core.environment import machine, stack, visible_gpus
+from hpc_core.gate.family import share
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
 from hpc_core.plugin.fixture import ENDING, Perf
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
@@ -144,9 +145,16 @@ class Suite:
         return case is None or self._settings.scale in (None, case.scale)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Count what will run."""
+        """Count what will run, and divide the suite's false alarms over it; a case divides its share over its metrics."""
         self._progress.total = sum(
             uses_perf(item) and item.get_closest_marker("skip") is None for item in session.items
+        )
+        # A prediction has no time to be judged by an interval. Cases that turn out to have none leave their share unused.
+        self._runner.alpha = share(
+            sum(
+                uses_perf(item) and item.get_closest_marker("skip") is None and predicted_gpu(item) is None
+                for item in session.items
+            )
         )
 
     @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hpc_core.gate.family import expected_line
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import Record
 from hpc_core.report.ratchet import keep_gains
@@ -210,7 +211,9 @@ def summary(rows: Sequence[Row], width: int) -> Group:
     for block in (problems, gains, written, [Text(f"note: {note}", style="dim") for note in notes]):
         if block:
             parts += [Text(), *block]
-    parts += [Text(), *(Text(line, style="dim") for line in dict.fromkeys(caption(row.record) for row in rows))]
+    captions = dict.fromkeys(caption(row.record) for row in rows)
+    alarms = expected_line(each for row in rows if row.judgement is not None for each in row.judgement.metrics)
+    parts += [Text(), *(Text(line, style="dim") for line in [*([] if alarms is None else [alarms]), *captions])]
     return Group(*parts)
 
 
