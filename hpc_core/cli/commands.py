@@ -11,6 +11,7 @@ import msgspec
 import typer
 
 import hpc_core
+from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.console import say, show, tell
 from hpc_core.cli.known import Files, known_case, known_cases
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
+app.command("ab")(ab)
 
 EXIT_BROKEN = 11
 
