@@ -78,7 +78,9 @@ def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | 
         scale = "full" if visible_gpus() else "tiny"
     found = tuple(case for case in known if matches(case.id, globs) and scale in (None, case.scale))
     if not found:
-        raise SpecError(f"No case is left: none of {len(known)} has scale {scale} and matches {', '.join(globs) or '*'}.")
+        raise SpecError(
+            f"No case is left: none of {len(known)} has scale {scale} and matches {', '.join(globs) or '*'}."
+        )
     return found
 
 
@@ -113,7 +115,8 @@ def ab(
     wall: Annotated[str, typer.Option("--wall-tolerance", help="What wall time may differ.")] = "10%",
     busy: Annotated[str, typer.Option("--busy-tolerance", help="What GPU-busy time may differ.")] = "0.5%",
     paths: Annotated[
-        list[str] | None, typer.Option("--path", help="A folder of the repository to import from, beside its top and src.")
+        list[str] | None,
+        typer.Option("--path", help="A folder of the repository to import from, beside its top and src."),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
     launch: Annotated[
@@ -150,6 +153,7 @@ def ab(
         with Bench(arranged.base, arranged.head, cases, way=launch, device=device) as bench:
             tell(f"{len(cases)} cases; importing torch on both sides first")
             bench.prepare()
+            plan = msgspec.structs.replace(plan, spent_s=time.monotonic() - began)
             comparison = compare(plan, bench.run, tell, check=arranged.check)
             notes = bench.notes
     for note in dict.fromkeys(notes):

@@ -65,7 +65,7 @@ def _cells(case: str, row: Difference) -> tuple[str, ...]:
 
 def lines(comparison: Comparison, *, everything: bool) -> list[str]:
     """The table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for result in comparison.results:
         if result.trouble is not None:
             cells.append((result.case, "", "", "", "", "", result.trouble.upper(), result.reason))

@@ -13,6 +13,7 @@ import typer
 import hpc_core
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
+from hpc_core.cli.bisect import bisect
 from hpc_core.cli.console import say, show, tell
 from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
@@ -46,6 +47,7 @@ app = typer.Typer(
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("ab")(ab)
+app.command("bisect")(bisect)
 
 EXIT_BROKEN = 11
 

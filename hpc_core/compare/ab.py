@@ -33,6 +33,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     rule: Rule = Rule()
     budget_s: float = 600.0
     """No pair is begun that would probably end after it."""
+    spent_s: float = 0.0
+    """What of the budget was spent before measuring."""
     exact_only: bool = False
     """One pair a case, and timed metrics are left out."""
     refused: dict[str, dict[SideName, str]] = {}
@@ -72,7 +74,9 @@ class _Progress:
         self._tell(f"[{number}/{len(self._number)}] {trial.case.id}: {text}")
 
 
-def compare(plan: Plan, run: Run, tell: Callable[[str], None], *, check: Callable[[], None] = lambda: None) -> Comparison:
+def compare(
+    plan: Plan, run: Run, tell: Callable[[str], None], *, check: Callable[[], None] = lambda: None
+) -> Comparison:
     """Measure all cases on both sides until everything is decided, or the budget is spent.
 
     Args:
@@ -86,7 +90,7 @@ def compare(plan: Plan, run: Run, tell: Callable[[str], None], *, check: Callabl
         KeyboardInterrupt: after the worker is gone.
     """
     began = time.monotonic()
-    deadline = began + plan.budget_s
+    deadline = began + plan.budget_s - plan.spent_s
     progress = _Progress(tell, plan.cases)
     trials = [Trial(case, plan.rule) for case in plan.cases]
     for trial in trials:

@@ -78,7 +78,9 @@ def place_of(here: Path, *, needs_git: bool) -> tuple[Path, bool]:
         return here, False
 
 
-def arrange(asked: Asked, cases: Sequence[Case], checkouts: Checkouts, place: Path, here: Path, in_git: bool) -> Arranged:
+def arrange(
+    asked: Asked, cases: Sequence[Case], checkouts: Checkouts, place: Path, here: Path, in_git: bool
+) -> Arranged:
     """Check out, ask and check both sides.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
@@ -33,7 +32,9 @@ class Bench:
         self._device = device
         self._more = _preloadable(cases) if way == "warm" else ()
         self._sides: dict[SideName, Side] = {"base": base, "head": head}
-        self._launchers: dict[SideName, Launcher] = {name: self._launcher(side, way) for name, side in self._sides.items()}
+        self._launchers: dict[SideName, Launcher] = {
+            name: self._launcher(side, way) for name, side in self._sides.items()
+        }
 
     def _launcher(self, side: Side, way: Way) -> Launcher:
         environment = dict(side.environment)
@@ -70,9 +71,15 @@ class Bench:
                     self._launchers[name] = self._launcher(side, "exec")
 
     def replace_head(self, side: Side) -> None:
-        """Run another head from now on; its parent is started anew."""
+        """Run another head from now on.
+
+        Its parent is started anew, unless it holds nothing of the tree: same interpreter, same folder, no hpc_core there.
+        """
+        before, self._sides["head"] = self._sides["head"], side
+        ways = [(one.python, one.folder, one.environment) for one in (before, side)]
+        if ways[0] == ways[1] and not (side.root / "hpc_core").is_dir():
+            return
         self._launchers["head"].close()
-        self._sides["head"] = side
         self._launchers["head"] = self._launcher(side, self._launchers["base"].way)
 
     def run(self, name: SideName, case: Case) -> Record:
@@ -96,9 +103,7 @@ def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
     """Packages that every worker of these cases would import, and a parent may, where CUDA cannot be had."""
     if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
         return ()
-    names = []
-    with contextlib.suppress(StopIteration):
-        names.append(next("peft" for case in cases if case.adapter is not None))
+    names = ["peft"] if any(case.adapter is not None for case in cases) else []
     if any(case.quantization is not None or _is_8bit(case) for case in cases):
         names.append("bitsandbytes")
     return tuple(names)

@@ -161,7 +161,10 @@ def _exact_row(case: Case, name: str, base: Sequence[Record], head: Sequence[Rec
         better = {"lower": new < old, "higher": new > old, "same": False}[metric.better]
         allowed = relative_limit(case.limits.named().get(name))
         size = sizes.change(new - old, metric.unit)
-        verdict, reason = (Verdict.IMPROVED if better else Verdict.REGRESSED), f"{size}; exact metrics are equal or differ."
+        verdict, reason = (
+            (Verdict.IMPROVED if better else Verdict.REGRESSED),
+            f"{size}; exact metrics are equal or differ.",
+        )
         if allowed is not None and abs(new - old) <= allowed * abs(old):
             verdict, reason = Verdict.PASS, f"{size}, within the case's limit of {sizes.percent(allowed)}."
     return Difference(
@@ -184,7 +187,13 @@ def decided(look: Look | None) -> bool:
 
 
 def timed_row(
-    name: str, metric: Metric, base: Sequence[float], head: Sequence[float], look: Look | None, tolerance: float, why: str
+    name: str,
+    metric: Metric,
+    base: Sequence[float],
+    head: Sequence[float],
+    look: Look | None,
+    tolerance: float,
+    why: str,
 ) -> Difference:
     """A metric that pairs decide.
 
@@ -216,7 +225,9 @@ def timed_row(
         pairs=len(base),
         verdict=verdict,
         differs=verdict in (Verdict.REGRESSED, Verdict.IMPROVED) or (interval is not None and _beyond_zero(interval)),
-        reason=reason if not look or verdict is not Verdict.PASS or not _beyond_zero(interval) else f"differs, within the {reason}",
+        reason=reason
+        if not look or verdict is not Verdict.PASS or not _beyond_zero(interval)
+        else f"differs, within the {reason}",
     )
 
 

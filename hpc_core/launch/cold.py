@@ -35,8 +35,8 @@ def start_cold(
     """
     job, events, life, output = channel.for_supervisor
     descriptors = ("--job-fd", str(job), "--events-fd", str(events))
-    supervise = (sys.executable, "-m", "hpc_core.launch.supervisor", *descriptors, "--life-fd", str(life))
-    supervise += () if folder is None else ("--folder", os.fspath(folder))
+    there = () if folder is None else ("--folder", os.fspath(folder))
+    supervise = (sys.executable, "-m", "hpc_core.launch.supervisor", *descriptors, "--life-fd", str(life), *there)
     # -u: what the code under test printed is there even if it then crashes.
     work = (python, "-u", "-m", "hpc_core.worker", *descriptors)
     carried = {ENVIRONMENT: json.dumps(worker_environment(environment))}
