@@ -12,7 +12,7 @@ import msgspec
 import typer
 
 from hpc_core.cases import ALL
-from hpc_core.cli.ab_table import heading, lines, summary
+from hpc_core.cli.ab_table import cases_text, heading, lines, summary
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files
 from hpc_core.compare.ab import Comparison, Plan, compare
@@ -151,7 +151,7 @@ def ab(
             (tell if as_json else say)(line)
         plan = Plan(cases=cases, rule=rule, budget_s=budget_s, exact_only=exact, refused=arranged.refused)
         with Bench(arranged.base, arranged.head, cases, way=launch, device=device) as bench:
-            tell(f"{len(cases)} cases; importing torch on both sides first")
+            tell(f"{cases_text(len(cases))}{'; importing torch on both sides first' if launch == 'warm' else ''}")
             bench.prepare()
             plan = msgspec.structs.replace(plan, spent_s=time.monotonic() - began)
             comparison = compare(plan, bench.run, tell, check=arranged.check)

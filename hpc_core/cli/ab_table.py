@@ -12,7 +12,7 @@ from hpc_core.compare.differences import Difference
 from hpc_core.gate import Verdict, sizes
 from hpc_core.gate.moved import packages_moved
 
-__all__ = ["heading", "interval_text", "lines", "rounded", "summary", "value_text"]
+__all__ = ["cases_text", "heading", "interval_text", "lines", "rounded", "summary", "value_text"]
 
 _HEAD = ("case", "metric", "base", "head", "change", "interval", "verdict", "")
 _RIGHT = {"base", "head", "change"}
@@ -42,6 +42,11 @@ def rounded(ratio: float) -> str:
     percent = ratio * 100
     decimals = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 1 else 2
     return f"{percent:+,.{decimals}f} %"
+
+
+def cases_text(number: int) -> str:
+    """ "1 case", "18 cases"."""
+    return "1 case" if number == 1 else f"{number} cases"
 
 
 def _change(row: Difference) -> str:
@@ -91,9 +96,9 @@ def summary(comparison: Comparison, seconds: float) -> list[str]:
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
     said = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
     troubled = [result for result in comparison.results if result.trouble is not None]
-    told = [f"{len(comparison.results)} cases, {len(rows)} metrics judged: {said or 'none'}; {seconds:.0f} s"]
+    told = [f"{cases_text(len(comparison.results))}, {len(rows)} metrics judged: {said or 'none'}; {seconds:.0f} s"]
     if troubled:
-        told[0] += f"; {len(troubled)} cases gave no numbers"
+        told[0] += f"; {cases_text(len(troubled))} without numbers"
     if not any(row.differs for _, row in rows) and not troubled:
         told.append("Nothing differs beyond noise.")
     unsettled = [f"{case} {row.metric}" for case, row in rows if row.verdict is Verdict.INCONCLUSIVE]

@@ -32,19 +32,20 @@ def bisect(
         str | None, typer.Argument(metavar="GOOD..BAD", help="Two revisions, or with --package two versions.")
     ] = None,
     package: Annotated[str | None, typer.Option(help="Bisect over versions of this package, not over commits.")] = None,
-    versions: Annotated[
-        str | None, typer.Option(help="Its versions, the good end first: 5.17,5.20,5.23,5.24.")
-    ] = None,
+    versions: Annotated[str | None, typer.Option(help="Its versions, the good end first: 5.17,5.20,5.23,5.24.")] = None,
     python_for: Annotated[
         list[str] | None,
-        typer.Option("--python-for", help="VERSION=PATH of an interpreter that has it; else pip makes one for the time."),
+        typer.Option(
+            "--python-for", help="VERSION=PATH of an interpreter that has it; else pip makes one for the time."
+        ),
     ] = None,
     files: Files = None,
     wall: Annotated[str, typer.Option("--wall-tolerance", help="Good and bad must differ by more.")] = "10%",
     busy: Annotated[str, typer.Option("--busy-tolerance", help="The same for GPU-busy time.")] = "0.5%",
     budget: Annotated[str, typer.Option(help="No step is begun after it.")] = "2h",
     paths: Annotated[
-        list[str] | None, typer.Option("--path", help="A folder of the repository to import from, beside its top and src.")
+        list[str] | None,
+        typer.Option("--path", help="A folder of the repository to import from, beside its top and src."),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
     launch: Annotated[Literal["warm", "exec"], typer.Option(help="As for ab.")] = "warm",
@@ -112,9 +113,7 @@ def _searched(
 def _show(candidates: Candidates, found: Found, ends: Answer, metric: str, *, as_json: bool) -> None:
     at = next((step.answer for step in found.steps if step.index == found.first), ends)
     suspects = found.suspects
-    before = next(
-        (step.answer for step in found.steps if step.index == min(suspects, default=found.first) - 1), None
-    )
+    before = next((step.answer for step in found.steps if step.index == min(suspects, default=found.first) - 1), None)
     if as_json:
         content: dict[str, Any] = {
             "metric": metric,

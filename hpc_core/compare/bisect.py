@@ -119,10 +119,10 @@ class Question:
         befores, afters, look, trouble = self._timed(tolerance, (base, head), swap=False)
         old, new = statistics.median(befores), statistics.median(afters)
         if trouble or look is None or look.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
-            why = trouble or (look.settles if look is not None else "")
+            why = " ".join(filter(None, (trouble, "" if look is None else look.settles, "Nothing to bisect.")))
             raise SpecError(
                 f"{good} and {bad} do not differ beyond noise: {self._text(old, new, metric)} of {self._case.id} over {len(befores)} "
-                f"pairs, limit {sizes.percent(tolerance)}. {why} Nothing to bisect."
+                f"pairs, limit {sizes.percent(tolerance)}. {why}"
             )
         ratio = statistics.geometric_mean(afters) / statistics.geometric_mean(befores)
         self._ends = old, old * ratio

@@ -13,7 +13,7 @@ from hpc_core.compare.arrange import OWN, ask
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.environments import python_with
 from hpc_core.compare.probe import probe
-from hpc_core.compare.revisions import Revision, commits_between, resolve, uncommitted
+from hpc_core.compare.revisions import Revision, changed_files, commits_between, resolve, uncommitted
 from hpc_core.compare.side import Side, side_of
 from hpc_core.errors import SpecError
 from hpc_core.spec import Case
@@ -56,8 +56,7 @@ class Commits:
         self._checkouts = checkouts
         self._build = functools.partial(side_of, place=place, here=here, paths=paths, own=checkouts.folder / OWN)
         self._good = resolve(place, good)
-        commits = commits_between(place, self._good, resolve(place, bad or "HEAD"))
-        self._revisions = [resolve(place, commit) for commit in commits]
+        self._revisions = commits_between(place, self._good, resolve(place, bad or "HEAD"))
         self.labels = tuple(f"{revision.short} {revision.subject}" for revision in self._revisions)
         changed = len(uncommitted(place))
         self.notes = (f"{changed} uncommitted changes in {place} are not part of any revision.",) if changed else ()
@@ -82,7 +81,8 @@ class Commits:
     def described(self, index: int) -> tuple[str, ...]:
         """Commit, subject, date and size."""
         found = self._revisions[index]
-        files = "1 file changed" if found.changed_files == 1 else f"{found.changed_files} files changed"
+        changed = changed_files(self._place, found)
+        files = "1 file changed" if changed == 1 else f"{changed} files changed"
         return f"{found.commit} {found.subject}", f"authored {found.author_date}, {files}"
 
 

@@ -20,13 +20,15 @@ __all__ = ["Checkouts"]
 
 _REMOVE_S = 60.0
 _KEEPER = """
-cat > /dev/null
+said=$(cat)
 if [ -n "$2" ]; then
   for tree in "$1"/trees/*; do
     [ -d "$tree" ] && git -C "$2" worktree remove --force --force "$tree"
   done
 fi
 rm -rf -- "$1"
+# Without a word the command was killed: a process that it had started may still write here, until it notices.
+if [ -z "$said" ]; then sleep 10; rm -rf -- "$1"; fi
 """
 
 
@@ -54,7 +56,9 @@ class Checkouts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._keeper.stdin is not None
-        self._keeper.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._keeper.stdin.write(b"done")
+            self._keeper.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._keeper.wait(_REMOVE_S)
 

@@ -163,7 +163,7 @@ def _exact_row(case: Case, name: str, base: Sequence[Record], head: Sequence[Rec
         size = sizes.change(new - old, metric.unit)
         verdict, reason = (
             (Verdict.IMPROVED if better else Verdict.REGRESSED),
-            f"{size}; exact metrics are equal or differ.",
+            f"{size}.",
         )
         if allowed is not None and abs(new - old) <= allowed * abs(old):
             verdict, reason = Verdict.PASS, f"{size}, within the case's limit of {sizes.percent(allowed)}."

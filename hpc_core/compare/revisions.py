@@ -11,11 +11,12 @@ import msgspec
 
 from hpc_core.errors import SpecError
 
-__all__ = ["Revision", "commits_between", "fingerprint", "git", "repository", "resolve", "uncommitted"]
+__all__ = ["Revision", "changed_files", "commits_between", "fingerprint", "git", "repository", "resolve", "uncommitted"]
 
 _OF_ANOTHER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Set inside git's hooks; they would point every command at the hook's repository."""
 _LIMIT_S = 120
+_FORMAT = "--format=%H %aI %s"
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,8 +29,6 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
     subject: str
     author_date: str
     """ISO 8601."""
-    changed_files: int
-    """Against its first parent."""
 
     @property
     def short(self) -> str:
@@ -99,18 +98,25 @@ def resolve(root: Path, said: str) -> Revision:
         raise SpecError(
             f"The repository {root} has no revision {said!r}.{shallow} Known ones: git branch -a, git tag, git log."
         ) from error
-    subject, author_date = git(root, "show", "--no-patch", "--format=%s%n%aI", commit).split("\n")[:2]
-    changed = git(root, "diff-tree", "--no-commit-id", "--name-only", "-r", "-m", "--first-parent", "--root", commit)
-    return Revision(
-        commit=commit, said=said, subject=subject, author_date=author_date, changed_files=len(changed.splitlines())
-    )
+    return msgspec.structs.replace(_read(git(root, "show", "--no-patch", _FORMAT, commit)), said=said)
+
+
+def _read(line: str) -> Revision:
+    commit, author_date, subject = line.split(" ", 2)
+    return Revision(commit=commit, said=commit[:9], subject=subject, author_date=author_date)
+
+
+def changed_files(root: Path, revision: Revision) -> int:
+    """How many files a commit changed, against its first parent."""
+    listed = ("diff-tree", "--no-commit-id", "--name-only", "-r", "-m", "--first-parent", "--root")
+    return len(git(root, *listed, revision.commit).splitlines())
 
 
 def _is_shallow(root: Path) -> bool:
     return git(root, "rev-parse", "--is-shallow-repository") == "true"
 
 
-def commits_between(root: Path, good: Revision, bad: Revision) -> tuple[str, ...]:
+def commits_between(root: Path, good: Revision, bad: Revision) -> tuple[Revision, ...]:
     """The commits after `good` up to and with `bad`, oldest first, along first parents: a merge counts as one step.
 
     Raises:
@@ -128,7 +134,8 @@ def commits_between(root: Path, good: Revision, bad: Revision) -> tuple[str, ...
         raise SpecError(
             f"{bad.said} does not descend from {good.said}. Start where they parted: {common[:9]}..{bad.said}."
         )
-    return tuple(git(root, "rev-list", "--reverse", "--first-parent", f"{good.commit}..{bad.commit}").split())
+    listed = git(root, "log", "--reverse", "--first-parent", _FORMAT, f"{good.commit}..{bad.commit}")
+    return tuple(map(_read, listed.splitlines()))
 
 
 def uncommitted(root: Path) -> tuple[str, ...]:

@@ -137,7 +137,8 @@ class Trial:
         kind: Literal["broken", "invalid", "missing"] = (
             "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
         )
-        return CaseResult(case=self.case.id, pairs=self.pairs, trouble=kind, reason=" ".join(filter(None, said)))
+        reason = " ".join(f"{text.rstrip('.')}." for text in said if text)
+        return CaseResult(case=self.case.id, pairs=self.pairs, trouble=kind, reason=reason)
 
     def _other_ran(self) -> bool:
         return any(record.status == "ok" for side in self.records.values() for record in side)
