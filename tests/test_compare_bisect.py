@@ -51,9 +51,11 @@ class Heads:
         self.take(head)
 
     def take(self, *head: Metric | Record) -> None:
+        """Another head, whose processes give these in turn."""
         self.sides["head"] = itertools.cycle(head)
 
     def run(self, side: SideName, _: Case) -> Record:
+        """One process."""
         given_ = next(self.sides[side])
         return given_ if isinstance(given_, Record) else a_record({"metric": given_})
 

@@ -131,7 +131,7 @@ def test_a_tree_that_is_edited_meanwhile_is_refused(repo: Path) -> None:
 def test_code_from_elsewhere_is_refused(repo: Path) -> None:
     """A step that both sides would import from the same installed package would compare it with itself."""
     case = Case(id="own/json", scale="tiny", workload=CallableSpec(factory="msgspec.json:encode"))
-    with pytest.raises(SpecError, match="not from this side's tree .* --path DIR"):
+    with pytest.raises(SpecError, match=r"not from this side's tree .* --path DIR"):
         arranged(repo, "main", case)
 
 

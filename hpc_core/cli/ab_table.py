@@ -45,7 +45,7 @@ def rounded(ratio: float) -> str:
 
 
 def cases_text(number: int) -> str:
-    """ "1 case", "18 cases"."""
+    """The number with its noun: "1 case", "18 cases"."""
     return "1 case" if number == 1 else f"{number} cases"
 
 

@@ -59,7 +59,9 @@ class Commits:
         self._revisions = commits_between(place, self._good, resolve(place, bad or "HEAD"))
         self.labels = tuple(f"{revision.short} {revision.subject}" for revision in self._revisions)
         changed = len(uncommitted(place))
-        self.notes = (f"{changed} uncommitted changes in {place} are not part of any revision.",) if changed else ()
+        self.notes: tuple[str, ...] = (
+            (f"{changed} uncommitted changes in {place} are not part of any revision.",) if changed else ()
+        )
 
     @functools.cached_property
     def good(self) -> Side:

@@ -27,7 +27,7 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     """One side: everything that its workers need to run this side's code."""
 
     name: str
-    """ "base" or "head"."""
+    """Which one: "base" or "head"."""
     label: str
     """What it is, for the reader: "main~1 (3eb4cd44b)", "the working tree (3eb4cd44b, 2 files changed)"."""
     python: str
