@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -92,8 +93,6 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
     slow = iter([0.002] * 4)
 
     def run(side: SideName, case: Case) -> Record:
-        import time
-
         time.sleep(next(slow))
         return a_record({"peak_bytes": peak(), "step_s": step(1.0)}, case=case)
 
@@ -104,6 +103,19 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
         "step_s": Verdict.INCONCLUSIVE,
     }
     assert "--budget" in second.reason
+
+
+def test_a_long_case_does_not_starve_the_others() -> None:
+    """The next pair goes to the case that has cost least: the short one is decided before the long one has its second pair."""
+    ran: list[str] = []
+
+    def run(_: SideName, case: Case) -> Record:
+        ran.append(case.id)
+        time.sleep(0.04 if case is CASE else 0.001)
+        return a_record({"step_s": step(1.0)}, case=case)
+
+    compare(Plan(cases=(CASE, OTHER)), run, lambda _: None)
+    assert ran == [CASE.id] * 2 + [OTHER.id] * 6 + [CASE.id] * 4
 
 
 @given(base=st.integers(1, 2**40), head=st.integers(1, 2**40), better=st.sampled_from(["lower", "higher", "same"]))

@@ -1,7 +1,7 @@
 """Measuring both sides of a comparison: pairs of fresh processes in ABBA order, within a budget of time.
 
-Every case gets its first pair before any gets its second, and what is cheap gets further pairs first: so exact metrics, and most of
-the timed ones, are decided even where the budget ends early.
+Every case gets its first pair before any gets its second, and the next pair goes to the case that has cost least so far: so exact
+metrics, and most of the timed ones, are decided even where the budget ends early.
 """
 
 from __future__ import annotations
@@ -101,14 +101,9 @@ def compare(
             _pair(trial, run, progress)
             check()
     judged = 0 if plan.exact_only else sum(len(trial.timed) for trial in trials)
-    open_ones = [] if plan.exact_only else [trial for trial in trials if trial.pairs and not trial.finished]
-    while open_ones:
-        open_ones = [trial for trial in sorted(open_ones, key=lambda one: one.seconds) if not trial.finished]
-        open_ones = [trial for trial in open_ones if time.monotonic() + trial.seconds <= deadline]
-        for trial in open_ones:
-            if time.monotonic() + trial.seconds <= deadline:
-                _pair(trial, run, progress, judged)
-                check()
+    while (trial := _next(trials, deadline)) is not None and not plan.exact_only:
+        _pair(trial, run, progress, judged)
+        check()
     why = f"the time budget of {plan.budget_s:.0f} s ended first; raise --budget."
     return Comparison(
         results=tuple(_without_times(trial.result(why)) if plan.exact_only else trial.result(why) for trial in trials),
@@ -119,12 +114,20 @@ def compare(
     )
 
 
+def _next(trials: Sequence[Trial], deadline: float) -> Trial | None:
+    """Of what is undecided and would end in time, the case that has cost least so far: a long one does not starve the others."""
+    now = time.monotonic()
+    fit = [trial for trial in trials if trial.pairs and not trial.finished and now + trial.seconds <= deadline]
+    return min(fit, key=lambda trial: trial.spent_s + trial.seconds, default=None)
+
+
 def _pair(trial: Trial, run: Run, progress: _Progress, judged: int = 1) -> None:
     began = time.monotonic()
     for side in trial.order:
         record = run(side, trial.case)
         trial.records[side].append(record)
     trial.seconds = time.monotonic() - began
+    trial.spent_s += trial.seconds
     if trial.failed:
         progress.say(trial, "gave no numbers on a side")
         return

@@ -51,6 +51,8 @@ class Trial:
         """Why a side cannot run this case at all, before anything was launched."""
         self.seconds = 0.0
         """What the last pair took."""
+        self.spent_s = 0.0
+        """What all pairs took."""
 
     @property
     def pairs(self) -> int:
