@@ -101,8 +101,8 @@ def compare(
             _pair(trial, run, progress)
             check()
     judged = 0 if plan.exact_only else sum(len(trial.timed) for trial in trials)
-    while (trial := _next(trials, deadline)) is not None and not plan.exact_only:
-        _pair(trial, run, progress, judged)
+    while not plan.exact_only and (following := _next(trials, deadline)) is not None:
+        _pair(following, run, progress, judged)
         check()
     why = f"the time budget of {plan.budget_s:.0f} s ended first; raise --budget."
     return Comparison(
