@@ -14,6 +14,7 @@ from hpc_core.errors import SpecError
 from hpc_core.spec import SCHEMA, Case
 
 __all__ = [
+    "Better",
     "Circumstances",
     "Fact",
     "Failure",

@@ -282,3 +282,15 @@ def test_a_missing_interpreter_is_a_launch_error() -> None:
     """No interpreter, no worker, no record."""
     with pytest.raises(LaunchError, match="no program that can be run"):
         Launcher("exec", python="/nowhere/python").run(job("quiet"))
+
+
+def test_a_cold_worker_runs_in_the_folder_it_is_given(tmp_path: Path) -> None:
+    """The worker's working directory is the launcher's `folder`; the supervisor's code stays the launcher's."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\npwd > {tmp_path / 'seen'}\n")
+    python.chmod(0o755)
+    record = Launcher("exec", python=python, folder=folder).run(job("quiet"))
+    assert failure(record).kind == "crash"  # this interpreter gives no record
+    assert (tmp_path / "seen").read_text().strip() == str(folder)

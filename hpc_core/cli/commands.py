@@ -12,7 +12,9 @@ import typer
 
 import hpc_core
 from hpc_core.cli.aa import aa
+from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
+from hpc_core.cli.bisect import bisect
 from hpc_core.cli.console import say, show, tell
 from hpc_core.cli.history import history
 from hpc_core.cli.known import Files, known_case, known_cases
@@ -48,6 +50,8 @@ app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
 app.command("aa")(aa)
+app.command("ab")(ab)
+app.command("bisect")(bisect)
 
 EXIT_BROKEN = 11
 

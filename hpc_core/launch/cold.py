@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from hpc_core.errors import LaunchError
 from hpc_core.launch.channel import Channel
@@ -15,13 +16,16 @@ from hpc_core.launch.supervisor import ENVIRONMENT
 __all__ = ["start_cold"]
 
 
-def start_cold(channel: Channel, python: str, environment: dict[str, str] | None) -> subprocess.Popen[bytes]:
+def start_cold(
+    channel: Channel, python: str, environment: dict[str, str] | None, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
     """Start supervisor and worker on the channel's descriptors, and hand those over.
 
     Args:
         channel: not handed over yet.
         python: the worker's interpreter, a program that exists.
         environment: variables that the worker has beyond this process's.
+        folder: the worker's working directory; this process's by default. The supervisor keeps this process's, and its code.
 
     Returns:
         The supervisor; wait for it after the end of the events.
@@ -31,7 +35,8 @@ def start_cold(channel: Channel, python: str, environment: dict[str, str] | None
     """
     job, events, life, output = channel.for_supervisor
     descriptors = ("--job-fd", str(job), "--events-fd", str(events))
-    supervise = (sys.executable, "-m", "hpc_core.launch.supervisor", *descriptors, "--life-fd", str(life))
+    there = () if folder is None else ("--folder", os.fspath(folder))
+    supervise = (sys.executable, "-m", "hpc_core.launch.supervisor", *descriptors, "--life-fd", str(life), *there)
     # -u: what the code under test printed is there even if it then crashes.
     work = (python, "-u", "-m", "hpc_core.worker", *descriptors)
     carried = {ENVIRONMENT: json.dumps(worker_environment(environment))}

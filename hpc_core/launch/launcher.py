@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -43,6 +44,8 @@ class Launcher:
         python: the workers' interpreter; this one by default. Not for "inline".
         on_event: hears every event as it comes, in the thread that runs the job. What it raises ends the worker and leaves `run`.
         environment: variables that workers have beyond this process's. Not for "inline".
+        folder: the workers' working directory, importable before anything that is installed; this process's by default.
+            A checkout of hpc_core there is what its workers run. Not for "inline".
         debug: "inline" raises a case's error instead of recording it, for `--pdb`.
         preload_limit_s: seconds that imports may take.
     """
@@ -54,6 +57,7 @@ class Launcher:
         python: str | os.PathLike[str] | None = None,
         on_event: Callable[[Case, Event], None] | None = None,
         environment: dict[str, str] | None = None,
+        folder: Path | None = None,
         debug: bool = False,
         preload_limit_s: float = PRELOAD_LIMIT_S,
     ) -> None:
@@ -61,6 +65,7 @@ class Launcher:
         self._python = python
         self._on_event = on_event
         self._environment = environment
+        self._folder = folder
         self._debug = debug
         self._preload_limit_s = preload_limit_s
         self._parent: WarmParent | None = None
@@ -102,7 +107,10 @@ class Launcher:
                 return
             try:
                 self._parent = WarmParent(
-                    executable(self._python), self._environment, preload_limit_s=self._preload_limit_s
+                    executable(self._python),
+                    self._environment,
+                    preload_limit_s=self._preload_limit_s,
+                    folder=self._folder,
                 )
             except NoWarmParent as reason:
                 self._fall_back(reason)
@@ -168,7 +176,7 @@ class Launcher:
             if self._parent is not None:
                 self._parent.start(channel)
                 return None
-        return start_cold(channel, executable(self._python), self._environment)
+        return start_cold(channel, executable(self._python), self._environment, self._folder)
 
     def _follow(self, channel: Channel, job: Job) -> Seen:
         return follow(

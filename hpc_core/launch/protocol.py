@@ -14,6 +14,7 @@ from hpc_core.spec import Case
 
 __all__ = [
     "FAKE_CUDA",
+    "PRELOAD_MORE",
     "Event",
     "Exited",
     "Finished",
@@ -28,6 +29,9 @@ __all__ = [
 
 FAKE_CUDA = "HPC_CORE_FAKE_CUDA"
 """Environment variable of a warm parent whose workers predict: "1" loads the empty CUDA device before torch."""
+
+PRELOAD_MORE = "HPC_CORE_PRELOAD_MORE"
+"""Environment variable of a warm parent: packages, by commas, that it imports too. Refused where CUDA can be had: see `zygote`."""
 
 Way = Literal["warm", "exec", "inline"]
 """How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""

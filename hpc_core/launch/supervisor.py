@@ -107,7 +107,11 @@ def _wait(worker: int, asked_to_end: list[int], life_fd: int) -> int | None:
         os.close(worker_fd)
 
 
-def _exec(command: list[str], descriptors: tuple[int, ...], environment: dict[str, str]) -> NoReturn:
+def _exec(
+    command: list[str], descriptors: tuple[int, ...], environment: dict[str, str], folder: str | None
+) -> NoReturn:
+    if folder is not None:
+        os.chdir(folder)
     for fd in descriptors:
         os.set_inheritable(fd, True)
     os.execvpe(command[0], command, environment)  # noqa: S606 - our own worker
@@ -118,6 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hpc_core.launch.supervisor", description=__doc__)
     for name in ("--job-fd", "--events-fd", "--life-fd"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--folder", help="where the command runs")
     parser.add_argument("command", nargs="+")
     chosen = parser.parse_args(arguments)
     environment = dict(os.environ)
@@ -126,7 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     for fd in (*descriptors, chosen.life_fd):
         os.set_inheritable(fd, False)
     supervise(
-        lambda: _exec(chosen.command, descriptors, environment), events_fd=chosen.events_fd, life_fd=chosen.life_fd
+        lambda: _exec(chosen.command, descriptors, environment, chosen.folder),
+        events_fd=chosen.events_fd,
+        life_fd=chosen.life_fd,
     )
 
 

@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import tempfile
+from pathlib import Path
 
 import msgspec
 
@@ -28,12 +29,23 @@ class NoWarmParent(Exception):  # noqa: N818 - an outcome that the launcher answ
 class WarmParent:
     """A process with torch and transformers imported, which forks a worker whenever it is asked to.
 
+    It and its workers have `folder` as working directory; without one it starts in this process's, and a worker has
+    whatever that is when it is asked for.
+
     Raises:
         NoWarmParent: it did not get ready within `preload_limit_s` seconds.
     """
 
-    def __init__(self, python: str, environment: dict[str, str] | None, *, preload_limit_s: float) -> None:
+    def __init__(
+        self,
+        python: str,
+        environment: dict[str, str] | None,
+        *,
+        preload_limit_s: float,
+        folder: Path | None = None,
+    ) -> None:
         extra = worker_environment(environment)
+        self._folder = folder
         self._extra = extra
         self._base = dict(os.environ)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -48,6 +60,7 @@ class WarmParent:
                 stderr=self._log,
                 pass_fds=(theirs.fileno(),),
                 env=self._base | extra,
+                cwd=folder,
                 start_new_session=True,  # Ctrl-C in the terminal is the launcher's business
             )
         except OSError as error:
@@ -83,7 +96,8 @@ class WarmParent:
         Raises:
             NoWarmParent: the parent has ended.
         """
-        request = Request(folder=os.getcwd(), environment=self._changed_environment())  # noqa: PTH109 - it travels as text
+        folder = os.fspath(self._folder or Path.cwd())
+        request = Request(folder=folder, environment=self._changed_environment())
         try:
             socket.send_fds(self._line, [msgspec.json.encode(request)], channel.for_supervisor)
         except OSError as error:

@@ -1,7 +1,8 @@
 """The warm parent: `python -m hpc_core.launch.zygote …` imports torch and transformers once, then forks workers.
 
 It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. A parent of predictions
-(HPC_CORE_FAKE_CUDA=1) loads the empty CUDA device before torch and has no such worry. It runs no job
+(HPC_CORE_FAKE_CUDA=1) loads the empty CUDA device before torch and has no such worry; nor has one on a machine without CUDA,
+which may be asked for more (HPC_CORE_PRELOAD_MORE=peft,bitsandbytes): a tiny case spends most of its time importing them. It runs no job
 itself, sets no thread count and computes nothing: a pool of torch's threads would not survive the fork. (The threads it
 has are OpenBLAS's, numpy's and scipy's, which OpenBLAS starts again in a child by itself.) It ends with its socket.
 """
@@ -21,7 +22,7 @@ import time
 
 import msgspec
 
-from hpc_core.launch.protocol import FAKE_CUDA, Preloaded, Request
+from hpc_core.launch.protocol import FAKE_CUDA, PRELOAD_MORE, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
 
 __all__ = ["main"]
@@ -74,6 +75,7 @@ def _preload() -> Preloaded:
         importlib.import_module(name)
     if fake:
         _import_what_is_there(_PRELOAD_FAKE)
+    more = _asked_for()
     if asked is None:
         del os.environ[_CHECK_BY_NVML]
     else:
@@ -81,8 +83,9 @@ def _preload() -> Preloaded:
     initialized = bool(sys.modules["torch"].cuda.is_initialized())
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
+    _import_what_is_there(more)
     for name in _MUST_NOT_BE_LOADED:
-        if name in sys.modules and not fake:
+        if name in sys.modules and not fake and not more:
             raise RuntimeError(f"Preloading imported {name}, which initializes CUDA; a forked worker could not use it.")
     gc.collect()
     gc.freeze()  # children do not walk, and so do not copy, what is shared
@@ -92,6 +95,18 @@ def _preload() -> Preloaded:
         modules=tuple(sorted(sys.modules)),
         cuda_initialized=initialized,
     )
+
+
+def _asked_for() -> tuple[str, ...]:
+    """Further packages to import, by PRELOAD_MORE.
+
+    Raises:
+        RuntimeError: CUDA can be had, and importing them could initialize it.
+    """
+    names = tuple(filter(None, os.environ.get(PRELOAD_MORE, "").split(",")))
+    if names and sys.modules["torch"].cuda.is_available():
+        raise RuntimeError(f"{PRELOAD_MORE} is for machines without CUDA; a forked worker could not use it.")
+    return names
 
 
 def _import_what_is_there(names: tuple[str, ...]) -> None:

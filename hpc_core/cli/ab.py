@@ -1,0 +1,187 @@
+"""`hpc-core ab`: two revisions, or two interpreters, measured against each other on this machine."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from hpc_core.cases import ALL
+from hpc_core.cli.ab_table import cases_text, heading, lines, summary
+from hpc_core.cli.console import say, tell
+from hpc_core.cli.known import Files
+from hpc_core.compare.ab import Comparison, Plan, compare
+from hpc_core.compare.arrange import Arranged, Asked, arrange, place_of
+from hpc_core.compare.bench import Bench
+from hpc_core.compare.checkouts import Checkouts
+from hpc_core.compare.differences import Rule
+from hpc_core.environment import visible_gpus
+from hpc_core.errors import SpecError
+from hpc_core.faults import FAULTS
+from hpc_core.limits import relative_limit
+from hpc_core.selection import load_case_file, matches, near, unknown_glob
+from hpc_core.spec import Case
+
+__all__ = ["Device", "ab", "chosen_cases", "duration_s", "ratio_said", "warned_of"]
+
+Scale = Literal["tiny", "small", "full"]
+Device = Literal["auto", "cpu", "cuda"]
+_DURATION = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?) ?(?P<unit>s|m|h|)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def duration_s(option: str, text: str) -> float:
+    """Seconds, from "10m", "90s" or "1.5h".
+
+    Raises:
+        SpecError: a text that is no duration, or none above 0.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    seconds = 0.0 if match is None else float(match["number"]) * _SECONDS[match["unit"]]
+    if not seconds > 0:
+        raise SpecError(f"{option} {text!r} is no time: say 10m, 90s or 1.5h.")
+    return seconds
+
+
+def ratio_said(option: str, text: str) -> float:
+    """A ratio, from "10%".
+
+    Raises:
+        SpecError: a text that is no percentage.
+    """
+    try:
+        return relative_limit(text) or 0.0
+    except SpecError as error:
+        raise SpecError(f"{option} {text!r} is no percentage: say {option} 5%.") from error
+
+
+def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | None) -> tuple[Case, ...]:
+    """The cases to compare: those of the files, or the built-in ones of a scale.
+
+    Without a scale, the built-in ones are the full-size ones on a machine with a GPU, the tiny ones elsewhere.
+
+    Raises:
+        SpecError: a file that is none, a glob that matches nothing, or nothing left.
+    """
+    known = [case for path in files or [] for case in load_case_file(path)] if files else list(ALL)
+    if twice := {case.id for case in known if [other.id for other in known].count(case.id) > 1}:
+        raise SpecError(f"Two cases are called {min(twice)}. Give one of them another variant.")
+    for glob in globs:
+        if not any(matches(case.id, [glob]) for case in known):
+            raise SpecError(unknown_glob(glob, [case.id for case in known]))
+    if scale is None and not files and not globs:
+        scale = "full" if visible_gpus() else "tiny"
+    found = tuple(case for case in known if matches(case.id, globs) and scale in (None, case.scale))
+    if not found:
+        raise SpecError(
+            f"No case is left: none of {len(known)} has scale {scale} and matches {', '.join(globs) or '*'}."
+        )
+    return found
+
+
+def warned_of(fault: str | None) -> str | None:
+    """The fault, if there is one of this name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if fault is not None and fault not in FAULTS:
+        close = ", ".join(near(fault, FAULTS)) or f"one of {', '.join(FAULTS)}"
+        raise SpecError(f"No fault is called {fault!r}. Near: {close}.")
+    return fault
+
+
+def ab(
+    base: Annotated[str | None, typer.Argument(help="A revision: branch, tag or commit.")] = None,
+    head: Annotated[
+        str | None, typer.Argument(help="Another one; the working tree, uncommitted changes included, by default.")
+    ] = None,
+    base_python: Annotated[
+        str | None, typer.Option("--base-python", help="Instead of a revision: base runs under this interpreter.")
+    ] = None,
+    head_python: Annotated[str | None, typer.Option("--head-python", help="The same for head.")] = None,
+    files: Files = None,
+    case: Annotated[list[str] | None, typer.Option("--case", help="Only these, as a glob over whole ids.")] = None,
+    scale: Annotated[Scale | None, typer.Option(help="Which built-in cases; full with a GPU, else tiny.")] = None,
+    budget: Annotated[str, typer.Option(help="No pair is begun that would end after it.")] = "10m",
+    exact: Annotated[
+        bool, typer.Option("--exact", help="One process a side, exact metrics only: bytes, counts, FLOPs.")
+    ] = False,
+    wall: Annotated[str, typer.Option("--wall-tolerance", help="What wall time may differ.")] = "10%",
+    busy: Annotated[str, typer.Option("--busy-tolerance", help="What GPU-busy time may differ.")] = "0.5%",
+    paths: Annotated[
+        list[str] | None,
+        typer.Option("--path", help="A folder of the repository to import from, beside its top and src."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    launch: Annotated[
+        Literal["warm", "exec"], typer.Option(help="Forked from a parent that has torch, or each from scratch.")
+    ] = "warm",
+    everything: Annotated[bool, typer.Option("--all", help="Show every metric, not only what differs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, instead of a table.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit code 10 if something is undecided.")] = False,
+    head_fault: Annotated[
+        str | None,
+        typer.Option("--head-fault", help="Self-check: inject this fault into head. Does the comparison see it?"),
+    ] = None,
+) -> None:
+    """Measure two revisions, or two interpreters, in pairs of fresh processes. Exit code 1: worse, 11: a run broke."""
+    began = time.monotonic()
+    asked = Asked(
+        base=base,
+        head=head,
+        base_python=base_python,
+        head_python=head_python,
+        head_fault=warned_of(head_fault),
+        paths=tuple(paths or ()),
+    )
+    rule = Rule(wall=ratio_said("--wall-tolerance", wall), busy=ratio_said("--busy-tolerance", busy))
+    budget_s = duration_s("--budget", budget)
+    cases = chosen_cases(files, case or [], scale)
+    here = Path.cwd().resolve()
+    place, in_git = place_of(here, needs_git=base is not None)
+    with Checkouts(place if in_git else None) as checkouts:
+        arranged = arrange(asked, cases, checkouts, place, here, in_git)
+        for line in heading(arranged):
+            (tell if as_json else say)(line)
+        plan = Plan(cases=cases, rule=rule, budget_s=budget_s, exact_only=exact, refused=arranged.refused)
+        with Bench(arranged.base, arranged.head, cases, way=launch, device=device) as bench:
+            tell(f"{cases_text(len(cases))}{'; importing torch on both sides first' if launch == 'warm' else ''}")
+            bench.prepare()
+            plan = msgspec.structs.replace(plan, spent_s=time.monotonic() - began)
+            comparison = compare(plan, bench.run, tell, check=arranged.check)
+            notes = bench.notes
+    for note in dict.fromkeys(notes):
+        tell(note)
+    if as_json:
+        say(msgspec.json.format(msgspec.json.encode(_as_json(arranged, comparison)), indent=2).decode())
+    else:
+        _show(comparison, everything=everything, seconds=time.monotonic() - began)
+    raise typer.Exit(comparison.exit_code(strict=strict))
+
+
+def _show(comparison: Comparison, *, everything: bool, seconds: float) -> None:
+    say()
+    for line in lines(comparison, everything=everything):
+        say(line)
+    for line in summary(comparison, seconds):
+        say(line)
+
+
+def _as_json(arranged: Arranged, comparison: Comparison) -> dict[str, Any]:
+    sides = {
+        name: {"label": side.label, "python": side.python, "commit": side.commit, "fault": side.fault}
+        for name, side in (("base", arranged.base), ("head", arranged.head))
+    }
+    return {
+        "sides": sides,
+        "measured_by": arranged.measured_by,
+        "notes": list(arranged.notes),
+        "exit_code": comparison.exit_code(),
+        "comparison": msgspec.to_builtins(comparison),
+    }

@@ -1,0 +1,113 @@
+"""Two launchers, one a side: each runs a side's cases in fresh processes, forked from a warm parent of that side's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Literal, Self
+
+from hpc_core.compare.side import Side
+from hpc_core.compare.trial import SideName
+from hpc_core.environment import visible_gpus
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import PRELOAD_MORE, Job, Way
+from hpc_core.record import Failure, Record
+from hpc_core.spec import CallableSpec, Case, FinetuneSpec
+
+__all__ = ["Bench", "Device"]
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Bench:
+    """A context manager that runs cases on two sides, and leaves no process behind.
+
+    Both sides are launched the same way: if one cannot be warm, neither is.
+    """
+
+    def __init__(
+        self, base: Side, head: Side, cases: Sequence[Case], *, way: Way = "warm", device: Device = "auto"
+    ) -> None:
+        self._device = device
+        self._more = _preloadable(cases) if way == "warm" else ()
+        self._sides: dict[SideName, Side] = {"base": base, "head": head}
+        self._launchers: dict[SideName, Launcher] = {
+            name: self._launcher(side, way) for name, side in self._sides.items()
+        }
+
+    def _launcher(self, side: Side, way: Way) -> Launcher:
+        environment = dict(side.environment)
+        if self._more:
+            environment[PRELOAD_MORE] = ",".join(self._more)
+        return Launcher(way, python=side.python, environment=environment, folder=side.folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for launcher in self._launchers.values():
+            launcher.close()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know of how the workers were started."""
+        return tuple(note for launcher in self._launchers.values() for note in launcher.notes)
+
+    def prepare(self) -> None:
+        """Start the warm parents, both at once. Takes what importing torch takes.
+
+        Raises:
+            LaunchError: an interpreter does not exist.
+        """
+        with ThreadPoolExecutor(len(self._launchers)) as pool:
+            list(pool.map(Launcher.prepare, self._launchers.values()))
+        if {launcher.way for launcher in self._launchers.values()} == {"warm", "exec"}:
+            for name, side in self._sides.items():
+                if self._launchers[name].way == "warm":
+                    self._launchers[name].close()
+                    self._launchers[name] = self._launcher(side, "exec")
+
+    def replace_head(self, side: Side) -> None:
+        """Run another head from now on.
+
+        Its parent is started anew, unless it holds nothing of the tree: same interpreter, same folder, no hpc_core there.
+        """
+        before, self._sides["head"] = self._sides["head"], side
+        ways = [(one.python, one.folder, one.environment) for one in (before, side)]
+        if ways[0] == ways[1] and not (side.root / "hpc_core").is_dir():
+            return
+        self._launchers["head"].close()
+        self._launchers["head"] = self._launcher(side, self._launchers["base"].way)
+
+    def run(self, name: SideName, case: Case) -> Record:
+        """The record of a case on a side. One that ran other code than the side's is a failed record.
+
+        Raises:
+            LaunchError: no worker can be started at all.
+            KeyboardInterrupt: after the worker is gone.
+        """
+        side = self._sides[name]
+        record = self._launchers[name].run(Job(case=case, device=self._device, fault=side.fault))
+        seen = record.circumstances.commit
+        if side.commit is None or seen == side.commit or record.status != "ok":
+            return record
+        message = f"{name} is {side.label}, but the worker found itself at {seen or 'no commit at all'}."
+        failure = Failure(kind="refused", message=message, phase="record")
+        return Record(case=case, status="failed", failure=failure, circumstances=record.circumstances)
+
+
+def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Packages that every worker of these cases would import, and a parent may, where CUDA cannot be had."""
+    if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
+        return ()
+    names = ["peft"] if any(case.adapter is not None for case in cases) else []
+    if any(case.quantization is not None or _is_8bit(case) for case in cases):
+        names.append("bitsandbytes")
+    return tuple(names)
+
+
+def _is_8bit(case: Case) -> bool:
+    return isinstance(case.workload, FinetuneSpec) and "8bit" in case.workload.optimizer

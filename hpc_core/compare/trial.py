@@ -1,0 +1,150 @@
+"""One case measured on both sides, pair after pair: its records, what is decided, what went wrong. Launches nothing."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from hpc_core.compare.differences import (
+    Difference,
+    Rule,
+    decided,
+    exact_rows,
+    is_judged_in_pairs,
+    timed_row,
+    unjudged_rows,
+)
+from hpc_core.gate import Verdict
+from hpc_core.gate.sequential import Look
+from hpc_core.record import Record
+from hpc_core.spec import Case
+
+__all__ = ["CaseResult", "SideName", "Trial"]
+
+SideName = Literal["base", "head"]
+_SIDES: tuple[SideName, SideName] = ("base", "head")
+_NOT_HERE = ("missing_library", "missing_data")
+
+
+class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one case at the end."""
+
+    case: str
+    pairs: int
+    trouble: Literal["broken", "invalid", "missing", "unmeasured"] | None = None
+    """Why it has no rows: a run broke, ran something else than asked, lacks a package or data on both sides, or never began."""
+    reason: str = ""
+    rows: tuple[Difference, ...] = ()
+
+
+class Trial:
+    """Collects records of a case in pairs, and decides each timed metric at the first look that can."""
+
+    def __init__(self, case: Case, rule: Rule) -> None:
+        self.case = case
+        self._rule = rule
+        self._looks: dict[str, tuple[Look, int]] = {}
+        """By metric: the last look, and the pairs it saw."""
+        self.records: dict[SideName, list[Record]] = {"base": [], "head": []}
+        self.refused: dict[SideName, str] = {}
+        """Why a side cannot run this case at all, before anything was launched."""
+        self.seconds = 0.0
+        """What the last pair took."""
+        self.spent_s = 0.0
+        """What all pairs took."""
+
+    @property
+    def pairs(self) -> int:
+        """Complete ones."""
+        return min(map(len, self.records.values()))
+
+    @property
+    def order(self) -> tuple[SideName, SideName]:
+        """Which side the next pair starts with: base head, head base, base head …, so that drift favours neither."""
+        return _SIDES if self.pairs % 2 == 0 else (_SIDES[1], _SIDES[0])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a side gave no numbers."""
+        return bool(self.refused) or any(record.status != "ok" for side in self.records.values() for record in side)
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """Metrics that pairs decide, once there is one pair."""
+        if self.failed or not self.pairs:
+            return ()
+        base, head = self.records["base"][0].metrics, self.records["head"][0].metrics
+        return tuple(
+            name
+            for name in sorted(base.keys() & head.keys())
+            if is_judged_in_pairs(base[name]) and is_judged_in_pairs(head[name])
+        )
+
+    def values(self, side: SideName, name: str) -> list[float]:
+        """One value a process, of the complete pairs."""
+        return [float(record.metrics[name].value) for record in self.records[side][: self.pairs]]
+
+    def look(self, metrics_judged: int) -> None:
+        """Judge what is still undecided by the pairs so far, as one of so many metrics of the run."""
+        for name in self.timed:
+            if name in self._looks and decided(self._looks[name][0]):
+                continue
+            rule = self._rule.sequential(self.case, name, self.records["base"][0].metrics[name], metrics_judged)
+            self._looks[name] = rule.look(self.values("base", name), self.values("head", name)), self.pairs
+
+    @property
+    def finished(self) -> bool:
+        """Whether another pair would tell nothing."""
+        if self.failed:
+            return True
+        return self.pairs > 0 and all(name in self._looks and decided(self._looks[name][0]) for name in self.timed)
+
+    def result(self, why: str) -> CaseResult:
+        """What is known. `why` says why there were no more pairs, for what is undecided."""
+        if self.failed:
+            return self._trouble()
+        if not self.pairs:
+            return CaseResult(case=self.case.id, pairs=0, trouble="unmeasured", reason=why)
+        base, head = (self.records[side][: self.pairs] for side in _SIDES)
+        rows = exact_rows(self.case, base, head)
+        rows += [self._timed_row(name, why) for name in self.timed]
+        return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head)))
+
+    def _timed_row(self, name: str, why: str) -> Difference:
+        look, seen = self._looks.get(name, (None, self.pairs))
+        metric = self.records["base"][0].metrics[name]
+        tolerance = self._rule.tolerance(self.case, name, metric)
+        values = [self.values(side, name)[:seen] for side in _SIDES]
+        return timed_row(name, metric, values[0], values[1], look, tolerance, why)
+
+    def _trouble(self) -> CaseResult:
+        """The gravest of what happened, with the side it happened on."""
+        said: list[str] = []
+        kinds: list[str] = []
+        for side in _SIDES:
+            bad = next((record for record in self.records[side] if record.status != "ok"), None)
+            if side in self.refused:
+                kinds.append("broken")
+                said.append(f"{side}: {self.refused[side]}")
+            elif bad is not None and bad.failure is not None:
+                kinds.append("missing" if bad.failure.kind in _NOT_HERE else "broken")
+                said.append(f"{side}: {bad.failure.kind} in {bad.failure.phase}: {bad.failure.message}")
+            elif bad is not None:
+                kinds.append("invalid")
+                said.append(f"{side}: invalid: {' '.join(bad.reasons)}")
+        if len(kinds) == 1:
+            said.append("The other side ran." if self.pairs or self._other_ran() else "")
+        lacking = kinds == ["missing", "missing"]
+        kind: Literal["broken", "invalid", "missing"] = (
+            "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
+        )
+        reason = " ".join(f"{text.rstrip('.')}." for text in said if text)
+        return CaseResult(case=self.case.id, pairs=self.pairs, trouble=kind, reason=reason)
+
+    def _other_ran(self) -> bool:
+        return any(record.status == "ok" for side in self.records.values() for record in side)
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """What is decided so far, for the progress."""
+        return {name: look.verdict for name, (look, _) in self._looks.items() if look.verdict is not None}

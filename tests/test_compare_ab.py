@@ -1,0 +1,188 @@
+"""Comparing two sides: what counts as a difference, in which order processes run, when it is decided, what the exit code says."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.compare.ab import Comparison, Plan, compare
+from hpc_core.compare.differences import Difference, Rule, exact_rows
+from hpc_core.compare.trial import SideName
+from hpc_core.errors import SpecError
+from hpc_core.gate import Verdict
+from hpc_core.limits import Limits
+from hpc_core.record import Metric, Record
+from hpc_core.spec import Case
+from tests.strategies import a_case, a_record, counted, failed_record, peak
+
+CASE = a_case("tiny/lora")
+OTHER = a_case("tiny/other")
+Told = Callable[[SideName, int], Record]
+"""The record of a side's n-th process."""
+
+
+def step(seconds: float) -> Metric:
+    return Metric(
+        value=seconds, samples=(seconds,) * 3, unit="s", noise="wall", better="lower",
+        depends_on=("case", "stack", "machine"), gated=False,
+    )  # fmt: skip
+
+
+def timed(base: Iterator[float], head: Iterator[float]) -> Told:
+    sources: dict[SideName, Iterator[float]] = {"base": base, "head": head}
+    return lambda side, _: a_record({"peak_bytes": peak(), "step_s": step(next(sources[side]))})
+
+
+def compared(told: Told, cases: tuple[Case, ...] = (CASE,), **plan: float | bool) -> tuple[Comparison, list[str]]:
+    """The comparison, and the sides in the order in which they ran."""
+    order: list[str] = []
+
+    def run(side: SideName, case: Case) -> Record:
+        order.append(side)
+        return told(side, order.count(side))
+
+    return compare(msgspec.convert({"cases": cases, **plan}, Plan), run, lambda _: None), order
+
+
+def row(comparison: Comparison, metric: str) -> Difference:
+    return next(row for row in comparison.results[0].rows if row.metric == metric)
+
+
+def test_pairs_run_in_abba_order() -> None:
+    """base head, head base, base head …: a drift of the machine favours neither side."""
+    _, order = compared(timed(itertools.repeat(1.0), itertools.cycle((0.9, 1.3))))
+    assert order == (["base", "head", "head", "base"] * 6)
+
+
+def test_equal_sides_are_decided_after_three_pairs() -> None:
+    """Where exact metrics agree and time lies within its tolerance, three processes a side are enough."""
+    comparison, order = compared(timed(itertools.cycle((1.0, 1.01)), itertools.cycle((1.01, 1.0))))
+    assert (len(order), row(comparison, "step_s").verdict, comparison.exit_code(strict=True)) == (6, Verdict.PASS, 0)
+    assert not [one for one in comparison.results[0].rows if one.differs]
+
+
+def test_a_slower_head_is_worse() -> None:
+    """+20 % with little noise is REGRESSED, and its interval lies beyond the tolerance of 10 %."""
+    comparison, _ = compared(timed(itertools.cycle((1.0, 1.01)), itertools.cycle((1.2, 1.21))))
+    found = row(comparison, "step_s")
+    assert (found.verdict, comparison.exit_code()) == (Verdict.REGRESSED, 1)
+    assert found.interval is not None
+    assert 0.1 < found.interval[0] < 0.2 < found.interval[1]
+
+
+def test_noise_is_not_decided_and_says_what_would_settle_it() -> None:
+    """Twelve pairs that do not agree are INCONCLUSIVE: exit code 0, and 10 under strict."""
+    comparison, order = compared(timed(itertools.repeat(1.0), itertools.cycle((0.7, 1.5))))
+    found = row(comparison, "step_s")
+    assert (len(order), found.verdict) == (24, Verdict.INCONCLUSIVE)
+    assert "would settle it" in found.reason
+    assert (comparison.exit_code(), comparison.exit_code(strict=True)) == (0, 10)
+
+
+def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
+    """Without time for three pairs, time is undecided with its reason; what never began says so."""
+    comparison, order = compared(timed(itertools.repeat(1.0), itertools.repeat(1.0)), budget_s=1e-9)
+    assert (order, comparison.results[0].trouble) == ([], "unmeasured")
+    plan = Plan(cases=(CASE, OTHER), budget_s=1e-3)
+    slow = iter([0.002] * 4)
+
+    def run(side: SideName, case: Case) -> Record:
+        time.sleep(next(slow))
+        return a_record({"peak_bytes": peak(), "step_s": step(1.0)}, case=case)
+
+    first, second = compare(plan, run, lambda _: None).results
+    assert (first.pairs, second.trouble) == (1, "unmeasured")
+    assert {one.metric: one.verdict for one in first.rows} == {
+        "peak_bytes": Verdict.PASS,
+        "step_s": Verdict.INCONCLUSIVE,
+    }
+    assert "--budget" in second.reason
+
+
+def test_a_long_case_does_not_starve_the_others() -> None:
+    """The next pair goes to the case that has cost least: the short one is decided before the long one has its second pair."""
+    ran: list[str] = []
+
+    def run(_: SideName, case: Case) -> Record:
+        ran.append(case.id)
+        time.sleep(0.04 if case is CASE else 0.001)
+        return a_record({"step_s": step(1.0)}, case=case)
+
+    compare(Plan(cases=(CASE, OTHER)), run, lambda _: None)
+    assert ran == [CASE.id] * 2 + [OTHER.id] * 6 + [CASE.id] * 4
+
+
+@given(base=st.integers(1, 2**40), head=st.integers(1, 2**40), better=st.sampled_from(["lower", "higher", "same"]))
+def test_an_exact_difference_is_a_difference(base: int, head: int, better: str) -> None:
+    """Equal bytes pass; one byte is a difference, worse or better as the metric says."""
+    sides = [[a_record({"peak_bytes": peak(value, better=better)})] for value in (base, head)]
+    (found,) = exact_rows(CASE, *sides)
+    assert found.differs == (base != head)
+    expected = Verdict.IMPROVED if (head < base, better) in ((True, "lower"), (False, "higher")) else Verdict.REGRESSED
+    assert found.verdict is (Verdict.PASS if base == head else expected)
+
+
+def test_a_limit_of_the_case_counts_here_too() -> None:
+    """A case that allows its peak 1 % may use it; the difference is shown all the same."""
+    case = a_case(limits=Limits(peak_bytes="1%"))
+    (found,) = exact_rows(case, [a_record({"peak_bytes": peak(10000)})], [a_record({"peak_bytes": peak(10100)})])
+    assert (found.verdict, found.differs) == (Verdict.PASS, True)
+
+
+def test_counts_that_vary_on_one_side_decide_nothing() -> None:
+    """An exact metric that differs between processes of one side is INCONCLUSIVE, and the range is said."""
+    records = [a_record({"operators": counted(value)}) for value in (10, 12)]
+    (found,) = exact_rows(CASE, records, [a_record({"operators": counted(10)})] * 2)
+    assert found.verdict is Verdict.INCONCLUSIVE
+    assert "10 → 12" in found.reason
+
+
+def test_a_metric_of_one_side_only_is_incompatible() -> None:
+    """What only head measures cannot be compared, and is not hidden."""
+    (found,) = exact_rows(CASE, [a_record({})], [a_record({"operators": counted()})])
+    assert (found.verdict, found.differs, found.base) == (Verdict.INCOMPATIBLE, True, None)
+
+
+@pytest.mark.parametrize(
+    ("base", "head", "trouble", "codes"),
+    [
+        (a_record(), failed_record(), "broken", (11, 11)),
+        (failed_record("missing_library"), failed_record("missing_library"), "missing", (0, 10)),
+        (a_record(), failed_record("missing_library"), "missing", (11, 11)),
+        (a_record(), a_record(status="invalid", reasons=("other dtype.",)), "invalid", (1, 1)),
+    ],
+    ids=["head breaks", "missing on both sides", "missing on one side", "head is invalid"],
+)
+def test_a_side_without_numbers_is_a_row(base: Record, head: Record, trouble: str, codes: tuple[int, int]) -> None:
+    """It is told with its side and reason, no number is compared, and the other cases go on."""
+    comparison, order = compared(lambda side, _: base if side == "base" else head, (CASE, OTHER), exact_only=True)
+    assert order == ["base", "head"] * 2
+    assert {result.trouble for result in comparison.results} == {trouble if codes[0] != 11 else "broken"}
+    assert "head: " in comparison.results[0].reason
+    assert (comparison.exit_code(), comparison.exit_code(strict=True)) == codes
+
+
+def test_a_tree_that_changes_meanwhile_ends_the_run() -> None:
+    """Numbers of two states of one tree are not compared: the check after each pair may refuse."""
+
+    def check() -> None:
+        raise SpecError("the tree changed")
+
+    told = timed(itertools.repeat(1.0), itertools.repeat(1.0))
+    with pytest.raises(SpecError, match="changed"):
+        compare(Plan(cases=(CASE,)), lambda side, _: told(side, 0), lambda _: None, check=check)
+
+
+def test_false_alarms_are_shared_by_all_timed_metrics() -> None:
+    """The more timed metrics a run judges, the less alpha each has: a limit case is REGRESSED alone and not among fifty."""
+    base, head = [1.0, 1.0, 1.0, 1.0], [1.22, 1.2, 1.24, 1.21]
+    metric = step(1.0)
+    alone = Rule().sequential(CASE, "step_s", metric, 1).look(base, head)
+    among = Rule().sequential(CASE, "step_s", metric, 2000).look(base, head)
+    assert (alone.verdict, among.verdict) == (Verdict.REGRESSED, None)
