@@ -35,6 +35,15 @@ PREDICTED: tuple[Case, ...] = (
     finetune(_8b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
     finetune(_13b, qlora(), variant="qlora-gc", checkpointing="non-reentrant", **_step),
     generate(_8b, variant="generate-bf16", prompts=1, prompt_length=512, new_tokens=32),
+    generate(
+        llama_3b,
+        variant="generate-static-eager",
+        cache="static",
+        compiled=False,
+        prompts=2,
+        prompt_length=100,
+        new_tokens=64,
+    ),
     *HELD_OUT,
 )
 """What is predicted without a GPU: the full-size cases, some of the other shapes, and what was held out."""

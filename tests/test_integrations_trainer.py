@@ -140,7 +140,7 @@ def test_the_same_training_passes_and_a_worse_one_does_not(
 ) -> None:
     """Accepted as a baseline, it is met exactly by a second run; more padding, and memory that a step keeps, are regressions."""
     record, _, _ = recorded
-    accept(tmp_path / "baselines", record, reason="first")
+    accept(tmp_path / "baselines", record, reason="first", allow_dirty=True)
     lookup = find(tmp_path / "baselines", "cpu", "trainer/tiny")
     perf = PerfCallback(tmp_path / "run.json", case="trainer/tiny", limits=Limits(peak_bytes=2**30))
     with perf:

@@ -29,13 +29,13 @@ _BEYOND_ONE = {
     "nll_loss_backward": 1,  # zeros, then one number a row
     "cumsum": 1,  # cub::DeviceScan starts with a kernel of its own
     "_safe_softmax": 3,  # softmax, then rows that are masked out: eq, all, where
-    "embedding_dense_backward": 4,  # a radix sort of the ids, then segments
     # Row sums of output times gradient before, and queries' gradients from float32 after the main kernel.
-    "_scaled_dot_product_cudnn_attention_backward": 2,
     "_scaled_dot_product_flash_attention_backward": 2,
     "_scaled_dot_product_efficient_attention_backward": 1,
 }
 
+_FEW_IDS = 3072
+"""`embedding_dense_backward_cuda` in ATen/native/cuda/Embedding.cu."""
 _CHUNK = 65536
 _MOST_BLOCKS = 320
 _MOST_TENSORS = (110, 64, 48, 36, 30)
@@ -103,17 +103,18 @@ def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> in
         return multi_tensor_launches([tensor.numel() for tensor in lists[0]], depth)
     if name.startswith("_fused_adam"):
         return multi_tensor_launches([tensor.numel() for tensor in args[0]], _FUSED_DEPTH)
-    if (
-        name == "sum"
-        and len(args) > 1
-        and args[1]
-        and (inputs[0].dim() - 1) not in [d % inputs[0].dim() for d in args[1]]
-    ):
-        return 2  # seen on an H100: sums over rows, of norms' weight gradients and of repeated key heads
     if name == "mm":
         return product_kernels(*args[:2])
     if name == "addmm":
         return product_kernels(*args[1:3])
+    if name == "embedding_dense_backward":
+        # embedding_dense_backward_cuda: zeros, then one kernel for few ids; for more a radix sort of them, then segments.
+        return 2 if args[1].numel() <= _FEW_IDS else 5
+    if name == "_scaled_dot_product_cudnn_attention_backward":
+        # Row sums of output times gradient before, queries' gradients from float32 after; of keys and values that several
+        # heads share, one sum over the heads each (seen on an H100: fmha_reduce_head).
+        query, key = args[1:3]
+        return 3 if query.shape[1] == key.shape[1] else 5
     return 1 + _BEYOND_ONE.get(name, 0)
 
 
