@@ -18,9 +18,9 @@ __all__ = ["Launches", "multi_tensor_launches"]
 _NONE = {
     *("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"),
     *("detach", "alias", "lift_fresh", "set_", "resize_", "is_pinned", "_has_compatible_shallow_copy_type"),
-    *("view", "_unsafe_view", "_reshape_alias", "reshape", "scalar_tensor"),
+    *("view", "_unsafe_view", "_reshape_alias", "reshape"),
 }
-"""Operators that launch nothing: memory without content, and views that do not say that they are. A scalar goes as an argument."""
+"""Operators that launch nothing: memory without content, and views that do not say that they are."""
 
 _BEYOND_ONE = {
     "slice_backward": 1,  # zeros, then a copy into the slice
@@ -28,7 +28,7 @@ _BEYOND_ONE = {
     "constant_pad_nd": 1,  # a fill, then a copy into the middle
     "nll_loss_backward": 1,  # zeros, then one number a row
     "cumsum": 1,  # cub::DeviceScan starts with a kernel of its own
-    "_safe_softmax": 3,  # softmax, then rows that are masked out: eq, all, where
+    "_safe_softmax": 4,  # softmax, then rows that are masked out: eq, all, where with a zero that is filled in first
     # Row sums of output times gradient before, and queries' gradients from float32 after the main kernel.
     "_scaled_dot_product_flash_attention_backward": 2,
     "_scaled_dot_product_efficient_attention_backward": 1,
