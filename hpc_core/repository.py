@@ -5,6 +5,7 @@ Every call starts git, so nothing here works without it; each function says what
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
@@ -13,10 +14,26 @@ import msgspec
 
 from hpc_core.errors import RepositoryError
 
-__all__ = ["Revision", "contents", "head", "is_dirty", "listing", "merge_base", "resolved", "revisions_of", "top"]
+__all__ = [
+    "CODE_SUFFIXES",
+    "Revision",
+    "contents",
+    "git",
+    "head",
+    "is_dirty",
+    "listing",
+    "merge_base",
+    "resolved",
+    "revisions_of",
+    "top",
+]
 
-_SECONDS = 60
-_CODE = frozenset({".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"})
+_SECONDS = 120
+_OF_ANOTHER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+"""Set inside git's hooks; they would point every command at the hook's repository."""
+CODE_SUFFIXES = frozenset(
+    {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"}
+)
 """Files that git does not know count as changes only if they can be code: a report or a record that lies around is none."""
 
 
@@ -32,7 +49,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
 def head(folder: Path) -> str | None:
     """The commit that is checked out; None outside a repository, before its first commit, or without git."""
     try:
-        return _git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}").decode().strip()
+        return git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}").decode().strip()
     except RepositoryError:
         return None
 
@@ -48,9 +65,7 @@ def is_dirty(folder: Path) -> bool:
         RepositoryError: not a repository, or no git.
     """
     root = top(folder)
-    said = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(
-        errors="replace"
-    )
+    said = git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(errors="replace")
     entries = [(entry[:2], entry[3:]) for entry in said.split("\0") if entry]
     written = {path for _, path in entries if path.endswith(".history.jsonl")}
     return any(_counts(root, state, path, written) for state, path in entries)
@@ -59,7 +74,7 @@ def is_dirty(folder: Path) -> bool:
 def _counts(root: Path, state: str, path: str, written: set[str]) -> bool:
     if path.endswith(".history.jsonl"):
         return False
-    if state == "??" and PurePosixPath(path).suffix not in _CODE:
+    if state == "??" and PurePosixPath(path).suffix not in CODE_SUFFIXES:
         return False
     beside = f"{path.removesuffix('.json')}.history.jsonl"
     return not (path.endswith(".json") and (beside in written or (root / beside).exists()))
@@ -71,7 +86,7 @@ def top(folder: Path) -> Path:
     Raises:
         RepositoryError: not a repository, or no git.
     """
-    return Path(_git(folder, "rev-parse", "--show-toplevel").decode().removesuffix("\n"))
+    return Path(git(folder, "rev-parse", "--show-toplevel").decode().removesuffix("\n"))
 
 
 def merge_base(folder: Path, revision: str) -> str:
@@ -81,7 +96,7 @@ def merge_base(folder: Path, revision: str) -> str:
         RepositoryError: no such revision, no common commit, or a clone too shallow to tell.
     """
     fetch = "In a workflow, give actions/checkout `fetch-depth: 0`; by hand: git fetch --unshallow origin."
-    shallow = _git(folder, "rev-parse", "--is-shallow-repository").decode().strip() == "true"
+    shallow = git(folder, "rev-parse", "--is-shallow-repository").decode().strip() == "true"
     try:
         commit = resolved(folder, revision)
     except RepositoryError as error:
@@ -89,7 +104,7 @@ def merge_base(folder: Path, revision: str) -> str:
             raise RepositoryError(f"{revision!r} is not in this shallow clone. {fetch}") from error
         raise
     try:
-        return _git(folder, "merge-base", commit, "HEAD").decode().strip()
+        return git(folder, "merge-base", commit, "HEAD").decode().strip()
     except RepositoryError as error:
         why = f"This clone is shallow and does not reach it. {fetch}" if shallow else "They have no commit in common."
         raise RepositoryError(f"HEAD and {revision} have no merge base here. {why}") from error
@@ -104,7 +119,7 @@ def resolved(folder: Path, revision: str) -> str:
     top(folder)
     try:
         # A revision that begins with a dash is no option.
-        said = _git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        said = git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     except RepositoryError as error:
         raise RepositoryError(f"git knows no revision {revision!r} in {folder}.") from error
     return said.decode().strip()
@@ -118,7 +133,7 @@ def contents(folder: Path, asked: Sequence[tuple[str, Path]]) -> tuple[bytes | N
     """
     root = top(folder)
     names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in asked)
-    said = _git(root, "cat-file", "--batch", given=names.encode(errors="surrogateescape"))
+    said = git(root, "cat-file", "--batch", given=names.encode(errors="surrogateescape"))
     found: list[bytes | None] = []
     for _ in asked:
         line, _, said = said.partition(b"\n")
@@ -139,7 +154,7 @@ def listing(folder: Path, commit: str, path: Path) -> tuple[Path, ...]:
     """
     root = top(folder)
     name = _inside(root, path)
-    said = _git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", f"{name}/" if name else ".")
+    said = git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", f"{name}/" if name else ".")
     return tuple(root / each for each in said.decode(errors="surrogateescape").split("\0") if each)
 
 
@@ -153,7 +168,7 @@ def revisions_of(folder: Path, paths: Iterable[Path]) -> tuple[Revision, ...]:
         return ()
     root = top(folder)
     names = [_inside(root, path) for path in paths]
-    said = _git(root, "log", "--reverse", "--format=%H%x1f%cI%x1f%s%x1e", "HEAD", "--", *names)
+    said = git(root, "log", "--reverse", "--format=%H%x1f%cI%x1f%s%x1e", "HEAD", "--", *names)
     parts = [line.strip("\n").split("\x1f") for line in said.decode(errors="replace").split("\x1e") if line.strip()]
     return tuple(Revision(commit=commit, at=at, subject=subject) for commit, at, subject in parts)
 
@@ -167,10 +182,18 @@ def _inside(root: Path, path: Path) -> str:
     return "" if relative == "." else relative
 
 
-def _git(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
-    command = ["git", "-C", str(folder), *arguments]
+def git(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
+    """What a git command says about the repository around `folder`; no hook runs.
+
+    Raises:
+        RepositoryError: git is not installed, takes too long, or fails; the message holds its own words.
+    """
+    command = ["git", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER}
     try:
-        ran = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=False)
+        ran = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=False, env=environment)
+    except FileNotFoundError as error:
+        raise RepositoryError("git is not installed.") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise RepositoryError(f"git cannot be run in {folder}: {error}") from error
     if ran.returncode:

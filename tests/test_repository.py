@@ -127,3 +127,11 @@ def test_no_repository_is_one_clear_error(project: GitProject, tmp_path: Path) -
         merge_base(project.root, "--all")
     with pytest.raises(RepositoryError, match="outside the repository"):
         revisions_of(project.root, [tmp_path / "elsewhere.json"])
+
+
+def test_a_hook_of_another_repository_is_not_asked(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a git hook GIT_DIR names the hook's repository; what is asked is the folder's own."""
+    commit = head(project.root)
+    assert commit is not None
+    monkeypatch.setenv("GIT_DIR", str(project.root / "nowhere"))
+    assert head(project.root) == commit

@@ -39,7 +39,7 @@ def spoken(kind):
 def digest(text):
     try:
         return case_from_json(text).digest
-    except Exception as error:
+    except Exception as error:  # runs in the other side's tree, whose own errors are of any kind; told as why it does not know the case
         return "! " + str(error)
 
 def places(name):

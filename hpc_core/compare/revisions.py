@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import subprocess
 from pathlib import Path
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.errors import RepositoryError, SpecError
+from hpc_core.repository import git as run_git
 
 __all__ = ["Revision", "changed_files", "commits_between", "fingerprint", "git", "repository", "resolve", "uncommitted"]
 
-_OF_ANOTHER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
-"""Set inside git's hooks; they would point every command at the hook's repository."""
-_LIMIT_S = 120
 _FORMAT = "--format=%H %aI %s"
 
 
@@ -42,28 +38,15 @@ def git(folder: Path, *arguments: str) -> str:
     Raises:
         SpecError: git is not installed, or the command fails; the message holds git's own words.
     """
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER}
     try:
-        ran = subprocess.run(
-            ("git", "-c", "core.hooksPath=/dev/null", "-C", os.fspath(folder), *arguments),
-            capture_output=True,
-            text=True,
-            timeout=_LIMIT_S,
-            check=False,
-            env=environment,
-            errors="replace",
-        )
-    except FileNotFoundError as error:
-        raise SpecError(
-            "git is not installed, and two revisions cannot be compared without it. "
-            "Install it, or compare two interpreters: --base-python PATH."
-        ) from error
-    except subprocess.TimeoutExpired as error:
-        raise SpecError(f"git {arguments[0]} in {folder} took longer than {_LIMIT_S} s.") from error
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise SpecError(f"git {' '.join(arguments[:2])} failed with exit code {ran.returncode}: {last}")
-    return ran.stdout.rstrip("\n")
+        return run_git(folder, *arguments).decode(errors="replace").rstrip("\n")
+    except RepositoryError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise SpecError(
+                "git is not installed, and two revisions cannot be compared without it. "
+                "Install it, or compare two interpreters: --base-python PATH."
+            ) from error
+        raise SpecError(str(error)) from error
 
 
 def repository(folder: Path) -> Path:

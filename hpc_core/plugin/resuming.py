@@ -6,7 +6,6 @@ A record is taken only if nothing that could move it has moved: the case, the co
 from __future__ import annotations
 
 import hashlib
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,17 +13,16 @@ from typing import Literal
 import msgspec
 
 from hpc_core.environment import commit, machine, stack, visible_gpus
-from hpc_core.errors import SpecError
+from hpc_core.errors import RepositoryError, SpecError
 from hpc_core.plugin.replicating import Plan
 from hpc_core.record import Record, record_from_json
+from hpc_core.repository import CODE_SUFFIXES, git
 from hpc_core.spec import Case
 from hpc_core.whole_file import write_whole
 
 __all__ = ["Earlier", "code_state"]
 
 _CODES = "code-states.json"
-_CODE = frozenset({".py", ".toml", ".ini", ".cfg", ".cpp", ".cu", ".cuh", ".h"})
-"""Files that git does not know yet and that count as code. Logs and results beside it do not."""
 
 
 class Earlier:
@@ -116,15 +114,13 @@ def code_state(folder: Path, ignoring: Sequence[Path] = ()) -> str:
             ["diff", "HEAD", "--binary", "--", ".", *excluded],
             ["ls-files", "-z", "--others", "--exclude-standard", "--", ".", *excluded],
         ):
-            said = subprocess.run(
-                ["git", "-C", str(folder), *arguments], capture_output=True, timeout=20, check=True
-            ).stdout
+            said = git(folder, *arguments)
             if arguments[0] != "ls-files":
                 digest.update(said)
-    except (OSError, subprocess.SubprocessError):
+    except RepositoryError:
         return f"no git, commit {commit(str(folder))[0]}"
     for name in sorted(filter(None, said.split(b"\0"))):
         path = folder / name.decode("utf-8", "surrogateescape")
-        if path.suffix in _CODE and path.is_file():
+        if path.suffix in CODE_SUFFIXES and path.is_file():
             digest.update(name + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
