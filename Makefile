@@ -44,9 +44,12 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
-faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it? Then the memory faults, by prediction
+faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it? Then the memory faults by prediction, and one that takes an A/B
 	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)
 	$(BIN)/hpc-core faults --predicted --memory --jobs $(JOBS) $(ARGS)
+	$(BIN)/hpc-core ab --head-fault decode-sleep --case tiny/generate-bf16 --budget 3m > $(VENV)/decode-sleep.txt || true # 1: worse
+	cat $(VENV)/decode-sleep.txt
+	grep -q 'decode_token_s .* REGRESSED' $(VENV)/decode-sleep.txt
 
 lint: $(INSTALLED) ## check style, format, types and who may import whom
 	$(BIN)/ruff check .
