@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from hpc_core.run import finetune
 _RETAINED_BYTES = 64 * 2**20
 _GROWTH_BYTES = 4 * 2**20
 _SCALE = 4
+_DELAY_SHARE = 0.10
+_STEPS_TIMED = 3
 
 
 def _llama() -> Any:
@@ -89,6 +92,25 @@ def item_per_step(injection: Injection) -> None:
         program.loss.item()
 
     _around_step(injection, logging)
+
+
+def host_delay(injection: Injection) -> None:
+    """After three steps of warm-up, whose fastest says what a step takes, the host sleeps a tenth of it before each step."""
+    took_s: list[float] = []
+
+    @contextlib.contextmanager
+    def delayed(program: Any) -> Any:
+        if len(took_s) >= _STEPS_TIMED:
+            time.sleep(_DELAY_SHARE * min(took_s))
+            yield
+            return
+        begun = time.perf_counter()
+        yield
+        if program.loss.is_cuda:
+            torch.cuda.synchronize()
+        took_s.append(time.perf_counter() - begun)
+
+    _around_step(injection, delayed)
 
 
 def growing_memory(injection: Injection) -> None:

@@ -55,6 +55,14 @@ TRAINED = (
         predicted=("peak_bytes",),
     ),
     Fault(
+        "host-delay",
+        "the host sleeps a tenth of a step before each",
+        "lora",
+        ("step_s",),
+        "training.host_delay",
+        needs="A/B",
+    ),
+    Fault(
         "growing-memory",
         "each step leaves 4 MiB behind",
         "lora-soak",
