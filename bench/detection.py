@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,10 @@ _CALIBRATION_CYCLES = 100_000_000
 
 def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
     """One training step, and then a kernel that does nothing for so many seconds; none for 0."""
-    import torch
-
     from hpc_core.build import build
     from hpc_core.run.finetune import finetune_program
 
+    torch: Any = importlib.import_module("torch")  # untyped in parts, and not imported where only the driver runs
     model = msgspec.structs.replace(llama_3b, layers=LAYERS)
     case = finetune(model, full, variant="full-8-layers", prefix="llama-3.2-3b", batch=4, length=512)
     workload: Any = case.workload
@@ -50,15 +51,14 @@ def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
 
 def _cycles_per_s() -> float:
     """What the spinning kernel counts in a second, after one call that brings the clock up."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_CALIBRATION_CYCLES)
     begin.record()
     torch.cuda._sleep(_CALIBRATION_CYCLES)
     end.record()
     torch.cuda.synchronize()
-    return _CALIBRATION_CYCLES / (begin.elapsed_time(end) / 1000)
+    return float(_CALIBRATION_CYCLES / (begin.elapsed_time(end) / 1000))
 
 
 def _case(spin_s: float) -> Case:
@@ -100,7 +100,7 @@ def main() -> None:
                 "spinning_busy_s": spinning,
             }
             asked.out.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-            print(f"{number + 1}: {clean[-1] * 1000:.3f} ms, {spinning[-1] * 1000:.3f} ms", flush=True)
+            sys.stderr.write(f"{number + 1}: {clean[-1] * 1000:.3f} ms, {spinning[-1] * 1000:.3f} ms\n")
 
 
 if __name__ == "__main__":

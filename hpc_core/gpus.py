@@ -38,6 +38,15 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
         return 32 * _MIB if self.capability[0] >= 9 else 2 * 4 * _MIB + 8 * 16 * 1024
 
     @property
+    def lt_workspace_bytes(self) -> int:
+        """What cuBLASLt, which adds a bias or a matrix in the same product, holds beside that from its first product on.
+
+        `getCUDABlasLtWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: 1024 KiB of its own. Measured so on an H100 with torch 2.11; torch 2.13 takes
+        the other one's by default (`TORCH_CUBLASLT_UNIFIED_WORKSPACE`).
+        """
+        return _MIB
+
+    @property
     def prefers_cudnn_attention(self) -> bool:
         """`priority_order` and `check_prefer_cudnn_attention` in ATen/native/transformers/cuda/sdp_utils.cpp: Hopper and Blackwell's
         data centre cards (compute capability 9.0 and 10.0) take cuDNN's kernels first, all others flash attention.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_core.cases import finetune, generate, lora, tiny
 from hpc_core.cli import main
 from hpc_core.errors import SpecError
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
@@ -18,6 +19,8 @@ from hpc_core.gate.metric_rates import residuals
 from hpc_core.gate.spread import SPREADS
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict
+from hpc_core.record import Metric, record_to_json
+from tests.strategies import a_record, counted
 
 ROOT = Path(__file__).parent.parent
 DECLARED = {
@@ -49,6 +52,18 @@ def starts(count: int, *, between: float, within: float = 0.0005, kernels: int =
             )
         )
     return Samples(metrics=DECLARED, starts=tuple(made))
+
+
+def busy_of(*seconds: float) -> Metric:
+    """Busy time of so many processes."""
+    return Metric(
+        value=seconds[0],
+        unit="s",
+        noise="busy",
+        better="lower",
+        depends_on=("case", "stack", "machine"),
+        samples=seconds,
+    )
 
 
 def run(*arguments: str | Path) -> int:
@@ -149,7 +164,7 @@ def test_a_start_measured_in_parts_is_one(tmp_path: Path) -> None:
         (["aa", "--samples", "nowhere.json"], "nowhere.json: No such file"),
         (["aa", "--samples", "bad.json"], "bad.json: no A/A samples"),
         (["aa", "--samples", "zero.json"], "busy_s holds 0.0; a time is above 0"),
-        (["aa", "--samples", "bad.json", "--out", "x.json"], "drop --case, --start and --out"),
+        (["aa", "--samples", "bad.json", "--out", "x.json"], "drop --case, --start, --records and --out"),
         (["aa", "--case", "tiny/lroa"], "Near: tiny/lora"),
         (["aa", "--case", "tiny/lora", "--out", "bad.json"], "bad.json: no A/A samples"),
     ],
@@ -192,3 +207,27 @@ def test_two_processes_and_their_table(
     assert (start.name, start.gpu_uuid, len(start.cases["own/quiet"]["step_s"])) == ("one", "cpu", 2)
     assert run("aa", "--samples", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["starts"] == 1
+
+
+def test_records_of_a_suite_run_are_the_samples_of_a_start(tmp_path: Path) -> None:
+    """A folder that --perf-records wrote is one start: a busy metric has a sample a process, whatever kinds of cases lie together."""
+    timed = {"busy_s": busy_of(0.1, 0.101, 0.1005), "copies": counted(4, unit="1 per 10 steps")}
+    decoded = {"busy_decode_token_s": busy_of(0.01, 0.0101), "copies": counted(7, unit="1 per prefill and 16 tokens")}
+    for name, metrics in (("lora", timed), ("generate-bf16", decoded)):
+        case = finetune(tiny, lora(), variant=name) if name == "lora" else generate(tiny, variant=name)
+        path = tmp_path / "one" / f"{case.id}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(record_to_json(a_record(metrics, case=case)))
+    out = tmp_path / "aa.json"
+    assert run("aa", "--records", tmp_path / "one", "--out", out, "--start", "first") == 0
+    (start,) = samples_from_json(out.read_bytes(), "out").starts
+    assert start.name == "first"
+    assert start.cases["tiny/lora"] == {"busy_s": (0.1, 0.101, 0.1005), "copies": (4,)}
+    assert start.cases["tiny/generate-bf16"]["busy_decode_token_s"] == (0.01, 0.0101)
+
+
+def test_a_folder_without_records_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is judged and nothing written, and the message says what to give."""
+    assert run("aa", "--records", tmp_path, "--out", tmp_path / "aa.json") == 2
+    assert "--perf-records" in capsys.readouterr().err
+    assert not (tmp_path / "aa.json").exists()

@@ -95,7 +95,7 @@ def test_time_is_bisected_by_pairs(factor: float) -> None:
     ("base", "head", "said"),
     [
         (peak(100), peak(100), "do not differ: metric of tiny/lora is 100 B at both ends"),
-        (step(1.0), step(1.02), r"do not differ beyond noise: metric 1 s → 1.02 s .* limit \+10 %"),
+        (step(1.0), step(1.02), r"do not differ beyond noise: metric 1 s → 1.02 s .* limit \+5 %"),
         (peak(100), failed_record(), "head: out_of_memory in build: 80.1 GiB asked for"),
         (peak(100), a_record({"peak_bytes": peak()}), "metric is not measured for tiny/lora. It has: peak_bytes"),
         (peak(100, gated=False), peak(200, gated=False), "is shown and not judged"),

@@ -19,7 +19,7 @@ from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_f
 from hpc_core.gate.error_rates import error_rates
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
-from hpc_core.record import Metric, Record
+from hpc_core.record import Metric, Record, record_from_json
 from hpc_core.selection import matches, unknown_glob
 from hpc_core.spec import Case
 from hpc_core.whole_file import write_whole
@@ -40,17 +40,23 @@ def aa(
         str | None, typer.Option(help="Name of this machine start; a name that the file has adds processes to it.")
     ] = None,
     samples: Annotated[list[Path] | None, typer.Option(help="Run nothing: judge the samples of these files.")] = None,
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(help="Run nothing: take the records of a suite run with several processes; a folder is a start."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rates as JSON, instead of a table.")] = False,
     cases: Files = None,
 ) -> None:
     """Run the same cases again and again: how often the gate cries wolf here, and how small a change it sees."""
     if samples:
-        if case or start is not None or out is not None:
-            raise SpecError("--samples runs nothing: drop --case, --start and --out.")
+        if case or start is not None or out is not None or records:
+            raise SpecError("--samples runs nothing: drop --case, --start, --records and --out.")
         held = merged([_read(path) for path in samples])
     else:
         # Read before anything runs: a file that cannot be added to must not cost a run.
         held = _read(out) if out is not None and out.exists() else Samples(metrics={}, starts=())
+        held = _recorded(held, records, case or [], start, out) if records else held
+    if not samples and not records:
         held = _measured(held, _chosen(case or [], cases), processes, start, out)
     rates = error_rates(held)
     say(msgspec.json.format(msgspec.json.encode(rates), indent=2).decode() if as_json else table(rates))
@@ -61,6 +67,40 @@ def _read(path: Path) -> Samples:
         return samples_from_json(path.read_bytes(), str(path))
     except OSError as error:
         raise SpecError(f"{path}: {error.strerror}. A/A samples are what hpc-core aa --out writes.") from error
+
+
+def _recorded(held: Samples, folders: list[Path], globs: list[str], name: str | None, out: Path | None) -> Samples:
+    """Each folder's records as one start more.
+
+    Raises:
+        SpecError: a folder without records that are looked for, a record that is not sound, one name for several folders.
+    """
+    if name is not None and len(folders) > 1:
+        raise SpecError(
+            f"--start {name} names one start, and --records names {len(folders)} folders: call it for each."
+        )
+    for folder in folders:
+        found = [
+            _sound(record, str(path))
+            for path, record in _records_in(folder)
+            if not globs or matches(record.case.id, globs)
+        ]
+        if not found:
+            asked = f" of {', '.join(globs)}" if globs else ""
+            raise SpecError(f"{folder} holds no record{asked}: give a folder that --perf-records wrote.")
+        began = min(record.circumstances.started_at for record in found)
+        held = merged([held, *(_sample(record, name or began) for record in found)])
+    if out is not None:
+        write_whole(out, samples_to_json(held))
+        tell(f"{out} holds {len(held.starts)} start{'s' if len(held.starts) != 1 else ''}")
+    return held
+
+
+def _records_in(folder: Path) -> list[tuple[Path, Record]]:
+    try:
+        return [(path, record_from_json(path.read_bytes())) for path in sorted(folder.rglob("*/*.json"))]
+    except (OSError, SpecError) as error:
+        raise SpecError(f"{folder}: {error}") from error
 
 
 def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
@@ -93,7 +133,7 @@ def _measured(held: Samples, cases: list[Case], processes: int, name: str | None
             records = []
             for each in cases:
                 tell(f"{each.id}: process {turn} of {processes} ({time.monotonic() - began:.0f} s)")
-                records.append(_sound(launcher.run(Job(case=each)), f"{turn} of {processes}"))
+                records.append(_sound(launcher.run(Job(case=each)), f"process {turn} of {processes}"))
             held = merged([held, *(_sample(record, name) for record in records)])
             if out is not None:
                 write_whole(out, samples_to_json(held))
@@ -106,7 +146,7 @@ def _measured(held: Samples, cases: list[Case], processes: int, name: str | None
 def _sound(record: Record, which: str) -> Record:
     if record.status != "ok":
         why = record.failure.message if record.failure is not None else " ".join(record.reasons)
-        raise SpecError(f"{record.case.id}: process {which} is {record.status}: {why}")
+        raise SpecError(f"{record.case.id}, {which}, is {record.status}: {why}")
     return record
 
 
@@ -120,10 +160,18 @@ def _sample(record: Record, name: str) -> Samples:
         machine=seen.machine.key,
         gpu_uuid=str(seen.gpu.get("after", {}).get("uuid", seen.machine.key)),
         stack=seen.stack,
-        cases={record.case.id: {key: (metric.value,) for key, metric in metrics.items()}},
+        cases={record.case.id: {key: _of_processes(metric) for key, metric in metrics.items()}},
     )
-    declared = {key: Declared(metric.unit, metric.noise, metric.better) for key, metric in metrics.items()}
+    # "1 per 10 steps" in one case is "1 per prefill and 16 tokens" in another: ratios are judged, and the case is the same.
+    declared = {
+        key: Declared(metric.unit.partition(" per ")[0], metric.noise, metric.better) for key, metric in metrics.items()
+    }
     return Samples(metrics=declared, starts=(start,))
+
+
+def _of_processes(metric: Metric) -> tuple[float, ...]:
+    """Busy time has a sample a process; what else a record holds is one process's."""
+    return metric.samples if metric.noise == "busy" and metric.samples is not None else (metric.value,)
 
 
 def _looked_at(name: str, metric: Metric) -> bool:

@@ -38,7 +38,7 @@ def _cells(rate: Rate) -> tuple[str, ...]:
         rate.case,
         rate.metric,
         rate.noise,
-        _percent(rate.within),
+        _percent(rate.within) if rate.processes > rate.starts else "-",
         "-" if rate.between is None else _percent(rate.between),
         *_side(rate.paired),
         *_side(rate.stored),

@@ -112,7 +112,7 @@ def ab(
     exact: Annotated[
         bool, typer.Option("--exact", help="One process a side, exact metrics only: bytes, counts, FLOPs.")
     ] = False,
-    wall: Annotated[str, typer.Option("--wall-tolerance", help="What wall time may differ.")] = "10%",
+    wall: Annotated[str, typer.Option("--wall-tolerance", help="What wall time may differ.")] = "5%",
     busy: Annotated[str, typer.Option("--busy-tolerance", help="What GPU-busy time may differ.")] = "0.5%",
     paths: Annotated[
         list[str] | None,

@@ -27,13 +27,13 @@ _MUST_AGREE = ("unit", "noise", "better")
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """What a run of comparisons allows."""
 
-    wall: float = 0.10
-    """Ratio by which wall time may differ: the medians of processes of tiny cases lie some percent apart."""
+    wall: float = 0.05
+    """Ratio by which wall time may differ. A tenth more must be found, so the limit lies halfway."""
     busy: float = 0.005
     alpha: float = 0.05
     """Chance of a false alarm in the whole run: all timed metrics of all cases together."""
     least_pairs: int = 3
-    most_pairs: int = 12
+    most_pairs: int = 24
 
     def tolerance(self, case: Case, name: str, metric: Metric) -> float:
         """The ratio allowed: a percentage that the case's limits name, else this rule's."""

@@ -30,7 +30,7 @@ POWER = 0.95
 PROCESSES = 3
 """Processes a session, in the suite and on either side of an A/B of busy time."""
 BUSY_PAIRS = PROCESSES
-WALL_PAIRS = 12
+WALL_PAIRS = 24
 """Wall time is noisier, and an A/B of it goes on to the most pairs that its rule allows."""
 WALL_RATIO = 0.05
 

@@ -14,8 +14,13 @@ import torch
 
 __all__ = ["Answers"]
 
-_CARRIES = {"_to_copy", "cat", "eq", "ne", "sum", "all", "ones_like", "clone", "bitwise_and", "logical_and"}
+_CARRIES = {
+    *("_to_copy", "cat", "eq", "ne", "sum", "all", "ones_like", "clone"),
+    *("bitwise_and", "logical_and", "bitwise_not", "constant_pad_nd"),
+}
 """Operators through which what is known of a mask goes on; views share its storage."""
+_WIDENS = "constant_pad_nd"
+"""transformers pads a static cache's mask with zeros up to the cache's length."""
 
 
 class Answers:
@@ -25,6 +30,8 @@ class Answers:
         self.mask_is_full = True
         self._masks: dict[int, weakref.ref[Any]] = {}
         self._alls: dict[int, weakref.ref[Any]] = {}
+        self._open: dict[int, weakref.ref[Any]] = {}
+        """Masks widened by zeros, and what was made of such a mask as a whole: never full, though their parts are alike."""
 
     def know(self, masks: Iterable[torch.Tensor], *, full: bool) -> None:
         """These tensors are padding masks; `full`: nothing in them is padding."""
@@ -36,18 +43,28 @@ class Answers:
         """An operator has run: what came from a mask is of a mask, and the outcome of `all` is remembered."""
         if name not in _CARRIES:
             return
-        of_mask = any(isinstance(value, torch.Tensor) and _noted(self._masks, value) for value in inputs)
+        masks = [value for value in inputs if isinstance(value, torch.Tensor) and _noted(self._masks, value)]
+        widened = name == _WIDENS or any(_noted(self._open, mask) and _is_whole(mask) for mask in masks)
         for output in outputs:
-            if of_mask:
+            if masks:
                 _note(self._masks, output)
+                if widened:
+                    _note(self._open, output)
             elif name == "all":
                 _note(self._alls, output)
 
     def scalar(self, tensor: torch.Tensor) -> bool | int | float:
         """The value that Python gets: of a mask the truth; of any other `all` yes, as for positions that are in order."""
         if tensor.dtype == torch.bool:
+            if _noted(self._open, tensor):
+                return False
             return self.mask_is_full if _noted(self._masks, tensor) else _noted(self._alls, tensor)
         return 1.0 if tensor.dtype.is_floating_point else 0
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether it shows all of its storage."""
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 
 def _note(known: dict[int, weakref.ref[Any]], tensor: torch.Tensor) -> None:

@@ -63,6 +63,8 @@ class Launches:
         if _by_copy_engine(name, args, inputs, outputs):
             self.copies += 1
             return
+        if name == "addmm" and args[0].shape == outputs[0].shape:
+            self.copies += 1  # a whole matrix to add to is copied to where the product is added
         kernels = _kernels(name, args, inputs)
         self.kernels += kernels
         self.by_operator[str(func)] += kernels
@@ -105,6 +107,8 @@ def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> in
         return multi_tensor_launches([tensor.numel() for tensor in args[0]], _FUSED_DEPTH)
     if name == "mm":
         return product_kernels(*args[:2])
+    if name in ("index_put_", "_index_put_impl_") and any(index is not None and not index.numel() for index in args[1]):
+        return 0  # nothing is put anywhere
     if name == "addmm":
         return product_kernels(*args[1:3])
     if name == "embedding_dense_backward":

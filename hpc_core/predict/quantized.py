@@ -20,8 +20,9 @@ from hpc_core.build import quantization
 from hpc_core.build.libraries import library
 from hpc_core.errors import PredictError
 from hpc_core.gpus import Gpu
+from hpc_core.predict.outliers import Outliers
 
-__all__ = ["CONSTANTS_FIRST", "STAND_INS", "Launch", "fake_bitsandbytes"]
+__all__ = ["CONSTANTS_FIRST", "OUTLIERS", "STAND_INS", "Launch", "fake_bitsandbytes"]
 
 Launch = Callable[[str, int], None]
 """Called with what is launched, and in how many kernels."""
@@ -30,6 +31,10 @@ Launch = Callable[[str, int], None]
 _MOST_ROWS = 1536
 """`_gemm_4bit_custom_max_m`: above so many rows bitsandbytes dequantizes and calls a plain product."""
 _RULE = "_gemm_4bit_use_custom_cuda"
+_NONZERO_KERNELS = 4
+"""Two to count, one scan, one to select; seen on an H100 (CUB, torch 2.11)."""
+OUTLIERS = Outliers()
+"""Of the one model that a prediction's process builds."""
 
 
 @contextlib.contextmanager
@@ -127,28 +132,46 @@ def _gemm_4bit(gpu: Gpu, launch: Launch, **given: Any) -> torch.Tensor:
 
 
 def _int8_vectorwise_quant(gpu: Gpu, launch: Launch, **given: Any) -> tuple[torch.Tensor, ...]:
-    """As backends/cuda/ops.py does it, for activations without outliers: how many there are depends on the data."""
+    """As backends/cuda/ops.py does it. How many columns hold outliers depends on the data: `OUTLIERS` knows what drawn weights give."""
     a, threshold = given["A"], given.get("threshold", 0.0)
-    row_stats = torch.empty(a.numel() // a.shape[-1], device=a.device, dtype=torch.float32)
+    rows = a.numel() // a.shape[-1]
+    row_stats = torch.empty(rows, device=a.device, dtype=torch.float32)
     out_row = torch.empty(a.shape, device=a.device, dtype=torch.int8)
     outlier_columns = None
     if threshold > 0.0:
         outliers = a.abs() >= threshold
         bool(outliers.any())
-        outlier_columns = torch.empty(0, device=a.device, dtype=torch.int64)
+        outlier_columns = _outlier_columns(outliers, OUTLIERS.columns(rows, a.shape[-1], threshold), launch)
     launch("int8_vectorwise_quant", 1)
+    if rows > 1 and outlier_columns is not None:
+        out_row[:, outlier_columns] = 0
     return out_row, row_stats, outlier_columns  # type: ignore[return-value]
 
 
+def _outlier_columns(outliers: torch.Tensor, count: int, launch: Launch) -> torch.Tensor:
+    """`argwhere(outliers.any(dim=0)).view(-1)`, with so many found."""
+    if not count:
+        return torch.empty(0, device=outliers.device, dtype=torch.int64)
+    hit = outliers.any(dim=0)
+    hit[0].item()  # nonzero waits for their number
+    launch("nonzero", _NONZERO_KERNELS)
+    return torch.empty((count, 1), device=outliers.device, dtype=torch.int64).view(-1)
+
+
 def _int8_mixed_scaled_mm(gpu: Gpu, launch: Launch, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As backends/default/ops.py and backends/cuda/ops.py do it, without outliers: an integer product, then its scaling."""
-    a, weight = given["A"], given["CB"]
-    none = torch.empty(0, device=a.device, dtype=a.dtype)
+    """As backends/default/ops.py and backends/cuda/ops.py do it: an integer product, its scaling, and the outliers' columns apart."""
+    a, weight, columns = given["A"], given["CB"], given.get("outlier_cols")
+    apart, dequantized = torch.empty(0, device=a.device, dtype=a.dtype), None
+    if columns is not None and columns.numel():
+        apart = a[:, columns].contiguous()
+        taken = weight[:, columns].contiguous()
+        dequantized = (taken * given["SCB"].view(-1, 1) * 7.874015718698502e-3).to(a.dtype).t()
     whole = torch.empty((*given["CA"].shape[:-1], weight.shape[0]), device=a.device, dtype=torch.int32)
     launch("int8 product", 1)
     scaled = torch.empty_like(whole, dtype=torch.float16)
     launch("int8_mm_dequant", 1)
-    return scaled.to(a.dtype), none
+    output = scaled.to(a.dtype)
+    return output if dequantized is None else output.addmm(apart, dequantized), apart
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {

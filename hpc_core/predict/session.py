@@ -22,6 +22,7 @@ from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
+from hpc_core.predict.quantized import OUTLIERS
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record import Fact, Machine, MemoryTimeline, Metric, Record
 
@@ -70,6 +71,9 @@ class Prediction:
         """Build the case's module; its bytes, and the peak while loading, become metrics."""
         self.phase("build")
         built = build(self.case, self.device)
+        model = self.case.model
+        if model is not None and model.drawn and model.sizes is not None:
+            OUTLIERS.watch(built.model, model.sizes.hidden_size)
         peak = watch.allocator.peak_allocated
         self.metrics["peak_load_bytes"] = measured_bytes(peak, machine=True, gated=False)
         owned = weight_tensors(built.model)

@@ -37,6 +37,8 @@ aten: Any = torch.ops.aten
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmv", "mv", "dot"}
 """Operators that go through cuBLAS, whose handle has a workspace for each thread."""
+_LT_APART = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Whether cuBLASLt has a workspace of its own; later it shares that of cuBLAS."""
 _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
 """Namespaces of operators whose memory is known: that of what they return, and what `quantized` adds."""
 
@@ -76,7 +78,7 @@ class GpuWatch(TorchDispatchMode):
         self._clock = 0
         self._known: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._living: dict[int, Allocation] = {}
-        self._threads: set[int] = set()
+        self._threads: set[tuple[int, str]] = set()
 
     def begin(self, phases: Sequence[str]) -> None:
         """A step begins: what lives now was there before it, and the peaks start from it."""
@@ -139,7 +141,7 @@ class GpuWatch(TorchDispatchMode):
         if on_gpu and name in STAND_INS:
             return self._stand_in(func, name, args, kwargs)
         if on_gpu and name in _PRODUCTS:
-            self._workspace()
+            self._workspace(added=name == "addmm" and min(args[1].shape) > 1)
         if self._accumulates(func, args, kwargs):
             self.launches.add(func, name, args, inputs, [])
             return args[0]
@@ -202,12 +204,16 @@ class GpuWatch(TorchDispatchMode):
         dense = bool(torch._prims_common.is_non_overlapping_and_dense_or_false(first))
         return whole and dense and torch._C._storage_Use_Count(storage._cdata) <= 2
 
-    def _workspace(self) -> None:
-        thread = threading.get_ident()
-        if thread not in self._threads:
-            self._threads.add(thread)
-            piece = self._take(self.gpu.workspace_bytes, "cuBLAS workspace")
-            piece.category = "other"
+    def _workspace(self, *, added: bool) -> None:
+        """A thread's first product takes its workspace; `added`: to a bias or a matrix, which is cuBLASLt's work and takes another."""
+        wanted = [("cuBLAS workspace", self.gpu.workspace_bytes)]
+        if added and _LT_APART:
+            wanted.append(("cuBLASLt workspace", self.gpu.lt_workspace_bytes))
+        for source, size_bytes in wanted:
+            key = (threading.get_ident(), source)
+            if key not in self._threads:
+                self._threads.add(key)
+                self._take(size_bytes, source).category = "other"
 
     def _take(self, size_bytes: int, source: str) -> Allocation:
         self._clock += 1
