@@ -87,7 +87,7 @@ def test_what_was_accepted_passes(tmp_path: Path) -> None:
         ("share", counted(5, better="higher"), counted(6, better="higher"), "IMPROVED", "share +1, limit equal"),
         ("parts", counted(5, better="same"), counted(4, better="same"), "REGRESSED", "parts -1, limit equal"),
         ("busy_s", busy(0.2), busy(0.202), "PASS", "busy_s +2.00 ms, limit +2 %"),
-        ("busy_s", busy(0.2), busy(0.206), "REGRESSED", "busy_s +6.00 ms, limit +2 %"),
+        ("busy_s", busy(0.2), busy(0.208), "REGRESSED", "busy_s +8.00 ms, limit +2 %"),
         ("busy_s", busy(0.2), busy(0.194), "IMPROVED", "busy_s -6.00 ms, limit +2 %"),
         (
             "busy_prefill_s",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +14,12 @@ from hypothesis import strategies as st
 from hpc_core.errors import PredictError
 from hpc_core.gpus import GPUS, Gpu
 from hpc_core.predict.attention import chosen
-from hpc_core.predict.kernels import multi_tensor_launches
+from hpc_core.predict.kernels import Launches, multi_tensor_launches
 from hpc_core.predict.layout import laid_out
 from hpc_core.predict.products import product_kernels
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
+CUDNN = "_scaled_dot_product_cudnn_attention"
 CHUNK, BLOCKS = 65536, 320
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 SIZES = st.lists(
@@ -224,3 +227,17 @@ def test_any_product_has_kernels(rows: int, inner: int, columns: int) -> None:
     """A size that was never seen takes after its nearest neighbour: one kernel, or two with the sum, three with a scaling before."""
     left = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
     assert product_kernels(left, torch.empty(columns, inner, dtype=torch.bfloat16, device="meta").t()) in (1, 2, 3)
+
+
+def test_cudnn_attention_of_one_query_launches_what_an_h100_launched() -> None:
+    """For each shape that was tried there without a mask, the rule gives the kernels that were seen."""
+    seen = json.loads((Path(__file__).parent.parent / "docs" / "data" / "attention-h100.json").read_bytes())
+    rows = [dict(zip(seen["columns"], row, strict=True)) for row in seen["rows"]]
+    plain = [row for row in rows if not row["mask"]]
+    assert len(plain) > 200
+    for row in plain:
+        query = torch.empty(row["batch"], row["query_heads"], row["queries"], row["width"], device="meta")
+        key = torch.empty(row["batch"], row["key_heads"], row["keys"], row["width"], device="meta")
+        launches = Launches()
+        launches.add(torch.ops.aten._scaled_dot_product_cudnn_attention.default, CUDNN, (query, key), [query, key], [])
+        assert launches.kernels == row["kernels"], row

@@ -75,6 +75,10 @@ class Launches:
         self.by_operator[name] += kernels
 
 
+_KEYS_OF_ONE_BLOCK = 512
+_HEADS_THAT_FILL = 128
+
+
 def _by_copy_engine(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> bool:
     """Whether this is a plain memcpy: `copy_device_to_device` in ATen/native/cuda/Copy.cu takes one for equal dtypes and layouts."""
     if name == "pow" and isinstance(args[1], int | float) and args[1] == 1:
@@ -114,12 +118,24 @@ def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> in
     if name == "embedding_dense_backward":
         # embedding_dense_backward_cuda: zeros, then one kernel for few ids; for more a radix sort of them, then segments.
         return 2 if args[1].numel() <= _FEW_IDS else 5
+    if name == "_scaled_dot_product_cudnn_attention":
+        return 1 + _splits_keys(*args[:2])
     if name == "_scaled_dot_product_cudnn_attention_backward":
         # Row sums of output times gradient before, queries' gradients from float32 after; of keys and values that several
         # heads share, one sum over the heads each (seen on an H100: fmha_reduce_head).
         query, key = args[1:3]
         return 3 if query.shape[1] == key.shape[1] else 5
     return 1 + _BEYOND_ONE.get(name, 0)
+
+
+def _splits_keys(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether cuDNN lets several blocks share a head's keys, and a second kernel put their parts together.
+
+    Seen on an H100 (torch 2.11, docs/data/attention-h100.json): one query a head, more than 512 keys, and 64 or fewer key heads in the batch; not with
+    256. Where between those it changes was not looked for: 132 multiprocessors make it likely that 128 are enough to fill them.
+    """
+    batch, heads, keys = key.shape[:3]
+    return query.shape[2] == 1 and keys > _KEYS_OF_ONE_BLOCK and batch * heads < _HEADS_THAT_FILL
 
 
 def multi_tensor_launches(sizes: list[int], depth: int) -> int:
