@@ -25,7 +25,8 @@ __all__ = ["LARGEST_BYTES", "page"]
 
 LARGEST_BYTES = 2_000_000
 """Of the whole page."""
-_DETAILS_BYTES = 900_000
+_DETAILS_BYTES = (1_000_000, 400_000, 0)
+"""What details may take, tried one after the other until the page is small enough."""
 MOST_ROWS = 1000
 _HERE = Path(__file__).parent
 
@@ -52,13 +53,15 @@ def page(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
         "moved": moved[:40],
         "more_moved": max(0, len(moved) - 40),
         "machines": machines_of(shown),
-        "details": details_of(shown, _DETAILS_BYTES),
         "left_out": len(entries) - len(shown),
         "notes": notes[:20],
     }
-    text = _environment().get_template("page.html.jinja").render(content)
-    if len(text.encode()) > LARGEST_BYTES:
-        text = _environment().get_template("page.html.jinja").render(content | {"details": []})
+    template = _environment().get_template("page.html.jinja")
+    text = ""
+    for budget in _DETAILS_BYTES:
+        text = template.render(content, details=details_of(shown, budget))
+        if len(text.encode()) <= LARGEST_BYTES:
+            break
     return text
 
 

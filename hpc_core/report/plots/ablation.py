@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hpc_core.report.entry import Entry
-from hpc_core.report.plots.style import colour_of, most
+from hpc_core.report.plots.style import beside, colour_of
 from hpc_core.report.tradeoff import Ablation, ablations_of
 from hpc_core.store.reading import plain
 
@@ -22,8 +22,7 @@ _MOST_ROWS = 16
 
 def draw_ablation(figure: Figure, entries: Sequence[Entry]) -> bool:
     """A row of panels (memory, time) for each group of cases that differ in little."""
-    shown, _ = most(entries, "")
-    found = ablations_of(shown)[:_MOST_GROUPS]
+    found = ablations_of(entries)[:_MOST_GROUPS]
     if not found:
         return False
     counts = [1 + min(_MOST_ROWS, len(each.effects)) for each in found]
@@ -45,14 +44,7 @@ def _panel(axes: Axes, ablation: Ablation, what: str) -> None:
     colours = [colour_of(entry) for entry in (base, *(effect.entry for effect in effects))]
     axes.barh(range(len(labels)), factors, color=colours, height=0.7)
     for row, factor in enumerate(factors):
-        axes.annotate(
-            f"{factor:.3g}" if factor else "-",
-            (factor, row),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-        )
+        beside(axes, f"{factor:.3g}" if factor else "-", factor, row)
     axes.axvline(1.0, color="#666666", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.45, -0.55)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_core.gate import sizes
 from hpc_core.report.entry import BUSY, Entry
-from hpc_core.report.plots.style import GIB, INK, colour_of, label_of, legend_of, most, whisker
+from hpc_core.report.plots.style import GIB, INK, beside, colour_of, label_of, legend_of, most, whisker
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -95,9 +95,7 @@ def _bars(
         if whisker(axes, spread, row, scale) and spread is not None:
             ends[row] = max(ends[row], spread.high / scale)
             vars(figure)["has_whiskers"] = True
-        axes.annotate(
-            _text(entry, names), (ends[row], row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8
-        )
+        beside(axes, _text(entry, names), ends[row], row)
     axes.set_yticks(list(rows), [label_of(entry, entries) for entry in entries])
     axes.set_ylim(len(entries) - 0.45, -0.55)
     axes.set_xlim(0, 1.18 * max([*ends, 1e-9]))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_core.gate import sizes
 from hpc_core.report.entry import Entry
-from hpc_core.report.plots.style import GIB, label_of, most
+from hpc_core.report.plots.style import GIB, beside, label_of, most
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
         left = [start + size for start, size in zip(left, sizes_gib, strict=True)]
     for row, end in enumerate(left):
         text = sizes.quantity(end * GIB, "bytes")
-        axes.annotate(text, (end, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+        beside(axes, text, end, row)
     axes.set_yticks(range(len(shown)), [label_of(entry, shown) for entry in shown])
     axes.set_ylim(len(shown) - 0.45, -0.55)
     axes.set_xlim(0, 1.13 * max([*left, 1e-9]))

@@ -47,6 +47,7 @@ def draw_speed_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
     figure.suptitle(
         "Speed against memory; the dashed stairs join the cases that none beats in both", fontsize=9, x=0.01, ha="left"
     )
+    figure.draw_without_rendering()  # the layout decides where the points lie
     for axes, (_, chosen) in zip(figure.axes, groups, strict=False):
         _name(
             figure,
@@ -104,6 +105,7 @@ def draw_roofline(figure: Figure, entries: Sequence[Entry]) -> bool:
     axes.set_ylabel("TFLOP/s over GPU-busy time (log)")
     axes.set_title("Roofline: the least work of each case over the time that it took")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.draw_without_rendering()  # the layout decides where the points lie
     _name(figure, axes, [(p.entry.case.partition("/")[2], p.intensity, p.flop_per_s / 1e12, False) for p in points])
     return True
 
@@ -126,7 +128,6 @@ def _roofs(axes: Axes, entries: Sequence[Entry], low: float, high: float) -> Non
 
 def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
     """Names beside the points, as many as do not overlap; those of the front first and in bold."""
-    figure.draw_without_rendering()  # the layout decides where the points lie
     pixels = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     scale, edge = figure.dpi / 72, axes.bbox.x0
     taken = [(a - 4 * scale, b - 4 * scale, a + 4 * scale, b + 4 * scale) for a, b in pixels]
@@ -147,7 +148,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, 
                 continue
             taken.append(box)
             weight = "bold" if points[index][3] else "normal"
-            axes.annotate(
+            note = axes.annotate(
                 label,
                 points[index][1:3],
                 xytext=(right, rise),
@@ -157,4 +158,5 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, 
                 fontsize=7,
                 weight=weight,
             )
+            note.set_in_layout(False)
             break

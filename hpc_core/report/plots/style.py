@@ -32,7 +32,7 @@ DOTS_PER_INCH = 150
 GIB = 2**30
 INK = "#222222"
 _GREY = "#666666"
-MOST_CASES = 40
+MOST_CASES = 30
 # Okabe and Ito's colours, which people with any colour blindness can tell apart.
 _COLOURS = {
     "unquantized": "#0072B2",
@@ -118,6 +118,12 @@ def most(entries: Sequence[Entry], what: str) -> tuple[list[Entry], str]:
     shown = list(entries[:MOST_CASES])
     cut = f" (the first {len(shown)} of {len(entries)} cases)" if len(shown) < len(entries) else ""
     return shown, f"{what}{cut}"
+
+
+def beside(axes: Axes, text: str, at: float, row: float) -> None:
+    """A value at the end of its bar."""
+    note = axes.annotate(text, (at, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    note.set_in_layout(False)  # the axes leave it room, and a layout that measures each text takes twice the time
 
 
 def whisker(axes: Axes, spread: Spread | None, at: float, scale: float) -> bool:
