@@ -95,16 +95,9 @@ def _table(entries: Sequence[Entry]) -> list[str]:
     for entry in entries:
         row = entry.row
         mark = f"{_MARKS.get(row.verdict, _UNDECIDED)} {row.verdict}"
-        cells = [
-            safe(row.case),
-            *([safe(entry.machine)] if several else []),
-            mark,
-            row.peak,
-            row.busy,
-            row.wall,
-            row.change,
-        ]
-        lines.append(f"| {' | '.join([cells[0], *(cell.replace('|', '/') for cell in cells[1:])])} |")
+        names = [row.case, *([entry.machine] if several else [])]
+        numbers = (row.peak, row.busy, row.wall, row.change)
+        lines.append(f"| {' | '.join([*map(safe, names), mark, *map(safe, numbers)])} |")
     return lines
 
 
