@@ -84,8 +84,10 @@ def ablations_of(entries: Iterable[Entry]) -> tuple[Ablation, ...]:
     return tuple(found)
 
 
-def _centrality(near: Sequence[tuple[Entry, tuple[str, ...]]], entry: Entry) -> tuple[int, int, int]:
-    return len(near), -sum(len(changes) for _, changes in near), -len(entry.case)
+def _centrality(near: Sequence[tuple[Entry, tuple[str, ...]]], entry: Entry) -> tuple[int, int, bool, int]:
+    """Most neighbours first, then the nearest ones; of equals the unquantized one, then the shortest name."""
+    unquantized = entry.record.case.quantization is None
+    return len(near), -sum(len(changes) for _, changes in near), unquantized, -len(entry.case)
 
 
 def _neighbours(base: Entry, group: Sequence[Entry], fields: dict[int, _Fields]) -> list[tuple[Entry, tuple[str, ...]]]:

@@ -14,7 +14,7 @@ from hpc_core.report.entry import BUSY, WALL, Entry
 from hpc_core.report.page.bars import CATEGORIES, categories, multiples
 from hpc_core.report.page.cases import anchor
 from hpc_core.report.page.charts import BROAD, Mark, placed
-from hpc_core.report.page.scales import linear, log
+from hpc_core.report.page.scales import Axis, linear, log
 from hpc_core.report.roofline import RoofPoint, newest_roofs, points_of
 from hpc_core.report.terminal import caption
 from hpc_core.report.tradeoff import comparable, front, speed_of
@@ -29,6 +29,8 @@ _MOST_TRENDS = 40
 _MOST_SESSIONS = 60
 _MOST_TIMELINES = 8
 _MOST_EVENTS = 160
+_LATE = 520
+"""From here on a phase's name would run out of the picture, which is 600 units wide."""
 _GIB = 2**30
 _WORTH_SAYING = 1e-4
 _WORTH_A_COLOUR = 5e-4
@@ -63,11 +65,11 @@ def machines_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def tradeoffs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Speed against memory for each model and kind of work with at least three cases."""
+    """Speed against memory for each model and kind of work with at least two cases."""
     found = []
     for (_, shape, kind), group in comparable(entries).items():
         chosen = [(entry, speed) for entry in group if (speed := speed_of(entry)) is not None][:_MOST_POINTS]
-        if len(chosen) < 3:
+        if len(chosen) < 2:
             continue
         points = [((entry.value("peak_bytes") or 0.0) / _GIB, speed) for entry, speed in chosen]
         best = front(points)
@@ -207,29 +209,49 @@ def timelines(entries: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _areas(timeline: MemoryTimeline) -> dict[str, Any]:
+    """Stacked areas over at most some hundred events, on an axis in GiB or MiB; the peak is among them."""
     totals = timeline.totals
     peak = totals.index(max(totals))
+    size, unit = (_GIB, "GiB") if totals[peak] >= _GIB else (2**20, "MiB")
+    axis = linear([totals[peak] / size])
     every = max(1, math.ceil(len(totals) / _MOST_EVENTS))
     chosen = sorted({*range(0, len(totals), every), peak, len(totals) - 1})
-    first, span = timeline.events[0], max(1, timeline.events[-1] - timeline.events[0])
-    xs = [round(min(1.0, max(0.0, (timeline.events[index] - first) / span)) * 600, 1) for index in chosen]
-    below = [0.0] * len(chosen)
+    xs = [_along(timeline, timeline.events[index]) for index in chosen]
+    below = [0] * len(chosen)
     areas = []
     for name in [each for each in CATEGORIES if each in timeline.bytes_by_category]:
         column = timeline.bytes_by_category[name]
         above = [base + max(0, column[index]) for base, index in zip(below, chosen, strict=True)]
-        edge = [f"{x},{_high(value, totals[peak])}" for x, value in zip(xs, above, strict=True)]
-        floor = [f"{x},{_high(value, totals[peak])}" for x, value in zip(reversed(xs), reversed(below), strict=True)]
+        edge = [f"{x},{_high(axis, value / size)}" for x, value in zip(xs, above, strict=True)]
+        floor = [f"{x},{_high(axis, value / size)}" for x, value in zip(reversed(xs), reversed(below), strict=True)]
         areas.append({"name": name, "path": " ".join([*edge, *floor])})
         below = above
-    phases = []
+    return {
+        "areas": areas,
+        "phases": _phases(timeline),
+        "ticks": [(_high(axis, tick), f"{tick:g}") for tick in axis.ticks],
+        "unit": unit,
+        "peak": sizes.quantity(totals[peak], "bytes"),
+        "peak_x": _along(timeline, timeline.events[peak]),
+        "peak_y": _high(axis, totals[peak] / size),
+    }
+
+
+def _phases(timeline: MemoryTimeline) -> list[dict[str, Any]]:
+    """Where each begins; the name of one near the end stands before its line."""
+    found = []
     for index, name in enumerate(timeline.phases[:12]):
         at = next((event for event, phase in zip(timeline.events, timeline.phase, strict=True) if phase == index), None)
         if at is not None:
-            phases.append({"name": plain(name, 20), "x": round(min(1.0, max(0.0, (at - first) / span)) * 600, 1)})
-    x = round(min(1.0, max(0.0, (timeline.events[peak] - first) / span)) * 600, 1)
-    return {"areas": areas, "phases": phases, "peak": sizes.quantity(totals[peak], "bytes"), "peak_x": x}
+            x = _along(timeline, at)
+            found.append({"name": plain(name, 20), "x": x, "side": "end" if x > _LATE else "start"})
+    return found
 
 
-def _high(value: float, most: int) -> float:
-    return round(190 - 170 * min(1.0, value / most), 1)
+def _along(timeline: MemoryTimeline, event: int) -> float:
+    first, span = timeline.events[0], max(1, timeline.events[-1] - timeline.events[0])
+    return round(44 + 548 * min(1.0, max(0.0, (event - first) / span)), 1)
+
+
+def _high(axis: Axis, value: float) -> float:
+    return round(190 - 175 * axis.at(value), 1)

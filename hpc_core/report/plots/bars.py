@@ -51,7 +51,7 @@ def _alone(
         return False
     shown, told = most(chosen, title)
     figure.set_size_inches(_WIDTH_INCHES, _REST_INCHES + _ROW_INCHES * len(shown))
-    _bars(figure, figure.add_subplot(), shown, names, scale, inner)
+    _bars(figure.add_subplot(), shown, names, scale, inner)
     axes = figure.axes[0]
     axes.set_title(told)
     axes.set_xlabel(unit)
@@ -69,19 +69,17 @@ def draw_finetune(figure: Figure, entries: Sequence[Entry]) -> bool:
     figure.set_size_inches(9.0, _REST_INCHES + _ROW_INCHES * len(shown))
     panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
     if timed:
-        _bars(figure, panels[0], shown, ("step_s",), 1e-3, ("busy_s",))
+        _bars(panels[0], shown, ("step_s",), 1e-3, ("busy_s",))
         panels[0].set_title(f"{told}: time of a step")
         panels[0].set_xlabel("ms: wall time, and dark what the GPU was busy")
-    _bars(figure, panels[-1], shown, ("peak_bytes",), GIB, ())
+    _bars(panels[-1], shown, ("peak_bytes",), GIB, ())
     panels[-1].set_title(f"{told}: peak memory")
     panels[-1].set_xlabel("GiB allocated by tensors")
     legend_of(figure, shown)
     return True
 
 
-def _bars(
-    figure: Figure, axes: Axes, entries: Sequence[Entry], names: Sequence[str], scale: float, inner: Sequence[str]
-) -> None:
+def _bars(axes: Axes, entries: Sequence[Entry], names: Sequence[str], scale: float, inner: Sequence[str]) -> None:
     """A bar an entry from the top down, its value written beside it; `inner` metrics as a thinner, darker bar within."""
     rows = range(len(entries))
     values = [(entry.value(*names) or 0.0) / scale for entry in entries]
@@ -94,7 +92,6 @@ def _bars(
         spread = entry.spread(*names)
         if whisker(axes, spread, row, scale) and spread is not None:
             ends[row] = max(ends[row], spread.high / scale)
-            vars(figure)["has_whiskers"] = True
         beside(axes, _text(entry, names), ends[row], row)
     axes.set_yticks(list(rows), [label_of(entry, entries) for entry in entries])
     axes.set_ylim(len(entries) - 0.45, -0.55)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["draw_roofline", "draw_speed_memory"]
 
 _MOST_PANELS = 4
-_LEAST_POINTS = 3
+_LEAST_POINTS = 2
 _WORKS = {
     "step": ("s", "#0072B2", "training step"),
     "prefill": ("^", "#009E73", "prefill"),
@@ -28,7 +28,7 @@ _WORKS = {
 
 
 def draw_speed_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
-    """A panel for each model and kind of work with three cases or more."""
+    """A panel for each model and kind of work with two cases or more."""
     groups = []
     for (_, shape, kind), group in comparable(entries).items():
         chosen = [entry for entry in group if speed_of(entry) is not None][:MOST_CASES]

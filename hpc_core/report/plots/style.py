@@ -139,9 +139,12 @@ def whisker(axes: Axes, spread: Spread | None, at: float, scale: float) -> bool:
 
 def add_caption(figure: Figure, entries: Sequence[Entry]) -> None:
     """Machine and stack below everything, and what a whisker means where one is drawn."""
+    from matplotlib.container import ErrorbarContainer
+
     captions = list(dict.fromkeys(plain(caption(entry.record), 400) for entry in entries))
     more = f" (and {len(captions) - 1} more stacks or commits)" if len(captions) > 1 else ""
-    whiskers = "Whiskers: range over processes and sessions. " if getattr(figure, "has_whiskers", False) else ""
+    is_ranged = any(isinstance(each, ErrorbarContainer) for axes in figure.axes for each in axes.containers)
+    whiskers = "Whiskers: range over processes and sessions. " if is_ranged else ""
     predicted = "Predicted, not measured. " if entries[0].is_predicted else ""
     letters = int(figure.get_figwidth() * 17)
     figure.supxlabel(
