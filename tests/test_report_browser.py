@@ -184,7 +184,7 @@ def _contrast(one: float, other: float) -> float:
 
 
 def test_two_hundred_cases_in_under_a_second(told: tuple[Page, list[str]], tmp_path: Path) -> None:
-    """Loaded and laid out, sorted, filtered: each in under a second (best of three, since a busy machine delays)."""
+    """Loaded and laid out, sorted, filtered: each in under a second (one of three loads must be: a busy machine delays)."""
     path = tmp_path / "many.html"
     path.write_text(page(entries_of(many(200))), encoding="utf-8")
     tab, complaints = told
@@ -194,7 +194,9 @@ def test_two_hundred_cases_in_under_a_second(told: tuple[Page, list[str]], tmp_p
         opened(tab, path)
         tab.evaluate("document.body.getBoundingClientRect().height")
         seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 1.0
+        if seconds[-1] < 1.0:
+            break
+    assert seconds[-1] < 1.0
     took = tab.evaluate(
         """() => { const began = performance.now();
           document.querySelectorAll("#cases th button")[2].click();

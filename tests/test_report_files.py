@@ -78,7 +78,7 @@ def test_a_case_without_numbers_has_a_row() -> None:
 
 
 def test_two_hundred_cases_take_little() -> None:
-    """Page, Markdown and table of 200 cases: below 3 s (best of two, since a busy machine delays) and below 2 MB."""
+    """Page, Markdown and table of 200 cases: below 3 s (one of two must be: a busy machine delays) and below 2 MB."""
     records, seconds = many(200), []
     for _ in range(2):
         began = time.perf_counter()
@@ -86,7 +86,9 @@ def test_two_hundred_cases_take_little() -> None:
         made = page(entries)
         markdown(entries), records_csv(entries)
         seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 3.0
+        if seconds[-1] < 3.0:
+            break
+    assert seconds[-1] < 3.0
     assert len(made.encode()) < LARGEST_PAGE
     assert made.count("<tr data-m=") == 200
 
