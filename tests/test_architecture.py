@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 LONGEST = 300
-MEASURING = {"audit", "build", "faults", "integrations", "measure", "perform", "predict", "run", "worker"}
+MEASURING = {"audit", "build", "engine", "faults", "integrations", "measure", "perform", "predict", "run", "worker"}
 IMPORT_SECONDS = 0.2
 
 WITHOUT_TORCH = """

@@ -6,6 +6,7 @@ Each reader here takes the fields that the tool's public source takes, by the sa
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 import subprocess
@@ -15,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from hpc_core.report.entry import entries_of
+from hpc_core.report.records_csv import records_csv
+from hpc_core.store.reading import read_records
 from tests.told_launcher import SAMPLES
 from tests.told_project import Run, told_project
 
@@ -94,6 +98,24 @@ def test_bencher_reads_our_samples(report: Path) -> None:
         low, median, high = by_median[name]
         assert median == pytest.approx(1e9 * statistics.median(SAMPLES))
         assert low < median < high
+
+
+def test_our_own_report_reads_it(report: Path) -> None:
+    """The same file is all that `hpc-core report` needs: each record is in it, whole."""
+    records = read_records([report]).records
+    assert sorted(record.case.id for record in records) == sorted(
+        each["extra_info"]["record"]["case"] for each in _benchmarks(report)
+    )
+    assert {record.wall_samples for record in records} == {SAMPLES}
+    entries = entries_of(records)
+    assert len(list(csv.DictReader(io.StringIO(records_csv(entries))))) == sum(
+        len(record.metrics) for record in records
+    )
+
+
+def _benchmarks(report: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(report.read_text())["benchmarks"]
+    return found
 
 
 def test_compare_reads_two_runs(pytester: pytest.Pytester, run: Run, report: Path) -> None:

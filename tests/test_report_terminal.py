@@ -76,6 +76,15 @@ def test_nothing_is_wider_than_the_terminal(rows: list[Row], width: int) -> None
         assert line.split()[0] in (variant, f"llama-3.2-3b/{variant}")
 
 
+def test_a_very_narrow_terminal_cuts_names_only(rows: list[Row]) -> None:
+    """At 50 columns every verdict is whole and each row is there; a name may be cut, and memory gives way before a verdict."""
+    lines = render(rows, width=50, color=False).splitlines()
+    table = lines[: lines.index("")]
+    assert max(map(cell_len, table)) <= 50
+    for verdict in ("PASS", "REGRESSED", "BROKEN", "NO_BASELINE"):
+        assert [line for line in table if f" {verdict} " in line or line.endswith(f" {verdict}")]
+
+
 def test_perplexity_stands_beside_that_of_the_unquantized_model() -> None:
     """A quantized case with true weights shows both; one that is not quantized shows its own, others have no such column."""
     both = {"perplexity": reported(38.7355, "1"), "perplexity_unquantized": reported(30.3675, "1")}

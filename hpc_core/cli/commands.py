@@ -22,6 +22,7 @@ from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.protocol import run_protocol
+from hpc_core.cli.report import report
 from hpc_core.cli.running import read_record, run_case
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import run_trials, trial_cases
@@ -49,6 +50,7 @@ app = typer.Typer(
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
+app.command("report")(report)
 app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from hpc_core.environment import visible_gpus
@@ -185,4 +186,6 @@ def _extra(row: Row) -> dict[str, Any]:
         "stack": dict(seen.stack),
         "metrics": {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()},
         "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
+        # All of it, so that `hpc-core report` needs no other file.
+        "record": msgspec.to_builtins(row.record),
     }

@@ -44,6 +44,7 @@ _LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", _PERPLEXITY)
 """Left out in this order where the terminal is too narrow."""
 _LEFT = ("case", "verdict", "share", _PERPLEXITY, "against baseline")
 _NARROWEST_CHANGE = 18
+_SHORTEST_NAME = 14
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -69,7 +70,15 @@ def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
             break
         if name in chosen:
             chosen.remove(name)
+    # Memory goes last, where not even a cut name would leave it room.
+    if "peak memory" in chosen and _room(lines, chosen, width) < _SHORTEST_NAME:
+        chosen.remove("peak memory")
     return chosen
+
+
+def _room(lines: Sequence[dict[str, str]], chosen: Sequence[str], width: int) -> int:
+    """What all other columns leave to the names."""
+    return width - _natural(lines, chosen) + max(cell_len(line["case"]) for line in lines)
 
 
 def _natural(lines: Sequence[dict[str, str]], chosen: Sequence[str]) -> int:
@@ -86,14 +95,18 @@ def table(rows: Sequence[Row], width: int) -> Table:
     """
     lines = [_cells(row) for row in rows]
     grouped = _under_shapes(lines)
-    if len(_chosen(grouped, width)) > len(_chosen(lines, width)):
+    too_wide = _natural(lines, _chosen(lines, width)) > width
+    if too_wide or len(_chosen(grouped, width)) > len(_chosen(lines, width)):
         lines = grouped
     chosen = _chosen(lines, width)
+    # Of what is still too wide, the names are cut: a verdict or a number that is cut says nothing.
+    room = _room(lines, chosen, width)
     drawn = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold", expand=False)
     for name in chosen:
         side: Literal["left", "right"] = "left" if name in _LEFT else "right"
         ratio = 1 if name == "against baseline" else None
-        drawn.add_column(name, justify=side, no_wrap=True, overflow="ellipsis", ratio=ratio)
+        most = max(room, _SHORTEST_NAME) if name == "case" else None
+        drawn.add_column(name, justify=side, no_wrap=True, overflow="ellipsis", ratio=ratio, max_width=most)
     for line in lines:
         style = _STYLES.get(line["verdict"], _UNDECIDED)
         drawn.add_row(*(Text(line[name], style=style if name == "verdict" else "") for name in chosen))

@@ -15,7 +15,15 @@ from hpc_core.record import Record, record_from_json
 from hpc_core.spec import SCHEMA
 from hpc_core.store.lookup import history_path
 
-__all__ = ["HISTORY_BYTES", "HISTORY_LENGTH", "checked_lines", "history_lines", "last_accepted", "lengthened"]
+__all__ = [
+    "HISTORY_BYTES",
+    "HISTORY_LENGTH",
+    "checked_lines",
+    "history_lines",
+    "last_accepted",
+    "lengthened",
+    "schema_of",
+]
 
 HISTORY_LENGTH = 8
 """Accepted sessions kept beside a baseline: a prediction interval wants at least five, and machines drift over more."""
@@ -66,8 +74,7 @@ def checked_lines(lines: list[bytes], path: str) -> list[bytes]:
     """
     for number, line in enumerate(lines, start=1):
         try:
-            schema = msgspec.json.decode(line, type=_SchemaOnly).schema
-            if schema == SCHEMA:
+            if schema_of(line) == SCHEMA:
                 record_from_json(line)
         except (SpecError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = (
@@ -75,6 +82,15 @@ def checked_lines(lines: list[bytes], path: str) -> list[bytes]:
             )
             raise BaselineError(message) from error
     return lines
+
+
+def schema_of(line: bytes) -> int:
+    """The schema that a line states.
+
+    Raises:
+        msgspec.MsgspecError, ValueError, RecursionError: it is no JSON object.
+    """
+    return msgspec.json.decode(line, type=_SchemaOnly).schema
 
 
 class _SchemaOnly(msgspec.Struct):

@@ -19,7 +19,7 @@ from hpc_core.store.baseline import Baseline, gated_metrics
 from hpc_core.store.lookup import baseline_path, history_path, parsed
 from hpc_core.store.sessions import accepted_records
 
-__all__ = ["OverTime", "Point", "over_time"]
+__all__ = ["OverTime", "Point", "moment", "over_time"]
 
 Source = Literal["accepted", "git", "record"]
 
@@ -66,7 +66,7 @@ def over_time(root: Path, key: str, case_id: str, records: Sequence[Path] = (), 
         except RepositoryError as error:
             notes.append(f"nothing from git: {error}")
     found += [_of_record(record, "record") for record in _lying(records, key, case_id, notes)]
-    points = sorted(_each_once(found), key=lambda point: _moment(point.at))
+    points = sorted(_each_once(found), key=lambda point: moment(point.at))
     chosen = [point for point in points if point.digest == points[-1].digest]
     if len(chosen) < len(points):
         notes.append(f"{len(points) - len(chosen)} older points are of another case by its digest, and left out")
@@ -145,9 +145,10 @@ def _each_once(points: Iterable[Point]) -> list[Point]:
     return list(seen.values())
 
 
-def _moment(at: str) -> datetime.datetime:
+def moment(at: str) -> datetime.datetime:
+    """The time that a record states, to sort by; the beginning of all time where it states none. No text raises."""
     try:
-        moment = datetime.datetime.fromisoformat(at)
+        stated = datetime.datetime.fromisoformat(at)
     except ValueError:
         return datetime.datetime.min.replace(tzinfo=datetime.UTC)
-    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return stated if stated.tzinfo else stated.replace(tzinfo=datetime.UTC)

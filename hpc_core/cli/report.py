@@ -1,0 +1,136 @@
+"""`hpc-core report RECORDS…`: what records say, for a terminal, a pull request, a browser, a spreadsheet. Measures nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from hpc_core.cli.console import say, tell
+from hpc_core.errors import MissingLibraryError, SpecError
+from hpc_core.report import render
+from hpc_core.report.entry import Entry, entries_of
+from hpc_core.store.reading import plain, read_records
+from hpc_core.whole_file import write_whole
+
+__all__ = ["report"]
+
+_SUMMARY = "GITHUB_STEP_SUMMARY"
+
+
+def report(
+    records: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Record files, folders of them, a run's --benchmark-json, or folders of baselines with their histories."
+        ),
+    ],
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write Markdown for a pull request.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write every metric of every record.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.")] = None,
+    plot_format: Annotated[Literal["svg", "png", "both"], typer.Option(help="What the pictures are.")] = "svg",
+    baselines: Annotated[
+        Path | None, typer.Option("--baselines", help="Judge by this folder of baselines; else nothing is judged.")
+    ] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only these cases, globs over whole ids; repeatable.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Verdicts and metrics as JSON, instead of the table.")
+    ] = False,
+) -> None:
+    """Show records: as a table here, and as the files asked for. Exit code 0 whatever they say, 2: they cannot be read."""
+    if baselines is not None and not baselines.is_dir():
+        raise SpecError(f"{baselines}: no such folder of baselines. Leave --baselines out to judge nothing.")
+    read = read_records(records)
+    chosen = [each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]
+    if not chosen:
+        raise SpecError(f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}.")
+    entries = entries_of(chosen, baselines)
+    # Whatever can fail comes before the first file is written.
+    files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
+    for path, text in files:
+        write_whole(path, text.encode(errors="replace"))
+    drawn = [] if plots is None else _draw(entries, plots, plot_format)
+    say(_as_json(entries, read.notes) if as_json else _table(entries))
+    for note in read.notes:
+        tell(f"note: {note}")
+    for path in [*(path for path, _ in files), *drawn]:
+        tell(f"wrote {path}")
+
+
+def _texts(
+    entries: Sequence[Entry], notes: Sequence[str], *, html: Path | None, markdown: Path | None, csv: Path | None
+) -> list[tuple[Path, str]]:
+    """What to write where; also appends the Markdown to the summary of a GitHub job, where this runs in one.
+
+    Raises:
+        MissingLibraryError: a page is asked for and jinja2 is not installed.
+    """
+    found = []
+    if html is not None:
+        found.append((html, _page(entries, notes)))
+    summary = os.environ.get(_SUMMARY, "")
+    if markdown is not None or summary:
+        from hpc_core.report.markdown import markdown as as_markdown
+
+        text = as_markdown(entries, notes)
+        if markdown is not None:
+            found.append((markdown, text))
+        if summary:
+            with Path(summary).open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{text}\n")
+    if csv is not None:
+        from hpc_core.report.records_csv import records_csv
+
+        found.append((csv, records_csv(entries)))
+    return found
+
+
+def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:
+    try:
+        from hpc_core.report.page import page
+    except ModuleNotFoundError as error:
+        if error.name not in ("jinja2", "markupsafe"):
+            raise
+        raise MissingLibraryError("A page needs jinja2: pip install 'hpc-core[pages]'.") from error
+    return page(entries, notes)
+
+
+def _draw(entries: Sequence[Entry], folder: Path, kind: Literal["svg", "png", "both"]) -> list[Path]:
+    from hpc_core.report.plots import draw_all
+
+    return draw_all(entries, folder, ("svg", "png") if kind == "both" else (kind,))
+
+
+def _table(entries: Sequence[Entry]) -> str:
+    width = shutil.get_terminal_size().columns
+    return render([entry.row for entry in entries], width=width, color=sys.stdout.isatty())
+
+
+def _as_json(entries: Sequence[Entry], notes: Sequence[str]) -> str:
+    told: dict[str, Any] = {"cases": [_entry(entry) for entry in entries], "notes": list(notes)}
+    return msgspec.json.format(msgspec.json.encode(told), indent=2).decode()
+
+
+def _entry(entry: Entry) -> dict[str, Any]:
+    judgement = entry.judgement
+    return {
+        "case": entry.case,
+        "machine": entry.machine,
+        "status": entry.record.status,
+        "verdict": entry.row.verdict,
+        "headline": "" if judgement is None else plain(judgement.headline, 300),
+        "sessions": len(entry.past),
+        "metrics": {
+            name: {"value": metric.value, "unit": metric.unit, "gated": metric.gated}
+            for name, metric in entry.metrics.items()
+        },
+        "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
+    }

@@ -1,0 +1,139 @@
+"""What a report shows of one case on one machine: its newest record, the sessions before, and what the gate says. Draws nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from hpc_core.errors import BaselineError
+from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
+from hpc_core.gate.family import share
+from hpc_core.record import Metric, Record
+from hpc_core.report.growth import grown
+from hpc_core.report.row import Row
+from hpc_core.store import Baseline, Damaged, find, last_accepted, sessions
+from hpc_core.store.over_time import moment
+
+__all__ = ["BUSY", "WALL", "Entry", "Spread", "entries_of"]
+
+BUSY = ("busy_s", "busy_decode_token_s")
+"""GPU-busy seconds of a step, or of a decoded token: a case has one of them."""
+WALL = ("step_s", "decode_token_s", "query_s")
+"""What a clock on the host saw, the first that is there."""
+
+
+class Spread(msgspec.Struct, frozen=True, kw_only=True):
+    """The range that a value takes over processes and sessions; no confidence interval, since they are few."""
+
+    low: float
+    high: float
+    count: int
+    """Values it is the range of, at least two."""
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One case on one machine."""
+
+    record: Record
+    """The newest one."""
+    past: tuple[Record, ...]
+    """Sound records of the very same case (by digest) on this machine, oldest first, the newest included."""
+    judgement: Judgement | None = None
+    """None where no baselines were named."""
+    grown: tuple[str, ...] = ()
+    """What holds more memory at the peak than in the last accepted record, the largest first."""
+
+    @property
+    def row(self) -> Row:
+        """The same as a row of the terminal's table."""
+        return Row(record=self.record, judgement=self.judgement, grown=self.grown)
+
+    @property
+    def case(self) -> str:
+        """The case's id."""
+        return self.record.case.id
+
+    @property
+    def machine(self) -> str:
+        """The machine's key; "predicted" where nothing ran."""
+        return self.record.circumstances.machine.key
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether its numbers were predicted on fake tensors."""
+        return self.machine == "predicted" or "predicted" in self.record.circumstances.gpu
+
+    @property
+    def metrics(self) -> dict[str, Metric]:
+        """The numbers of a sound record; none of one that failed or is invalid."""
+        return self.record.metrics if self.record.status == "ok" else {}
+
+    @property
+    def needs_a_look(self) -> bool:
+        """Whether it is worse, better, broken or cannot be compared: everything but an unmoved case."""
+        if self.record.status != "ok":
+            return True
+        return self.judgement is not None and self.judgement.verdict is not Verdict.PASS
+
+    def value(self, *names: str) -> float | None:
+        """Of the first of these metrics that is there."""
+        name = self.name_of(*names)
+        return None if name is None else float(self.metrics[name].value)
+
+    def name_of(self, *names: str) -> str | None:
+        """The first of these metrics that is there."""
+        return next((name for name in names if name in self.metrics), None)
+
+    def spread(self, *names: str) -> Spread | None:
+        """The range of the first of these metrics; None of a single value.
+
+        Rounds within one process are no replicates: of wall time each session gives its median.
+        """
+        name = self.name_of(*names)
+        if name is None:
+            return None
+        values = [value for record in self.past for value in _replicates(record.metrics.get(name), self.metrics[name])]
+        return Spread(low=min(values), high=max(values), count=len(values)) if len(values) > 1 else None
+
+
+def _replicates(metric: Metric | None, like: Metric) -> Sequence[float]:
+    if metric is None or (metric.unit, metric.noise) != (like.unit, like.noise):
+        return ()
+    if metric.noise == "busy" and metric.samples:
+        return metric.samples
+    return (float(metric.value),)
+
+
+def entries_of(records: Iterable[Record], baselines: Path | None = None) -> tuple[Entry, ...]:
+    """An entry a case and machine, by machine and id; judged by `baselines` where they are named."""
+    grouped: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        grouped.setdefault((record.circumstances.machine.key, record.case.id), []).append(record)
+    judged = None if baselines is None else partial(_judged, baselines, share(max(1, len(grouped))))
+    entries = []
+    for _, group in sorted(grouped.items()):
+        group.sort(key=lambda record: moment(record.circumstances.started_at))
+        newest = group[-1]
+        past = tuple(each for each in group if each.status == "ok" and each.case.digest == newest.case.digest)
+        judgement, larger = (None, ()) if judged is None else judged(newest)
+        entries.append(Entry(record=newest, past=past, judgement=judgement, grown=larger))
+    return tuple(entries)
+
+
+def _judged(baselines: Path, alpha: float, record: Record) -> tuple[Judgement, tuple[str, ...]]:
+    """The verdict as the suite gives it, without waivers; and what grew since the last accepted record."""
+    key, case_id = record.circumstances.machine.key, record.case.id
+    lookup = find(baselines, key, case_id)
+    if not isinstance(lookup, Baseline):
+        return judge(record, lookup, alpha=alpha), ()
+    try:
+        kept = sessions(baselines, key, case_id, digest=record.case.digest)
+    except BaselineError as error:
+        return judge(record, Damaged(path=f"the history of {case_id}", reason=str(error)), alpha=alpha), ()
+    found = sessions_of_level([session.metrics for session in kept], lookup.metrics)
+    judgement = judge(record, lookup, sessions=found, alpha=alpha)
+    last = last_accepted(baselines, key, case_id) if judgement.verdict is Verdict.REGRESSED else None
+    return judgement, () if last is None else grown(last, record)

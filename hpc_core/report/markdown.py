@@ -1,0 +1,139 @@
+"""A report for a pull request: one line where nothing moved; else what moved, why, and the rest folded away. GitHub's Markdown."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from hpc_core.gate import sizes
+from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.report.entry import Entry
+from hpc_core.report.terminal import caption
+from hpc_core.store.reading import plain
+
+__all__ = ["markdown", "safe"]
+
+LARGEST_BYTES = 900_000
+"""GitHub drops a step's summary above 1 MiB; a comment takes 65,536 characters."""
+_MARKS = {
+    "REGRESSED": "🔴",
+    "INVALID": "🔴",
+    "BROKEN": "🔴",
+    "IMPROVED": "🟢",
+    "PASS": "✅",
+    "OK": "✅",
+}
+_UNDECIDED = "⚪"
+_LONGEST = 300
+_SHOWN_METRICS = 12
+_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>$&])")
+_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+
+
+def safe(text: str) -> str:
+    """The text as a reader sees it: no markup, no mention, no link, one line."""
+    line = " ".join(plain(text, _LONGEST).split())
+    escaped = _SPECIAL.sub(lambda found: _ENTITIES.get(found[0]) or f"\\{found[0]}", line)
+    # A zero-width joiner would do too; an entity is seen by nobody, and GitHub notifies nobody.
+    return escaped.replace("@", "&#64;").replace("://", ":&#47;/").replace("www.", "www&#46;")
+
+
+def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
+    """The whole report. Where no case needs a look, it is one sentence and a fold."""
+    moved = sorted((each for each in entries if each.needs_a_look), key=_gravest_first)
+    lines = [f"### hpc-core: {_headline(entries, moved)}", ""]
+    if moved:
+        lines += [*_table(moved), ""]
+        for entry in moved:
+            lines += _details(entry)
+    still = [entry for entry in entries if not entry.needs_a_look]
+    if still:
+        lines += _fold(f"{_cases(len(still))} {'unmoved' if moved or _judged(entries) else 'measured'}", _table(still))
+    lines += [f"<sub>{line}</sub>  " for line in dict.fromkeys(safe(caption(each.record)) for each in entries)]
+    lines += [f"<sub>note: {safe(note)}</sub>  " for note in notes]
+    text = "\n".join(lines) + "\n"
+    if len(text.encode()) <= LARGEST_BYTES:
+        return text
+    cut = text.encode()[:LARGEST_BYTES].decode(errors="ignore").rpartition("\n")[0]
+    return f"{cut}\n\n</details>\n\n**Cut here: the whole report is longer than a summary may be. See the CSV or the page.**\n"
+
+
+def _judged(entries: Sequence[Entry]) -> bool:
+    return any(each.judgement is not None for each in entries)
+
+
+def _gravest_first(entry: Entry) -> tuple[int, str, str]:
+    severity = 7 if entry.judgement is None else entry.judgement.verdict.severity
+    return -severity, entry.machine, entry.case
+
+
+def _headline(entries: Sequence[Entry], moved: Sequence[Entry]) -> str:
+    if not moved:
+        return f"{_cases(len(entries))}, {'nothing changed' if _judged(entries) else 'nothing judged'} ✅"
+    counts = Counter(entry.row.verdict for entry in moved)
+    told = ", ".join(f"{_MARKS.get(word, _UNDECIDED)} {many} {word}" for word, many in counts.items())
+    return f"{told} of {_cases(len(entries))}"
+
+
+def _cases(many: int) -> str:
+    return f"{many} case{'' if many == 1 else 's'}"
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    several = len({entry.machine for entry in entries}) > 1
+    names = [
+        "case",
+        *(["machine"] if several else []),
+        "verdict",
+        "peak memory",
+        "GPU-busy",
+        "wall",
+        "against baseline",
+    ]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for entry in entries:
+        row = entry.row
+        mark = f"{_MARKS.get(row.verdict, _UNDECIDED)} {row.verdict}"
+        names = [row.case, *([entry.machine] if several else [])]
+        numbers = (row.peak, row.busy, row.wall, row.change)
+        lines.append(f"| {' | '.join([*map(safe, names), mark, *map(safe, numbers)])} |")
+    return lines
+
+
+def _details(entry: Entry) -> list[str]:
+    """What a reader must know of a case that moved, folded."""
+    row, judgement, failure = entry.row, entry.judgement, entry.record.failure
+    if failure is not None:
+        text = [f"{failure.kind} in {safe(failure.phase)}: {safe(failure.message)}"]
+    elif judgement is None or entry.record.status != "ok":
+        text = [safe(reason) for reason in entry.record.reasons]
+    else:
+        text = [safe(judgement.reason), *(f"moved: {safe(package)}" for package in judgement.moved)]
+        text += [f"at the peak: {safe(line)}" for line in entry.grown]
+        text += _metrics(judgement.metrics)
+        if judgement.next_step:
+            text += ["", f"Next: {safe(judgement.next_step)}"]
+    headline = judgement.headline if judgement is not None else row.verdict
+    is_worse = judgement is None or judgement.outcome() == "failed"
+    title = f"{_MARKS.get(row.verdict, _UNDECIDED)} {safe(row.case)}: {safe(headline)}"
+    return _fold(title, [line if line.startswith("|") else f"{line}  " for line in text], is_open=is_worse)
+
+
+def _metrics(judged: Sequence[MetricVerdict]) -> list[str]:
+    moved = [each for each in judged if each.verdict is not Verdict.PASS and each.change]
+    if not moved:
+        return []
+    lines = ["", "| metric | accepted | now | change | limit | verdict |", "|---|---|---|---|---|---|"]
+    for each in moved[:_SHOWN_METRICS]:
+        old = "-" if each.old is None else sizes.quantity(each.old, each.unit)
+        new = "-" if each.new is None else sizes.quantity(each.new, each.unit)
+        ratio = "-" if each.ratio is None else sizes.percent(each.ratio)
+        cells = (safe(each.metric), safe(old), safe(new), safe(ratio), safe(each.limit), str(each.verdict))
+        lines.append(f"| {' | '.join(cells)} |")
+    more = len(moved) - _SHOWN_METRICS
+    return [*lines, "", f"and {more} more metrics"] if more > 0 else [*lines, ""]
+
+
+def _fold(title: str, lines: Sequence[str], *, is_open: bool = False) -> list[str]:
+    return [f"<details{' open' if is_open else ''}><summary>{title}</summary>", "", *lines, "", "</details>", ""]

@@ -1,0 +1,59 @@
+"""Memory at the peak, stacked by category, a bar a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpc_core.gate import sizes
+from hpc_core.report.entry import Entry
+from hpc_core.report.plots.style import GIB, beside, label_of, most
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_categories"]
+
+# From what stays to what passes; Okabe and Ito's colours and two greys.
+_COLOURS = {
+    "weights": "#0072B2",
+    "adapter": "#56B4E9",
+    "gradients": "#E69F00",
+    "optimizer": "#CC79A7",
+    "kv_cache": "#F0E442",
+    "activations": "#009E73",
+    "temporaries": "#D55E00",
+    "rounding": "#555555",
+    "other": "#AAAAAA",
+}
+
+
+def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
+    """What the peak is made of."""
+    chosen = [each for each in entries if any(_held(each, name) > 0 for name in _COLOURS)]
+    if not chosen:
+        return False
+    shown, title = most(chosen, "Memory at the peak, by category")
+    figure.set_size_inches(8.5, 1.6 + 0.28 * len(shown))
+    axes = figure.add_subplot()
+    left = [0.0] * len(shown)
+    for name, colour in _COLOURS.items():
+        sizes_gib = [_held(entry, name) / GIB for entry in shown]
+        if any(sizes_gib):
+            axes.barh(range(len(shown)), sizes_gib, left=left, color=colour, label=name.replace("_", " "), height=0.72)
+        left = [start + size for start, size in zip(left, sizes_gib, strict=True)]
+    for row, end in enumerate(left):
+        text = sizes.quantity(end * GIB, "bytes")
+        beside(axes, text, end, row)
+    axes.set_yticks(range(len(shown)), [label_of(entry, shown) for entry in shown])
+    axes.set_ylim(len(shown) - 0.45, -0.55)
+    axes.set_xlim(0, 1.13 * max([*left, 1e-9]))
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("GiB")
+    axes.set_title(title)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return True
+
+
+def _held(entry: Entry, name: str) -> float:
+    return max(0.0, entry.value(f"at_peak_{name}_bytes") or 0.0)

@@ -1,0 +1,162 @@
+"""Points on two axes: speed against memory with the front of cases that none beats, and every case under the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hpc_core.physics.reading import flops_text
+from hpc_core.report.entry import Entry
+from hpc_core.report.plots.style import GIB, INK, MOST_CASES, colour_of, legend_of, plain_log
+from hpc_core.report.roofline import newest_roofs, points_of
+from hpc_core.report.tradeoff import comparable, front, speed_of
+from hpc_core.store.reading import plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_roofline", "draw_speed_memory"]
+
+_MOST_PANELS = 4
+_LEAST_POINTS = 2
+_WORKS = {
+    "step": ("s", "#0072B2", "training step"),
+    "prefill": ("^", "#009E73", "prefill"),
+    "decode": ("o", "#D55E00", "decoded token"),
+}
+
+
+def draw_speed_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
+    """A panel for each model and kind of work with two cases or more."""
+    groups = []
+    for (_, shape, kind), group in comparable(entries).items():
+        chosen = [entry for entry in group if speed_of(entry) is not None][:MOST_CASES]
+        if len(chosen) >= _LEAST_POINTS:
+            groups.append((f"{shape}, {kind}", chosen))
+    if not groups:
+        return False
+    groups = groups[:_MOST_PANELS]
+    figure.set_size_inches(5.2 * min(2, len(groups)), 4.3 * -(-len(groups) // 2))
+    panels = iter(figure.subplots(-(-len(groups) // 2), min(2, len(groups)), squeeze=False).flat)
+    for (title, chosen), axes in zip(groups, panels, strict=False):
+        _panel(axes, plain(title, 60), chosen)
+    for axes in panels:  # those that are left
+        axes.set_visible(False)
+    legend_of(figure, [entry for _, chosen in groups for entry in chosen])
+    figure.suptitle(
+        "Speed against memory; the dashed stairs join the cases that none beats in both", fontsize=9, x=0.01, ha="left"
+    )
+    figure.draw_without_rendering()  # the layout decides where the points lie
+    for axes, (_, chosen) in zip(figure.axes, groups, strict=False):
+        _name(
+            figure,
+            axes,
+            [
+                (each.case.partition("/")[2], (each.value("peak_bytes") or 0.0) / GIB, speed_of(each) or 0.0, False)
+                for each in chosen
+            ],
+        )
+    return True
+
+
+def _panel(axes: Axes, title: str, entries: Sequence[Entry]) -> None:
+    points = [((each.value("peak_bytes") or 0.0) / GIB, speed_of(each) or 0.0) for each in entries]
+    best = front(points)
+    stairs = [points[index] for index in best]
+    axes.step(*zip(*stairs, strict=True), where="post", color="#888888", linewidth=1, linestyle="--", zorder=1)
+    for entry, (x, y) in zip(entries, points, strict=True):
+        axes.plot(x, y, "o", color=colour_of(entry), markersize=6, zorder=2)
+    axes.set_yscale("log")
+    plain_log(axes, y=True)
+    axes.margins(y=0.12)
+    axes.set_xlim(0, 1.3 * max(x for x, _ in points))
+    axes.set_title(title)
+    axes.set_xlabel("peak memory, GiB")
+    axes.set_ylabel("tokens a second (log)")
+
+
+def draw_roofline(figure: Figure, entries: Sequence[Entry]) -> bool:
+    """Every case with a closed form, under the rates that were measured beside it."""
+    points = points_of(entries)
+    if not points:
+        return False
+    figure.set_size_inches(9.0, 5.2)
+    axes = figure.add_subplot()
+    low, high = min(p.intensity for p in points) / 2, max(p.intensity for p in points) * 4
+    _roofs(axes, entries, low, high)
+    for work, (marker, colour, label) in _WORKS.items():
+        own = [point for point in points if point.work == work]
+        if own:
+            axes.plot(
+                [p.intensity for p in own],
+                [p.flop_per_s / 1e12 for p in own],
+                marker,
+                color=colour,
+                label=label,
+                markersize=6,
+                zorder=2,
+            )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    plain_log(axes, x=True, y=True)
+    axes.set_xlim(low, high)
+    axes.set_xlabel("FLOP a byte, at least (log)")
+    axes.set_ylabel("TFLOP/s over GPU-busy time (log)")
+    axes.set_title("Roofline: the least work of each case over the time that it took")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.draw_without_rendering()  # the layout decides where the points lie
+    _name(figure, axes, [(p.entry.case.partition("/")[2], p.intensity, p.flop_per_s / 1e12, False) for p in points])
+    return True
+
+
+def _roofs(axes: Axes, entries: Sequence[Entry], low: float, high: float) -> None:
+    """Each bound from the left edge up its slope and along its flat part, named in the legend."""
+    styles = iter(("-", "-.", ":", (0, (5, 1, 1, 1, 1, 1))))
+    for roof in newest_roofs(entries):
+        ridge, top = roof.flop_per_s / roof.bytes_per_s, roof.flop_per_s / 1e12
+        axes.plot(
+            [low, ridge, max(high, ridge)],
+            [low * roof.bytes_per_s / 1e12, top, top],
+            color=INK if roof.is_measured else "#888888",
+            linewidth=1.0,
+            linestyle=next(styles, ":") if roof.is_measured else "--",
+            label=f"{roof.name}: {flops_text(roof.flop_per_s)}",
+            zorder=1,
+        )
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
+    """Names beside the points, as many as do not overlap; those of the front first and in bold."""
+    pixels = [axes.transData.transform((x, y)) for _, x, y, _ in points]
+    scale, edge = figure.dpi / 72, axes.bbox.x0
+    taken = [(a - 4 * scale, b - 4 * scale, a + 4 * scale, b + 4 * scale) for a, b in pixels]
+    for index in sorted(range(len(points)), key=lambda each: not points[each][3]):
+        label, (a, b) = plain(points[index][0], 40), pixels[index]
+        width, height = 3.9 * scale * len(label), 8 * scale
+        for side, right, rise in (
+            ("left", 7, 0),
+            ("right", -7, 0),
+            ("left", 7, 8),
+            ("left", 7, -8),
+            ("right", -7, 8),
+            ("right", -7, -8),
+        ):
+            start = a + right * scale - (width if side == "right" else 0)
+            box = (start, b + (rise - 4) * scale, start + width, b + (rise - 4) * scale + height)
+            if box[0] < edge or any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
+                continue
+            taken.append(box)
+            weight = "bold" if points[index][3] else "normal"
+            note = axes.annotate(
+                label,
+                points[index][1:3],
+                xytext=(right, rise),
+                textcoords="offset points",
+                ha=side,
+                va="center",
+                fontsize=7,
+                weight=weight,
+            )
+            note.set_in_layout(False)
+            break

@@ -1,0 +1,86 @@
+"""All metrics of all records as CSV, one row a metric: what a spreadsheet or a data frame reads. Judges nothing."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+
+from hpc_core.record import Record
+from hpc_core.report.entry import Entry
+from hpc_core.store.reading import plain
+
+__all__ = ["COLUMNS", "records_csv"]
+
+COLUMNS = (
+    "case",
+    "digest",
+    "kind",
+    "machine",
+    "machine_name",
+    "status",
+    "verdict",
+    "started_at",
+    "commit",
+    "metric",
+    "unit",
+    "value",
+    "samples",
+    "sample_min",
+    "sample_max",
+    "noise",
+    "gated",
+    "accepted",
+    "metric_verdict",
+    "note",
+    "stack",
+)
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_LONGEST = 300
+
+
+def records_csv(entries: Iterable[Entry]) -> str:
+    """A table with a line a metric of every record, older sessions included; a record without numbers has one line.
+
+    Numbers are written as Python reads them back. A text that a spreadsheet would run as a formula starts with an apostrophe.
+    """
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for entry in entries:
+        for record in entry.past:
+            if record is not entry.record:
+                writer.writerows(_lines(record, None))
+        writer.writerows(_lines(entry.record, entry))
+    return stream.getvalue()
+
+
+def _lines(record: Record, entry: Entry | None) -> list[list[str]]:
+    """`entry`: where the record is the newest one, and so was judged."""
+    seen, judgement = record.circumstances, None if entry is None else entry.judgement
+    verdicts = {} if judgement is None else {each.metric: each for each in judgement.metrics}
+    stack = " ".join(f"{name}={version}" for name, version in sorted(seen.stack.items()))
+    verdict = "" if entry is None else entry.row.verdict
+    head = [record.case.id, record.case.digest, record.case.kind, seen.machine.key, seen.machine.name, record.status]
+    head = [*map(_text, head), verdict, _text(seen.started_at), _text(seen.commit or "")]
+    lines = []
+    for name, metric in sorted(record.metrics.items()):
+        samples, judged = metric.samples or (), verdicts.get(name)
+        numbers = [
+            repr(metric.value),
+            str(len(samples)),
+            *(repr(each(samples)) if samples else "" for each in (min, max)),
+        ]
+        state = [metric.noise, str(metric.gated).lower()]
+        accepted = ["", ""] if judged is None else ["" if judged.old is None else repr(judged.old), str(judged.verdict)]
+        tail = [_text(metric.note or ""), _text(stack)]
+        lines.append([*head, _text(name), _text(metric.unit), *numbers, *state, *accepted, *tail])
+    why = record.failure.message if record.failure is not None else " ".join(record.reasons)
+    empty = [""] * (len(COLUMNS) - len(head) - 2)
+    return lines or [[*head, *empty, _text(why), _text(stack)]]
+
+
+def _text(value: str) -> str:
+    """One line that no spreadsheet takes for a formula."""
+    line = " ".join(plain(value, _LONGEST).split())
+    return f"'{line}" if line.startswith(_FORMULA) else line

@@ -1,0 +1,251 @@
+"""Records wherever they lie: files, folders, a run's `--benchmark-json`, folders of baselines. For reports, not for verdicts.
+
+What is read here may come from strangers (a pull request's artifact), so nothing of it is believed: sizes, names and keys are checked,
+control characters are taken out, and a file that is no record is refused by name. Judges nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from hpc_core.errors import BaselineError, SpecError
+from hpc_core.record import Circumstances, Record, record_from_json
+from hpc_core.spec import SCHEMA
+from hpc_core.store.baseline import Baseline, OlderSchema
+from hpc_core.store.history_file import schema_of
+from hpc_core.store.lookup import baseline_path, parsed
+
+__all__ = ["Reading", "plain", "read_records"]
+
+LARGEST_BYTES = 64 * 2**20
+"""Of one file. A record takes 4 to 30 KB, a run's `--benchmark-json` some megabytes."""
+LONGEST_NAME = 160
+"""Characters of a case's id or a machine's key: file names on every system that we run on."""
+LONGEST_TEXT = 4000
+"""Characters that are kept of any text of a record but its case."""
+_SUFFIXES = (".json", ".jsonl")
+_HISTORY = ".history.jsonl"
+_BASELINE = b'"accepted"'
+_RUN = b'"benchmarks"'
+# What a terminal obeys or an eye is deceived by: C0 but tab and newline, DEL, C1, marks of direction, lone surrogates.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+_LONG = re.compile(rb'"(?:[^"\\]|\\.){%d}' % LONGEST_TEXT, re.DOTALL)
+_SUSPECT = re.compile(
+    rb"\\u00[01789]|\\u20[026]|\\u[dD][89a-fA-F]|\\u[fF][eE][fF]{2}|\\[bfr]|\x7f|\xc2[\x80-\x9f]|\xe2\x80[\x8e-\xae]|\xe2\x81[\xa6-\xa9]|\xef\xbb\xbf"
+)
+
+
+class Reading(msgspec.Struct, frozen=True, kw_only=True):
+    """What was found, and what was left out."""
+
+    records: tuple[Record, ...]
+    notes: tuple[str, ...]
+
+
+class _Bench(msgspec.Struct):
+    """A benchmark of pytest-benchmark's file: of ours, what the plugin put beside the statistics."""
+
+    extra_info: dict[str, msgspec.Raw] = {}
+
+
+class _Run(msgspec.Struct):
+    benchmarks: list[_Bench]
+
+
+class _Extra(msgspec.Struct):
+    record: msgspec.Raw = msgspec.Raw(b"")
+
+
+def read_records(paths: Iterable[Path]) -> Reading:
+    """The records of these files and folders, each once, in the order in which they were found.
+
+    A file that is named must hold records. What a folder holds besides them is counted and named in the notes.
+
+    Raises:
+        SpecError: no such path; a named file that is no record; nothing found at all.
+    """
+    chosen = list(paths)
+    found: dict[bytes, Record] = {}
+    notes: list[str] = []
+    for path in chosen:
+        for file in _files(path):
+            try:
+                read = _read(file)
+            except SpecError as error:
+                if not path.is_dir():
+                    raise
+                notes.append(f"left out {error}")
+                continue
+            for record in read:
+                found.setdefault(msgspec.json.encode(record, order="sorted"), record)
+    if not found:
+        raise SpecError(_nothing(chosen, notes))
+    return Reading(records=tuple(found.values()), notes=tuple(notes))
+
+
+def _nothing(paths: list[Path], notes: list[str]) -> str:
+    where = ", ".join(str(path) for path in paths)
+    more = f" {notes[0][0].upper()}{notes[0][1:]}" if notes else ""
+    return f"{where}: no record found. Records are written by pytest --benchmark --perf-records=DIR.{more}"
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file, or those below the folder; a baseline stands for the history beside it.
+
+    Raises:
+        SpecError: neither.
+    """
+    if path.is_dir():
+        yield from sorted(
+            each
+            for each in path.rglob("*")
+            if each.suffix in _SUFFIXES
+            and not each.name.startswith(".")
+            and not each.is_dir()
+            and not _has_baseline(each)
+        )
+    elif path.exists():
+        yield path
+    else:
+        raise SpecError(f"{path}: no such file or folder.")
+
+
+def _has_baseline(path: Path) -> bool:
+    """Whether it is a history that is read with the baseline beside it."""
+    return path.name.endswith(_HISTORY) and path.with_name(path.name.replace(_HISTORY, ".json")).exists()
+
+
+def _read(path: Path) -> list[Record]:
+    """The records of one file.
+
+    Raises:
+        SpecError: it holds none, or one that is not to be shown; the message names the file and holds nothing of its content.
+    """
+    raw = _content(path)
+    try:
+        if path.suffix == ".jsonl":
+            return _of_lines(raw)
+        if _BASELINE in raw and isinstance(lookup := parsed(str(path), raw), Baseline | OlderSchema):
+            return _of_baseline(path, lookup)
+        if _RUN in raw and (texts := _of_run(raw)) is not None:
+            return [_checked(text) for text in texts]
+        return [_checked(raw)]
+    except (SpecError, BaselineError, msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise SpecError(f"{path}: {plain(str(error), 300)}") from error
+
+
+def _content(path: Path) -> bytes:
+    try:
+        # A pipe would block, a device never end.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SpecError(f"{path}: not a regular file.")
+        with path.open("rb") as file:
+            raw = file.read(LARGEST_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if len(raw) > LARGEST_BYTES:
+        raise SpecError(f"{path}: larger than {LARGEST_BYTES // 2**20} MiB, which is the most that a report reads.")
+    return raw
+
+
+def _of_baseline(path: Path, lookup: Baseline | OlderSchema) -> list[Record]:
+    """The accepted records beside it; without any, the gated values as a record of its own."""
+    if isinstance(lookup, OlderSchema):
+        raise SpecError(f"a baseline of schema {lookup.found}, this hpc-core reads {lookup.known}.")
+    history = path.with_suffix(_HISTORY)
+    if history.exists() and (accepted := _of_lines(_content(history))):
+        return accepted
+    seen = Circumstances(
+        machine=lookup.machine,
+        stack=lookup.stack,
+        python=lookup.python,
+        host_cpu="unknown",
+        launched="exec",
+        started_at=lookup.accepted.at,
+        commit=lookup.accepted.commit,
+        dirty=lookup.accepted.dirty,
+        notes=("Only the gated values are left of this session: its record is not beside the baseline.",),
+    )
+    made = Record(case=lookup.spec, status="ok", metrics=lookup.metrics, circumstances=seen)
+    return [_checked(msgspec.json.encode(made))]
+
+
+def _of_lines(raw: bytes) -> list[Record]:
+    """The records of a history. Lines of another schema were proof when they were written, and are left out.
+
+    Raises:
+        SpecError: a line is neither.
+    """
+    found = []
+    for line in filter(None, raw.splitlines()):
+        if schema_of(line) == SCHEMA:
+            found.append(_checked(line))
+    return found
+
+
+def _of_run(raw: bytes) -> list[bytes] | None:
+    """The records in pytest-benchmark's file; None where it is none of its files.
+
+    Raises:
+        SpecError: it is one, without a record of ours.
+    """
+    try:
+        benchmarks = msgspec.json.decode(raw, type=_Run).benchmarks
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return None
+    found = []
+    for bench in benchmarks:
+        try:
+            extra = msgspec.json.decode(bench.extra_info.get("record", msgspec.Raw(b"{}")), type=_Extra)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            continue
+        if bytes(extra.record):
+            found.append(bytes(extra.record))
+    if not found:
+        raise SpecError(f"{len(benchmarks)} benchmarks of pytest-benchmark, none of them with a record of hpc-core.")
+    return found
+
+
+def _checked(raw: bytes) -> Record:
+    """A record that is safe to show.
+
+    Raises:
+        SpecError: no record, or names that no record of ours has.
+    """
+    record = record_from_json(raw)
+    machine = record.circumstances.machine
+    for what, name in (("case id", record.case.id), ("machine's key", machine.key)):
+        if len(name) > LONGEST_NAME:
+            raise SpecError(f"a {what} of {len(name):,} characters; {LONGEST_NAME} are allowed.")
+    try:
+        baseline_path(Path(), machine.key, record.case.id)
+    except BaselineError as error:
+        raise SpecError(plain(str(error), 200)) from error
+    # Every text of a usual record is short and plain, so that looking at each of them would be work for nothing.
+    if not _SUSPECT.search(raw) and (len(raw) <= LONGEST_TEXT or not _LONG.search(raw)):
+        return record
+    content = msgspec.to_builtins(record)
+    cleaned = {name: value if name == "case" else _clean(value) for name, value in content.items()}
+    return msgspec.convert(cleaned, Record)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return plain(value, LONGEST_TEXT)
+    if isinstance(value, dict):
+        return {_clean(name): _clean(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(each) for each in value]
+    return value
+
+
+def plain(text: str, most: int) -> str:
+    """The text without what a terminal would obey, and no longer than that."""
+    cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+    return _UNSEEN.sub("\ufffd", cut)

@@ -1,0 +1,140 @@
+"""The files of a report: Markdown that is quiet where nothing moved, a table of all metrics, the command that writes them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hpc_core.cli import main
+from hpc_core.report.entry import Entry, entries_of
+from hpc_core.report.markdown import LARGEST_BYTES, markdown
+from hpc_core.report.page import LARGEST_BYTES as LARGEST_PAGE
+from hpc_core.report.page import page
+from hpc_core.report.records_csv import COLUMNS, records_csv
+from tests.many_records import H100, failed, many, measured, with_metric, written
+
+NEWEST = {record.case.id: record for record in measured()}
+QLORA, FULL = "llama-3.2-3b/qlora", "llama-3.2-3b/full-fp32"
+
+
+def judged(*, worse: float = 1.0, broken: bool = False) -> tuple[Entry, ...]:
+    """The H100's cases against their own baselines, with one that takes so many times its memory."""
+    records = NEWEST | ({QLORA: with_metric(NEWEST[QLORA], "peak_bytes", worse)} if worse != 1 else {})
+    records |= {FULL: failed(NEWEST[FULL], "tried to allocate 20 GiB")} if broken else {}
+    return entries_of(records.values(), H100.parent)
+
+
+def test_markdown_is_quiet_where_nothing_moved() -> None:
+    """One line, one closed fold, and the machine."""
+    shown = [line for line in markdown(judged()).partition("<details>")[0].splitlines() if line]
+    assert shown == [f"### hpc-core: {len(NEWEST)} cases, nothing changed ✅"]
+    assert "<details open>" not in markdown(judged())
+
+
+def test_markdown_says_first_what_moved() -> None:
+    """The count by verdict, a table of those cases alone, and each open with size, limit and next step."""
+    text = markdown(judged(worse=1.33, broken=True))
+    head, _, rest = text.partition("<details open>")
+    assert head.splitlines()[0] == f"### hpc-core: 🔴 1 BROKEN, 🔴 1 REGRESSED of {len(NEWEST)} cases"
+    assert [line.split(" | ")[0] for line in head.splitlines()[4:6]] == [f"| {FULL}", f"| {QLORA}"]
+    assert "out\\_of\\_memory in build: tried to allocate 20 GiB" in rest
+    assert "| peak\\_bytes | 13.36 GiB | 17.77 GiB | \\+33 % | \\+0.05 % | REGRESSED |" in rest
+    assert f"{len(NEWEST) - 2} cases unmoved" in rest
+    assert text.count("<details") == text.count("</details>") == 3
+
+
+def test_markdown_stays_below_what_github_takes() -> None:
+    """A thousand broken cases with long messages are cut, and it says so."""
+    records = [failed(record, "<" * 4000) for record in many(1000)]
+    text = markdown(entries_of(records))
+    assert len(text.encode()) < LARGEST_BYTES + 1000
+    assert "Cut here" in text
+
+
+def test_the_table_holds_every_metric_of_every_session() -> None:
+    """Values come back as they were, and the newest session stands beside what was accepted."""
+    entries = entries_of(measured(), H100.parent)
+    rows = list(csv.DictReader(io.StringIO(records_csv(entries))))
+    assert len(rows) == sum(len(record.metrics) for entry in entries for record in entry.past)
+    seen = {(row["case"], row["started_at"], row["metric"]): float(row["value"]) for row in rows}
+    for record in measured():
+        for name, metric in record.metrics.items():
+            assert seen[record.case.id, record.circumstances.started_at, name] == metric.value
+    judged_rows = [row for row in rows if row["metric_verdict"]]
+    assert judged_rows
+    assert all(float(row["accepted"]) == float(row["value"]) for row in judged_rows if row["noise"] == "exact")
+
+
+def test_a_case_without_numbers_has_a_row() -> None:
+    """It says why there are none."""
+    (row,) = csv.DictReader(io.StringIO(records_csv(entries_of([failed(NEWEST[FULL], "tried to allocate 20 GiB")]))))
+    assert (row["verdict"], row["note"], row["value"]) == ("BROKEN", "tried to allocate 20 GiB", "")
+    assert tuple(row) == COLUMNS
+
+
+def test_two_hundred_cases_take_little() -> None:
+    """Page, Markdown and table of 200 cases: below 3 s (one of two must be: a busy machine delays) and below 2 MB."""
+    records, seconds = many(200), []
+    for _ in range(2):
+        began = time.perf_counter()
+        entries = entries_of(records, H100.parent)
+        made = page(entries)
+        markdown(entries), records_csv(entries)
+        seconds.append(time.perf_counter() - began)
+        if seconds[-1] < 3.0:
+            break
+    assert seconds[-1] < 3.0
+    assert len(made.encode()) < LARGEST_PAGE
+    assert made.count("<tr data-m=") == 200
+
+
+def test_a_page_of_many_cases_gives_up_details_before_rows() -> None:
+    """A thousand rows fit into 2 MB; what is left out is said, and no link leads to nowhere but from its own row."""
+    made = page(entries_of(many(1100)))
+    assert len(made.encode()) < LARGEST_PAGE
+    assert made.count("<tr data-m=") == 1000
+    assert "100 more cases are not on this page" in made
+    assert "are left out to keep the page small" in made
+
+
+def test_the_command_writes_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Page, Markdown and table; the same Markdown is added to a GitHub job's summary; the terminal's table has no colour in a pipe."""
+    records = written(tmp_path / "records", [NEWEST[QLORA], failed(NEWEST[FULL], "tried to allocate 20 GiB")])
+    summary = tmp_path / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    out = {name: tmp_path / "out" / name for name in ("r.html", "r.md", "r.csv")}
+    command = ["report", str(records), "--baselines", str(H100.parent)]
+    for option, path in zip(("--html", "--markdown", "--csv"), out.values(), strict=True):
+        command += [option, str(path)]
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 0
+    assert out["r.html"].read_text().startswith("<!doctype html>")
+    assert out["r.md"].read_text() == summary.read_text().removeprefix("before\n")[:-1]
+    assert out["r.csv"].read_text().splitlines()[0] == ",".join(COLUMNS)
+    told = capsys.readouterr()
+    assert "BROKEN" in told.out
+    assert "\x1b" not in told.out
+    assert all(f"wrote {path}" in told.err for path in out.values())
+
+
+def test_the_command_chooses_cases_and_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--case takes globs over whole ids; one that matches nothing is refused, and then nothing is written."""
+    with pytest.raises(SystemExit):
+        main(["report", str(H100), "--case", "*/lora", "--case", "*/qlora", "--json"])
+    told = msgspec.json.decode(capsys.readouterr().out)
+    assert [each["case"] for each in told["cases"]] == ["llama-3.2-3b/lora", QLORA]
+    assert told["cases"][1]["metrics"]["peak_bytes"]["value"] == NEWEST[QLORA].metrics["peak_bytes"].value
+    with pytest.raises(SystemExit) as ended:
+        main(["report", str(H100), "--case", "lora", "--csv", str(tmp_path / "r.csv")])
+    assert ended.value.code == 2
+    assert "is of a case that matches lora" in capsys.readouterr().err
+    assert not (tmp_path / "r.csv").exists()

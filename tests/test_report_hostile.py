@@ -1,0 +1,250 @@
+"""Records from strangers: whatever they hold, a report of them is safe to look at, or one clear error says why there is none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hpc_core.report.page
+from hpc_core.errors import SpecError
+from hpc_core.record import record_to_json
+from hpc_core.report import render
+from hpc_core.report.entry import entries_of
+from hpc_core.report.markdown import markdown
+from hpc_core.report.page import LARGEST_BYTES, page
+from hpc_core.report.records_csv import COLUMNS, records_csv
+from hpc_core.store.reading import read_records
+from tests.many_records import failed, measured
+
+ATTACKS = (
+    "<script>alert(1)</script>",
+    "</script><script>alert(1)</script>",
+    "</style><img src=x onerror=alert(1)>",
+    '" onmouseover="alert(1)',
+    "' autofocus onfocus='alert(1)",
+    "javascript:alert(1)",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "[click](https://evil.example) ![x](https://evil.example/x.png)",
+    "@everyone please look",
+    "</details><h1>big</h1>",
+    "| a | b |\n|---|---|",
+    "=HYPERLINK(1)",
+    "+1+cmd|' /C calc'!A0",
+    "\x1b[31mred\x1b]0;title\x07",
+    "\u202egpj.exe",
+    "../../../etc/passwd",
+    "$\\frac{1}{0}$",
+    "\ud800",
+    "A" * 5000,
+)
+LINKS = ("href", "src", "xlink:href", "action", "formaction", "srcset", "data", "poster", "style", "background")
+PLAIN = json.loads(record_to_json(measured()[0]))
+
+texts = st.sampled_from(ATTACKS) | st.text(max_size=30)
+numbers = (
+    st.sampled_from([0, -1, 1e308, -1e308, 5e-324, 2**63, -(2**63), 1e15, float("nan"), float("inf")])
+    | st.floats()
+    | st.integers(-(2**70), 2**70)
+)
+nested = st.recursive(
+    numbers | texts, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2)
+)
+
+
+STYLE = Path(hpc_core.report.page.__file__).with_name("page.css").read_text()
+
+
+class Seen(HTMLParser):
+    """What a browser would make of the page: tags, links, handlers, scripts."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.scripts: list[str] = []
+        self.bad: list[str] = []
+        self.tags: set[str] = set()
+        self._within = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note the tag, and whatever in it loads, leads away or runs."""
+        self.tags.add(tag)
+        self._within = tag
+        for name, value in attrs:
+            if name.startswith("on") or (name in LINKS and not (value or "").startswith("#")):
+                self.bad.append(f"<{tag} {name}={value!r}>")
+
+    def handle_endtag(self, tag: str) -> None:
+        """Text is of no script any more."""
+        self._within = ""
+
+    def handle_data(self, data: str) -> None:
+        """Keep what would run."""
+        if self._within == "script":
+            self.scripts.append(data)
+
+
+def seen(text: str) -> Seen:
+    parser = Seen()
+    parser.feed(text.replace(STYLE, ""))
+    parser.close()
+    return parser
+
+
+KNOWN = seen(page(entries_of(measured())))
+TEMPLATE = Path(hpc_core.report.page.__file__).with_name("page.html.jinja").read_text()
+OWN_TAGS = set(re.findall(r"<([a-z0-9]+)", TEMPLATE))
+
+
+def metric() -> st.SearchStrategy[dict[str, Any]]:
+    shape = {"noise": st.just("exact"), "better": st.just("lower"), "depends_on": st.just(["case"])}
+    return st.fixed_dictionaries({"value": numbers, "unit": texts, "note": texts, **shape})
+
+
+def timeline() -> st.SearchStrategy[dict[str, Any]]:
+    column = st.lists(st.integers(-(2**66), 2**66), min_size=3, max_size=3)
+    columns = st.dictionaries(st.sampled_from(["weights", "<b>"]), column, min_size=1)
+    names = st.lists(texts, min_size=1, max_size=1)
+    return st.fixed_dictionaries(
+        {"phases": names, "events": column, "phase": st.just([0, 0, 0]), "bytes_by_category": columns}
+    )
+
+
+HOSTILE: dict[str, st.SearchStrategy[Any]] = {
+    "case.id": texts,
+    "case.model": st.fixed_dictionaries({"weights": st.just("folder"), "path": texts}),
+    "circumstances.machine.name": texts,
+    "circumstances.machine.key": texts,
+    "circumstances.stack": st.dictionaries(texts, texts, max_size=3),
+    "circumstances.notes": st.lists(texts, max_size=3),
+    "circumstances.started_at": texts,
+    "circumstances.commit": texts,
+    "circumstances.python": texts,
+    "circumstances.gpu": st.fixed_dictionaries({"x": nested}),
+    "circumstances.ceilings": st.fixed_dictionaries({"copy_bytes_per_s": numbers, "matmul_<b>_flop_per_s": numbers}),
+    "metrics.peak_bytes": metric(),
+    "metrics.<script>": metric(),
+    "metrics.busy_decode_token_s": metric(),
+    "kernel_families": st.dictionaries(
+        texts, st.fixed_dictionaries({"seconds": numbers, "kernels": st.integers()}), max_size=2
+    ),
+    "makers_at_peak": st.dictionaries(texts, st.integers(), max_size=2),
+    "timeline": timeline(),
+    "failure": st.fixed_dictionaries({"kind": st.just("crash"), "message": texts, "phase": texts}),
+    "reasons": st.lists(texts, min_size=1, max_size=2),
+}
+"""What is put in place of a field, by its path."""
+STATUS = {"failure": "failed", "reasons": "invalid"}
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> dict[str, Any]:
+    """A record with up to four of its fields replaced by something that no program of ours wrote."""
+    record: dict[str, Any] = json.loads(json.dumps(PLAIN))
+    for path in draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=1, max_size=4, unique=True)):
+        *parents, name = path.split(".")
+        place = record
+        for parent in parents:
+            place = place[parent]
+        place[name] = draw(HOSTILE[path])
+        record["status"] = STATUS.get(path, record["status"])
+    return record
+
+
+@settings(max_examples=500)
+@given(hostile())
+def test_any_record_gives_a_safe_report_or_one_clear_error(record: dict[str, Any]) -> None:
+    """No tag, link, handler or script but the page's own; one table in Markdown; no formula, no escape sequence."""
+    folder = Path(tempfile.gettempdir()) / f"hpc-core-hostile-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    path = folder / "record.json"
+    path.write_bytes(json.dumps(record).encode("utf-8", errors="surrogatepass"))
+    try:
+        entries = entries_of(read_records([path]).records)
+    except SpecError as error:
+        _check_error(str(error))
+        return
+    parsed = seen(page(entries))
+    assert parsed.bad == []
+    assert parsed.tags <= OWN_TAGS
+    assert parsed.scripts == KNOWN.scripts
+    _check_markdown(markdown(entries))
+    _check_csv(records_csv(entries))
+    assert "\x1b" not in render([entry.row for entry in entries], width=80, color=False)
+
+
+def _check_error(text: str) -> None:
+    assert len(text) < 1000
+    assert "\x1b" not in text
+
+
+def _check_markdown(text: str) -> None:
+    tags = [piece.partition(">")[0] for piece in text.split("<")[1:]]
+    assert set(tags) <= {"details", "details open", "summary", "/summary", "/details", "sub", "/sub"}
+    assert "@" not in text
+    assert "](" not in text.replace("\\](", "").replace("]\\(", "")
+    assert "://" not in text
+
+
+def _check_csv(text: str) -> None:
+    rows = list(csv.reader(io.StringIO(text)))
+    assert {len(row) for row in rows} == {len(COLUMNS)}
+    numeric = {COLUMNS.index(name) for name in ("value", "sample_min", "sample_max", "accepted")}
+    for row in rows:
+        assert not [
+            cell for index, cell in enumerate(row) if cell.startswith(("=", "+", "-", "@")) and index not in numeric
+        ]
+
+
+@settings(max_examples=100)
+@given(
+    st.binary(max_size=60)
+    | st.sampled_from([b"[" * 100_000, b'{"benchmarks":' + b"[" * 100_000, b'{"accepted":{}}', b"null", b""])
+)
+def test_any_bytes_give_one_clear_error(raw: bytes) -> None:
+    """A file that is no record is refused by name, whatever is in it."""
+    path = Path(tempfile.gettempdir()) / f"hpc-core-bytes-{os.getpid()}.json"
+    path.write_bytes(raw)
+    with pytest.raises(SpecError, match=r"hpc-core-bytes"):
+        read_records([path])
+
+
+def test_ten_megabytes_of_text_stay_out_of_the_page(tmp_path: Path) -> None:
+    """A message of 10 MB is cut, and the page stays below its size."""
+    record = failed(measured()[0], "A<b>" * 2_500_000)
+    (tmp_path / "r.json").write_bytes(record_to_json(record))
+    entries = entries_of(read_records([tmp_path / "r.json"]).records)
+    assert len(page(entries)) < 100_000 < LARGEST_BYTES
+    assert len(markdown(entries)) < 10_000
+
+
+def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
+    """A machine's key and a case's id lead to no file outside the folder, nor are they longer than a file's name may be."""
+    record = measured()[0]
+    for key in ("../../etc", "/etc", "a" * 5000):
+        machine = msgspec.structs.replace(record.circumstances.machine, key=key)
+        seen_there = msgspec.structs.replace(record.circumstances, machine=machine)
+        (tmp_path / "r.json").write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=seen_there)))
+        with pytest.raises(SpecError, match=r"r\.json.*machine's key"):
+            read_records([tmp_path / "r.json"])
+
+
+def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
+    """A pipe would block and a device never end: neither is opened, and a link that leads nowhere is told."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    with pytest.raises(SpecError, match="no record found"):
+        read_records([tmp_path])
+    with pytest.raises(SpecError, match="not a regular file"):
+        read_records([tmp_path / "pipe.json"])

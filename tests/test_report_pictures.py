@@ -1,0 +1,110 @@
+"""What the pictures of a report rest on, and that each is drawn: the front that none beats, axes, the roofline, what one field does."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.errors import SpecError
+from hpc_core.gate import sizes
+from hpc_core.report.entry import entries_of
+from hpc_core.report.page.scales import linear, log
+from hpc_core.report.plots import PLOTS, draw_all
+from hpc_core.report.roofline import newest_roofs, points_of
+from hpc_core.report.tradeoff import ablations_of, front
+from tests.many_records import failed, measured
+
+ENTRIES = entries_of(measured())
+ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")
+points = st.lists(
+    st.tuples(st.integers(0, 9), st.integers(0, 9)).map(lambda each: (float(each[0]), float(each[1]))), max_size=12
+)
+
+
+@given(points)
+def test_the_front_is_what_none_beats(given_points: list[tuple[float, float]]) -> None:
+    """Each point off the front is matched or beaten in both by one on it, and none on it by any other."""
+    chosen = [given_points[index] for index in front(given_points)]
+    for x, y in given_points:
+        assert any(a <= x and b >= y for a, b in chosen)
+    for x, y in chosen:
+        assert not any((a <= x and b >= y) and (a, b) != (x, y) for a, b in given_points)
+    assert chosen == sorted(set(chosen))
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=6), st.booleans())
+def test_an_axis_holds_every_value(values: list[float], is_log: bool) -> None:
+    """Whatever the values, places lie from 0 to 1 in their order, and ticks lie on the axis, few enough to read."""
+    axis = log(values) if is_log else linear(values)
+    places = [axis.at(value) for value in sorted(value for value in values if math.isfinite(value))]
+    assert all(0 <= place <= 1 for place in places)
+    assert places == sorted(places)
+    assert 1 <= len(axis.ticks) <= 12
+    assert all(axis.low * 0.999 <= tick <= axis.high * 1.001 for tick in axis.ticks)
+
+
+def test_no_case_lies_above_the_data_sheet() -> None:
+    """Every measured case keeps under its roof: a point above would be no measurement."""
+    sheet = newest_roofs(ENTRIES)[-1]
+    assert not sheet.is_measured
+    found = points_of(ENTRIES)
+    assert {point.work for point in found} == {"step", "prefill", "decode"}
+    assert len({point.entry.case for point in found}) == len(ENTRIES)
+    for point in found:
+        assert point.flop_per_s <= min(sheet.flop_per_s, point.intensity * sheet.bytes_per_s), point.entry.case
+
+
+def test_an_ablation_names_what_was_changed() -> None:
+    """LoRA is the base, since most others are one to three fields away from it; factors are of its own numbers."""
+    found = {each.base.case: each for each in ablations_of(ENTRIES)}
+    effects = {effect.entry.case.partition("/")[2]: effect for effect in found["llama-3.2-3b/lora"].effects}
+    assert effects["lora-gc"].changes == ("checkpointing non-reentrant",)
+    assert effects["full-bf16"].changes == ("no adapter",)
+    assert effects["lora-bf16"].changes == ("dtype bfloat16",)
+    assert effects["qlora"].changes == ("quantization nf4",)
+    assert 0.5 < effects["lora-gc"].memory < 0.6
+    assert (effects["lora-gc"].time or 0) > 1.3
+
+
+def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
+    """The report's seven variants fill all eight; each names machine and stack, and its values are written beside its bars."""
+    chosen = [entry for entry in ENTRIES if entry.case.partition("/")[2] in ORIGINAL]
+    drawn = draw_all(chosen, tmp_path / "plots", ["svg"])
+    assert [path.name for path in drawn] == [f"{name}.svg" for name in PLOTS]
+    for path in drawn:
+        text = " ".join(ElementTree.parse(path).getroot().itertext())
+        assert "NVIDIA H100 80GB HBM3" in text
+        assert "torch" in text
+        assert any(unit in text for unit in ("GiB", "ms", "tokens", "TFLOP/s", "times the base's"))
+    memory = " ".join(ElementTree.parse(tmp_path / "plots" / "finetune.svg").getroot().itertext())
+    for entry in chosen:
+        if entry.record.case.kind == "finetune":
+            assert sizes.quantity(entry.value("peak_bytes") or 0, "bytes") in memory
+    assert "range over processes and sessions" in memory
+
+
+def test_pictures_of_hostile_names_are_pictures(tmp_path: Path) -> None:
+    """Markup and mathematics in a name stay text, and nothing is written outside the folder."""
+    record = next(record for record in measured() if record.case.id == "llama-3.2-3b/lora")
+    machine = msgspec.structs.replace(record.circumstances.machine, name="<script>$\\frac{1}{0}$ ../../x")
+    hostile = msgspec.structs.replace(
+        record, circumstances=msgspec.structs.replace(record.circumstances, machine=machine)
+    )
+    for path in draw_all(entries_of([hostile]), tmp_path / "plots", ["svg"]):
+        root = ElementTree.parse(path).getroot()
+        assert not [each for each in root.iter() if each.tag.endswith("script")]
+        assert "<script>$\\frac{1}{0}$" in " ".join(root.itertext())
+    assert [path.name for path in tmp_path.iterdir()] == ["plots"]
+
+
+def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
+    """A record without numbers gives no picture, one sentence, and no folder."""
+    with pytest.raises(SpecError, match="None of 1 cases has a number"):
+        draw_all(entries_of([failed(measured()[0], "x")]), tmp_path / "plots", ["svg"])
+    assert not (tmp_path / "plots").exists()
