@@ -51,6 +51,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Name of a GPU from `hpc_core.gpus`: predict the case for it on fake tensors, instead of running it."""
     timeline: bool = False
     """Also keep the memory over the step, in the record's `timeline`."""
+    profile: bool = True
+    """Also take one unit of the work apart by module, in passes of their own after all that is gated."""
     audit: bool = True
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
     measure_ceilings: bool = False

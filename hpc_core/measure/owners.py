@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
+from hpc_core.measure.places import path_of
+
 __all__ = [
     "Bystanders",
+    "by_module",
     "cache_tensors",
     "gradient_tensors",
     "living_tensors",
@@ -34,6 +37,20 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
             if isinstance(value, torch.Tensor)
         ]
     return owned
+
+
+def by_module(
+    model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Parameters, buffers, gradients and optimizer state that exist now, by the path of the module whose they are."""
+    names: dict[int, str] = {}
+    for name, tensor in () if model is None else (*model.named_parameters(), *model.named_buffers()):
+        path = path_of(name.rpartition(".")[0])
+        names[id(tensor)] = path
+        yield path, [tensor, *_constants(tensor), *([] if tensor.grad is None else [tensor.grad])]
+    for parameter, state in () if optimizer is None else optimizer.state.items():
+        path = names.get(id(parameter), "")
+        yield path, [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def _constants(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

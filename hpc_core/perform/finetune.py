@@ -9,7 +9,8 @@ import statistics
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
-from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.perform.attributed import Owning, note_profile
 from hpc_core.perform.callable import measure_again
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -48,6 +49,14 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     ran, seen = _count(session, program)
     _audit(session, program, workload, ran, seen)
     _busy(session, program)
+    note_profile(
+        session,
+        widest,
+        "one step on the widest batch",
+        model=built.model,
+        optimizer=program.optimizer,
+        marking=lambda watch: named_gradients(program, watch),
+    )
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
     return session.record()
@@ -107,6 +116,19 @@ def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) ->
             gradients = gradient_tensors(program.model)
             watch.own_now("gradients", gradients)
             session.metrics["gradient_bytes"] = tensor_bytes(owned_bytes(gradients))
+        watch(phase)
+
+    return mark
+
+
+def named_gradients(program: FinetuneProgram, watch: Owning) -> Mark:
+    """The watch as a mark that also says whose the gradients are, before the optimizer's step."""
+
+    def mark(phase: str) -> None:
+        if phase == "optimizer":
+            watch.own("gradients", gradient_tensors(program.model))
+            for module, tensors in by_module(program.model, program.optimizer):
+                watch.name(module, tensors)
         watch(phase)
 
     return mark
