@@ -16,6 +16,8 @@ from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.bisect import bisect
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.explain import explain_record
+from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
 from hpc_core.cli.history import history
 from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
@@ -49,6 +51,7 @@ app = typer.Typer(
 app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
+app.command("explain")(explain_record)
 app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)
@@ -195,6 +198,13 @@ def try_faults(
         ),
     ] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
+    explained: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Inject six faults (or those of --only) and print the cause that is named for each, as Markdown.",
+        ),
+    ] = False,
 ) -> None:
     """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
     if predicted and against == "baselines":
@@ -202,6 +212,9 @@ def try_faults(
     if memory and not predicted:
         raise SpecError("--memory belongs to --predicted, which is missing: say both.")
     scale = "full" if predicted else scale
+    if explained:
+        _explain_faults(only, scale, predicted=predicted)
+        return
     names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
     if scale == "full" and not predicted:
         if against == "baselines":
@@ -225,6 +238,16 @@ def try_faults(
         say(markdown(trials))
     say(summary(trials, time.monotonic() - began))
     if not all(trial.good for trial in trials):
+        raise typer.Exit(1)
+
+
+def _explain_faults(only: str, scale: Literal["tiny", "full"], *, predicted: bool) -> None:
+    if scale == "full" and not predicted and not visible_gpus():
+        raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+    names = list(EXPLAINED) if only == "*" else _faults_here(only, "predicted" if predicted else scale)
+    found = explained_faults(names, cases=trial_cases(scale), tell=tell, predict=DEFAULT if predicted else None)
+    say(cause_table(found))
+    if not all(each.good for each in found):
         raise typer.Exit(1)
 
 

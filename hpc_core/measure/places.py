@@ -53,7 +53,7 @@ class Places:
         """The path of the innermost module that is at work; empty outside all."""
         if self._stack:
             return self._stack[-1][1]
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()
         return "" if node is None else str(node.metadata.get(_MARK, ""))
 
     def learn(self, root: torch.nn.Module) -> None:
@@ -78,7 +78,7 @@ class Places:
             self.learn(module)
         path = self._names[id(module)][0]
         self._calls[path] += 1
-        self._stack.append((id(module), path, torch.autograd._get_sequence_nr()))
+        self._stack.append((id(module), path, torch._C._autograd._get_sequence_nr()))
 
     def left(self, module: torch.nn.Module, _: Any, output: Any) -> None:
         """It ends, or was broken off: what it added to autograd's graph, and nobody inside claimed, is its own."""
@@ -91,13 +91,15 @@ class Places:
 
 
 def _claim(output: Any, path: str, began: int) -> None:
-    found = [value.grad_fn for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+    found: list[Any] = [value.grad_fn for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+    known: set[Any] = set()
     while found:
         node = found.pop()
         # A node that is older than this forward belongs to what was before it. Gradient accumulators are of no age.
-        if node is None or _MARK in node.metadata or node._sequence_nr() < began:
+        if node is None or node in known or node._sequence_nr() < began:
             continue
-        node.metadata[_MARK] = path
+        known.add(node)
+        node.metadata.setdefault(_MARK, path)
         found += [below for below, _ in node.next_functions]
 
 

@@ -133,7 +133,9 @@ def _memory(prediction: Prediction, generation: _Generation, longest: int) -> No
     metrics = memory_metrics(peaks, timeline, on_gpu=True)
     note = "tensors and scratch as asked for, without the allocator's rounding"
     metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
-    prediction.keep(timeline, program.phases, generation.watch, "the first and the last tokens after the longest prompt")
+    prediction.keep(
+        timeline, program.phases, generation.watch, "the first and the last tokens after the longest prompt"
+    )
     prediction.metrics |= metrics
 
 
