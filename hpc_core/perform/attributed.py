@@ -12,16 +12,21 @@ import torch
 
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.kernel_places import kernel_uses
-from hpc_core.measure.owners import by_module, optimizer_tensors, weight_tensors
+from hpc_core.measure.owners import by_module, cache_tensors, optimizer_tensors, weight_tensors
 from hpc_core.measure.places import Places, following
 from hpc_core.measure.storages import StorageWatch
 from hpc_core.measure.timeline import Timeline
-from hpc_core.perform.memory import claim_before
+from hpc_core.perform.memory import Fixed, claim_before
+from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
 from hpc_core.profile import OperatorUse, Profile
 from hpc_core.program import Mark, Program
+from hpc_core.run.generate import GenerateProgram
 
-__all__ = ["Owning", "note_profile", "profile_of"]
+__all__ = ["Owning", "note_profile", "note_query_profile", "profile_of"]
+
+_PROFILED_TOKENS = 4
+"""Decoded tokens that are taken apart by module."""
 
 
 class Owning(Protocol):
@@ -61,6 +66,20 @@ def note_profile(
         session.notes.append(f"no profile: the pass that names modules ran out of memory: {str(error).split('.')[0]}")
 
 
+def note_query_profile(session: Session, program: GenerateProgram, longest: int) -> None:
+    """Take a short query apart: the prompt at this index and a few tokens after it, with the cache's owner named at each token."""
+    tokens, program.new_tokens = program.new_tokens, min(1 + _PROFILED_TOKENS, program.new_tokens)
+    with watch_cache(program.model) as cache:
+
+        def marking(watch: Owning) -> Mark:
+            program.on_token = lambda _: watch.own("kv_cache", cache_tensors(cache.seen))
+            return watch
+
+        work = f"the longest prompt and {program.new_tokens} tokens"
+        note_profile(session, Fixed(program, longest), work, model=program.model, marking=marking)
+    program.on_token, program.new_tokens = None, tokens
+
+
 def _taken_apart(
     session: Session,
     program: Program,
@@ -78,7 +97,7 @@ def _taken_apart(
     watch = StorageWatch(program.phases)
     watch.place = places.here
     mark: Mark = watch if marking is None else marking(watch)
-    with quiet():
+    with quiet(young=True):
         claim_before(session, watch, owners)
         for module, tensors in by_module(model, optimizer):
             watch.name(module, tensors)

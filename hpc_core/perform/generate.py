@@ -16,7 +16,7 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
-from hpc_core.perform.attributed import Owning, note_profile
+from hpc_core.perform.attributed import note_query_profile
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -36,8 +36,6 @@ __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 BUSY_TOKENS = 16
 """Decoded tokens under the profiler; it keeps every launch of every token."""
 COUNTED_TOKENS = 4
-PROFILED_TOKENS = 4
-"""Decoded tokens that are taken apart by module."""
 _LEAST_ANSWERED = 8
 """Tokens of an answer that are compared with the reference's, however long the prompt is."""
 
@@ -58,7 +56,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _busy(session, program)
     _busy_shares(session)
     _share_of_copy(session, program)
-    _profile(session, program, built)
+    note_query_profile(session, program, _longest(program))
     measure_perplexity(session, built)
     measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
     measure_perplexity_unquantized(session, built)
@@ -184,20 +182,6 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
             note = f"after {cached} tokens a row"
             session.metrics["kv_cache_bytes"] = tensor_bytes(owned_bytes(cache_tensors(cache.seen)), note=note)
             note_unexplained(session, cached_tokens=cached)
-    program.on_token, program.new_tokens = None, tokens
-
-
-def _profile(session: Session, program: GenerateProgram, built: Built) -> None:
-    tokens, longest = program.new_tokens, _longest(program)
-    program.new_tokens = min(1 + PROFILED_TOKENS, tokens)
-    with watch_cache(program.model) as cache:
-
-        def marking(watch: Owning) -> Mark:
-            program.on_token = lambda _: watch.own("kv_cache", cache_tensors(cache.seen))
-            return watch
-
-        work = f"the longest prompt and {program.new_tokens} tokens after it"
-        note_profile(session, Fixed(program, longest), work, model=built.model, marking=marking)
     program.on_token, program.new_tokens = None, tokens
 
 
