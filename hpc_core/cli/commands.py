@@ -16,6 +16,7 @@ from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.bisect import bisect
 from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.doctor import doctor
 from hpc_core.cli.explain import explain_record
 from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
 from hpc_core.cli.history import history
@@ -23,6 +24,7 @@ from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
+from hpc_core.cli.profile import profile
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.running import read_record, run_case
 from hpc_core.cli.trial_table import markdown, summary
@@ -52,6 +54,8 @@ app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
 app.command("explain")(explain_record)
+app.command("doctor")(doctor)
+app.command("profile")(profile)
 app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
-from hpc_core.cli.console import say
+from hpc_core.cli.console import say, say_json
 from hpc_core.cli.running import read_record
 from hpc_core.errors import SpecError
 from hpc_core.explain import Cause, before_of, explain, stored_before
@@ -30,7 +29,7 @@ def explain_record(
     cause = _cause(seen, baselines) if against is None else _between(read_record(against), seen)
     if as_json:
         said = {"case": seen.case.id, "cause": cause}
-        say(msgspec.json.format(msgspec.json.encode(said), indent=2).decode())
+        say_json(said)
         return
     say(f"{seen.case.id} on {seen.circumstances.machine.key}")
     for line in ("nothing differs",) if cause is None else cause.lines:

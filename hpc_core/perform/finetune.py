@@ -19,6 +19,7 @@ from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_la
 from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
+from hpc_core.perform.trace import trace_program
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
@@ -36,6 +37,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program))
+    if session.job.trace is not None:
+        return trace_program(session, Fixed(program, program.widest), session.job.trace)
     if session.job.replicate:
         program.steps_done = 0  # the batches that the first process measured
         return measure_again(session, program, workload.steps)

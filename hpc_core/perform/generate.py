@@ -25,6 +25,7 @@ from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.profiled import note_compilations, note_counts
 from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
+from hpc_core.perform.trace import trace_program
 from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
@@ -46,6 +47,8 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
+    if session.job.trace is not None:
+        return trace_program(session, Fixed(program, _longest(program)), session.job.trace)
     if session.job.replicate:
         return _again(session, program)
     answered: list[list[list[int]]] = []
