@@ -14,12 +14,12 @@ from hpc_core.explain import Cause, before_of, explain
 from hpc_core.faults import FAULTS
 from hpc_core.gate import Judgement, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import FAKE_CUDA, Job
+from hpc_core.launch.protocol import Job
 from hpc_core.record import Record
 from hpc_core.spec import Case
 from hpc_core.store import unstored
 
-__all__ = ["EXPLAINED", "Explained", "cause_table", "explained_faults"]
+__all__ = ["EXPLAINED", "Explained", "cause_table", "explained", "explained_faults"]
 
 EXPLAINED: Mapping[str, tuple[str, ...]] = {
     "gc-off": ("activations +", "LlamaAttention", "no longer recomputed"),
@@ -55,27 +55,31 @@ class Explained(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def explained_faults(
-    names: Iterable[str], *, cases: Mapping[str, Case], tell: Callable[[str], None], predict: str | None = None
+    names: Iterable[str],
+    launcher: Launcher,
+    *,
+    cases: Mapping[str, Case],
+    tell: Callable[[str], None],
+    predict: str | None = None,
 ) -> list[Explained]:
     """Run (or predict) each fault's case clean, once, and with the fault; the causes in the order of the names.
 
     Raises:
         LaunchError: no worker can be started at all.
     """
-    environment = None if predict is None else {FAKE_CUDA: "1"}
     clean: dict[str, Record] = {}
     found = []
-    with Launcher("warm", environment=environment) as launcher:
-        for name in names:
-            case = cases[FAULTS[name].variant]
-            if case.id not in clean:
-                clean[case.id] = launcher.run(Job(case=case, predict=predict))
-            found.append(_explained(name, clean[case.id], launcher.run(Job(case=case, fault=name, predict=predict))))
-            tell(f"{'named' if found[-1].good else 'NOT NAMED':<9} {name:<18} {case.id}")
+    for name in names:
+        case = cases[FAULTS[name].variant]
+        if case.id not in clean:
+            clean[case.id] = launcher.run(Job(case=case, predict=predict))
+        found.append(explained(name, clean[case.id], launcher.run(Job(case=case, fault=name, predict=predict))))
+        tell(f"{'named' if found[-1].good else 'NOT NAMED':<9} {name:<18} {case.id}")
     return found
 
 
-def _explained(name: str, before: Record, now: Record) -> Explained:
+def explained(name: str, before: Record, now: Record) -> Explained:
+    """What is said of a record with a fault, given a clean one of the same case."""
     trouble = _trouble(before, now)
     if trouble:
         return Explained(fault=name, case=now.case.id, verdict="BROKEN", cause=None, trouble=trouble)
