@@ -10,7 +10,8 @@ import msgspec
 import typer
 
 from hpc_core.cli.console import say, say_json
-from hpc_core.doctor import Check, Examination, examine
+from hpc_core.doctor.checks import Check
+from hpc_core.doctor.examination import Examination, examine
 from hpc_core.gate import sizes
 from hpc_core.gpu_state import setup_notes, throttle_words
 
