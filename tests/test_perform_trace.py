@@ -15,6 +15,7 @@ from hpc_core.errors import BaselineError
 from hpc_core.launch.protocol import Job, Trace, TraceTable
 from hpc_core.measure.ranges import shown
 from hpc_core.record import Record
+from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept
 from hpc_core.worker import run_job
 
@@ -84,3 +85,27 @@ def test_the_command_lines_can_be_pasted(tmp_path: Path) -> None:
     commands = nsight_commands("tiny/lora", tmp_path / "a b", "backward")
     assert f"'{tmp_path / 'a b' / 'nsys'}' hpc-core profile tiny/lora --ranges" in commands["nsys"]
     assert "--nvtx-include hpc-core:backward/" in commands["ncu"]
+
+
+def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
+    """Where taking a step apart fails, the record is as sound as ever, has no profile, and a note says why."""
+    case = Case(id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.own_steps:not_followed"))
+
+    record = run_job(Job(case=case, launched="inline"), lambda _: None)
+
+    assert (record.status, record.profile) == ("ok", None)
+    assert "no profile: RuntimeError: no hooks here" in record.circumstances.notes
+
+
+def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
+    """A user's training step is taken apart by its own modules, without being told which model is in it."""
+    workload = CallableSpec(factory="tests.own_steps:train", arguments={"device": "cpu"})
+
+    profile = run_job(
+        Job(case=Case(id="own/train", scale="tiny", workload=workload), launched="inline"), lambda _: None
+    ).profile
+
+    assert profile is not None
+    assert profile.modules["blocks.*"].count == 2
+    assert {"head", "embed", "blocks.*.*"} <= {use.module for use in profile.operators}
+    assert profile.phases == ("step",)  # its author marks none

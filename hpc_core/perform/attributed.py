@@ -53,7 +53,7 @@ def note_profile(
 ) -> None:
     """Take one step of `program` apart, into the session's profile; `work` says what the step is.
 
-    `marking` may wrap the watch, to name owners that live for a while. A card without room for it leaves a note.
+    `marking` may wrap the watch, to name owners that live for a while. What cannot be taken apart leaves a note.
     """
     if not session.job.profile:
         return
@@ -62,8 +62,12 @@ def note_profile(
     try:
         with following() as places:
             session.profile = _taken_apart(session, program, work, places, model, optimizer, marking)
-    except torch.OutOfMemoryError as error:
-        session.notes.append(f"no profile: the pass that names modules ran out of memory: {str(error).split('.')[0]}")
+    # Everything that is gated has been measured by now, and an explanation is worth none of it: code under test that cannot be
+    # followed, or a card without room for it, is told in a note.
+    except Exception as error:
+        session.notes.append(
+            f"no profile: {type(error).__name__}: {(str(error).strip() or 'it said nothing').splitlines()[0]}"
+        )
 
 
 def note_query_profile(session: Session, program: GenerateProgram, longest: int) -> None:
