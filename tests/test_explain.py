@@ -219,3 +219,14 @@ def test_a_record_with_a_profile_equals_its_json() -> None:
     record = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 3),)))
     assert record_from_json(record_to_json(record)) == record
     assert record_from_json(record_to_json(seen(None))).profile is None
+
+
+def test_what_got_worse_comes_before_what_got_better() -> None:
+    """Without a judgement, memory that grew a little leads, and operators that fell by half come after."""
+    grown = a_profile(weights(2 * GIB), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 1),))
+    before = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB)
+
+    first, second = lines(before, seen(grown, 21 * GIB, operators=counted(800)))
+
+    assert first.startswith("peak +1.00 GiB")
+    assert second.startswith("also operators -817, -50.53 %: mm -8 in LlamaMLP")

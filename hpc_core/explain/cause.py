@@ -56,7 +56,9 @@ def explain(before: Before, now: Record, judgement: Judgement | None = None) -> 
     if not found and not facts and not modules:
         return None
     judged = _judged(judgement)
-    ranked = sorted(found, key=lambda each: (judged.get(each.resource, 2), not each.placed, -each.share))
+    ranked = sorted(
+        found, key=lambda each: (judged.get(each.resource, 2), not each.worse, not each.placed, -each.share)
+    )
     surroundings = around(before, now)
     what = [*(each.line for each in ranked[:1]), *facts[:_MOST_FACTS], *modules[:1]]
     also = [f"also {each.line}" for each in ranked[1:2]]

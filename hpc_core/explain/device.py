@@ -34,19 +34,22 @@ def device_finding(before: Before, now: Record) -> Finding | None:
     heads = [text for _, text in (*times[:1], *counts[:2])]
     line = ", ".join(heads) + (f": {'; '.join(told[:2])}" if told else "")
     details = (*told[2:_MOST_DETAILS], *_kernels(before.profile, now.profile), *_gaps(before.metrics, now.metrics))
-    share = max(share for share, _ in (*times, *counts))
-    return Finding(resource="device", share=share, line=line, placed=bool(by_module), details=details)
+    share = max((share for share, _ in (*times[:1], *counts)), key=abs)
+    return Finding(
+        resource="device", share=abs(share), worse=share > 0, line=line, placed=bool(by_module), details=details
+    )
 
 
 def _times(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[float, str]]:
+    """Busy times that changed, the most first: by which share of what was, and in words."""
     found = []
     for name in _BUSY:
         if name in old and name in new and old[name].value > 0:
             change = new[name].value - old[name].value
             share = change / old[name].value
             if abs(share) >= _WORTH:
-                found.append((abs(share), f"{name} {sizes.change(change, 's')}, {sizes.percent(share)}"))
-    return sorted(found, reverse=True)
+                found.append((share, f"{name} {sizes.change(change, 's')}, {sizes.percent(share)}"))
+    return sorted(found, key=lambda each: -abs(each[0]))
 
 
 def _counts(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[float, str]]:
@@ -55,7 +58,7 @@ def _counts(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[
         if name in old and name in new and old[name].unit == new[name].unit:
             change = new[name].value - old[name].value
             if change:
-                share = abs(change) / old[name].value if old[name].value else 1.0
+                share = change / old[name].value if old[name].value else 1.0
                 found.append((share, f"{name} {sizes.change(change, old[name].unit)}"))
     return found
 

@@ -19,6 +19,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     resource: Resource
     share: float
     """Its size against what there was: 0.1 for a tenth more or less."""
+    worse: bool
+    """Whether there is more of it than before; less is an improvement, and seldom why anybody asks."""
     line: str
     placed: bool
     """Whether the line says where in the model."""

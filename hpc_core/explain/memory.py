@@ -52,7 +52,14 @@ def memory_finding(before: Before, now: Record) -> Finding | None:
         told = ", ".join(f"{name} {sizes.change(value, 'bytes')}" for name, value in by_category[:3])
         rest, details = "", []
     line = f"{what} {sizes.change(change, 'bytes')}{': ' if told else ''}{told}{rest if told else ''}"
-    return Finding(resource="memory", share=abs(change) / old, line=line, placed=bool(changes), details=tuple(details))
+    return Finding(
+        resource="memory",
+        share=abs(change) / old,
+        worse=change > 0,
+        line=line,
+        placed=bool(changes),
+        details=tuple(details),
+    )
 
 
 def _moved_peak(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[str, int, int]:

@@ -44,7 +44,8 @@ def work_finding(before: Before, now: Record) -> Finding | None:
     )
     details = tuple(_told(each, before.profile, now.profile, most=8) for each in changes[:_MOST_DETAILS])
     line = ", ".join(heads[:2]) + (f": {told}" if told else "")
-    return Finding(resource="work", share=max(shares), line=line, placed=bool(changes), details=details)
+    share = max(shares, key=abs)
+    return Finding(resource="work", share=abs(share), worse=share > 0, line=line, placed=bool(changes), details=details)
 
 
 def _counts(before: Before, now: Record) -> list[tuple[float, str]]:
@@ -55,7 +56,7 @@ def _counts(before: Before, now: Record) -> list[tuple[float, str]]:
         if old is None or new is None or old.unit != new.unit or old.value == new.value:
             continue
         change = new.value - old.value
-        share = abs(change) / old.value if old.value else 1.0
+        share = change / old.value if old.value else 1.0
         said = f"{sizes.change(change, old.unit)}, {sizes.percent(change / old.value)}" if old.value else "from 0"
         found.append((share, f"{'FLOPs' if name == 'flops' else name} {said}"))
     return found
