@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.cli import main
+from hpc_core.errors import BaselineError
 from hpc_core.explain import before_of, explain, stored_cause
 from hpc_core.explain.memory import _changes
 from hpc_core.explain.naming import block
@@ -17,7 +18,7 @@ from hpc_core.gate import judge
 from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
 from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
-from hpc_core.store import accept, find, last_profile, profile_path
+from hpc_core.store import Baseline, accept, find, keep_profile, last_profile, profile_path
 from tests.strategies import H100, a_record, around, busy, counted, peak
 
 GIB = 2**30
@@ -163,31 +164,57 @@ def test_every_launch_is_attributed_once(launches: list[tuple[int, int, float]])
 def test_a_profile_lies_beside_the_baseline_and_not_in_its_history(tmp_path: Path) -> None:
     """Accepting keeps the profile in a file of its own, the same bytes each time; the record in the history is without it."""
     record = seen(a_profile(weights()))
-    key, case = record.circumstances.machine.key, record.case.id
+    key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
-    path = profile_path(tmp_path, key, case)
+    path = profile_path(tmp_path, key, record.case.id)
     once = path.read_bytes()
     accept(tmp_path, record, reason="again")
 
     assert path.read_bytes() == once
     assert b"held bfloat16" not in path.with_name("lora.history.jsonl").read_bytes()
-    began = record.circumstances.started_at
-    assert last_profile(tmp_path, key, case, digest=record.case.digest, started_at=began) == record.profile
+    assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
 
 
-def test_a_profile_of_another_acceptance_explains_nothing(tmp_path: Path) -> None:
-    """Damaged, of another case or of an earlier record: each counts as none, and one without a profile takes the old one away."""
+def baseline_of(root: Path, record: Record) -> Baseline:
+    found = find(root, record.circumstances.machine.key, record.case.id)
+    assert isinstance(found, Baseline)
+    return found
+
+
+def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
+    """Damaged, or of a record with another peak: each counts as none, and accepting one without a profile takes the old one away."""
     record = seen(a_profile(weights()))
-    key, case, began = record.circumstances.machine.key, record.case.id, record.circumstances.started_at
+    key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
-    path = profile_path(tmp_path, key, case)
+    path, baseline = profile_path(tmp_path, key, record.case.id), baseline_of(tmp_path, record)
 
-    assert last_profile(tmp_path, key, case, digest="0" * 12, started_at=began) is None
-    assert last_profile(tmp_path, key, case, digest=record.case.digest, started_at="2001-01-01") is None
+    other = baseline.metrics | {"peak_bytes": peak(3 * GIB)}
+    assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=other)) is None
     path.write_bytes(path.read_bytes()[:-9])
-    assert last_profile(tmp_path, key, case, digest=record.case.digest, started_at=began) is None
+    assert last_profile(tmp_path, key, baseline) is None
     accept(tmp_path, seen(None), reason="of an older hpc-core")
     assert not path.exists()
+
+
+def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path) -> None:
+    """A record with the same bytes and counts lends its profile; one with others, or with a fault, is refused, and no other file changes."""
+    accept(tmp_path, seen(None), reason="of an older hpc-core")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    record = seen(a_profile(weights()))
+
+    for refused in (seen(a_profile(weights()), 3 * GIB), seen(None), faulted(record)):
+        with pytest.raises(BaselineError):
+            keep_profile(tmp_path, refused)
+    path = keep_profile(tmp_path, record)
+
+    assert {each: each.read_bytes() for each in before} == before
+    assert {each for each in tmp_path.rglob("*.*") if each.is_file()} == {*before, path}
+    assert last_profile(tmp_path, record.circumstances.machine.key, baseline_of(tmp_path, record)) == record.profile
+
+
+def faulted(record: Record) -> Record:
+    around_it = msgspec.structs.replace(record.circumstances, fault="extra-clone")
+    return msgspec.structs.replace(record, circumstances=around_it)
 
 
 def test_the_stored_baseline_is_all_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

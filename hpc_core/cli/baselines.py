@@ -18,7 +18,17 @@ from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
 from hpc_core.selection import near
-from hpc_core.store import Baseline, Damaged, Lookup, OlderSchema, PastBaselines, accept, baseline_changes, find
+from hpc_core.store import (
+    Baseline,
+    Damaged,
+    Lookup,
+    OlderSchema,
+    PastBaselines,
+    accept,
+    baseline_changes,
+    find,
+    keep_profile,
+)
 from hpc_core.store.acceptance import changes_between, refuse
 from hpc_core.store.lookup import parsed
 
@@ -119,6 +129,22 @@ def accept_records(
             say(accepted_line(done[-1]))
     if as_json:
         say_json(done)
+
+
+@baseline_app.command("add-profile")
+def add_profile(
+    records: Annotated[list[Path], typer.Argument(help="Records of runs, or folders that --perf-records wrote.")],
+    baselines: Folder = DEFAULT,
+    as_json: AsJson = False,
+) -> None:
+    """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs."""
+    read = [read_record(path) for path in _files(records)]
+    paths = [str(keep_profile(baselines, record)) for record in read]
+    if as_json:
+        say_json(paths)
+    else:
+        for path in paths:
+            say(f"wrote {path}")
 
 
 def _files(paths: list[Path]) -> list[Path]:

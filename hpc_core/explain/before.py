@@ -49,15 +49,11 @@ def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
     record = last_accepted(root, key, lookup.case)
     if record is not None and record.case.digest != lookup.digest:
         record = None
-    profile = None
-    if record is not None:
-        began = record.circumstances.started_at
-        profile = last_profile(root, key, lookup.case, digest=lookup.digest, started_at=began)
     return Before(
         case=lookup.spec,
         stack=lookup.stack,
         commit=lookup.accepted.commit,
         metrics=({} if record is None else record.metrics) | lookup.metrics,
         record=record,
-        profile=profile,
+        profile=last_profile(root, key, lookup),
     )

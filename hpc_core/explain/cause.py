@@ -85,5 +85,7 @@ def _resource(metric: str) -> Resource:
 
 def _missing(before: Before, now: Record) -> list[str]:
     if before.profile is None and now.profile is not None:
-        return ["the baseline has no profile, so modules are not compared: it comes with the next --perf-update"]
+        return [
+            "the baseline has no profile, so modules are not compared: it comes with the next --perf-update, or by hpc-core baseline add-profile"
+        ]
     return []
