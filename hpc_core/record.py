@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from hpc_core.errors import SpecError
+from hpc_core.profile import Profile
 from hpc_core.spec import SCHEMA, Case
 
 __all__ = [
@@ -198,6 +199,8 @@ class Record(_Seen, frozen=True, kw_only=True):
     """Bytes alive at the highest point by "category operator", the largest; where operators are watched, as in a prediction."""
     timeline: MemoryTimeline | None = None
     """Memory over the step that gave the categories, where it was asked for."""
+    profile: Profile | None = None
+    """Memory, operators and kernels by module, from a pass of its own. Kept beside the baseline, not in its history."""
     losses: tuple[float, ...] = ()
     """Loss of every step, from the first, in order."""
     answers: tuple[str, ...] = ()

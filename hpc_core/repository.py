@@ -58,7 +58,7 @@ def is_dirty(folder: Path) -> bool:
     """Whether the code of the whole tree around `folder` differs from its commit.
 
     What hpc-core itself writes does not count, or the first baseline that a run accepts would make the tree dirty for all
-    that follow: `<variant>.history.jsonl`, and the `<variant>.json` beside one. Files that git does not know count only
+    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside one. Files that git does not know count only
     where they can be code.
 
     Raises:
@@ -72,7 +72,7 @@ def is_dirty(folder: Path) -> bool:
 
 
 def _counts(root: Path, state: str, path: str, written: set[str]) -> bool:
-    if path.endswith(".history.jsonl"):
+    if path.endswith((".history.jsonl", ".profile.json.gz")):
         return False
     if state == "??" and PurePosixPath(path).suffix not in CODE_SUFFIXES:
         return False

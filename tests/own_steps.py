@@ -99,3 +99,15 @@ def does(what: str, device: str) -> Step:
         "raise": lambda: [][0],
     }
     return ways[what]
+
+
+def not_followed() -> Step:
+    """A step that refuses to run while somebody follows every module to its end."""
+    linear = nn.Linear(8, 8)
+
+    def step() -> None:
+        if nn.modules.module._global_forward_hooks_always_called:
+            raise RuntimeError("no hooks here\nand more")
+        linear(torch.ones(2, 8))
+
+    return step

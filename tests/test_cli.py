@@ -184,3 +184,26 @@ def test_uncommitted_code_is_accepted_only_if_told(tmp_path: Path, capsys: pytes
     assert "--allow-dirty" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert run(*accept, "--allow-dirty") == 0
+
+
+def test_baselines_are_told_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepting, listing, showing and comparing speak JSON too, with the exit codes that they have without it."""
+    folder = ("--baselines", tmp_path / "kept", "--json")
+    said = []
+    for command in (
+        ["accept", record, "--reason", "first", "--allow-dirty"],
+        ["list"],
+        ["show", "tiny/lora"],
+        ["diff", record],
+        ["diff", record, record],
+    ):
+        assert run("baseline", *command, *folder) == 0
+        said.append(json.loads(capsys.readouterr().out))
+
+    accepted, listed, shown, judged, alike = said
+    assert (accepted[0]["action"], listed[0]["state"], listed[0]["case"]) == ("created", "sound", "tiny/lora")
+    assert shown[0]["metrics"]["peak_bytes"]["value"] == RECORD.metrics["peak_bytes"].value
+    assert (judged["judgement"]["verdict"], judged["cause"], alike["changes"]) == ("PASS", None, [])
+    record.write_bytes(record_to_json(a_record({"peak_bytes": peak(4 * 2**30)})))
+    assert run("baseline", "diff", record, *folder) == 1
+    assert json.loads(capsys.readouterr().out)["cause"]["lines"][0].startswith("peak +2.00 GiB")

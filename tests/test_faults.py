@@ -15,6 +15,7 @@ import pytest
 
 from hpc_core.cases import catalogue
 from hpc_core.cli import main
+from hpc_core.cli.fault_causes import cause_table, explained, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
 from hpc_core.errors import SpecError
@@ -100,6 +101,32 @@ def test_a_clean_run_that_is_no_baseline_judges_nothing(launcher: Launcher) -> N
     if isinstance(lookup, Damaged):  # on a machine without one
         assert "needs a CUDA GPU" in lookup.reason
         assert "the clean run of llama-3.2-3b/lora-4-layers" in judge(a_record(case=broken), lookup).reason
+
+
+def test_the_cause_names_category_and_module(launcher: Launcher) -> None:
+    """Of a real run with a fault the two lines name what grew and in which module: an extra kernel, an upcast, a copy, a larger state."""
+    names = ["extra-kernel", "embeddings-fp32", "extra-clone", "optimizer-32bit"]
+
+    found = explained_faults(names, launcher, cases=TINY, tell=lambda _: None)
+
+    assert {each.fault: each.missing for each in found} == dict.fromkeys(names, ())
+    said = {each.fault: each.cause.lines[0] for each in found if each.cause is not None}
+    assert said["extra-kernel"].startswith("operators +3")
+    assert "add +3 in LlamaMLP (layers.*.mlp, 3 layers)" in said["extra-kernel"]
+    assert "(held float32[1024, 128], in place of bfloat16[1024, 128])" in said["embeddings-fp32"]
+    assert "in place of uint8" in said["optimizer-32bit"]
+    assert cause_table(found).count("| yes |") == len(names)
+
+
+def test_a_cause_that_names_the_wrong_thing_is_told() -> None:
+    """Where nothing differs, or the run broke, the table says so and the fault does not count as named."""
+    same = a_record({"peak_bytes": peak(), "operators": counted()})
+
+    silent, broken = explained("extra-kernel", same, same), explained("extra-kernel", same, failed_record())
+
+    assert (silent.good, broken.good) == (False, False)
+    assert "no: `add`, `LlamaMLP`" in cause_table([silent])
+    assert "the run with the fault broke" in cause_table([broken])
 
 
 class _Told:

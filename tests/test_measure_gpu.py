@@ -1,4 +1,4 @@
-"""Owners in the allocator's history, on a real GPU: the rest of the instruments is tested by `bench/test_instruments.py`."""
+"""Owners in the allocator's history and places of kernels, on a real GPU: the rest of the instruments is tested by `bench/test_instruments.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import torch
 
 from hpc_core.measure.clock import synchronize
 from hpc_core.measure.history import AllocatorHistory
+from hpc_core.measure.kernel_places import kernel_uses
 from hpc_core.measure.phases import PhasePeaks
+from hpc_core.measure.places import following
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to measure")]
 _MIB = 2**20
@@ -45,3 +47,25 @@ def test_owners_are_named_to_the_byte(device: torch.device) -> None:
     assert {name: value - resting for name, value in peaks.peaks.items()} == {"first": 112 * _MIB, "second": 56 * _MIB}
     assert (at_peak["weights"], at_peak["activations"], at_peak["temporaries"]) == (32 * _MIB, 16 * _MIB, 64 * _MIB)
     assert activation.numel() + gradient.numel() == 24 * _MIB
+
+
+def test_kernels_are_laid_at_their_modules_door(device: torch.device) -> None:
+    """Of two layers, forward and backward, every kernel is found with the operator and the module that it was launched for."""
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256)).to(device)
+    batch = torch.ones(64, 256, device=device)
+
+    def step() -> None:
+        model(batch).sum().backward()
+
+    step()
+    with following() as places:
+        found = kernel_uses(step, device, places.here)
+
+    launches = {use.module: 0 for use in found}
+    for use in found:
+        launches[use.module] += use.launches
+    assert all(use.seconds > 0 and use.operator for use in found)
+    assert (
+        launches["*"] >= 5 + 2
+    )  # the paths of a Sequential are numbers: both products and the activation, there and back
+    assert {"aten.silu.default", "aten.silu_backward.default"} <= {use.operator for use in found if use.module == "*"}

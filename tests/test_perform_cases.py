@@ -37,6 +37,7 @@ _BUILD = [
     "counters",
     "audit",
     "busy",
+    "profile",
     "equivalence",
     "record",
     "done",

@@ -123,7 +123,7 @@ def test_a_forgotten_reference_is_seen() -> None:
 
     program, plain = Leaking(), _values(measure_program(_session(), Known(), 1))
     leaking = _values(measure_program(_session(), program, 1))
-    before = len(program.kept) - 2  # without the watched step's own, and the counted step's after it
+    before = len(program.kept) - 3  # without the watched step's own, and the counted and the profiled step's after it
     assert before >= 3
     assert leaking["peak_bytes"] == plain["peak_bytes"] + 5_000 * before
     assert leaking["at_peak_other_bytes"] == plain["at_peak_other_bytes"] + 5_000 * before
@@ -254,7 +254,7 @@ def test_a_callable_is_measured_like_anything_else(tmp_path: Path, monkeypatch: 
     values = _values(record)
     assert (values["operators"], values["flops"], values["peak_bytes"]) == (1, 2 * 48**3, 2 * 4 * 48**2)
     assert [event.name for event in events if isinstance(event, Phase)] == [
-        "import", "build", "warm-up", "measure", "memory", "counters", "busy", "record", "done",
+        "import", "build", "warm-up", "measure", "memory", "counters", "busy", "profile", "record", "done",
     ]  # fmt: skip
 
 

@@ -75,6 +75,8 @@ def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -
     worse.assert_outcomes(failed=1)
     worse.stdout.fnmatch_lines([
         "peak_bytes +512.00 MiB, limit +0.05 %",
+        "Why: peak +512.00 MiB*",
+        "Why: stack and case as before*",
         "*peak_bytes: 512.00 MiB → 1.00 GiB (+512.00 MiB, +100 %), limit +0.05 %",
         "*Accept it: pytest --benchmark --case 'test_own/test_step' --perf-update --reason*",
         "Run it again: pytest --benchmark --case 'test_own/test_step'",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS
-from tests.predicting import GPU
+from hpc_core.launch.protocol import Job
+from tests.predicting import GPU, predicted_jobs
 
 SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}
 
@@ -27,3 +29,18 @@ def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
     assert (trial.outcome, trial.twin) == ("caught", "PASS")
     assert "trainable_parameters" in trial.caught_by
     assert len(told) == 1
+
+
+@pytest.mark.slow
+def test_the_cause_of_a_predicted_fault_names_category_and_module() -> None:
+    """Checkpointing that is silently off is named by a prediction alone: activations of the attention, no longer recomputed."""
+    case = trial_cases("tiny")["lora-gc"]
+    before, now = predicted_jobs([Job(case=case, predict=GPU), Job(case=case, predict=GPU, fault="gc-off")])
+
+    found = explained("gc-off", before, now)
+
+    assert found.cause is not None
+    said = " ".join((*found.cause.lines, *found.cause.details))
+    assert "forwards of LlamaAttention (model.layers.*.self_attn) 6 → 3: no longer recomputed" in found.cause.lines[0]
+    assert "activations +1.22 MiB in LlamaAttention (layers.*.self_attn, 3 layers)" in said
+    assert "weights, adapter, optimizer as before" in said

@@ -133,7 +133,8 @@ def _measured(held: Samples, cases: list[Case], processes: int, name: str | None
             records = []
             for each in cases:
                 tell(f"{each.id}: process {turn} of {processes} ({time.monotonic() - began:.0f} s)")
-                records.append(_sound(launcher.run(Job(case=each)), f"process {turn} of {processes}"))
+                job = Job(case=each, profile=False)
+                records.append(_sound(launcher.run(job), f"process {turn} of {processes}"))
             held = merged([held, *(_sample(record, name) for record in records)])
             if out is not None:
                 write_whole(out, samples_to_json(held))

@@ -7,16 +7,28 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hpc_core.cli.console import say, show
+from hpc_core.cli.baselines_json import baseline_told
+from hpc_core.cli.console import say, say_json, show
 from hpc_core.cli.running import read_record
 from hpc_core.errors import SpecError
+from hpc_core.explain import stored_cause
 from hpc_core.gate import judge, sizes
 from hpc_core.record import Metric
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
 from hpc_core.selection import near
-from hpc_core.store import Baseline, Damaged, Lookup, OlderSchema, PastBaselines, accept, baseline_changes, find
+from hpc_core.store import (
+    Baseline,
+    Damaged,
+    Lookup,
+    OlderSchema,
+    PastBaselines,
+    accept,
+    baseline_changes,
+    find,
+    keep_profile,
+)
 from hpc_core.store.acceptance import changes_between, refuse
 from hpc_core.store.lookup import parsed
 
@@ -29,6 +41,7 @@ baseline_app = typer.Typer(
     rich_markup_mode=None,
 )
 Folder = Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 DEFAULT = Path("baselines")
 
 
@@ -47,9 +60,12 @@ def _all(root: Path) -> list[tuple[str, str]]:
 
 
 @baseline_app.command("list")
-def list_all(baselines: Folder = DEFAULT) -> None:
+def list_all(baselines: Folder = DEFAULT, as_json: AsJson = False) -> None:
     """List the baselines: machine, case, when and why accepted."""
     found = _all(baselines)
+    if as_json:
+        say_json([baseline_told(machine, case, find(baselines, machine, case)) for machine, case in found])
+        return
     if not found:
         say(f"{baselines} holds no baseline.")
     for machine, case in found:
@@ -65,13 +81,19 @@ def _line(lookup: Lookup) -> str:
 
 
 @baseline_app.command("show")
-def show_one(case: Annotated[str, typer.Argument(help="A whole id.")], baselines: Folder = DEFAULT) -> None:
+def show_one(
+    case: Annotated[str, typer.Argument(help="A whole id.")], baselines: Folder = DEFAULT, as_json: AsJson = False
+) -> None:
     """Show what is accepted for a case, on every machine that has it."""
     found = _all(baselines)
     machines = [machine for machine, known in found if known == case]
     if not machines:
         close = near(case, [known for _, known in found])
         raise SpecError(f"{baselines} has no baseline of {case!r}. Near: {', '.join(close) or 'none'}.")
+    if as_json:
+        told = [baseline_told(machine, case, find(baselines, machine, case), metrics=True) for machine in machines]
+        say_json(told)
+        return
     for machine in machines:
         lookup = find(baselines, machine, case)
         say(f"{case} on {machine}: {_line(lookup)}")
@@ -93,14 +115,36 @@ def accept_records(
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Also records of code that was not committed.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make records the baselines of their cases."""
     # All of them first: one bad file must not leave half of them accepted.
     read = [read_record(path) for path in _files(records)]
     for record in read:
         refuse(record, reason, allow_dirty)
+    done = []
     for record in read:
-        say(accepted_line(accept(baselines, record, reason=reason, allow_dirty=allow_dirty)))
+        done.append(accept(baselines, record, reason=reason, allow_dirty=allow_dirty))
+        if not as_json:
+            say(accepted_line(done[-1]))
+    if as_json:
+        say_json(done)
+
+
+@baseline_app.command("add-profile")
+def add_profile(
+    records: Annotated[list[Path], typer.Argument(help="Records of runs, or folders that --perf-records wrote.")],
+    baselines: Folder = DEFAULT,
+    as_json: AsJson = False,
+) -> None:
+    """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs."""
+    read = [read_record(path) for path in _files(records)]
+    paths = [str(keep_profile(baselines, record)) for record in read]
+    if as_json:
+        say_json(paths)
+    else:
+        for path in paths:
+            say(f"wrote {path}")
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -125,33 +169,43 @@ def diff(
     one: Annotated[str, typer.Argument(help="A record's file, a baseline's file, or a git revision.")],
     other: Annotated[str | None, typer.Argument(help="Another of the same kind; without it, what is here now.")] = None,
     baselines: Folder = DEFAULT,
+    as_json: AsJson = False,
 ) -> None:
     """Show what differs: a record from its baseline (exit code 1 if it would fail), two files, or the baselines of two revisions."""
     if other is None and Path(one).is_file():
-        _judge(Path(one), baselines)
+        _judge(Path(one), baselines, as_json=as_json)
     if Path(one).is_file() != (other is None or Path(other).is_file()) and other is not None:
         raise SpecError(f"{one} and {other}: compare two files, or two git revisions.")
-    for line in (
-        _of_files(Path(one), Path(other)) if other and Path(one).is_file() else _of_revisions(one, other, baselines)
-    ):
-        say(line)
+    if other and Path(one).is_file():
+        _of_files(Path(one), Path(other), as_json=as_json)
+    else:
+        _of_revisions(one, other, baselines, as_json=as_json)
 
 
-def _judge(path: Path, baselines: Path) -> NoReturn:
+def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
     seen = read_record(path)
     lookup = find(baselines, seen.circumstances.machine.key, seen.case.id)
     judgement = judge(seen, lookup)
-    show([Row(record=seen, judgement=judgement)])
-    for row in judgement.metrics:
-        if row.change:
-            say(f"  {row.verdict:<12} {row.reason}")
+    cause = stored_cause(baselines, seen, judgement)
+    if as_json:
+        say_json({"judgement": judgement, "cause": cause})
+    else:
+        show([Row(record=seen, judgement=judgement, cause=cause)])
+        for row in judgement.metrics:
+            if row.change:
+                say(f"  {row.verdict:<12} {row.reason}")
     raise typer.Exit(1 if judgement.outcome() == "failed" else 0)
 
 
-def _of_files(one: Path, other: Path) -> list[str]:
+def _of_files(one: Path, other: Path, *, as_json: bool) -> None:
     (name, old), (newer, new) = (_metrics(path) for path in (one, other))
-    told = [f"  {changed_metric(change)}" for change in changes_between(old, new)]
-    return [f"{name} → {newer}:", *(told or ["  every metric alike"])]
+    changes = changes_between(old, new)
+    if as_json:
+        say_json({"old": name, "new": newer, "changes": changes})
+        return
+    told = [f"  {changed_metric(change)}" for change in changes]
+    for line in (f"{name} → {newer}:", *(told or ["  every metric alike"])):
+        say(line)
 
 
 def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
@@ -168,11 +222,21 @@ def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
     return f"{record.circumstances.machine.key}/{record.case.id} ({path})", record.metrics
 
 
-def _of_revisions(one: str, other: str | None, baselines: Path) -> list[str]:
+def _of_revisions(one: str, other: str | None, baselines: Path, *, as_json: bool) -> None:
     if not baselines.is_dir():
         raise SpecError(f"{baselines}: no such folder. Name it with --baselines.")
     old = PastBaselines(baselines, one)
     new = None if other is None else PastBaselines(baselines, other)
-    told = [change_line(change) for change in baseline_changes(baselines, old, new)]
+    changes = baseline_changes(baselines, old, new)
+    if as_json:
+        say_json(
+            [
+                {"machine": each.machine, "case": each.case, "reason": each.reason, "changes": each.metrics}
+                for each in changes
+            ]
+        )
+        return
+    told = [change_line(change) for change in changes]
     where = f"{old.commit[:10]}..{'here' if new is None else new.commit[:10]}"
-    return told or [f"No baseline changed in {where}."]
+    for line in told or [f"No baseline changed in {where}."]:
+        say(line)

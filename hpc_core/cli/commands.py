@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,20 +14,20 @@ from hpc_core.cli.aa import aa
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.bisect import bisect
-from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.console import say, say_json, show, tell
+from hpc_core.cli.doctor import doctor
+from hpc_core.cli.explain import explain_record
+from hpc_core.cli.faults import faults
 from hpc_core.cli.history import history
 from hpc_core.cli.known import Files, known_case, known_cases
 from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
+from hpc_core.cli.profile import profile
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.report import report
 from hpc_core.cli.running import read_record, run_case
-from hpc_core.cli.trial_table import markdown, summary
-from hpc_core.cli.trials import run_trials, trial_cases
-from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
-from hpc_core.faults import FAULTS
 from hpc_core.gpus import DEFAULT, gpu_named
 from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
@@ -51,6 +50,10 @@ app.add_typer(baseline_app, name="baseline")
 app.command("predict")(predict)
 app.command("history")(history)
 app.command("report")(report)
+app.command("explain")(explain_record)
+app.command("doctor")(doctor)
+app.command("faults")(faults)
+app.command("profile")(profile)
 app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)
@@ -157,6 +160,7 @@ def prediction_table(
     only: Annotated[str, typer.Option(help="Cases, as a glob over whole ids.")] = "*",
     gpu: Annotated[str, typer.Option(help="The GPU whose baselines stand beside.")] = DEFAULT,
     baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
+    as_json: Annotated[bool, typer.Option("--json", help="Every number as JSON.")] = False,
 ) -> None:
     """Predict every case that was measured on a GPU, and print both: the table of docs/prediction.md."""
     name = gpu_named(gpu).name
@@ -164,84 +168,8 @@ def prediction_table(
     cases = [case for case in chosen(only, fnmatchcase) if isinstance(find(baselines, key, case.id), Baseline)]
     if not cases:
         raise SpecError(f"{baselines / key} holds no baseline of a case that matches {only!r}.")
-    say(beside(compare(predictions(cases, name, tell), baselines, key)))
-
-
-@app.command("faults")
-def try_faults(
-    only: Annotated[str, typer.Option(help="Names to try, as a glob.")] = "*",
-    scale: Annotated[
-        Literal["tiny", "full"], typer.Option(help="tiny on a CPU; full: four full-width layers on a GPU.")
-    ] = "tiny",
-    against: Annotated[
-        Literal["baselines", "clean"] | None,
-        typer.Option(
-            help="What to judge by: accepted baselines, or a clean run of each case first. By default baselines, for full clean."
-        ),
-    ] = None,
-    baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
-    jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Workers at a time; with more than one, GPU-busy time is not judged.")
-    ] = 1,
-    predicted: Annotated[
-        bool,
-        typer.Option(
-            "--predicted", help="Run nothing: predict four full-width layers, clean and with each fault, for an H100."
-        ),
-    ] = False,
-    memory: Annotated[
-        bool,
-        typer.Option(
-            "--memory",
-            help="With --predicted: all layers; only faults that must show in bytes, only bytes count, no twins.",
-        ),
-    ] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
-) -> None:
-    """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
-    if predicted and against == "baselines":
-        raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
-    if memory and not predicted:
-        raise SpecError("--memory belongs to --predicted, which is missing: say both.")
-    scale = "full" if predicted else scale
-    names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
-    if scale == "full" and not predicted:
-        if against == "baselines":
-            raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
-        if not visible_gpus():
-            raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
-    if jobs > 1 and not predicted:
-        tell(f"{jobs} workers share the device, so GPU-busy time is left out of every judgement.")
-    began = time.monotonic()
-    trials = run_trials(
-        names,
-        cases=trial_cases("whole" if memory else scale),
-        memory=memory,
-        against=against or ("clean" if scale == "full" else "baselines"),
-        baselines=baselines,
-        jobs=jobs,
-        predict=DEFAULT if predicted else None,
-        tell=tell,
-    )
-    if as_markdown:
-        say(markdown(trials))
-    say(summary(trials, time.monotonic() - began))
-    if not all(trial.good for trial in trials):
-        raise typer.Exit(1)
-
-
-def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:
-    """The faults of these names that this path must catch; the others are told."""
-    asked = [name for name in FAULTS if fnmatchcase(name, only)]
-    if not asked:
-        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
-    if path == "predicted":
-        names = [name for name in asked if FAULTS[name].predicted]
-    elif path == "memory":
-        names = [name for name in asked if any(metric.endswith("_bytes") for metric in FAULTS[name].predicted)]
+    misses = compare(predictions(cases, name, tell), baselines, key)
+    if as_json:
+        say_json(misses)
     else:
-        here = {"tiny": "cpu", "full": "gpu"}[path]
-        names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
-    if elsewhere := [name for name in asked if name not in names]:
-        tell(f"Not tried, because they do not show on this path: {', '.join(elsewhere)}.")
-    return names
+        say(beside(misses))

@@ -6,14 +6,22 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+import msgspec
+
 from hpc_core.report import Row, render
 
-__all__ = ["say", "show", "tell"]
+__all__ = ["say", "say_json", "show", "tell"]
 
 
 def say(text: str = "") -> None:
     """A line of the result."""
     sys.stdout.write(f"{text}\n")
+
+
+def say_json(thing: object) -> None:
+    """A result as JSON that people can read, with sorted keys."""
+    text = msgspec.json.encode(thing, order="sorted")
+    say(msgspec.json.format(text, indent=2).decode())
 
 
 def tell(text: str) -> None:

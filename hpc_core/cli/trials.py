@@ -176,7 +176,7 @@ class _Bench:
 
     def run_clean(self, case: Case) -> Lookup:
         """A run without a fault, in a baseline's place."""
-        record = self._launcher.run(Job(case=case, predict=self._predict))
+        record = self._launcher.run(Job(case=case, predict=self._predict, profile=False))
         try:
             return unstored(record, reason="a clean run of the same session")
         except BaselineError as error:
@@ -208,7 +208,7 @@ class _Bench:
         )
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
-        record = self._launcher.run(Job(case=case, fault=fault, predict=self._predict))
+        record = self._launcher.run(Job(case=case, fault=fault, predict=self._predict, profile=False))
         lookup = self._lookup(case, record)
         if not self._alone:
             record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))

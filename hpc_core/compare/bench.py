@@ -90,7 +90,7 @@ class Bench:
             KeyboardInterrupt: after the worker is gone.
         """
         side = self._sides[name]
-        record = self._launchers[name].run(Job(case=case, device=self._device, fault=side.fault))
+        record = self._launchers[name].run(Job(case=case, device=self._device, fault=side.fault, profile=False))
         seen = record.circumstances.commit
         if side.commit is None or seen == side.commit or record.status != "ok":
             return record

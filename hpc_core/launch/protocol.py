@@ -19,9 +19,12 @@ __all__ = [
     "Exited",
     "Finished",
     "Job",
+    "OperatorTime",
     "Phase",
     "Preloaded",
     "Request",
+    "Trace",
+    "TraceTable",
     "Way",
     "decode_event",
     "encode_event",
@@ -35,6 +38,39 @@ PRELOAD_MORE = "HPC_CORE_PRELOAD_MORE"
 
 Way = Literal["warm", "exec", "inline"]
 """How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""
+
+
+class Trace(msgspec.Struct, frozen=True, kw_only=True):
+    """A profile for the eye is wanted, not a measurement."""
+
+    folder: str
+    """Where trace, table and memory snapshot go."""
+    phase: str | None = None
+    """Only this phase of the step."""
+    ranges: bool = False
+    """Only NVTX ranges around `steps` steps, for a profiler of NVIDIA's that watches from outside; nothing is written."""
+    steps: int = 3
+
+
+class OperatorTime(msgspec.Struct, frozen=True, kw_only=True):
+    """An operator or kernel in one step."""
+
+    name: str
+    calls: int
+    own_s: float
+    """Without what it calls."""
+    whole_s: float
+
+
+class TraceTable(msgspec.Struct, frozen=True, kw_only=True):
+    """The operators of one step or phase that take the most time: what a worker leaves in `operators.json`."""
+
+    device: Literal["cpu", "cuda"]
+    """Whose time it is."""
+    phase: str | None
+    total_s: float
+    """Of all operators, those that are not listed included."""
+    operators: tuple[OperatorTime, ...]
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +87,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Name of a GPU from `hpc_core.gpus`: predict the case for it on fake tensors, instead of running it."""
     timeline: bool = False
     """Also keep the memory over the step, in the record's `timeline`."""
+    trace: Trace | None = None
+    """Only build, warm up and profile for the eye; the record is then INVALID, and says so."""
+    profile: bool = True
+    """Also take one unit of the work apart by module, in passes of their own after all that is gated."""
     audit: bool = True
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
     measure_ceilings: bool = False

@@ -7,6 +7,7 @@ machine. Works on any device; on CUDA the allocator's own history is exact and i
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hpc_core.measure.counters import FREE
+from hpc_core.measure.places import nowhere
 from hpc_core.measure.timeline import Allocation, Timeline
 
 __all__ = ["StorageWatch"]
@@ -29,6 +32,10 @@ class StorageWatch(TorchDispatchMode):
         self._clock = 0
         self._known: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self.timeline = Timeline()
+        self.place = nowhere
+        """Says for which module an operator runs."""
+        self.uses: Counter[tuple[str, str, str]] = Counter()
+        """Operators by module, phase and name, as `measure.counters` counts them."""
 
     def __call__(self, phase: str) -> None:
         """A phase begins."""
@@ -40,18 +47,28 @@ class StorageWatch(TorchDispatchMode):
             self._add(tensor, "")
             self._known[id(tensor.untyped_storage())][1].category = category
 
+    def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say which module these tensors belong to, as far as they are known here."""
+        for tensor in tensors:
+            known = self._known.get(id(tensor.untyped_storage()))
+            if known is not None and known[0]() is tensor.untyped_storage():
+                known[1].module = module
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, and note the storages that it returns; one that it takes and nobody made was there before."""
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor):
                 self._add(value, "", before=True)
         out = func(*args, **(kwargs or {}))
+        module, source = self.place(), str(func)
+        if func.namespace not in FREE:
+            self.uses[module, self._phases[self._phase] if self._phase >= 0 else "", source] += 1
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
-                self._add(value, str(func))
+                self._add(value, source, module=module)
         return out
 
-    def _add(self, tensor: torch.Tensor, source: str, *, before: bool = False) -> None:
+    def _add(self, tensor: torch.Tensor, source: str, *, before: bool = False, module: str = "") -> None:
         storage = tensor.untyped_storage()
         key = id(storage)
         known = self._known.get(key)
@@ -59,7 +76,8 @@ class StorageWatch(TorchDispatchMode):
             return
         self._clock += 1
         born, phase = (0, -1) if before else (self._clock, self._phase)
-        piece = Allocation(size_bytes=storage.nbytes(), born=born, phase=phase, source=source)
+        source = source or f"held {str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        piece = Allocation(size_bytes=storage.nbytes(), born=born, phase=phase, source=source, module=module)
         self.timeline.allocations.append(piece)
 
         def died(_: Any) -> None:

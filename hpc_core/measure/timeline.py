@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hpc_core.profile import Piece
 from hpc_core.record import MemoryTimeline
 
 __all__ = ["CATEGORIES", "Allocation", "Timeline"]
@@ -31,6 +32,8 @@ class Allocation:
     """Set when the owner is known (weights, adapter, gradients, optimizer, kv_cache, other)."""
     source: str = ""
     """The operator that made it, where known."""
+    module: str = ""
+    """The path of the module that it was made for, or that owns it, where known."""
     block: int | None = None
     """Its address in a model of the allocator, where there is one."""
 
@@ -91,6 +94,17 @@ class Timeline:
             totals[name] = totals.get(name, 0) + piece.size_bytes
         largest = sorted(totals.items(), key=lambda each: (-each[1], each[0]))
         return dict(largest[:most])
+
+    def pieces_at_peak(self, phases: Sequence[str]) -> tuple[Piece, ...]:
+        """What is alive at the highest point by category, module, phase and operator, the largest first."""
+        found: dict[tuple[str, str, str, str], tuple[int, int]] = {}
+        for category, piece in self._alive_at_peak():
+            phase = phases[piece.phase] if piece.phase >= 0 else ""
+            key = (category, piece.module, phase, piece.source)
+            size, count = found.get(key, (0, 0))
+            found[key] = (size + piece.size_bytes, count + 1)
+        largest = sorted(found.items(), key=lambda each: (-each[1][0], each[0]))
+        return tuple(Piece(*key, size, count) for key, (size, count) in largest if size)
 
     def _alive_at_peak(self) -> list[tuple[str, Allocation]]:
         when, _ = self.peak()

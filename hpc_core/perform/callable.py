@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
+from hpc_core.perform.attributed import note_profile
 from hpc_core.perform.memory import measure_memory
 from hpc_core.perform.metrics import counted, ratio, wall
 from hpc_core.perform.profiled import note_compilations, profile_steps, wall_only
 from hpc_core.perform.session import Session
+from hpc_core.perform.trace import trace_program
 from hpc_core.program import Program
 from hpc_core.record import Record
 from hpc_core.run.callable import load_factory
@@ -25,6 +27,8 @@ def measure_callable(session: Session, workload: CallableSpec) -> Record:
 def measure_program(session: Session, program: Program, steps: int) -> Record:
     """Warm up, time `steps` steps, and take each instrument in turn, the profiler last."""
     session.warm_up(program)
+    if session.job.trace is not None:
+        return trace_program(session, program, session.job.trace)
     if session.job.replicate:
         return measure_again(session, program, steps)
     with session.timing():
@@ -40,6 +44,7 @@ def measure_program(session: Session, program: Program, steps: int) -> Record:
     busy_s = profile_steps(session, program)
     if busy_s is not None:
         session.metrics["busy_share"] = ratio(busy_s / session.metrics["step_s"].value)
+    note_profile(session, program, "one step")
     return session.record()
 
 

@@ -9,7 +9,8 @@ import statistics
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
-from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.perform.attributed import Owning, note_profile
 from hpc_core.perform.callable import measure_again
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -18,6 +19,7 @@ from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_la
 from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
+from hpc_core.perform.trace import trace_program
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
@@ -35,6 +37,8 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program))
+    if session.job.trace is not None:
+        return trace_program(session, Fixed(program, program.widest), session.job.trace)
     if session.job.replicate:
         program.steps_done = 0  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
@@ -48,6 +52,14 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     ran, seen = _count(session, program)
     _audit(session, program, workload, ran, seen)
     _busy(session, program)
+    note_profile(
+        session,
+        widest,
+        "one step on the widest batch",
+        model=built.model,
+        optimizer=program.optimizer,
+        marking=lambda watch: named_gradients(program, watch),
+    )
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
     return session.record()
@@ -107,6 +119,19 @@ def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) ->
             gradients = gradient_tensors(program.model)
             watch.own_now("gradients", gradients)
             session.metrics["gradient_bytes"] = tensor_bytes(owned_bytes(gradients))
+        watch(phase)
+
+    return mark
+
+
+def named_gradients(program: FinetuneProgram, watch: Owning) -> Mark:
+    """The watch as a mark that also says whose the gradients are, before the optimizer's step."""
+
+    def mark(phase: str) -> None:
+        if phase == "optimizer":
+            watch.own("gradients", gradient_tensors(program.model))
+            for module, tensors in by_module(program.model, program.optimizer):
+                watch.name(module, tensors)
         watch(phase)
 
     return mark

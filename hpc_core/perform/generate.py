@@ -16,6 +16,7 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
+from hpc_core.perform.attributed import note_query_profile
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -24,6 +25,7 @@ from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.profiled import note_compilations, note_counts
 from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
+from hpc_core.perform.trace import trace_program
 from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
@@ -45,6 +47,8 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = generate_program(built, workload)
     _warm_up(session, program)
+    if session.job.trace is not None:
+        return trace_program(session, Fixed(program, _longest(program)), session.job.trace)
     if session.job.replicate:
         return _again(session, program)
     answered: list[list[list[int]]] = []
@@ -55,6 +59,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _busy(session, program)
     _busy_shares(session)
     _share_of_copy(session, program)
+    note_query_profile(session, program, _longest(program))
     measure_perplexity(session, built)
     measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
     measure_perplexity_unquantized(session, built)

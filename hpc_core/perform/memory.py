@@ -22,7 +22,7 @@ from hpc_core.physics.footprint import unexplained_bytes
 from hpc_core.program import Mark, Program, unmarked
 from hpc_core.record import Metric
 
-__all__ = ["Fixed", "Watch", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]
+__all__ = ["Fixed", "Watch", "claim_before", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]
 
 
 class _Cyclic(Program, Protocol):
@@ -158,12 +158,19 @@ def _from_storages(session: Session, program: Program, owners: dict[str, list[to
     watch = StorageWatch(program.phases)
     mark: Mark = watch if marking is None else marking(_TensorWatch(watch))
     with quiet():
-        # What the steps before left behind, a forgotten reference for one, counts; what the process held before them does
-        # not, unless the step uses it: the peak must not depend on what else has run here.
-        left = living_tensors(session.device)
-        watch.own("other", left if session.bystanders is None else session.bystanders.without(left))
-        for category, tensors in owners.items():
-            watch.own(category, tensors)
+        claim_before(session, watch, owners)
         with watch:
             program.step(mark)
     return watch.timeline
+
+
+def claim_before(session: Session, watch: StorageWatch, owners: dict[str, list[torch.Tensor]]) -> None:
+    """Say whose the tensors are that live before the step; those of nobody are "other".
+
+    What the steps before left behind, a forgotten reference for one, counts; what the process held before them does not, unless the
+    step uses it: the peak must not depend on what else has run here.
+    """
+    left = living_tensors(session.device)
+    watch.own("other", left if session.bystanders is None else session.bystanders.without(left))
+    for category, tensors in owners.items():
+        watch.own(category, tensors)

@@ -26,6 +26,7 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.physics.check import judged
+from hpc_core.profile import Profile
 from hpc_core.program import Program
 from hpc_core.record import Fact, KernelFamily, MemoryTimeline, Metric, Record
 
@@ -70,6 +71,7 @@ class Session:
         self.reasons: list[str] = []
         self.notes: list[str] = []
         self.timeline: MemoryTimeline | None = None
+        self.profile: Profile | None = None
         self.losses: list[float] = []
         self.answers: list[str] = []
         self.bystanders: Bystanders | None = None
@@ -246,6 +248,7 @@ class Session:
             audit=self.audit,
             reasons=tuple(self.reasons),
             timeline=self.timeline,
+            profile=self.profile,
             losses=tuple(self.losses),
             answers=tuple(self.answers),
             kernel_families=self.kernel_families,

@@ -87,10 +87,12 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     step = judgement.next_step if not compared else ""
     lines = [_metric_line(judgement.case, each) for each in bad]
     more = [f"  at the peak: {line}" for line in row.grown]
+    why = () if row.cause is None else tuple(f"Why: {line}" for line in row.cause.lines)
     excused = [f"  {excuse.metric}: {excuse.text}" for excuse in judgement.excuses]
     return _paragraph(
         judgement.headline,
         reason,
+        *why,
         *lines,
         *more,
         *excused,

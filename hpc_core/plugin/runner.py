@@ -13,6 +13,7 @@ import msgspec
 
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import BaselineError
+from hpc_core.explain import stored_cause
 from hpc_core.gate import Judgement
 from hpc_core.gate.family import SUITE_ALPHA
 from hpc_core.launch.launcher import Launcher
@@ -173,11 +174,13 @@ class Runner:
 
     def _judged(self, record: Record, command: str) -> Row:
         self._keep(record)
+        judgement = self._judgement(record)
         row = Row(
             record=record,
-            judgement=self._judgement(record),
+            judgement=judgement,
             command=command,
             grown=self._grown(record),
+            cause=stored_cause(self._settings.baselines, record, judgement),
             expired=self._review.expired(record.case.id),
         )
         if self._settings.update and record.status == "ok":

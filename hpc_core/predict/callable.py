@@ -62,11 +62,12 @@ def _memory(prediction: Prediction, program: Program, watch: GpuWatch) -> tuple[
     peaks: dict[str, int] = {}
     for _ in range(_WATCHED):
         watch.begin(program.phases)
+        prediction.places.begin()
         program.step(watch)
         watch.end_phase()
         peaks = {name: max(peaks.get(name, 0), value) for name, value in watch.peaks.items()}
     prediction.metrics |= memory_metrics(peaks, watch.timeline, on_gpu=True)
-    prediction.keep(watch.timeline, program.phases)
+    prediction.keep(watch.timeline, program.phases, watch)
     _, requested = watch.timeline.peak()
     note = "tensors and scratch as asked for, without the allocator's rounding"
     prediction.metrics["peak_requested_bytes"] = measured_bytes(requested, machine=True, gated=False, note=note)

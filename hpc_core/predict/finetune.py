@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
-from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
@@ -57,6 +57,8 @@ def _step(program: FinetuneProgram, answers: Answers, index: int, watch: GpuWatc
     def mark(phase: str) -> None:
         if phase == "optimizer":
             watch.own_now("gradients", gradient_tensors(program.model))
+            for module, tensors in by_module(program.model, program.optimizer):
+                watch.name(module, tensors)
         watch(phase)
 
     program.step(mark)
@@ -68,9 +70,13 @@ def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
     for category, tensors in weight_tensors(program.model).items():
         watch.own_now(category, tensors)
     watch.own_now("optimizer", optimizer_tensors(program.optimizer))
+    for module, tensors in by_module(program.model, program.optimizer):
+        watch.name(module, tensors)
+    prediction.places.learn(program.model)
+    prediction.places.begin()
     _step(program, answers, program.widest, watch)
     prediction.metrics |= memory_metrics(watch.peaks, watch.timeline, on_gpu=True)
-    prediction.keep(watch.timeline, program.phases)
+    prediction.keep(watch.timeline, program.phases, watch, "one step on the widest batch")
     _, requested = watch.timeline.peak()
     note = "tensors and scratch as asked for, without the allocator's rounding"
     prediction.metrics["peak_requested_bytes"] = measured_bytes(requested, machine=True, gated=False, note=note)

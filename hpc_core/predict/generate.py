@@ -12,7 +12,7 @@ import gc
 import torch
 
 from hpc_core.errors import PredictError
-from hpc_core.measure.owners import cache_tensors, weight_tensors
+from hpc_core.measure.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.generate import BUSY_TOKENS, COUNTED_TOKENS
 from hpc_core.perform.memory import memory_metrics
@@ -127,11 +127,15 @@ def _counts(prediction: Prediction, generation: _Generation) -> None:
 def _memory(prediction: Prediction, generation: _Generation, longest: int) -> None:
     program = generation.program
     look = _static_cache if program.workload.cache == "static" else _growing_cache
+    prediction.places.learn(program.model)
+    prediction.places.begin()
     peaks, timeline = look(generation, longest)
     metrics = memory_metrics(peaks, timeline, on_gpu=True)
     note = "tensors and scratch as asked for, without the allocator's rounding"
     metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
-    prediction.keep(timeline, program.phases)
+    prediction.keep(
+        timeline, program.phases, generation.watch, "the first and the last tokens after the longest prompt"
+    )
     prediction.metrics |= metrics
 
 
@@ -182,6 +186,8 @@ def _watched(generation: _Generation, index: int, tokens: int, *, room: int | No
     watch.begin(program.phases)
     for category, tensors in weight_tensors(program.model).items():
         watch.own_now(category, tensors)
+    for module, tensors in by_module(program.model, None):
+        watch.name(module, tensors)
     with watch_cache(program.model) as cache:
         program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
         generation.query(index, tokens, marked=True, room=room)

@@ -18,12 +18,15 @@ from hpc_core.gpus import Gpu, gpu_named
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.clock import quiet
 from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.measure.places import Places, following
 from hpc_core.measure.timeline import Timeline
+from hpc_core.perform.attributed import profile_of
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
 from hpc_core.predict.quantized import OUTLIERS
 from hpc_core.predict.watch import GpuWatch
+from hpc_core.profile import Profile
 from hpc_core.record import Fact, Machine, MemoryTimeline, Metric, Record
 
 __all__ = ["MACHINE_KEY", "Prediction"]
@@ -45,6 +48,8 @@ class Prediction:
         self.notes: list[str] = []
         self.makers_at_peak: dict[str, int] = {}
         self.timeline: MemoryTimeline | None = None
+        self.profile: Profile | None = None
+        self.places = Places()
         self.injection: Injection | None = None if job.fault is None else inject(job.fault)
         self._job = job
         self._emit = emit
@@ -64,7 +69,8 @@ class Prediction:
     @contextlib.contextmanager
     def fake(self) -> Iterator[tuple[GpuWatch, Answers]]:
         """The fake GPU of this prediction, with garbage collected by reference counts alone, as in a timed step."""
-        with fake_gpu(self.gpu) as (watch, answers), quiet():
+        with fake_gpu(self.gpu) as (watch, answers), following() as self.places, quiet():
+            watch.place = self.places.here
             yield watch, answers
 
     def build(self, watch: GpuWatch) -> Built:
@@ -82,9 +88,11 @@ class Prediction:
             self.metrics["adapter_weights_bytes"] = tensor_bytes(owned_bytes(owned["adapter"]))
         return built
 
-    def keep(self, timeline: Timeline, phases: Sequence[str]) -> None:
+    def keep(self, timeline: Timeline, phases: Sequence[str], watch: GpuWatch, work: str = "one step") -> None:
         """What filled the step's highest point, and how it came to be where the job asks for that."""
         self.makers_at_peak = timeline.makers_at_peak()
+        if self._job.profile:
+            self.profile = profile_of(work, phases, timeline, watch.uses, self.places)
         if self._job.timeline:
             self.timeline = timeline.sampled(phases)
 
@@ -116,6 +124,7 @@ class Prediction:
             reasons=tuple(reasons),
             makers_at_peak=self.makers_at_peak,
             timeline=self.timeline,
+            profile=self.profile,
             circumstances=circumstances(
                 "cpu",
                 self._job.launched,

@@ -24,6 +24,7 @@ from hpc_core.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.measure.counters import FREE
 from hpc_core.measure.formulas import own_formulas
+from hpc_core.measure.places import nowhere
 from hpc_core.measure.timeline import Allocation, Timeline
 from hpc_core.predict.allocator import Allocator
 from hpc_core.predict.answers import Answers
@@ -72,6 +73,10 @@ class GpuWatch(TorchDispatchMode):
         """How deep in parts of an operator that was counted whole."""
         self._inside = 0
         """How deep in a stand-in, whose FLOPs were counted whole."""
+        self.place = nowhere
+        """Says for which module an operator runs."""
+        self.uses: Counter[tuple[str, str, str]] = Counter()
+        """Operators by module, phase and name, since `begin`."""
         self._answers = answers
         self._phases: list[str] = []
         self._phase = -1
@@ -87,7 +92,7 @@ class GpuWatch(TorchDispatchMode):
             piece.born, piece.phase = 0, -1
         self.timeline = Timeline(list(self._living.values()))
         self.peaks = {}
-        self.launches, self.operators, self.flops = Launches(), Counter(), 0
+        self.launches, self.operators, self.uses, self.flops = Launches(), Counter(), Counter(), 0
         self._formulas = _formulas()  # bitsandbytes' operators are there by now
         self.allocator.reset_peaks()
 
@@ -115,6 +120,13 @@ class GpuWatch(TorchDispatchMode):
             if known is not None and known[0]() is storage:
                 known[1].category = category
 
+    def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say which module these tensors belong to."""
+        for tensor in tensors:
+            known = self._known.get(id(tensor.untyped_storage()))
+            if known is not None and known[0]() is tensor.untyped_storage():
+                known[1].module = module
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator on fake tensors, and note what a GPU would take and give back."""
         kwargs = kwargs or {}
@@ -123,6 +135,7 @@ class GpuWatch(TorchDispatchMode):
         _refuse_unknown(func)
         if not self._within and func.namespace not in FREE:
             self.operators[str(func)] += 1
+            self.uses[self.place(), self._phases[self._phase] if self._phase >= 0 else "", str(func)] += 1
         formula = self._formulas.get(func._overloadpacket)
         if formula is None and _composite(func):
             return self._in_parts(func, args, kwargs)
@@ -218,6 +231,7 @@ class GpuWatch(TorchDispatchMode):
     def _take(self, size_bytes: int, source: str) -> Allocation:
         self._clock += 1
         piece = Allocation(size_bytes=size_bytes, born=self._clock, phase=self._phase, source=source)
+        piece.module = self.place()
         piece.block = self.allocator.malloc(size_bytes)
         self._living[id(piece)] = piece
         self.timeline.allocations.append(piece)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.explain import Cause
 from hpc_core.gate import Judgement, sizes
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import Metric, Record
@@ -35,6 +36,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Why it was to become the baseline and did not."""
     grown: tuple[str, ...] = ()
     """What holds more memory at the peak than in the last accepted record, the largest first."""
+    cause: Cause | None = None
+    """Why it is not as its baseline, where it is not."""
     expired: tuple[str, ...] = ()
     """Waivers of this case whose day has passed, a sentence each."""
     command: str | None = None

@@ -163,6 +163,7 @@ def _problem(row: Row) -> _Problem | None:
         judgement.headline,
         (
             *((judgement.reason,) if judgement.reason != judgement.headline else ()),
+            *(f"Why: {line}" for line in (() if row.cause is None else row.cause.lines)),
             *excuses,
             *judgement.remarks,
             *row.expired,

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
+
 from hpc_core.errors import BaselineError
 from hpc_core.record import Metric, Record, record_to_json
 from hpc_core.spec import SCHEMA
 from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Missing, gated_metrics, proves_nothing
 from hpc_core.store.history_file import history_lines, lengthened
 from hpc_core.store.lookup import baseline_path, find, history_path, render
+from hpc_core.store.profile_file import profile_bytes, profile_path
 
 __all__ = ["accept", "changes_between", "refuse", "unstored"]
 
@@ -29,7 +32,7 @@ def accept(
     """Make this record the baseline of its case on its machine, and add it to the history beside it.
 
     The baseline is rewritten only if metrics, stack, digest or machine differ; the history always grows by one line,
-    within the bounds of `history_file`. Both files are replaced whole or not at all. A record from a tree with uncommitted
+    within the bounds of `history_file`, and the profile is that of this record. All files are replaced whole or not at all. A record from a tree with uncommitted
     changes is refused unless `allow_dirty`; one of which that is unknown is not.
 
     Raises:
@@ -40,17 +43,27 @@ def accept(
     refuse(record, reason, allow_dirty)
     new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
+    beside = profile_path(root, circumstances.machine.key, record.case.id)
     kept = history_lines(history)
     found = find(root, circumstances.machine.key, record.case.id)
     old = found if isinstance(found, Baseline) else None
     try:
-        lines = lengthened(kept, record_to_json(record), record.case.id)
+        # The history is read for every judgement, so what only explanations need lies in a file of its own.
+        plain = msgspec.structs.replace(record, profile=None)
+        lines = lengthened(kept, record_to_json(plain), record.case.id)
         texts = {history: b"".join(line + b"\n" for line in lines)}
         if old is None or _substance(old) != _substance(new):
             texts[path] = render(new)
+        profile = profile_bytes(record)
+        if profile is not None:
+            texts[beside] = profile
     except UnicodeEncodeError as error:
         raise BaselineError(f"{record.case.id}: the record or the reason is no valid text: {error}.") from error
     _replace_all(texts)
+    if profile is None:
+        beside.unlink(
+            missing_ok=True
+        )  # that of an earlier record would explain with numbers that are not the baseline's
     action: Literal["created", "updated", "unchanged"] = "updated" if path in texts else "unchanged"
     if isinstance(found, Missing):
         action = "created"

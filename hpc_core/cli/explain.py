@@ -1,0 +1,69 @@
+"""`hpc-core explain RECORD`: why a record is not as its baseline, from the files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hpc_core.cli.console import say, say_json
+from hpc_core.cli.running import read_record
+from hpc_core.errors import SpecError
+from hpc_core.explain import Cause, before_of, explain, stored_before
+from hpc_core.gate import judge
+from hpc_core.record import Record
+from hpc_core.store import find
+
+__all__ = ["explain_record"]
+
+
+def explain_record(
+    record: Annotated[Path, typer.Argument(help="A record: a file that --perf-records or run --json wrote.")],
+    against: Annotated[Path | None, typer.Option(help="Another record in the baseline's place.")] = None,
+    baselines: Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")] = Path("baselines"),
+    as_json: Annotated[bool, typer.Option("--json", help="The cause as JSON.")] = False,
+) -> None:
+    """Say why a record differs from its baseline: two lines, then details. Nothing runs and nothing is judged."""
+    seen = read_record(record)
+    cause = _cause(seen, baselines) if against is None else _between(read_record(against), seen)
+    if as_json:
+        said = {"case": seen.case.id, "cause": cause}
+        say_json(said)
+        return
+    say(f"{seen.case.id} on {seen.circumstances.machine.key}")
+    for line in ("nothing differs",) if cause is None else cause.lines:
+        say(f"  {line}")
+    for detail in () if cause is None else cause.details:
+        say(f"    {detail}")
+
+
+def _between(before: Record, now: Record) -> Cause | None:
+    if before.case.id != now.case.id:
+        raise SpecError(f"--against is of {before.case.id}, the record of {now.case.id}: compare one case with itself.")
+    for each in (before, now):
+        _refuse_failed(each)
+    return explain(before_of(before), now)
+
+
+def _cause(seen: Record, baselines: Path) -> Cause | None:
+    """Why it differs from what is stored.
+
+    Raises:
+        SpecError: the run failed, or there is no sound baseline of its case.
+    """
+    _refuse_failed(seen)
+    key = seen.circumstances.machine.key
+    lookup = find(baselines, key, seen.case.id)
+    before = stored_before(baselines, key, lookup)
+    if before is None:
+        judgement = judge(seen, lookup)
+        raise SpecError(f"{judgement.reason} Name a folder with --baselines, or a record with --against.")
+    return explain(before, seen, judge(seen, lookup))
+
+
+def _refuse_failed(record: Record) -> None:
+    if record.failure is not None:
+        raise SpecError(
+            f"{record.case.id} {record.failure.kind} in {record.failure.phase}: there is nothing to explain."
+        )

@@ -1,0 +1,121 @@
+"""`hpc-core faults --explain`: inject faults one by one, and see whether the two lines of the cause name what each does.
+
+A run with a fault is compared with a clean run of the same case in the same session, as if that were the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from hpc_core.errors import BaselineError
+from hpc_core.explain import Cause, before_of, explain
+from hpc_core.faults import FAULTS
+from hpc_core.gate import Judgement, judge
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Job
+from hpc_core.record import Record
+from hpc_core.spec import Case
+from hpc_core.store import unstored
+
+__all__ = ["EXPLAINED", "Explained", "cause_table", "explained", "explained_faults"]
+
+EXPLAINED: Mapping[str, tuple[str, ...]] = {
+    "gc-off": ("activations +", "LlamaAttention", "no longer recomputed"),
+    "extra-kernel": ("add", "LlamaMLP"),
+    "embeddings-fp32": ("weights +", "Embedding (embed_tokens)"),
+    "optimizer-32bit": ("optimizer +", "lora_A"),
+    "extra-clone": ("clone", "LlamaAttention"),
+    "sync-per-layer": ("_local_scalar_dense", "LlamaMLP"),
+}
+"""What the two lines must hold: the category, operator or kind of change, and the module. None is a word that a failed fact of the audit brings by itself."""
+
+
+class Explained(msgspec.Struct, frozen=True, kw_only=True):
+    """One fault, and what was said of it."""
+
+    fault: str
+    case: str
+    verdict: str
+    cause: Cause | None
+    trouble: str = ""
+    """Why there is nothing to compare, if so."""
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The words that the two lines should hold and do not."""
+        said = " ".join(() if self.cause is None else self.cause.lines)
+        return tuple(word for word in EXPLAINED.get(self.fault, ()) if word not in said)
+
+    @property
+    def good(self) -> bool:
+        """Whether a cause was found, and names what it should."""
+        return self.cause is not None and not self.missing
+
+
+def explained_faults(
+    names: Iterable[str],
+    launcher: Launcher,
+    *,
+    cases: Mapping[str, Case],
+    tell: Callable[[str], None],
+    predict: str | None = None,
+) -> list[Explained]:
+    """Run (or predict) each fault's case clean, once, and with the fault; the causes in the order of the names.
+
+    Raises:
+        LaunchError: no worker can be started at all.
+    """
+    clean: dict[str, Record] = {}
+    found = []
+    for name in names:
+        case = cases[FAULTS[name].variant]
+        if case.id not in clean:
+            clean[case.id] = launcher.run(Job(case=case, predict=predict))
+        found.append(explained(name, clean[case.id], launcher.run(Job(case=case, fault=name, predict=predict))))
+        tell(f"{'named' if found[-1].good else 'NOT NAMED':<9} {name:<18} {case.id}")
+    return found
+
+
+def explained(name: str, before: Record, now: Record) -> Explained:
+    """What is said of a record with a fault, given a clean one of the same case."""
+    trouble = _trouble(before, now)
+    if trouble:
+        return Explained(fault=name, case=now.case.id, verdict="BROKEN", cause=None, trouble=trouble)
+    judgement = _judgement(before, now)
+    cause = explain(before_of(before), now, judgement)
+    verdict = "not judged" if judgement is None else str(judgement.verdict)
+    return Explained(fault=name, case=now.case.id, verdict=verdict, cause=cause)
+
+
+def _trouble(before: Record, now: Record) -> str:
+    for which, record in (("clean run", before), ("run with the fault", now)):
+        if record.failure is not None:
+            return f"the {which} broke: {record.failure.message}"
+    return ""
+
+
+def _judgement(before: Record, now: Record) -> Judgement | None:
+    try:
+        return judge(now, unstored(before, reason="a clean run of the same session"))
+    except BaselineError:
+        return None
+
+
+def cause_table(found: Iterable[Explained]) -> str:
+    """The table of docs/explain.md."""
+    lines = ["| fault | what it does | case | verdict | cause | named |", "|---|---|---|---|---|---|"]
+    for each in found:
+        said = each.trouble if each.cause is None else "<br>".join(each.cause.lines)
+        missing = ", ".join(f"`{word}`" for word in each.missing)
+        named = "yes" if each.good else f"no: {missing or 'nothing was found'}"
+        what = FAULTS[each.fault].summary
+        lines.append(
+            f"| `{each.fault}` | {what} | `{each.case}` | {each.verdict} | {_cell(said or 'nothing differs')} | {named} |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*").replace("\n", " ")

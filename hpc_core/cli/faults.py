@@ -1,0 +1,141 @@
+"""`hpc-core faults`: inject every fault of the catalogue, and see what the gate catches, or what the cause names."""
+
+from __future__ import annotations
+
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+import typer
+
+from hpc_core.cli.console import say, say_json, tell
+from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
+from hpc_core.cli.trial_table import markdown, summary
+from hpc_core.cli.trials import Trial, run_trials, trial_cases
+from hpc_core.environment import visible_gpus
+from hpc_core.errors import SpecError
+from hpc_core.faults import FAULTS
+from hpc_core.gpus import DEFAULT
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import FAKE_CUDA
+
+__all__ = ["faults"]
+
+
+def faults(
+    only: Annotated[str, typer.Option(help="Names to try, as a glob.")] = "*",
+    scale: Annotated[
+        Literal["tiny", "full"], typer.Option(help="tiny on a CPU; full: four full-width layers on a GPU.")
+    ] = "tiny",
+    against: Annotated[
+        Literal["baselines", "clean"] | None,
+        typer.Option(
+            help="What to judge by: accepted baselines, or a clean run of each case first. By default baselines, for full clean."
+        ),
+    ] = None,
+    baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="Workers at a time; with more than one, GPU-busy time is not judged.")
+    ] = 1,
+    predicted: Annotated[
+        bool,
+        typer.Option(
+            "--predicted", help="Run nothing: predict four full-width layers, clean and with each fault, for an H100."
+        ),
+    ] = False,
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory",
+            help="With --predicted: all layers; only faults that must show in bytes, only bytes count, no twins.",
+        ),
+    ] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Every trial, or every cause, as JSON.")] = False,
+    explained: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="Inject six faults (or those of --only) and print the cause that is named for each, as Markdown.",
+        ),
+    ] = False,
+) -> None:
+    """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
+    if predicted and against == "baselines":
+        raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
+    if memory and not predicted:
+        raise SpecError("--memory belongs to --predicted, which is missing: say both.")
+    scale = "full" if predicted else scale
+    if explained:
+        _explain_faults(only, scale, predicted=predicted, as_json=as_json)
+        return
+    names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
+    if scale == "full" and not predicted:
+        if against == "baselines":
+            raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
+        if not visible_gpus():
+            raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+    if jobs > 1 and not predicted:
+        tell(f"{jobs} workers share the device, so GPU-busy time is left out of every judgement.")
+    began = time.monotonic()
+    trials = run_trials(
+        names,
+        cases=trial_cases("whole" if memory else scale),
+        memory=memory,
+        against=against or ("clean" if scale == "full" else "baselines"),
+        baselines=baselines,
+        jobs=jobs,
+        predict=DEFAULT if predicted else None,
+        tell=tell,
+    )
+    _show(trials, time.monotonic() - began, as_markdown=as_markdown, as_json=as_json)
+    if not all(trial.good for trial in trials):
+        raise typer.Exit(1)
+
+
+def _show(trials: list[Trial], seconds: float, *, as_markdown: bool, as_json: bool) -> None:
+    if as_json:
+        say_json(
+            [{**msgspec.structs.asdict(trial), "fault": trial.fault.name, "outcome": trial.outcome} for trial in trials]
+        )
+    else:
+        if as_markdown:
+            say(markdown(trials))
+        say(summary(trials, seconds))
+
+
+def _explain_faults(only: str, scale: Literal["tiny", "full"], *, predicted: bool, as_json: bool) -> None:
+    if scale == "full" and not predicted and not visible_gpus():
+        raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+    names = list(EXPLAINED) if only == "*" else _faults_here(only, "predicted" if predicted else scale)
+    environment = {FAKE_CUDA: "1"} if predicted else None
+    scale = "full" if predicted else scale
+    with Launcher("warm", environment=environment) as launcher:
+        found = explained_faults(
+            names, launcher, cases=trial_cases(scale), tell=tell, predict=DEFAULT if predicted else None
+        )
+    if as_json:
+        say_json([{**msgspec.to_builtins(each), "named": each.good, "missing": each.missing} for each in found])
+    else:
+        say(cause_table(found))
+    if not all(each.good for each in found):
+        raise typer.Exit(1)
+
+
+def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:
+    """The faults of these names that this path must catch; the others are told."""
+    asked = [name for name in FAULTS if fnmatchcase(name, only)]
+    if not asked:
+        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
+    if path == "predicted":
+        names = [name for name in asked if FAULTS[name].predicted]
+    elif path == "memory":
+        names = [name for name in asked if any(metric.endswith("_bytes") for metric in FAULTS[name].predicted)]
+    else:
+        here = {"tiny": "cpu", "full": "gpu"}[path]
+        names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
+    if elsewhere := [name for name in asked if name not in names]:
+        tell(f"Not tried, because they do not show on this path: {', '.join(elsewhere)}.")
+    return names

@@ -1,0 +1,59 @@
+"""What a record is compared with: the baseline's numbers, and what is kept beside them for explanations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from hpc_core.profile import Profile
+from hpc_core.record import Metric, Record
+from hpc_core.spec import Case
+from hpc_core.store import Baseline, Lookup, last_accepted, last_profile
+
+__all__ = ["Before", "before_of", "stored_before"]
+
+
+class Before(msgspec.Struct, frozen=True, kw_only=True):
+    """How it was."""
+
+    case: Case
+    stack: dict[str, str]
+    commit: str | None
+    metrics: dict[str, Metric]
+    """The accepted values, and below them those that are shown and not gated, of the record that was accepted last."""
+    record: Record | None = None
+    profile: Profile | None = None
+
+
+def before_of(record: Record) -> Before:
+    """A record in a baseline's place, with its own profile."""
+    return Before(
+        case=record.case,
+        stack=record.circumstances.stack,
+        commit=record.circumstances.commit,
+        metrics=record.metrics,
+        record=record,
+        profile=record.profile,
+    )
+
+
+def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
+    """What the store keeps of a baseline; None where there is no sound one.
+
+    Raises:
+        BaselineError: as `store.baseline_path`.
+    """
+    if not isinstance(lookup, Baseline):
+        return None
+    record = last_accepted(root, key, lookup.case)
+    if record is not None and record.case.digest != lookup.digest:
+        record = None
+    return Before(
+        case=lookup.spec,
+        stack=lookup.stack,
+        commit=lookup.accepted.commit,
+        metrics=({} if record is None else record.metrics) | lookup.metrics,
+        record=record,
+        profile=last_profile(root, key, lookup),
+    )

@@ -1,0 +1,108 @@
+"""The profile beside a baseline, `<case>.profile.json.gz`: what the accepted record did, by module. For explanations, never for a verdict.
+
+The same record gives the same bytes, so that accepting it again changes no file.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from hpc_core.errors import BaselineError
+from hpc_core.profile import Profile
+from hpc_core.record import Metric, Record
+from hpc_core.store.baseline import Baseline, gated_metrics
+from hpc_core.store.lookup import baseline_path, find
+from hpc_core.whole_file import write_whole
+
+__all__ = ["StoredProfile", "keep_profile", "last_profile", "profile_bytes", "profile_path"]
+
+_LARGEST_BYTES = 32 * 2**20
+"""Unpacked; one of a 28-layer model takes some hundred kB. What unpacks to more was not written here."""
+
+
+class StoredProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A profile, and which record it is of."""
+
+    case: str
+    digest: str
+    exact: dict[str, float | int]
+    """The record's gated bytes and counts, by metric: a profile explains the baseline that has the same."""
+    profile: Profile
+
+
+def profile_path(root: Path, key: str, case_id: str) -> Path:
+    """Where it lies.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    return baseline_path(root, key, case_id).with_suffix(".profile.json.gz")
+
+
+def profile_bytes(record: Record) -> bytes | None:
+    """The file of this record's profile; None if it has none."""
+    if record.profile is None:
+        return None
+    stored = StoredProfile(
+        case=record.case.id,
+        digest=record.case.digest,
+        exact=_exact(gated_metrics(record)),
+        profile=record.profile,
+    )
+    return gzip.compress(msgspec.json.encode(stored, order="sorted"), mtime=0)
+
+
+def _exact(metrics: Mapping[str, Metric]) -> dict[str, float | int]:
+    return {name: metric.value for name, metric in metrics.items() if metric.noise == "exact"}
+
+
+def keep_profile(root: Path, record: Record) -> Path:
+    """Lay this record's profile beside the baseline that is there, which stays as it is; the path.
+
+    Raises:
+        BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, or the two differ.
+    """
+    case, key, packed = record.case.id, record.circumstances.machine.key, profile_bytes(record)
+    if record.status != "ok" or record.circumstances.fault is not None or packed is None:
+        raise BaselineError(
+            f"{case}: the record is {record.status} and has {'a' if packed else 'no'} profile; only a sound one with a profile can explain."
+        )
+    lookup = find(root, key, case)
+    if not isinstance(lookup, Baseline) or lookup.digest != record.case.digest:
+        raise BaselineError(
+            f"{case}: there is no sound baseline of this very case in {root / key}. Accept the record: hpc-core baseline accept."
+        )
+    was, now = _exact(lookup.metrics), _exact(gated_metrics(record))
+    other = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if other:
+        raise BaselineError(
+            f"{case}: {', '.join(other[:3])} of the record are not the baseline's, so its profile would explain another one."
+        )
+    path = profile_path(root, key, case)
+    write_whole(path, packed)
+    return path
+
+
+def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
+    """The profile of a baseline; None where there is none of it.
+
+    A file that cannot be read, or is of a record with other bytes or counts, counts as none: an explanation is then shorter.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    path = profile_path(root, key, baseline.case)
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(path.read_bytes())) as file:
+            text = file.read(_LARGEST_BYTES + 1)
+        stored = msgspec.json.decode(text, type=StoredProfile)
+    except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    mine = len(text) <= _LARGEST_BYTES and (stored.case, stored.digest) == (baseline.case, baseline.digest)
+    return stored.profile if mine and stored.exact == _exact(baseline.metrics) else None

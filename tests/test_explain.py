@@ -1,0 +1,259 @@
+"""Explanations from values alone: what is said of two records, and laws that hold for any two profiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.cli import main
+from hpc_core.errors import BaselineError
+from hpc_core.explain import before_of, explain, stored_cause
+from hpc_core.explain.memory import _changes
+from hpc_core.explain.naming import block
+from hpc_core.gate import judge
+from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
+from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
+from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
+from hpc_core.store import Baseline, accept, find, keep_profile, last_profile, profile_path
+from tests.strategies import H100, a_record, around, busy, counted, peak
+
+GIB = 2**30
+MLP, HEAD = "model.layers.*.mlp", "lm_head"
+MODULES = {
+    MLP: ModuleSeen("LlamaMLP", 28, 56),
+    f"{MLP}.act_fn": ModuleSeen("SiLU", 28, 56),
+    HEAD: ModuleSeen("Linear", 1, 1),
+}
+
+
+def a_profile(*pieces: Piece, operators: tuple[OperatorUse, ...] = (), **changes: object) -> Profile:
+    plain = Profile(work="one step", phases=("forward",), modules=MODULES, at_peak=pieces, operators=operators)
+    return msgspec.structs.replace(plain, **changes)
+
+
+def seen(profile: Profile | None, peak_bytes: int = 2 * GIB, **metrics: Metric) -> Record:
+    return a_record({"peak_bytes": peak(peak_bytes), "operators": counted()} | metrics, profile=profile)
+
+
+def lines(before: Record, now: Record) -> tuple[str, ...]:
+    cause = explain(before_of(before), now)
+    return () if cause is None else cause.lines
+
+
+def weights(size: int = GIB) -> Piece:
+    return Piece("weights", HEAD, "", "held bfloat16[8, 8]", size, 1)
+
+
+def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> None:
+    """A peak that grew by activations of the MLP says so, how many layers, by which operators, and that weights are as before."""
+    grown = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
+
+    first, second = lines(seen(a_profile(weights())), seen(a_profile(weights(), grown), 3 * GIB))
+
+    assert first == (
+        "peak +1.00 GiB: activations +1.00 GiB in LlamaMLP (layers.*.mlp, 28 layers): act_fn by silu; weights as before"
+    )
+    assert second == "stack and case as before"
+
+
+def test_a_fact_that_does_not_hold_is_part_of_the_first_line() -> None:
+    """What the audit saw stands beside what moved, and so does a forward that no longer runs twice."""
+    now = msgspec.structs.replace(
+        seen(a_profile(modules=MODULES | {MLP: ModuleSeen("LlamaMLP", 28, 28)}), 3 * GIB),
+        audit={"checkpointing": Fact(asked="on", seen="off")},
+    )
+
+    first, _ = lines(seen(a_profile()), now)
+
+    assert "checkpointing seen 'off', asked for 'on'" in first
+    assert "forwards of LlamaMLP (model.layers.*.mlp) 56 → 28: no longer recomputed" in first
+
+
+def test_kernels_are_told_by_module_and_as_new_or_gone() -> None:
+    """A kernel that only the new run launches is told with its module, its family and its launches."""
+    old = KernelUse(MLP, "aten.mm.default", "gemm_a", "gemm", 28, 0.02)
+    new = KernelUse(MLP, "aten.add.Tensor", "add_b", "elementwise", 28, 0.005)
+    before = seen(a_profile(kernels=(old,)), busy_s=busy(0.25), kernels=counted(280))
+    now = seen(a_profile(kernels=(old, new)), busy_s=busy(0.255), kernels=counted(308))
+
+    cause = explain(before_of(before), now)
+
+    assert cause is not None
+    assert "elementwise kernels +5.00 ms (+28 launches) in LlamaMLP (layers.*.mlp, 28 layers)" in cause.lines[0]
+    assert "new: add_b, 28 launches, 5.00 ms" in cause.details
+
+
+def test_what_moved_around_is_in_the_second_line() -> None:
+    """Packages that moved are named as suspects, and a field of the case that changed is too."""
+    before = seen(a_profile(weights()))
+    moved = around(H100, stack=before.circumstances.stack | {"transformers": "99.0"})
+
+    _, second = lines(before, msgspec.structs.replace(seen(a_profile(weights(2 * GIB)), 3 * GIB), circumstances=moved))
+
+    assert "moved: transformers" in second
+    assert "→ 99.0" in second
+
+
+def test_without_profiles_the_categories_still_speak() -> None:
+    """Records of before there were profiles are explained by category, and say how to get more."""
+    before = seen(None, at_peak_activations_bytes=peak(GIB))
+    now = seen(a_profile(weights()), 3 * GIB, at_peak_activations_bytes=peak(2 * GIB))
+
+    cause = explain(before_of(before), now)
+
+    assert cause is not None
+    assert cause.lines[0] == "peak +1.00 GiB: activations +1.00 GiB"
+    assert "no profile" in cause.details[-1]
+
+
+_PIECES = st.builds(
+    Piece,
+    st.sampled_from(["weights", "activations", "other"]),
+    st.sampled_from(["", MLP, f"{MLP}.act_fn", HEAD, "unheard.of"]),
+    st.sampled_from(["", "forward"]),
+    st.sampled_from(["aten.mm.default", "held float32[2]", ""]),
+    st.integers(1, 2**40),
+    st.integers(1, 9),
+)
+_USES = st.builds(
+    OperatorUse,
+    st.sampled_from(["", MLP, HEAD]),
+    st.just("forward"),
+    st.sampled_from(["aten.mm.default", "aten.view.default"]),
+    st.integers(1, 10**6),
+)
+_PROFILES = st.builds(
+    lambda pieces, uses: a_profile(*pieces, operators=tuple(uses)), st.lists(_PIECES), st.lists(_USES)
+)
+
+
+@given(_PROFILES, _PROFILES)
+def test_changes_by_block_add_up(old: Profile, new: Profile) -> None:
+    """Whatever two profiles hold, the changes of all blocks and categories add up to the change of the whole, and nothing is lost."""
+    assert sum(each.size_bytes for each in _changes(old, new)) == new.peak_bytes - old.peak_bytes
+
+
+@given(_PROFILES, _PROFILES)
+def test_any_two_profiles_are_explained_in_two_lines(old: Profile, new: Profile) -> None:
+    """There are two lines without line breaks whenever something differs, none when nothing does, in either direction alike."""
+    before, now = (seen(each, 2**41 + each.peak_bytes) for each in (old, new))
+    for one, other in ((before, now), (now, before)):
+        cause = explain(before_of(one), other)
+        assert cause is None or (len(cause.lines) == 2 and not any("\n" in line for line in cause.lines))
+        assert cause is not None or old.peak_bytes == new.peak_bytes
+    assert explain(before_of(before), before) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000), st.floats(0, 1)), max_size=30))
+def test_every_launch_is_attributed_once(launches: list[tuple[int, int, float]]) -> None:
+    """Kernels inside an operator's range on their thread are its own, all others are of no module, and none is lost."""
+    ranges = [Range(1, start, start + 50, f"m{start}", "aten.mm.default") for start in range(0, 1000, 100)]
+    work = [DeviceWork("k", seconds, None if thread == 3 else (thread, at)) for thread, at, seconds in launches]
+
+    found = attributed(ranges, work)
+
+    assert sum(use.launches for use in found) == len(work)
+    inside = sum(thread == 1 and at % 100 <= 50 and at < 1000 for thread, at, _ in launches)
+    assert sum(use.launches for use in found if use.module) == inside
+
+
+def test_a_profile_lies_beside_the_baseline_and_not_in_its_history(tmp_path: Path) -> None:
+    """Accepting keeps the profile in a file of its own, the same bytes each time; the record in the history is without it."""
+    record = seen(a_profile(weights()))
+    key = record.circumstances.machine.key
+    accept(tmp_path, record, reason="first")
+    path = profile_path(tmp_path, key, record.case.id)
+    once = path.read_bytes()
+    accept(tmp_path, record, reason="again")
+
+    assert path.read_bytes() == once
+    assert b"held bfloat16" not in path.with_name("lora.history.jsonl").read_bytes()
+    assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
+
+
+def baseline_of(root: Path, record: Record) -> Baseline:
+    found = find(root, record.circumstances.machine.key, record.case.id)
+    assert isinstance(found, Baseline)
+    return found
+
+
+def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
+    """Damaged, or of a record with another peak: each counts as none, and accepting one without a profile takes the old one away."""
+    record = seen(a_profile(weights()))
+    key = record.circumstances.machine.key
+    accept(tmp_path, record, reason="first")
+    path, baseline = profile_path(tmp_path, key, record.case.id), baseline_of(tmp_path, record)
+
+    other = baseline.metrics | {"peak_bytes": peak(3 * GIB)}
+    assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=other)) is None
+    path.write_bytes(path.read_bytes()[:-9])
+    assert last_profile(tmp_path, key, baseline) is None
+    accept(tmp_path, seen(None), reason="of an older hpc-core")
+    assert not path.exists()
+
+
+def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path) -> None:
+    """A record with the same bytes and counts lends its profile; one with others, or with a fault, is refused, and no other file changes."""
+    accept(tmp_path, seen(None), reason="of an older hpc-core")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    record = seen(a_profile(weights()))
+
+    for refused in (seen(a_profile(weights()), 3 * GIB), seen(None), faulted(record)):
+        with pytest.raises(BaselineError):
+            keep_profile(tmp_path, refused)
+    path = keep_profile(tmp_path, record)
+
+    assert {each: each.read_bytes() for each in before} == before
+    assert {each for each in tmp_path.rglob("*.*") if each.is_file()} == {*before, path}
+    assert last_profile(tmp_path, record.circumstances.machine.key, baseline_of(tmp_path, record)) == record.profile
+
+
+def faulted(record: Record) -> Record:
+    around_it = msgspec.structs.replace(record.circumstances, fault="extra-clone")
+    return msgspec.structs.replace(record, circumstances=around_it)
+
+
+def test_the_stored_baseline_is_all_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record and the folder of baselines give the cause, from Python and by the command; a passing one has none."""
+    before, now = seen(a_profile(weights())), seen(a_profile(weights(2 * GIB)), 3 * GIB)
+    accept(tmp_path / "baselines", before, reason="first")
+    (tmp_path / "now.json").write_bytes(record_to_json(now))
+    lookup = find(tmp_path / "baselines", now.circumstances.machine.key, now.case.id)
+
+    cause = stored_cause(tmp_path / "baselines", now, judge(now, lookup))
+
+    assert cause is not None
+    assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
+    assert stored_cause(tmp_path / "baselines", before, judge(before, lookup)) is None
+    with pytest.raises(SystemExit) as end:
+        main(["explain", str(tmp_path / "now.json"), "--baselines", str(tmp_path / "baselines")])
+    assert not end.value.code
+    assert cause.lines[0] in capsys.readouterr().out
+
+
+def test_blocks_are_the_parts_of_a_layer() -> None:
+    """What lies in a layer is grouped by the layer's part, everything else is itself."""
+    assert block("model.layers.*.mlp.act_fn") == MLP
+    assert (block("model.layers.*"), block("lm_head"), block("")) == ("model.layers.*", "lm_head", "")
+
+
+def test_a_record_with_a_profile_equals_its_json() -> None:
+    """A profile travels with its record, and an old record without one is still read."""
+    record = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 3),)))
+    assert record_from_json(record_to_json(record)) == record
+    assert record_from_json(record_to_json(seen(None))).profile is None
+
+
+def test_what_got_worse_comes_before_what_got_better() -> None:
+    """Without a judgement, memory that grew a little leads, and operators that fell by half come after."""
+    grown = a_profile(weights(2 * GIB), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 1),))
+    before = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB)
+
+    first, second = lines(before, seen(grown, 21 * GIB, operators=counted(800)))
+
+    assert first.startswith("peak +1.00 GiB")
+    assert second.startswith("also operators -817, -50.53 %: mm -8 in LlamaMLP")

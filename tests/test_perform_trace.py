@@ -1,0 +1,111 @@
+"""Profiles for the eye, of a real tiny model in this process: a table, a trace, one phase alone, and nothing that could be a baseline."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hpc_core.cases import catalogue
+from hpc_core.cli.profile import nsight_commands
+from hpc_core.errors import BaselineError
+from hpc_core.launch.protocol import Job, Trace, TraceTable
+from hpc_core.measure.ranges import shown
+from hpc_core.record import Record
+from hpc_core.spec import CallableSpec, Case
+from hpc_core.store import accept
+from hpc_core.worker import run_job
+
+pytestmark = pytest.mark.slow
+
+
+def traced(folder: Path, phase: str | None = None, *, ranges: bool = False) -> Record:
+    trace = Trace(folder=str(folder), phase=phase, ranges=ranges)
+    return run_job(Job(case=catalogue()["tiny/lora"], launched="inline", trace=trace), lambda _: None)
+
+
+def table_of(folder: Path) -> TraceTable:
+    return msgspec.json.decode((folder / "operators.json").read_bytes(), type=TraceTable)
+
+
+def test_a_trace_shows_phases_layers_and_operators(tmp_path: Path) -> None:
+    """The trace is JSON that viewers read, with a range for each phase and layer; the table is the operators' own time, most first."""
+    record = traced(tmp_path)
+
+    table = table_of(tmp_path)
+    names = {
+        event.get("name", "")
+        for event in json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    }
+    assert {"hpc-core:forward", "hpc-core:backward", "hpc-core:optimizer"} <= names
+    assert sum(name.endswith(("layers.0", "layers.1", "layers.2")) for name in names) == 3
+    assert sum(name.endswith("layers.0.mlp") for name in names) == 1
+    assert not any(each.name.startswith("hpc-core:") for each in table.operators)
+    assert [each.own_s for each in table.operators] == sorted((each.own_s for each in table.operators), reverse=True)
+    assert len(table.operators) <= 30
+    assert "aten::mm" in {each.name for each in table.operators}
+    assert record.status == "invalid"
+    with pytest.raises(BaselineError, match="profiled"):
+        accept(tmp_path, record, reason="by mistake")
+
+
+def test_one_phase_alone_holds_nothing_of_the_others(tmp_path: Path) -> None:
+    """Of the optimizer's phase there are the optimizer's operators and no product of the forward."""
+    traced(tmp_path, "optimizer")
+
+    names = {each.name for each in table_of(tmp_path).operators}
+    assert any("adam" in name.lower() or "foreach" in name for name in names)
+    assert not names & {"aten::mm", "aten::silu"}
+
+
+@pytest.mark.parametrize(
+    ("phase", "ranges", "said"),
+    [("prefill", False, "Its phases are: forward, backward, optimizer"), (None, True, "need a GPU")],
+)
+def test_what_cannot_be_profiled_is_refused(tmp_path: Path, phase: str | None, ranges: bool, said: str) -> None:
+    """An unknown phase, and NVTX without a GPU: a refusal with the reason, and no file."""
+    record = traced(tmp_path / "out", phase, ranges=ranges)
+    assert record.failure is not None
+    assert record.failure.kind == "refused"
+    assert said in record.failure.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_and_their_parts_have_ranges_and_what_is_deeper_has_none() -> None:
+    """Ranges stop where they would be more than the operators."""
+    assert all(map(shown, ("model.layers.0", "model.layers.11.mlp", "lm_head")))
+    assert not any(map(shown, ("", "model.layers.0.mlp.act_fn", "model.layers.0.self_attn.q_proj")))
+
+
+def test_the_command_lines_can_be_pasted(tmp_path: Path) -> None:
+    """A folder with a space is quoted, and the phase is the one that ncu looks at."""
+    commands = nsight_commands("tiny/lora", tmp_path / "a b", "backward")
+    assert f"'{tmp_path / 'a b' / 'nsys'}' hpc-core profile tiny/lora --ranges" in commands["nsys"]
+    assert "--nvtx-include hpc-core:backward/" in commands["ncu"]
+
+
+def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
+    """Where taking a step apart fails, the record is as sound as ever, has no profile, and a note says why."""
+    case = Case(id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.own_steps:not_followed"))
+
+    record = run_job(Job(case=case, launched="inline"), lambda _: None)
+
+    assert (record.status, record.profile) == ("ok", None)
+    assert "no profile: RuntimeError: no hooks here" in record.circumstances.notes
+
+
+def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
+    """A user's training step is taken apart by its own modules, without being told which model is in it."""
+    workload = CallableSpec(factory="tests.own_steps:train", arguments={"device": "cpu"})
+
+    profile = run_job(
+        Job(case=Case(id="own/train", scale="tiny", workload=workload), launched="inline"), lambda _: None
+    ).profile
+
+    assert profile is not None
+    assert profile.modules["blocks.*"].count == 2
+    assert {"head", "embed", "blocks.*.*"} <= {use.module for use in profile.operators}
+    assert profile.phases == ("step",)  # its author marks none
