@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from hpc_core.engine.batch_kernels import four_bit_rows, plain_rows
+from hpc_core.engine.code_lookup import byte_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
 from hpc_core.engine.vector_kernels import four_bit_vector, plain_vector
 
@@ -178,7 +178,7 @@ def product_of(
         kept += constants
         code = modules[0].weight.quant_state.code
         table = code.half().float()  # rounded as the byte tables are
-        tables = _byte_tables(code)
+        tables = byte_tables(code)
     elif int8:
         kind = "int8"
         weights[0], scales = int8_rows(weights[0])
@@ -231,12 +231,3 @@ def _distances(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
     width = tensors[0].element_size() if tensors else 1
     far = [(address - addresses[0]) // width if address else 0 for address in addresses[1:3]]
     return far[0], far[1]
-
-
-def _byte_tables(code: torch.Tensor) -> torch.Tensor:
-    """The sixteen values in float16 as eight words: low bytes of values 0-3, 4-7, 8-11, 12-15, then the high bytes."""
-    raw = code.detach().half().cpu().view(torch.uint8).view(16, 2)
-    return torch.cat([raw[:, 0], raw[:, 1]]).contiguous().view(torch.int32).to(code.device)
-
-
-_ = triton  # imported for its message where it is missing

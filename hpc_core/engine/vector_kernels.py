@@ -15,55 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hpc_core.engine.code_lookup import EIGHT_CODES
+
 __all__ = ["four_bit_vector", "plain_vector"]
 
-LOOKUP = tl.constexpr(
-    """
-    {
-    .reg .b32 s, b, s2, b2, p, q, lo, hi, w;
-    .reg .b16 h0, h1;
-    and.b32 s, $8, 0x77777777;
-    shr.u32 b, $8, 1;
-    and.b32 b, b, 0x44444444;
-    or.b32 b, b, 0x32103210;
-    shr.u32 s2, s, 16;
-    shr.u32 b2, b, 16;
-    prmt.b32 p, $9, $10, s;
-    prmt.b32 q, $11, $12, s;
-    prmt.b32 lo, p, q, b;
-    prmt.b32 p, $13, $14, s;
-    prmt.b32 q, $15, $16, s;
-    prmt.b32 hi, p, q, b;
-    prmt.b32 w, lo, hi, 0x5140;
-    mov.b32 {h0, h1}, w;
-    cvt.f32.f16 $1, h0;
-    cvt.f32.f16 $0, h1;
-    prmt.b32 w, lo, hi, 0x7362;
-    mov.b32 {h0, h1}, w;
-    cvt.f32.f16 $3, h0;
-    cvt.f32.f16 $2, h1;
-    prmt.b32 p, $9, $10, s2;
-    prmt.b32 q, $11, $12, s2;
-    prmt.b32 lo, p, q, b2;
-    prmt.b32 p, $13, $14, s2;
-    prmt.b32 q, $15, $16, s2;
-    prmt.b32 hi, p, q, b2;
-    prmt.b32 w, lo, hi, 0x5140;
-    mov.b32 {h0, h1}, w;
-    cvt.f32.f16 $5, h0;
-    cvt.f32.f16 $4, h1;
-    prmt.b32 w, lo, hi, 0x7362;
-    mov.b32 {h0, h1}, w;
-    cvt.f32.f16 $7, h0;
-    cvt.f32.f16 $6, h1;
-    }
-    """
-)
-"""Eight codes of a word to eight numbers by byte permutes, four codes at a time: a selector of `prmt` is four nibbles, as codes are.
-
-Operands 9 to 12 are the low bytes of the sixteen float16 values, 13 to 16 the high ones. The code of an even element lies in
-the high half of its byte, as bitsandbytes packs.
-"""
+LOOKUP = tl.constexpr(EIGHT_CODES)
 
 
 @triton.jit
