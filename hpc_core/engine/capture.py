@@ -26,7 +26,11 @@ class Captured:
 
 
 def captured(
-    work: Callable[[], None], device: torch.device, *, before: Callable[[], None], generator: torch.Generator | None = None
+    work: Callable[[], None],
+    device: torch.device,
+    *,
+    before: Callable[[], None],
+    generator: torch.Generator | None = None,
 ) -> Captured:
     """Run `work` a few times, then capture it; `before` puts the state that it changes back before each time.
 

@@ -21,7 +21,7 @@ from hpc_core.engine.plain_step import PlainStep, prefill
 from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
 from hpc_core.errors import MeasureError, MissingLibraryError, SpecError
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.generate import GenerateProgram
+from hpc_core.run.generate import GenerateProgram, prompts_for
 from hpc_core.spec import GenerateSpec
 
 __all__ = ["GraphProgram", "graph_program"]
@@ -45,7 +45,7 @@ class Int8Head:
 class GraphProgram(GenerateProgram):
     """Answers prompt after prompt as `GenerateProgram` does, by its own step."""
 
-    def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int):
+    def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
         self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
         super().__init__(built, workload, prompts)
         longest = max(len(prompt.ids[0]) for prompt in prompts)
@@ -65,6 +65,7 @@ class GraphProgram(GenerateProgram):
         """Steps of the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
         self._logits: torch.Tensor | None = None
+        self.owned = {"kv_cache": [self.cache.memory], "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)
 
     def _step(self, on_gpu: bool) -> Any:
@@ -83,9 +84,7 @@ class GraphProgram(GenerateProgram):
                 "kernels='inductor' compiles plain layers; this model's are quantized to 4 bits: say kernels='triton' or 'torch'."
             )
         head = Int8Head(self.decoder.head.weight) if self.workload.head == "int8" else self.decoder.head
-        return PlainStep(
-            self.decoder, self.cache, self._turns, head, eager=not on_gpu, compiled=kernels == "inductor"
-        )
+        return PlainStep(self.decoder, self.cache, self._turns, head, eager=not on_gpu, compiled=kernels == "inductor")
 
     def _prepare(self, on_gpu: bool) -> None:
         """Choose block sizes and capture the step; what each takes is kept in `first_use_s`."""
@@ -98,6 +97,7 @@ class GraphProgram(GenerateProgram):
             tuned = time.perf_counter()
             self.captured = captured(self._decode, self.device, before=self._rewind, generator=self.chooser.generator)
             torch.cuda.synchronize(self.device)
+        self.hidden_bytes = self.captured.hidden_bytes
         self.first_use_s = {"tune": tuned - began, "capture": time.perf_counter() - tuned}
 
     def _rewind(self) -> None:
@@ -157,8 +157,7 @@ class GraphProgram(GenerateProgram):
         self.chooser(self._first_logits(last))
 
     def _first_logits(self, last: torch.Tensor) -> torch.Tensor:
-        head = getattr(self.step_of, "prefill_head", None) or self.decoder.head
-        logits: torch.Tensor = head(last)
+        logits: torch.Tensor = self.decoder.head(last)
         return logits
 
     def _all_ended(self, made: int) -> bool:
@@ -245,11 +244,12 @@ def _ends_of(model: Any, workload: GenerateSpec) -> tuple[int, ...]:
     return ()
 
 
-def graph_program(built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0) -> GraphProgram:
-    """The engine's program: cache made, step captured on a GPU, nothing answered yet.
+def graph_program(built: Built, workload: GenerateSpec, *, seed: int = 0) -> GraphProgram:
+    """The engine's program of a generation case: cache made, step captured on a GPU, nothing answered yet.
 
     Raises:
+        DataError: the data has fewer prompts than asked for.
         SpecError: a model that the engine does not know, by name.
         MissingLibraryError: kernels='triton' without triton.
     """
-    return GraphProgram(built, workload, prompts, seed)
+    return GraphProgram(built, workload, prompts_for(built, workload), seed)

@@ -27,6 +27,11 @@ class Layer:
     gate_up: tuple[Any, Any]
     down: Any
 
+    @property
+    def products(self) -> tuple[Any, ...]:
+        """The seven linear layers."""
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -74,11 +79,7 @@ class Decoder:
     @property
     def four_bit(self) -> bool:
         """Whether any layer's products are quantized to four bits."""
-        return any(
-            kind_of(module) == "4-bit"
-            for layer in self.layers
-            for module in (*layer.qkv, layer.output, *layer.gate_up, layer.down)
-        )
+        return any(kind_of(module) == "4-bit" for layer in self.layers for module in layer.products)
 
     def turns(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the first `count` positions, (count, head width), rounded to the model's dtype as its layers do."""
@@ -117,7 +118,7 @@ def decoder_of(model: Any, ends: Sequence[int] = ()) -> Decoder:
         eps=float(config.rms_norm_eps),
         ends=tuple(ends),
     )
-    for module in (decoder.head, *(part for layer in layers for part in _products(layer))):
+    for module in (decoder.head, *(part for layer in layers for part in layer.products)):
         kind_of(module)
     biased = [part for layer in layers for part in (layer.output, *layer.gate_up, layer.down) if part.bias is not None]
     if biased or decoder.head.bias is not None:
@@ -140,10 +141,6 @@ def _layer(part: Any) -> Layer:
     )
 
 
-def _products(layer: Layer) -> tuple[Any, ...]:
-    return (*layer.qkv, layer.output, *layer.gate_up, layer.down)
-
-
 def kind_of(module: Any) -> str:
     """ "plain" or "4-bit".
 
@@ -156,10 +153,14 @@ def kind_of(module: Any) -> str:
     if name == "Linear4bit" and not hasattr(module, "lora_A"):
         state = module.weight.quant_state
         if state is None or state.blocksize != 64:
-            raise SpecError(f"engine='graph' reads blocks of 64 four-bit weights, got {getattr(state, 'blocksize', None)}.")
+            raise SpecError(
+                f"engine='graph' reads blocks of 64 four-bit weights, got {getattr(state, 'blocksize', None)}."
+            )
         return "4-bit"
     hint = f" {_ADAPTED}." if hasattr(module, "lora_A") else ""
-    raise SpecError(f"engine='graph' multiplies by torch.nn.Linear and by bitsandbytes' 4-bit layers, not by {name}.{hint}")
+    raise SpecError(
+        f"engine='graph' multiplies by torch.nn.Linear and by bitsandbytes' 4-bit layers, not by {name}.{hint}"
+    )
 
 
 def int8_rows(weight: torch.Tensor, rows: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
-from hpc_core.engine.decoder import Decoder, Layer
+from hpc_core.engine.decoder import Decoder, Layer, kind_of
 from hpc_core.engine.products import Product, product_of, values_by_eights
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.engine.tuning import choose_blocks
@@ -20,6 +20,7 @@ _KEYS_A_BLOCK = 32
 _PROGRAMS = 192
 """Attention is cut into about so many programs: more than a GPU has multiprocessors."""
 _EMBED_BLOCK = 1024
+_PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
 class KernelStep:
@@ -33,6 +34,7 @@ class KernelStep:
         self._decoder = decoder
         self._cache = cache
         self._turns = turns
+        self.head = "int8" if int8_head else "plain"
         self._batch = cache.batch
         self._permuted = decoder.four_bit
         """Activations are stored by eights; see `vector_kernels`."""
@@ -82,12 +84,34 @@ class KernelStep:
         self._weight = empty(heads, self._parts, dtype=torch.float32)
         self._part = empty(heads, self._parts, decoder.head_width, dtype=torch.float32)
 
+    def owned_weights(self) -> list[torch.Tensor]:
+        """Copies of weights beside the model's own: an int8 head, block constants that were quantized again and are not here."""
+        held = [
+            tensor
+            for tensor in (self._head.weight, self._head.scales)
+            if self._head.kind == "int8" and tensor is not None
+        ]
+        if self._permuted:
+            known = {module.weight.quant_state.absmax.data_ptr() for module in self._four_bit_modules()}
+            every = [tensor for layer in self._layers for name in _PRODUCTS for tensor in layer[name].constants]
+            held += [tensor for tensor in every if tensor.data_ptr() not in known]
+        return held
+
+    def _four_bit_modules(self) -> list[Any]:
+        modules = [part for layer in self._decoder.layers for part in layer.products]
+        return [module for module in modules if kind_of(module) == "4-bit"]
+
     def settle(self) -> dict[str, str]:
         """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""
         if self._decoder.device.type == "cpu":
             return {}
         chosen = {}
-        buffers = {"qkv": (self._hidden, self._qkv), "output": (self._mixed, self._middle), "gate_up": (self._middle, self._inner), "down": (self._inner, self._hidden)}
+        buffers = {
+            "qkv": (self._hidden, self._qkv),
+            "output": (self._mixed, self._middle),
+            "gate_up": (self._middle, self._inner),
+            "down": (self._inner, self._hidden),
+        }
         for name, (x, out) in buffers.items():
             products = [layer[name] for layer in self._layers]
             chosen[name] = choose_blocks(products, x, out)
@@ -98,7 +122,9 @@ class KernelStep:
         """Logits (batch, vocabulary) after `tokens` (batch,), in a buffer that the next call overwrites."""
         decoder = self._decoder
         grid = (self._batch, -(-decoder.hidden // _EMBED_BLOCK))
-        embed[grid](tokens, decoder.embedding, self._hidden, decoder.hidden, permuted=self._permuted, block=_EMBED_BLOCK)
+        embed[grid](
+            tokens, decoder.embedding, self._hidden, decoder.hidden, permuted=self._permuted, block=_EMBED_BLOCK
+        )
         for layer, kept in zip(self._layers, self._cache.layers, strict=True):
             layer["qkv"](self._norm(self._hidden, layer["gains"][0]), self._qkv)
             self._attend(kept)

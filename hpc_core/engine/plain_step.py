@@ -21,7 +21,11 @@ def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def prefill(
-    decoder: Decoder, cache: StaticKeyValues, turns: tuple[torch.Tensor, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor | None
+    decoder: Decoder,
+    cache: StaticKeyValues,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """Fill the cache from (batch, width) ids and give the last position's hidden state (batch, hidden), normed.
 
@@ -91,11 +95,19 @@ class PlainStep:
     kernels = "torch"
 
     def __init__(
-        self, decoder: Decoder, cache: StaticKeyValues, turns: tuple[torch.Tensor, torch.Tensor], head: Any, *, eager: bool, compiled: bool = False
+        self,
+        decoder: Decoder,
+        cache: StaticKeyValues,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        head: Any,
+        *,
+        eager: bool,
+        compiled: bool = False,
     ):
         self._decoder = decoder
         self._cache = cache
         self._turns = turns
+        self.head = "int8" if hasattr(head, "scales") else "plain"
         self._head = head
         self._eager = eager
         self._layer: Any = _layer_step
@@ -104,6 +116,10 @@ class PlainStep:
             # One layer is compiled once and serves all, since its weights are arguments.
             options = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
             self._layer = torch.compile(_layer_step, fullgraph=True, dynamic=False, options=options)
+
+    def owned_weights(self) -> list[torch.Tensor]:
+        """Copies of weights beside the model's own."""
+        return [value for value in vars(self._head).values() if isinstance(value, torch.Tensor)]
 
     def settle(self) -> dict[str, str]:
         """Nothing to choose."""
@@ -118,8 +134,16 @@ class PlainStep:
         hidden = decoder.embedding[tokens]
         for layer, kept in zip(decoder.layers, cache.layers, strict=True):
             hidden = self._layer(
-                hidden, _taken(layer, compiled=self.kernels == "inductor"), decoder.eps, decoder.head_width, cos, sin,
-                kept.keys[:, :, :places], kept.values[:, :, :places], cache.first, cache.filled,
+                hidden,
+                _taken(layer, compiled=self.kernels == "inductor"),
+                decoder.eps,
+                decoder.head_width,
+                cos,
+                sin,
+                kept.keys[:, :, :places],
+                kept.values[:, :, :places],
+                cache.first,
+                cache.filled,
             )
         logits: torch.Tensor = self._head(decoder.final_norm(hidden))
         return logits
@@ -130,14 +154,26 @@ def _taken(layer: Layer, *, compiled: bool) -> Any:
     if not compiled:
         return layer
     return (
-        layer.input_norm.weight, *((part.weight, part.bias) for part in layer.qkv), layer.output.weight,
-        layer.post_norm.weight, *(part.weight for part in layer.gate_up), layer.down.weight,
+        layer.input_norm.weight,
+        *((part.weight, part.bias) for part in layer.qkv),
+        layer.output.weight,
+        layer.post_norm.weight,
+        *(part.weight for part in layer.gate_up),
+        layer.down.weight,
     )
 
 
 def _layer_step(
-    hidden: torch.Tensor, layer: Any, eps: float, width: int, cos: torch.Tensor, sin: torch.Tensor,
-    keys: torch.Tensor, values: torch.Tensor, first: torch.Tensor, filled: torch.Tensor,
+    hidden: torch.Tensor,
+    layer: Any,
+    eps: float,
+    width: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    filled: torch.Tensor,
 ) -> torch.Tensor:
     normed, q, k, v = _projected(hidden, layer, eps)
     batch = hidden.shape[0]

@@ -31,17 +31,44 @@ class Blocks(NamedTuple):
 
 
 _PLAIN_VECTOR = (
-    Blocks(4, 1024, 4, 1), Blocks(2, 1024, 4, 1), Blocks(8, 512, 4, 1), Blocks(8, 1024, 8, 1), Blocks(1, 2048, 4, 1),
-    Blocks(4, 512, 4, 1), Blocks(16, 256, 4, 1), Blocks(16, 512, 8, 1), Blocks(2, 2048, 8, 1), Blocks(4, 1024, 4, 3),
+    Blocks(4, 1024, 4, 1),
+    Blocks(2, 1024, 4, 1),
+    Blocks(8, 512, 4, 1),
+    Blocks(8, 1024, 8, 1),
+    Blocks(1, 2048, 4, 1),
+    Blocks(4, 512, 4, 1),
+    Blocks(16, 256, 4, 1),
+    Blocks(16, 512, 8, 1),
+    Blocks(2, 2048, 8, 1),
+    Blocks(4, 1024, 4, 3),
 )
 _FOUR_BIT_VECTOR = tuple(
     Blocks(*sizes, 1, permutes)
     for permutes in (True, False)
-    for sizes in ((8, 128, 4), (16, 128, 4), (4, 128, 4), (16, 128, 8), (32, 128, 8), (8, 256, 8), (4, 256, 4), (16, 64, 4), (2, 128, 2), (4, 64, 2))
+    for sizes in (
+        (8, 128, 4),
+        (16, 128, 4),
+        (4, 128, 4),
+        (16, 128, 8),
+        (32, 128, 8),
+        (8, 256, 8),
+        (4, 256, 4),
+        (16, 64, 4),
+        (2, 128, 2),
+        (4, 64, 2),
+    )
 )
 _PLAIN_ROWS = tuple(
     Blocks(*sizes)
-    for sizes in ((16, 256, 4, 3), (32, 128, 4, 4), (16, 128, 4, 4), (64, 128, 4, 3), (32, 256, 8, 3), (16, 512, 4, 2), (128, 64, 4, 4))
+    for sizes in (
+        (16, 256, 4, 3),
+        (32, 128, 4, 4),
+        (16, 128, 4, 4),
+        (64, 128, 4, 3),
+        (32, 256, 8, 3),
+        (16, 512, 4, 2),
+        (128, 64, 4, 4),
+    )
 )
 _FOUR_BIT_ROWS = tuple(
     Blocks(*sizes)
@@ -81,6 +108,8 @@ class Product:
     scales_far: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None
     tables: torch.Tensor | None = None
+    constants: list[torch.Tensor] = field(default_factory=list)
+    """4-bit: those of every matrix."""
     blocks: Blocks = Blocks(16, 256, 4, 1)
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
@@ -137,16 +166,30 @@ class Product:
             "num_warps": sizes.warps,
         }
         if self.kind == "4-bit":
-            shared |= {"absmax": self.scales, "absmax_second": self.scales_far[0], "absmax_third": self.scales_far[1], "table": self.table}
+            shared |= {
+                "absmax": self.scales,
+                "absmax_second": self.scales_far[0],
+                "absmax_third": self.scales_far[1],
+                "table": self.table,
+            }
         else:
-            shared |= {"row_scale": none if self.scales is None else self.scales, "scaled": self.scales is not None, "x_permuted": self.x_permuted}
+            shared |= {
+                "row_scale": none if self.scales is None else self.scales,
+                "scaled": self.scales is not None,
+                "x_permuted": self.x_permuted,
+            }
         grid = (self.out_rows // sizes.n,)
         if self.batch > 1:
             kernel: Any = four_bit_rows if self.kind == "4-bit" else plain_rows
             kernel[grid](x=x, w=self.weight, batch=self.batch, padded=16 if self.batch <= 16 else 32, **shared)
             return
         words = self.columns // 8 if self.kind == "4-bit" else self.columns
-        shared |= {"gain": none if self.gain is None else self.gain, "norm": self.gain is not None, "eps": self.eps, "whole": words % sizes.k == 0}
+        shared |= {
+            "gain": none if self.gain is None else self.gain,
+            "norm": self.gain is not None,
+            "eps": self.eps,
+            "whole": words % sizes.k == 0,
+        }
         if self.kind == "4-bit":
             four_bit_vector[grid](x=x, w=self.weight, tables=self.tables, permutes=sizes.permutes, **shared)
         else:
@@ -171,6 +214,7 @@ def product_of(
     kind = kinds.pop()
     weights = [_stored(module, kind) for module in modules]
     scales, table, tables = None, None, None
+    constants: list[torch.Tensor] = []
     scales_far, kept = (0, 0), [*weights]
     if kind == "4-bit":
         constants = [_constants(module.weight.quant_state) for module in modules]
@@ -203,6 +247,7 @@ def product_of(
         scales_far=scales_far,
         table=table,
         tables=tables,
+        constants=constants,
         kept=[*kept, *biases],
     )
     product.start()
