@@ -53,6 +53,7 @@ class Chooser:
 
     def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
         """By exponential races: the smallest of e_i / p_i is i with probability p_i; no sort, no wait."""
+        assert self._sampling.temperature is not None
         scaled = logits.float() / self._sampling.temperature
         if self._sampling.top_k is not None:
             least = scaled.topk(self._sampling.top_k, dim=-1).values[:, -1:]

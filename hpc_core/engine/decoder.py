@@ -142,7 +142,7 @@ def _layer(part: Any) -> Layer:
 
 
 def kind_of(module: Any) -> str:
-    """ "plain" or "4-bit".
+    """Whether a layer is "plain" or "4-bit".
 
     Raises:
         SpecError: neither, such as LLM.int8 or LoRA.

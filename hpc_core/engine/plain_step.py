@@ -114,7 +114,7 @@ class PlainStep:
         if compiled:
             self.kernels = "inductor"
             # One layer is compiled once and serves all, since its weights are arguments.
-            options = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
+            options: dict[str, Any] = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
             self._layer = torch.compile(_layer_step, fullgraph=True, dynamic=False, options=options)
 
     def owned_weights(self) -> list[torch.Tensor]:

@@ -74,13 +74,15 @@ _FOUR_BIT_ROWS = tuple(
     Blocks(*sizes)
     for sizes in ((16, 64, 4, 2), (32, 64, 4, 2), (16, 128, 4, 2), (64, 32, 4, 2), (32, 32, 4, 3), (32, 64, 8, 1))
 )
-_CPU_BLOCKS = {"plain": Blocks(16, 256, 4, 1), "4-bit": Blocks(16, 32, 4, 1)}
+_ANYWHERE = Blocks(16, 256, 4, 1)
+_CPU_BLOCKS = {"plain": _ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 """For triton's interpreter, which has no use for speed."""
 
 
 def values_by_eights(values: torch.Tensor) -> torch.Tensor:
     """(…, k) stored so that element k lies at (k mod 8) · K/8 + k div 8; see `vector_kernels`."""
-    return values.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2).contiguous()
+    stored: torch.Tensor = values.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2).contiguous()
+    return stored
 
 
 @dataclass
@@ -110,7 +112,7 @@ class Product:
     tables: torch.Tensor | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
     """4-bit: those of every matrix."""
-    blocks: Blocks = Blocks(16, 256, 4, 1)
+    blocks: Blocks = _ANYWHERE
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
 

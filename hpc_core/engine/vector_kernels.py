@@ -25,7 +25,7 @@ LOOKUP = tl.constexpr(EIGHT_CODES)
 @triton.jit
 def by_eights(index, size, permuted: tl.constexpr):
     """Where element `index` of a vector of `size` is stored."""
-    if permuted:
+    if permuted:  # noqa: SIM108 - a choice at compile time
         place = (index % 8) * (size // 8) + index // 8
     else:
         place = index
