@@ -1,18 +1,18 @@
-"""The byte permutes that look 4-bit codes up, played through without a GPU."""
+"""The assembly that looks 4-bit codes up and multiplies them, played through without a GPU."""
 
 from __future__ import annotations
 
 import re
-import struct
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.engine.code_lookup import EIGHT_CODES, byte_tables
+from hpc_core.engine.code_lookup import EIGHT_PRODUCTS, byte_tables
 
-VALUES = torch.linspace(-1, 1, 16).half()
+VALUES = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]).half()
 _UNSIGNED = {"and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "shr.u32": lambda a, b: a >> b}
 
 
@@ -24,28 +24,46 @@ def _permuted(low: int, high: int, selector: int) -> int:
     return int.from_bytes(bytes(source[pick] for pick in picks), "little")
 
 
-def _played(word: int, tables: list[int]) -> list[float]:
-    """The assembly on one word."""
-    held: dict[str, int | float] = {"$8": word, **{f"${9 + at}": table for at, table in enumerate(tables)}}
-    for line in EIGHT_CODES.strip().strip("{}").strip().split(";"):
-        parts = re.findall(r"[.\w$]+", line)
-        if not parts or parts[0] == ".reg":
+def _halves(word: int) -> np.ndarray:
+    return np.frombuffer(word.to_bytes(4, "little"), dtype=np.float16)
+
+
+def _fused(name: str, factors: list[int]) -> int:
+    """`mul` and `fma` of two float16 a word, rounded once."""
+    first, second, *third = (_halves(word).astype(np.float64) for word in factors)
+    assert bool(third) == name.startswith("fma")
+    return int.from_bytes((first * second + (third[0] if third else 0)).astype(np.float16).tobytes(), "little")
+
+
+def _played(operands: list[int]) -> float:
+    """The assembly, with operands 1 to 13 given."""
+    held: dict[str, int] = {f"${at}": operand for at, operand in enumerate(operands, start=1)}
+    for line in EIGHT_PRODUCTS.strip()[1:-1].split(";"):
+        name, *names = re.findall(r"[.\w$]+", line) or [".reg"]
+        if name == ".reg" or name.startswith("cvt"):
             continue
-        name, *names = parts
-        values = [int(held[one]) if one in held else int(one, 0) for one in names[1 + (name == "mov.b32") :]]
-        if name == "mov.b32":
-            held[names[0]], held[names[1]] = values[0] & 0xFFFF, values[0] >> 16
-        elif name == "cvt.f32.f16":
-            held[names[0]] = struct.unpack("<e", values[0].to_bytes(2, "little"))[0]
-        else:
-            held[names[0]] = _permuted(*values) if name == "prmt.b32" else _UNSIGNED[name](*values)
-    return [float(held[f"${at}"]) for at in range(8)]
+        if name == "add.f32":
+            return float(np.float32(_halves(held["sum"])[0]) + np.float32(_halves(held["sum"])[1]))
+        values = [held[one] if one in held else int(one, 0) for one in names[1:] if name != "mov.b32"]
+        if name.endswith("f16x2"):
+            held[names[0]] = _fused(name, values)
+        elif name == "prmt.b32":
+            held[names[0]] = _permuted(*values)
+        elif name != "mov.b32":
+            held[names[0]] = _UNSIGNED[name](*values)
+    raise AssertionError("the assembly adds nothing up")
 
 
-@given(codes=st.lists(st.integers(0, 15), min_size=8, max_size=8))
+@given(
+    codes=st.lists(st.integers(0, 15), min_size=8, max_size=8),
+    activations=st.lists(st.floats(-8, 8, width=16), min_size=8, max_size=8),
+)
 @settings(max_examples=50, deadline=None)
-def test_each_code_becomes_its_value_in_its_place(codes: list[int]) -> None:
-    """Eight codes packed as bitsandbytes packs them, high half first, come out as their eight values in order."""
+def test_each_code_meets_its_activation(codes: list[int], activations: list[float]) -> None:
+    """Codes packed as bitsandbytes packs them, high half first, times activations in order give the sum of their products."""
     packed = bytes(even << 4 | odd for even, odd in zip(codes[::2], codes[1::2], strict=True))
     tables = [int(table) & 0xFFFFFFFF for table in byte_tables(VALUES).tolist()]
-    assert _played(int.from_bytes(packed, "little"), tables) == pytest.approx([float(VALUES[code]) for code in codes])
+    words = np.array(activations, dtype=np.float16).view(np.uint32).tolist()
+    products = [float(VALUES[code]) * value for code, value in zip(codes, activations, strict=True)]
+    seen = _played([int.from_bytes(packed, "little"), *tables, *words])
+    assert seen == pytest.approx(sum(products), abs=2**-9 * sum(map(abs, products)) + 1e-6)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.vector_kernels import by_eights
+from hpc_core.engine.vector_kernels import by_eights, wait_for_others
 
 __all__ = ["attend_part", "join_parts"]
 
@@ -42,6 +42,7 @@ def attend_part(
     width: tl.constexpr,
     parts: tl.constexpr,
     block: tl.constexpr,
+    early: tl.constexpr,
 ):
     """One group of query heads against one part of the cache; part 0 also stores the new token's key and value, and sees it.
 
@@ -59,6 +60,7 @@ def attend_part(
     sign = tl.where(lanes < width // 2, -1.0, 1.0)
     turn_cos = tl.load(cos + position * width + lanes)
     turn_sin = tl.load(sin + position * width + lanes)
+    wait_for_others(early)
     line = qkv + item * (groups * shared + 2 * groups) * width
     row = line + (group * shared + heads)[:, None] * width
     real = (heads < shared)[:, None] & (lanes >= 0)[None, :]
@@ -114,8 +116,10 @@ def join_parts(
     permuted: tl.constexpr,
     width: tl.constexpr,
     parts: tl.constexpr,
+    early: tl.constexpr,
 ):
     """out (batch, heads·width): the parts of one head, weighted by what they are relative to the highest score of all."""
+    wait_for_others(early)
     row = tl.program_id(0)
     item, head = row // heads, row % heads
     every, lanes = tl.arange(0, parts), tl.arange(0, width)

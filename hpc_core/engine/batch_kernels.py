@@ -8,14 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.vector_kernels import by_eights, silu_times, start_of
+from hpc_core.engine.vector_kernels import by_eights, silu_times, start_of, wait_for_others
 
 __all__ = ["embed", "four_bit_rows", "norm_rows", "plain_rows"]
 
 
 @triton.jit
-def embed(tokens, table, out, hidden, permuted: tl.constexpr, block: tl.constexpr):
+def embed(tokens, table, out, hidden, permuted: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
     """Each row's embedding: out (rows, hidden) = table[tokens]."""
+    wait_for_others(early)
     row, part = tl.program_id(0), tl.program_id(1)
     columns = part * block + tl.arange(0, block)
     inside = columns < hidden
@@ -24,8 +25,9 @@ def embed(tokens, table, out, hidden, permuted: tl.constexpr, block: tl.constexp
 
 
 @triton.jit
-def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr):
+def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr, early: tl.constexpr):
     """RMS norm of each row, rounded where transformers rounds; x and gain in the same order."""
+    wait_for_others(early)
     row = tl.program_id(0)
     columns = tl.arange(0, block)
     inside = columns < hidden
@@ -101,8 +103,10 @@ def plain_rows(
     block_k: tl.constexpr,
     padded: tl.constexpr,
     stages: tl.constexpr,
+    early: tl.constexpr,
 ):
     """out (batch, n_all) = f(x (batch, k_size) · Wᵀ)."""
+    wait_for_others(early)
     row = tl.program_id(0) * block_n
     base, local = start_of(row, n_first, n_second, second, third)
     start = w + base + (local + tl.arange(0, block_n))[:, None].to(tl.int64) * k_size
@@ -177,8 +181,10 @@ def four_bit_rows(
     block_k: tl.constexpr,
     padded: tl.constexpr,
     stages: tl.constexpr,
+    early: tl.constexpr,
 ):
     """As `plain_rows` for 4-bit weights; eight products of one code a word each, since a sum may go in any order."""
+    wait_for_others(early)
     row = tl.program_id(0) * block_n
     base, local = start_of(row, n_first, n_second, second, third)
     absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
@@ -194,16 +200,16 @@ def four_bit_rows(
         inside = columns < words
         codes = tl.load(codes_of + columns[None, :], mask=inside[None, :], other=0)
         scales = tl.load(scales_of + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
-        at = items[None, :] * k_size + columns[:, None]
+        at = items[None, :] * k_size + 2 * columns[:, None]
         here = inside[:, None] & (items < batch)[None, :]
         for j in tl.static_range(8):
-            values = tl.load(x + at + j * words, mask=here, other=0.0)
+            values = tl.load(x + at + 2 * (j // 2 * words) + j % 2, mask=here, other=0.0)
             total = eighth(codes, scales, table, 4 * (j ^ 1), values, total)
         if gated:
             codes = tl.load(codes_of + second + columns[None, :], mask=inside[None, :], other=0)
             scales = tl.load(scales_of + absmax_second + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
             for j in tl.static_range(8):
-                values = tl.load(x + at + j * words, mask=here, other=0.0)
+                values = tl.load(x + at + 2 * (j // 2 * words) + j % 2, mask=here, other=0.0)
                 other = eighth(codes, scales, table, 4 * (j ^ 1), values, other)
     bias_base, bias_local = start_of(row, n_first, n_second, bias_second, bias_third)
     leave(

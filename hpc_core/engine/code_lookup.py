@@ -1,59 +1,52 @@
-"""Four-bit codes to numbers on the device without memory: PTX byte permutes, and the tables that they pick from. Needs no triton.
+"""Four-bit codes times activations without a table in memory: PTX byte permutes, and the bytes that they pick from. Needs no triton.
 
 A selector of `prmt` is four nibbles, as four codes are. Eight of the sixteen values fit one permute (two words of four bytes), so each byte
-of four results takes two permutes and a third that picks by the codes' highest bits.
+of four results takes two permutes and a third that picks by the codes' highest bits. Two bytes make a float16.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["EIGHT_CODES", "byte_tables"]
+__all__ = ["EIGHT_PRODUCTS", "byte_tables"]
 
-EIGHT_CODES = """
-{
-.reg .b32 s, b, s2, b2, p, q, lo, hi, w;
+_FOUR = """
+prmt.b32 p, $2, $3, {s};
+prmt.b32 q, $4, $5, {s};
+prmt.b32 lo, p, q, {b};
+prmt.b32 p, $6, $7, {s};
+prmt.b32 q, $8, $9, {s};
+prmt.b32 hi, p, q, {b};
+prmt.b32 w, lo, hi, 0x4051;
+{first};
+prmt.b32 w, lo, hi, 0x6273;
+fma.rn.f16x2 sum, w, {last}, sum;
+"""
+
+EIGHT_PRODUCTS = (
+    """{
+.reg .b32 s, b, t, c, p, q, lo, hi, w, sum;
 .reg .b16 h0, h1;
-and.b32 s, $8, 0x77777777;
-shr.u32 b, $8, 1;
+.reg .f32 f0, f1;
+and.b32 s, $1, 0x77777777;
+shr.u32 b, $1, 1;
 and.b32 b, b, 0x44444444;
 or.b32 b, b, 0x32103210;
-shr.u32 s2, s, 16;
-shr.u32 b2, b, 16;
-prmt.b32 p, $9, $10, s;
-prmt.b32 q, $11, $12, s;
-prmt.b32 lo, p, q, b;
-prmt.b32 p, $13, $14, s;
-prmt.b32 q, $15, $16, s;
-prmt.b32 hi, p, q, b;
-prmt.b32 w, lo, hi, 0x5140;
-mov.b32 {h0, h1}, w;
-cvt.f32.f16 $1, h0;
-cvt.f32.f16 $0, h1;
-prmt.b32 w, lo, hi, 0x7362;
-mov.b32 {h0, h1}, w;
-cvt.f32.f16 $3, h0;
-cvt.f32.f16 $2, h1;
-prmt.b32 p, $9, $10, s2;
-prmt.b32 q, $11, $12, s2;
-prmt.b32 lo, p, q, b2;
-prmt.b32 p, $13, $14, s2;
-prmt.b32 q, $15, $16, s2;
-prmt.b32 hi, p, q, b2;
-prmt.b32 w, lo, hi, 0x5140;
-mov.b32 {h0, h1}, w;
-cvt.f32.f16 $5, h0;
-cvt.f32.f16 $4, h1;
-prmt.b32 w, lo, hi, 0x7362;
-mov.b32 {h0, h1}, w;
-cvt.f32.f16 $7, h0;
-cvt.f32.f16 $6, h1;
-}
-"""
-"""One word (operand 8) to eight float32 (operands 0 to 7), its elements in order.
+shr.u32 t, s, 16;
+shr.u32 c, b, 16;"""
+    + _FOUR.format(s="s", b="b", first="mul.rn.f16x2 sum, w, $10", last="$11")
+    + _FOUR.format(s="t", b="c", first="fma.rn.f16x2 sum, w, $12, sum", last="$13")
+    + """mov.b32 {h0, h1}, sum;
+cvt.f32.f16 f0, h0;
+cvt.f32.f16 f1, h1;
+add.f32 $0, f0, f1;
+}"""
+)
+"""The sum (operand 0, float32) of eight values, named by the codes of one word (operand 1), times eight activations.
 
-Operands 9 to 12 are the low bytes of the sixteen float16 values, 13 to 16 the high ones. The code of an even element lies in
-the high half of its byte, as bitsandbytes packs.
+Operands 2 to 5 are the low bytes of the sixteen float16 values, 6 to 9 the high ones, 10 to 13 the activations, two float16 a word,
+the even one in its low half. The code of an even element lies in the high half of its byte, as bitsandbytes packs. Four products a half
+are summed in float16: each rounds by 2^-11 at most, where an activation in bfloat16 was rounded by 2^-9.
 """
 
 

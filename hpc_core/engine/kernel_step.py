@@ -10,7 +10,7 @@ import torch
 from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
 from hpc_core.engine.decoder import Decoder, Layer, kind_of
-from hpc_core.engine.products import Product, product_of, values_by_eights
+from hpc_core.engine.products import Product, launched, product_of, values_by_eights
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.engine.tuning import choose_blocks
 
@@ -29,13 +29,20 @@ class KernelStep:
     kernels = "triton"
 
     def __init__(
-        self, decoder: Decoder, cache: StaticKeyValues, turns: tuple[torch.Tensor, torch.Tensor], *, int8_head: bool
+        self,
+        decoder: Decoder,
+        cache: StaticKeyValues,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        *,
+        int8_head: bool,
+        early: bool | None = None,
     ):
         self._decoder = decoder
         self._cache = cache
         self._turns = turns
         self.head = "int8" if int8_head else "plain"
         self._batch = cache.batch
+        self._early = _begins_early(decoder.device) if early is None else early
         self._permuted = decoder.four_bit
         """Activations are stored by eights; see `vector_kernels`."""
         self._dummy = torch.zeros(1, dtype=decoder.dtype, device=decoder.device)
@@ -50,7 +57,15 @@ class KernelStep:
         return values_by_eights(weight) if self._permuted else weight
 
     def _product(self, modules: Any, gain: torch.Tensor | None = None, **options: Any) -> Product:
-        return product_of(modules, batch=self._batch, dummy=self._dummy, gain=gain, eps=self._decoder.eps, **options)
+        return product_of(
+            modules,
+            batch=self._batch,
+            dummy=self._dummy,
+            early=self._early,
+            gain=gain,
+            eps=self._decoder.eps,
+            **options,
+        )
 
     def _prepared(self, layer: Layer) -> dict[str, Any]:
         inside, both = (self._permuted, False), (self._permuted, self._permuted)
@@ -123,7 +138,13 @@ class KernelStep:
         decoder = self._decoder
         grid = (self._batch, -(-decoder.hidden // _EMBED_BLOCK))
         embed[grid](
-            tokens, decoder.embedding, self._hidden, decoder.hidden, permuted=self._permuted, block=_EMBED_BLOCK
+            tokens,
+            decoder.embedding,
+            self._hidden,
+            decoder.hidden,
+            permuted=self._permuted,
+            block=_EMBED_BLOCK,
+            **launched(self._early),
         )
         for layer, kept in zip(self._layers, self._cache.layers, strict=True):
             layer["qkv"](self._norm(self._hidden, layer["gains"][0]), self._qkv)
@@ -140,7 +161,9 @@ class KernelStep:
             return x
         hidden = self._decoder.hidden
         block = 1 << (hidden - 1).bit_length()
-        norm_rows[(self._batch,)](x, gain, self._normed, hidden, self._decoder.eps, block=block, num_warps=8)
+        norm_rows[(self._batch,)](
+            x, gain, self._normed, hidden, self._decoder.eps, block=block, num_warps=8, **launched(self._early)
+        )
         return self._normed
 
     def _attend(self, kept: Any) -> None:
@@ -150,9 +173,14 @@ class KernelStep:
             self._qkv, *self._turns, kept.keys, kept.values, cache.first, cache.filled,
             self._highest, self._weight, self._part, 1.0 / math.sqrt(width), cache.capacity,
             groups=groups, shared=shared, shared_padded=max(16, 1 << (shared - 1).bit_length()), width=width,
-            parts=self._parts, block=_KEYS_A_BLOCK, num_warps=4,
+            parts=self._parts, block=_KEYS_A_BLOCK, num_warps=4, **launched(self._early),
         )  # fmt: skip
         join_parts[(self._batch * decoder.heads,)](
             self._highest, self._weight, self._part, self._mixed, decoder.heads,
-            permuted=self._permuted, width=width, parts=self._parts, num_warps=2,
+            permuted=self._permuted, width=width, parts=self._parts, num_warps=2, **launched(self._early),
         )  # fmt: skip
+
+
+def _begins_early(device: torch.device) -> bool:
+    """Programmatic dependent launch is Hopper's."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

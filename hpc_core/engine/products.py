@@ -16,7 +16,7 @@ from hpc_core.engine.code_lookup import byte_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
 from hpc_core.engine.vector_kernels import four_bit_vector, plain_vector
 
-__all__ = ["Blocks", "Product", "product_of", "values_by_eights"]
+__all__ = ["Blocks", "Product", "launched", "product_of", "values_by_eights"]
 
 
 class Blocks(NamedTuple):
@@ -25,25 +25,31 @@ class Blocks(NamedTuple):
     n: int
     k: int
     warps: int
-    stages: int
+    stages: int = 1
+    """Batch above 1: loads ahead."""
     permutes: bool = False
     """4-bit, batch 1: look codes up by byte permutes instead of loads."""
 
 
-_PLAIN_VECTOR = (
-    Blocks(4, 1024, 4, 1),
-    Blocks(2, 1024, 4, 1),
-    Blocks(8, 512, 4, 1),
-    Blocks(8, 1024, 8, 1),
-    Blocks(1, 2048, 4, 1),
-    Blocks(4, 512, 4, 1),
-    Blocks(16, 256, 4, 1),
-    Blocks(16, 512, 8, 1),
-    Blocks(2, 2048, 8, 1),
-    Blocks(4, 1024, 4, 3),
+_PLAIN_VECTOR = tuple(
+    Blocks(*sizes)
+    for sizes in (
+        (4, 1024, 4),
+        (2, 1024, 4),
+        (8, 512, 4),
+        (8, 1024, 8),
+        (1, 2048, 4),
+        (4, 512, 4),
+        (4, 512, 2),
+        (16, 256, 4),
+        (2, 2048, 8),
+        (4, 2048, 8),
+        (1, 1024, 4),
+        (2, 512, 2),
+    )
 )
 _FOUR_BIT_VECTOR = tuple(
-    Blocks(*sizes, 1, permutes)
+    Blocks(*sizes, permutes=permutes)
     for permutes in (True, False)
     for sizes in (
         (8, 128, 4),
@@ -54,8 +60,11 @@ _FOUR_BIT_VECTOR = tuple(
         (8, 256, 8),
         (4, 256, 4),
         (16, 64, 4),
-        (2, 128, 2),
-        (4, 64, 2),
+        (8, 64, 2),
+        (4, 128, 2),
+        (32, 32, 4),
+        (8, 32, 1),
+        (16, 32, 2),
     )
 )
 _PLAIN_ROWS = tuple(
@@ -79,9 +88,18 @@ _CPU_BLOCKS = {"plain": _ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 """For triton's interpreter, which has no use for speed."""
 
 
+def launched(early: bool) -> dict[str, Any]:
+    """Arguments of a launch that may begin early, or not."""
+    return {"early": True, "launch_pdl": True} if early else {"early": False}
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int32)
+
+
 def values_by_eights(values: torch.Tensor) -> torch.Tensor:
-    """(…, k) stored so that element k lies at (k mod 8) · K/8 + k div 8; see `vector_kernels`."""
-    stored: torch.Tensor = values.unflatten(-1, (-1, 8)).transpose(-1, -2).flatten(-2).contiguous()
+    """(…, k) stored by eights: the first two of each eight, then the next two of each; see `vector_kernels`."""
+    stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
     return stored
 
 
@@ -103,6 +121,8 @@ class Product:
     out_permuted: bool
     batch: int
     dummy: torch.Tensor
+    early: bool
+    """Whether launches may begin while those before still run; see `vector_kernels`."""
     bias: torch.Tensor | None = None
     bias_far: tuple[int, int] = (0, 0)
     scales: torch.Tensor | None = None
@@ -133,7 +153,12 @@ class Product:
             every = _FOUR_BIT_VECTOR if four else _PLAIN_VECTOR
         else:
             every = _FOUR_BIT_ROWS if four else _PLAIN_ROWS
-        return [blocks for blocks in every if all(rows % blocks.n == 0 for rows in self.rows)]
+        half = self.dummy.dtype in (torch.bfloat16, torch.float16)
+        return [
+            blocks
+            for blocks in every
+            if all(rows % blocks.n == 0 for rows in self.rows) and (half or not blocks.permutes)
+        ]
 
     def start(self) -> None:
         """Take sizes that work anywhere."""
@@ -164,8 +189,8 @@ class Product:
             "out_permuted": self.out_permuted,
             "block_n": sizes.n,
             "block_k": sizes.k,
-            "stages": sizes.stages,
             "num_warps": sizes.warps,
+            **launched(self.early),
         }
         if self.kind == "4-bit":
             shared |= {
@@ -183,7 +208,14 @@ class Product:
         grid = (self.out_rows // sizes.n,)
         if self.batch > 1:
             kernel: Any = four_bit_rows if self.kind == "4-bit" else plain_rows
-            kernel[grid](x=x, w=self.weight, batch=self.batch, padded=16 if self.batch <= 16 else 32, **shared)
+            kernel[grid](
+                x=x,
+                w=self.weight,
+                batch=self.batch,
+                padded=16 if self.batch <= 16 else 32,
+                stages=sizes.stages,
+                **shared,
+            )
             return
         words = self.columns // 8 if self.kind == "4-bit" else self.columns
         shared |= {
@@ -193,7 +225,16 @@ class Product:
             "whole": words % sizes.k == 0,
         }
         if self.kind == "4-bit":
-            four_bit_vector[grid](x=x, w=self.weight, tables=self.tables, permutes=sizes.permutes, **shared)
+            if sizes.permutes:
+                x, shared["gain"] = _words(x), _words(shared["gain"]) if self.gain is not None else none
+            four_bit_vector[grid](
+                x=x,
+                w=self.weight,
+                tables=self.tables,
+                permutes=sizes.permutes,
+                bf16=out.dtype == torch.bfloat16,
+                **shared,
+            )
         else:
             plain_vector[grid](x=x, w=self.weight, **shared)
 
@@ -203,6 +244,7 @@ def product_of(
     *,
     batch: int,
     dummy: torch.Tensor,
+    early: bool,
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -243,6 +285,7 @@ def product_of(
         out_permuted=permuted[1],
         batch=batch,
         dummy=dummy,
+        early=early,
         bias=biases[0] if biases else None,
         bias_far=_distances(biases),
         scales=scales,

@@ -6,27 +6,42 @@ the vector (its scale is one number, so it is applied after the sum), dequantiza
 A "product" may have up to three matrices one below the other (q, k, v), or two side by side (gate, up). They stay where the model
 holds them: `second` and `third` are the distances of their first elements from that of the first.
 
-Where 4-bit weights are about, activations are stored "by eights": element k at (k mod 8) · K/8 + k div 8, so that eight codes in one
-word meet eight contiguous loads.
+A launch may begin early, while the one before still runs (programmatic dependent launch): it takes in its first weights, which do
+not depend on anything, and only then waits for what the one before leaves. Every kernel waits before it writes, so that the wait for one launch
+is a wait for all before it.
+
+Where 4-bit weights are about, activations are stored "by eights": of each eight, which meet the eight codes of a word, first the first two
+of all, then the next two of all. Neighbouring words then load neighbouring pairs.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hpc_core.engine.code_lookup import EIGHT_CODES
+from hpc_core.engine.code_lookup import EIGHT_PRODUCTS
 
 __all__ = ["four_bit_vector", "plain_vector"]
 
-LOOKUP = tl.constexpr(EIGHT_CODES)
+PRODUCTS = tl.constexpr(EIGHT_PRODUCTS)
+SHRINK = tl.constexpr(1 / 16)
+"""Activations are this much smaller in float16: 260,000 times a weight still does not overflow, 1e-6 is still something."""
+
+
+@triton.jit
+def wait_for_others(early: tl.constexpr):
+    """Wait until those before have left their results, then let the next launch begin: so never two are ahead."""
+    if early:
+        gdc_wait()
+        gdc_launch_dependents()
 
 
 @triton.jit
 def by_eights(index, size, permuted: tl.constexpr):
     """Where element `index` of a vector of `size` is stored."""
     if permuted:  # noqa: SIM108 - a choice at compile time
-        place = (index % 8) * (size // 8) + index // 8
+        place = (index % 8 // 2 * (size // 8) + index // 8) * 2 + index % 2
     else:
         place = index
     return place
@@ -51,6 +66,16 @@ def silu_times(gate, up, out):
 
 
 @triton.jit
+def plain_tile(start, columns, k_size, whole: tl.constexpr):
+    """These columns of the rows that begin at `start`; zero beyond the last."""
+    if whole:
+        tile = tl.load(start + columns[None, :])
+    else:
+        tile = tl.load(start + columns[None, :], mask=(columns < k_size)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
 def plain_vector(
     x,
     w,
@@ -62,7 +87,7 @@ def plain_vector(
     n_first,
     n_second,
     n_all,
-    k_size,
+    k_size: tl.constexpr,
     second: tl.int64,
     third: tl.int64,
     bias_second: tl.int64,
@@ -78,7 +103,7 @@ def plain_vector(
     whole: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-    stages: tl.constexpr,
+    early: tl.constexpr,
 ):
     """out = f(W · norm(x)); W (n_all, k_size) in float32, bfloat16, float16, or int8 with a scale a row; sums in float32."""
     row = tl.program_id(0) * block_n
@@ -88,18 +113,24 @@ def plain_vector(
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)
-    for k in tl.range(0, k_size, block_k, num_stages=stages):
+    columns = tl.arange(0, block_k)
+    weights = plain_tile(start, columns, k_size, whole)
+    beside = plain_tile(start + second, columns, k_size, whole) if gated else weights
+    wait_for_others(early)
+    for k in tl.range(0, k_size, block_k):
         columns = k + tl.arange(0, block_k)
         inside = (columns < k_size) | whole
+        after = columns + block_k
+        next_weights = plain_tile(start, after, k_size, False)
+        next_beside = plain_tile(start + second, after, k_size, False) if gated else next_weights
         values = tl.load(x + by_eights(columns, k_size, x_permuted), mask=inside, other=0.0).to(tl.float32)
         if norm:
             squares += values * values
             values *= tl.load(gain + by_eights(columns, k_size, x_permuted), mask=inside, other=0.0).to(tl.float32)
-        weights = tl.load(start + columns[None, :], mask=inside[None, :], other=0.0)
         total += weights.to(tl.float32) * values[None, :]
         if gated:
-            weights = tl.load(start + second + columns[None, :], mask=inside[None, :], other=0.0)
-            other += weights.to(tl.float32) * values[None, :]
+            other += beside.to(tl.float32) * values[None, :]
+        weights, beside = next_weights, next_beside
     result = tl.sum(total, 1)
     rows = row + tl.arange(0, block_n)
     if norm:
@@ -121,43 +152,50 @@ def plain_vector(
 
 
 @triton.jit
-def eight_products(codes, table, tables, x, gain, at, step, inside, norm: tl.constexpr, permutes: tl.constexpr):
-    """Sum over the eight codes of each word (rows, words) of its value times its element of x; and of the squares of x (words,)."""
-    if permutes:
-        w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-            LOOKUP,
-            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,r,r,r,r,r,r,r,r,r",
-            [
-                codes,
-                tl.load(tables),
-                tl.load(tables + 1),
-                tl.load(tables + 2),
-                tl.load(tables + 3),
-                tl.load(tables + 4),
-                tl.load(tables + 5),
-                tl.load(tables + 6),
-                tl.load(tables + 7),
-            ],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+def unpacked(word, bf16: tl.constexpr):
+    """The two elements of a word, in float32: low half, high half."""
+    if bf16:
+        low = (word << 16).to(tl.float32, bitcast=True)
+        high = (word & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+            "=&f,=&f,r",
+            [word],
+            dtype=(tl.float32, tl.float32),
             is_pure=True,
             pack=1,
         )
-    else:
-        w0, w1 = tl.load(table + ((codes >> 4) & 15)), tl.load(table + (codes & 15))
-        w2, w3 = tl.load(table + ((codes >> 12) & 15)), tl.load(table + ((codes >> 8) & 15))
-        w4, w5 = tl.load(table + ((codes >> 20) & 15)), tl.load(table + ((codes >> 16) & 15))
-        w6, w7 = tl.load(table + ((codes >> 28) & 15)), tl.load(table + ((codes >> 24) & 15))
-    x0, s0 = element(x, gain, at, inside, norm)
-    x1, s1 = element(x, gain, at + step, inside, norm)
-    x2, s2 = element(x, gain, at + 2 * step, inside, norm)
-    x3, s3 = element(x, gain, at + 3 * step, inside, norm)
-    x4, s4 = element(x, gain, at + 4 * step, inside, norm)
-    x5, s5 = element(x, gain, at + 5 * step, inside, norm)
-    x6, s6 = element(x, gain, at + 6 * step, inside, norm)
-    x7, s7 = element(x, gain, at + 7 * step, inside, norm)
-    first = w0 * x0[None, :] + w1 * x1[None, :] + w2 * x2[None, :] + w3 * x3[None, :]
-    last = w4 * x4[None, :] + w5 * x5[None, :] + w6 * x6[None, :] + w7 * x7[None, :]
-    return first + last, s0 + s1 + s2 + s3 + s4 + s5 + s6 + s7
+    return low, high
+
+
+@triton.jit
+def pair(x, gain, at, inside, norm: tl.constexpr, bf16: tl.constexpr):
+    """A word of activations times their gains as two float16, made smaller; and the squares of what was there."""
+    low, high = unpacked(tl.load(x + at, mask=inside, other=0), bf16)
+    square = low * low + high * high
+    if norm:
+        gain_low, gain_high = unpacked(tl.load(gain + at, mask=inside, other=0), bf16)
+        low *= gain_low
+        high *= gain_high
+    word = tl.inline_asm_elementwise(
+        "cvt.rn.f16x2.f32 $0, $1, $2;", "=r,f,f", [high * SHRINK, low * SHRINK], dtype=tl.int32, is_pure=True, pack=1
+    )
+    return word, square
+
+
+@triton.jit
+def products_by_bytes(codes, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3):
+    """Sum of eight values times eight activations for each word of codes (rows, words); see `code_lookup`."""
+    total = tl.inline_asm_elementwise(
+        PRODUCTS,
+        "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [codes, t0, t1, t2, t3, t4, t5, t6, t7, x0[None, :], x1[None, :], x2[None, :], x3[None, :]],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )
+    return total
 
 
 @triton.jit
@@ -168,6 +206,39 @@ def element(x, gain, at, inside, norm: tl.constexpr):
     if norm:
         value *= tl.load(gain + at, mask=inside, other=0.0).to(tl.float32)
     return value, square
+
+
+@triton.jit
+def two_products(codes, table, x, gain, at, inside, shift: tl.constexpr, norm: tl.constexpr):
+    """Two codes of each word, the even element's above the odd one's, looked up in memory and multiplied in float32."""
+    even, even_square = element(x, gain, at, inside, norm)
+    odd, odd_square = element(x, gain, at + 1, inside, norm)
+    total = tl.load(table + ((codes >> (shift + 4)) & 15)) * even[None, :]
+    total += tl.load(table + ((codes >> shift) & 15)) * odd[None, :]
+    return total, even_square + odd_square
+
+
+@triton.jit
+def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.constexpr):
+    """As `products_by_bytes` in float32 throughout, and the squares of x (words,)."""
+    p0, s0 = two_products(codes, table, x, gain, 2 * columns, inside, 0, norm)
+    p1, s1 = two_products(codes, table, x, gain, 2 * (words + columns), inside, 8, norm)
+    p2, s2 = two_products(codes, table, x, gain, 2 * (2 * words + columns), inside, 16, norm)
+    p3, s3 = two_products(codes, table, x, gain, 2 * (3 * words + columns), inside, 24, norm)
+    return p0 + p1 + p2 + p3, s0 + s1 + s2 + s3
+
+
+@triton.jit
+def four_bit_tile(codes_of, scales_of, columns, words, whole: tl.constexpr):
+    """These words of the rows that begin at `codes_of`, and the constant of each; zero beyond the last."""
+    if whole:
+        codes = tl.load(codes_of + columns[None, :])
+        scales = tl.load(scales_of + (columns // 8)[None, :])
+    else:
+        inside = (columns < words)[None, :]
+        codes = tl.load(codes_of + columns[None, :], mask=inside, other=0)
+        scales = tl.load(scales_of + (columns // 8)[None, :], mask=inside, other=0.0)
+    return codes, scales
 
 
 @triton.jit
@@ -184,7 +255,7 @@ def four_bit_vector(
     n_first,
     n_second,
     n_all,
-    k_size,
+    k_size: tl.constexpr,
     second: tl.int64,
     third: tl.int64,
     absmax_second: tl.int64,
@@ -199,13 +270,15 @@ def four_bit_vector(
     out_permuted: tl.constexpr,
     whole: tl.constexpr,
     permutes: tl.constexpr,
+    bf16: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
-    stages: tl.constexpr,
+    early: tl.constexpr,
 ):
     """As `plain_vector` for bitsandbytes' 4-bit layout: words of eight codes, a float32 constant for each 64 weights of a row.
 
-    x and gain are stored by eights. `block_k` counts words. `table` holds the sixteen values in float32, `tables` their bytes.
+    x and gain are stored by eights, and are words where codes are looked up by permutes. `block_k` counts words. `table` holds the sixteen
+    values in float32, `tables` their bytes.
     """
     row = tl.program_id(0) * block_n
     base, local = start_of(row, n_first, n_second, second, third)
@@ -217,20 +290,43 @@ def four_bit_vector(
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)
-    for k in tl.range(0, words, block_k, num_stages=stages):
+    columns = tl.arange(0, block_k)
+    codes, scales = four_bit_tile(codes_of, scales_of, columns, words, whole)
+    codes_up, scales_up = codes, scales
+    if gated:
+        codes_up, scales_up = four_bit_tile(codes_of + second, scales_of + absmax_second, columns, words, whole)
+    wait_for_others(early)
+    t0, t1, t2, t3 = tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3)
+    t4, t5, t6, t7 = tl.load(tables + 4), tl.load(tables + 5), tl.load(tables + 6), tl.load(tables + 7)
+    for k in tl.range(0, words, block_k):
         columns = k + tl.arange(0, block_k)
         inside = (columns < words) | whole
-        codes = tl.load(codes_of + columns[None, :], mask=inside[None, :], other=0)
-        scales = tl.load(scales_of + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
-        part, square = eight_products(codes, table, tables, x, gain, columns, words, inside, norm, permutes)
+        after = columns + block_k
+        next_codes, next_scales = four_bit_tile(codes_of, scales_of, after, words, False)
+        next_up, next_scales_up = next_codes, next_scales
+        if gated:
+            next_up, next_scales_up = four_bit_tile(codes_of + second, scales_of + absmax_second, after, words, False)
+        if permutes:
+            x0, s0 = pair(x, gain, columns, inside, norm, bf16)
+            x1, s1 = pair(x, gain, words + columns, inside, norm, bf16)
+            x2, s2 = pair(x, gain, 2 * words + columns, inside, norm, bf16)
+            x3, s3 = pair(x, gain, 3 * words + columns, inside, norm, bf16)
+            square = s0 + s1 + s2 + s3
+            part = products_by_bytes(codes, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+        else:
+            part, square = products_by_loads(codes, table, x, gain, columns, words, inside, norm)
         total += part * scales
         squares += square
         if gated:
-            codes = tl.load(codes_of + second + columns[None, :], mask=inside[None, :], other=0)
-            scales = tl.load(scales_of + absmax_second + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
-            part, square = eight_products(codes, table, tables, x, gain, columns, words, inside, norm, permutes)
-            other += part * scales
+            if permutes:
+                part = products_by_bytes(codes_up, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+            else:
+                part, square = products_by_loads(codes_up, table, x, gain, columns, words, inside, norm)
+            other += part * scales_up
+        codes, scales, codes_up, scales_up = next_codes, next_scales, next_up, next_scales_up
     result = tl.sum(total, 1)
+    if permutes:
+        result *= 1 / SHRINK
     rows = row + tl.arange(0, block_n)
     if norm:
         result *= tl.rsqrt(tl.sum(squares, 0) / k_size + eps)
@@ -239,6 +335,8 @@ def four_bit_vector(
         result += tl.load(bias + bias_base + bias_local + tl.arange(0, block_n)).to(tl.float32)
     if gated:
         up = tl.sum(other, 1)
+        if permutes:
+            up *= 1 / SHRINK
         if norm:
             up *= tl.rsqrt(tl.sum(squares, 0) / k_size + eps)
         result = silu_times(result, up, out)
