@@ -7,85 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from hpc_core.engine.batch_kernels import four_bit_rows, plain_rows
+from hpc_core.engine.block_sizes import ANYWHERE, CANDIDATES, FOR_CPU, Blocks
 from hpc_core.engine.code_lookup import byte_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
-from hpc_core.engine.vector_kernels import four_bit_vector, plain_vector
+from hpc_core.engine.four_bit_kernels import four_bit_vector
+from hpc_core.engine.vector_kernels import plain_vector
 
-__all__ = ["Blocks", "Product", "launched", "product_of", "values_by_eights"]
-
-
-class Blocks(NamedTuple):
-    """How one launch is cut: rows and columns (words for 4-bit) of the matrix a program takes at a time."""
-
-    n: int
-    k: int
-    warps: int
-    stages: int = 1
-    """Batch above 1: loads ahead."""
-    permutes: bool = False
-    """4-bit, batch 1: look codes up by byte permutes instead of loads."""
-
-
-_PLAIN_VECTOR = tuple(
-    Blocks(*sizes)
-    for sizes in (
-        (4, 1024, 4),
-        (2, 1024, 4),
-        (8, 512, 4),
-        (8, 1024, 8),
-        (1, 2048, 4),
-        (4, 512, 4),
-        (4, 512, 2),
-        (16, 256, 4),
-        (2, 2048, 8),
-        (4, 2048, 8),
-        (1, 1024, 4),
-        (2, 512, 2),
-    )
-)
-_FOUR_BIT_VECTOR = tuple(
-    Blocks(*sizes, permutes=permutes)
-    for permutes in (True, False)
-    for sizes in (
-        (8, 128, 4),
-        (16, 128, 4),
-        (4, 128, 4),
-        (16, 128, 8),
-        (32, 128, 8),
-        (8, 256, 8),
-        (4, 256, 4),
-        (16, 64, 4),
-        (8, 64, 2),
-        (4, 128, 2),
-        (32, 32, 4),
-        (8, 32, 1),
-        (16, 32, 2),
-    )
-)
-_PLAIN_ROWS = tuple(
-    Blocks(*sizes)
-    for sizes in (
-        (16, 256, 4, 3),
-        (32, 128, 4, 4),
-        (16, 128, 4, 4),
-        (64, 128, 4, 3),
-        (32, 256, 8, 3),
-        (16, 512, 4, 2),
-        (128, 64, 4, 4),
-    )
-)
-_FOUR_BIT_ROWS = tuple(
-    Blocks(*sizes)
-    for sizes in ((16, 64, 4, 2), (32, 64, 4, 2), (16, 128, 4, 2), (64, 32, 4, 2), (32, 32, 4, 3), (32, 64, 8, 1))
-)
-_ANYWHERE = Blocks(16, 256, 4, 1)
-_CPU_BLOCKS = {"plain": _ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
-"""For triton's interpreter, which has no use for speed."""
+__all__ = ["Product", "launched", "product_of", "values_by_eights"]
 
 
 def launched(early: bool) -> dict[str, Any]:
@@ -132,7 +65,7 @@ class Product:
     tables: torch.Tensor | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
     """4-bit: those of every matrix."""
-    blocks: Blocks = _ANYWHERE
+    blocks: Blocks = ANYWHERE
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
 
@@ -148,11 +81,7 @@ class Product:
 
     def candidates(self) -> list[Blocks]:
         """Block sizes that fit."""
-        four = self.kind == "4-bit"
-        if self.batch == 1:
-            every = _FOUR_BIT_VECTOR if four else _PLAIN_VECTOR
-        else:
-            every = _FOUR_BIT_ROWS if four else _PLAIN_ROWS
+        every = CANDIDATES["4-bit" if self.kind == "4-bit" else "plain", self.batch == 1]
         half = self.dummy.dtype in (torch.bfloat16, torch.float16)
         return [
             blocks
@@ -163,7 +92,7 @@ class Product:
     def start(self) -> None:
         """Take sizes that work anywhere."""
         if self.weight.device.type == "cpu":
-            self.blocks = _CPU_BLOCKS["4-bit" if self.kind == "4-bit" else "plain"]
+            self.blocks = FOR_CPU["4-bit" if self.kind == "4-bit" else "plain"]
         else:
             self.blocks = self.candidates()[0]
 
