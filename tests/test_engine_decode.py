@@ -216,6 +216,23 @@ def test_specs_that_contradict_themselves_are_refused(workload: dict[str, Any], 
         GenerateSpec(prompt_length=8, **workload)
 
 
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"adapter": AdapterSpec()}, "not built yet for engine='stock'.*runs it merged"),
+        (
+            {"engine": "graph", "quantization": QuantSpec(kind="int8", compute_dtype="float16")},
+            "no kernels for LLM.int8",
+        ),
+        ({"engine": "graph", "attention": "eager"}, "brings its own attention"),
+    ],
+)
+def test_cases_that_the_engine_cannot_run_are_refused(case: dict[str, Any], message: str) -> None:
+    """Before anything is built, by name, with what can be run instead."""
+    with pytest.raises(SpecError, match=message):
+        generate(tiny, prompt_length=8).vary("refused", **case)
+
+
 @given(tokens=st.integers(1, 10_000), step=st.integers(1, 512))
 def test_a_cache_has_room_in_whole_steps(tokens: int, step: int) -> None:
     """Enough, a multiple of the step, and less than a step too much."""

@@ -59,7 +59,7 @@ def engine_facts(
     width = program.inputs[0]["input_ids"].shape[1]
     masks = [inputs["attention_mask"] for inputs in program.inputs]
     prefill = sorted(name for name in attention_families(operators) if name != "eager")
-    return {
+    facts = {
         "engine": Fact(asked="graph", seen="graph"),
         "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
         "kernels": Fact(asked=workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
@@ -74,6 +74,10 @@ def engine_facts(
         # Which kernel of torch's fused attention is its own choice: this fact shows it and always holds.
         "attention_kernel": Fact(asked=prefill, seen=prefill),
     }
+    if session.case.adapter is not None:
+        left = any(".lora_" in name for name, _ in program.model.named_parameters())
+        facts["adapter"] = Fact(asked="merged", seen="beside its weights" if left else "merged")
+    return facts
 
 
 def engine_logits(session: Session, program: GenerateProgram, index: int, given: Any) -> torch.Tensor | None:
