@@ -45,8 +45,8 @@ def _logits(built: Built, make: Any, *, batch: int, padded: bool) -> torch.Tenso
     cache = StaticKeyValues(decoder, batch, 256)
     turns = decoder.turns(cache.capacity)
     draw = torch.Generator().manual_seed(5)
-    ids = torch.randint(3, 1000, (batch, 37), generator=draw).to(cache.memory.device)
-    fed = torch.randint(3, 1000, (3, batch), generator=draw).to(cache.memory.device)
+    ids = torch.randint(3, 1000, (batch, 37), generator=draw).to(cache.filled.device)
+    fed = torch.randint(3, 1000, (3, batch), generator=draw).to(cache.filled.device)
     mask = None
     if padded:
         mask = torch.ones_like(ids)

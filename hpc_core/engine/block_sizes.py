@@ -25,35 +25,18 @@ _PLAIN_VECTOR = tuple(
         (4, 1024, 4),
         (2, 1024, 4),
         (8, 512, 4),
-        (8, 1024, 8),
         (1, 2048, 4),
         (4, 512, 4),
         (4, 512, 2),
         (16, 256, 4),
-        (2, 2048, 8),
-        (4, 2048, 8),
-        (1, 1024, 4),
         (2, 512, 2),
     )
 )
-_FOUR_BIT_VECTOR = tuple(
-    Blocks(*sizes, permutes=permutes)
-    for permutes in (True, False)
-    for sizes in (
-        (8, 128, 4),
-        (16, 128, 4),
-        (4, 128, 4),
-        (16, 128, 8),
-        (32, 128, 8),
-        (8, 256, 8),
-        (4, 256, 4),
-        (16, 64, 4),
-        (8, 64, 2),
-        (4, 128, 2),
-        (32, 32, 4),
-        (8, 32, 1),
-        (16, 32, 2),
-    )
+_BY_BYTES = ((8, 128, 4), (16, 128, 4), (4, 128, 4), (16, 64, 4), (8, 64, 2), (8, 32, 1), (16, 32, 2), (8, 256, 8))
+_BY_LOADS = ((8, 128, 4), (16, 64, 4))
+_FOUR_BIT_VECTOR = (
+    *(Blocks(*sizes, permutes=True) for sizes in _BY_BYTES),
+    *(Blocks(*sizes) for sizes in _BY_LOADS),
 )
 _PLAIN_ROWS = tuple(
     Blocks(*sizes)

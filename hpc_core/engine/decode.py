@@ -65,7 +65,7 @@ class GraphProgram(GenerateProgram):
         """Steps of the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
         self._logits: torch.Tensor | None = None
-        self.owned = {"kv_cache": [self.cache.memory], "weights": self.step_of.owned_weights()}
+        self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)
 
     def _step(self, on_gpu: bool) -> Any:

@@ -194,7 +194,7 @@ def product_of(
         scales, scales_far = constants[0], _distances(constants)
         kept += constants
         code = modules[0].weight.quant_state.code
-        table = code.half().float()  # rounded as the byte tables are
+        table = code.float()
         tables = byte_tables(code)
     elif int8:
         kind = "int8"

@@ -1,4 +1,4 @@
-"""The engine's KV cache: one block of memory, made once, with its counters on the device."""
+"""The engine's KV cache: made once, with its counters on the device."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ class StaticKeyValues:
     """Keys and values of every layer, and where each row's prompt begins."""
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int):
-        shape = (2, len(decoder.layers), batch, decoder.groups, capacity, decoder.head_width)
-        self.memory = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-        self.layers = [
-            LayerKeyValues(self.memory[0, index], self.memory[1, index]) for index in range(len(decoder.layers))
-        ]
+        shape = (batch, decoder.groups, capacity, decoder.head_width)
+
+        def place() -> torch.Tensor:
+            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+
+        self.layers = [LayerKeyValues(place(), place()) for _ in decoder.layers]
         self.batch = batch
         self.capacity = capacity
         self.filled = torch.zeros(1, dtype=torch.int32, device=decoder.device)
@@ -41,6 +42,11 @@ class StaticKeyValues:
         """Where a row's prompt begins: after its padding."""
         self.length = 0
         """`filled` as the host knows it without asking the device."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of every layer."""
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
 
     def begin(self, width: int, padding: torch.Tensor | None) -> None:
         """A new prompt of `width` places, of which the first `padding` (batch,) of each row are padding."""
