@@ -161,9 +161,9 @@ def four_bit_vector(
     codes_up, scales_up = codes, scales
     if gated:
         codes_up, scales_up = four_bit_tile(codes_of + second, scales_of + absmax_second, columns, words, whole)
-    wait_for_others(early)
     t0, t1, t2, t3 = tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3)
     t4, t5, t6, t7 = tl.load(tables + 4), tl.load(tables + 5), tl.load(tables + 6), tl.load(tables + 7)
+    wait_for_others(early)
     for k in tl.range(0, words, block_k):
         columns = k + tl.arange(0, block_k)
         inside = (columns < words) | whole
