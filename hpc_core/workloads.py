@@ -16,8 +16,9 @@ __all__ = ["CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
 
-_MOST_ROWS = 32
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_MOST_ROWS = 32
+"""The graph engine's largest batch."""
 
 
 class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_only=True):
