@@ -77,8 +77,8 @@ class Case(Strict, frozen=True, kw_only=True):
         refuse(self.model is None, f"{self.id}: a {self.workload.__struct_config__.tag} case needs a model.")
         if isinstance(self.workload, FinetuneSpec):
             self._check_finetune(self.workload)
-        elif self.adapter is not None:
-            raise SpecError(f"{self.id}: generation with an adapter is not built yet: drop adapter=.")
+        elif isinstance(self.workload, GenerateSpec):
+            self._check_generate(self.workload)
         self._check_names()
 
     def _check_finetune(self, workload: FinetuneSpec) -> None:
@@ -100,6 +100,21 @@ class Case(Strict, frozen=True, kw_only=True):
             variant.startswith("qlora") and not quantized,
             f"{self.id}: QLoRA without quantization is LoRA: give quantization= or rename it.",
         )
+
+    def _check_generate(self, workload: GenerateSpec) -> None:
+        graph = workload.engine == "graph"
+        refuse(
+            self.adapter is not None and not graph,
+            f"{self.id}: generation with an adapter is not built yet for engine='stock': drop adapter=, or say engine='graph', which runs it merged.",
+        )
+        if not graph:
+            return
+        refuse(
+            self.quantization is not None and self.quantization.kind == "int8",
+            f"{self.id}: engine='graph' has no kernels for LLM.int8: take nf4 or fp4, or engine='stock'.",
+        )
+        eager = self.model is not None and self.model.attention == "eager"
+        refuse(eager, f"{self.id}: engine='graph' brings its own attention: drop attention='eager'.")
 
     def _check_names(self) -> None:
         model = self.model

@@ -17,10 +17,12 @@ Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_MOST_ROWS = 32
+"""The graph engine's largest batch."""
 
 
 class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_only=True):
-    """Generate exactly `new_tokens` after each prompt, greedily."""
+    """Generate `new_tokens` after each prompt, exactly so many and greedily unless it says otherwise."""
 
     batch: int = 1
     prompts: int = 3
@@ -31,7 +33,20 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
     cache: Literal["dynamic", "static", "off"] = "dynamic"
     compiled: bool = True
     """Where the cache is static, transformers compiles the forward on a GPU; False keeps it eager."""
-    engine: Literal["stock"] = "stock"
+    engine: Literal["stock", "graph"] = "stock"
+    """stock: transformers' `generate`. graph: a static cache and one CUDA graph a token (`hpc_core.engine`); eager without CUDA."""
+    kernels: Literal["triton", "inductor", "torch"] = "triton"
+    """What a token of the graph engine runs on a GPU: our own fused kernels, each layer compiled by Inductor, or torch's own. A CPU runs torch's."""
+    head: Literal["plain", "int8"] = "plain"
+    """int8: the graph engine decodes with a copy of the head in int8, a scale a row."""
+    cache_step: int = 256
+    """The graph engine's cache has room for a multiple of so many tokens."""
+    eos_every: int | None = None
+    """The graph engine stops where every row has ended, and looks every so many tokens; None never looks, as `engine="stock"` does."""
+    temperature: float | None = None
+    """The graph engine samples at this temperature, by the case's seed; None is greedy."""
+    top_k: int | None = None
+    """Sample among so many of the likeliest tokens."""
     extrapolate_to: int | None = None
     """Also state the seconds that so many new tokens would take, marked as extrapolated."""
     data: DataSpec = DataSpec()
@@ -62,8 +77,30 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
             not self.compiled and self.cache != "static",
             f"compiled=False belongs to cache='static', which alone is compiled; the cache is {self.cache!r}.",
         )
+        self._check_engine()
         too_short = self.extrapolate_to is not None and self.extrapolate_to < self.new_tokens
         refuse(too_short, f"extrapolate_to={self.extrapolate_to} is below new_tokens={self.new_tokens}.")
+
+    def _check_engine(self) -> None:
+        """What only the graph engine knows is refused elsewhere, and what it brings itself is not said to it."""
+        own = {"kernels": "triton", "head": "plain", "cache_step": 256, "eos_every": None, "temperature": None}
+        if self.engine == "stock":
+            said = [name for name, default in own.items() if getattr(self, name) != default]
+            refuse(bool(said), f"{', '.join(said)} belongs to engine='graph'; the engine is 'stock'.")
+        else:
+            refuse(
+                self.cache != "dynamic",
+                f"engine='graph' brings a static cache of its own: drop cache={self.cache!r}.",
+            )
+            refuse(not 1 <= self.batch <= _MOST_ROWS, f"engine='graph' takes a batch of 1 to 32, got {self.batch}.")
+        for name in ("cache_step", "eos_every", "top_k"):
+            value = getattr(self, name)
+            refuse(value is not None and value < 1, f"{name} must be at least 1, got {value}.")
+        refuse(
+            self.temperature is not None and not self.temperature > 0,
+            f"temperature must be above 0, got {self.temperature}; leave it out for greedy.",
+        )
+        refuse(self.top_k is not None and self.temperature is None, f"top_k={self.top_k} needs a temperature.")
 
 
 class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_only=True):

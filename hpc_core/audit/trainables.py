@@ -32,7 +32,7 @@ def trainable_facts(case: Case, model: torch.nn.Module, notes: list[str]) -> dic
             "trainable_names": lambda: _names(case, model) if training else None,
             "adapter_dtype": lambda: (
                 None
-                if adapter is None
+                if adapter is None or not training  # a generation's is merged: nothing of it is left
                 else Fact(asked=[adapter.dtype], seen=names(part.dtype for part in adapter_parameters(model).values()))
             ),
         },

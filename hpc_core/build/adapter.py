@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from hpc_core.build.libraries import library
 from hpc_core.errors import BuildError
 from hpc_core.spec import AdapterSpec
 
-__all__ = ["adapter_parameters", "attach_adapter", "prepare_for_training"]
+__all__ = ["adapter_parameters", "attach_adapter", "merged", "prepare_for_training"]
 
 
 def prepare_for_training(model: torch.nn.Module, checkpointing: str) -> torch.nn.Module:
@@ -65,6 +66,16 @@ def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module
             f"targets; this model has: {_targets(model)}."
         )
     return wrapped
+
+
+def merged(wrapped: Any) -> torch.nn.Module:
+    """The base model with the adapter's update added to its weights, and no trace of the adapter. 4-bit weights are quantized anew."""
+    with warnings.catch_warnings():
+        # peft says for each 4-bit layer that the merge rounds: it does, and that is what was asked for.
+        warnings.filterwarnings("ignore", message="Merge lora module to", category=UserWarning)
+        model = wrapped.merge_and_unload()
+    assert isinstance(model, torch.nn.Module)
+    return model
 
 
 def _targets(model: torch.nn.Module) -> str:

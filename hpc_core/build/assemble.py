@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.adapter import attach_adapter, prepare_for_training
+from hpc_core.build.adapter import attach_adapter, merged, prepare_for_training
 from hpc_core.build.causal_lm import causal_lm, tokenizer_of
 from hpc_core.build.checkpointing import enable_checkpointing
 from hpc_core.build.quantization import quantize
@@ -44,6 +44,9 @@ def build(case: Case, device: torch.device) -> Built:
     if isinstance(case.workload, FinetuneSpec):
         model = _ready_to_train(model, case, case.workload)
     else:
+        if case.adapter is not None:
+            torch.manual_seed(case.seed)
+            model = merged(attach_adapter(model, case.adapter))
         model.eval()
         model.requires_grad_(False)
     config: Any = getattr(model, "config")  # noqa: B009 - transformers' models have it, torch's stubs do not know

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hpc_core.build.causal_lm import torch_dtype
+from hpc_core.perform.decode_engine import compare_with_stock
 from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
 from hpc_core.perform.session import Session
@@ -79,10 +80,13 @@ def tolerance(session: Session) -> float:
     return TOLERANCES[coarsest(session)]
 
 
-def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) -> None:
+def measure_equivalence(
+    session: Session, model: torch.nn.Module, given: Given, *, engine: torch.Tensor | None = None
+) -> None:
     """`logits_error` and the fact `equivalence`; of a training batch the loss, of answers the greedy tokens, by both paths.
 
-    On a GPU only where the float32 reference fits; a note says by how much it does not.
+    `engine` are the logits (rows, answers, vocabulary) that an engine other than the model's own forward chose the answers by: they are
+    held against the reference in the forward's place, and against the forward itself (`logits_error_to_stock`, `stock_agreement`). On a GPU only where the float32 reference fits; a note says by how much it does not.
     """
     if not session.job.audit or any(not fact.holds for fact in session.audit.values()):
         return  # what did not run as asked is INVALID already, and may not run as a reference at all
@@ -100,6 +104,13 @@ def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) 
         return
     seen, reference = both
     kept = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask.bool()
+    if engine is not None:
+        assert given.answers is not None
+        places = given.answers.shape[1]
+        compare_with_stock(session, engine, seen.logits[:, -places:], given.answers)
+        kept = kept.clone()
+        kept[:, :-places] = False  # of the prompt an engine gives the last logits alone
+        seen = _Outcome(torch.cat([seen.logits[:, :-places], engine], dim=1), None)
     wanted = reference.logits[kept]
     error = _error(seen.logits[kept], wanted)
     allowed = tolerance(session)
@@ -108,7 +119,7 @@ def measure_equivalence(session: Session, model: torch.nn.Module, given: Given) 
     _compare_logits(session, error, allowed)
     if seen.loss is not None and reference.loss is not None:
         _compare_losses(session, seen.loss, reference.loss, allowed)
-    if given.answers is not None:
+    if given.answers is not None and getattr(session.case.workload, "temperature", None) is None:
         _compare_tokens(session, reference.logits[:, -given.answers.shape[1] :], given.answers, allowed)
 
 

@@ -17,6 +17,7 @@ from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.attributed import note_query_profile
+from hpc_core.perform.decode_engine import engine_facts, engine_logits, is_captured, program_of
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -25,11 +26,11 @@ from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.profiled import note_compilations, note_counts
 from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
 from hpc_core.perform.session import Session
+from hpc_core.perform.share_of_copy import share_of_copy
 from hpc_core.perform.trace import trace_program
-from hpc_core.physics.cost import decode_bytes
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
-from hpc_core.run.generate import GenerateProgram, generate_program
+from hpc_core.run.generate import GenerateProgram
 from hpc_core.spec import GenerateSpec
 
 __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
@@ -45,7 +46,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     """Build, warm up, time, and take each instrument in turn, the profiler last."""
     built = session.build()
     session.phase("data")
-    program = generate_program(built, workload)
+    program = program_of(session, built, workload)
     _warm_up(session, program)
     if session.job.trace is not None:
         return trace_program(session, Fixed(program, _longest(program)), session.job.trace)
@@ -58,10 +59,11 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     note_compilations(session)
     _busy(session, program)
     _busy_shares(session)
-    _share_of_copy(session, program)
+    share_of_copy(session, program)
     note_query_profile(session, program, _longest(program))
     measure_perplexity(session, built)
-    measure_equivalence(session, built.model, _answered(program, answered[_longest(program)]))
+    given = _answered(program, answered[_longest(program)])
+    measure_equivalence(session, built.model, given, engine=engine_logits(session, program, _longest(program), given))
     measure_perplexity_unquantized(session, built)
     return session.record()
 
@@ -80,7 +82,8 @@ def _answered(program: GenerateProgram, answers: list[list[int]]) -> Given:
     """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
     prompt = program.inputs[_longest(program)]
     ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
-    chosen = torch.tensor(answers[:MOST_ROWS], dtype=ids.dtype, device=ids.device)
+    answers = [row[: min(map(len, answers[:MOST_ROWS]))] for row in answers[:MOST_ROWS]]  # rows end where they end
+    chosen = torch.tensor(answers, dtype=ids.dtype, device=ids.device)
     # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers hang on.
     chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
     fed = chosen[:, :-1]
@@ -129,15 +132,23 @@ def _time_queries(
             answered.append(program.answer_ids())
             session.answers += _texts(answered[-1], built)
     program.on_token = None
-    _note_times(session, program, queries, first, decode)
-    return None if peaks is None else peaks.peaks
+    _note_times(session, program, queries, first, decode, made=sum(len(row) for rows in answered for row in rows))
+    if program.workload.eos_every is None:
+        session.audit["new_tokens"] = Fact(asked=program.new_tokens, seen=len(program.answer_ids()[0]))
+    # A captured graph's memory is in use in every phase: nothing else may have it.
+    return None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
 
 
 def _note_times(
-    session: Session, program: GenerateProgram, queries: list[float], first: list[float], decode: list[float]
+    session: Session,
+    program: GenerateProgram,
+    queries: list[float],
+    first: list[float],
+    decode: list[float],
+    *,
+    made: int,
 ) -> None:
-    batch, tokens = program.workload.batch, program.new_tokens
-    made = batch * tokens * program.period
+    tokens = program.new_tokens
     session.metrics["query_s"] = wall(queries)
     session.metrics["time_to_first_token_s"] = wall(first)
     session.metrics["decode_token_s"] = wall(decode)
@@ -156,7 +167,6 @@ def _note_times(
         seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
         note = f"extrapolated from {tokens} to {further} new tokens; the cache grows, so this is a lower bound"
         session.metrics["query_extrapolated_s"] = reported(seconds, "s", note=note)
-    session.audit["new_tokens"] = Fact(asked=tokens, seen=len(program.answer_ids()[0]))
 
 
 def _texts(ids: list[list[int]], built: Built) -> list[str]:
@@ -173,12 +183,16 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
     with watch_cache(program.model) as cache:
 
         def marking(watch: Watch) -> Mark:
-            program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
+            if program.cache is None:
+                program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
             return watch
 
         longest = _longest(program)
-        measure_memory(session, Fixed(program, longest), built.model, None, marking=marking, peaks=peaks)
+        fixed = Fixed(program, longest)
+        measure_memory(session, fixed, built.model, None, marking=marking, peaks=peaks, owned=program.owned)
         cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
+        if program.cache is not None:
+            cache.seen, cached = program.cache, program.cache.capacity
         if cache.seen is None:
             note_unexplained(session)
         else:
@@ -202,6 +216,13 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
         seen[new] = counts
     program.new_tokens = tokens
     prefill, whole = seen[1], seen[1 + COUNTED_TOKENS]
+    session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
+    if is_captured(program):
+        session.metrics["operators"] = counted(prefill.total, machine=True, unit="1 per prefill")
+        session.notes.append(
+            "engine: a replayed token dispatches no operator, so operators and FLOPs are of the prefill"
+        )
+        return whole, forwards
     decode = f"1 per {COUNTED_TOKENS} tokens"
     session.metrics["operators"] = counted(
         whole.total, machine=session.on_gpu, unit=f"1 per prefill and {COUNTED_TOKENS} tokens"
@@ -210,7 +231,6 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
     session.metrics["flops"] = counted(
         whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {COUNTED_TOKENS} tokens"
     )
-    session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
     return whole, forwards
 
 
@@ -221,6 +241,9 @@ def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards:
     case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS
     session.audit_model(program.model)
     session.audit |= trainable_facts(case, program.model, notes)
+    if program.workload.engine == "graph":
+        session.audit |= engine_facts(session, program, counts.operators, new_tokens=new_tokens)
+        return
     session.audit |= generation_facts(program.workload, program, forwards, notes, new_tokens=new_tokens)
     session.audit |= attention_facts(case, counts.operators, session.device, notes)
 
@@ -264,30 +287,3 @@ def _busy_shares(session: Session) -> None:
     )
     session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
     session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
-
-
-def _share_of_copy(session: Session, program: GenerateProgram) -> None:
-    """Model bandwidth utilization of decoding: bytes that must be read over wall time and the measured copy rate."""
-    ceiling = session.job.ceilings.get("copy_bytes_per_s")
-    model = session.case.model
-    assert model is not None
-    shape = model.sizes
-    if ceiling is None or shape is None:
-        return
-    width = {"float32": 4, "bfloat16": 2, "float16": 2}[model.dtype]
-    length = statistics.fmean(len(prompt.ids[0]) for prompt in program.prompts) + program.new_tokens / 2
-    cache = int(
-        2
-        * shape.num_hidden_layers
-        * shape.num_key_value_heads
-        * shape.head_dim
-        * width
-        * length
-        * program.workload.batch
-    )
-    embedding = shape.vocab_size * shape.hidden_size * width
-    needed = decode_bytes(int(session.metrics["weights_bytes"].value), embedding, shape.tie_word_embeddings, cache)
-    per_token = needed / session.metrics["decode_token_s"].value
-    session.metrics["mbu"] = ratio(
-        per_token / ceiling, note="bytes a token must read over wall time and the measured copy rate"
-    )

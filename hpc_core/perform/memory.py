@@ -5,7 +5,7 @@ The gated peaks come from the allocator's counters in an undisturbed pass; the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -78,17 +78,20 @@ def measure_memory(
     marking: Callable[[Watch], Mark] | None = None,
     steps: int = 2,
     peaks: dict[str, int] | None = None,
+    owned: Mapping[str, list[torch.Tensor]] | None = None,
 ) -> None:
     """Measure peaks by phase over `steps` steps and categories over one, into the session's metrics.
 
     The caller gives its largest step, as `Fixed` where steps differ: every pass must see the same one. `marking` may wrap the
     recorder, to name owners that only live for a while (gradients, KV cache). `peaks` are those of a pass that was
-    watched already; without them the program is run for them.
+    watched already; without them the program is run for them. `owned` are tensors of the program's own, by category.
     """
     session.phase("memory")
     owners = weight_tensors(model) if model is not None else {}
     if optimizer is not None:
         owners["optimizer"] = optimizer_tensors(optimizer)
+    for category, tensors in (owned or {}).items():
+        owners[category] = owners.get(category, []) + tensors
     if session.on_gpu:
         with quiet():
             peaks = peaks or peaks_of(program, session.device, steps)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hpc_core.shapes import Shape
 from hpc_core.spec import AdapterSpec
 
-__all__ = ["decode_bytes", "forward_flops", "train_flops"]
+__all__ = ["decode_bytes", "forward_flops", "int8_head_bytes", "train_flops"]
 
 _STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 """In which order a decoder layer's linear layers follow each other; attention lies between 0 and 1."""
@@ -70,3 +70,8 @@ def decode_bytes(weights_bytes: int, embedding_bytes: int, tied: bool, cache_byt
     Of an untied embedding only one row is read, so its table does not count; a tied one is the head and does.
     """
     return weights_bytes - (0 if tied else embedding_bytes) + cache_bytes
+
+
+def int8_head_bytes(shape: Shape) -> int:
+    """Bytes of a head in int8: one a weight, and a float32 scale a row."""
+    return shape.vocab_size * (shape.hidden_size + 4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.physics.cost import decode_bytes, forward_flops, train_flops
+from hpc_core.physics.cost import decode_bytes, forward_flops, int8_head_bytes, train_flops
 from hpc_core.physics.datasheet import Datasheet
 from hpc_core.physics.footprint import (
     embedding_bytes,
@@ -106,7 +106,10 @@ def decode_floor(case: Case) -> Floor | None:
         return None
     past = min(prompt_lengths(workload), default=1)
     cache = 0 if workload.cache == "off" else workload.batch * past * kv_bytes_per_token(shape, case.model.dtype)
-    read = decode_bytes(weights, embedding_bytes(shape, case.model.dtype), shape.tie_word_embeddings, cache)
+    head = embedding_bytes(shape, case.model.dtype)
+    read = decode_bytes(weights, head, shape.tie_word_embeddings, cache)
+    if workload.head == "int8":
+        read -= head - int8_head_bytes(shape)
     return Floor(flops=forward_flops(shape, workload.batch, 1, past=past), bytes=read)
 
 

@@ -66,6 +66,11 @@ class _Generation:
 
 def predict_generate(prediction: Prediction, workload: GenerateSpec) -> Record:
     """A warm query, the counts of a short one, then memory of the longest prompt's first and last tokens."""
+    if workload.engine == "graph":
+        raise PredictError(
+            f"{prediction.case.id}: engine='graph' runs kernels of its own inside a CUDA graph, which have no model here. Predict it "
+            "with engine='stock', whose weights and cache a token are the same."
+        )
     if workload.cache == "static" and workload.compiled:
         raise PredictError(
             f"{prediction.case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile has no "

@@ -12,7 +12,7 @@ from hpc_core.errors import MeasureError
 from hpc_core.program import Mark, unmarked
 from hpc_core.spec import GenerateSpec
 
-__all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program"]
+__all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program", "prompts_for"]
 
 
 class TokenTimes:
@@ -67,6 +67,12 @@ class GenerateProgram:
         """Tokens after which something outside ends a query, as a prediction does; None: after `new_tokens`."""
         self.on_token: Any = None
         """Called with 1, 2, … as each new token reaches the host; None leaves `generate` without a streamer."""
+        self.cache: Any = None
+        """The KV cache where the program has one of its own; None where `generate` makes one."""
+        self.owned: dict[str, list[torch.Tensor]] = {}
+        """Tensors of the program's own, by category of memory."""
+        self.hidden_bytes = 0
+        """Memory that each query takes and the allocator's counters do not show: a captured graph's."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
         generation = getattr(built.model, "generation_config")  # noqa: B009
         generation.eos_token_id = None
@@ -121,13 +127,21 @@ class GenerateProgram:
         return self.output[:, -self.new_tokens :].tolist()
 
 
-def generate_program(built: Built, workload: GenerateSpec) -> GenerateProgram:
-    """The program of a generation case: prompts on the device, nothing run yet.
+def prompts_for(built: Built, workload: GenerateSpec) -> list[PromptBatch]:
+    """The prompts of a generation case, texts through the model's tokenizer and chat template.
 
     Raises:
         DataError: the data has fewer prompts than asked for.
     """
     text = workload.data.source in ("embedded", "hub", "file")
     tokenizer = AskedInChat(built.tokenizer) if getattr(built.tokenizer, "chat_template", None) else built.tokenizer
-    prompts = prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=tokenizer if text else None)
-    return GenerateProgram(built, workload, prompts)
+    return prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=tokenizer if text else None)
+
+
+def generate_program(built: Built, workload: GenerateSpec) -> GenerateProgram:
+    """The stock engine's program of a generation case: prompts on the device, nothing run yet.
+
+    Raises:
+        DataError: the data has fewer prompts than asked for.
+    """
+    return GenerateProgram(built, workload, prompts_for(built, workload))

@@ -1,0 +1,255 @@
+"""The graph engine: generation with a static cache, one captured step a token, and no wait for the host between tokens.
+
+On a machine without CUDA the same step runs eagerly in plain torch. It says so: `captured` is None, `why_eager` is the reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from hpc_core.build import Built
+from hpc_core.data.rows import PromptBatch
+from hpc_core.engine.capture import Captured, captured
+from hpc_core.engine.choosing import Chooser, Sampling
+from hpc_core.engine.decoder import Decoder, decoder_of, int8_rows
+from hpc_core.engine.plain_step import PlainStep, prefill
+from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
+from hpc_core.errors import MeasureError, MissingLibraryError, SpecError
+from hpc_core.program import Mark, unmarked
+from hpc_core.run.generate import GenerateProgram, prompts_for
+from hpc_core.spec import GenerateSpec
+
+__all__ = ["GraphProgram", "graph_program"]
+
+_IN_FLIGHT = 2
+"""Tokens that may be queued while the host waits for an earlier one: the device is never idle for it."""
+
+
+class Int8Head:
+    """The head with int8 rows, in plain torch: for the paths without our own kernels."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.codes, self.scales = int8_rows(weight)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, vocabulary) of (batch, hidden)."""
+        products = hidden @ self.codes.to(hidden.dtype).T
+        return (products.float() * self.scales).to(hidden.dtype)
+
+
+class GraphProgram(GenerateProgram):
+    """Answers prompt after prompt as `GenerateProgram` does, by its own step."""
+
+    def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
+        self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
+        super().__init__(built, workload, prompts)
+        longest = max(len(prompt.ids[0]) for prompt in prompts)
+        self.cache = StaticKeyValues(
+            self.decoder, workload.batch, capacity_for(longest + workload.new_tokens, workload.cache_step)
+        )
+        self._turns = self.decoder.turns(self.cache.capacity)
+        on_gpu = self.device.type == "cuda"
+        self.why_eager = None if on_gpu else "no CUDA on this device: the step runs eagerly in plain torch"
+        sampling = Sampling(workload.temperature, workload.top_k, seed)
+        ends = None if workload.eos_every is None else self.decoder.ends
+        self.chooser = Chooser(workload.batch, workload.new_tokens, self.device, sampling, ends)
+        self.captured: Captured | None = None
+        self.chosen_blocks: dict[str, str] = {}
+        self.first_use_s: dict[str, float] = {}
+        self.replays = 0
+        """Steps of the last query, replayed or eager."""
+        self.step_of: Any = self._step(on_gpu)
+        self._logits: torch.Tensor | None = None
+        self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
+        self._prepare(on_gpu)
+
+    def _step(self, on_gpu: bool) -> Any:
+        kernels = self.workload.kernels if on_gpu else "torch"
+        if kernels == "triton":
+            if importlib.util.find_spec("triton") is None:
+                raise MissingLibraryError(
+                    "engine='graph' with kernels='triton' needs the package triton, which comes with torch's CUDA builds. "
+                    "Get it with: pip install triton, or say kernels='torch'."
+                )
+            from hpc_core.engine.kernel_step import KernelStep
+
+            return KernelStep(self.decoder, self.cache, self._turns, int8_head=self.workload.head == "int8")
+        if kernels == "inductor" and self.decoder.four_bit:
+            raise SpecError(
+                "kernels='inductor' compiles plain layers; this model's are quantized to 4 bits: say kernels='triton' or 'torch'."
+            )
+        head = Int8Head(self.decoder.head.weight) if self.workload.head == "int8" else self.decoder.head
+        return PlainStep(self.decoder, self.cache, self._turns, head, eager=not on_gpu, compiled=kernels == "inductor")
+
+    def _prepare(self, on_gpu: bool) -> None:
+        """Choose block sizes and capture the step; what each takes is kept in `first_use_s`."""
+        if not on_gpu:
+            return
+        with torch.no_grad():
+            began = time.perf_counter()
+            self.chosen_blocks = self.step_of.settle()
+            torch.cuda.synchronize(self.device)
+            tuned = time.perf_counter()
+            self.captured = captured(self._decode, self.device, before=self._rewind, generator=self.chooser.generator)
+            torch.cuda.synchronize(self.device)
+        self.hidden_bytes = self.captured.hidden_bytes
+        self.first_use_s = {"tune": tuned - began, "capture": time.perf_counter() - tuned}
+
+    def _rewind(self) -> None:
+        self.cache.begin(1, None)
+        self.chooser.begin(0)
+
+    def _decode(self) -> None:
+        """One whole token: what is captured."""
+        self._logits = self.step_of(self.chooser.tokens)
+        self.chooser(self._logits)
+        self.cache.filled += 1
+
+    def _advance(self) -> None:
+        if self.captured is None:
+            self._decode()
+        else:
+            self.captured()
+        self.cache.length += 1
+        self.replays += 1
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One query: prefill and `new_tokens` tokens, fewer where every row has ended and ends are respected.
+
+        Raises:
+            MeasureError: another number of tokens came out.
+        """
+        index = self.steps_done % self.period
+        with torch.no_grad():
+            mark("prefill")
+            self._begin(index)
+            arrivals = _Arrivals(self) if self.on_token is not None else None
+            mark("decode")
+            made = 1
+            if arrivals is not None:
+                arrivals.launched()
+            while made < self.new_tokens and not self._all_ended(made):
+                self._advance()
+                made += 1
+                if arrivals is not None:
+                    arrivals.launched()
+            if arrivals is not None:
+                arrivals.finish()
+            self.output = torch.cat([self.inputs[index]["input_ids"], self.chooser.answers[:, :made]], dim=1)
+        self.steps_done += 1
+        if made != self.new_tokens and self.workload.eos_every is None:
+            raise MeasureError(f"The engine gave {made} new tokens, asked for exactly {self.new_tokens}.")
+
+    def _begin(self, index: int) -> None:
+        """Prefill, and the first token."""
+        inputs = self.inputs[index]
+        padded = self.prompts[index].padded > 0
+        self.replays = 0
+        self.chooser.begin(index)
+        last = prefill(
+            self.decoder, self.cache, self._turns, inputs["input_ids"], inputs["attention_mask"] if padded else None
+        )
+        self.chooser(self._first_logits(last))
+
+    def _first_logits(self, last: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.decoder.head(last)
+        return logits
+
+    def _all_ended(self, made: int) -> bool:
+        every = self.workload.eos_every
+        return every is not None and made % every == 0 and bool(self.chooser.ended.all())
+
+    def answer_ids(self) -> list[list[int]]:
+        """The new tokens of the last query; where ends are respected, each row up to its own."""
+        assert self.output is not None
+        width = self.inputs[(self.steps_done - 1) % self.period]["input_ids"].shape[1]
+        rows: list[list[int]] = self.output[:, width:].tolist()
+        if self.workload.eos_every is None:
+            return rows
+        ends = [next((at for at, token in enumerate(row) if token in self.decoder.ends), len(row)) for row in rows]
+        return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+    def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor:
+        """Logits of the first `rows` rows at each place of `given` (batch, tokens), by the engine's own prefill and steps, float32.
+
+        (rows, tokens, vocabulary): the logits that chose `given[:, 0]`, then those after each given token but the last.
+        """
+        inputs = self.inputs[index]
+        found = []
+        with torch.no_grad():
+            self.chooser.begin(index)
+            padded = self.prompts[index].padded > 0
+            mask = inputs["attention_mask"] if padded else None
+            last = prefill(self.decoder, self.cache, self._turns, inputs["input_ids"], mask)
+            found.append(self._first_logits(last)[:rows].float())
+            for at in range(given.shape[1] - 1):
+                self.chooser.tokens.copy_(given[:, at])
+                self._advance()
+                assert self._logits is not None
+                found.append(self._logits[:rows].float())
+        return torch.stack(found, dim=1)
+
+
+class _Arrivals:
+    """Tells when each token reached the host, while the device goes on with the next one."""
+
+    def __init__(self, program: GraphProgram):
+        self._program = program
+        self._waiting: deque[tuple[int, Any]] = deque()
+        self._count = 0
+        on_gpu = program.device.type == "cuda"
+        self._host = torch.empty(program.chooser.answers.T.shape, dtype=torch.long, pin_memory=on_gpu)
+
+    def launched(self) -> None:
+        """Another token is queued; its copy to the host follows it."""
+        self._host[self._count].copy_(self._program.chooser.tokens, non_blocking=True)
+        self._count += 1
+        event = None
+        if self._program.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((self._count, event))
+        while len(self._waiting) >= _IN_FLIGHT or (event is None and self._waiting):
+            self._tell()
+
+    def _tell(self) -> None:
+        count, event = self._waiting.popleft()
+        if event is not None:
+            event.synchronize()
+        self._program.on_token(count)
+
+    def finish(self) -> None:
+        """Wait for the rest."""
+        while self._waiting:
+            self._tell()
+
+
+def _ends_of(model: Any, workload: GenerateSpec) -> tuple[int, ...]:
+    """Ids that end a sequence, by the generation's configuration or the model's.
+
+    Raises:
+        SpecError: they are to be respected and there are none.
+    """
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        ends = getattr(holder, "eos_token_id", None)
+        if ends is not None:
+            return tuple(ends) if isinstance(ends, list | tuple) else (int(ends),)
+    if workload.eos_every is not None:
+        raise SpecError(f"eos_every={workload.eos_every}: this model names no token that ends a sequence; drop it.")
+    return ()
+
+
+def graph_program(built: Built, workload: GenerateSpec, *, seed: int = 0) -> GraphProgram:
+    """The engine's program of a generation case: cache made, step captured on a GPU, nothing answered yet.
+
+    Raises:
+        DataError: the data has fewer prompts than asked for.
+        SpecError: a model that the engine does not know, by name.
+        MissingLibraryError: kernels='triton' without triton.
+    """
+    return GraphProgram(built, workload, prompts_for(built, workload), seed)

@@ -1,0 +1,175 @@
+"""What the engine takes from a transformers model: its layers' modules, sizes and rotary tables. Refused by name where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hpc_core.errors import SpecError
+
+__all__ = ["SUPPORTED", "Decoder", "Layer", "decoder_of", "int8_rows", "kind_of"]
+
+SUPPORTED = ("LlamaForCausalLM", "Qwen2ForCausalLM")
+_ADAPTED = "merge the adapter into its model first: model = model.merge_and_unload()"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer's modules; products that share an input stand together."""
+
+    input_norm: Any
+    qkv: tuple[Any, Any, Any]
+    output: Any
+    post_norm: Any
+    gate_up: tuple[Any, Any]
+    down: Any
+
+    @property
+    def products(self) -> tuple[Any, ...]:
+        """The seven linear layers."""
+        return (*self.qkv, self.output, *self.gate_up, self.down)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model as the engine sees it. Nothing is copied: every weight stays where the model holds it."""
+
+    layers: tuple[Layer, ...]
+    embedding: torch.Tensor
+    """(vocabulary, hidden)."""
+    final_norm: Any
+    head: Any
+    rotary: Any
+    heads: int
+    groups: int
+    """Heads of keys and values."""
+    head_width: int
+    eps: float
+    ends: tuple[int, ...]
+    """Ids that end a sequence."""
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return int(self.embedding.shape[1])
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return int(self.embedding.shape[0])
+
+    @property
+    def inner(self) -> int:
+        """Width between gate and down."""
+        return int(self.layers[0].down.in_features)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, cache and unquantized weights."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.embedding.device
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether any layer's products are quantized to four bits."""
+        return any(kind_of(module) == "4-bit" for layer in self.layers for module in layer.products)
+
+    def turns(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of the first `count` positions, (count, head width), rounded to the model's dtype as its layers do."""
+        positions = torch.arange(count, device=self.device)[None]
+        example = torch.zeros(1, device=self.device, dtype=self.dtype)
+        with torch.no_grad():
+            cos, sin = self.rotary(example, positions)
+        return cos[0].to(self.dtype).contiguous(), sin[0].to(self.dtype).contiguous()
+
+
+def decoder_of(model: Any, ends: Sequence[int] = ()) -> Decoder:
+    """The model as the engine sees it.
+
+    Raises:
+        SpecError: another architecture, an adapter that is not merged, 8-bit layers, sliding windows, another activation, several devices.
+    """
+    name = type(model).__name__
+    if name not in SUPPORTED:
+        hint = f" {_ADAPTED}." if hasattr(model, "peft_config") else ""
+        raise SpecError(f"engine='graph' knows {' and '.join(SUPPORTED)}, this is {name}.{hint}")
+    config = model.config.get_text_config()
+    if config.hidden_act != "silu":
+        raise SpecError(f"engine='graph' knows the activation silu, this model has {config.hidden_act!r}.")
+    if getattr(config, "use_sliding_window", False):
+        raise SpecError("engine='graph' attends to the whole cache, this model has a sliding window.")
+    layers = tuple(_layer(part) for part in model.model.layers)
+    decoder = Decoder(
+        layers=layers,
+        embedding=model.model.embed_tokens.weight,
+        final_norm=model.model.norm,
+        head=model.lm_head,
+        rotary=model.model.rotary_emb,
+        heads=int(config.num_attention_heads),
+        groups=int(config.num_key_value_heads),
+        head_width=int(layers[0].qkv[0].out_features) // int(config.num_attention_heads),
+        eps=float(config.rms_norm_eps),
+        ends=tuple(ends),
+    )
+    for module in (decoder.head, *(part for layer in layers for part in layer.products)):
+        kind_of(module)
+    biased = [part for layer in layers for part in (layer.output, *layer.gate_up, layer.down) if part.bias is not None]
+    if biased or decoder.head.bias is not None:
+        raise SpecError("engine='graph' knows biases of q, k and v; this model has one elsewhere.")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise SpecError(f"engine='graph' runs on one device, this model lies on {', '.join(sorted(devices))}.")
+    return decoder
+
+
+def _layer(part: Any) -> Layer:
+    attention, mlp = part.self_attn, part.mlp
+    return Layer(
+        input_norm=part.input_layernorm,
+        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
+        output=attention.o_proj,
+        post_norm=part.post_attention_layernorm,
+        gate_up=(mlp.gate_proj, mlp.up_proj),
+        down=mlp.down_proj,
+    )
+
+
+def kind_of(module: Any) -> str:
+    """Whether a layer is "plain" or "4-bit".
+
+    Raises:
+        SpecError: neither, such as LLM.int8 or LoRA.
+    """
+    name = type(module).__name__
+    if type(module) is torch.nn.Linear:
+        return "plain"
+    if name == "Linear4bit" and not hasattr(module, "lora_A"):
+        state = module.weight.quant_state
+        if state is None or state.blocksize != 64:
+            raise SpecError(
+                f"engine='graph' reads blocks of 64 four-bit weights, got {getattr(state, 'blocksize', None)}."
+            )
+        return "4-bit"
+    hint = f" {_ADAPTED}." if hasattr(module, "lora_A") else ""
+    raise SpecError(
+        f"engine='graph' multiplies by torch.nn.Linear and by bitsandbytes' 4-bit layers, not by {name}.{hint}"
+    )
+
+
+def int8_rows(weight: torch.Tensor, rows: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrix (n, k) in int8 and a float32 scale for each row, made some rows at a time; a row's largest is 127."""
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows].float()
+        largest = part.abs().amax(dim=1).clamp(min=1e-12)
+        scales[start : start + rows] = largest / 127
+        codes[start : start + rows] = (part * (127 / largest)[:, None]).round().to(torch.int8)
+    return codes, scales

@@ -1,0 +1,186 @@
+"""One decode step by our own kernels: six launches a layer, every buffer made once. Imports triton."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hpc_core.engine.attention_kernels import attend_part, join_parts
+from hpc_core.engine.batch_kernels import embed, norm_rows
+from hpc_core.engine.decoder import Decoder, Layer, kind_of
+from hpc_core.engine.products import Product, launched, product_of, values_by_eights
+from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engine.tuning import choose_blocks
+
+__all__ = ["KernelStep"]
+
+_KEYS_A_BLOCK = 32
+_PROGRAMS = 192
+"""Attention is cut into about so many programs: more than a GPU has multiprocessors."""
+_EMBED_BLOCK = 1024
+_PRODUCTS = ("qkv", "output", "gate_up", "down")
+
+
+class KernelStep:
+    """Logits of the next token. Activations live in the buffers below and are overwritten by each layer."""
+
+    kernels = "triton"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: StaticKeyValues,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        *,
+        int8_head: bool,
+        early: bool | None = None,
+    ):
+        self._decoder = decoder
+        self._cache = cache
+        self._turns = turns
+        self.head = "int8" if int8_head else "plain"
+        self._batch = cache.batch
+        self._early = _begins_early(decoder.device) if early is None else early
+        self._permuted = decoder.four_bit
+        """Activations are stored by eights; see `vector_kernels`."""
+        self._dummy = torch.zeros(1, dtype=decoder.dtype, device=decoder.device)
+        self._layers = [self._prepared(layer) for layer in decoder.layers]
+        gain = self._gain(decoder.final_norm)
+        self._final_gain = gain
+        self._head = self._product([decoder.head], gain, permuted=(self._permuted, False), int8=int8_head)
+        self._make_buffers()
+
+    def _gain(self, norm: Any) -> torch.Tensor:
+        weight: torch.Tensor = norm.weight.detach()
+        return values_by_eights(weight) if self._permuted else weight
+
+    def _product(self, modules: Any, gain: torch.Tensor | None = None, **options: Any) -> Product:
+        return product_of(
+            modules,
+            batch=self._batch,
+            dummy=self._dummy,
+            early=self._early,
+            gain=gain,
+            eps=self._decoder.eps,
+            **options,
+        )
+
+    def _prepared(self, layer: Layer) -> dict[str, Any]:
+        inside, both = (self._permuted, False), (self._permuted, self._permuted)
+        gains = self._gain(layer.input_norm), self._gain(layer.post_norm)
+        return {
+            "gains": gains,
+            "qkv": self._product(layer.qkv, gains[0], permuted=inside),
+            "output": self._product([layer.output], permuted=both),
+            "gate_up": self._product(layer.gate_up, gains[1], gated=True, permuted=both),
+            "down": self._product([layer.down], permuted=both),
+        }
+
+    def _make_buffers(self) -> None:
+        decoder, batch = self._decoder, self._batch
+
+        def empty(*shape: int, dtype: torch.dtype = decoder.dtype) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=decoder.device)
+
+        most = max(1, self._cache.capacity // _KEYS_A_BLOCK)
+        wanted = min(most, max(1, _PROGRAMS // (batch * decoder.groups)))
+        self._parts = 1 << (wanted - 1).bit_length()
+        heads = batch * decoder.heads
+        self._hidden = empty(batch, decoder.hidden)
+        self._middle = empty(batch, decoder.hidden)
+        self._normed = empty(batch, decoder.hidden)
+        self._qkv = empty(batch, (decoder.heads + 2 * decoder.groups) * decoder.head_width)
+        self._mixed = empty(batch, decoder.heads * decoder.head_width)
+        self._inner = empty(batch, decoder.inner)
+        self._logits = empty(batch, decoder.vocabulary)
+        self._highest = empty(heads, self._parts, dtype=torch.float32)
+        self._weight = empty(heads, self._parts, dtype=torch.float32)
+        self._part = empty(heads, self._parts, decoder.head_width, dtype=torch.float32)
+
+    def owned_weights(self) -> list[torch.Tensor]:
+        """Copies of weights beside the model's own: an int8 head, block constants that were quantized again and are not here."""
+        held = [
+            tensor
+            for tensor in (self._head.weight, self._head.scales)
+            if self._head.kind == "int8" and tensor is not None
+        ]
+        if self._permuted:
+            known = {module.weight.quant_state.absmax.data_ptr() for module in self._four_bit_modules()}
+            every = [tensor for layer in self._layers for name in _PRODUCTS for tensor in layer[name].constants]
+            held += [tensor for tensor in every if tensor.data_ptr() not in known]
+        return held
+
+    def _four_bit_modules(self) -> list[Any]:
+        modules = [part for layer in self._decoder.layers for part in layer.products]
+        return [module for module in modules if kind_of(module) == "4-bit"]
+
+    def settle(self) -> dict[str, str]:
+        """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""
+        if self._decoder.device.type == "cpu":
+            return {}
+        chosen = {}
+        buffers = {
+            "qkv": (self._hidden, self._qkv),
+            "output": (self._mixed, self._middle),
+            "gate_up": (self._middle, self._inner),
+            "down": (self._inner, self._hidden),
+        }
+        for name, (x, out) in buffers.items():
+            products = [layer[name] for layer in self._layers]
+            chosen[name] = choose_blocks(products, x, out)
+        chosen["head"] = choose_blocks([self._head], self._hidden, self._logits)
+        return chosen
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, vocabulary) after `tokens` (batch,), in a buffer that the next call overwrites."""
+        decoder = self._decoder
+        grid = (self._batch, -(-decoder.hidden // _EMBED_BLOCK))
+        embed[grid](
+            tokens,
+            decoder.embedding,
+            self._hidden,
+            decoder.hidden,
+            permuted=self._permuted,
+            block=_EMBED_BLOCK,
+            **launched(self._early),
+        )
+        for layer, kept in zip(self._layers, self._cache.layers, strict=True):
+            layer["qkv"](self._norm(self._hidden, layer["gains"][0]), self._qkv)
+            self._attend(kept)
+            layer["output"](self._mixed, self._middle, residual=self._hidden)
+            layer["gate_up"](self._norm(self._middle, layer["gains"][1]), self._inner)
+            layer["down"](self._inner, self._hidden, residual=self._middle)
+        self._head(self._norm(self._hidden, self._final_gain), self._logits)
+        return self._logits
+
+    def _norm(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        """At batch 1 the norm is part of the product that follows."""
+        if self._batch == 1:
+            return x
+        hidden = self._decoder.hidden
+        block = 1 << (hidden - 1).bit_length()
+        norm_rows[(self._batch,)](
+            x, gain, self._normed, hidden, self._decoder.eps, block=block, num_warps=8, **launched(self._early)
+        )
+        return self._normed
+
+    def _attend(self, kept: Any) -> None:
+        decoder, cache = self._decoder, self._cache
+        groups, shared, width = decoder.groups, decoder.heads // decoder.groups, decoder.head_width
+        attend_part[(self._batch * groups, self._parts)](
+            self._qkv, *self._turns, kept.keys, kept.values, cache.first, cache.filled,
+            self._highest, self._weight, self._part, 1.0 / math.sqrt(width), cache.capacity,
+            groups=groups, shared=shared, shared_padded=max(16, 1 << (shared - 1).bit_length()), width=width,
+            parts=self._parts, block=_KEYS_A_BLOCK, num_warps=4, **launched(self._early),
+        )  # fmt: skip
+        join_parts[(self._batch * decoder.heads,)](
+            self._highest, self._weight, self._part, self._mixed, decoder.heads,
+            permuted=self._permuted, width=width, parts=self._parts, num_warps=2, **launched(self._early),
+        )  # fmt: skip
+
+
+def _begins_early(device: torch.device) -> bool:
+    """Programmatic dependent launch is Hopper's."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,212 @@
+"""Prefill, and one decode step, in plain torch: the path of machines without CUDA, and the one that the kernels are held against."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+
+from hpc_core.engine.decoder import Decoder, Layer
+from hpc_core.engine.static_cache import StaticKeyValues
+
+__all__ = ["PlainStep", "attend", "prefill", "turned"]
+
+
+def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of (batch, heads, tokens, width) by cos and sin that broadcast to it."""
+    left, right = heads.chunk(2, dim=-1)
+    return heads * cos + torch.cat([-right, left], dim=-1) * sin
+
+
+def prefill(
+    decoder: Decoder,
+    cache: StaticKeyValues,
+    turns: tuple[torch.Tensor, torch.Tensor],
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Fill the cache from (batch, width) ids and give the last position's hidden state (batch, hidden), normed.
+
+    Causal attention without a mask where nothing is padded, so that a flash kernel can take it; padding stands on the left.
+    """
+    batch, width = ids.shape
+    cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
+    places = torch.arange(width, device=ids.device)
+    if mask is None:
+        cos, sin = (part[:width][None, None] for part in turns)
+        allowed = None
+    else:
+        positions = (places[None] - cache.first[:, None]).clamp(min=0)
+        cos, sin = (part[positions][:, None] for part in turns)
+        # Padding sees itself, so that no row of the softmax is empty; nobody reads what it gives.
+        real = (places[None, :] >= cache.first[:, None])[:, None, None, :]
+        causal = places[None, :] <= places[:, None]
+        allowed = causal & (real | (places[None, :] == places[:, None]))
+    hidden = decoder.embedding[ids]
+    for layer, kept in zip(decoder.layers, cache.layers, strict=True):
+        query, key, value = _heads(decoder, layer, layer.input_norm(hidden))
+        query, key = turned(query, cos, sin), turned(key, cos, sin)
+        kept.keys[:, :, :width].copy_(key)
+        kept.values[:, :, :width].copy_(value)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=decoder.groups != decoder.heads
+        )
+        hidden = hidden + layer.output(mixed.transpose(1, 2).reshape(batch, width, -1))
+        hidden = hidden + _mlp(layer, layer.post_norm(hidden))
+    last: torch.Tensor = decoder.final_norm(hidden[:, -1])
+    return last
+
+
+def _heads(decoder: Decoder, layer: Layer, hidden: torch.Tensor) -> list[torch.Tensor]:
+    """q, k and v as (batch, heads, tokens, width)."""
+    shape = (*hidden.shape[:2], -1, decoder.head_width)
+    return [module(hidden).view(shape).transpose(1, 2) for module in layer.qkv]
+
+
+def _mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = (module(hidden) for module in layer.gate_up)
+    result: torch.Tensor = layer.down(functional.silu(gate) * up)
+    return result
+
+
+def attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: torch.Tensor, filled: torch.Tensor | int
+) -> torch.Tensor:
+    """One token's attention: query (batch, heads, width) over keys and values (batch, groups, places, width), gives (batch, heads, width).
+
+    Places before `first` (batch,) and from `filled` on are not seen. The heads of a group share their keys without a copy of them.
+    """
+    batch, heads, width = query.shape
+    groups, places = keys.shape[1:3]
+    grouped = query.view(batch, groups, heads // groups, width)
+    scores = (grouped @ keys.transpose(2, 3)).float() / math.sqrt(width)
+    at = torch.arange(places, device=query.device)
+    seen = (at[None, :] >= first[:, None]) & (at[None, :] < filled)
+    scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+    shares = scores.softmax(dim=-1).to(values.dtype)
+    return (shares @ values).reshape(batch, heads, width)
+
+
+class PlainStep:
+    """Logits of the next token by torch's own operators. Captured, it sees the whole cache through a mask; eager, its filled part."""
+
+    kernels = "torch"
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: StaticKeyValues,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        head: Any,
+        *,
+        eager: bool,
+        compiled: bool = False,
+    ):
+        self._decoder = decoder
+        self._cache = cache
+        self._turns = turns
+        self.head = "int8" if hasattr(head, "scales") else "plain"
+        self._head = head
+        self._eager = eager
+        self._layer: Any = _layer_step
+        if compiled:
+            self.kernels = "inductor"
+            # One layer is compiled once and serves all, since its weights are arguments.
+            options: dict[str, Any] = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
+            self._layer = torch.compile(_layer_step, fullgraph=True, dynamic=False, options=options)
+
+    def owned_weights(self) -> list[torch.Tensor]:
+        """Copies of weights beside the model's own."""
+        return [value for value in vars(self._head).values() if isinstance(value, torch.Tensor)]
+
+    def settle(self) -> dict[str, str]:
+        """Nothing to choose."""
+        return {}
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (batch, vocabulary) after `tokens` (batch,); the cache takes them in, its counters are left to the caller."""
+        cache, decoder = self._cache, self._decoder
+        positions = (cache.filled - cache.first).long()
+        cos, sin = (part[positions][:, None] for part in self._turns)
+        places = cache.length + 1 if self._eager else cache.capacity
+        hidden = decoder.embedding[tokens]
+        for layer, kept in zip(decoder.layers, cache.layers, strict=True):
+            hidden = self._layer(
+                hidden,
+                _taken(layer, compiled=self.kernels == "inductor"),
+                decoder.eps,
+                decoder.head_width,
+                cos,
+                sin,
+                kept.keys[:, :, :places],
+                kept.values[:, :, :places],
+                cache.first,
+                cache.filled,
+            )
+        logits: torch.Tensor = self._head(decoder.final_norm(hidden))
+        return logits
+
+
+def _taken(layer: Layer, *, compiled: bool) -> Any:
+    """The layer's modules, or for the compiler their tensors: modules would be compiled anew for each layer."""
+    if not compiled:
+        return layer
+    return (
+        layer.input_norm.weight,
+        *((part.weight, part.bias) for part in layer.qkv),
+        layer.output.weight,
+        layer.post_norm.weight,
+        *(part.weight for part in layer.gate_up),
+        layer.down.weight,
+    )
+
+
+def _layer_step(
+    hidden: torch.Tensor,
+    layer: Any,
+    eps: float,
+    width: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    first: torch.Tensor,
+    filled: torch.Tensor,
+) -> torch.Tensor:
+    normed, q, k, v = _projected(hidden, layer, eps)
+    batch = hidden.shape[0]
+    query, key, value = (part.view(batch, -1, width) for part in (q, k, v))
+    query, key = turned(query, cos, sin), turned(key, cos, sin)
+    place = filled.long()
+    keys.index_copy_(2, place, key[:, :, None])
+    values.index_copy_(2, place, value[:, :, None])
+    mixed = attend(query, keys, values, first, filled + 1).reshape(batch, -1)
+    del normed
+    return _fed_forward(hidden, mixed, layer, eps)
+
+
+def _rms(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    exact = hidden.float()
+    scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(hidden.dtype)
+
+
+def _projected(hidden: torch.Tensor, layer: Any, eps: float) -> tuple[torch.Tensor, ...]:
+    if isinstance(layer, Layer):
+        normed = layer.input_norm(hidden)
+        return (normed, *(module(normed) for module in layer.qkv))
+    normed = _rms(hidden, layer[0], eps)
+    return (normed, *(functional.linear(normed, weight, bias) for weight, bias in layer[1:4]))
+
+
+def _fed_forward(hidden: torch.Tensor, mixed: torch.Tensor, layer: Any, eps: float) -> torch.Tensor:
+    if isinstance(layer, Layer):
+        hidden = hidden + layer.output(mixed)
+        return hidden + _mlp(layer, layer.post_norm(hidden))
+    output, post, gate, up, down = layer[4:]
+    hidden = hidden + functional.linear(mixed, output)
+    normed = _rms(hidden, post, eps)
+    inner = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
+    return hidden + functional.linear(inner, down)

@@ -1,0 +1,252 @@
+"""Products of activations with the model's weights by our own kernels: which tensors, which launch, which block sizes.
+
+Imports triton, so import it only where that is installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hpc_core.engine.batch_kernels import four_bit_rows, plain_rows
+from hpc_core.engine.block_sizes import ANYWHERE, CANDIDATES, FOR_CPU, Blocks
+from hpc_core.engine.code_lookup import byte_tables
+from hpc_core.engine.decoder import int8_rows, kind_of
+from hpc_core.engine.four_bit_kernels import four_bit_vector
+from hpc_core.engine.vector_kernels import plain_vector
+
+__all__ = ["Product", "launched", "product_of", "values_by_eights"]
+
+
+def launched(early: bool) -> dict[str, Any]:
+    """Arguments of a launch that may begin early, or not."""
+    return {"early": True, "launch_pdl": True} if early else {"early": False}
+
+
+def _words(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.int32)
+
+
+def values_by_eights(values: torch.Tensor) -> torch.Tensor:
+    """(…, k) stored by eights: the first two of each eight, then the next two of each; see `vector_kernels`."""
+    stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
+    return stored
+
+
+@dataclass
+class Product:
+    """One launch: up to three matrices with a common input, with all that is done before and after."""
+
+    kind: str
+    """"plain", "int8" or "4-bit"."""
+    weight: torch.Tensor
+    rows: tuple[int, ...]
+    columns: int
+    far: tuple[int, int]
+    """Distances in elements of the second and third matrix from the first."""
+    gated: bool
+    gain: torch.Tensor | None
+    eps: float
+    x_permuted: bool
+    out_permuted: bool
+    batch: int
+    dummy: torch.Tensor
+    early: bool
+    """Whether launches may begin while those before still run; see `vector_kernels`."""
+    bias: torch.Tensor | None = None
+    bias_far: tuple[int, int] = (0, 0)
+    scales: torch.Tensor | None = None
+    """int8: a float32 a row. 4-bit: a float32 for each 64 weights of the first matrix."""
+    scales_far: tuple[int, int] = (0, 0)
+    table: torch.Tensor | None = None
+    tables: torch.Tensor | None = None
+    constants: list[torch.Tensor] = field(default_factory=list)
+    """4-bit: those of every matrix."""
+    blocks: Blocks = ANYWHERE
+    kept: list[Any] = field(default_factory=list)
+    """Tensors that only distances point to: they must live as long as this."""
+
+    @property
+    def out_rows(self) -> int:
+        """Elements of one item's result."""
+        return self.rows[0] if self.gated else sum(self.rows)
+
+    @property
+    def likeness(self) -> tuple[Any, ...]:
+        """Products that share this are alike for choosing block sizes."""
+        return (self.kind, self.rows, self.columns, self.gated, self.gain is not None, self.bias is not None)
+
+    def candidates(self) -> list[Blocks]:
+        """Block sizes that fit."""
+        every = CANDIDATES["4-bit" if self.kind == "4-bit" else "plain", self.batch == 1]
+        half = self.dummy.dtype in (torch.bfloat16, torch.float16)
+        return [
+            blocks
+            for blocks in every
+            if all(rows % blocks.n == 0 for rows in self.rows) and (half or not blocks.permutes)
+        ]
+
+    def start(self) -> None:
+        """Take sizes that work anywhere."""
+        if self.weight.device.type == "cpu":
+            self.blocks = FOR_CPU["4-bit" if self.kind == "4-bit" else "plain"]
+        else:
+            self.blocks = self.candidates()[0]
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """out (batch, rows) from x (batch, columns); the norm is part of it at batch 1 and done before it at others."""
+        none, sizes = self.dummy, self.blocks
+        n_first, n_second = (self.rows[0], 0) if self.gated or len(self.rows) == 1 else self.rows[:2]
+        shared: dict[str, Any] = {
+            "bias": none if self.bias is None else self.bias,
+            "residual": none if residual is None else residual,
+            "out": out,
+            "n_first": n_first,
+            "n_second": n_second,
+            "n_all": self.out_rows,
+            "k_size": self.columns,
+            "second": self.far[0],
+            "third": self.far[1],
+            "bias_second": self.bias_far[0],
+            "bias_third": self.bias_far[1],
+            "gated": self.gated,
+            "has_bias": self.bias is not None,
+            "has_residual": residual is not None,
+            "out_permuted": self.out_permuted,
+            "block_n": sizes.n,
+            "block_k": sizes.k,
+            "num_warps": sizes.warps,
+            **launched(self.early),
+        }
+        if self.kind == "4-bit":
+            shared |= {
+                "absmax": self.scales,
+                "absmax_second": self.scales_far[0],
+                "absmax_third": self.scales_far[1],
+                "table": self.table,
+            }
+        else:
+            shared |= {
+                "row_scale": none if self.scales is None else self.scales,
+                "scaled": self.scales is not None,
+                "x_permuted": self.x_permuted,
+            }
+        grid = (self.out_rows // sizes.n,)
+        if self.batch > 1:
+            kernel: Any = four_bit_rows if self.kind == "4-bit" else plain_rows
+            kernel[grid](
+                x=x,
+                w=self.weight,
+                batch=self.batch,
+                padded=16 if self.batch <= 16 else 32,
+                stages=sizes.stages,
+                **shared,
+            )
+            return
+        words = self.columns // 8 if self.kind == "4-bit" else self.columns
+        shared |= {
+            "gain": none if self.gain is None else self.gain,
+            "norm": self.gain is not None,
+            "eps": self.eps,
+            "whole": words % sizes.k == 0,
+        }
+        if self.kind == "4-bit":
+            if sizes.permutes:
+                x, shared["gain"] = _words(x), _words(shared["gain"]) if self.gain is not None else none
+            four_bit_vector[grid](
+                x=x,
+                w=self.weight,
+                tables=self.tables,
+                permutes=sizes.permutes,
+                bf16=out.dtype == torch.bfloat16,
+                **shared,
+            )
+        else:
+            plain_vector[grid](x=x, w=self.weight, **shared)
+
+
+def product_of(
+    modules: Sequence[Any],
+    *,
+    batch: int,
+    dummy: torch.Tensor,
+    early: bool,
+    gain: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    permuted: tuple[bool, bool] = (False, False),
+    int8: bool = False,
+) -> Product:
+    """The product of these modules' matrices; `permuted` says whether input and output are stored by eights."""
+    kinds = {kind_of(module) for module in modules}
+    if len(kinds) > 1:
+        raise NotImplementedError("layers with a common input are quantized alike")
+    kind = kinds.pop()
+    weights = [_stored(module, kind) for module in modules]
+    scales, table, tables = None, None, None
+    constants: list[torch.Tensor] = []
+    scales_far, kept = (0, 0), [*weights]
+    if kind == "4-bit":
+        constants = [_constants(module.weight.quant_state) for module in modules]
+        scales, scales_far = constants[0], _distances(constants)
+        kept += constants
+        code = modules[0].weight.quant_state.code
+        table = code.float()
+        tables = byte_tables(code)
+    elif int8:
+        kind = "int8"
+        weights[0], scales = int8_rows(weights[0])
+        kept = weights
+    biases = [module.bias for module in modules if module.bias is not None]
+    product = Product(
+        kind=kind,
+        weight=weights[0],
+        rows=tuple(int(module.out_features) for module in modules),
+        columns=int(modules[0].in_features),
+        far=_distances(weights),
+        gated=gated,
+        gain=gain if batch == 1 else None,
+        eps=eps,
+        x_permuted=permuted[0],
+        out_permuted=permuted[1],
+        batch=batch,
+        dummy=dummy,
+        early=early,
+        bias=biases[0] if biases else None,
+        bias_far=_distances(biases),
+        scales=scales,
+        scales_far=scales_far,
+        table=table,
+        tables=tables,
+        constants=constants,
+        kept=[*kept, *biases],
+    )
+    product.start()
+    return product
+
+
+def _stored(module: Any, kind: str) -> torch.Tensor:
+    weight: torch.Tensor = module.weight.data
+    return weight.view(-1).view(torch.uint8).view(torch.int32) if kind == "4-bit" else weight.contiguous()
+
+
+def _constants(state: Any) -> torch.Tensor:
+    """A float32 for each block; those that are quantized again are decoded once."""
+    if not state.nested:
+        absmax: torch.Tensor = state.absmax
+        return absmax.float()
+    from bitsandbytes.functional import dequantize_blockwise
+
+    decoded: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return decoded.float()
+
+
+def _distances(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Elements from the first tensor's beginning to those of the second and third: all device memory has one address space."""
+    addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
+    width = tensors[0].element_size() if tensors else 1
+    far = [(address - addresses[0]) // width if address else 0 for address in addresses[1:3]]
+    return far[0], far[1]

@@ -1,0 +1,62 @@
+"""The engine's KV cache: made once, with its counters on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hpc_core.engine.decoder import Decoder
+
+__all__ = ["StaticKeyValues", "capacity_for"]
+
+
+def capacity_for(tokens: int, step: int) -> int:
+    """Places a row for so many tokens, rounded up to a multiple of `step`: other lengths then meet the same shapes."""
+    return -(-tokens // step) * step
+
+
+@dataclass(frozen=True)
+class LayerKeyValues:
+    """One layer's part, (batch, groups, capacity, head width) each."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class StaticKeyValues:
+    """Keys and values of every layer, and where each row's prompt begins."""
+
+    def __init__(self, decoder: Decoder, batch: int, capacity: int):
+        shape = (batch, decoder.groups, capacity, decoder.head_width)
+
+        def place() -> torch.Tensor:
+            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+
+        self.layers = [LayerKeyValues(place(), place()) for _ in decoder.layers]
+        self.batch = batch
+        self.capacity = capacity
+        self.filled = torch.zeros(1, dtype=torch.int32, device=decoder.device)
+        """Places in use, of every row alike; counted up by each step."""
+        self.first = torch.zeros(batch, dtype=torch.int32, device=decoder.device)
+        """Where a row's prompt begins: after its padding."""
+        self.length = 0
+        """`filled` as the host knows it without asking the device."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of every layer."""
+        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
+
+    def begin(self, width: int, padding: torch.Tensor | None) -> None:
+        """A new prompt of `width` places, of which the first `padding` (batch,) of each row are padding."""
+        self.filled.fill_(width)
+        self.length = width
+        if padding is None:
+            self.first.zero_()
+        else:
+            self.first.copy_(padding)
+
+    def get_seq_length(self) -> int:
+        """Places in use, as transformers' caches say it."""
+        return self.length

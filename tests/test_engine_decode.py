@@ -1,0 +1,275 @@
+"""The graph engine on a CPU, where its step runs eagerly: the tokens of transformers' `generate`, ends, sampling, refusals."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.build import Built, build
+from hpc_core.build.adapter import attach_adapter
+from hpc_core.cases import generate, tiny
+from hpc_core.data.rows import PromptBatch
+from hpc_core.engine.choosing import Chooser, Sampling
+from hpc_core.engine.decode import GraphProgram, graph_program
+from hpc_core.engine.decoder import decoder_of, int8_rows
+from hpc_core.engine.plain_step import attend
+from hpc_core.engine.static_cache import capacity_for
+from hpc_core.errors import PredictError, SpecError
+from hpc_core.predict.generate import predict_generate
+from hpc_core.program import unmarked
+from hpc_core.run.generate import GenerateProgram, generate_program
+from hpc_core.spec import AdapterSpec, GenerateSpec, ModelSpec, QuantSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CPU = torch.device("cpu")
+FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
+NF4 = QuantSpec(kind="nf4", compute_dtype="float32")
+
+
+def _stirred(model: Any) -> Any:
+    """Matrices moved at random, so that greedy answers are not one token repeated."""
+    torch.manual_seed(11)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and parameter.is_floating_point():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(scope="module")
+def plain() -> Built:
+    built = build(generate(FLOAT), CPU)
+    _stirred(built.model)
+    return built
+
+
+@pytest.fixture(scope="module")
+def quantized() -> Built:
+    built = build(generate(FLOAT, quantization=NF4), CPU)
+    _stirred(built.model)
+    for module in built.model.modules():
+        if hasattr(module, "quant_state"):
+            cast("Any", module).weight.quant_state.absmax *= 5.0
+    return built
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Built:
+    """A small Qwen2, whose q, k and v have biases."""
+    config = transformers.Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        eos_token_id=2,
+    )
+    torch.manual_seed(5)
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.3)
+    return Built(_stirred(_stirred(model)), CPU, 300, None)
+
+
+def _both(built: Built, **workload: Any) -> tuple[GraphProgram, GenerateProgram]:
+    sizes: dict[str, Any] = {"prompts": 2, "prompt_length": 9, "new_tokens": 10} | workload
+    return graph_program(built, GenerateSpec(engine="graph", **sizes)), generate_program(built, GenerateSpec(**sizes))
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("name", ["plain", "quantized", "qwen"])
+def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, name: str, batch: int) -> None:
+    """Unquantized, in NF4 and with biases, one prompt and four: token by token what transformers answers."""
+    engine, stock = _both(request.getfixturevalue(name), batch=batch)
+    for _ in range(2):
+        engine.step()
+        stock.step()
+        assert engine.answer_ids() == stock.answer_ids()
+        assert len(set(engine.answer_ids()[0])) > 1
+
+
+def test_padded_prompts_are_answered_as_generate_answers_them(plain: Built) -> None:
+    """Rows padded on the left count their positions from their first token, and see no padding."""
+    ids = [[0] * 14 + list(range(3, 9)), list(range(100, 120)), [0] * 3 + list(range(40, 57))]
+    mask = [[0] * 14 + [1] * 6, [1] * 20, [0] * 3 + [1] * 17]
+    prompt = [PromptBatch(ids, mask, 43, 17)]
+    engine = GraphProgram(plain, GenerateSpec(engine="graph", batch=3, prompts=1, new_tokens=8), prompt)
+    stock = GenerateProgram(plain, GenerateSpec(batch=3, prompts=1, new_tokens=8), prompt)
+    engine.step()
+    stock.step()
+    assert engine.answer_ids() == stock.answer_ids()
+
+
+def test_tokens_are_told_in_order_and_phases_marked(plain: Built) -> None:
+    """A watched query marks prefill and decode, tells every token once, and says why nothing was captured."""
+    engine, _ = _both(plain)
+    seen: list[Any] = []
+    engine.on_token = seen.append
+    engine.step(seen.append)
+    assert seen == ["prefill", "decode", *range(1, 11)]
+    assert engine.captured is None
+    assert "no CUDA" in str(engine.why_eager)
+
+
+def test_ends_are_respected_and_looked_at_every_few_tokens(plain: Built) -> None:
+    """A row that has ended goes on with padding; the query stops at the first look after every row has ended."""
+    engine, _ = _both(plain, new_tokens=12)
+    engine.step()
+    answer = engine.answer_ids()[0]
+    at = next(index for index, token in enumerate(answer) if index >= 4 and token not in answer[:index])
+    cast("Any", plain.model).generation_config.eos_token_id = answer[at]
+    for every in (1, 5):
+        ending = graph_program(
+            plain, GenerateSpec(engine="graph", prompts=2, prompt_length=9, new_tokens=12, eos_every=every)
+        )
+        cast("Any", plain.model).generation_config.eos_token_id = answer[at]
+        ending.step()
+        assert ending.answer_ids()[0] == answer[: at + 1]
+        assert ending.output is not None
+        made = ending.output.shape[1] - 9
+        assert made == min(12, -(-(at + 1) // every) * every)
+        assert ending.output[0, 9 + at + 1 :].tolist() == [0] * (made - at - 1)
+    cast("Any", plain.model).generation_config.eos_token_id = None
+
+
+def test_sampling_follows_its_seed_and_its_top_k(plain: Built) -> None:
+    """The same seed draws the same tokens, another one others; the likeliest one alone is greedy."""
+    drawn = []
+    for seed, top_k in ((1, 50), (1, 50), (2, 50), (3, 1)):
+        workload = GenerateSpec(engine="graph", prompts=1, prompt_length=9, new_tokens=10, temperature=1.5, top_k=top_k)
+        program = graph_program(plain, workload, seed=seed)
+        program.step()
+        drawn.append(program.answer_ids())
+    greedy, _ = _both(plain)
+    greedy.step()
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[3] == greedy.answer_ids()
+
+
+def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
+    """Over four thousand rows the shares of three tokens are the softmax at this temperature, within four standard errors."""
+    rows, logits = 4000, torch.tensor([0.0, 1.0, 2.0])
+    chooser = Chooser(rows, 1, CPU, Sampling(temperature=0.7, seed=4), None)
+    chooser.begin(0)
+    chooser(logits.expand(rows, 3))
+    wanted = (logits / 0.7).softmax(0)
+    shares = torch.bincount(chooser.tokens, minlength=3) / rows
+    assert (shares - wanted).abs().max() < 4 * 0.5 / rows**0.5
+
+
+def test_a_merged_adapter_runs_and_another_is_refused() -> None:
+    """LoRA merged into its model is a model like any other; not merged, the error says how to."""
+    built = build(generate(FLOAT), CPU)
+    wrapped: Any = attach_adapter(_stirred(built.model), AdapterSpec(dropout=0.0))
+    for name, parameter in wrapped.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(std=0.3)
+    with pytest.raises(SpecError, match=r"knows LlamaForCausalLM and Qwen2ForCausalLM.*merge_and_unload"):
+        decoder_of(wrapped.eval())
+    merged = Built(wrapped.merge_and_unload().eval(), CPU, built.vocab_size, None)
+    engine, stock = _both(merged)
+    engine.step()
+    stock.step()
+    assert engine.answer_ids() == stock.answer_ids()
+
+
+def test_what_the_engine_does_not_know_is_refused_by_name() -> None:
+    """Another architecture, LLM.int8, and ends that no model names: one sentence each, with what is known."""
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
+    with pytest.raises(SpecError, match="this is GPT2LMHeadModel"):
+        decoder_of(transformers.GPT2LMHeadModel(config))
+    half = build(generate(tiny, quantization=QuantSpec(kind="int8", compute_dtype="float16")), CPU)
+    with pytest.raises(SpecError, match="not by Linear8bitLt"):
+        decoder_of(half.model)
+
+
+def test_a_prediction_is_refused() -> None:
+    """Kernels of our own in a graph have no model: the message says what to predict instead."""
+    case = generate(tiny, prompt_length=8, new_tokens=4, engine="graph")
+    with pytest.raises(PredictError, match=r"engine='graph' runs kernels of its own.*engine='stock'"):
+        predict_generate(cast("Any", SimpleNamespace(case=case)), cast("GenerateSpec", case.workload))
+
+
+@pytest.mark.parametrize(
+    ("workload", "message"),
+    [
+        ({"head": "int8"}, "head belongs to engine='graph'"),
+        ({"kernels": "torch", "eos_every": 4}, "kernels, eos_every belongs to engine='graph'"),
+        ({"engine": "graph", "cache": "static"}, "drop cache='static'"),
+        ({"engine": "graph", "batch": 33}, "a batch of 1 to 32, got 33"),
+        ({"engine": "graph", "temperature": 0.0}, "temperature must be above 0"),
+        ({"engine": "graph", "top_k": 3}, "top_k=3 needs a temperature"),
+        ({"engine": "graph", "cache_step": 0}, "cache_step must be at least 1"),
+    ],
+)
+def test_specs_that_contradict_themselves_are_refused(workload: dict[str, Any], message: str) -> None:
+    """What only one engine knows is refused for the other, in one sentence."""
+    with pytest.raises(SpecError, match=message):
+        GenerateSpec(prompt_length=8, **workload)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"adapter": AdapterSpec()}, "not built yet for engine='stock'.*runs it merged"),
+        (
+            {"engine": "graph", "quantization": QuantSpec(kind="int8", compute_dtype="float16")},
+            "no kernels for LLM.int8",
+        ),
+        ({"engine": "graph", "attention": "eager"}, "brings its own attention"),
+    ],
+)
+def test_cases_that_the_engine_cannot_run_are_refused(case: dict[str, Any], message: str) -> None:
+    """Before anything is built, by name, with what can be run instead."""
+    with pytest.raises(SpecError, match=message):
+        generate(tiny, prompt_length=8).vary("refused", **case)
+
+
+@given(tokens=st.integers(1, 10_000), step=st.integers(1, 512))
+def test_a_cache_has_room_in_whole_steps(tokens: int, step: int) -> None:
+    """Enough, a multiple of the step, and less than a step too much."""
+    capacity = capacity_for(tokens, step)
+    assert capacity % step == 0
+    assert 0 <= capacity - tokens < step
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 33), seed=st.integers(0, 99))
+@settings(max_examples=30, deadline=None)
+def test_int8_rows_err_by_half_a_step_at_most(rows: int, columns: int, seed: int) -> None:
+    """Each weight is within half of its row's scale, whatever the pieces the matrix is converted in."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    codes, scales = int8_rows(weight, rows=4)
+    assert codes.dtype == torch.int8
+    assert ((codes.float() * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
+
+
+def test_attention_sees_the_filled_part_alone() -> None:
+    """What lies beyond it, or before a row's prompt, changes nothing, and grouped heads equal repeated keys."""
+    torch.manual_seed(1)
+    query, keys, values = torch.randn(2, 6, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
+    first, filled = torch.tensor([0, 4]), 13
+    seen = attend(query, keys, values, first, filled)
+    repeated = [part.repeat_interleave(2, dim=1) for part in (keys, values)]
+    for row, start in enumerate((0, 4)):
+        held = [part[row : row + 1, :, start:filled] for part in repeated]
+        wanted = torch.nn.functional.scaled_dot_product_attention(query[row : row + 1, :, None], held[0], held[1])
+        torch.testing.assert_close(seen[row], wanted[0, :, 0])
+
+
+def test_unmarked_queries_follow_each_other(plain: Built) -> None:
+    """Queries go round the prompts, and a later one does not see what an earlier one left in the cache."""
+    engine, _ = _both(plain)
+    answers = []
+    for _ in range(4):
+        engine.step(unmarked)
+        answers.append(engine.answer_ids())
+    assert answers[:2] == answers[2:]
+    assert answers[0] != answers[1]

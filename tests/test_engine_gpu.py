@@ -1,0 +1,142 @@
+"""The engine's own kernels and its captured step, on a real GPU: the plain path's logits, the stock path's tokens, the graph's memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.build import Built, build
+from hpc_core.cases import generate
+from hpc_core.engine.capture import captured
+from hpc_core.engine.decode import graph_program
+from hpc_core.engine.decoder import decoder_of
+from hpc_core.engine.plain_step import PlainStep, prefill
+from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to run kernels on"),
+]
+_GIB = 2**30
+_QUANTIZATIONS = {
+    "plain": None,
+    "nf4": QuantSpec(kind="nf4", compute_dtype="bfloat16"),
+    "nf4-dq": QuantSpec(kind="nf4", compute_dtype="bfloat16", double_quant=True),
+    "fp4": QuantSpec(kind="fp4", compute_dtype="bfloat16"),
+}
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str = "tiny") -> Built:
+    model = ModelSpec(shape=shape, dtype=dtype, seed=3, layers=None if shape == "tiny" else 2)  # type: ignore[arg-type]
+    return build(generate(model, quantization=_QUANTIZATIONS[kind], scale="tiny"), device)
+
+
+def _logits(built: Built, make: Any, *, batch: int, padded: bool) -> torch.Tensor:
+    """Of three steps after a prompt of 37, fed the same tokens whatever the step."""
+    decoder = decoder_of(built.model)
+    cache = StaticKeyValues(decoder, batch, 256)
+    turns = decoder.turns(cache.capacity)
+    draw = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 1000, (batch, 37), generator=draw).to(cache.filled.device)
+    fed = torch.randint(3, 1000, (3, batch), generator=draw).to(cache.filled.device)
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :11] = 0
+    found = []
+    with torch.no_grad():
+        prefill(decoder, cache, turns, ids, mask)
+        step = make(decoder, cache, turns)
+        step.settle()
+        for tokens in fed:
+            found.append(step(tokens).float().clone())
+            cache.filled += 1
+            cache.length += 1
+    return torch.stack(found)
+
+
+def _plain_step(decoder: Any, cache: Any, turns: Any) -> PlainStep:
+    return PlainStep(decoder, cache, turns, decoder.head, eager=True)
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
+@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("kind", list(_QUANTIZATIONS))
+def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, batch: int, early: bool) -> None:
+    """Whatever the weights' format and the batch, and whether launches begin early: within what bfloat16 rounds."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    built = _built(device, kind)
+    padded = batch > 1
+    plain = _logits(built, _plain_step, batch=batch, padded=padded)
+    seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False, early=early), batch=batch, padded=padded)
+    assert float((seen - plain).norm() / plain.norm()) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [("llama-3.2-3b", "bfloat16"), ("qwen2.5-1.5b", "float16"), ("tiny", "float32")]
+)
+def test_kernels_take_other_shapes_and_dtypes(device: torch.device, shape: str, dtype: str) -> None:
+    """Three heads a group, biases, widths that are no power of two; float32 to five digits."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    built = _built(device, "plain", dtype, shape)
+    plain = _logits(built, _plain_step, batch=1, padded=False)
+    seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False), batch=1, padded=False)
+    assert float((seen - plain).norm() / plain.norm()) < (1e-5 if dtype == "float32" else 2e-2)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "torch", "inductor"])
+def test_a_captured_step_answers_as_the_eager_one(device: torch.device, kernels: str) -> None:
+    """Query after query the graph's tokens have logits within rounding of the best of the stock forward."""
+    built = _built(device, "plain", "float32")
+    workload = GenerateSpec(engine="graph", kernels=kernels, prompts=2, prompt_length=9, new_tokens=12)  # type: ignore[arg-type]
+    program = graph_program(built, workload)
+    assert program.captured is not None
+    for _ in range(3):
+        index = program.steps_done % program.period
+        program.step()
+        ids = program.inputs[index]["input_ids"]
+        assert program.output is not None
+        with torch.no_grad():
+            logits = built.model(input_ids=program.output[:, :-1], use_cache=False).logits[:, ids.shape[1] - 1 :]
+        chosen = logits.gather(-1, program.output[:, ids.shape[1] :].unsqueeze(-1)).squeeze(-1)
+        assert float((logits.amax(-1) - chosen).max()) < 1e-3 * float(logits.abs().max())
+
+
+def test_sampling_in_a_graph_follows_its_seed(device: torch.device) -> None:
+    """A replay draws anew for each token, and a query draws the same when it comes again."""
+    built = _built(device, "plain")
+    workload = GenerateSpec(engine="graph", prompts=1, prompt_length=9, new_tokens=24, temperature=5.0)
+    program = graph_program(built, workload, seed=3)
+    drawn = []
+    for _ in range(2):
+        program.step()
+        drawn.append(program.answer_ids())
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0][0])) > 12
+
+
+def test_a_graphs_temporary_is_counted(device: torch.device) -> None:
+    """A replay that fills and frees a gibibyte takes a gibibyte, though the allocator shows nothing after the capture."""
+    kept = torch.zeros(1, device=device)
+
+    def work() -> None:
+        kept.copy_(torch.ones(_GIB // 4, device=device).sum().view(1))
+
+    replay = captured(work, device, before=lambda: None)
+    torch.cuda.reset_peak_memory_stats(device)
+    resting = torch.cuda.memory_allocated(device)
+    replay()
+    torch.cuda.synchronize(device)
+    assert float(kept) == _GIB // 4
+    assert torch.cuda.max_memory_allocated(device) - resting < _GIB // 2
+    assert replay.hidden_bytes >= _GIB

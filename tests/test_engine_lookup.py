@@ -1,0 +1,69 @@
+"""The assembly that looks 4-bit codes up and multiplies them, played through without a GPU."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.engine.code_lookup import EIGHT_PRODUCTS, byte_tables
+
+VALUES = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]).half()
+_UNSIGNED = {"and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "shr.u32": lambda a, b: a >> b}
+
+
+def _permuted(low: int, high: int, selector: int) -> int:
+    """PTX's `prmt.b32` in its default mode, for selectors without the sign bit."""
+    source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
+    picks = [selector >> 4 * at & 15 for at in range(4)]
+    assert max(picks) < 8
+    return int.from_bytes(bytes(source[pick] for pick in picks), "little")
+
+
+def _halves(word: int) -> np.ndarray:
+    return np.frombuffer(word.to_bytes(4, "little"), dtype=np.float16)
+
+
+def _fused(name: str, factors: list[int]) -> int:
+    """`mul` and `fma` of two float16 a word, rounded once."""
+    first, second, *third = (_halves(word).astype(np.float64) for word in factors)
+    assert bool(third) == name.startswith("fma")
+    return int.from_bytes((first * second + (third[0] if third else 0)).astype(np.float16).tobytes(), "little")
+
+
+def _played(operands: list[int]) -> float:
+    """The assembly, with operands 1 to 13 given."""
+    held: dict[str, int] = {f"${at}": operand for at, operand in enumerate(operands, start=1)}
+    for line in EIGHT_PRODUCTS.strip()[1:-1].split(";"):
+        name, *names = re.findall(r"[.\w$]+", line) or [".reg"]
+        if name == ".reg" or name.startswith("cvt"):
+            continue
+        if name == "add.f32":
+            return float(np.float32(_halves(held["sum"])[0]) + np.float32(_halves(held["sum"])[1]))
+        values = [held[one] if one in held else int(one, 0) for one in names[1:] if name != "mov.b32"]
+        if name.endswith("f16x2"):
+            held[names[0]] = _fused(name, values)
+        elif name == "prmt.b32":
+            held[names[0]] = _permuted(*values)
+        elif name != "mov.b32":
+            held[names[0]] = _UNSIGNED[name](*values)
+    raise AssertionError("the assembly adds nothing up")
+
+
+@given(
+    codes=st.lists(st.integers(0, 15), min_size=8, max_size=8),
+    activations=st.lists(st.floats(-8, 8, width=16), min_size=8, max_size=8),
+)
+@settings(max_examples=50, deadline=None)
+def test_each_code_meets_its_activation(codes: list[int], activations: list[float]) -> None:
+    """Codes packed as bitsandbytes packs them, high half first, times activations in order give the sum of their products."""
+    packed = bytes(even << 4 | odd for even, odd in zip(codes[::2], codes[1::2], strict=True))
+    tables = [int(table) & 0xFFFFFFFF for table in byte_tables(VALUES).tolist()]
+    words = np.array(activations, dtype=np.float16).view(np.uint32).tolist()
+    products = [float(VALUES[code]) * value for code, value in zip(codes, activations, strict=True)]
+    seen = _played([int.from_bytes(packed, "little"), *tables, *words])
+    assert seen == pytest.approx(sum(products), abs=2**-9 * sum(map(abs, products)) + 1e-6)

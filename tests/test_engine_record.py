@@ -1,0 +1,59 @@
+"""The record of a graph-engine case: what ran is said, its logits stand beside both paths, and a wrong engine is INVALID."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.cases import generate, tiny
+from hpc_core.engine import plain_step
+from hpc_core.launch.protocol import Job
+from hpc_core.perform import perform
+from hpc_core.record import Record
+from hpc_core.spec import AdapterSpec, Case, QuantSpec
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CASE = generate(tiny, variant="graph", prompts=1, prompt_length=12, new_tokens=8, engine="graph", cache_step=64)
+
+
+def _perform(case: Case) -> Record:
+    return perform(Job(case=case, launched="inline"), lambda _: None)
+
+
+def _facts(record: Record) -> dict[str, Any]:
+    assert record.status == "ok", record.reasons
+    return {name: fact.seen for name, fact in record.audit.items()}
+
+
+def test_a_record_says_what_ran_and_how_it_compares() -> None:
+    """On a CPU nothing is captured, in torch's operators, with the reason in a note; logits are held against both paths."""
+    record = _perform(CASE)
+    facts = _facts(record)
+    said = {"engine": "graph", "captured": False, "kernels": "torch", "head": "plain", "steps": 4, "cache_length": 16}
+    assert {name: facts[name] for name in said} == said
+    assert any("no CUDA" in note for note in record.circumstances.notes)
+    assert record.metrics["kv_cache_bytes"].value == 2 * 3 * 2 * 64 * 32 * 2  # layers, groups, places, width, bytes
+    assert record.metrics["unexplained_bytes"].value == 0
+    assert 0 < record.metrics["logits_error"].value < 1e-2
+    assert record.metrics["logits_error_to_stock"].value < 1e-2
+    assert record.metrics["stock_agreement"].value == 1
+
+
+def test_a_merged_adapter_on_4_bit_weights_is_a_case_too() -> None:
+    """The adapter is merged before anything runs, the weights are four bits again, and nothing of it is left."""
+    case = CASE.vary(
+        "merged", adapter=AdapterSpec(), quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"), head="int8"
+    )
+    facts = _facts(_perform(case))
+    assert (facts["adapter"], facts["head"], facts["quantization"]) == ("merged", "int8", ["nf4"])
+
+
+def test_a_wrong_engine_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that leaves a piece out is told apart from the reference, whatever its speed."""
+    monkeypatch.setattr(plain_step, "_mlp", lambda layer, hidden: torch.zeros_like(hidden))
+    record = _perform(CASE)
+    assert record.status == "invalid"
+    assert any(reason.startswith("equivalence: asked for 'within 0.05") for reason in record.reasons), record.reasons
