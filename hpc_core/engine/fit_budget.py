@@ -1,0 +1,116 @@
+"""From a memory budget to a plan for this very model: what halves save is measured on one layer, the rest counted; on a GPU the first step corrects it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc_core.engine.fused_blocks import Half
+from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
+from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
+
+__all__ = ["fit", "sizes_of"]
+
+_LOGITS_HELD = 2
+"""A chunk's logits and their gradient."""
+_LOGITS_HELD_WIDE = 4
+"""Float32 copies of a chunk's logits where no kernel hides them: twice two bytes each."""
+_HIDDEN_HELD = 9
+"""Copies of the hidden states around last norm and loss, in units of the model's dtype: sum, three in float32, normed, gradient."""
+_GRAPH_SHARE = 0.02
+"""Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole."""
+
+
+def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None) -> Plan:
+    """Choose the plan for this budget and put it into the program's halves. `expected`: the plan of a step that has just run on a GPU.
+
+    Raises:
+        BuildError: the budget is too small.
+    """
+    sizes = sizes_of(program)
+    if expected is not None:
+        seen = int(torch.cuda.max_memory_allocated(program.batches[0].ids.device))
+        off = seen - expected.peak_bytes
+        sizes = Sizes(sizes.layers, sizes.fixed_bytes + off, sizes.end_bytes, sizes.attention, sizes.mlp)
+    room = int(budget_bytes * (1 - _GRAPH_SHARE)) if program.workload.graph else budget_bytes
+    plan = plan_for(sizes, room)
+    left = {"attention": plan.attentions, "mlp": plan.mlps}
+    for half in program.forward.halves:  # from the first layer on
+        half.again = left[half.name] > 0
+        left[half.name] -= 1
+    return plan
+
+
+def sizes_of(program: Any) -> Sizes:
+    """What a step of this program holds, measured and counted on its widest batch."""
+    forward, batch = program.forward, program.batches[program.widest]
+    rows, item = batch.ids.numel(), forward.causal.lm_head.weight.element_size()
+    config = forward.causal.config
+    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
+    halves: list[Half] = forward.halves
+    layers = len(halves) // 2
+    held, trained, moments = _held(program)
+    streams = 2 * layers * rows * hidden * item
+    chunk = min(rows, program.workload.loss_chunk) * int(config.vocab_size)
+    losing = chunk * (item * _LOGITS_HELD if program.run.compiled else 4 * _LOGITS_HELD_WIDE)
+    head = forward.causal.lm_head.weight
+    if head.requires_grad:
+        losing += head.numel() * item
+    # The last MLP's backward: gradients of gate, up and their product, and a weight dequantized.
+    turning = item * (3 * rows * inner + hidden * inner)
+    around = rows * hidden * item * _HIDDEN_HELD
+    saved = [_saved_bytes(program, half) for half in halves[:2]]
+    flops = _again_flops(forward, rows, batch.ids.shape[1])
+    fixed = held + moments + streams + around + max(losing, turning)
+    twice_head = 2 * head.numel() * item if head.requires_grad else 0
+    return Sizes(
+        layers=layers,
+        fixed_bytes=fixed,
+        end_bytes=held + moments + trained + twice_head,
+        attention=HalfCost(saved[0], flops[0]),
+        mlp=HalfCost(saved[1], flops[1]),
+    )
+
+
+def _held(program: Any) -> tuple[int, int, int]:
+    """Bytes of weights with the batches, of gradients, and of the optimizer's state once it is there."""
+    owned = sum(owned_bytes(tensors) for tensors in weight_tensors(program.model).values())
+    batches = sum(each.ids.nbytes + each.labels.nbytes for each in program.batches)
+    trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
+    return owned + batches, trained, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained
+
+
+def _saved_bytes(program: Any, half: Half) -> int:
+    """What autograd saves in one call of this half on the widest batch, beside its input and what the model owns."""
+    forward, batch = program.forward, program.batches[program.widest]
+    head = forward.causal.lm_head.weight
+    stream = head.new_zeros((batch.ids.numel(), int(forward.causal.config.hidden_size))).requires_grad_()
+    cos, sin = (
+        each[0].unsqueeze(1) for each in forward._angles_of(stream.detach().view(*batch.ids.shape, stream.shape[-1]))
+    )
+    owned = {id(part.untyped_storage()) for part in (*program.model.parameters(), stream, cos, sin)}
+    known = {part.untyped_storage().data_ptr() for part in (*program.model.parameters(), stream, cos, sin)}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if id(storage) not in owned and storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        half.inside(stream, None, cos, sin)
+    return sum(seen.values())
+
+
+def _again_flops(forward: Any, rows: int, length: int) -> tuple[int, int]:
+    """FLOPs of each half's forward without its last product, whose output no backward needs."""
+    layer = forward.decoder.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    products = [
+        2 * rows * int(module.in_features) * int(module.out_features)
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+    ]
+    mixing = 4 * rows * length * int(attention.q_proj.out_features)
+    return sum(products[:3]) + mixing, sum(products[3:])

@@ -1,0 +1,152 @@
+"""The tuned training program: a `FinetuneProgram` whose step is made by the switches of the case.
+
+Where a switch cannot be had, the step runs without it and `fallen` says why, by the switch's name; the audit makes that a mismatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hpc_core.build import Built
+from hpc_core.engine.capture_step import CapturedWork
+from hpc_core.engine.fit_budget import fit
+from hpc_core.engine.forward import TunedForward, tune
+from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.recompute import Plan
+from hpc_core.engine.regional_compile import compile_layers, settled
+from hpc_core.errors import BuildError
+from hpc_core.program import Mark, unmarked
+from hpc_core.run.finetune import DeviceBatch, FinetuneProgram, finetune_program
+from hpc_core.spec import Case, FinetuneSpec
+
+__all__ = ["TunedProgram", "training_program"]
+
+_WARM_STEPS = 3
+"""Real steps before the capture: the first compiles and makes the optimizer's state, the second is without either, the third must not compile."""
+
+
+class TunedProgram(FinetuneProgram):
+    """Trains as its workload's switches say. The first steps are real ones too, so losses are those of the stock program, step by step."""
+
+    workload: FinetuneSpec
+    forward: TunedForward
+    captured: CapturedWork | None = None
+    plan: Plan | None = None
+
+    def prepare(self, workload: FinetuneSpec) -> None:
+        """Put the tuned forward into the model.
+
+        Raises:
+            BuildError: the model is not built as the switches need, or the budget is too small.
+        """
+        self.workload = workload
+        self.fallen: dict[str, str] = {}
+        self._watched = False
+        self._taken = 0
+        self._static: DeviceBatch | None = None
+        device = self.batches[0].ids.device
+        on_gpu = device.type == "cuda"
+        self.run = Pointwise(compiled=on_gpu and workload.fusion == "blocks")
+        self.forward = tune(self.model, workload, self.run)
+        if workload.compile == "layers":
+            compile_layers(self.forward.decoder.layers)
+        if workload.budget_bytes is not None:
+            self.plan = fit(self, workload.budget_bytes)
+        self._stream: torch.cuda.Stream | None = None
+        if workload.graph and on_gpu:
+            self._stream = torch.cuda.Stream(device)
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True
+        elif workload.graph:
+            self.fallen["graph"] = "off: a CUDA graph needs a GPU"
+        self.first_steps = _WARM_STEPS + 1 if self._stream is not None else 2
+
+    def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
+        """A step on this batch: replayed once it is captured, else operator by operator."""
+        if self._watched or self._stream is None or "graph" in self.fallen:
+            self._plainly(batch, mark)
+        elif self._taken < _WARM_STEPS:
+            with self._rehearsed():
+                self._plainly(batch, mark)
+        else:
+            self._replay(batch, mark)
+        self._taken += 1
+        if self._taken == 1 and self.plan is not None and batch.ids.is_cuda:
+            assert self.workload.budget_bytes is not None
+            self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
+
+    @contextlib.contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """In the block every step runs operator by operator: the same code, which can be watched."""
+        before, self._watched = self._watched, True
+        try:
+            yield
+        finally:
+            self._watched = before
+
+    def _plainly(self, batch: DeviceBatch, mark: Mark) -> None:
+        if self._stream is None:
+            super().train_on(batch, mark)
+            return
+        # Where it is captured later: gradients are accumulated on the stream that they were first made on.
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            super().train_on(batch, mark)
+        current.wait_stream(self._stream)
+
+    def _rehearsed(self) -> contextlib.AbstractContextManager[None]:
+        """In the last step before the capture nothing may compile."""
+        compiled = self.workload.compile == "layers" or self.run.compiled
+        return settled(compiled=compiled and self._taken == _WARM_STEPS - 1)
+
+    def _replay(self, batch: DeviceBatch, mark: Mark) -> None:
+        if self.captured is None:
+            self._capture(batch)
+        if self.captured is None or self._static is None:
+            self._plainly(batch, mark)
+            return
+        mark("forward")
+        self._static.ids.copy_(batch.ids)
+        self._static.labels.copy_(batch.labels)
+        self.captured.replay()
+        for phase in self.phases[1:]:  # on the host they are one moment
+            mark(phase)
+        self.loss = self._static_loss
+
+    def _capture(self, batch: DeviceBatch) -> None:
+        assert self._stream is not None
+        self._static = static = DeviceBatch(batch.ids.clone(), batch.labels.clone(), None, batch.tokens, batch.padded)
+        self.loss = None
+
+        def work() -> None:
+            FinetuneProgram.train_on(self, static)
+
+        compiled = self.workload.compile == "layers" or self.run.compiled
+        try:
+            with settled(compiled=compiled):
+                self.captured = CapturedWork(work, self._stream)
+        except BuildError as error:
+            self.fallen["graph"] = f"off: {error}"
+            self._static = None
+            return
+        # Written by every replay, and never freed: its memory is the graph's own.
+        self._static_loss = self.loss
+
+
+def training_program(built: Built, case: Case, workload: FinetuneSpec) -> FinetuneProgram:
+    """The program of a fine-tuning case by its engine, stock or tuned.
+
+    Raises:
+        DataError, BuildError, MissingLibraryError: as `run.finetune.finetune_program`; and a model or budget that the switches cannot serve.
+    """
+    if workload.engine == "stock":
+        return finetune_program(built, case, workload)
+    program: Any = finetune_program(built, case, workload, TunedProgram)
+    program.prepare(workload)
+    assert isinstance(program, TunedProgram)
+    return program
