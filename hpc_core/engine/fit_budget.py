@@ -14,8 +14,8 @@ __all__ = ["fit", "sizes_of"]
 
 _LOGITS_HELD = 2
 """A chunk's logits and their gradient."""
-_LOGITS_HELD_WIDE = 4
-"""Float32 copies of a chunk's logits where no kernel hides them: twice two bytes each."""
+_WIDE_HELD = 4
+"""Float32 copies of a chunk's logits beside these, where no kernel hides them."""
 _HIDDEN_HELD = 9
 """Copies of the hidden states around last norm and loss, in units of the model's dtype: sum, three in float32, normed, gradient."""
 _GRAPH_SHARE = 0.02
@@ -53,7 +53,7 @@ def sizes_of(program: Any) -> Sizes:
     held, trained, moments = _held(program)
     streams = 2 * layers * rows * hidden * item
     chunk = min(rows, program.workload.loss_chunk) * int(config.vocab_size)
-    losing = chunk * (item * _LOGITS_HELD if program.run.compiled else 4 * _LOGITS_HELD_WIDE)
+    losing = chunk * (item * _LOGITS_HELD + (0 if program.run.compiled else 4 * _WIDE_HELD))
     head = forward.causal.lm_head.weight
     if head.requires_grad:
         losing += head.numel() * item

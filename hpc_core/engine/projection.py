@@ -33,14 +33,14 @@ class Projection:
     lora_b: torch.Tensor | None = None
     scale: float = 1.0
     packed: Any = None
+    dequantize: Any = None
+    """bitsandbytes' function for `packed`; looked up beforehand, since torch.compile traces no import."""
 
     def dense(self, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The weight as (out, in) in `dtype`; a 4-bit one is dequantized into a new tensor."""
         if weight is not None:
             return weight
-        bnb = library("bitsandbytes", "Dequantizing weights")
-        state = getattr(self.packed, "quant_state", None)
-        whole: torch.Tensor = bnb.functional.dequantize_4bit(self.packed.data, state)
+        whole: torch.Tensor = self.dequantize(self.packed.data, self.packed.quant_state)
         return whole if whole.dtype == dtype else whole.to(dtype)
 
 
@@ -58,8 +58,11 @@ def projection_of(module: Any) -> Projection:
         )
     packed = base.weight if "Linear4bit" in kinds else None
     weight = None if packed is not None else base.weight
+    dequantize = None
+    if packed is not None:
+        dequantize = library("bitsandbytes", "Dequantizing weights").functional.dequantize_4bit
     if base is module:
-        return Projection(weight, base.bias, packed=packed)
+        return Projection(weight, base.bias, packed=packed, dequantize=dequantize)
     names = list(module.active_adapters)
     plain = len(names) == 1 and names[0] in module.lora_A and not module.merged and not module.disable_adapters
     name = names[0] if plain else ""
@@ -70,7 +73,7 @@ def projection_of(module: Any) -> Projection:
             "The tuned engine fuses one plain, unmerged LoRA adapter without dropout and DoRA a layer; this model has another: say fusion='off'."
         )
     down, up = module.lora_A[name].weight, module.lora_B[name].weight
-    return Projection(weight, base.bias, down, up, float(module.scaling[name]), packed)
+    return Projection(weight, base.bias, down, up, float(module.scaling[name]), packed, dequantize)
 
 
 def tensors_of(projections: Sequence[Projection]) -> list[torch.Tensor | None]:

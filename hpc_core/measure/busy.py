@@ -36,6 +36,8 @@ class Interval:
     stream: int
     start_ns: int
     end_ns: int
+    graph: int = 0
+    """Correlation number of the CUDA graph's launch that this was part of; 0 for what was launched by itself."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
         intervals, calls = _sort(_record(work, device))
         ordered = kinds(calls)
         try:
-            activity = summarize(intervals, ordered.count("launch"))
+            activity = summarize(intervals, ordered.count("launch"), ordered.count("graph"))
         except MeasureError as error:
             trouble = str(error)
             continue
@@ -105,6 +107,7 @@ def _sort(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
     """Device records as intervals, and the host's calls of the CUDA runtime."""
     intervals: list[Interval] = []
     calls: list[HostCall] = []
+    of_call: list[int] = []
     cuda = torch._C._autograd.DeviceType.CUDA
     for event in events:
         name = event.name()
@@ -112,9 +115,15 @@ def _sort(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
             kind = _kind(event, name)
             if kind is not None:
                 intervals.append(Interval(name, kind, event.device_resource_id(), event.start_ns(), event.end_ns()))
+                of_call.append(event.correlation_id())
         elif name.startswith("cu"):
             calls.append(HostCall(name, event.correlation_id(), event.start_ns()))
-    return intervals, calls
+    graphs = {call.correlation for call in calls if kinds([call]) == ["graph"]}
+    marked = [
+        replace(interval, graph=number) if number in graphs else interval
+        for interval, number in zip(intervals, of_call, strict=True)
+    ]
+    return marked, calls
 
 
 def _kind(event: Any, name: str) -> str | None:
@@ -125,11 +134,11 @@ def _kind(event: Any, name: str) -> str | None:
     return "memset" if name.startswith("Memset") else "kernel"
 
 
-def summarize(intervals: list[Interval], launches: int) -> DeviceActivity:
-    """The totals between the sentinels, which themselves do not count.
+def summarize(intervals: list[Interval], launches: int, graphs: int = 0) -> DeviceActivity:
+    """The totals between the sentinels, which themselves do not count; `graphs` is how many CUDA graphs were launched.
 
     Raises:
-        MeasureError: a sentinel is missing, or launches and kernels differ in number.
+        MeasureError: a sentinel is missing, or launches and kernels differ in number, or a graph left no kernel.
     """
     ordered = sorted(intervals, key=lambda interval: interval.start_ns)
     ends = [interval for interval in (*ordered[:1], *ordered[1:][-1:]) if _SENTINEL in interval.name]
@@ -138,8 +147,12 @@ def summarize(intervals: list[Interval], launches: int) -> DeviceActivity:
         raise MeasureError(
             f"Of {len(ordered):,} device records {len(ends)} of 2 ends are sentinel kernels: some records are missing."
         )
-    if len(kernels) != launches:
-        raise MeasureError(f"The host launched {launches:,} kernels, the profiler recorded {len(kernels):,}.")
+    alone = sum(not kernel.graph for kernel in kernels)
+    if alone != launches:
+        raise MeasureError(f"The host launched {launches:,} kernels, the profiler recorded {alone:,}.")
+    replayed = len({kernel.graph for kernel in kernels if kernel.graph})
+    if replayed != graphs:
+        raise MeasureError(f"The host launched {graphs:,} CUDA graphs, the profiler recorded kernels of {replayed:,}.")
     work = ordered[1:-1]
     seconds: Counter[str] = Counter()
     counts: Counter[str] = Counter()

@@ -19,6 +19,7 @@ MARKS = 3
 """So many of them in a row end a step; one or two may be the case's own."""
 _KINDS = (
     ("launch", re.compile(r"Launch(Cooperative)?Kernel")),
+    ("graph", re.compile(r"GraphLaunch")),
     ("wait", re.compile(r"^cu(da)?(Device|Ctx|Stream|Event)Synchronize")),
     ("copy", re.compile(r"^cu(da)?Memcpy")),
     ("fill", re.compile(r"^cu(da)?Memset")),
@@ -42,7 +43,7 @@ def _kind(name: str) -> str | None:
 
 
 def kinds(calls: Iterable[HostCall]) -> list[str]:
-    """launch, wait, copy, fill or mark for each call that is one, in the host's order, each call once."""
+    """launch, graph, wait, copy, fill or mark for each call that is one, in the host's order, each call once."""
     seen: set[tuple[str, int]] = set()
     ordered = []
     for call in sorted(calls, key=lambda one: one.start_ns):

@@ -7,6 +7,7 @@ import math
 import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
+from hpc_core.engine.train import training_program
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes
@@ -17,11 +18,12 @@ from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wal
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
 from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
+from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
-from hpc_core.run.finetune import FinetuneProgram, finetune_program
+from hpc_core.run.finetune import FinetuneProgram
 from hpc_core.spec import FinetuneSpec
 
 __all__ = ["measure_finetune"]
@@ -31,22 +33,25 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     """Build, warm up, time, and take each instrument in turn, the profiler last."""
     built = session.build()
     session.phase("data")
-    program = finetune_program(built, session.case, workload)
+    program = training_program(built, session.case, workload)
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
-    session.warm_up(program, lambda: _note_loss(session, program))
+    session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
     if session.job.replicate:
         program.steps_done = 0  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
-    measure_memory(
-        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
-    )
-    note_unexplained(session)
-    ran, seen = _count(session, program)
-    _audit(session, program, workload, ran, seen)
+    with program.uncaptured():
+        measure_memory(
+            session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
+        )
+        note_unexplained(session)
+        ran, seen = _count(session, program)
+        _audit(session, program, workload, ran, seen)
+    measure_graph_memory(session, program)
+    audit_tuned(session, program)
     _busy(session, program)
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
@@ -128,7 +133,9 @@ def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | 
     per = "" if steps == 1 else f" per {steps} steps"
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
     session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps)), seen
+    again = recomputed_attentions(program)
+    planned = None if again is None else checkpointing_seen((forwards.layers + again) * steps, forwards.layers, steps)
+    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps), planned), seen
 
 
 def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:
