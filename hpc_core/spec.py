@@ -102,7 +102,9 @@ class Case(Strict, frozen=True, kw_only=True):
         )
         if workload.fusion != "off":
             dropout = 0.0 if self.adapter is None else self.adapter.dropout
-            refuse(dropout > 0, f"{self.id}: fusion={workload.fusion!r} knows no dropout: say dropout=0, not {dropout}.")
+            refuse(
+                dropout > 0, f"{self.id}: fusion={workload.fusion!r} knows no dropout: say dropout=0, not {dropout}."
+            )
             int8 = self.quantization is not None and self.quantization.kind == "int8"
             refuse(int8, f"{self.id}: fusion={workload.fusion!r} knows 4-bit weights and plain ones, not int8.")
 

@@ -145,9 +145,13 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     def _check_engine(self) -> None:
         switched = [name for name, value in _SWITCHES.items() if getattr(self, name) != value]
         if self.engine == "stock":
-            refuse(bool(switched), f"The switch {', '.join(switched)} belongs to engine='tuned'; the engine is 'stock'.")
+            refuse(
+                bool(switched), f"The switch {', '.join(switched)} belongs to engine='tuned'; the engine is 'stock'."
+            )
             return
-        refuse(self.prepare, "engine='tuned' keeps every weight as it is: drop prepare=True, which casts them to float32.")
+        refuse(
+            self.prepare, "engine='tuned' keeps every weight as it is: drop prepare=True, which casts them to float32."
+        )
         refuse(self.precision != "pure", "engine='tuned' computes in the weights' dtype: say precision='pure'.")
         refuse(self.loss_chunk < 1, f"loss_chunk must be at least 1 row, got {self.loss_chunk}.")
         refuse(self.loss == "stock" and "loss_chunk" in switched, "loss_chunk belongs to loss='chunked'.")

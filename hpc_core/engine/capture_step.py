@@ -31,13 +31,19 @@ class CapturedWork:
         gc.collect()
         torch.cuda.empty_cache()  # what is cached outside cannot serve the pool
         torch.cuda.reset_peak_memory_stats(self._device)
+        first: list[Exception] = []
         try:
             with torch.cuda.graph(self._graph, stream=stream):
-                work()
+                try:
+                    work()
+                except Exception as error:
+                    first.append(error)  # ending a broken capture raises too, and would hide the reason
+                    raise
         except Exception as error:
+            cause = first[0] if first else error
             raise BuildError(
-                f"graph=True: the step cannot be captured in a CUDA graph: {type(error).__name__}: {error}"
-            ) from error
+                f"graph=True: the step cannot be captured in a CUDA graph: {type(cause).__name__}: {cause}"
+            ) from cause
         torch.cuda.synchronize(self._device)
         self.capture_peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
         """Highest allocated bytes of the process while it was captured."""
@@ -49,7 +55,7 @@ class CapturedWork:
     def pool_bytes(self) -> tuple[int, int]:
         """Bytes that the private pool holds of the device, and how many of these the allocator counts as allocated."""
         pool = tuple(self._graph.pool())
-        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
+        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         own = [segment for segment in segments if tuple(segment["segment_pool_id"]) == pool]
         return sum(one["total_size"] for one in own), sum(one["allocated_size"] for one in own)
 

@@ -29,7 +29,7 @@ class TunedForward:
 
     def __init__(self, causal: Any, workload: FinetuneSpec, run: Pointwise):
         self.causal = causal
-        self.decoder = causal.model
+        self.decoder: Any = causal.model
         self.workload = workload
         self.run = run
         self.halves: list[Half] = []
@@ -68,7 +68,8 @@ class TunedForward:
     def _through_halves(self, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         stream, delta = embedded.reshape(-1, embedded.shape[-1]), None
         for half in self.halves:
-            stream, delta = half.module(stream, delta, cos, sin)
+            module: Any = half.module
+            stream, delta = module(stream, delta, cos, sin)  # through the module, so that its hooks see the call
         assert delta is not None
         return torch.as_tensor(self.decoder.norm((stream + delta).view(embedded.shape)))
 

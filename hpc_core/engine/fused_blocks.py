@@ -109,7 +109,9 @@ def _attention(layer: Any, run: Pointwise) -> Half:
         q, k, v = (each.view(-1, length, each.shape[-1] // width, width) for each in made)
         q, k = _Rotate.apply(q, k, cos, sin, run)  # type: ignore[no-untyped-call]
         mixed = scaled_dot_product_attention(
-            *(each.transpose(1, 2) for each in (q, k, v)),
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
             is_causal=True,
             scale=scaling,
             enable_gqa=q.shape[2] != k.shape[2],

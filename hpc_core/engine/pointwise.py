@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 __all__ = ["Pointwise", "add_and_norm", "norm", "norm_again", "norm_backward", "rotate", "swiglu", "swiglu_backward"]
 
@@ -127,7 +128,11 @@ class Pointwise:
         }
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Run one. Tensors are detached: a kernel needs no graph, and whether a tensor wants one would be guarded."""
+        """Run one. Tensors are detached: a kernel needs no graph, and whether a tensor wants one would be guarded.
+
+        While a dispatch mode counts operators it runs as plain torch: torch.compile refuses to run there.
+        """
         self.called[name] += 1
+        run = _BODIES[name] if is_in_torch_dispatch_mode() else self._run[name]
         with torch.no_grad():
-            return self._run[name](*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
+            return run(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))

@@ -85,7 +85,9 @@ def _parts(tensors: Given, index: int) -> tuple[torch.Tensor | None, ...]:
     return tuple(tensors[PER * index : PER * index + PER])
 
 
-def _downs(projections: Sequence[Projection], tensors: Given, dtype: torch.dtype) -> tuple[torch.Tensor | None, list[int]]:
+def _downs(
+    projections: Sequence[Projection], tensors: Given, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, list[int]]:
     """All A below each other, so that the input is read once for all, and each one's rank; 0 without an adapter."""
     found = [tensors[PER * index + 2] for index in range(len(projections))]
     ranks = [0 if each is None else int(each.shape[0]) for each in found]

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["compile_layers", "compiled_layers", "settled"]
+__all__ = ["compile_layers", "compiled_layers", "eager_where_counted", "settled"]
 
 _LIMIT = 64
 """Compilations of one layer's code. Layers share them, but the first has an input without gradient, and adapters are guarded by layer."""
@@ -40,3 +41,11 @@ def settled(*, compiled: bool) -> Iterator[None]:
         return
     with torch.compiler.set_stance("fail_on_recompile"):
         yield
+
+
+def eager_where_counted(*, compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """While a dispatch mode counts operators, compiled layers run as they are written: torch.compile refuses to run there."""
+    if compiled and is_in_torch_dispatch_mode():
+        eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return contextlib.nullcontext()

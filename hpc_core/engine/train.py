@@ -17,7 +17,7 @@ from hpc_core.engine.fit_budget import fit
 from hpc_core.engine.forward import TunedForward, tune
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.recompute import Plan
-from hpc_core.engine.regional_compile import compile_layers, settled
+from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
 from hpc_core.run.finetune import DeviceBatch, FinetuneProgram, finetune_program
@@ -25,8 +25,10 @@ from hpc_core.spec import Case, FinetuneSpec
 
 __all__ = ["TunedProgram", "training_program"]
 
-_WARM_STEPS = 3
-"""Real steps before the capture: the first compiles and makes the optimizer's state, the second is without either, the third must not compile."""
+_WARM_STEPS = 4
+"""Real steps before the capture: the first compiles and makes the optimizer's state, the second shows the peak that a budget is held against,
+the third is the first by the corrected plan, and in the fourth nothing may compile."""
+_PEAK_STEP = 2
 
 
 class TunedProgram(FinetuneProgram):
@@ -58,12 +60,12 @@ class TunedProgram(FinetuneProgram):
             self.plan = fit(self, workload.budget_bytes)
         self._stream: torch.cuda.Stream | None = None
         if workload.graph and on_gpu:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for group in self.optimizer.param_groups:
                 group["capturable"] = True
         elif workload.graph:
             self.fallen["graph"] = "off: a CUDA graph needs a GPU"
-        self.first_steps = _WARM_STEPS + 1 if self._stream is not None else 2
+        self.first_steps = _WARM_STEPS + 1 if self._stream is not None else _PEAK_STEP
 
     def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
         """A step on this batch: replayed once it is captured, else operator by operator."""
@@ -75,9 +77,8 @@ class TunedProgram(FinetuneProgram):
         else:
             self._replay(batch, mark)
         self._taken += 1
-        if self._taken == 1 and self.plan is not None and batch.ids.is_cuda:
-            assert self.workload.budget_bytes is not None
-            self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
+        if self.plan is not None and batch.ids.is_cuda:
+            self._hold_against_peak()
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
@@ -90,14 +91,22 @@ class TunedProgram(FinetuneProgram):
 
     def _plainly(self, batch: DeviceBatch, mark: Mark) -> None:
         if self._stream is None:
-            super().train_on(batch, mark)
+            with eager_where_counted(compiled=self.workload.compile == "layers"):
+                super().train_on(batch, mark)
             return
         # Where it is captured later: gradients are accumulated on the stream that they were first made on.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), eager_where_counted(compiled=self.workload.compile == "layers"):
             super().train_on(batch, mark)
         current.wait_stream(self._stream)
+
+    def _hold_against_peak(self) -> None:
+        """Correct the plan once, by the peak of the second step."""
+        if self._taken == _PEAK_STEP - 1:
+            torch.cuda.reset_peak_memory_stats()
+        elif self._taken == _PEAK_STEP and self.workload.budget_bytes is not None:
+            self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
 
     def _rehearsed(self) -> contextlib.AbstractContextManager[None]:
         """In the last step before the capture nothing may compile."""

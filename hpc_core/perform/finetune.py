@@ -18,8 +18,8 @@ from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wal
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
 from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
-from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.perform.soak import LEAST_STEPS, Soak
+from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
@@ -45,7 +45,11 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     widest = Fixed(program, program.widest)
     with program.uncaptured():
         measure_memory(
-            session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
+            session,
+            widest,
+            built.model,
+            program.optimizer,
+            marking=lambda watch: _gradient_marks(session, program, watch),
         )
         note_unexplained(session)
         ran, seen = _count(session, program)

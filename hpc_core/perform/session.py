@@ -123,9 +123,7 @@ class Session:
             self.metrics["adapter_weights_bytes"] = tensor_bytes(owned_bytes(owned["adapter"]))
         return built
 
-    def warm_up(
-        self, program: Program, watch: Callable[[], None] | None = None, *, first_steps: int = 0
-    ) -> None:
+    def warm_up(self, program: Program, watch: Callable[[], None] | None = None, *, first_steps: int = 0) -> None:
         """Run until memory and time have settled: equal peaks twice in a row, and a step about as fast as the fastest.
 
         `watch` is called after every step. With shapes that change from step to step a whole period is run first. The program's
