@@ -161,7 +161,10 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
         again = self.checkpointing != "off"
         refuse(blocks and again, "fusion='blocks' recomputes by budget_bytes: say checkpointing='off'.")
         refuse(self.budget_bytes is not None and not blocks, "budget_bytes needs fusion='blocks', which can recompute.")
-        refuse((self.budget_bytes or 1) < 1, f"budget_bytes must be at least 1, got {self.budget_bytes}.")
+        refuse(
+            self.budget_bytes is not None and self.budget_bytes < 1,
+            f"budget_bytes must be at least 1, got {self.budget_bytes}.",
+        )
         refuse(
             self.graph and (self.optimizer != "adamw-fused" or self.padding == "longest"),
             f"graph=True needs steps of one shape and optimizer='adamw-fused'; got padding={self.padding!r}, optimizer={self.optimizer!r}.",

@@ -89,7 +89,8 @@ def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> Tune
     Raises:
         BuildError: the model is not built as these know it.
     """
-    causal: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    causal: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     decoder = getattr(causal, "model", None)
     missing = [name for name in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
     if missing or not hasattr(causal, "lm_head"):
