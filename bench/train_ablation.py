@@ -134,6 +134,7 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
         activity = device_activity(lambda: _steps(program, _PROFILED), device)
     except MeasureError as error:
         found["busy_error"] = str(error)
+        found["busy_ms"] = _busy_of_what_was_seen(program, device)
         return
     found["busy_ms"] = 1e3 * activity.busy_s / _PROFILED
     found["kernels"] = activity.kernels / _PROFILED
@@ -142,6 +143,14 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
     found["top_kernels"] = [
         [name[:90], 1e3 * seconds / _PROFILED, activity.kernel_counts[name] / _PROFILED] for name, seconds in top
     ]
+
+
+def _busy_of_what_was_seen(program: Any, device: Any) -> float:
+    """Busy milliseconds a step by whatever the profiler recorded, where its reading is not sound; the row says so."""
+    from hpc_core.measure import busy
+
+    seen, _ = busy._sort(busy._record(lambda: _steps(program, _PROFILED), device))
+    return 1e3 * busy.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
 
 
 def run_in_child(case: Case, device: str, limit_s: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def device() -> torch.device:
 
 def test_a_replay_with_a_gibibyte_temporary_is_seen(device: torch.device) -> None:
     """The allocator counts the temporary of a captured work as free and a replay allocates nothing, yet the peak holds it."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream(device)
     result = torch.zeros((), device=device)
 
     def work() -> None:

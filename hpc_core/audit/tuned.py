@@ -42,7 +42,9 @@ def tuned_facts(program: TunedProgram, notes: list[str]) -> dict[str, Fact]:
     return taken(
         {
             "engine": lambda: Fact(asked=workload.engine, seen="tuned" if tuned else "stock"),
-            "engine_loss": lambda: Fact(asked=workload.loss, seen="chunked" if called["logits_gradient"] else "stock"),
+            "engine_loss": lambda: Fact(
+                asked=workload.loss, seen="chunked" if called["logits_into_gradient"] else "stock"
+            ),
             "engine_fusion": lambda: Fact(asked=workload.fusion, seen=fusion()),
             "engine_compile": lambda: Fact(asked=workload.compile, seen=compiled()),
             "engine_graph": lambda: Fact(asked="on" if workload.graph else "off", seen=_graph(program)),

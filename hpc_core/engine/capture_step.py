@@ -55,7 +55,7 @@ class CapturedWork:
     def pool_bytes(self) -> tuple[int, int]:
         """Bytes that the private pool holds of the device, and how many of these the allocator counts as allocated."""
         pool = tuple(self._graph.pool())
-        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
         own = [segment for segment in segments if tuple(segment["segment_pool_id"]) == pool]
         return sum(one["total_size"] for one in own), sum(one["allocated_size"] for one in own)
 

@@ -39,15 +39,13 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss += lost
                 if d_hidden is None and d_head is None:
                     continue
-                slope = run("logits_gradient", logits, whole, targets[part], weight[part])
-                del logits
+                run("logits_into_gradient", logits, whole, targets[part], weight[part])
                 if d_hidden is not None:
-                    torch.mm(slope, head, out=d_hidden[part])
+                    torch.mm(logits, head, out=d_hidden[part])
                 if d_head is not None:
                     # Added inside the product, in float32, and rounded to the head's dtype once a chunk: a float32 buffer of
                     # the head's size would be the largest temporary of the step.
-                    d_head.addmm_(slope.t(), hidden[part])
-                del slope
+                    d_head.addmm_(logits.t(), hidden[part])
         ctx.save_for_backward(d_hidden, d_head)
         return loss * share
 
@@ -80,5 +78,5 @@ def chunked_cross_entropy(
     A batch without any label gives 0, where a plain mean would give NaN. Backward may be taken once.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    loss: torch.Tensor = _ChunkedLoss.apply(rows, head, next_tokens(labels).reshape(-1), chunk, run)  # type: ignore[no-untyped-call]
+    loss: torch.Tensor = _ChunkedLoss.apply(rows, head, next_tokens(labels).reshape(-1), chunk, run)
     return loss

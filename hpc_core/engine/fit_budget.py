@@ -12,12 +12,14 @@ from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tenso
 
 __all__ = ["fit", "sizes_of"]
 
-_LOGITS_HELD = 2
-"""A chunk's logits and their gradient."""
-_WIDE_HELD = 4
-"""Float32 copies of a chunk's logits beside these, where no kernel hides them."""
-_HIDDEN_HELD = 9
-"""Copies of the hidden states around last norm and loss, in units of the model's dtype: sum, three in float32, normed, gradient."""
+_WIDE_LOGITS = 4
+"""Float32 copies of a chunk's logits beside themselves, where no kernel hides them."""
+_WIDE_GATES = 5
+"""Float32 copies of a gate in its backward, where no kernel hides them."""
+_HIDDEN_HELD = 5
+"""Copies of the hidden states around last norm and loss: embedded, to be added, sum, normed, gradient."""
+_WORKSPACE_BYTES = 64 * 2**20
+"""What cuBLAS keeps on a GPU."""
 _GRAPH_SHARE = 0.02
 """Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole."""
 
@@ -53,16 +55,19 @@ def sizes_of(program: Any) -> Sizes:
     held, trained, moments = _held(program)
     streams = 2 * layers * rows * hidden * item
     chunk = min(rows, program.workload.loss_chunk) * int(config.vocab_size)
-    losing = chunk * (item * _LOGITS_HELD + (0 if program.run.compiled else 4 * _WIDE_HELD))
+    wide = 0 if program.run.compiled else 4
+    losing = chunk * (item + wide * _WIDE_LOGITS)
     head = forward.causal.lm_head.weight
     if head.requires_grad:
         losing += head.numel() * item
     # The last MLP's backward: gradients of gate, up and their product, and a weight dequantized.
-    turning = item * (3 * rows * inner + hidden * inner)
+    turning = item * (3 * rows * inner + hidden * inner) + wide * _WIDE_GATES * rows * inner
     around = rows * hidden * item * _HIDDEN_HELD
     saved = [_saved_bytes(program, half) for half in halves[:2]]
     flops = _again_flops(forward, rows, batch.ids.shape[1])
     fixed = held + moments + streams + around + max(losing, turning)
+    if batch.ids.is_cuda:
+        fixed += _WORKSPACE_BYTES
     twice_head = 2 * head.numel() * item if head.requires_grad else 0
     return Sizes(
         layers=layers,
@@ -89,19 +94,18 @@ def _saved_bytes(program: Any, half: Half) -> int:
     cos, sin = (
         each[0].unsqueeze(1) for each in forward._angles_of(stream.detach().view(*batch.ids.shape, stream.shape[-1]))
     )
-    owned = {id(part.untyped_storage()) for part in (*program.model.parameters(), stream, cos, sin)}
-    known = {part.untyped_storage().data_ptr() for part in (*program.model.parameters(), stream, cos, sin)}
-    seen: dict[int, int] = {}
+    # By the storage itself, not its address, which a fake tensor has none of.
+    known = {part.untyped_storage()._cdata for part in (*program.model.parameters(), stream, cos, sin)}
+    saved: list[torch.Tensor] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if id(storage) not in owned and storage.data_ptr() not in known:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def note(tensor: torch.Tensor) -> None:
+        saved.append(tensor)  # and nothing is packed: an output that its own function held would never be freed
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        half.inside(stream, None, cos, sin)
-    return sum(seen.values())
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+        output = half.inside(stream, None, cos, sin)
+    found = owned_bytes(each for each in saved if each.untyped_storage()._cdata not in known)
+    del output
+    return found
 
 
 def _again_flops(forward: Any, rows: int, length: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import torch
 from hpc_core.build.libraries import library
 from hpc_core.engine.chunked_loss import chunked_cross_entropy
 from hpc_core.engine.fused_blocks import Half, fuse_halves
-from hpc_core.engine.fused_linear import patch_linears
+from hpc_core.engine.fused_linear import added_norm, patch_linears
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.errors import BuildError
 from hpc_core.spec import FinetuneSpec
@@ -71,7 +71,8 @@ class TunedForward:
             module: Any = half.module
             stream, delta = module(stream, delta, cos, sin)  # through the module, so that its hooks see the call
         assert delta is not None
-        return torch.as_tensor(self.decoder.norm((stream + delta).view(embedded.shape)))
+        last = self.decoder.norm
+        return added_norm(stream, delta, last.weight, float(last.variance_epsilon), self.run).view(embedded.shape)
 
     def _angles_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, (1, length, width), made once a length: positions are 0, 1, 2 … in every row."""

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from hpc_core.engine.fused_linear import gated_linear, linears, normed_linears
@@ -107,8 +106,8 @@ def _attention(layer: Any, run: Pointwise) -> Half:
         )
         length = cos.shape[0]
         q, k, v = (each.view(-1, length, each.shape[-1] // width, width) for each in made)
-        q, k = _Rotate.apply(q, k, cos, sin, run)  # type: ignore[no-untyped-call]
-        mixed = scaled_dot_product_attention(
+        q, k = _Rotate.apply(q, k, cos, sin, run)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),

@@ -13,7 +13,7 @@ import torch
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import PER, Projection, backward_of, forward_of, projection_of, tensors_of
 
-__all__ = ["gated_linear", "linears", "normed_linears", "patch_linears"]
+__all__ = ["added_norm", "gated_linear", "linears", "normed_linears", "patch_linears"]
 
 Found = tuple[torch.Tensor | None, ...]
 
@@ -100,6 +100,25 @@ class _GatedLinear(torch.autograd.Function):
         return (None, None, d_gate, d_up, *found)
 
 
+class _AddedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, eps: float, run: Pointwise, x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
+        total, inner, scale = run("add_and_norm", x, delta, weight, eps)
+        ctx.run = run
+        ctx.save_for_backward(total, scale, weight)
+        normed: torch.Tensor = inner
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: torch.Tensor) -> Found:
+        total, scale, weight = ctx.saved_tensors
+        d_total = ctx.run("norm_backward", arrived[0], total, scale, weight, None)
+        d_weight = ctx.run("norm_weight_gradient", arrived[0], total, scale) if ctx.needs_input_grad[4] else None
+        return (None, None, d_total, d_total, d_weight)
+
+
 def _wants_input(needs: Sequence[bool]) -> bool:
     """Whether some weight or A wants a gradient, for which the input is needed; B and bias do not need it."""
     return any(wanted and index % PER in (0, 2) for index, wanted in enumerate(needs))
@@ -107,7 +126,7 @@ def _wants_input(needs: Sequence[bool]) -> bool:
 
 def linears(parts: Sequence[Projection], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Each projection of x, (rows, in)."""
-    found: tuple[torch.Tensor, ...] = _Linears.apply(parts, x, *tensors_of(parts))  # type: ignore[no-untyped-call]
+    found: tuple[torch.Tensor, ...] = _Linears.apply(parts, x, *tensors_of(parts))
     return found
 
 
@@ -120,13 +139,19 @@ def normed_linears(
     run: Pointwise,
 ) -> tuple[torch.Tensor, ...]:
     """x + delta, or x itself where there is no delta, and each projection of its RMS norm. x and delta: (rows, features)."""
-    found: Any = _NormedLinears.apply(parts, eps, run, x, delta, weight, *tensors_of(parts))  # type: ignore[no-untyped-call]
+    found: Any = _NormedLinears.apply(parts, eps, run, x, delta, weight, *tensors_of(parts))
     return tuple(found) if delta is not None else (x, *found)
+
+
+def added_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, run: Pointwise) -> torch.Tensor:
+    """RMS norm of x + delta, both (rows, features)."""
+    found: torch.Tensor = _AddedNorm.apply(eps, run, x, delta, weight)
+    return found
 
 
 def gated_linear(part: Projection, gate: torch.Tensor, up: torch.Tensor, run: Pointwise) -> torch.Tensor:
     """The projection of silu(gate) * up, both (rows, inner)."""
-    found: torch.Tensor = _GatedLinear.apply((part,), run, gate, up, *tensors_of((part,)))  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _GatedLinear.apply((part,), run, gate, up, *tensors_of((part,)))
     return found
 
 

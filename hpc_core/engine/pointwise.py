@@ -92,14 +92,14 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) 
     return ((whole - chosen).squeeze(1) * kept).sum(), whole
 
 
-def logits_gradient(
+def logits_into_gradient(
     logits: torch.Tensor, whole: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """(softmax - one-hot) times each row's weight (rows,), in the logits' dtype."""
+) -> None:
+    """Put (softmax - one-hot) times each row's weight (rows,) in the logits' place: a chunk of them is 131 MB, and needed once."""
     likely = torch.exp(_wide(logits) - whole)
     columns = torch.arange(logits.shape[1], device=logits.device)
     hot = (columns == targets.unsqueeze(1)).to(likely.dtype)
-    return ((likely - hot) * weight.unsqueeze(1)).to(logits.dtype)
+    logits.copy_((likely - hot) * weight.unsqueeze(1))
 
 
 _BODIES: dict[str, Body] = {
@@ -112,7 +112,7 @@ _BODIES: dict[str, Body] = {
     "swiglu_backward": swiglu_backward,
     "rotate": rotate,
     "row_losses": row_losses,
-    "logits_gradient": logits_gradient,
+    "logits_into_gradient": logits_into_gradient,
 }
 
 

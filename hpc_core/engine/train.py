@@ -60,7 +60,7 @@ class TunedProgram(FinetuneProgram):
             self.plan = fit(self, workload.budget_bytes)
         self._stream: torch.cuda.Stream | None = None
         if workload.graph and on_gpu:
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(device)
             for group in self.optimizer.param_groups:
                 group["capturable"] = True
         elif workload.graph:
@@ -69,11 +69,10 @@ class TunedProgram(FinetuneProgram):
 
     def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
         """A step on this batch: replayed once it is captured, else operator by operator."""
-        if self._watched or self._stream is None or "graph" in self.fallen:
+        if self._watched or self._stream is None or "graph" in self.fallen or self._taken < _WARM_STEPS - 1:
             self._plainly(batch, mark)
-        elif self._taken < _WARM_STEPS:
-            with self._rehearsed():
-                self._plainly(batch, mark)
+        elif self._taken == _WARM_STEPS - 1:
+            self._rehearse(batch, mark)
         else:
             self._replay(batch, mark)
         self._taken += 1
@@ -88,6 +87,13 @@ class TunedProgram(FinetuneProgram):
             yield
         finally:
             self._watched = before
+
+    def release(self) -> None:
+        """Let go of the graph and its memory too."""
+        super().release()
+        if self.captured is not None:
+            self.fallen["graph"] = "off: it was released"
+        self.captured = self._static = None
 
     def _plainly(self, batch: DeviceBatch, mark: Mark) -> None:
         if self._stream is None:
@@ -108,10 +114,20 @@ class TunedProgram(FinetuneProgram):
         elif self._taken == _PEAK_STEP and self.workload.budget_bytes is not None:
             self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
 
-    def _rehearsed(self) -> contextlib.AbstractContextManager[None]:
-        """In the last step before the capture nothing may compile."""
-        compiled = self.workload.compile == "layers" or self.run.compiled
-        return settled(compiled=compiled and self._taken == _WARM_STEPS - 1)
+    def _rehearse(self, batch: DeviceBatch, mark: Mark) -> None:
+        """The last step before the capture. Nothing may compile in it; if something would, there is no graph, and the step is taken again."""
+        try:
+            with settled(compiled=self._compiles()):
+                self._plainly(batch, mark)
+        except RuntimeError as error:
+            if not self._compiles() or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.fallen["graph"] = f"off: compiling has not settled after {_WARM_STEPS - 1} steps: {error}"
+            self.optimizer.zero_grad(set_to_none=True)
+            self._plainly(batch, mark)
+
+    def _compiles(self) -> bool:
+        return self.workload.compile == "layers" or self.run.compiled
 
     def _replay(self, batch: DeviceBatch, mark: Mark) -> None:
         if self.captured is None:
@@ -135,13 +151,13 @@ class TunedProgram(FinetuneProgram):
         def work() -> None:
             FinetuneProgram.train_on(self, static)
 
-        compiled = self.workload.compile == "layers" or self.run.compiled
         try:
-            with settled(compiled=compiled):
+            with settled(compiled=self._compiles()):
                 self.captured = CapturedWork(work, self._stream)
         except BuildError as error:
             self.fallen["graph"] = f"off: {error}"
             self._static = None
+            self.optimizer.zero_grad(set_to_none=True)
             return
         # Written by every replay, and never freed: its memory is the graph's own.
         self._static_loss = self.loss

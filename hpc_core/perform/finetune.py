@@ -65,10 +65,7 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
 def _left_for_reference(program: FinetuneProgram) -> Given:
     """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
     batch = program.batches[program.widest]
-    program.batches.clear()
-    program.optimizer.state.clear()
-    program.optimizer.zero_grad(set_to_none=True)
-    program.loss = None
+    program.release()
     rows = list(range(len(batch.ids)))
     if batch.mask is not None:
         rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from hpc_core.audit import tuned_facts
 from hpc_core.engine.train import TunedProgram
 from hpc_core.perform.metrics import measured_bytes
@@ -40,7 +38,8 @@ def audit_tuned(session: Session, program: FinetuneProgram) -> None:
         peak = int(session.metrics["peak_bytes"].value)
         asked = f"at most {budget:,} bytes"
         session.audit["budget"] = Fact(asked=asked, seen=asked if peak <= budget else f"{peak:,} bytes")
-    if program.captured is not None:
+    adapter = session.case.adapter
+    if program.captured is not None and (adapter is None or not adapter.dropout):  # dropout draws anew each time
         session.audit["graph_step"] = _replay_against_plain(program)
 
 
@@ -48,8 +47,8 @@ def _replay_against_plain(program: TunedProgram) -> Fact:
     """The loss of a replayed step against that of a forward without a graph, on the same weights and batch."""
     program.steps_done = program.widest
     batch = program.batches[program.widest]
-    with torch.no_grad():
-        plain = float(program.model(input_ids=batch.ids, labels=batch.labels, attention_mask=batch.mask).loss)
+    # With a graph of autograd, as in the step: without one, compiled layers would compile again.
+    plain = float(program.model(input_ids=batch.ids, labels=batch.labels, attention_mask=batch.mask).loss.detach())
     program.step()
     replayed = float("nan") if program.loss is None else float(program.loss)
     asked = "the loss of the same step without a graph"

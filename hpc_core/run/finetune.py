@@ -85,6 +85,13 @@ class FinetuneProgram:
         """In the block every step runs operator by operator, so that it can be watched. Here it always does."""
         return contextlib.nullcontext()
 
+    def release(self) -> None:
+        """Let go of batches, gradients, loss and optimizer state: nothing is trained after it."""
+        self.batches.clear()
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = None
+
     def tokens_of(self, steps: int) -> int:
         """Unpadded tokens of `steps` steps, counted from the first batch."""
         return sum(self.batches[index % len(self.batches)].tokens for index in range(steps))
