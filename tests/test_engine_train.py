@@ -139,15 +139,16 @@ def test_halves_computed_again_change_no_gradient() -> None:
     case = finetune(FLOAT, METHODS["lora"], **SHORT, **BLOCKS)
     assert isinstance(case.workload, FinetuneSpec)
     ids = torch.randint(0, 1024, (2, 32), generator=torch.Generator().manual_seed(5))
-    found, entered = [], [0]
+    found, entered = [], []
     for again in (False, True):
         built = build(case, CPU).model
         _lively(built)
         forward = tune(built, case.workload, Pointwise(compiled=False))
         for half in forward.halves:
             half.again = again
-        forward.halves[0].module.register_forward_pre_hook(lambda *_: entered.__setitem__(0, entered[0] + 1))
+        forward.halves[0].module.register_forward_pre_hook(lambda *_, again=again: entered.append(again))
         found.append(_gradients(built, ids, ids))
+    assert entered == [False, True, True]
     assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
 
 

@@ -68,8 +68,7 @@ class TunedForward:
     def _through_halves(self, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         stream, delta = embedded.reshape(-1, embedded.shape[-1]), None
         for half in self.halves:
-            module: Any = half.module
-            stream, delta = module(stream, delta, cos, sin)  # through the module, so that its hooks see the call
+            stream, delta = half.through(stream, delta, cos, sin)
         assert delta is not None
         last = self.decoder.norm
         return added_norm(stream, delta, last.weight, float(last.variance_epsilon), self.run).view(embedded.shape)

@@ -41,7 +41,7 @@ class _Rotate(torch.autograd.Function):
 
 
 class Half:
-    """One half of a layer. With `again` its inside is computed again in the backward, and only its input is kept."""
+    """One half of a layer, in the place of its module's forward. With `again` its inside is computed again in the backward."""
 
     def __init__(self, name: str, module: Any, inside: Callable[..., Pair]):
         self.name = name
@@ -51,12 +51,17 @@ class Half:
 
     def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
         """The stream with delta added, and what this half adds to it next. All (rows, features); cos and sin (length, 1, width)."""
+        return self.inside(stream, delta, cos, sin)
+
+    def through(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+        """The same by way of the module, so that its hooks see the call, and a second one where only the input is kept."""
         if not (self.again and torch.is_grad_enabled()):
-            return self.inside(stream, delta, cos, sin)
+            plain: Pair = self.module(stream, delta, cos, sin)
+            return plain
         total = stream if delta is None else stream + delta
-        # The whole inside is a function of its input alone: no state of a generator is to be kept.
+        # A function of its input alone: no state of a generator is to be kept.
         output: Pair = checkpoint(
-            self.inside, total, None, cos, sin, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            self.module, total, None, cos, sin, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
         )
         return total, output[1]
 
