@@ -212,6 +212,7 @@ def main() -> None:
     ask.add_argument("--only", default="", help="rows by name, separated by commas with no space after them")
     ask.add_argument("--shape", default="llama-3.2-3b")
     ask.add_argument("--device", default="cuda")
+    ask.add_argument("--no-cudnn-attention", action="store_true", help="leave attention to flash")
     ask.add_argument("--batch", type=int, default=4)
     ask.add_argument("--length", type=int, default=512)
     ask.add_argument("--limit-s", type=float, default=150.0, help="seconds a row may take")
@@ -219,9 +220,10 @@ def main() -> None:
     ask.add_argument("--out", default="train-ablation.json")
     options = ask.parse_args()
     began = time.monotonic()
-    import torch  # noqa: F401 - imported once, for all children
+    import torch  # imported once, for all children
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
     chosen = cases(options.shape, options.methods.split(","), options.length, options.batch)
     # Names hold commas of their own ("all, 4.5 GiB"), always with a space.
     wanted = [each for each in options.only.replace(", ", "\0").split(",") if each]

@@ -44,7 +44,7 @@ def test_a_replay_with_a_gibibyte_temporary_is_seen(device: torch.device) -> Non
     assert captured.peak_bytes() >= resting + _GIB
     held, _ = captured.pool_bytes()
     assert _GIB <= held < _GIB + 64 * 2**20
-    assert float(result) == 3
+    assert float(result) == 2  # run once, captured without running, replayed once
 
 
 @pytest.mark.parametrize("fusion", ["off", "blocks"])

@@ -60,11 +60,6 @@ class CapturedWork:
         return sum(one["total_size"] for one in own), sum(one["allocated_size"] for one in own)
 
     def peak_bytes(self) -> int:
-        """Highest bytes of capture and replay: what is allocated outside the pool, and the whole pool."""
+        """Highest bytes of capture and replay: what is allocated outside the pool, which a replay does not change, and the whole pool."""
         held, counted = self.pool_bytes()
-        torch.cuda.synchronize(self._device)
-        torch.cuda.reset_peak_memory_stats(self._device)
-        self.replay()
-        torch.cuda.synchronize(self._device)
-        replay_peak = int(torch.cuda.max_memory_allocated(self._device)) - counted + held
-        return max(self.capture_peak_bytes, replay_peak)
+        return max(self.capture_peak_bytes, int(torch.cuda.memory_allocated(self._device)) - counted + held)

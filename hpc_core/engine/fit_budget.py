@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ _HIDDEN_HELD = 5
 """Copies of the hidden states around last norm and loss: embedded, to be added, sum, normed, gradient."""
 _WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS keeps on a GPU."""
-_GRAPH_SHARE = 0.02
-"""Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole."""
+_GRAPH_SHARE = 0.03
+"""Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole. What is lost beyond that is seen after the capture."""
 
 
-def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None) -> Plan:
-    """Choose the plan for this budget and put it into the program's halves. `expected`: the plan of a step that has just run on a GPU.
+def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_bytes: int | None = None) -> Plan:
+    """Choose the plan for this budget and put it into the program's halves.
+
+    `expected`: the plan of a step that has just run on a GPU, whose peak corrects what is counted. `lost_bytes`: what a graph's pool takes
+    beyond what its work needs; a share of the pool until that is known.
 
     Raises:
         BuildError: the budget is too small.
@@ -33,10 +37,12 @@ def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None) -> Pla
     sizes = sizes_of(program)
     if expected is not None:
         seen = int(torch.cuda.max_memory_allocated(program.batches[0].ids.device))
-        off = seen - expected.peak_bytes
-        sizes = Sizes(sizes.layers, sizes.fixed_bytes + off, sizes.end_bytes, sizes.attention, sizes.mlp)
-    room = int(budget_bytes * (1 - _GRAPH_SHARE)) if program.workload.graph else budget_bytes
-    plan = plan_for(sizes, room)
+        program.miscounted_bytes = seen - expected.peak_bytes
+    sizes = replace(sizes, fixed_bytes=sizes.fixed_bytes + program.miscounted_bytes)
+    if lost_bytes is None:
+        held, _, moments = _held(program)
+        lost_bytes = int(_GRAPH_SHARE * max(0, budget_bytes - held - moments)) if program.workload.graph else 0
+    plan = plan_for(sizes, budget_bytes - lost_bytes)
     left = {"attention": plan.attentions, "mlp": plan.mlps}
     for half in program.forward.halves:  # from the first layer on
         half.again = left[half.name] > 0
@@ -60,8 +66,9 @@ def sizes_of(program: Any) -> Sizes:
     head = forward.causal.lm_head.weight
     if head.requires_grad:
         losing += head.numel() * item
-    # The last MLP's backward: gradients of gate, up and their product, and a weight dequantized.
-    turning = item * (3 * rows * inner + hidden * inner) + wide * _WIDE_GATES * rows * inner
+    # The last MLP's backward: gradients of gate and up, and a weight dequantized.
+    dense = hidden * inner if forward.causal.model.layers[0].mlp.gate_proj.weight.element_size() < item else 0
+    turning = item * (2 * rows * inner + dense) + wide * _WIDE_GATES * rows * inner
     around = rows * hidden * item * _HIDDEN_HELD
     saved = [_saved_bytes(program, half) for half in halves[:2]]
     flops = _again_flops(forward, rows, batch.ids.shape[1])

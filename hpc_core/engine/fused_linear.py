@@ -96,7 +96,8 @@ class _GatedLinear(torch.autograd.Function):
         d_inner, found = backward_of(ctx.parts, tensors, arrived, inner, low, needs[4:], need_input=wanted)
         d_gate = d_up = None
         if d_inner is not None:
-            d_gate, d_up = ctx.run("swiglu_backward", d_inner, gate, up)
+            d_up = ctx.run("swiglu_backward", d_inner, gate, up)
+            d_gate = d_inner
         return (None, None, d_gate, d_up, *found)
 
 

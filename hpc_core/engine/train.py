@@ -38,6 +38,8 @@ class TunedProgram(FinetuneProgram):
     forward: TunedForward
     captured: CapturedWork | None = None
     plan: Plan | None = None
+    miscounted_bytes = 0
+    """By how much the plan's expected peak was off, once a step on a GPU has shown it."""
 
     def prepare(self, workload: FinetuneSpec) -> None:
         """Put the tuned forward into the model.
@@ -144,6 +146,19 @@ class TunedProgram(FinetuneProgram):
         self.loss = self._static_loss
 
     def _capture(self, batch: DeviceBatch) -> None:
+        """Capture the step; once more with a tighter plan where the graph's pool takes more than the budget leaves."""
+        self._capture_once(batch)
+        budget = self.workload.budget_bytes
+        if self.captured is None or budget is None or self.plan is None:
+            return
+        excess = self.captured.peak_bytes() - budget
+        if excess > 0:
+            lost = self.captured.peak_bytes() - self.plan.peak_bytes
+            self.captured = None
+            self.plan = fit(self, budget, lost_bytes=lost)
+            self._capture_once(batch)
+
+    def _capture_once(self, batch: DeviceBatch) -> None:
         assert self._stream is not None
         self._static = static = DeviceBatch(batch.ids.clone(), batch.labels.clone(), None, batch.tokens, batch.padded)
         self.loss = None
