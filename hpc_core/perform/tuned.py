@@ -28,10 +28,9 @@ def measure_graph_memory(session: Session, program: FinetuneProgram) -> None:
 
 
 def audit_tuned(session: Session, program: FinetuneProgram) -> None:
-    """Facts of the engine and its switches, of the budget, and of a replay against the same step without a graph."""
+    """Facts of the engine and its switches, of the budget, and of a replay against the same step without a graph. Still in the phase audit."""
     if not isinstance(program, TunedProgram) or not session.job.audit:
         return
-    session.phase("audit")
     session.audit |= tuned_facts(program, session.notes)
     budget = program.workload.budget_bytes
     if budget is not None:
