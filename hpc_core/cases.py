@@ -180,9 +180,7 @@ FULL: tuple[Case, ...] = (
     *_generation(llama_3b, prompts=2, prompt_length=None, new_tokens=64, extrapolate_to=512, data=_GSM8K_TRACE),
     *_fine_tuning(llama_3b, batch=4, length=512, epoch_rows=4000),
 )
-TUNED: tuple[Case, ...] = tuple(
-    _tuned(*(case for case in FULL if case.id.rpartition("/")[2] in ("full-bf16", "lora", "qlora")))
-)
+TUNED: tuple[Case, ...] = tuple(_tuned(*(case for case in FULL if case.id.endswith(("/full-bf16", "/lora", "/qlora")))))
 """The tuned training engine beside its stock twins: same dropout (none), adapters, batch and data. In ALL, not in FULL."""
 """The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
 
