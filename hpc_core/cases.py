@@ -18,6 +18,7 @@ __all__ = [
     "SMALL",
     "TINY",
     "TRIAL",
+    "TUNED",
     "WHOLE",
     "Method",
     "catalogue",
@@ -162,10 +163,25 @@ def _fine_tuning(model: ModelSpec, **workload: Any) -> list[Case]:
 
 _GSM8K_TRACE = DataSpec(source="trace", name="gsm8k")
 
+_TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
+
+
+def _tuned(*stock: Case) -> list[Case]:
+    """Each by the tuned engine, beside itself without dropout and with adapters in bfloat16, as the engine has them."""
+    cases = [stock[0].vary("full-bf16-tuned", **_TUNED)]
+    for case in stock[1:]:
+        name = case.id.rpartition("/")[2]
+        plain = case.vary(f"{name}-nodrop", dropout=0.0, adapter_dtype="bfloat16")
+        cases += [plain, plain.vary(f"{name}-tuned", **_TUNED)]
+    return [*cases, cases[-1].vary("qlora-tuned-4.5gib", budget_bytes=9 * 2**29)]
+
+
 FULL: tuple[Case, ...] = (
     *_generation(llama_3b, prompts=2, prompt_length=None, new_tokens=64, extrapolate_to=512, data=_GSM8K_TRACE),
     *_fine_tuning(llama_3b, batch=4, length=512, epoch_rows=4000),
 )
+TUNED: tuple[Case, ...] = tuple(_tuned(*(case for case in FULL if case.id.endswith(("/full-bf16", "/lora", "/qlora")))))
+"""The tuned training engine beside its stock twins: same dropout (none), adapters, batch and data. In ALL, not in FULL."""
 """The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
 
 _filled: dict[str, Any] = {"batch": 32, "prompts": 2, "prompt_length": 512, "new_tokens": 8}
@@ -190,6 +206,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-max-length", data=_TINY_TRACE, padding="max_length"),
     _tiny_lora.vary("lora-packed", data=_TINY_TRACE, packing=True),
     _tiny_lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32),
+    _tiny_lora.vary("lora-tuned", dropout=0.0, engine="tuned", loss="chunked", loss_chunk=64, fusion="blocks"),
     _tiny_lora.vary("lora-soak", data=_SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
@@ -263,7 +280,7 @@ TRIAL: tuple[Case, ...] = (
 WHOLE: tuple[Case, ...] = (*FULL, _lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32))
 """Whole full-size cases, for trying faults on predictions."""
 
-ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL)
+ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, *TUNED)
 
 
 def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:

@@ -100,6 +100,13 @@ class Case(Strict, frozen=True, kw_only=True):
             variant.startswith("qlora") and not quantized,
             f"{self.id}: QLoRA without quantization is LoRA: give quantization= or rename it.",
         )
+        if workload.fusion != "off":
+            dropout = 0.0 if self.adapter is None else self.adapter.dropout
+            refuse(
+                dropout > 0, f"{self.id}: fusion={workload.fusion!r} knows no dropout: say dropout=0, not {dropout}."
+            )
+            int8 = self.quantization is not None and self.quantization.kind == "int8"
+            refuse(int8, f"{self.id}: fusion={workload.fusion!r} knows 4-bit weights and plain ones, not int8.")
 
     def _check_generate(self, workload: GenerateSpec) -> None:
         graph = workload.engine == "graph"

@@ -16,6 +16,16 @@ __all__ = ["CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
 
+_SWITCHES = {
+    "loss": "stock",
+    "loss_chunk": 512,
+    "fusion": "off",
+    "compile": "off",
+    "graph": False,
+    "budget_bytes": None,
+}
+"""The switches of the tuned training engine, by their defaults."""
+
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MOST_ROWS = 32
 """The graph engine's largest batch."""
@@ -124,6 +134,21 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     """Timed steps, after warm-up."""
     epoch_rows: int | None = None
     """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
+    engine: Literal["stock", "tuned"] = "stock"
+    """stock: the libraries' own forward and loss. tuned: `hpc_core.engine`, whose switches are the fields below."""
+    loss: Literal["stock", "chunked"] = "stock"
+    """chunked: head and cross-entropy in one, some rows at a time; the logits never exist as a whole."""
+    loss_chunk: int = 512
+    """Rows of the chunked loss at a time."""
+    fusion: Literal["off", "linears", "blocks"] = "off"
+    """linears: each linear layer with its adapter is one function, that dequantizes once a use. blocks: norm, projections and
+    gates of a decoder layer too, with kernels of their own, and no mask."""
+    compile: Literal["off", "layers"] = "off"
+    """layers: torch.compile of each decoder layer."""
+    graph: bool = False
+    """The whole step, optimizer included, is one CUDA graph."""
+    budget_bytes: int | None = None
+    """Peak memory of a step at most: as many halves of decoder layers are computed again in the backward as that takes."""
     data: DataSpec = DataSpec()
 
     def __post_init__(self) -> None:
@@ -133,6 +158,7 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
             SpecError: packing with padding, unpadded rows of different lengths, checkpointing left to an absent `prepare` …
         """
         check_types(self)
+        self._check_engine()
         for name in ("batch", "length", "steps"):
             refuse(getattr(self, name) < 1, f"{name} must be at least 1, got {getattr(self, name)}.")
         refuse(self.length < 2, "length must be at least 2: the loss needs a next token.")
@@ -151,6 +177,34 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
         refuse(
             self.checkpointing == "as-prepare-leaves-it" and not self.prepare,
             "checkpointing='as-prepare-leaves-it' needs prepare=True.",
+        )
+
+    def _check_engine(self) -> None:
+        switched = [name for name, value in _SWITCHES.items() if getattr(self, name) != value]
+        if self.engine == "stock":
+            refuse(
+                bool(switched), f"The switch {', '.join(switched)} belongs to engine='tuned'; the engine is 'stock'."
+            )
+            return
+        refuse(
+            self.prepare, "engine='tuned' keeps every weight as it is: drop prepare=True, which casts them to float32."
+        )
+        refuse(self.precision != "pure", "engine='tuned' computes in the weights' dtype: say precision='pure'.")
+        refuse(self.loss_chunk < 1, f"loss_chunk must be at least 1 row, got {self.loss_chunk}.")
+        refuse(self.loss == "stock" and "loss_chunk" in switched, "loss_chunk belongs to loss='chunked'.")
+        blocks = self.fusion == "blocks"
+        refuse(blocks and self.compile == "layers", "fusion='blocks' has kernels of its own: drop compile='layers'.")
+        refuse(blocks and self.loss == "stock", "fusion='blocks' never makes whole logits: say loss='chunked'.")
+        again = self.checkpointing != "off"
+        refuse(blocks and again, "fusion='blocks' recomputes by budget_bytes: say checkpointing='off'.")
+        refuse(self.budget_bytes is not None and not blocks, "budget_bytes needs fusion='blocks', which can recompute.")
+        refuse(
+            self.budget_bytes is not None and self.budget_bytes < 1,
+            f"budget_bytes must be at least 1, got {self.budget_bytes}.",
+        )
+        refuse(
+            self.graph and (self.optimizer != "adamw-fused" or self.padding == "longest"),
+            f"graph=True needs steps of one shape and optimizer='adamw-fused'; got padding={self.padding!r}, optimizer={self.optimizer!r}.",
         )
 
 

@@ -25,7 +25,7 @@ def _perform(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any]
         change(made)
         return made
 
-    monkeypatch.setattr("hpc_core.perform.finetune.finetune_program", program)
+    monkeypatch.setattr("hpc_core.perform.finetune.training_program", program)
     return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
 
 

@@ -190,7 +190,8 @@ def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind:
         change(made)
         return made
 
-    monkeypatch.setattr(f"hpc_core.perform.{kind}.{kind}_program", program)
+    name = {"finetune": "training_program", "generate": "generate_program"}[kind]
+    monkeypatch.setattr(f"hpc_core.perform.{kind}.{name}", program)
 
 
 def _asleep(program: Any) -> None:

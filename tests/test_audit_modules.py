@@ -96,9 +96,9 @@ def test_a_patch_of_one_instance_is_seen() -> None:
     model: Any = build(LORA, torch.device("cpu")).model
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.forward = types.MethodType(type(mlp).forward, mlp)
-    assert module_facts(model, [], injected=False)["modules_own"].holds
+    assert module_facts(model, [], own_code=False)["modules_own"].holds
 
     mlp.forward = lambda x: x
 
-    seen = module_facts(model, [], injected=False)["modules_own"].seen
+    seen = module_facts(model, [], own_code=False)["modules_own"].seen
     assert seen == f"all but LlamaMLP.forward from {__name__}"

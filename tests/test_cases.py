@@ -12,6 +12,7 @@ from hpc_core.cases import (
     SMALL,
     TINY,
     TRIAL,
+    TUNED,
     catalogue,
     finetune,
     generate,
@@ -50,7 +51,7 @@ def test_every_variant_of_the_report_exists_full_and_tiny(variant: str) -> None:
 
 def test_ids_are_unique_and_so_is_what_they_run() -> None:
     """No two cases share an id, and no two run the same."""
-    assert len(catalogue()) == len(ALL) == len(TINY) + len(SMALL) + len(FULL)
+    assert len(catalogue()) == len(ALL) == len(TINY) + len(SMALL) + len(FULL) + len(TUNED)
     assert len({case.digest for case in ALL}) == len(ALL)
 
 

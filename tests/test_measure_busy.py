@@ -98,6 +98,24 @@ def test_an_incomplete_reading_is_void(records: list[Interval], launches: int, m
         summarize(records, launches)
 
 
+def _replayed(graph: int, start: int) -> list[Interval]:
+    return [Interval("gemm", "kernel", 7, start + at, start + at + 10, graph) for at in (0, 20)]
+
+
+def test_kernels_of_a_graph_need_no_launch_of_their_own() -> None:
+    """Two replays of two kernels are four kernels by two launches of a graph, beside what the host launched kernel by kernel."""
+    records = [START, *_replayed(5, 100), *_replayed(6, 200), Interval("copy", "kernel", 7, 300, 310), END]
+    seen = summarize(records, 3, 2)
+    assert (seen.kernels, seen.busy_s) == (5, 50e-9)
+
+
+@pytest.mark.parametrize(("graphs", "seen"), [(1, 2), (3, 2)])
+def test_a_graph_that_left_no_kernel_voids_the_reading(graphs: int, seen: int) -> None:
+    """As many graphs must have left kernels as were launched."""
+    with pytest.raises(MeasureError, match=f"launched {graphs} CUDA graphs, the profiler recorded kernels of {seen}"):
+        summarize([START, *_replayed(5, 100), *_replayed(6, 200), END], 2, graphs)
+
+
 def test_a_sleep_of_the_work_itself_is_work() -> None:
     """Only the first and the last record are ours: a spinning kernel between them belongs to who is measured."""
     seen = summarize([START, Interval("spin_kernel", "kernel", 7, 20, 30), END], 3)

@@ -27,6 +27,7 @@ def between(names: list[str]) -> list[str]:
     ("name", "kind"),
     [
         ("cudaLaunchKernel", "launch"),
+        ("cudaGraphLaunch", "graph"),
         ("cudaLaunchKernelExC", "launch"),
         ("cuLaunchKernelEx", "launch"),
         ("cudaLaunchCooperativeKernel", "launch"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from hpc_core.cases import TINY, generate, tiny
+from hpc_core.cases import TINY, finetune, full, generate, tiny
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Record
-from tests.predicting import GPU, predicted
+from tests.predicting import GPU, predicted, values
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +67,20 @@ def test_a_case_can_be_predicted_through_the_launcher() -> None:
     assert record.status == "ok", record.failure
     assert record.circumstances.machine.name == GPU
     assert record.circumstances.machine.key == "predicted"
+
+
+def test_the_chunked_loss_is_predicted_and_other_switches_are_refused() -> None:
+    """The chunked loss lowers the predicted peak by much of the logits; a graph, compiled layers and fused blocks are refused by their names."""
+    stock = finetune(tiny, full, variant="stock", batch=4, length=256, steps=2)
+    chunked = stock.vary("chunked", engine="tuned", loss="chunked", loss_chunk=128)
+    switches: dict[str, dict[str, Any]] = {
+        "graph": {"graph": True},
+        "compile": {"compile": "layers"},
+        "fusion": {"fusion": "blocks"},
+    }
+    plain, less, *refused = predicted([stock, chunked, *(chunked.vary(name, **on) for name, on in switches.items())])
+    logits = 4 * 256 * 1024 * 4
+    assert less.status == "ok", less.reasons
+    assert int(values(less)["peak_bytes"]) < int(values(plain)["peak_bytes"]) - 2 * logits
+    for name, record in zip(switches, refused, strict=True):
+        assert f"{name}=" in _refusal(record)

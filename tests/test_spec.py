@@ -80,6 +80,13 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "precision": "pure",
         "steps": 10,
         "epoch_rows": None,
+        "engine": "stock",
+        "loss": "stock",
+        "loss_chunk": 512,
+        "fusion": "off",
+        "compile": "off",
+        "graph": False,
+        "budget_bytes": None,
         "data": DataSpec(),
     },
     CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},
@@ -175,6 +182,8 @@ def test_kind_and_gpu() -> None:
     assert (callable_case.kind, callable_case.needs_gpu) == ("callable", True)
 
 
+TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked"}
+
 REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(), "Random weights need a shape"),
     (lambda: ModelSpec(shape="tiny", path="/w"), "Random weights are made, not read"),
@@ -218,6 +227,21 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: FinetuneSpec(data=TRACE), "Rows of trace differ in length"),
     (lambda: FinetuneSpec(packing=True), "Random rows are full already"),
     (lambda: FinetuneSpec(checkpointing="as-prepare-leaves-it"), "needs prepare=True"),
+    (lambda: FinetuneSpec(loss="chunked", graph=True), "The switch loss, graph belongs to engine='tuned'"),
+    (lambda: FinetuneSpec(**TUNED, precision="autocast-bf16"), "say precision='pure'"),
+    (lambda: FinetuneSpec(**TUNED, loss_chunk=0), "loss_chunk must be at least 1 row, got 0"),
+    (lambda: FinetuneSpec(engine="tuned", loss_chunk=64), "loss_chunk belongs to loss='chunked'"),
+    (lambda: FinetuneSpec(**TUNED, fusion="blocks", compile="layers"), "drop compile='layers'"),
+    (lambda: FinetuneSpec(engine="tuned", fusion="blocks"), "never makes whole logits: say loss='chunked'"),
+    (lambda: FinetuneSpec(**TUNED, fusion="blocks", checkpointing="reentrant"), "recomputes by budget_bytes"),
+    (lambda: FinetuneSpec(**TUNED, budget_bytes=2**32), "budget_bytes needs fusion='blocks'"),
+    (lambda: FinetuneSpec(**TUNED, fusion="blocks", budget_bytes=0), "budget_bytes must be at least 1, got 0"),
+    (lambda: FinetuneSpec(**TUNED, graph=True, optimizer="adamw-8bit"), "graph=True needs steps of one shape"),
+    (
+        lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE),
+        "graph=True needs steps of one shape",
+    ),
+    (lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")), "knows no dropout: say dropout=0, not 0.05"),
     (lambda: CallableSpec(factory="make_step"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a.b:c\n"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a:b", steps=0), "steps must be at least 1"),

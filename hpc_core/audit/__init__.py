@@ -13,6 +13,7 @@ from hpc_core.audit.loss import loss_facts
 from hpc_core.audit.modules import module_facts
 from hpc_core.audit.trainables import trainable_facts
 from hpc_core.audit.training import Ran, training_facts
+from hpc_core.audit.tuned import tuned_facts
 from hpc_core.audit.values import value_facts
 from hpc_core.audit.weights import weight_facts
 
@@ -26,6 +27,7 @@ __all__ = [
     "module_facts",
     "trainable_facts",
     "training_facts",
+    "tuned_facts",
     "value_facts",
     "watch_forwards",
     "weight_facts",

@@ -61,10 +61,13 @@ def watch_loss(
     seen = LossSeen()
 
     def left(_: Any, __: Any, output: Any) -> None:
-        logits = getattr(output, "logits", None)
+        logits, head = getattr(output, "logits", None), None
+        if logits is None and getattr(output, "hidden_states", None):
+            # A loss that never makes whole logits: from the last hidden states, some places at a time.
+            logits, head = output.hidden_states[-1], model.get_output_embeddings().weight  # type: ignore[operator]
         if seen.mean is None and isinstance(logits, torch.Tensor) and logits.requires_grad:
             with aside(), torch.no_grad():
-                arrived = _look(seen, logits, labels)
+                arrived = _look(seen, logits, labels, head)
             if arrived is not None:
                 logits.register_hook(lambda gradient: _keep(gradient, arrived, aside))
 
@@ -84,8 +87,17 @@ def _keep(
         arrived(gradient)
 
 
-def _look(seen: LossSeen, logits: torch.Tensor, labels: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
-    """Note the mean over the labels; give what is to be done with the logits' gradient, or None without labels."""
+def _look(
+    seen: LossSeen, logits: torch.Tensor, labels: torch.Tensor, head: torch.Tensor | None
+) -> Callable[[torch.Tensor], None] | None:
+    """Note the mean over the labels; give what is to be done with the logits' gradient, or None without labels.
+
+    With a `head`, (vocabulary, features), `logits` are hidden states that it is still to be applied to.
+    """
+
+    def applied(values: torch.Tensor) -> torch.Tensor:
+        return (values if head is None else values @ head.t()).float()
+
     wanted = labels[:, 1:]  # each place predicts the token after it
     rows, places = torch.nonzero(wanted != IGNORED_LABEL, as_tuple=True)
     seen.labels = len(rows)
@@ -96,14 +108,16 @@ def _look(seen: LossSeen, logits: torch.Tensor, labels: torch.Tensor) -> Callabl
     for start in range(0, seen.labels, _ROWS):
         part = slice(start, start + _ROWS)
         # log_softmax and not logsumexp: the loss itself has loaded its kernel; another one takes 80 ms to load.
-        likely = logits[rows[part], places[part]].float().log_softmax(dim=1)
+        likely = applied(logits[rows[part], places[part]]).log_softmax(dim=1)
         sums.append(likely.gather(1, targets[part].unsqueeze(1)).double().sum())
     seen.mean = -float(torch.stack(sums).sum()) / seen.labels
     some = torch.linspace(0, seen.labels - 1, min(_PLACES, seen.labels), device=logits.device).round().long()
     rows, places, targets = rows[some], places[some], targets[some]
-    asked = logits[rows, places].float().softmax(dim=1)
+    asked = applied(logits[rows, places]).softmax(dim=1)
     asked[torch.arange(len(some), device=logits.device), targets] -= 1
     asked /= seen.labels
+    if head is not None:
+        asked = asked @ head.float()
 
     def arrived(gradient: torch.Tensor) -> None:
         seen._gradients[:] = [gradient[rows, places].float(), asked]

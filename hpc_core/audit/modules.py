@@ -23,14 +23,14 @@ __all__ = ["module_facts"]
 
 _OWN = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "kernels"})
 """Whose code a case asks for; `kernels` only lends transformers its decorators."""
-_INJECTED = frozenset({"hpc_core"})
-"""A fault that this case was asked to run with."""
+_OURS = frozenset({"hpc_core"})
+"""A tuned engine, or a fault that this case was asked to run with."""
 _SHOWN = 3
 
 
-def module_facts(model: torch.nn.Module, notes: list[str], *, injected: bool) -> dict[str, Fact]:
-    """Whether every forward of the model, and every function and class of the files that define it, is the libraries' own."""
-    own = _OWN | _INJECTED if injected else _OWN
+def module_facts(model: torch.nn.Module, notes: list[str], *, own_code: bool) -> dict[str, Fact]:
+    """Whether every forward of the model, and every function and class of the files that define it, is the libraries' own; or ours, if asked for."""
+    own = _OWN | _OURS if own_code else _OWN
 
     def look() -> Fact:
         foreign = sorted({*_foreign_forwards(model, own), *_foreign_names(model, own)})

@@ -31,6 +31,8 @@ class Ran:
     operators: Counter[str]
     checkpointing: str
     """"on", "off" or a sentence, by counted forwards."""
+    planned: str | None = None
+    """The same by the plan of a memory budget; None without one."""
 
 
 def training_facts(
@@ -45,7 +47,7 @@ def training_facts(
     return taken(
         {
             "checkpointing": lambda: Fact(
-                asked="off" if workload.checkpointing == "off" else "on", seen=ran.checkpointing
+                asked=ran.planned or ("off" if workload.checkpointing == "off" else "on"), seen=ran.checkpointing
             ),
             "checkpointing_kind": lambda: (
                 Fact(asked=workload.checkpointing, seen=_checkpointing_kind(forwards)) if kinds else None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hpc_core.build.causal_lm import torch_dtype
+from hpc_core.engine.forward import restore
 from hpc_core.perform.decode_engine import compare_with_stock
 from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
@@ -141,6 +142,7 @@ def _both(session: Session, model: torch.nn.Module, given: Given) -> tuple[_Outc
         seen = _forward(model, given)
     if seen is None:
         return None
+    restore(model)  # the reference's forward is the libraries' own
     turn_into_reference(model)
     with full_float32():
         reference = _forward(model, given)

@@ -7,6 +7,7 @@ import math
 import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
+from hpc_core.engine.train import training_program
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
@@ -20,10 +21,11 @@ from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_ste
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import LEAST_STEPS, Soak
 from hpc_core.perform.trace import trace_program
+from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
-from hpc_core.run.finetune import FinetuneProgram, finetune_program
+from hpc_core.run.finetune import FinetuneProgram
 from hpc_core.spec import FinetuneSpec
 
 __all__ = ["measure_finetune"]
@@ -33,10 +35,10 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     """Build, warm up, time, and take each instrument in turn, the profiler last."""
     built = session.build()
     session.phase("data")
-    program = finetune_program(built, session.case, workload)
+    program = training_program(built, session.case, workload)
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
-    session.warm_up(program, lambda: _note_loss(session, program))
+    session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
     if session.job.trace is not None:
         return trace_program(session, Fixed(program, program.widest), session.job.trace)
     if session.job.replicate:
@@ -45,21 +47,29 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     _time_steps(session, program, workload)
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
-    measure_memory(
-        session, widest, built.model, program.optimizer, marking=lambda watch: _gradient_marks(session, program, watch)
-    )
-    note_unexplained(session)
-    ran, seen = _count(session, program)
-    _audit(session, program, workload, ran, seen)
+    with program.uncaptured():
+        measure_memory(
+            session,
+            widest,
+            built.model,
+            program.optimizer,
+            marking=lambda watch: _gradient_marks(session, program, watch),
+        )
+        note_unexplained(session)
+        ran, seen = _count(session, program)
+        _audit(session, program, workload, ran, seen)
+    measure_graph_memory(session, program)
+    audit_tuned(session, program)
     _busy(session, program)
-    note_profile(
-        session,
-        widest,
-        "one step on the widest batch",
-        model=built.model,
-        optimizer=program.optimizer,
-        marking=lambda watch: named_gradients(program, watch),
-    )
+    with program.uncaptured():
+        note_profile(
+            session,
+            widest,
+            "one step on the widest batch",
+            model=built.model,
+            optimizer=program.optimizer,
+            marking=lambda watch: named_gradients(program, watch),
+        )
     _learning(session, program, workload)
     measure_equivalence(session, built.model, _left_for_reference(program))
     return session.record()
@@ -68,10 +78,7 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
 def _left_for_reference(program: FinetuneProgram) -> Given:
     """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
     batch = program.batches[program.widest]
-    program.batches.clear()
-    program.optimizer.state.clear()
-    program.optimizer.zero_grad(set_to_none=True)
-    program.loss = None
+    program.release()
     rows = list(range(len(batch.ids)))
     if batch.mask is not None:
         rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()
@@ -153,7 +160,9 @@ def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | 
     per = "" if steps == 1 else f" per {steps} steps"
     session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
     session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps)), seen
+    again = recomputed_attentions(program)
+    planned = None if again is None else checkpointing_seen((forwards.layers + again) * steps, forwards.layers, steps)
+    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps), planned), seen
 
 
 def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:

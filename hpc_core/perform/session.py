@@ -125,17 +125,18 @@ class Session:
             self.metrics["adapter_weights_bytes"] = tensor_bytes(owned_bytes(owned["adapter"]))
         return built
 
-    def warm_up(self, program: Program, watch: Callable[[], None] | None = None) -> None:
+    def warm_up(self, program: Program, watch: Callable[[], None] | None = None, *, first_steps: int = 0) -> None:
         """Run until memory and time have settled: equal peaks twice in a row, and a step about as fast as the fastest.
 
-        `watch` is called after every step. With shapes that change from step to step a whole period is run first.
+        `watch` is called after every step. With shapes that change from step to step a whole period is run first. The program's
+        `first_steps` compile, tune or capture: they settle nothing, and what they took becomes `first_use_s`.
         """
         self.phase("warm-up")
         if not self.on_gpu:
             self.bystanders = Bystanders(self.device)
         seconds: list[float] = []
         peaks: list[int] = []
-        least = min(max(2, program.period), _PERIOD_MOST)
+        least = first_steps + min(max(2, program.period), _PERIOD_MOST)
         while len(seconds) < least + _WARMUP_MOST:
             if self.on_gpu:
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -145,6 +146,9 @@ class Session:
                 self.metrics["cold_start_s"] = reported(
                     time.perf_counter() - self._began, "s", note="from the worker's start to its first finished step"
                 )
+            if len(seconds) == first_steps:
+                note = f"{first_steps} steps that compile, tune and capture"
+                self.metrics["first_use_s"] = reported(sum(seconds), "s", note=note)
             if watch is not None:
                 watch()
             # Steps of different widths differ in peak and time by right: having seen a period of them is all there is.
@@ -185,7 +189,8 @@ class Session:
         """Facts of the live model that every workload shares: how and what its weights are, and whose code it runs."""
         self.audit |= weight_facts(self.case, model, self.notes)
         self.audit |= value_facts(self.case, model, self.notes)
-        self.audit |= module_facts(model, self.notes, injected=self.injection is not None)
+        tuned = getattr(self.case.workload, "engine", "stock") != "stock"
+        self.audit |= module_facts(model, self.notes, own_code=tuned or self.injection is not None)
 
     def machine(self) -> Record:
         """Measure the machine instead of the case: its ceilings, the canary, or both."""

@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+from hpc_core.engine.train import training_program
+from hpc_core.errors import PredictError
 from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
@@ -13,7 +15,7 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record import Record
-from hpc_core.run.finetune import FinetuneProgram, finetune_program
+from hpc_core.run.finetune import FinetuneProgram
 from hpc_core.spec import FinetuneSpec
 
 __all__ = ["between", "predict_finetune", "to_watch"]
@@ -25,11 +27,16 @@ _WATCHED = 3
 
 
 def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
-    """Two steps on the widest batch: the first makes the optimizer's state, the second is watched."""
+    """Two steps on the widest batch: the first makes the optimizer's state, the second is watched.
+
+    Raises:
+        PredictError: a switch of the tuned engine has no model here.
+    """
+    _refuse_unmodelled(prediction.case.id, workload)
     with prediction.fake() as (watch, answers):
         built = prediction.build(watch)
         prediction.phase("data")
-        program = finetune_program(built, prediction.case, workload)
+        program = training_program(built, prediction.case, workload)
         trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
         prediction.metrics["trainable_parameters"] = counted(trainable, better="same")
         prediction.metrics["tokens"] = counted(program.tokens_of(workload.steps), better="same", case_only=True)
@@ -43,6 +50,20 @@ def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
         _counts(prediction, program, watch, answers)
         prediction.look(built)
         return prediction.record(watch)
+
+
+def _refuse_unmodelled(case_id: str, workload: FinetuneSpec) -> None:
+    """The chunked loss is plain torch and predicted like any; what a compiler or a CUDA graph makes of a step is not."""
+    switches = {
+        "graph": (workload.graph, "the private pool of a CUDA graph"),
+        "compile": (workload.compile != "off", "what torch.compile keeps and launches"),
+        "fusion": (workload.fusion != "off", "the fused functions' kernels"),
+    }
+    for name, (on, what) in switches.items():
+        if on:
+            raise PredictError(
+                f"{case_id}: {what} cannot be predicted ({name}={getattr(workload, name)!r}); measure it on a GPU, or predict it without {name}."
+            )
 
 
 def _step(program: FinetuneProgram, answers: Answers, index: int, watch: GpuWatch | None = None) -> None:

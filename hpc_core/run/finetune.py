@@ -38,6 +38,8 @@ class FinetuneProgram:
     """Trains step by step; batch i is `batches[i % period]`, so that every pass sees the same work."""
 
     phases: tuple[str, ...] = ("forward", "backward", "optimizer")
+    first_steps = 0
+    """So many steps at the beginning differ from all others: they compile, tune or capture. None do here."""
 
     def __init__(
         self,
@@ -62,7 +64,11 @@ class FinetuneProgram:
 
     def step(self, mark: Mark = unmarked) -> None:
         """One optimizer step; the loss of the batch is left in `loss`, on the device."""
-        batch = self.batches[self.steps_done % len(self.batches)]
+        self.train_on(self.batches[self.steps_done % len(self.batches)], mark)
+        self.steps_done += 1
+
+    def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
+        """Forward, backward and optimizer step on this batch."""
         mark("forward")
         context = torch.autocast(self._device_type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
         with context:
@@ -74,7 +80,17 @@ class FinetuneProgram:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = loss.detach()
-        self.steps_done += 1
+
+    def uncaptured(self) -> contextlib.AbstractContextManager[None]:
+        """In the block every step runs operator by operator, so that it can be watched. Here it always does."""
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """Let go of batches, gradients, loss and optimizer state: nothing is trained after it."""
+        self.batches.clear()
+        self.optimizer.state.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = None
 
     def tokens_of(self, steps: int) -> int:
         """Unpadded tokens of `steps` steps, counted from the first batch."""
@@ -85,8 +101,10 @@ class FinetuneProgram:
         return sum(self.batches[index % len(self.batches)].padded for index in range(steps))
 
 
-def finetune_program(built: Built, case: Case, workload: FinetuneSpec) -> FinetuneProgram:
-    """The program of a fine-tuning case: data collated and on the device, optimizer made, nothing run yet.
+def finetune_program(
+    built: Built, case: Case, workload: FinetuneSpec, kind: type[FinetuneProgram] = FinetuneProgram
+) -> FinetuneProgram:
+    """The program of a fine-tuning case: data collated and on the device, optimizer made, nothing run yet. `kind` makes it.
 
     Raises:
         DataError: too few rows for one batch.
@@ -111,7 +129,7 @@ def finetune_program(built: Built, case: Case, workload: FinetuneSpec) -> Finetu
             f"{case.id} trains nothing: no parameter requires a gradient. Give an adapter or unquantized weights."
         )
     optimizer = make_optimizer(workload, trainable)
-    return FinetuneProgram(built.model, optimizer, chosen, epoch_size(rows, workload), workload.precision)
+    return kind(built.model, optimizer, chosen, epoch_size(rows, workload), workload.precision)
 
 
 def _tokenizer(built: Built, data: DataSpec) -> Any | None:

@@ -1,0 +1,127 @@
+"""From a memory budget to a plan for this very model: what halves save is measured on one layer, the rest counted; on a GPU the first step corrects it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hpc_core.engine.fused_blocks import Half
+from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
+from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
+
+__all__ = ["fit", "sizes_of"]
+
+_WIDE_LOGITS = 4
+"""Float32 copies of a chunk's logits beside themselves, where no kernel hides them."""
+_WIDE_GATES = 5
+"""Float32 copies of a gate in its backward, where no kernel hides them."""
+_HIDDEN_HELD = 5
+"""Copies of the hidden states around last norm and loss: embedded, to be added, sum, normed, gradient."""
+_WORKSPACE_BYTES = 64 * 2**20
+"""What cuBLAS keeps on a GPU."""
+_GRAPH_SHARE = 0.03
+"""Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole. What is lost beyond that is seen after the capture."""
+
+
+def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_bytes: int | None = None) -> Plan:
+    """Choose the plan for this budget and put it into the program's halves.
+
+    `expected`: the plan of a step that has just run on a GPU, whose peak corrects what is counted. `lost_bytes`: what a graph's pool takes
+    beyond what its work needs; a share of the pool until that is known.
+
+    Raises:
+        BuildError: the budget is too small.
+    """
+    sizes = sizes_of(program)
+    if expected is not None:
+        seen = int(torch.cuda.max_memory_allocated(program.batches[0].ids.device))
+        program.miscounted_bytes = seen - expected.peak_bytes
+    sizes = replace(sizes, fixed_bytes=sizes.fixed_bytes + program.miscounted_bytes)
+    if lost_bytes is None:
+        held, _, moments = _held(program)
+        lost_bytes = int(_GRAPH_SHARE * max(0, budget_bytes - held - moments)) if program.workload.graph else 0
+    plan = plan_for(sizes, budget_bytes - lost_bytes)
+    left = {"attention": plan.attentions, "mlp": plan.mlps}
+    for half in program.forward.halves:  # from the first layer on
+        half.again = left[half.name] > 0
+        left[half.name] -= 1
+    return plan
+
+
+def sizes_of(program: Any) -> Sizes:
+    """What a step of this program holds, measured and counted on its widest batch."""
+    forward, batch = program.forward, program.batches[program.widest]
+    rows, item = batch.ids.numel(), forward.causal.lm_head.weight.element_size()
+    config = forward.causal.config
+    hidden, inner = int(config.hidden_size), int(config.intermediate_size)
+    halves: list[Half] = forward.halves
+    layers = len(halves) // 2
+    held, trained, moments = _held(program)
+    streams = 2 * layers * rows * hidden * item
+    chunk = min(rows, program.workload.loss_chunk) * int(config.vocab_size)
+    wide = 0 if program.run.compiled else 4
+    losing = chunk * (item + wide * _WIDE_LOGITS)
+    head = forward.causal.lm_head.weight
+    if head.requires_grad:
+        losing += head.numel() * item
+    # The last MLP's backward: gradients of gate and up, and a weight dequantized.
+    dense = hidden * inner if forward.causal.model.layers[0].mlp.gate_proj.weight.element_size() < item else 0
+    turning = item * (2 * rows * inner + dense) + wide * _WIDE_GATES * rows * inner
+    around = rows * hidden * item * _HIDDEN_HELD
+    saved = [_saved_bytes(program, half) for half in halves[:2]]
+    flops = _again_flops(forward, rows, batch.ids.shape[1])
+    fixed = held + moments + streams + around + max(losing, turning)
+    if batch.ids.is_cuda:
+        fixed += _WORKSPACE_BYTES
+    twice_head = 2 * head.numel() * item if head.requires_grad else 0
+    return Sizes(
+        layers=layers,
+        fixed_bytes=fixed,
+        end_bytes=held + moments + trained + twice_head,
+        attention=HalfCost(saved[0], flops[0]),
+        mlp=HalfCost(saved[1], flops[1]),
+    )
+
+
+def _held(program: Any) -> tuple[int, int, int]:
+    """Bytes of weights with the batches, of gradients, and of the optimizer's state once it is there."""
+    owned = sum(owned_bytes(tensors) for tensors in weight_tensors(program.model).values())
+    batches = sum(each.ids.nbytes + each.labels.nbytes for each in program.batches)
+    trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
+    return owned + batches, trained, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained
+
+
+def _saved_bytes(program: Any, half: Half) -> int:
+    """What autograd saves in one call of this half on the widest batch, beside its input and what the model owns."""
+    forward, batch = program.forward, program.batches[program.widest]
+    head = forward.causal.lm_head.weight
+    stream = head.new_zeros((batch.ids.numel(), int(forward.causal.config.hidden_size))).requires_grad_()
+    cos, sin = (
+        each[0].unsqueeze(1) for each in forward._angles_of(stream.detach().view(*batch.ids.shape, stream.shape[-1]))
+    )
+    # By the storage itself, not its address, which a fake tensor has none of.
+    known = {part.untyped_storage()._cdata for part in (*program.model.parameters(), stream, cos, sin)}
+    saved: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> None:
+        saved.append(tensor)  # and nothing is packed: an output that its own function held would never be freed
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
+        output = half.inside(stream, None, cos, sin)
+    found = owned_bytes(each for each in saved if each.untyped_storage()._cdata not in known)
+    del output
+    return found
+
+
+def _again_flops(forward: Any, rows: int, length: int) -> tuple[int, int]:
+    """FLOPs of each half's forward without its last product, whose output no backward needs."""
+    layer = forward.decoder.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    products = [
+        2 * rows * int(module.in_features) * int(module.out_features)
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+    ]
+    mixing = 4 * rows * length * int(attention.q_proj.out_features)
+    return sum(products[:3]) + mixing, sum(products[3:])

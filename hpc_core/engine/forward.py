@@ -1,0 +1,118 @@
+"""The tuned forward of a causal language model: embeddings, decoder layers without a mask, last norm, loss.
+
+Rows are full or padded on the right, and attention is causal: no real token sees padding, and padding has no label. So no mask is made, and
+flash attention keeps grouped queries. It must be so in a captured step too: while a CUDA graph is captured transformers (5.17, `is_tracing`) takes
+another way and makes a whole (batch, 1, length, length) mask, which changes what torch.compile guards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hpc_core.build.libraries import library
+from hpc_core.engine.chunked_loss import chunked_cross_entropy
+from hpc_core.engine.fused_blocks import Half, fuse_halves
+from hpc_core.engine.fused_linear import added_norm, patch_linears
+from hpc_core.engine.pointwise import Pointwise
+from hpc_core.errors import BuildError
+from hpc_core.spec import FinetuneSpec
+
+__all__ = ["TunedForward", "restore", "tune"]
+
+_MARK = "_hpc_core_tuned"
+
+
+class TunedForward:
+    """In place of a causal language model's forward. Called as that is, with `labels`, it gives the loss."""
+
+    def __init__(self, causal: Any, workload: FinetuneSpec, run: Pointwise):
+        self.causal = causal
+        self.decoder: Any = causal.model
+        self.workload = workload
+        self.run = run
+        self.halves: list[Half] = []
+        self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any) -> Any:
+        """input_ids and labels: (batch, length). Logits are there unless the chunked loss is trained with; hidden states always."""
+        hidden = self._hidden(input_ids)
+        chunked = self.workload.loss == "chunked"
+        logits = None if chunked and self.causal.training else self.causal.lm_head(hidden)
+        loss = None
+        if labels is not None and chunked:
+            head = self.causal.lm_head.weight
+            loss = chunked_cross_entropy(hidden, head, labels, chunk=self.workload.loss_chunk, run=self.run)
+        elif labels is not None:
+            loss = self.causal.loss_function(logits=logits, labels=labels, vocab_size=self.causal.config.vocab_size)
+        outputs = library("transformers.modeling_outputs", "The tuned training engine")
+        return outputs.CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(hidden,))
+
+    def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        stream = self.decoder.embed_tokens(ids)
+        cos, sin = self._angles_of(stream)
+        if not self.halves:
+            positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+            for layer in self.decoder.layers:
+                stream = layer(
+                    stream,
+                    attention_mask=None,
+                    position_ids=positions,
+                    use_cache=False,
+                    position_embeddings=(cos, sin),
+                )
+            return torch.as_tensor(self.decoder.norm(stream))
+        return self._through_halves(stream, cos[0].unsqueeze(1), sin[0].unsqueeze(1))
+
+    def _through_halves(self, embedded: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        stream, delta = embedded.reshape(-1, embedded.shape[-1]), None
+        for half in self.halves:
+            stream, delta = half.through(stream, delta, cos, sin)
+        assert delta is not None
+        last = self.decoder.norm
+        return added_norm(stream, delta, last.weight, float(last.variance_epsilon), self.run).view(embedded.shape)
+
+    def _angles_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, (1, length, width), made once a length: positions are 0, 1, 2 … in every row."""
+        length = stream.shape[1]
+        if length not in self._angles:
+            with torch.no_grad():
+                positions = torch.arange(length, device=stream.device).unsqueeze(0)
+                self._angles[length] = self.decoder.rotary_emb(stream, position_ids=positions)
+        return self._angles[length]
+
+
+def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> TunedForward:
+    """Put the tuned forward, and what the workload's `fusion` and `compile` ask for, into this model. `restore` undoes it.
+
+    Raises:
+        BuildError: the model is not built as these know it.
+    """
+    whole: Any = model
+    causal: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    decoder = getattr(causal, "model", None)
+    missing = [name for name in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(decoder, name)]
+    if missing or not hasattr(causal, "lm_head"):
+        raise BuildError(
+            f"engine='tuned' knows decoders with embed_tokens, layers, norm, rotary_emb and lm_head; {type(causal).__name__} "
+            f"has no {', '.join(missing) or 'lm_head'}: say engine='stock'."
+        )
+    forward = TunedForward(causal, workload, run)
+    if workload.fusion == "blocks":
+        forward.halves = [half for layer in causal.model.layers for half in fuse_halves(layer, run)]
+    elif workload.fusion == "linears" and not sum(patch_linears(layer) for layer in causal.model.layers):
+        raise BuildError("fusion='linears' found no layer with an adapter or 4-bit weights: nothing would be fused.")
+    causal.forward = forward
+    setattr(causal, _MARK, True)
+    return forward
+
+
+def restore(model: torch.nn.Module) -> None:
+    """Give every module of the model its class's own forward back, uncompiled. A model that was not tuned is left alone."""
+    if not any(_MARK in vars(module) for module in model.modules()):
+        return
+    for module in model.modules():
+        vars(module).pop("forward", None)
+        vars(module).pop(_MARK, None)
+        module._compiled_call_impl = None

@@ -1,0 +1,51 @@
+"""torch.compile of each decoder layer: masks and positions are made outside, so one layer's code serves all.
+
+Compiling must have settled before a step is captured: `settled` makes a recompilation an error, with its reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+__all__ = ["compile_layers", "compiled_layers", "eager_where_counted", "settled"]
+
+_LIMIT = 64
+"""Compilations of one layer's code. Layers share them, but the first has an input without gradient, and adapters are guarded by layer."""
+
+
+def compile_layers(layers: Any) -> None:
+    """Compile each layer, for its shapes and as a whole. Nothing is compiled before its first call."""
+    import torch._dynamo  # not there on its own; costs a second, so only where it is wanted
+
+    torch._dynamo.config.recompile_limit = max(_LIMIT, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(256, torch._dynamo.config.accumulated_recompile_limit)
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=False)
+
+
+def compiled_layers(layers: Any) -> int:
+    """How many of these layers run compiled."""
+    return sum(getattr(layer, "_compiled_call_impl", None) is not None for layer in layers)
+
+
+@contextlib.contextmanager
+def settled(*, compiled: bool) -> Iterator[None]:
+    """While the block runs, a recompilation raises; torch's error names the guard that failed."""
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("fail_on_recompile"):
+        yield
+
+
+def eager_where_counted(*, compiled: bool) -> contextlib.AbstractContextManager[Any]:
+    """While a dispatch mode counts operators, compiled layers run as they are written: torch.compile refuses to run there."""
+    if compiled and is_in_torch_dispatch_mode():
+        eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+        return eager
+    return contextlib.nullcontext()

@@ -1,0 +1,192 @@
+"""The tuned training program: a `FinetuneProgram` whose step is made by the switches of the case.
+
+Where a switch cannot be had, the step runs without it and `fallen` says why, by the switch's name; the audit makes that a mismatch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hpc_core.build import Built
+from hpc_core.engine.capture_step import CapturedWork
+from hpc_core.engine.fit_budget import fit
+from hpc_core.engine.forward import TunedForward, tune
+from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.recompute import Plan
+from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
+from hpc_core.errors import BuildError
+from hpc_core.program import Mark, unmarked
+from hpc_core.run.finetune import DeviceBatch, FinetuneProgram, finetune_program
+from hpc_core.spec import Case, FinetuneSpec
+
+__all__ = ["TunedProgram", "training_program"]
+
+_WARM_STEPS = 4
+"""Real steps before the capture: the first compiles and makes the optimizer's state, the second shows the peak that a budget is held against,
+the third is the first by the corrected plan, and in the fourth nothing may compile."""
+_PEAK_STEP = 2
+
+
+class TunedProgram(FinetuneProgram):
+    """Trains as its workload's switches say. The first steps are real ones too, so losses are those of the stock program, step by step."""
+
+    workload: FinetuneSpec
+    forward: TunedForward
+    captured: CapturedWork | None = None
+    plan: Plan | None = None
+    miscounted_bytes = 0
+    """By how much the plan's expected peak was off, once a step on a GPU has shown it."""
+
+    def prepare(self, workload: FinetuneSpec) -> None:
+        """Put the tuned forward into the model.
+
+        Raises:
+            BuildError: the model is not built as the switches need, or the budget is too small.
+        """
+        self.workload = workload
+        self.fallen: dict[str, str] = {}
+        self._watched = False
+        self._taken = 0
+        self._static: DeviceBatch | None = None
+        device = self.batches[0].ids.device
+        on_gpu = device.type == "cuda"
+        self.run = Pointwise(compiled=on_gpu and workload.fusion == "blocks")
+        self.forward = tune(self.model, workload, self.run)
+        if workload.compile == "layers":
+            compile_layers(self.forward.decoder.layers)
+        if workload.budget_bytes is not None:
+            self.plan = fit(self, workload.budget_bytes)
+        self._stream: torch.cuda.Stream | None = None
+        if workload.graph and on_gpu:
+            self._stream = torch.cuda.Stream(device)
+            for group in self.optimizer.param_groups:
+                group["capturable"] = True
+        elif workload.graph:
+            self.fallen["graph"] = "off: a CUDA graph needs a GPU"
+        self.first_steps = _WARM_STEPS + 1 if self._stream is not None else _PEAK_STEP
+
+    def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
+        """A step on this batch: replayed once it is captured, else operator by operator."""
+        if self._watched or self._stream is None or "graph" in self.fallen or self._taken < _WARM_STEPS - 1:
+            self._plainly(batch, mark)
+        elif self._taken == _WARM_STEPS - 1:
+            self._rehearse(batch, mark)
+        else:
+            self._replay(batch, mark)
+        self._taken += 1
+        if self.plan is not None and batch.ids.is_cuda:
+            self._hold_against_peak()
+
+    @contextlib.contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """In the block every step runs operator by operator: the same code, which can be watched."""
+        before, self._watched = self._watched, True
+        try:
+            yield
+        finally:
+            self._watched = before
+
+    def release(self) -> None:
+        """Let go of the graph and its memory too."""
+        super().release()
+        if self.captured is not None:
+            self.fallen["graph"] = "off: it was released"
+        self.captured = self._static = None
+
+    def _plainly(self, batch: DeviceBatch, mark: Mark) -> None:
+        if self._stream is None:
+            with eager_where_counted(compiled=self.workload.compile == "layers"):
+                super().train_on(batch, mark)
+            return
+        # Where it is captured later: gradients are accumulated on the stream that they were first made on.
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), eager_where_counted(compiled=self.workload.compile == "layers"):
+            super().train_on(batch, mark)
+        current.wait_stream(self._stream)
+
+    def _hold_against_peak(self) -> None:
+        """Correct the plan once, by the peak of the second step."""
+        if self._taken == _PEAK_STEP - 1:
+            torch.cuda.reset_peak_memory_stats()
+        elif self._taken == _PEAK_STEP and self.workload.budget_bytes is not None:
+            self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
+
+    def _rehearse(self, batch: DeviceBatch, mark: Mark) -> None:
+        """The last step before the capture. Nothing may compile in it; if something would, there is no graph, and the step is taken again."""
+        try:
+            with settled(compiled=self._compiles()):
+                self._plainly(batch, mark)
+        except RuntimeError as error:
+            if not self._compiles() or isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.fallen["graph"] = f"off: compiling has not settled after {_WARM_STEPS - 1} steps: {error}"
+            self.optimizer.zero_grad(set_to_none=True)
+            self._plainly(batch, mark)
+
+    def _compiles(self) -> bool:
+        return self.workload.compile == "layers" or self.run.compiled
+
+    def _replay(self, batch: DeviceBatch, mark: Mark) -> None:
+        if self.captured is None:
+            self._capture(batch)
+        if self.captured is None or self._static is None:
+            self._plainly(batch, mark)
+            return
+        mark("forward")
+        self._static.ids.copy_(batch.ids)
+        self._static.labels.copy_(batch.labels)
+        self.captured.replay()
+        for phase in self.phases[1:]:  # on the host they are one moment
+            mark(phase)
+        self.loss = self._static_loss
+
+    def _capture(self, batch: DeviceBatch) -> None:
+        """Capture the step; once more with a tighter plan where the graph's pool takes more than the budget leaves."""
+        self._capture_once(batch)
+        budget = self.workload.budget_bytes
+        if self.captured is None or budget is None or self.plan is None:
+            return
+        excess = self.captured.peak_bytes() - budget
+        if excess > 0:
+            lost = self.captured.peak_bytes() - self.plan.peak_bytes
+            self.captured = None
+            self.plan = fit(self, budget, lost_bytes=lost)
+            self._capture_once(batch)
+
+    def _capture_once(self, batch: DeviceBatch) -> None:
+        assert self._stream is not None
+        self._static = static = DeviceBatch(batch.ids.clone(), batch.labels.clone(), None, batch.tokens, batch.padded)
+        self.loss = None
+
+        def work() -> None:
+            FinetuneProgram.train_on(self, static)
+
+        try:
+            with settled(compiled=self._compiles()):
+                self.captured = CapturedWork(work, self._stream)
+        except BuildError as error:
+            self.fallen["graph"] = f"off: {error}"
+            self._static = None
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        # Written by every replay, and never freed: its memory is the graph's own.
+        self._static_loss = self.loss
+
+
+def training_program(built: Built, case: Case, workload: FinetuneSpec) -> FinetuneProgram:
+    """The program of a fine-tuning case by its engine, stock or tuned.
+
+    Raises:
+        DataError, BuildError, MissingLibraryError: as `run.finetune.finetune_program`; and a model or budget that the switches cannot serve.
+    """
+    if workload.engine == "stock":
+        return finetune_program(built, case, workload)
+    program: Any = finetune_program(built, case, workload, TunedProgram)
+    program.prepare(workload)
+    assert isinstance(program, TunedProgram)
+    return program

@@ -1,0 +1,51 @@
+"""Plans of a memory budget: within it, the cheapest that is, or refused with both numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
+from hpc_core.errors import BuildError
+
+sizes = st.builds(
+    Sizes,
+    layers=st.integers(1, 6),
+    fixed_bytes=st.integers(0, 1000),
+    end_bytes=st.integers(0, 800),
+    attention=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_flops=st.integers(1, 99)),
+    mlp=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_flops=st.integers(1, 99)),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(size=sizes, budget=st.integers(0, 2500), more=st.integers(0, 300))
+def test_a_plan_fits_or_nothing_does_and_more_room_never_costs_more(size: Sizes, budget: int, more: int) -> None:
+    """A plan is within its budget; a larger budget is never refused where a smaller one was served, and takes no more FLOPs."""
+
+    def flops(plan: Plan) -> int:
+        return plan.attentions * size.attention.again_flops + plan.mlps * size.mlp.again_flops
+
+    try:
+        plan = plan_for(size, budget)
+    except BuildError:
+        least = size.fixed_bytes + max(size.attention.saved_bytes, size.mlp.saved_bytes)
+        assert budget < max(least, size.end_bytes)
+        return
+    assert plan.peak_bytes <= budget
+    assert flops(plan_for(size, budget + more)) <= flops(plan)
+
+
+def test_enough_room_recomputes_nothing() -> None:
+    """Where everything fits, nothing is computed again."""
+    size = Sizes(2, 100, 0, HalfCost(10, 1), HalfCost(30, 5))
+    assert plan_for(size, 180) == Plan(0, 0, 180)
+
+
+def test_too_little_is_refused_with_the_numbers() -> None:
+    """The refusal says what was given and what is needed at least."""
+    gib = 1024**3
+    size = Sizes(2, 4 * gib, 0, HalfCost(gib // 2, 1), HalfCost(gib, 5))
+    with pytest.raises(BuildError, match=r"budget of 4\.500 GiB .* needs 5\.000 GiB, 4\.000 GiB"):
+        plan_for(size, 9 * gib // 2)
