@@ -111,6 +111,7 @@ def _saved_bytes(program: Any, half: Half) -> int:
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda nothing: nothing):
         output = half.inside(stream, None, cos, sin)
     found = owned_bytes(each for each in saved if each.untyped_storage()._cdata not in known)
+    saved.clear()  # the hook holds the list, the list its tensors, these their functions, and those the hook
     del output
     return found
 
