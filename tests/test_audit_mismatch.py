@@ -190,8 +190,8 @@ def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind:
         change(made)
         return made
 
-    name = {"finetune": "training_program", "generate": "generate_program"}[kind]
-    monkeypatch.setattr(f"hpc_core.perform.{kind}.{name}", program)
+    name = {"finetune": "finetune.training_program", "generate": "decode_engine.generate_program"}[kind]
+    monkeypatch.setattr(f"hpc_core.perform.{name}", program)
 
 
 def _asleep(program: Any) -> None:
