@@ -6,6 +6,7 @@ A difference that is not zero never prints as zero.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 __all__ = ["change", "pair", "percent", "quantity"]
 
@@ -53,8 +54,18 @@ def pair(old: float, new: float, unit: str) -> str:
         return f"{pair(old, new, unit)} per {covered}"
     texts = quantity(old, unit), quantity(new, unit)
     if texts[0] == texts[1] and old != new:
+        if unit in _SCALES and unit != "bytes":
+            return _finer(old, new, _SCALES[unit])
         return f"{_exact(old)} → {_exact(new)}{'' if unit == '1' else f' {unit}'}"
     return f"{texts[0]} → {texts[1]}"
+
+
+def _finer(old: float, new: float, scale: Any) -> str:
+    """Both in the larger one's prefix, in the fewest decimals that tell them apart."""
+    size, name = next(((size, name) for size, name in scale if max(abs(old), abs(new)) >= size), scale[-1])
+    texts = [(f"{old / size:,.{digits}f}", f"{new / size:,.{digits}f}") for digits in range(3, 17)]
+    first, second = next((pair for pair in texts if pair[0] != pair[1]), (repr(old / size), repr(new / size)))
+    return f"{first} {name} → {second} {name}"
 
 
 def _exact(value: float) -> str:
