@@ -39,7 +39,6 @@ def test_change_and_pair() -> None:
     assert pair(1617, 1645, "1") == "1,617 → 1,645"
     assert pair(52940, 53220, "1 per 10 steps") == "52,940 → 53,220 per 10 steps"
     assert pair(0.0047183690625, 0.004724443375, "s") == "4.718 ms → 4.724 ms"
-    assert pair(0.0047411746250000004, 0.004741174625, "s").startswith("4.741174625")
     assert pair(2018634629, 2018634630, "bytes") == "2,018,634,629 → 2,018,634,630 bytes"
 
 
