@@ -95,7 +95,7 @@ def _bars(axes: Axes, entries: Sequence[Entry], names: Sequence[str], scale: flo
         beside(axes, _text(entry, names), ends[row], row)
     axes.set_yticks(list(rows), [label_of(entry, entries) for entry in entries])
     axes.set_ylim(len(entries) - 0.45, -0.55)
-    axes.set_xlim(0, 1.18 * max([*ends, 1e-9]))
+    axes.set_xlim(0, 1.25 * max([*ends, 1e-9]))
     axes.tick_params(axis="y", length=0)
 
 
