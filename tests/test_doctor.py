@@ -114,7 +114,7 @@ def test_nothing_that_a_library_does_ends_the_examination(tmp_path: Path) -> Non
         "datasets": "print('noise\\n' * 5000)\n__version__ = '99.0'\n",
         "gguf": "import no_such_module_at_all\n",
         "matplotlib": "raise BaseException('odd')\n",
-        "liger_kernel": "raise ModuleNotFoundError(\"No module named 'liger_kernel'\", name='liger_kernel')\n",
+        "triton": "raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n",
     }
 
     code, _, checks = examined(stubs(tmp_path, changed), "--limit", "4")
@@ -125,4 +125,4 @@ def test_nothing_that_a_library_does_ends_the_examination(tmp_path: Path) -> Non
     assert checks["accelerate"]["state"] == checks["matplotlib"]["state"] == "broken"
     assert (checks["datasets"]["state"], checks["datasets"]["seen"]) == ("ok", "99.0")
     assert "pip install no_such_module_at_all" in checks["gguf"]["advice"]
-    assert checks["liger-kernel"]["state"] == "missing"
+    assert checks["triton"]["state"] == "missing"

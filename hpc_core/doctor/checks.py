@@ -56,8 +56,6 @@ LIBRARIES: tuple[Library, ...] = (
     Library(name="datasets", extra="hub", purpose="data sets from the hub"),
     Library(name="gguf", extra="gguf", purpose="the small true model, SmolLM2-135M"),
     Library(name="matplotlib", extra="plots", purpose="pictures"),
-    Library(name="liger-kernel", extra="liger-kernel", purpose="cases with its kernels"),
-    Library(name="torchao", extra="torchao", purpose="cases with its quantization"),
     Library(name="triton", extra="triton", purpose="torch.compile and kernels of one's own, on a GPU"),
 )
 

@@ -97,8 +97,6 @@ QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "datasets": lambda: _plain("datasets", "datasets"),
     "gguf": lambda: _plain("gguf", "gguf"),
     "matplotlib": lambda: _plain("matplotlib", "matplotlib"),
-    "liger-kernel": lambda: _plain("liger-kernel", "liger_kernel"),
-    "torchao": lambda: _plain("torchao", "torchao"),
     "triton": lambda: _plain("triton", "triton"),
 }
 
