@@ -157,7 +157,11 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, 
                 va="center",
                 fontsize=7,
                 weight=weight,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # lines pass behind a name, not through it
+                bbox={
+                    "facecolor": "white",
+                    "edgecolor": "none",
+                    "pad": 0.6,
+                },  # lines pass behind a name, not through it
             )
             note.set_in_layout(False)
             break
