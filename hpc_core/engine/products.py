@@ -17,6 +17,7 @@ from hpc_core.engine.code_lookup import byte_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
 from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
+from hpc_core.errors import BuildError
 
 __all__ = ["Product", "launched", "product_of", "values_by_eights"]
 
@@ -183,7 +184,10 @@ def product_of(
     """The product of these modules' matrices; `permuted` says whether input and output are stored by eights."""
     kinds = {kind_of(module) for module in modules}
     if len(kinds) > 1:
-        raise NotImplementedError("layers with a common input are quantized alike")
+        raise BuildError(
+            f"engine='graph' takes layers with a common input (q, k and v; gate and up) together, and these are stored in {len(kinds)} ways: "
+            f"{', '.join(sorted(map(str, kinds)))}. Quantize all of them or none (skip_modules), or say engine='stock'."
+        )
     kind = kinds.pop()
     weights = [_stored(module, kind) for module in modules]
     scales, table, tables = None, None, None

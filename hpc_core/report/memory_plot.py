@@ -16,11 +16,11 @@ from hpc_core.record import MemoryTimeline, Record
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["check_plot", "draw_memory"]
+__all__ = ["CATEGORY_COLOURS", "check_plot", "draw_memory"]
 
 _SUFFIXES = (".svg", ".png", ".pdf")
 # Okabe and Ito's colours, which people with any colour blindness can tell apart.
-_COLOURS = {
+CATEGORY_COLOURS = {
     "weights": "#0072B2",
     "adapter": "#56B4E9",
     "gradients": "#E69F00",
@@ -98,9 +98,9 @@ def _unit(most: int) -> tuple[int, str]:
 
 
 def _stack(axes: Axes, timeline: MemoryTimeline, unit_bytes: int) -> None:
-    names = [name for name in _COLOURS if name in timeline.bytes_by_category]
+    names = [name for name in CATEGORY_COLOURS if name in timeline.bytes_by_category]
     columns = [[value / unit_bytes for value in timeline.bytes_by_category[name]] for name in names]
-    colours = [_COLOURS[name] for name in names]
+    colours = [CATEGORY_COLOURS[name] for name in names]
     labels = [name.replace("_", " ") for name in names]
     axes.stackplot(timeline.events, *columns, labels=labels, colors=colours, step="post", linewidth=0)
     axes.set_xlim(timeline.events[0], max(timeline.events[-1], timeline.events[0] + 1))

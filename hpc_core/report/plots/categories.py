@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hpc_core.gate import sizes
 from hpc_core.report.entry import Entry
+from hpc_core.report.memory_plot import CATEGORY_COLOURS
 from hpc_core.report.plots.style import GIB, beside, label_of, most
 
 if TYPE_CHECKING:
@@ -14,17 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_categories"]
 
-# From what stays to what passes; Okabe and Ito's colours and two greys.
-_COLOURS = {
-    "weights": "#0072B2",
-    "adapter": "#56B4E9",
-    "gradients": "#E69F00",
-    "optimizer": "#CC79A7",
-    "kv_cache": "#F0E442",
-    "activations": "#009E73",
-    "temporaries": "#D55E00",
+# From what stays to what passes; rounding, which no timeline shows, before what is left.
+_COLOURS = {name: colour for name, colour in CATEGORY_COLOURS.items() if name != "other"} | {
     "rounding": "#555555",
-    "other": "#AAAAAA",
+    "other": CATEGORY_COLOURS["other"],
 }
 
 
