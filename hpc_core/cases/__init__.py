@@ -1,0 +1,51 @@
+"""The built-in catalogue: the original report's variants and their tiny and small counterparts, and the words to add more.
+
+Cases are plain values; `bench/` selects them, `--cases FILE` and the ini option `perf_cases` add a user's own.
+"""
+
+from __future__ import annotations
+
+from hpc_core.cases.full_size import DEVICE_BOUND, FULL
+from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lora, qlora, smollm2, tiny
+from hpc_core.cases.shortened import TRIAL, WHOLE
+from hpc_core.cases.small import SMALL, TINY
+from hpc_core.cases.tuned import TUNED
+from hpc_core.errors import SpecError
+from hpc_core.spec import Case
+
+__all__ = [
+    "ALL",
+    "DEVICE_BOUND",
+    "FULL",
+    "SMALL",
+    "TINY",
+    "TRIAL",
+    "TUNED",
+    "WHOLE",
+    "Method",
+    "catalogue",
+    "finetune",
+    "full",
+    "generate",
+    "llama_3b",
+    "lora",
+    "qlora",
+    "smollm2",
+    "tiny",
+]
+
+ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, *TUNED)
+
+
+def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:
+    """The cases by id.
+
+    Raises:
+        SpecError: two cases share an id.
+    """
+    found: dict[str, Case] = {}
+    for case in cases:
+        if case.id in found:
+            raise SpecError(f"Two cases are called {case.id}. Give one of them another variant.")
+        found[case.id] = case
+    return found

