@@ -185,12 +185,16 @@ def test_a_killed_comparison_leaves_no_worktree(repo: Path) -> None:
 def test_the_commit_that_made_it_bigger_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Real workers: the search passes a commit that drifts and one that does not import, ignores what is uncommitted, ends with both numbers."""
+    """Real workers: the search passes a commit that drifts and one that does not import, ignores what is uncommitted, ends with both numbers.
+
+    Commits speak for themselves, whatever HPC_CORE_COMMIT says of the tree that the command was given in.
+    """
     root = tmp_path / "repo"
     commits = repository(root, 64, 65, None, 65, 128, 128)
     (root / "work" / "step.py").write_text("raise RuntimeError('uncommitted')\n")
     monkeypatch.chdir(root)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HPC_CORE_COMMIT", "of-a-copy")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         main(["bisect", "own/step", "peak_bytes", f"{commits[0]}..main", *FILE, "--json"])

@@ -21,6 +21,7 @@ from hpc_core.launch.interpreter import executable
 __all__ = ["Side", "side_of"]
 
 _DATA = "HPC_CORE_DATA"
+_COMMIT = "HPC_CORE_COMMIT"
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +92,8 @@ def side_of(
     environment = {"PYTHONPATH": os.pathsep.join([*map(os.fspath, order), *known])}
     if data := os.environ.get(_DATA):
         environment[_DATA] = os.path.abspath(data)  # noqa: PTH100 - as the user's folder has it
+    if revision is not None:
+        environment[_COMMIT] = ""  # What the user's own copy was told to be is no word on a worktree, which has its own commit.
     return Side(
         name=name,
         label=label,
