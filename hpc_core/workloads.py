@@ -23,6 +23,7 @@ _SWITCHES = {
     "compile": "off",
     "graph": False,
     "budget_bytes": None,
+    "optimizer_in_backward": False,
 }
 """The switches of the tuned training engine, by their defaults."""
 
@@ -149,6 +150,8 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     """The whole step, optimizer included, is one CUDA graph."""
     budget_bytes: int | None = None
     """Peak memory of a step at most: as many halves of decoder layers are computed again in the backward as that takes."""
+    optimizer_in_backward: bool = False
+    """AdamW steps a weight as soon as its gradient is whole, and frees it: all gradients never exist at once."""
     data: DataSpec = DataSpec()
 
     def __post_init__(self) -> None:
@@ -201,6 +204,10 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
         refuse(
             self.budget_bytes is not None and self.budget_bytes < 1,
             f"budget_bytes must be at least 1, got {self.budget_bytes}.",
+        )
+        refuse(
+            self.optimizer_in_backward and not (blocks and self.optimizer == "adamw-fused"),
+            f"optimizer_in_backward=True is AdamW by the kernels of fusion='blocks'; got fusion={self.fusion!r}, optimizer={self.optimizer!r}.",
         )
         refuse(
             self.graph and (self.optimizer != "adamw-fused" or self.padding == "longest"),

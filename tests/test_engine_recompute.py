@@ -14,18 +14,18 @@ sizes = st.builds(
     layers=st.integers(1, 6),
     fixed_bytes=st.integers(0, 1000),
     end_bytes=st.integers(0, 800),
-    attention=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_flops=st.integers(1, 99)),
-    mlp=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_flops=st.integers(1, 99)),
+    attention=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_s=st.integers(1, 99)),
+    mlp=st.builds(HalfCost, saved_bytes=st.integers(1, 99), again_s=st.integers(1, 99)),
 )
 
 
 @settings(max_examples=200, deadline=None)
 @given(size=sizes, budget=st.integers(0, 2500), more=st.integers(0, 300))
 def test_a_plan_fits_or_nothing_does_and_more_room_never_costs_more(size: Sizes, budget: int, more: int) -> None:
-    """A plan is within its budget; a larger budget is never refused where a smaller one was served, and takes no more FLOPs."""
+    """A plan is within its budget; a larger budget is never refused where a smaller one was served, and takes no more time."""
 
-    def flops(plan: Plan) -> int:
-        return plan.attentions * size.attention.again_flops + plan.mlps * size.mlp.again_flops
+    def seconds(plan: Plan) -> float:
+        return plan.attentions * size.attention.again_s + plan.mlps * size.mlp.again_s
 
     try:
         plan = plan_for(size, budget)
@@ -34,7 +34,7 @@ def test_a_plan_fits_or_nothing_does_and_more_room_never_costs_more(size: Sizes,
         assert budget < max(least, size.end_bytes)
         return
     assert plan.peak_bytes <= budget
-    assert flops(plan_for(size, budget + more)) <= flops(plan)
+    assert seconds(plan_for(size, budget + more)) <= seconds(plan)
 
 
 def test_enough_room_recomputes_nothing() -> None:

@@ -28,6 +28,7 @@ METHODS = {
 }
 LOSS: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "loss_chunk": 24}
 BLOCKS: dict[str, Any] = {**LOSS, "fusion": "blocks"}
+IN_BACKWARD: dict[str, Any] = {**BLOCKS, "optimizer_in_backward": True}
 LINEARS: dict[str, Any] = {"engine": "tuned", "fusion": "linears"}
 SHORT: dict[str, Any] = {"batch": 2, "length": 32, "steps": 3, "learning_rate": 1e-3}
 
@@ -51,6 +52,8 @@ def _losses(case: Case, steps: int = 20) -> list[float]:
     ("method", "switches"),
     [
         *((name, BLOCKS) for name in METHODS),
+        ("full", IN_BACKWARD),
+        ("lora", IN_BACKWARD),
         ("lora", LOSS),
         ("lora", LINEARS),
         ("qlora", LINEARS),

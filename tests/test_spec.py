@@ -87,6 +87,7 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "compile": "off",
         "graph": False,
         "budget_bytes": None,
+        "optimizer_in_backward": False,
         "data": DataSpec(),
     },
     CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},

@@ -110,23 +110,30 @@ class StepSeen:
 
 
 def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext) -> StepSeen:
-    """Run a step on the program's widest batch, and look at it from the forward to the gradients."""
-    largest: dict[str, torch.Tensor | None] = {}
+    """Run a step on the program's widest batch, and look at it from the forward to the gradients.
 
-    def mark(phase: str) -> None:
-        if phase == "optimizer":  # after backward, before the step: every gradient is there
+    A gradient is looked at when it arrives: an optimizer inside the backward frees it at once.
+    """
+    trained = {name: each for name, each in program.model.named_parameters() if each.requires_grad}
+    largest: dict[str, torch.Tensor | None] = dict.fromkeys(trained)
+
+    def look_at(name: str) -> Callable[[torch.Tensor], None]:
+        def arrives(gradient: torch.Tensor) -> None:
             with aside():
-                for name, parameter in program.model.named_parameters():
-                    if parameter.requires_grad:
-                        largest[name] = None if parameter.grad is None else _largest(parameter.grad)
+                largest[name] = _largest(gradient)
+
+        return arrives
 
     program.steps_done = program.widest
     batch = program.batches[program.widest]
     with (
         watch_forwards(program.model, batch.ids.device.type, aside) as forwards,
         watch_loss(program.model, batch.labels, aside) as loss,
+        contextlib.ExitStack() as hooks,
     ):
-        program.step(mark)
+        for name, parameter in trained.items():
+            hooks.callback(parameter.register_hook(look_at(name)).remove)
+        program.step()
     with aside():
         loss.close()
         arrived = [value for value in largest.values() if value is not None]

@@ -47,6 +47,10 @@ def tuned_facts(program: TunedProgram, notes: list[str]) -> dict[str, Fact]:
             ),
             "engine_fusion": lambda: Fact(asked=workload.fusion, seen=fusion()),
             "engine_compile": lambda: Fact(asked=workload.compile, seen=compiled()),
+            "engine_update": lambda: Fact(
+                asked="in the backward" if workload.optimizer_in_backward else "after the backward",
+                seen="in the backward" if called["adamw"] else "after the backward",
+            ),
             "engine_graph": lambda: Fact(asked="on" if workload.graph else "off", seen=_graph(program)),
         },
         notes,

@@ -93,7 +93,9 @@ def side_of(
     if data := os.environ.get(_DATA):
         environment[_DATA] = os.path.abspath(data)  # noqa: PTH100 - as the user's folder has it
     if revision is not None:
-        environment[_COMMIT] = ""  # What the user's own copy was told to be is no word on a worktree, which has its own commit.
+        environment[_COMMIT] = (
+            ""  # What the user's own copy was told to be is no word on a worktree, which has its own commit.
+        )
     return Side(
         name=name,
         label=label,

@@ -25,6 +25,11 @@ _GRAPH_SHARE = 0.03
 """Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole. What is lost beyond that is seen after the capture."""
 
 
+_FLOPS_PER_S, _BYTES_PER_S = 989e12, 3.35e12
+"""Dense bfloat16 and memory of an H100 SXM (NVIDIA H100 data sheet). Only their ratio tells a plan from another; the same on every card, so
+that plans, and with them bytes and kernels, do not depend on where they are made."""
+
+
 def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_bytes: int | None = None) -> Plan:
     """Choose the plan for this budget and put it into the program's halves.
 
@@ -71,7 +76,7 @@ def sizes_of(program: Any) -> Sizes:
     turning = item * (2 * rows * inner + dense) + wide * _WIDE_GATES * rows * inner
     around = rows * hidden * item * _HIDDEN_HELD
     saved = [_saved_bytes(program, half) for half in halves[:2]]
-    flops = _again_flops(forward, rows, batch.ids.shape[1])
+    again_s = _again_s(forward, rows, batch.ids.shape[1], item)
     fixed = held + moments + streams + around + max(losing, turning)
     if batch.ids.is_cuda:
         fixed += _WORKSPACE_BYTES
@@ -80,17 +85,18 @@ def sizes_of(program: Any) -> Sizes:
         layers=layers,
         fixed_bytes=fixed,
         end_bytes=held + moments + trained + twice_head,
-        attention=HalfCost(saved[0], flops[0]),
-        mlp=HalfCost(saved[1], flops[1]),
+        attention=HalfCost(saved[0], again_s[0]),
+        mlp=HalfCost(saved[1], again_s[1]),
     )
 
 
 def _held(program: Any) -> tuple[int, int, int]:
-    """Bytes of weights with the batches, of gradients, and of the optimizer's state once it is there."""
+    """Bytes of weights with the batches, of gradients that are there at the end, and of the optimizer's state once it is there."""
     owned = sum(owned_bytes(tensors) for tensors in weight_tensors(program.model).values())
     batches = sum(each.ids.nbytes + each.labels.nbytes for each in program.batches)
     trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
-    return owned + batches, trained, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained
+    gradients = 0 if program.workload.optimizer_in_backward else trained
+    return owned + batches, gradients, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained
 
 
 def _saved_bytes(program: Any, half: Half) -> int:
@@ -116,13 +122,35 @@ def _saved_bytes(program: Any, half: Half) -> int:
     return found
 
 
-def _again_flops(forward: Any, rows: int, length: int) -> tuple[int, int]:
-    """FLOPs of each half's forward without its last product, whose output no backward needs."""
+def _again_s(forward: Any, rows: int, length: int, item: int) -> tuple[float, float]:
+    """Nominal seconds of each half's forward without its last product, whose output no backward needs: its FLOPs and its bytes, one after the other.
+
+    By FLOPs alone an attention looks cheaper than it is: its products are small, and norm, adapters and rotation only move memory.
+    """
     layer = forward.decoder.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
-    products = [
-        2 * rows * int(module.in_features) * int(module.out_features)
-        for module in (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
-    ]
-    mixing = 4 * rows * length * int(attention.q_proj.out_features)
-    return sum(products[:3]) + mixing, sum(products[3:])
+    heads, gates = (attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)
+    hidden = int(mlp.gate_proj.in_features)
+    queries, keys = (int(module.out_features) for module in heads[:2])
+    normed = 2 * hidden  # read and written
+    turned = 2 * (queries + keys)
+    mixed = 2 * (queries + keys)  # queries, keys and values read, the mixture written
+    flops = sum(_product_flops(each, rows) for each in heads) + 4 * rows * length * queries
+    moved = sum(_product_bytes(each, rows, item) for each in heads) + rows * item * (normed + turned + mixed)
+    mlp_flops = sum(_product_flops(each, rows) for each in gates)
+    mlp_moved = sum(_product_bytes(each, rows, item) for each in gates) + rows * item * normed
+    return flops / _FLOPS_PER_S + moved / _BYTES_PER_S, mlp_flops / _FLOPS_PER_S + mlp_moved / _BYTES_PER_S
+
+
+def _product_flops(module: Any, rows: int) -> int:
+    return 2 * rows * int(module.in_features) * int(module.out_features)
+
+
+def _product_bytes(module: Any, rows: int, item: int) -> int:
+    """What a linear layer reads and writes: weights (4-bit ones are written out and read again), activations, and an adapter's two thin products."""
+    inner, outer = int(module.in_features), int(module.out_features)
+    weight = module.get_base_layer().weight if hasattr(module, "get_base_layer") else module.weight
+    dense = inner * outer * item
+    weights = dense if weight.numel() == inner * outer else weight.nbytes + 2 * dense
+    adapter = rows * item * (inner + 2 * outer) if hasattr(module, "lora_A") else 0
+    return int(weights + rows * item * (inner + outer) + adapter)

@@ -1,4 +1,4 @@
-"""What lies between the matrix products of a decoder layer and of the loss: norms, gates, rotations, softmax. Pure functions of tensors.
+"""What lies between the matrix products of a decoder layer and of the loss, norms, gates, rotations, softmax; and AdamW. Functions of tensors alone.
 
 On a GPU each is one kernel, or two, made by torch.compile: called inside autograd functions, where no gradient is recorded, so that nothing
 is guarded but shapes. Elsewhere they run as plain torch. Arithmetic is float32 inside, as in the libraries; in float64 it stays float64.
@@ -104,6 +104,31 @@ def logits_into_gradient(
     logits.copy_((likely - hot) * weight.unsqueeze(1))
 
 
+def adamw(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    average: torch.Tensor,
+    square: torch.Tensor,
+    steps: torch.Tensor,
+    rate: float,
+    decay: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One step of AdamW in place, as torch's fused kernel takes it; all (elements,), but `steps`, a scalar: those taken before.
+
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2. Moments are used before they are rounded to their dtype.
+    """
+    wide, arrived, count = _wide(parameter), _wide(gradient), steps + 1
+    moved = beta1 * _wide(average) + (1 - beta1) * arrived
+    spread = beta2 * _wide(square) + (1 - beta2) * arrived * arrived
+    unbiased = torch.sqrt(spread) / torch.sqrt(1 - beta2**count) + eps
+    parameter.copy_(wide * (1 - rate * decay) - rate / (1 - beta1**count) * moved / unbiased)
+    average.copy_(moved)
+    square.copy_(spread)
+
+
 _BODIES: dict[str, Body] = {
     "norm": norm,
     "add_and_norm": add_and_norm,
@@ -115,6 +140,7 @@ _BODIES: dict[str, Body] = {
     "rotate": rotate,
     "row_losses": row_losses,
     "logits_into_gradient": logits_into_gradient,
+    "adamw": adamw,
 }
 
 

@@ -17,10 +17,10 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class HalfCost:
-    """One half of a layer: bytes that it saves for the backward beside its input, and FLOPs of computing them again."""
+    """One half of a layer: bytes that it saves for the backward beside its input, and nominal seconds of computing them again."""
 
     saved_bytes: int
-    again_flops: int
+    again_s: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
 
 
 def plan_for(sizes: Sizes, budget_bytes: int) -> Plan:
-    """The plan of least FLOPs whose peak is at most the budget.
+    """The plan of least time whose peak is at most the budget.
 
     The first layers are computed again, the last in the backward: what the others saved is gone by then. So one half computed again
     counts only where nothing else is saved.
@@ -65,11 +65,11 @@ def plan_for(sizes: Sizes, budget_bytes: int) -> Plan:
             f"{sizes.fixed_bytes / _GIB:.3f} GiB of it for weights, optimizer, layer inputs and loss. Raise budget_bytes, or take a smaller batch, "
             "length, loss_chunk or quantized weights."
         )
-    return min(fitting, key=lambda plan: (_flops(sizes, plan), plan.peak_bytes))
+    return min(fitting, key=lambda plan: (_seconds(sizes, plan), plan.peak_bytes))
 
 
-def _flops(sizes: Sizes, plan: Plan) -> int:
-    return plan.attentions * sizes.attention.again_flops + plan.mlps * sizes.mlp.again_flops
+def _seconds(sizes: Sizes, plan: Plan) -> float:
+    return plan.attentions * sizes.attention.again_s + plan.mlps * sizes.mlp.again_s
 
 
 def _peak(sizes: Sizes, attentions: int, mlps: int) -> int:

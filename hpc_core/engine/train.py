@@ -18,6 +18,7 @@ from hpc_core.engine.forward import TunedForward, tune
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.recompute import Plan
 from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
+from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
 from hpc_core.run.finetune import DeviceBatch, FinetuneProgram, finetune_program
@@ -58,6 +59,9 @@ class TunedProgram(FinetuneProgram):
         self.forward = tune(self.model, workload, self.run)
         if workload.compile == "layers":
             compile_layers(self.forward.decoder.layers)
+        if workload.optimizer_in_backward:
+            trained = [part for group in self.optimizer.param_groups for part in group["params"]]
+            self.optimizer = AdamWInBackward(trained, lr=workload.learning_rate, run=self.run)
         if workload.budget_bytes is not None:
             self.plan = fit(self, workload.budget_bytes)
         self._stream: torch.cuda.Stream | None = None

@@ -79,7 +79,9 @@ def train_floor(case: Case, positions: float | None = None) -> Floor | None:
     quadratic = (two - 2 * one) / 2
     length = 0 if workload.padding == "longest" else workload.length  # rows of unknown widths: attention left out
     flops = positions * (one - quadratic + quadratic * length * _ATTENTION_NEEDED)
-    held = expected_bytes(case)
+    # An optimizer inside the backward reads and writes as much; its gradients only never exist at once.
+    after = msgspec.structs.replace(workload, optimizer_in_backward=False)
+    held = expected_bytes(msgspec.structs.replace(case, workload=after))
     read = held.get("weights_bytes", 0) + held.get("adapter_weights_bytes", 0) - _unread_embedding(shape, case)
     # Gradients are written and read, parameters read and written, moments read and written.
     updated = 4 * held.get("gradient_bytes", 0) + 2 * held.get("optimizer_bytes", 0)

@@ -120,7 +120,8 @@ def _training(shape: Shape, case: Case, workload: FinetuneSpec) -> dict[str, int
         found["adapter_weights_bytes"] = sum(sizes) * width
     else:
         return found
-    found["gradient_bytes"] = sum(sizes) * width
+    # Those that are there at once: stepped in the backward, each is gone before the next layer's is made.
+    found["gradient_bytes"] = 0 if workload.optimizer_in_backward else sum(sizes) * width
     found["optimizer_bytes"] = _optimizer(sizes, width, workload.optimizer)
     return found
 
