@@ -52,7 +52,9 @@ def test_weights_and_moments_are_those_of_torchs_fused_adamw(
     for my, their in zip(mine, theirs, strict=True):
         torch.testing.assert_close(my, their, rtol=step_of_dtype, atol=1e-6 + rate * (1e-4 if single else 2**-6))
         for name in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(in_backward.state[my][name], fused.state[their][name], rtol=step_of_dtype, atol=step_of_dtype / 4)
+            torch.testing.assert_close(
+                in_backward.state[my][name], fused.state[their][name], rtol=step_of_dtype, atol=step_of_dtype / 4
+            )
     assert owned_bytes(optimizer_tensors(in_backward)) == owned_bytes(optimizer_tensors(fused))
 
 
