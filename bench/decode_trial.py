@@ -1,4 +1,4 @@
-"""Stock and engine side by side on a GPU, in one process: `python -m hpc_core.engine.trial [--shape S] [--only GLOB] [--layers N]`.
+"""Stock and engine side by side on a GPU, in one process: `python bench/decode_trial.py [--shape S] [--only GLOB] [--layers N]`.
 
 For trying kernels, not for verdicts: cases in `bench/` are measured in processes of their own. One line of JSON a configuration, flushed at
 once; one that fails gives its traceback and the next one runs.
@@ -14,19 +14,22 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
+_HERE = Path(__file__).resolve().parent.parent
+if str(_HERE) not in sys.path:
+    sys.path.insert(0, str(_HERE))
 
-from hpc_core.build import Built, build
-from hpc_core.cases import generate
-from hpc_core.engine.decode import GraphProgram, graph_program
-from hpc_core.measure.busy import device_activity
-from hpc_core.measure.clock import quiet, seconds_of
-from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
+import torch  # noqa: E402
 
-__all__ = ["main"]
+from hpc_core.build import Built, build  # noqa: E402
+from hpc_core.cases import generate  # noqa: E402
+from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402
+from hpc_core.measure.busy import device_activity  # noqa: E402
+from hpc_core.measure.clock import quiet, seconds_of  # noqa: E402
+from hpc_core.run.generate import GenerateProgram, generate_program  # noqa: E402
+from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3
@@ -55,7 +58,7 @@ CONFIGURATIONS: dict[str, tuple[QuantSpec | None, dict[str, Any]]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen configurations; 1 if one failed."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_core.engine.trial", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python bench/decode_trial.py", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.2-3b")
     parser.add_argument("--layers", type=int, default=None, help="only so many layers of the shape")
     parser.add_argument(
