@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import msgspec
 
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
+from hpc_core.limits import GiB
+from hpc_core.spec import Case
 from hpc_core.workloads import ENGINE_FIELDS
 
-__all__ = ["are_twins", "changed_work", "stock_work", "twins_of"]
+__all__ = ["are_twins", "changed_work", "twins_of", "work_of"]
 
 
-def stock_work(case: Case) -> Case | None:
-    """The case with every field that belongs to an engine at its default, its id and limits replaced; None for a step of the user's own.
+def work_of(case: Case) -> bytes | None:
+    """What the case does, whatever its id and limits and however an engine does it, as canonical JSON. None for a step of the user's own.
 
     Two cases are twins if this is equal: the same model, adapter, data, batch and lengths.
     """
-    workload = case.workload
-    if not isinstance(workload, FinetuneSpec | GenerateSpec):
+    fields = ENGINE_FIELDS.get(case.kind)
+    if fields is None:
         return None
-    defaults = {field.name: field.default for field in msgspec.structs.fields(workload)}
-    stock = msgspec.structs.replace(workload, **{name: defaults[name] for name in ENGINE_FIELDS[case.kind]})
-    plain: dict[str, Any] = {"id": "same/work", "timeout_s": 300.0, "limits": type(case.limits)(), "workload": stock}
-    return msgspec.structs.replace(case, **plain)
+    told = msgspec.to_builtins(case)
+    for name in ("id", "timeout_s", "limits"):
+        told.pop(name, None)
+    for name in fields:
+        told["workload"].pop(name, None)
+    return msgspec.json.encode(told, order="sorted")
 
 
 def are_twins(stock: Case, other: Case) -> bool:
     """Whether `stock` runs by the libraries' own path what `other` runs by an engine of ours."""
-    return _engine(stock) == "stock" != _engine(other) and stock_work(stock) == stock_work(other)
+    return _engine(stock) == "stock" and _engine(other) not in ("stock", None) and work_of(stock) == work_of(other)
 
 
 def twins_of(cases: Iterable[Case]) -> list[tuple[Case, tuple[Case, ...]]]:
@@ -47,7 +49,10 @@ def changed_work(case: Case) -> str:
         value = getattr(workload, field.name)
         if field.name == "engine" or field.name not in ENGINE_FIELDS.get(case.kind, ()) or value == field.default:
             continue
-        told.append(field.name if value is True else f"{field.name}={value}")
+        if field.name == "budget_bytes":
+            told.append(f"budget={value / GiB:g} GiB")
+        else:
+            told.append(field.name if value is True else f"{field.name}={value}")
     return ", ".join(told)
 
 
