@@ -93,7 +93,7 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     for name in names:
         began = time.perf_counter()
         try:
-            seen = dict(_seen(name, built))
+            seen = dict(seen_of(built, _workload(name), late=name.endswith("-late")))
         except Exception:
             failed += 1
             seen = {"failed": traceback.format_exc()[-2500:]}
@@ -103,35 +103,43 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     return failed
 
 
-def _seen(name: str, built: Built) -> Iterator[tuple[str, Any]]:
-    """Numbers of one configuration, wall first."""
-    workload = GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW, **CONFIGURATIONS[name][1])
-    program = _program(name, built, workload)
+def _workload(name: str) -> GenerateSpec:
+    return GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW, **CONFIGURATIONS[name][1])
+
+
+def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iterator[tuple[str, Any]]:
+    """Numbers of one configuration of one prompt, wall first. "late" is without programmatic dependent launch."""
+    new = workload.new_tokens
+    program = _program(built, workload, late=late)
     if isinstance(program, GraphProgram):
         yield "first_use_s", {key: round(value, 1) for key, value in program.first_use_s.items()}
         yield "blocks", program.chosen_blocks
         yield "graph_pool_bytes", program.hidden_bytes
     yield "warm_up_s", [round(seconds_of(program.step, program.device), 2) for _ in range(2)]
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = program.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     with quiet():
         queries = [seconds_of(program.step, program.device) for _ in range(_QUERIES)]
-    yield "peak_gib", round((torch.cuda.max_memory_allocated() + program.hidden_bytes) / 2**30, 3)
+    if on_gpu:
+        yield "peak_gib", round((torch.cuda.max_memory_allocated() + program.hidden_bytes) / 2**30, 3)
     program.new_tokens = 1
     first = min(seconds_of(program.step, program.device) for _ in range(_QUERIES))
-    program.new_tokens = _NEW
+    program.new_tokens = new
     yield "first_token_ms", round(first * 1e3, 2)
-    token_s = (min(queries) - first) / (_NEW - 1)
+    token_s = (min(queries) - first) / (new - 1)
     yield "token_ms", round(token_s * 1e3, 4)
     yield "tokens_per_s", round(workload.batch / token_s, 1)
-    yield from _busy(program).items()
     if isinstance(program, GraphProgram):
         yield from _beside_stock(program, built).items()
+    if on_gpu:  # last, since a reading of the profiler may be void
+        yield from _busy(program).items()
 
 
-def _program(name: str, built: Built, workload: GenerateSpec) -> GenerateProgram:
+def _program(built: Built, workload: GenerateSpec, *, late: bool) -> GenerateProgram:
     if workload.engine == "stock":
         return generate_program(built, workload)
-    if not name.endswith("-late"):
+    if not late:
         return graph_program(built, workload)
     from hpc_core.engine import kernel_step
 
@@ -149,7 +157,7 @@ def _busy(program: GenerateProgram) -> dict[str, Any]:
         program.new_tokens = new
         program.step()
         activities.append(device_activity(program.step, program.device))
-    program.new_tokens = _NEW
+    program.new_tokens = program.workload.new_tokens
     less, more = activities
     spent = {kernel: seconds - less.kernel_s.get(kernel, 0.0) for kernel, seconds in more.kernel_s.items()}
     top = sorted(spent, key=lambda kernel: -spent[kernel])[:_TOP]
@@ -168,7 +176,9 @@ def _beside_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
     ids = program.inputs[0]["input_ids"]
     found: dict[str, Any] = {}
     if program.workload.batch == 1:
-        stock = generate_program(built, GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW))
+        like = program.workload
+        told = GenerateSpec(prompts=1, prompt_length=like.prompt_length, new_tokens=like.new_tokens)
+        stock = generate_program(built, told)
         stock.step()
         same = [a == b for a, b in zip(answers[0].tolist(), stock.answer_ids()[0], strict=True)]
         found["equal_tokens_first"] = same.index(False) if False in same else len(same)
