@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -20,6 +22,7 @@ from hpc_core.measure.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.perform import energy as performing
 from hpc_core.perform.metrics import wall
 from hpc_core.perform.session import Session
+from hpc_core.program import Mark, unmarked
 from hpc_core.run.generate import generate_program
 from hpc_core.spec import Case, GenerateSpec
 
@@ -91,6 +94,7 @@ def _session(monkeypatch: pytest.MonkeyPatch, case: Case, states: list[dict[str,
     """A session that takes its CPU for a GPU whose NVML counts 100 J a reading and gives these states in turn."""
     readings = iter(range(0, 10**7, 100_000))
     following = iter(states)
+    monkeypatch.setattr(performing, "energy_of", functools.partial(energy_of, least_s=0.05))
     monkeypatch.setattr(performing, "gpu_energy_mj", lambda: next(readings))
     monkeypatch.setattr(performing, "gpu_state", lambda: next(following))
     began = datetime.datetime.now(datetime.UTC)
@@ -113,6 +117,37 @@ def test_a_tokens_energy_is_the_queries_over_their_new_tokens(monkeypatch: pytes
     assert f"{round(queries) * 8:,} new tokens, prefill included; whole board, idle power not subtracted: 100 J" in str(
         metric.note
     )
+
+
+class Step:
+    """A product, as a step of the user's own."""
+
+    phases: tuple[str, ...] = ("step",)
+    period = 1_000_000
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One product."""
+        torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def test_a_steps_energy_is_the_boards_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 J over however many steps fit; where a round of unlike ones would take too long, the note says that they are some of them."""
+    session = _session(monkeypatch, _ANSWERS, [{}, {"processes": 1}])
+    session.metrics["step_s"] = wall([0.01])
+    performing.note_step_energy(session, Step())
+    metric = session.metrics["energy_step_j"]
+    steps = round(100 / metric.value)
+    assert 100 / metric.value == pytest.approx(steps)
+    assert f"and {steps} steps of 1,000,000 unlike ones" in str(metric.note)
+
+
+@pytest.mark.parametrize("profile", [True, False])
+def test_a_job_that_only_compares_takes_no_energy(monkeypatch: pytest.MonkeyPatch, profile: bool) -> None:
+    """An A/B has no use for joules: it is spared the seconds."""
+    session = _session(monkeypatch, _ANSWERS, [{}, {}])
+    session.job = msgspec.structs.replace(session.job, profile=profile)
+    performing.note_step_energy(session, Step())
+    assert ("energy_step_j" in session.metrics) is profile
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,9 @@ def note_step_energy(session: Session, program: Program) -> None:
 
     energy = _measured(session, step, _round(session, "step_s", program.period))
     if energy is not None:
-        session.metrics["energy_step_j"] = reported(energy.joules / energy.times, "J", note=taken(energy, "steps"))
+        session.metrics["energy_step_j"] = reported(
+            energy.joules / energy.times, "J", note=taken(energy, "steps", program.period)
+        )
 
 
 def note_token_energy(session: Session, program: GenerateProgram) -> None:
@@ -45,14 +47,15 @@ def note_token_energy(session: Session, program: GenerateProgram) -> None:
     program.steps_done = 0
     energy = _measured(session, query, _round(session, "query_s", program.period))
     if energy is not None:
-        note = f"{made:,} new tokens, prefill included; {taken(energy, 'queries')}"
+        note = f"{made:,} new tokens, prefill included; {taken(energy, 'queries', program.period)}"
         session.metrics["energy_token_j"] = reported(energy.joules / made, "J", note=note)
 
 
-def taken(energy: Energy, what: str) -> str:
-    """What the number covers, in words."""
+def taken(energy: Energy, what: str, period: int) -> str:
+    """What the number covers, in words; `period` is how many unlike steps or queries there are."""
+    part = f" of {period:,} unlike ones" if energy.times % period else ""
     return (
-        f"whole board, idle power not subtracted: {energy.joules:,.0f} J over {energy.seconds:.2f} s and {energy.times} {what}, "
+        f"whole board, idle power not subtracted: {energy.joules:,.0f} J over {energy.seconds:.2f} s and {energy.times} {what}{part}, "
         f"{energy.watts:.0f} W; to within {energy.doubt:.0%}"
     )
 
@@ -64,8 +67,11 @@ def _round(session: Session, metric: str, period: int) -> int:
 
 
 def _measured(session: Session, step: Callable[[], None], whole: int) -> Energy | None:
-    """Joules of repeated steps on a GPU; None, with a note that says why, where the board's counter does not speak of them."""
-    if not session.on_gpu:
+    """Joules of repeated steps on a GPU; None, with a note that says why, where the board's counter does not speak of them.
+
+    A job that only compares (A/B, A/A, faults) has no use for it and is spared the seconds.
+    """
+    if not session.on_gpu or not session.job.profile:
         return None
     session.phase("energy")
     if gpu_state().get("mig_mode"):
