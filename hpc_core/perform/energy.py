@@ -56,7 +56,7 @@ def taken(energy: Energy, what: str, period: int) -> str:
     part = f" of {period:,} unlike ones" if energy.times % period else ""
     return (
         f"whole board, idle power not subtracted: {energy.joules:,.0f} J over {energy.seconds:.2f} s and {energy.times} {what}{part}, "
-        f"{energy.watts:.0f} W; to within {energy.doubt:.0%}"
+        f"{energy.watts:.0f} W; the readings' age alone may move it by {energy.doubt:.0%}"
     )
 
 
