@@ -1,6 +1,7 @@
-"""What each switch of the tuned training engine brings: stock, each switch alone, and all, for LoRA, QLoRA and full fine-tuning.
+"""What each switch of the tuned training engine brings: from stock to tuned step by step, each switch alone, and all, for LoRA, QLoRA and full fine-tuning.
 
     python bench/train_ablation.py                               # Llama-3.2-3B on one GPU, 4 x 512; a table and a JSON file
+    python bench/train_ablation.py --methods qlora --steps       # the rows of the picture: stock, one thing more each, all
     python bench/train_ablation.py --methods lora --only stock,all
     python bench/train_ablation.py --shape tiny --device cpu     # the same on a CPU, without time on a device
 
@@ -11,16 +12,9 @@ traceback is kept and the others run. Losses of twenty steps stand against the s
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
-import os
-import signal
 import statistics
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +22,7 @@ _HERE = Path(__file__).resolve().parent.parent
 if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
+from bench.ablation_rows import Rows, options_of, run_rows  # noqa: E402
 from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
 from hpc_core.spec import Case, FinetuneSpec, ModelSpec  # noqa: E402
 
@@ -37,6 +32,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "all": _ALL,
     "tuned, no switch": {"engine": "tuned"},
     "loss": {"loss": "chunked"},
+    "loss+linears": {"loss": "chunked", "fusion": "linears"},
     "graph": {"graph": True},
     "linears": {"fusion": "linears"},
     "blocks": {"loss": "chunked", "fusion": "blocks"},
@@ -48,6 +44,17 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 """Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else."""
 _BUDGETS = {"lora": 9.4, "qlora": 4.5, "full": None}
+STEPS = {
+    "stock": "stock",
+    "tuned, no switch": "+ own loop, no mask",
+    "loss": "+ chunked loss",
+    "loss+linears": "+ linears fused with adapters",
+    "blocks": "+ fused blocks",
+    "all": "+ one CUDA graph a step",
+}
+"""From stock to tuned: each row has what the one before has and one thing more, by the words of the picture. Fused blocks contain the linears."""
+_TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
+_COLUMNS = ("wall_ms", "wall_ms_queued", "busy_ms", "kernels", "peak_gib", "first_use_s", "loss_off")
 _ADAPTER: dict[str, Any] = {"dropout": 0.0, "dtype": "bfloat16"}
 _TRAJECTORY, _TIMED, _PROFILED = 20, 20, 5
 _SHOWN_KERNELS = 25
@@ -61,9 +68,8 @@ def cases(shape: str, methods: list[str], length: int, batch: int) -> dict[str, 
     found = {}
     for name in methods:
         rows = dict(SWITCHES)
-        budget = _BUDGETS[name]
-        if budget is not None and shape == "llama-3.2-3b":
-            rows[f"all, {budget} GiB"] = {**_ALL, "budget_bytes": int(budget * _GIB)}
+        if _has_budget(name, shape):
+            rows[_budget_row(name)] = {**_ALL, "budget_bytes": int((_BUDGETS[name] or 0) * _GIB)}
         for row, switches in rows.items():
             if name == "full" and "linears" in switches.values():
                 continue  # there is no adapter
@@ -73,6 +79,26 @@ def cases(shape: str, methods: list[str], length: int, batch: int) -> dict[str, 
                 model, known[name], variant=variant, batch=batch, length=length, steps=10, **{**engine, **switches}
             )
     return found
+
+
+def steps(shape: str, methods: list[str], length: int, batch: int) -> dict[str, dict[str, Any]]:
+    """For the picture: by method its title, and the labels of its rows from stock to tuned, the budget last."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in methods:
+        labels = {f"{name}: {row}": label for row, label in STEPS.items() if not (name == "full" and "linears" in row)}
+        if _has_budget(name, shape):
+            labels[f"{name}: {_budget_row(name)}"] = f"+ a budget of {_BUDGETS[name]} GiB"
+        title = f"{_TITLES[name]} of {shape}, {batch} x {length} tokens a step"
+        found[name] = {"title": title, "per": "step", "rows": labels}
+    return found
+
+
+def _has_budget(method: str, shape: str) -> bool:
+    return _BUDGETS[method] is not None and shape == "llama-3.2-3b"
+
+
+def _budget_row(method: str) -> str:
+    return f"all, {_BUDGETS[method]} GiB"
 
 
 def measure(case: Case, device_name: str) -> dict[str, Any]:
@@ -153,36 +179,6 @@ def _busy_of_what_was_seen(program: Any, device: Any) -> float:
     return 1e3 * busy.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
 
 
-def run_in_child(case: Case, device: str, limit_s: float) -> dict[str, Any]:
-    """The row by a forked process; one that breaks or takes too long gives its traceback, or says so."""
-    with tempfile.NamedTemporaryFile(suffix=".json", delete=False) as file:
-        path = Path(file.name)
-    child = os.fork()
-    if child == 0:
-        code = 1
-        with contextlib.suppress(BaseException):
-            try:
-                path.write_text(json.dumps(measure(case, device)))
-                code = 0
-            except BaseException:
-                path.write_text(json.dumps({"error": traceback.format_exc()}))
-        os._exit(code)
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        path.unlink(missing_ok=True)
-        return {"error": f"took more than {limit_s:.0f} s"}
-    text = path.read_text()
-    path.unlink(missing_ok=True)
-    return dict(json.loads(text)) if text else {"error": f"the process ended with status {status} and said nothing"}
-
-
 def _off(found: dict[str, Any], stock: dict[str, Any] | None) -> float | None:
     """The largest relative difference of the losses of twenty steps to the stock row's."""
     if stock is None or "losses" not in stock or "losses" not in found:
@@ -191,61 +187,26 @@ def _off(found: dict[str, Any], stock: dict[str, Any] | None) -> float | None:
     return float(max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs))
 
 
-def lines(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The table, as Markdown."""
-    columns = ("wall_ms", "wall_ms_queued", "busy_ms", "kernels", "peak_gib", "first_use_s", "loss_off")
-    yield "| row | " + " | ".join(columns) + " | remarks |"
-    yield "|---" * (len(columns) + 2) + "|"
+def losses_beside_stock(rows: Rows) -> None:
+    """How far each row's losses are off those of its method's stock row, into `loss_off`."""
     for name, found in rows.items():
         found["loss_off"] = _off(found, rows.get(f"{name.partition(':')[0]}: stock"))
-        cells = [f"{found[each]:.4g}" if found.get(each) is not None else "" for each in columns]
-        last = str(found.get("error", "")).strip().splitlines()
-        remarks = [last[-1][:160] if last else "", str(found.get("fallen") or "")[:200], str(found.get("plan") or "")]
-        remarks.append(str(found.get("busy_error", ""))[:160])
-        yield f"| {name} | " + " | ".join(cells) + f" | {' '.join(each for each in remarks if each)} |"
 
 
 def main() -> None:
-    """Run the rows asked for, print the table after each, keep everything in a JSON file."""
+    """Run the rows asked for."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--methods", default="lora,qlora,full")
-    ask.add_argument("--only", default="", help="rows by name, separated by commas with no space after them")
-    ask.add_argument("--shape", default="llama-3.2-3b")
-    ask.add_argument("--device", default="cuda")
     ask.add_argument("--no-cudnn-attention", action="store_true", help="leave attention to flash")
     ask.add_argument("--batch", type=int, default=4)
     ask.add_argument("--length", type=int, default=512)
-    ask.add_argument("--limit-s", type=float, default=150.0, help="seconds a row may take")
-    ask.add_argument("--total-s", type=float, default=1500.0, help="no row begins after so many seconds")
-    ask.add_argument("--out", default="train-ablation.json")
-    options = ask.parse_args()
-    began = time.monotonic()
+    options = options_of(ask, out="train-ablation.json", limit_s=150.0).parse_args()
     import torch  # imported once, for all children
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
-    chosen = cases(options.shape, options.methods.split(","), options.length, options.batch)
-    # Names hold commas of their own ("all, 4.5 GiB"), always with a space.
-    wanted = [each for each in options.only.replace(", ", "\0").split(",") if each]
-    wanted = [each.replace("\0", ", ") for each in wanted]
-    rows: dict[str, dict[str, Any]] = {}
-    for name, case in chosen.items():
-        if wanted and name.partition(": ")[2] not in wanted:
-            continue
-        if time.monotonic() - began > options.total_s:
-            rows[name] = {"error": "not begun: the time was over"}
-            continue
-        start = time.monotonic()
-        rows[name] = run_in_child(case, options.device, options.limit_s)
-        table = list(lines(rows))
-        sys.stdout.write(f"{table[-1]} ({time.monotonic() - start:.0f} s)\n")
-        sys.stdout.flush()
-        Path(options.out).write_text(json.dumps(rows, indent=1))
-    sys.stdout.write("\n" + "\n".join(lines(rows)) + "\n")
-    for name, found in rows.items():
-        if "\n" in str(found.get("error", "")):
-            sys.stdout.write(f"\n{name}\n{found['error'][-4000:]}\n")
-    Path(options.out).write_text(json.dumps(rows, indent=1))
+    what = options.shape, options.methods.split(","), options.length, options.batch
+    run_rows(cases(*what), measure, options, columns=_COLUMNS, steps=steps(*what), finish=losses_beside_stock)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,22 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_core.errors import RepositoryError
-from hpc_core.gpu_state import read_state
+from hpc_core.errors import MeasureError, RepositoryError
+from hpc_core.gpu_state import read_energy_mj, read_state
 from hpc_core.record import Circumstances, Machine
 from hpc_core.repository import head, is_dirty
 
-__all__ = ["STACK_PACKAGES", "circumstances", "commit", "cpu_machine", "gpu_state", "machine", "stack", "visible_gpus"]
+__all__ = [
+    "STACK_PACKAGES",
+    "circumstances",
+    "commit",
+    "cpu_machine",
+    "gpu_energy_mj",
+    "gpu_state",
+    "machine",
+    "stack",
+    "visible_gpus",
+]
 
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
 """Packages whose version can move a metric."""
@@ -144,6 +154,18 @@ def gpu_state() -> dict[str, Any]:
     """`gpu_state.read_state` of the first visible GPU, and its uuid. {} without one."""
     gpus = visible_gpus()
     return {"uuid": gpus[0]["uuid"], **read_state(gpus[0]["index"])} if gpus else {}
+
+
+def gpu_energy_mj() -> int:
+    """Millijoules that the first visible GPU's board took since its driver was loaded.
+
+    Raises:
+        MeasureError: there is no GPU, or it has no such counter.
+    """
+    gpus = visible_gpus()
+    if not gpus:
+        raise MeasureError("NVML sees no GPU, so there is no energy to read.")
+    return read_energy_mj(gpus[0]["index"])
 
 
 def circumstances(

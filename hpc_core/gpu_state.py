@@ -9,7 +9,9 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["flags", "read_state", "setup_notes", "throttle_words"]
+from hpc_core.errors import MeasureError
+
+__all__ = ["flags", "other_processes", "read_energy_mj", "read_state", "setup_notes", "throttle_words"]
 
 _THROTTLES = {
     0x4: "power cap",
@@ -45,10 +47,15 @@ def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
     found += [
         f"throttled: {kind} held the clock down for {ns / 1e6:.0f} ms" for kind, ns in slowed if ns > 0 and not words
     ]
-    others = max(int(gpu.get("before", {}).get("processes", 0)), int(during.get("processes", 1)) - 1)
+    others = other_processes(gpu.get("before", {}), during)
     if others > 0:
         found.append(f"shared: {others} other process{'es' if others > 1 else ''} on the GPU")
     return tuple(found)
+
+
+def other_processes(before: Mapping[str, Any], during: Mapping[str, Any]) -> int:
+    """How many processes but this one use the GPU, by a state before this one used it and one while it does."""
+    return max(int(before.get("processes", 0)), int(during.get("processes", 1)) - 1)
 
 
 def _more(busy: Mapping[str, Any], name: str) -> int:
@@ -90,6 +97,25 @@ def read_state(index: int) -> dict[str, Any]:
             with contextlib.suppress(pynvml.NVMLError):
                 state[name] = read()
         return state
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def read_energy_mj(index: int) -> int:
+    """Millijoules that the board of NVML's GPU number `index`, memory included, took since its driver was loaded.
+
+    Source: nvmlDeviceGetTotalEnergyConsumption in NVIDIA's NVML reference; Volta or newer.
+
+    Raises:
+        MeasureError: this GPU or driver has no such counter, or hides it.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(index)))
+    except pynvml.NVMLError as error:
+        raise MeasureError(f"NVML gives no energy counter of GPU {index} ({error}).") from error
     finally:
         pynvml.nvmlShutdown()
 

@@ -48,7 +48,7 @@ class Metric(_Seen, frozen=True, kw_only=True):
     value: float | int
     samples: tuple[float, ...] | None = None
     unit: str
-    """"bytes", "s", "1" for counts, "FLOP", "tokens/s", "ratio", "GiB"."""
+    """"bytes", "s", "1" for counts, "FLOP", "tokens/s", "ratio", "J", "GiB"."""
     noise: Noise
     better: Better
     depends_on: tuple[Dependence, ...]

@@ -11,7 +11,7 @@ from hpc_core.errors import SpecError
 from hpc_core.parts import DataSpec
 from hpc_core.strict import Strict, check_types, refuse
 
-__all__ = ["CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
+__all__ = ["ENGINE_FIELDS", "CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
@@ -26,6 +26,22 @@ _SWITCHES = {
     "optimizer_in_backward": False,
 }
 """The switches of the tuned training engine, by their defaults."""
+
+_OWN_DECODING = {
+    "kernels": "triton",
+    "head": "plain",
+    "cache_step": 256,
+    "eos_every": None,
+    "temperature": None,
+    "top_k": None,
+}
+"""What only the graph engine knows, by its defaults."""
+
+ENGINE_FIELDS = {
+    "finetune": ("engine", *_SWITCHES),
+    "generate": ("engine", "kernels", "head", "cache_step"),
+}
+"""By kind of work, the fields that say how an engine does it and not what is done. Sampling, and stopping early, are other work."""
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 _MOST_ROWS = 32
@@ -94,9 +110,8 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
 
     def _check_engine(self) -> None:
         """What only the graph engine knows is refused elsewhere, and what it brings itself is not said to it."""
-        own = {"kernels": "triton", "head": "plain", "cache_step": 256, "eos_every": None, "temperature": None}
         if self.engine == "stock":
-            said = [name for name, default in own.items() if getattr(self, name) != default]
+            said = [name for name, default in _OWN_DECODING.items() if getattr(self, name) != default]
             refuse(bool(said), f"{', '.join(said)} belongs to engine='graph'; the engine is 'stock'.")
         else:
             refuse(

@@ -10,6 +10,7 @@ from hpc_core.cases import (
     ALL,
     FULL,
     SMALL,
+    SWEEP,
     TINY,
     TRIAL,
     TUNED,
@@ -23,7 +24,23 @@ from hpc_core.cases import (
     tiny,
 )
 from hpc_core.errors import SpecError
-from hpc_core.spec import FinetuneSpec, GenerateSpec, case_from_json, case_to_json
+from hpc_core.report.twins import are_twins
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, case_from_json, case_to_json
+
+
+def _engine(case: Case) -> str:
+    assert isinstance(case.workload, FinetuneSpec | GenerateSpec)
+    return case.workload.engine
+
+
+def _has_twin(case: Case) -> bool:
+    """Sampling is the engine's alone."""
+    return _engine(case) != "stock" and getattr(case.workload, "temperature", None) is None
+
+
+def _id(case: Case) -> str:
+    return case.id
+
 
 VARIANTS = [
     "generate-fp16", "generate-bf16", "generate-nf4", "generate-nf4-dq", "generate-int8", "full-bf16", "full-fp32",
@@ -63,6 +80,19 @@ def test_the_short_cases_are_full_width_and_kept_apart() -> None:
         assert case.needs_gpu
         assert case.model is not None
         assert (case.model.shape, case.model.layers) == ("llama-3.2-3b", 4)
+
+
+def test_the_sweep_is_kept_apart() -> None:
+    """What is run by name only has ids and work of its own beside the catalogue."""
+    assert len({case.id for case in (*ALL, *TRIAL, *SWEEP)}) == len(ALL) + len(TRIAL) + len(SWEEP)
+    assert len({case.digest for case in (*ALL, *SWEEP)}) == len(ALL) + len(SWEEP)
+
+
+@pytest.mark.parametrize("case", [case for case in (*TUNED, *SWEEP) if _has_twin(case)], ids=_id)
+def test_every_case_of_an_engine_has_its_stock_twin(case: Case) -> None:
+    """The same model, adapter, data, batch and lengths by the stock path are in the catalogue too, under whatever name."""
+    twins = [other for other in (*ALL, *SWEEP) if are_twins(other, case)]
+    assert len(twins) == 1, f"{case.id}: {[twin.id for twin in twins]}"
 
 
 def test_two_cases_of_one_id_are_refused() -> None:

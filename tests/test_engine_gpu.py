@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -32,6 +33,27 @@ _QUANTIZATIONS = {
 @pytest.fixture(scope="module")
 def device() -> torch.device:
     return torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One set of block sizes a product, since each costs a compilation: what is checked is what kernels give, not which is fastest."""
+    _take_candidates(monkeypatch, slice(0, 1))
+
+
+@functools.cache
+def _every_candidate() -> Any:
+    """The method as it is; first called before anything is put in its place."""
+    from hpc_core.engine.products import Product
+
+    return Product.candidates
+
+
+def _take_candidates(monkeypatch: pytest.MonkeyPatch, which: slice) -> None:
+    from hpc_core.engine.products import Product
+
+    every = _every_candidate()
+    monkeypatch.setattr(Product, "candidates", lambda product: every(product)[which])
 
 
 def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str = "tiny") -> Built:
@@ -67,9 +89,15 @@ def _plain_step(decoder: Any, cache: Any, turns: Any) -> PlainStep:
     return PlainStep(decoder, cache, turns, decoder.head, eager=True)
 
 
-@pytest.mark.parametrize("early", [True, False], ids=["early", "late"])
-@pytest.mark.parametrize("batch", [1, 3, 17])
-@pytest.mark.parametrize("kind", list(_QUANTIZATIONS))
+@pytest.mark.parametrize(
+    ("kind", "batch", "early"),
+    [
+        *((kind, batch, True) for kind in _QUANTIZATIONS for batch in (1, 3, 17)),
+        ("plain", 1, False),
+        ("nf4", 1, False),
+        ("plain", 17, False),
+    ],
+)
 def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, batch: int, early: bool) -> None:
     """Whatever the weights' format and the batch, and whether launches begin early: within what bfloat16 rounds."""
     from hpc_core.engine.kernel_step import KernelStep
@@ -79,6 +107,38 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
     plain = _logits(built, _plain_step, batch=batch, padded=padded)
     seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False, early=early), batch=batch, padded=padded)
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_the_last_block_sizes_compute_the_same(
+    device: torch.device, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuning may choose any candidate. The last one for 4 bits looks codes up in memory where the first permutes bytes."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    _take_candidates(monkeypatch, slice(-1, None))
+    built = _built(device, kind)
+    plain = _logits(built, _plain_step, batch=1, padded=False)
+    seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False), batch=1, padded=False)
+    assert float((seen - plain).norm() / plain.norm()) < 2e-2
+
+
+def test_tuning_takes_one_of_the_candidates(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two candidates each kind of product gets one, the same in all layers, and the record can say which and how fast."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    _take_candidates(monkeypatch, slice(0, 2))
+    decoder = decoder_of(_built(device, "plain").model)
+    cache = StaticKeyValues(decoder, 1, 256)
+    step = KernelStep(decoder, cache, decoder.turns(cache.capacity), int8_head=False)
+    said = step.settle()
+    assert set(said) == {"qkv", "output", "gate_up", "down", "head"}
+    for name in ("qkv", "output", "gate_up", "down"):
+        products = [layer[name] for layer in step._layers]
+        assert len({product.blocks for product in products}) == 1
+        assert products[0].blocks in products[0].candidates()
+        assert said[name].startswith(str(tuple(products[0].blocks)))
+        assert said[name].endswith(" us")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hpc_core.cases.full_size import DEVICE_BOUND, FULL
 from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lora, qlora, smollm2, tiny
 from hpc_core.cases.shortened import TRIAL, WHOLE
 from hpc_core.cases.small import SMALL, TINY
-from hpc_core.cases.tuned import TUNED
+from hpc_core.cases.tuned import SWEEP, TUNED
 from hpc_core.errors import SpecError
 from hpc_core.spec import Case
 
@@ -18,6 +18,7 @@ __all__ = [
     "DEVICE_BOUND",
     "FULL",
     "SMALL",
+    "SWEEP",
     "TINY",
     "TRIAL",
     "TUNED",

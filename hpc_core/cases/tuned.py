@@ -1,26 +1,114 @@
-"""The engines of our own beside the stock path."""
+"""The engines of our own beside the stock path: twins that differ in nothing but the engine and its switches."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hpc_core.cases.full_size import FULL
-from hpc_core.spec import Case
+from hpc_core.cases.making import finetune, generate, llama_3b, lora, qlora
+from hpc_core.spec import Case, DataSpec, ModelSpec, QuantSpec
 
-__all__ = ["TUNED"]
+__all__ = ["DECODE", "SWEEP", "TUNED"]
 
 _TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
+_PLAIN_ADAPTER: dict[str, Any] = {"dropout": 0.0, "adapter_dtype": "bfloat16"}
+"""As the tuned engine has them, so the stock twin has them too."""
+_BATCHES = (4, 16, 32)
+_NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
+_NF4_DQ = QuantSpec(kind="nf4", compute_dtype="bfloat16", double_quant=True)
+_ANSWERS: dict[str, Any] = {"prompts": 2, "prompt_length": 100, "new_tokens": 128, "timeout_s": 600}
+
+
+def _name(case: Case) -> str:
+    return case.id.rpartition("/")[2]
 
 
 def _tuned(*stock: Case) -> list[Case]:
     """Each by the tuned engine, beside itself without dropout and with adapters in bfloat16, as the engine has them."""
     cases = [stock[0].vary("full-bf16-tuned", **_TUNED)]
     for case in stock[1:]:
-        name = case.id.rpartition("/")[2]
-        plain = case.vary(f"{name}-nodrop", dropout=0.0, adapter_dtype="bfloat16")
-        cases += [plain, plain.vary(f"{name}-tuned", **_TUNED)]
+        plain = case.vary(f"{_name(case)}-nodrop", **_PLAIN_ADAPTER)
+        cases += [plain, plain.vary(f"{_name(case)}-tuned", **_TUNED)]
     return [*cases, cases[-1].vary("qlora-tuned-4.5gib", budget_bytes=9 * 2**29)]
 
 
-TUNED: tuple[Case, ...] = tuple(_tuned(*(case for case in FULL if case.id.endswith(("/full-bf16", "/lora", "/qlora")))))
-"""The tuned training engine beside its stock twins: same dropout (none), adapters, batch and data. In ALL, not in FULL."""
+def _decode(model: ModelSpec) -> tuple[Case, Case, Case, Case]:
+    """bfloat16 and NF4, each by `generate` and by the graph engine, on the same prompts."""
+    bf16 = generate(model, variant="generate-bf16-100", **_ANSWERS)
+    nf4 = bf16.vary("generate-nf4-100", quantization=_NF4)
+    return (
+        bf16,
+        bf16.vary("generate-bf16-graph", engine="graph"),
+        nf4,
+        nf4.vary("generate-nf4-graph", engine="graph"),
+    )
+
+
+_bf16, _bf16_graph, _nf4, _nf4_graph = DECODE = _decode(llama_3b)
+_int8_head = _nf4_graph.vary("generate-nf4-graph-int8-head", head="int8")
+
+TUNED: tuple[Case, ...] = (
+    *_tuned(*(case for case in FULL if case.id.endswith(("/full-bf16", "/lora", "/qlora")))),
+    *DECODE,
+    _int8_head,
+)
+"""The engines beside their stock twins: same dropout (none), adapters, batch and data; same prompts. In ALL, not in FULL."""
+
+
+def _of_another_shape(shape: str) -> list[Case]:
+    """LoRA, QLoRA and decoding at another size, stock and by our engines; an epoch is the report's 4000 rows."""
+    model = ModelSpec(shape=shape)
+    step: dict[str, Any] = {"batch": 4, "length": 512, "epoch_rows": 4000}
+    adapter: dict[str, Any] = {"dropout": 0.0, "dtype": "bfloat16"}
+    stock = [
+        finetune(model, lora(**adapter), variant="lora-nodrop", **step),
+        finetune(model, qlora(**adapter), variant="qlora-nodrop", **step),
+    ]
+    return [
+        *(each for case in stock for each in (case, case.vary(_name(case).replace("nodrop", "tuned"), **_TUNED))),
+        *_decode(model),
+    ]
+
+
+def _report_by_graph() -> list[Case]:
+    """The original report's variants on its own questions by the graph engine, which has no kernels for int8; their stock twins are in FULL."""
+    told = ("generate-fp16", "generate-bf16", "generate-nf4", "generate-nf4-dq")
+    return [
+        case.vary(f"{_name(case)}-questions-graph", engine="graph", timeout_s=600)
+        for case in FULL
+        if _name(case) in told
+    ]
+
+
+def _real_epoch() -> list[Case]:
+    """LoRA on the lengths of the report's own 4000 rows: padded to 512 as the report did it, packed, and packed by the tuned engine."""
+    rows = DataSpec(source="trace", name="wikitext2", rows=4000)
+    padded = finetune(
+        llama_3b,
+        lora(dropout=0.0, dtype="bfloat16"),
+        variant="lora-rows-padded",
+        padding="max_length",
+        data=rows,
+    )
+    packed = padded.vary("lora-rows-packed", padding="none", packing=True)
+    return [padded, packed, packed.vary("lora-rows-packed-tuned", **_TUNED)]
+
+
+SWEEP: tuple[Case, ...] = (
+    *(case.vary(f"{_name(case)}-b{batch}", batch=batch) for case in DECODE for batch in _BATCHES),
+    *(
+        case.vary(f"{_name(case)}-4k", prompt_length=4096, prompts=1, new_tokens=32)
+        for case in (_bf16, _bf16_graph, _nf4, _nf4_graph)
+    ),
+    _bf16_graph.vary("generate-bf16-graph-torch", kernels="torch"),
+    _bf16_graph.vary("generate-bf16-graph-inductor", kernels="inductor"),
+    _bf16_graph.vary("generate-bf16-graph-int8-head", head="int8"),
+    _bf16_graph.vary("generate-bf16-graph-sampled", temperature=0.8, top_k=50),
+    _nf4.vary("generate-nf4-dq-100", quantization=_NF4_DQ),
+    _nf4_graph.vary("generate-nf4-dq-graph", quantization=_NF4_DQ),
+    *_report_by_graph(),
+    *_real_epoch(),
+    *_of_another_shape("llama-3.2-1b"),
+    *_of_another_shape("llama-3.1-8b"),
+)
+"""Batches, long prompts, kernels, real rows, other sizes: run by name (`bench/decode_engine.py`, `bench/train_engine.py`, `hpc-core run`), not in ALL."""

@@ -90,7 +90,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     trace: Trace | None = None
     """Only build, warm up and profile for the eye; the record is then INVALID, and says so."""
     profile: bool = True
-    """Also take one unit of the work apart by module, in passes of their own after all that is gated."""
+    """Also take one unit of the work apart by module, and its energy on a GPU, in passes of their own after all that is gated."""
     audit: bool = True
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
     measure_ceilings: bool = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.perform.attributed import note_profile
+from hpc_core.perform.energy import note_step_energy
 from hpc_core.perform.memory import measure_memory
 from hpc_core.perform.metrics import counted, ratio, wall
 from hpc_core.perform.profiled import note_compilations, profile_steps, wall_only
@@ -44,6 +45,7 @@ def measure_program(session: Session, program: Program, steps: int) -> Record:
     busy_s = profile_steps(session, program)
     if busy_s is not None:
         session.metrics["busy_share"] = ratio(busy_s / session.metrics["step_s"].value)
+    note_step_energy(session, program)
     note_profile(session, program, "one step")
     return session.record()
 

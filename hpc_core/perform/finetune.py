@@ -13,6 +13,7 @@ from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.perform.attributed import Owning, note_profile
 from hpc_core.perform.callable import measure_again
+from hpc_core.perform.energy import note_step_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wall
@@ -61,6 +62,7 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     measure_graph_memory(session, program)
     audit_tuned(session, program)
     _busy(session, program)
+    note_step_energy(session, program)
     with program.uncaptured():
         note_profile(
             session,

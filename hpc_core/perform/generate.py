@@ -18,6 +18,7 @@ from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.attributed import note_query_profile
 from hpc_core.perform.decode_engine import engine_facts, engine_logits, is_captured, program_of
+from hpc_core.perform.energy import note_token_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
@@ -60,6 +61,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     _busy(session, program)
     _busy_shares(session)
     share_of_copy(session, program)
+    note_token_energy(session, program)
     note_query_profile(session, program, _longest(program))
     measure_perplexity(session, built)
     given = _answered(program, answered[_longest(program)])

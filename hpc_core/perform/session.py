@@ -86,6 +86,12 @@ class Session:
         self._phase_s: dict[str, float] = {}
         self._gpu: dict[str, Any] = {"before": _state_of_others()} if self.on_gpu else {}
 
+    @property
+    def gpu_before(self) -> dict[str, Any]:
+        """The GPU's state before this process used it; {} on a CPU."""
+        found: dict[str, Any] = self._gpu.get("before", {})
+        return found
+
     def phase(self, name: str) -> None:
         """The worker enters a phase: told to the launcher, and timed."""
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Stock and engine side by side on a GPU, in one process: `python -m hpc_core.engine.trial [--shape S] [--only GLOB] [--layers N]`.
+"""Stock and engine side by side on a GPU, in one process: `python bench/decode_trial.py [--shape S] [--only GLOB] [--layers N]`.
 
 For trying kernels, not for verdicts: cases in `bench/` are measured in processes of their own. One line of JSON a configuration, flushed at
 once; one that fails gives its traceback and the next one runs.
@@ -14,19 +14,22 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-import torch
+_HERE = Path(__file__).resolve().parent.parent
+if str(_HERE) not in sys.path:
+    sys.path.insert(0, str(_HERE))
 
-from hpc_core.build import Built, build
-from hpc_core.cases import generate
-from hpc_core.engine.decode import GraphProgram, graph_program
-from hpc_core.measure.busy import device_activity
-from hpc_core.measure.clock import quiet, seconds_of
-from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
+import torch  # noqa: E402
 
-__all__ = ["main"]
+from hpc_core.build import Built, build  # noqa: E402
+from hpc_core.cases import generate  # noqa: E402
+from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402
+from hpc_core.measure.busy import device_activity  # noqa: E402
+from hpc_core.measure.clock import quiet, seconds_of  # noqa: E402
+from hpc_core.run.generate import GenerateProgram, generate_program  # noqa: E402
+from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3
@@ -55,7 +58,7 @@ CONFIGURATIONS: dict[str, tuple[QuantSpec | None, dict[str, Any]]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the chosen configurations; 1 if one failed."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_core.engine.trial", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python bench/decode_trial.py", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llama-3.2-3b")
     parser.add_argument("--layers", type=int, default=None, help="only so many layers of the shape")
     parser.add_argument(
@@ -90,7 +93,7 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     for name in names:
         began = time.perf_counter()
         try:
-            seen = dict(_seen(name, built))
+            seen = dict(seen_of(built, _workload(name), late=name.endswith("-late")))
         except Exception:
             failed += 1
             seen = {"failed": traceback.format_exc()[-2500:]}
@@ -100,35 +103,43 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     return failed
 
 
-def _seen(name: str, built: Built) -> Iterator[tuple[str, Any]]:
-    """Numbers of one configuration, wall first."""
-    workload = GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW, **CONFIGURATIONS[name][1])
-    program = _program(name, built, workload)
+def _workload(name: str) -> GenerateSpec:
+    return GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW, **CONFIGURATIONS[name][1])
+
+
+def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iterator[tuple[str, Any]]:
+    """Numbers of one configuration of one prompt, wall first. "late" is without programmatic dependent launch."""
+    new = workload.new_tokens
+    program = _program(built, workload, late=late)
     if isinstance(program, GraphProgram):
         yield "first_use_s", {key: round(value, 1) for key, value in program.first_use_s.items()}
         yield "blocks", program.chosen_blocks
         yield "graph_pool_bytes", program.hidden_bytes
     yield "warm_up_s", [round(seconds_of(program.step, program.device), 2) for _ in range(2)]
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = program.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     with quiet():
         queries = [seconds_of(program.step, program.device) for _ in range(_QUERIES)]
-    yield "peak_gib", round((torch.cuda.max_memory_allocated() + program.hidden_bytes) / 2**30, 3)
+    if on_gpu:
+        yield "peak_gib", round((torch.cuda.max_memory_allocated() + program.hidden_bytes) / 2**30, 3)
     program.new_tokens = 1
     first = min(seconds_of(program.step, program.device) for _ in range(_QUERIES))
-    program.new_tokens = _NEW
+    program.new_tokens = new
     yield "first_token_ms", round(first * 1e3, 2)
-    token_s = (min(queries) - first) / (_NEW - 1)
+    token_s = (min(queries) - first) / (new - 1)
     yield "token_ms", round(token_s * 1e3, 4)
     yield "tokens_per_s", round(workload.batch / token_s, 1)
-    yield from _busy(program).items()
     if isinstance(program, GraphProgram):
         yield from _beside_stock(program, built).items()
+    if on_gpu:  # last, since a reading of the profiler may be void
+        yield from _busy(program).items()
 
 
-def _program(name: str, built: Built, workload: GenerateSpec) -> GenerateProgram:
+def _program(built: Built, workload: GenerateSpec, *, late: bool) -> GenerateProgram:
     if workload.engine == "stock":
         return generate_program(built, workload)
-    if not name.endswith("-late"):
+    if not late:
         return graph_program(built, workload)
     from hpc_core.engine import kernel_step
 
@@ -146,7 +157,7 @@ def _busy(program: GenerateProgram) -> dict[str, Any]:
         program.new_tokens = new
         program.step()
         activities.append(device_activity(program.step, program.device))
-    program.new_tokens = _NEW
+    program.new_tokens = program.workload.new_tokens
     less, more = activities
     spent = {kernel: seconds - less.kernel_s.get(kernel, 0.0) for kernel, seconds in more.kernel_s.items()}
     top = sorted(spent, key=lambda kernel: -spent[kernel])[:_TOP]
@@ -165,7 +176,9 @@ def _beside_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
     ids = program.inputs[0]["input_ids"]
     found: dict[str, Any] = {}
     if program.workload.batch == 1:
-        stock = generate_program(built, GenerateSpec(prompts=1, prompt_length=_PROMPT, new_tokens=_NEW))
+        like = program.workload
+        told = GenerateSpec(prompts=1, prompt_length=like.prompt_length, new_tokens=like.new_tokens)
+        stock = generate_program(built, told)
         stock.step()
         same = [a == b for a, b in zip(answers[0].tolist(), stock.answer_ids()[0], strict=True)]
         found["equal_tokens_first"] = same.index(False) if False in same else len(same)

@@ -1,0 +1,254 @@
+"""docs/stock-beside-tuned.md from accepted records: each case by the libraries' own path and by our engines, with the distance to the floor.
+
+    python -m hpc_core.report.beside [BASELINES/MACHINE] > docs/stock-beside-tuned.md
+
+Every number comes from the records or from the closed forms of `hpc_core.physics`; what no record holds is shown as absent.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from hpc_core.cases import ALL, SWEEP, TUNED
+from hpc_core.limits import GiB
+from hpc_core.physics.floors import decode_floor, train_floor
+from hpc_core.physics.reading import positions_of, value_of
+from hpc_core.record import Record, record_from_json
+from hpc_core.report.beside_words import HEAD, UNDER_DECODING, UNDER_EPOCH, UNDER_TRAINING
+from hpc_core.report.twins import changed_work, twins_of
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
+
+__all__ = ["accepted_records", "floor_s", "losses_apart", "page"]
+
+_OURS = Path("baselines") / "nvidia-h100-80gb-hbm3-80gib"
+_ABSENT = "-"
+
+Group = tuple[Case, tuple[Case, ...]]
+"""A stock case with its twins."""
+Cell = Callable[[Record, Record | None], str]
+"""What a column shows of a record, beside its stock twin's; the stock row has no twin."""
+
+
+def page(records: Mapping[str, Record]) -> str:
+    """The whole page as Markdown; `records` by the case's id."""
+    twins = twins_of((*ALL, *SWEEP))
+    parts = [HEAD.format(machine=_machines(records.values()))]
+    for kind, title, columns, under in (
+        ("finetune", "## Training, a step", _TRAINING, UNDER_TRAINING),
+        ("generate", "## Decoding, a token", _DECODING, UNDER_DECODING),
+    ):
+        groups = [(stock, others) for stock, others in twins if stock.kind == kind and stock.scale == "full"]
+        shown = [found for group in groups if (found := _shown(group, records)) is not None]
+        parts += [title, _table(columns, shown, records), under, _left_out(groups, shown)]
+    rows = tuple(case for case in SWEEP if case.kind == "finetune" and _of_recorded_rows(case))
+    parts += ["## An epoch of the report's own rows", _table(_EPOCH, [(rows[0], rows[1:])], records), UNDER_EPOCH]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def accepted_records(folder: Path) -> dict[str, Record]:
+    """The record accepted last of each case below `folder` that is still the case of that id, by id."""
+    current = {case.id: case.digest for case in (*ALL, *SWEEP)}
+    found = {}
+    for path in sorted(folder.rglob("*.history.jsonl")):
+        record = record_from_json(path.read_text(encoding="utf-8").splitlines()[-1])
+        if current.get(record.case.id) == record.case.digest and record.status == "ok":
+            found[record.case.id] = record
+    return found
+
+
+def floor_s(record: Record) -> float | None:
+    """Seconds that a step or a decoded token must at least take at the rates measured in the record's own session.
+
+    The longer of FLOPs over the product's rate and bytes over the copy's (`physics.floors`). None where the session measured no
+    rates or the case has no closed form.
+    """
+    case, rates = record.case, record.circumstances.ceilings
+    dtype = None if case.model is None else case.model.dtype
+    product, copy = rates.get(f"matmul_{dtype}_flop_per_s"), rates.get("copy_bytes_per_s")
+    if isinstance(case.workload, FinetuneSpec):
+        floor = train_floor(case, positions_of(record, case.workload))
+    else:
+        floor = decode_floor(case)
+    return None if floor is None or not product or not copy else max(floor.flops / product, floor.bytes / copy)
+
+
+def losses_apart(stock: Record, other: Record) -> tuple[float, int] | None:
+    """The largest relative difference of losses over the first steps that both took on the same batches, and how many steps that is.
+
+    Both begin with the first batch; after its warm-up each begins again, so only the shorter warm-up is common.
+    """
+    workload = stock.case.workload
+    assert isinstance(workload, FinetuneSpec)
+    common = min(len(each.losses) - workload.steps for each in (stock, other))
+    if common < 1:
+        return None
+    pairs = zip(other.losses[:common], stock.losses[:common], strict=True)
+    return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs), common
+
+
+def _shown(group: Group, records: Mapping[str, Record]) -> Group | None:
+    """The suite's own always, measured or not; others once they were measured. None where no engine is left to show."""
+    stock, others = group
+    left = tuple(case for case in others if case in TUNED or case.id in records)
+    return (stock, left) if left else None
+
+
+def _of_recorded_rows(case: Case) -> bool:
+    return isinstance(case.workload, FinetuneSpec) and case.workload.data.source == "trace"
+
+
+def _table(columns: Mapping[str, Cell], groups: Iterable[Group], records: Mapping[str, Record]) -> str:
+    lines = [["case", *columns], ["---", *["---:"] * (len(columns) - 1), "---"]]
+    for stock, others in groups:
+        twin = records.get(stock.id)
+        lines += [
+            [_told(case), *_cells(columns, records.get(case.id), None if case is stock else twin)]
+            for case in (stock, *others)
+        ]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if len(lines) > 2 else "No record yet."
+
+
+def _cells(columns: Mapping[str, Cell], record: Record | None, stock: Record | None) -> list[str]:
+    if record is None:
+        return [_ABSENT] * (len(columns) - 1) + ["not measured"]
+    return [cell(record, stock) for cell in columns.values()]
+
+
+def _told(case: Case) -> str:
+    changed = changed_work(case)
+    engine = getattr(case.workload, "engine", "stock")
+    return f"`{case.id}`" if engine == "stock" else f"`{case.id}`: {engine}{f', {changed}' if changed else ''}"
+
+
+def _left_out(groups: Iterable[Group], shown: Iterable[Group]) -> str:
+    inside = {case.id for stock, others in shown for case in (stock, *others)}
+    names = [case.id for stock, others in groups for case in others if case.id not in inside]
+    return (
+        f"Engine cases that are run by name only and were not measured, or not since they changed: {len(names)}."
+        if names
+        else ""
+    )
+
+
+def _machines(records: Iterable[Record]) -> str:
+    names = sorted({record.circumstances.machine.name for record in records})
+    return " and ".join(names) if names else "a GPU (no record yet)"
+
+
+def _scaled(name: str, by: float, digits: int) -> Cell:
+    def cell(record: Record, stock: Record | None) -> str:
+        value = value_of(record, name)
+        return _ABSENT if value is None else f"{value / by:,.{digits}f}"
+
+    return cell
+
+
+def _faster(name: str) -> Cell:
+    def cell(record: Record, stock: Record | None) -> str:
+        mine, theirs = value_of(record, name), None if stock is None else value_of(stock, name)
+        return _ABSENT if not mine or theirs is None else f"{theirs / mine:.2f} x"
+
+    return cell
+
+
+def _decoded_per_s(record: Record, stock: Record | None) -> str:
+    seconds = value_of(record, "decode_token_s")
+    assert isinstance(record.case.workload, GenerateSpec)
+    return f"{record.case.workload.batch / seconds:,.1f}" if seconds else _ABSENT
+
+
+def _tokens_a_step(record: Record, stock: Record | None) -> str:
+    tokens = value_of(record, "tokens")
+    assert isinstance(record.case.workload, FinetuneSpec)
+    return _ABSENT if tokens is None else f"{tokens / record.case.workload.steps:,.0f}"
+
+
+def _floor(record: Record, stock: Record | None) -> str:
+    floor = floor_s(record)
+    return _ABSENT if floor is None else f"{floor * 1e3:.3g} ms"
+
+
+def _share(name: str) -> Cell:
+    def cell(record: Record, stock: Record | None) -> str:
+        floor, seconds = floor_s(record), value_of(record, name)
+        return _ABSENT if floor is None or not seconds else f"{floor / seconds:.0%}"
+
+    return cell
+
+
+def _trains_alike(record: Record, stock: Record | None) -> str:
+    error = value_of(record, "logits_error")
+    told = [] if error is None else [f"logits {error:.2g} off float32"]
+    apart = None if stock is None else losses_apart(stock, record)
+    if apart is not None:
+        told.append(f"losses of {apart[1]} steps within {apart[0]:.2g} of stock")
+    return "; ".join(told) or _ABSENT
+
+
+def _answers_alike(record: Record, stock: Record | None) -> str:
+    told = [
+        f"{words[0]}{value:{form}}{words[1]}"
+        for name, form, words in (
+            ("logits_error", ".2g", ("logits ", " off float32")),
+            ("logits_error_to_stock", ".2g", ("", " off stock")),
+            ("greedy_agreement", ".0%", ("", " of tokens are the reference's")),
+        )
+        if (value := value_of(record, name)) is not None
+    ]
+    return "; ".join(told) or _ABSENT
+
+
+def _day(record: Record, stock: Record | None) -> str:
+    return record.circumstances.started_at[:10]
+
+
+_TRAINING: dict[str, Cell] = {
+    "wall, ms": _scaled("step_s", 1e-3, 1),
+    "faster": _faster("step_s"),
+    "GPU-busy, ms": _scaled("busy_s", 1e-3, 1),
+    "peak, GiB": _scaled("peak_bytes", GiB, 2),
+    "tokens/s": _scaled("tokens_per_s", 1, 0),
+    "floor": _floor,
+    "floor / wall": _share("step_s"),
+    "floor / busy": _share("busy_s"),
+    "J/step": _scaled("energy_step_j", 1, 1),
+    "epoch, s": _scaled("epoch_s", 1, 1),
+    "equal results": _trains_alike,
+    "measured": _day,
+}
+_DECODING: dict[str, Cell] = {
+    "wall, ms": _scaled("decode_token_s", 1e-3, 2),
+    "faster": _faster("decode_token_s"),
+    "GPU-busy, ms": _scaled("busy_decode_token_s", 1e-3, 2),
+    "first token, ms": _scaled("time_to_first_token_s", 1e-3, 1),
+    "peak, GiB": _scaled("peak_bytes", GiB, 2),
+    "tokens/s": _decoded_per_s,
+    "floor": _floor,
+    "floor / wall": _share("decode_token_s"),
+    "floor / busy": _share("busy_decode_token_s"),
+    "J/token": _scaled("energy_token_j", 1, 2),
+    "equal results": _answers_alike,
+    "measured": _day,
+}
+
+
+_EPOCH: dict[str, Cell] = {
+    "wall, ms": _scaled("step_s", 1e-3, 1),
+    "tokens a step": _tokens_a_step,
+    "tokens/s": _scaled("tokens_per_s", 1, 0),
+    "peak, GiB": _scaled("peak_bytes", GiB, 2),
+    "J/step": _scaled("energy_step_j", 1, 1),
+    "epoch, s": _scaled("epoch_s", 1, 1),
+    "measured": _day,
+}
+
+
+def main(folder: Path = _OURS) -> str:
+    """The page docs/stock-beside-tuned.md of the committed baselines of `folder`."""
+    return page(accepted_records(folder))
+
+
+if __name__ == "__main__":
+    sys.stdout.write(main(Path(sys.argv[1]) if len(sys.argv) > 1 else _OURS))

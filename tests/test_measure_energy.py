@@ -1,0 +1,198 @@
+"""Joules between two readings of a counter: the arithmetic on counters and clocks that are known, and NVML's own where there is a GPU."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import time
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.build import build
+from hpc_core.cases import generate, tiny
+from hpc_core.environment import gpu_energy_mj
+from hpc_core.errors import MeasureError
+from hpc_core.gpu_state import other_processes
+from hpc_core.launch.protocol import Job
+from hpc_core.measure.energy import LEAST_S, RENEWED_S, energy_of
+from hpc_core.perform import energy as performing
+from hpc_core.perform.metrics import wall
+from hpc_core.perform.session import Session
+from hpc_core.program import Mark, unmarked
+from hpc_core.run.generate import generate_program
+from hpc_core.spec import Case, GenerateSpec
+
+
+class Board:
+    """A clock and a counter that move by what each step takes; the counter shows only what it had at its last renewal."""
+
+    def __init__(self, step_s: float, watts: float, renewed_s: float = 0.0, began_s: float = 0.0) -> None:
+        self.step_s, self.watts, self.renewed_s, self.now_s = step_s, watts, renewed_s, began_s
+
+    def step(self) -> None:
+        """Time goes on."""
+        self.now_s += self.step_s
+
+    def clock(self) -> float:
+        """Seconds."""
+        return self.now_s
+
+    def read_mj(self) -> int:
+        """Millijoules, from seven kilojoules on."""
+        seen = self.now_s if not self.renewed_s else self.now_s // self.renewed_s * self.renewed_s
+        return int(seen * self.watts * 1000) + 7_000_000
+
+
+def test_energy_is_what_the_counter_grew_by() -> None:
+    """Steps of 40 ms at 500 W: 51 of them reach two seconds, and each took 20 J."""
+    board = Board(0.04, 500.0)
+    found = energy_of(board.step, board.read_mj, clock=board.clock)
+    assert found.times in (50, 51)  # 50 sums of 0.04 may stay a rounding below 2
+    assert found.joules / found.times == pytest.approx(20.0, rel=1e-4)
+    assert found.watts == pytest.approx(500.0, rel=1e-4)
+
+
+@given(
+    step_s=st.floats(0.001, 3.0), watts=st.floats(60.0, 700.0), began_s=st.floats(0.0, 10.0), whole=st.integers(1, 7)
+)
+def test_an_old_reading_errs_by_less_than_is_said(step_s: float, watts: float, began_s: float, whole: int) -> None:
+    """However the counter's renewals fall, the power is off by no more than the stated doubt; rounds are whole."""
+    board = Board(step_s, watts, RENEWED_S, began_s)
+    found = energy_of(board.step, board.read_mj, whole=whole, clock=board.clock)
+    assert found.seconds >= LEAST_S
+    assert found.times % whole == 0
+    assert abs(found.watts / watts - 1) <= found.doubt + 1e-4
+    assert found.doubt <= RENEWED_S / LEAST_S
+
+
+def test_a_counter_that_stands_still_gives_no_number() -> None:
+    """Zero joules over two seconds are no measurement, and the message says what was read."""
+    board = Board(0.5, 0.0)
+    with pytest.raises(MeasureError, match=r"7,000,000 to 7,000,000 mJ over 2\.00 s and 4 repetitions"):
+        energy_of(board.step, board.read_mj, clock=board.clock)
+
+
+@pytest.mark.parametrize(
+    ("before", "during", "others"),
+    [({}, {}, 0), ({"processes": 0}, {"processes": 1}, 0), ({"processes": 1}, {}, 1), ({}, {"processes": 3}, 2)],
+)
+def test_company_on_the_gpu_is_counted(before: dict[str, int], during: dict[str, int], others: int) -> None:
+    """Whoever was there before us, and whoever is there beside us, takes energy that is not ours."""
+    assert other_processes(before, during) == others
+
+
+_ANSWERS = generate(tiny, batch=2, prompts=3, prompt_length=8, new_tokens=4)
+assert isinstance(_ANSWERS.workload, GenerateSpec)
+_WORKLOAD = _ANSWERS.workload
+
+
+def _session(monkeypatch: pytest.MonkeyPatch, case: Case, states: list[dict[str, int]]) -> Session:
+    """A session that takes its CPU for a GPU whose NVML counts 100 J a reading and gives these states in turn."""
+    readings = iter(range(0, 10**7, 100_000))
+    following = iter(states)
+    monkeypatch.setattr(performing, "energy_of", functools.partial(energy_of, least_s=0.05))
+    monkeypatch.setattr(performing, "gpu_energy_mj", lambda: next(readings))
+    monkeypatch.setattr(performing, "gpu_state", lambda: next(following))
+    began = datetime.datetime.now(datetime.UTC)
+    session = Session(Job(case=case, launched="inline"), lambda _: None, started=began, began=time.perf_counter())
+    session.on_gpu = True
+    return session
+
+
+def test_a_tokens_energy_is_the_queries_over_their_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt equally often, both rows counted: 100 J over whole rounds of 3 queries of 2 x 4 new tokens."""
+    session = _session(monkeypatch, _ANSWERS, [{}, {"processes": 1}])
+    program = generate_program(build(session.case, session.device), _WORKLOAD)
+    session.metrics["query_s"] = wall([0.01])
+    performing.note_token_energy(session, program)
+    metric = session.metrics["energy_token_j"]
+    queries = 100 / metric.value / 8
+    assert queries == pytest.approx(round(queries))
+    assert round(queries) % 3 == 0
+    assert not metric.gated
+    assert f"{round(queries) * 8:,} new tokens, prefill included; whole board, idle power not subtracted: 100 J" in str(
+        metric.note
+    )
+
+
+class Step:
+    """A product, as a step of the user's own."""
+
+    phases: tuple[str, ...] = ("step",)
+    period = 1_000_000
+
+    def step(self, mark: Mark = unmarked) -> None:
+        """One product."""
+        torch.ones(64, 64) @ torch.ones(64, 64)
+
+
+def test_a_steps_energy_is_the_boards_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 J over however many steps fit; where a round of unlike ones would take too long, the note says that they are some of them."""
+    session = _session(monkeypatch, _ANSWERS, [{}, {"processes": 1}])
+    session.metrics["step_s"] = wall([0.01])
+    performing.note_step_energy(session, Step())
+    metric = session.metrics["energy_step_j"]
+    steps = round(100 / metric.value)
+    assert 100 / metric.value == pytest.approx(steps)
+    assert f"and {steps} steps of 1,000,000 unlike ones" in str(metric.note)
+
+
+@pytest.mark.parametrize("profile", [True, False])
+def test_a_job_that_only_compares_takes_no_energy(monkeypatch: pytest.MonkeyPatch, profile: bool) -> None:
+    """An A/B has no use for joules: it is spared the seconds."""
+    session = _session(monkeypatch, _ANSWERS, [{}, {}])
+    session.job = msgspec.structs.replace(session.job, profile=profile)
+    performing.note_step_energy(session, Step())
+    assert ("energy_step_j" in session.metrics) is profile
+
+
+@pytest.mark.parametrize(
+    ("states", "why"),
+    [
+        ([{"mig_mode": 1}], "MIG gives this process a slice"),
+        ([{}, {"processes": 3}], "2 other processes used it too"),
+    ],
+)
+def test_energy_that_is_not_this_processes_alone_is_no_number(
+    monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]], why: str
+) -> None:
+    """The counter is the board's: on a slice of it, or in company, the record has a note in place of the metric."""
+    session = _session(monkeypatch, _ANSWERS, states)
+    program = generate_program(build(session.case, session.device), _WORKLOAD)
+    performing.note_token_energy(session, program)
+    assert session.metrics.keys() & {"energy_token_j"} == set()
+    assert why in session.notes[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an energy counter")
+def test_without_a_gpu_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's record has neither number nor note, and asking NVML says why."""
+    session = _session(monkeypatch, _ANSWERS, [])
+    session.on_gpu = False
+    performing.note_token_energy(session, generate_program(build(session.case, session.device), _WORKLOAD))
+    assert (session.metrics, session.notes) == ({}, [])
+    with pytest.raises(MeasureError, match="sees no GPU"):
+        gpu_energy_mj()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU whose energy could be read")
+def test_a_busy_board_takes_more_than_a_resting_one() -> None:
+    """Products of 4096 edges take more power than waiting does; both lie between 20 W and twice the board's limit of 700 W."""
+    device = torch.device("cuda", 0)
+    left = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+
+    def products() -> None:
+        for _ in range(100):
+            left @ left
+        torch.cuda.synchronize(device)
+
+    products()
+    busy = energy_of(products, gpu_energy_mj)
+    time.sleep(1.0)
+    resting = energy_of(lambda: time.sleep(0.05), gpu_energy_mj)
+    assert 20.0 < resting.watts < busy.watts < 1400.0
