@@ -43,7 +43,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "all, chunk 1024": {**_ALL, "loss_chunk": 1024},
 }
 """Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else."""
-_BUDGETS = {"lora": 9.4, "qlora": 4.5, "full": None}
+_IN_BACKWARD = "all, update in the backward"
+_BUDGETS = {"lora": 9.5, "qlora": 4.5, "full": None}
 STEPS = {
     "stock": "stock",
     "tuned, no switch": "+ own loop, no mask",
@@ -70,6 +71,8 @@ def cases(shape: str, methods: list[str], length: int, batch: int) -> dict[str, 
         rows = dict(SWITCHES)
         if _has_budget(name, shape):
             rows[_budget_row(name)] = {**_ALL, "budget_bytes": int((_BUDGETS[name] or 0) * _GIB)}
+        if name == "full":
+            rows[_IN_BACKWARD] = {**_ALL, "optimizer_in_backward": True}
         for row, switches in rows.items():
             if name == "full" and "linears" in switches.values():
                 continue  # there is no adapter
@@ -88,6 +91,8 @@ def steps(shape: str, methods: list[str], length: int, batch: int) -> dict[str, 
         labels = {f"{name}: {row}": label for row, label in STEPS.items() if not (name == "full" and "linears" in row)}
         if _has_budget(name, shape):
             labels[f"{name}: {_budget_row(name)}"] = f"+ a budget of {_BUDGETS[name]} GiB"
+        if name == "full":
+            labels[f"{name}: {_IN_BACKWARD}"] = "+ AdamW in the backward"
         title = f"{_TITLES[name]} of {shape}, {batch} x {length} tokens a step"
         found[name] = {"title": title, "per": "step", "rows": labels}
     return found

@@ -24,12 +24,21 @@ def _name(case: Case) -> str:
 
 
 def _tuned(*stock: Case) -> list[Case]:
-    """Each by the tuned engine, beside itself without dropout and with adapters in bfloat16, as the engine has them."""
-    cases = [stock[0].vary("full-bf16-tuned", **_TUNED)]
-    for case in stock[1:]:
-        plain = case.vary(f"{_name(case)}-nodrop", **_PLAIN_ADAPTER)
-        cases += [plain, plain.vary(f"{_name(case)}-tuned", **_TUNED)]
-    return [*cases, cases[-1].vary("qlora-tuned-4.5gib", budget_bytes=9 * 2**29)]
+    """Each by the tuned engine, LoRA and QLoRA beside themselves without dropout and with adapters in bfloat16, as the engine has them.
+
+    LoRA's budget costs a millisecond or two of recomputation: without one the graph's pool takes 9.68 GiB (docs/tuned-training.md).
+    """
+    full, *adapted = (case for name in ("full-bf16", "lora", "qlora") for case in stock if _name(case) == name)
+    plain_lora, plain_qlora = (case.vary(f"{_name(case)}-nodrop", **_PLAIN_ADAPTER) for case in adapted)
+    qlora = plain_qlora.vary("qlora-tuned", **_TUNED)
+    return [
+        full.vary("full-bf16-tuned", **_TUNED, optimizer_in_backward=True),
+        plain_lora,
+        plain_lora.vary("lora-tuned", **_TUNED, budget_bytes=19 * 2**29),
+        plain_qlora,
+        qlora,
+        qlora.vary("qlora-tuned-4.5gib", budget_bytes=9 * 2**29),
+    ]
 
 
 def _decode(model: ModelSpec) -> tuple[Case, Case, Case, Case]:
@@ -48,7 +57,7 @@ _bf16, _bf16_graph, _nf4, _nf4_graph = DECODE = _decode(llama_3b)
 _int8_head = _nf4_graph.vary("generate-nf4-graph-int8-head", head="int8")
 
 TUNED: tuple[Case, ...] = (
-    *_tuned(*(case for case in FULL if case.id.endswith(("/full-bf16", "/lora", "/qlora")))),
+    *_tuned(*FULL),
     *DECODE,
     _int8_head,
 )
