@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from hpc_core.gate import sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_plot import CATEGORY_COLOURS
-from hpc_core.report.plots.style import GIB, beside, label_of, most
+from hpc_core.report.plots.style import GIB, bars, beside, label_of, most, name_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,8 @@ _COLOURS = {name: colour for name, colour in CATEGORY_COLOURS.items() if name !=
 
 def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
     """What the peak is made of."""
+    from matplotlib.patches import Patch
+
     chosen = [each for each in entries if any(_held(each, name) > 0 for name in _COLOURS)]
     if not chosen:
         return False
@@ -31,21 +33,21 @@ def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
     figure.set_size_inches(8.5, 1.6 + 0.28 * len(shown))
     axes = figure.add_subplot()
     left = [0.0] * len(shown)
+    handles = []
     for name, colour in _COLOURS.items():
         sizes_gib = [_held(entry, name) / GIB for entry in shown]
         if any(sizes_gib):
-            axes.barh(range(len(shown)), sizes_gib, left=left, color=colour, label=name.replace("_", " "), height=0.72)
+            bars(axes, sizes_gib, colour, height=0.72, starts=left)
+            handles.append(Patch(color=colour, label=name.replace("_", " ")))
         left = [start + size for start, size in zip(left, sizes_gib, strict=True)]
     for row, end in enumerate(left):
         text = sizes.quantity(end * GIB, "bytes")
         beside(axes, text, end, row)
-    axes.set_yticks(range(len(shown)), [label_of(entry, shown) for entry in shown])
-    axes.set_ylim(len(shown) - 0.45, -0.55)
+    name_rows(axes, [label_of(entry, shown) for entry in shown])
     axes.set_xlim(0, 1.13 * max([*left, 1e-9]))
-    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("GiB")
     axes.set_title(title)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return True
 
 
