@@ -127,6 +127,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "status": entry.record.status,
         "verdict": entry.row.verdict,
         "headline": "" if judgement is None else plain(judgement.headline, 300),
+        "cause": None if entry.cause is None else msgspec.to_builtins(entry.cause),
         "sessions": len(entry.past),
         "metrics": {
             name: {"value": metric.value, "unit": metric.unit, "gated": metric.gated}

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from hpc_core.gate import sizes
 from hpc_core.report.entry import BUSY, Entry
+from hpc_core.report.memory_unit import peak_unit
 from hpc_core.report.plots.style import (
-    GIB,
     INK,
     bars,
     beside,
@@ -33,7 +33,8 @@ _WIDTH_INCHES = 7.5
 
 def draw_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
     """Peak memory of generation."""
-    return _alone(figure, entries, "Inference: peak memory", "GiB allocated by tensors", ("peak_bytes",), GIB)
+    size, unit = peak_unit(each for each in entries if each.record.case.kind == "generate")
+    return _alone(figure, entries, "Inference: peak memory", f"{unit} allocated by tensors", ("peak_bytes",), size)
 
 
 def draw_throughput(figure: Figure, entries: Sequence[Entry]) -> bool:
@@ -84,12 +85,13 @@ def draw_finetune(figure: Figure, entries: Sequence[Entry]) -> bool:
         _bars(panels[0], shown, ("step_s",), 1e-3, ("busy_s",))
         panels[0].set_title("Time of a step")
         panels[0].set_xlabel("ms: wall time, and dark what the GPU was busy")
-    _bars(panels[-1], shown, ("peak_bytes",), GIB, ())
+    size, unit = peak_unit(shown)
+    _bars(panels[-1], shown, ("peak_bytes",), size, ())
     name_rows(panels[0], [label_of(entry, shown) for entry in shown])
     panels[-1].set_title("Peak memory")
     # Above both panels: the count of cases that are left out is too long for either.
     figure.suptitle(told, fontsize=10, weight="bold", x=0.01, ha="left")
-    panels[-1].set_xlabel("GiB allocated by tensors")
+    panels[-1].set_xlabel(f"{unit} allocated by tensors")
     legend_of(figure, shown)
     return True
 

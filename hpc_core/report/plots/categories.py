@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hpc_core.gate import sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_plot import CATEGORY_COLOURS
-from hpc_core.report.plots.style import GIB, bars, beside, label_of, most, name_rows
+from hpc_core.report.memory_unit import memory_unit
+from hpc_core.report.plots.style import bars, beside, label_of, most, name_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,20 +33,21 @@ def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
     shown, title = most(chosen, "Memory at the peak, by category")
     figure.set_size_inches(8.5, 1.6 + 0.28 * len(shown))
     axes = figure.add_subplot()
+    size, unit = memory_unit(max(sum(_held(entry, name) for name in _COLOURS) for entry in shown))
     left = [0.0] * len(shown)
     handles = []
     for name, colour in _COLOURS.items():
-        sizes_gib = [_held(entry, name) / GIB for entry in shown]
-        if any(sizes_gib):
-            bars(axes, sizes_gib, colour, height=0.72, starts=left)
+        held = [_held(entry, name) / size for entry in shown]
+        if any(held):
+            bars(axes, held, colour, height=0.72, starts=left)
             handles.append(Patch(color=colour, label=name.replace("_", " ")))
-        left = [start + size for start, size in zip(left, sizes_gib, strict=True)]
+        left = [start + more for start, more in zip(left, held, strict=True)]
     for row, end in enumerate(left):
-        text = sizes.quantity(end * GIB, "bytes")
+        text = sizes.quantity(end * size, "bytes")
         beside(axes, text, end, row)
     name_rows(axes, [label_of(entry, shown) for entry in shown])
     axes.set_xlim(0, 1.13 * max([*left, 1e-9]))
-    axes.set_xlabel("GiB")
+    axes.set_xlabel(unit)
     axes.set_title(title)
     figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return True

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from hpc_core.physics.reading import flops_text
 from hpc_core.report.entry import Entry
-from hpc_core.report.plots.style import GIB, INK, colour_of, legend_of, most, plain_log, settle
+from hpc_core.report.memory_unit import peak_unit
+from hpc_core.report.plots.style import INK, colour_of, legend_of, most, plain_log, settle
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import comparable, front, speed_of
 from hpc_core.store.reading import plain
@@ -59,16 +60,14 @@ def draw_speed_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
         _name(
             figure,
             axes,
-            [
-                (each.case.partition("/")[2], (each.value("peak_bytes") or 0.0) / GIB, speed_of(each) or 0.0, False)
-                for each in chosen
-            ],
+            [(each.case.partition("/")[2], *_point(each, peak_unit(chosen)[0]), False) for each in chosen],
         )
     return True
 
 
 def _panel(axes: Axes, title: str, entries: Sequence[Entry]) -> None:
-    points = [((each.value("peak_bytes") or 0.0) / GIB, speed_of(each) or 0.0) for each in entries]
+    size, unit = peak_unit(entries)
+    points = [_point(each, size) for each in entries]
     best = front(points)
     stairs = [points[index] for index in best]
     axes.step(*zip(*stairs, strict=True), where="post", color="#888888", linewidth=1, linestyle="--", zorder=1)
@@ -79,8 +78,13 @@ def _panel(axes: Axes, title: str, entries: Sequence[Entry]) -> None:
     axes.margins(y=0.12)
     axes.set_xlim(0, 1.3 * max(x for x, _ in points))
     axes.set_title(title)
-    axes.set_xlabel("peak memory, GiB")
+    axes.set_xlabel(f"peak memory, {unit}")
     axes.set_ylabel("tokens a second (log)")
+
+
+def _point(entry: Entry, size: int) -> tuple[float, float]:
+    """Peak memory in units of so many bytes, and speed."""
+    return (entry.value("peak_bytes") or 0.0) / size, speed_of(entry) or 0.0
 
 
 def draw_roofline(figure: Figure, entries: Sequence[Entry]) -> bool:
@@ -151,7 +155,11 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, 
         ):
             start = a + right * scale - (width if side == "right" else 0)
             box = (start, b + (rise - 4) * scale, start + width, b + (rise - 4) * scale + height)
-            if box[0] < first or box[2] > last or any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken):
+            if (
+                box[0] < first
+                or box[2] > last
+                or any(box[0] < o[2] and o[0] < box[2] and box[1] < o[3] and o[1] < box[3] for o in taken)
+            ):
                 continue
             taken.append(box)
             weight = "bold" if points[index][3] else "normal"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOTS_PER_INCH",
-    "GIB",
     "INK",
     "bars",
     "beside",
@@ -32,7 +31,6 @@ __all__ = [
 ]
 
 DOTS_PER_INCH = 150
-GIB = 2**30
 INK = "#222222"
 _GREY = "#666666"
 MOST_CASES = 30
