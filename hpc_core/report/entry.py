@@ -10,13 +10,13 @@ from typing import NamedTuple
 import msgspec
 
 from hpc_core.errors import BaselineError
-from hpc_core.explain import Cause, stored_cause
+from hpc_core.explain import Cause, explain, stored_before
 from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
 from hpc_core.gate.family import share
 from hpc_core.record import Metric, Record
 from hpc_core.report.growth import grown
 from hpc_core.report.row import Row
-from hpc_core.store import Baseline, Damaged, find, last_accepted, sessions
+from hpc_core.store import Baseline, Damaged, find, sessions
 from hpc_core.store.over_time import moment
 
 __all__ = ["BUSY", "WALL", "Entry", "Spread", "entries_of"]
@@ -146,5 +146,9 @@ def _judged(baselines: Path, alpha: float, record: Record) -> _Judged:
         return _Judged(judge(record, damaged, alpha=alpha))
     found = sessions_of_level([session.metrics for session in kept], lookup.metrics)
     judgement = judge(record, lookup, sessions=found, alpha=alpha)
-    last = last_accepted(baselines, key, case_id) if judgement.verdict is Verdict.REGRESSED else None
-    return _Judged(judgement, () if last is None else grown(last, record), stored_cause(baselines, record, judgement))
+    if record.failure is not None or judgement.verdict is Verdict.PASS:
+        return _Judged(judgement)
+    before = stored_before(baselines, key, lookup)
+    assert before is not None  # the baseline is sound
+    last = before.record if judgement.verdict is Verdict.REGRESSED else None
+    return _Judged(judgement, () if last is None else grown(last, record), explain(before, record, judgement))

@@ -21,6 +21,8 @@ __all__ = ["draw_roofline", "draw_speed_memory"]
 
 _MOST_PANELS = 4
 _LEAST_POINTS = 2
+_MOST_NAMES = 40
+"""Of a picture; more would cover the points, and few of them find room."""
 _WORKS = {
     "step": ("s", "#0072B2", "training step"),
     "prefill": ("^", "#009E73", "prefill"),
@@ -72,7 +74,9 @@ def _panel(axes: Axes, title: str, entries: Sequence[Entry]) -> None:
     stairs = [points[index] for index in best]
     axes.step(*zip(*stairs, strict=True), where="post", color="#888888", linewidth=1, linestyle="--", zorder=1)
     # An area in square points: the same size as the roofline's markers.
-    axes.scatter(*zip(*points, strict=True), s=36, c=[colour_of(entry) for entry in entries], zorder=2)
+    axes.scatter(
+        [x for x, _ in points], [y for _, y in points], s=36, c=[colour_of(entry) for entry in entries], zorder=2
+    )
     axes.set_yscale("log")
     plain_log(axes, y=True)
     axes.margins(y=0.12)
@@ -142,7 +146,7 @@ def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, 
     pixels = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     scale, first, last = figure.dpi / 72, axes.bbox.x0, figure.bbox.x1
     taken = [(a - 4 * scale, b - 4 * scale, a + 4 * scale, b + 4 * scale) for a, b in pixels]
-    for index in sorted(range(len(points)), key=lambda each: not points[each][3]):
+    for index in sorted(range(len(points)), key=lambda each: not points[each][3])[:_MOST_NAMES]:
         label, (a, b) = plain(points[index][0], 40), pixels[index]
         width, height = 3.9 * scale * len(label), 8 * scale
         for side, right, rise in (

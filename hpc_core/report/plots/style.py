@@ -96,7 +96,7 @@ def legend_of(figure: Figure, entries: Iterable[Entry]) -> None:
 
 def plain_log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
     """Logarithmic axes whose ticks are plain numbers, without the markup that matplotlib would set powers in."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for axis, is_log in ((axes.xaxis, x), (axes.yaxis, y)):
         if is_log:
@@ -105,6 +105,8 @@ def plain_log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
             axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0), numticks=9))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
             axis.set_minor_formatter(NullFormatter())
+            if not is_wide:  # 2 and 5 have ticks with numbers already
+                axis.set_minor_locator(NullLocator())
 
 
 def label_of(entry: Entry, among: Sequence[Entry]) -> str:
@@ -153,7 +155,10 @@ def name_rows(axes: Axes, names: Sequence[str]) -> None:
 
 def beside(axes: Axes, text: str, at: float, row: float) -> None:
     """A value at the end of its bar."""
-    note = axes.annotate(text, (at, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    from matplotlib.transforms import ScaledTranslation
+
+    five_points = ScaledTranslation(5 / 72, 0, axes.figure.dpi_scale_trans)
+    note = axes.text(at, row, text, transform=axes.transData + five_points, va="center", fontsize=8)
     note.set_in_layout(False)  # the axes leave it room, and a layout that measures each text takes twice the time
 
 
