@@ -8,12 +8,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from hpc_core.cases import catalogue
 from hpc_core.cli.profile import nsight_commands
 from hpc_core.errors import BaselineError
 from hpc_core.launch.protocol import Job, Trace, TraceTable
-from hpc_core.measure.ranges import shown
+from hpc_core.measure.ranges import named_ranges, shown
 from hpc_core.record import Record
 from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept
@@ -109,3 +110,11 @@ def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
     assert profile.modules["blocks.*"].count == 2
     assert {"head", "embed", "blocks.*.*"} <= {use.module for use in profile.operators}
     assert profile.phases == ("step",)  # its author marks none
+
+
+def test_nvtx_ranges_keep_the_backward_in_their_thread() -> None:
+    """A range belongs to a thread, so while NVTX ranges are open autograd has none of its own; without them it does as ever."""
+    for nvtx in (True, False):
+        with named_ranges(nvtx=nvtx):
+            assert torch._C._is_multithreading_enabled() is not nvtx
+        assert torch._C._is_multithreading_enabled()

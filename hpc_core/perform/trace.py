@@ -126,8 +126,8 @@ def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
 
 
 def _snapshot(session: Session, program: Program, path: Path) -> None:
-    """Every allocation of one step with its stack, as https://pytorch.org/memory_viz reads it."""
-    torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_ENTRIES)
+    """Every allocation of one step with its Python stack, as https://pytorch.org/memory_viz reads it."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_SNAPSHOT_ENTRIES)
     try:
         with quiet():
             program.step()
