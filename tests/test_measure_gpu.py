@@ -76,7 +76,7 @@ def test_kernels_are_laid_at_their_modules_door(device: torch.device) -> None:
 
 def test_an_nvtx_range_holds_the_backward(device: torch.device) -> None:
     """With NVTX ranges the backward of a GPU's tensors runs in the thread that opened them; else in one of autograd's."""
-    threads = {}
+    threads: dict[bool, int] = {}
     for nvtx in (True, False):
         x = torch.ones(4, device=device, requires_grad=True)
         y = x * 2
