@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -15,6 +16,7 @@ from hpc_core.cli.profile import nsight_commands
 from hpc_core.errors import BaselineError
 from hpc_core.launch.protocol import Job, Trace, TraceTable
 from hpc_core.measure.ranges import named_ranges, shown
+from hpc_core.perform.trace import _table
 from hpc_core.record import Record
 from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept
@@ -118,3 +120,29 @@ def test_nvtx_ranges_keep_the_backward_in_their_thread() -> None:
         with named_ranges(nvtx=nvtx):
             assert torch._C._is_multithreading_enabled() is not nvtx
         assert torch._C._is_multithreading_enabled()
+
+
+def test_the_device_time_of_a_table_is_that_of_kernels() -> None:
+    """Named ranges and waits have time on the device too, and are no part of the total that shares are of."""
+    cpu, cuda = torch._C._autograd.DeviceType.CPU, torch._C._autograd.DeviceType.CUDA
+
+    def row(key: str, device: object, us: float, *, named: bool = False) -> SimpleNamespace:
+        times = {
+            "self_device_time_total": us,
+            "device_time_total": us,
+            "self_cpu_time_total": 9.0,
+            "cpu_time_total": 9.0,
+        }
+        return SimpleNamespace(key=key, device_type=device, count=2, is_user_annotation=named, **times)
+
+    rows = [
+        row("aten::mm", cpu, 3000.0),
+        row("gemm_kernel", cuda, 3000.0),
+        row("Memcpy DtoH", cuda, 1000.0),
+        row("Optimizer.step#AdamW.step", cuda, 4000.0, named=True),
+        row("hpc-core:forward", cuda, 4000.0, named=True),
+        row("Context Sync", cuda, 500.0),
+    ]
+    table = _table(rows, by_device=True, phase=None)
+    assert table.total_s == pytest.approx(4e-3)
+    assert [(each.name, each.own_s) for each in table.operators] == [("aten::mm", pytest.approx(3e-3))]
