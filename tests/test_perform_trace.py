@@ -145,4 +145,5 @@ def test_the_device_time_of_a_table_is_that_of_kernels() -> None:
     ]
     table = _table(rows, by_device=True, phase=None)
     assert table.total_s == pytest.approx(4e-3)
-    assert [(each.name, each.own_s) for each in table.operators] == [("aten::mm", pytest.approx(3e-3))]
+    assert [each.name for each in table.operators] == ["aten::mm"]
+    assert table.operators[0].own_s == pytest.approx(3e-3)
