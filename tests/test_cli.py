@@ -50,6 +50,13 @@ def run(*arguments: str | Path) -> int:
         (["export", "nowhere", "--out", "out"], "no such folder"),
         (["original-report", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
         (["cases", "--cases", "nowhere.py"], "no such case file"),
+        (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
+        (["faults", "--out", "here"], "--out belongs to --explain"),
+        (["faults", "--explain", "--scale", "full", "--out", "there"], "needs a CUDA GPU"),
+        (["report", __file__, "--html", "."], ".: is a folder, and --html names the file"),
+        (["report", "nowhere"], "nowhere: no such file or folder"),
+        (["explain", "nowhere.json"], "nowhere.json: No such file"),
+        (["predict", "tiny/lora", "--gpu", "voodoo"], "No kind of GPU is called 'voodoo'"),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -58,6 +65,7 @@ def test_a_mistake_is_one_line(
 ) -> None:
     """Bad input: exit code 2, one line on stderr that names it, nothing on stdout, no traceback."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""

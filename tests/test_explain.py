@@ -17,35 +17,15 @@ from hpc_core.explain.naming import block
 from hpc_core.gate import judge
 from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
 from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
-from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
+from hpc_core.record import Fact, Record, record_from_json, record_to_json
 from hpc_core.store import Baseline, accept, find, keep_profile, last_profile, profile_path
-from tests.strategies import H100, a_record, around, busy, counted, peak
-
-GIB = 2**30
-MLP, HEAD = "model.layers.*.mlp", "lm_head"
-MODULES = {
-    MLP: ModuleSeen("LlamaMLP", 28, 56),
-    f"{MLP}.act_fn": ModuleSeen("SiLU", 28, 56),
-    HEAD: ModuleSeen("Linear", 1, 1),
-}
-
-
-def a_profile(*pieces: Piece, operators: tuple[OperatorUse, ...] = (), **changes: object) -> Profile:
-    plain = Profile(work="one step", phases=("forward",), modules=MODULES, at_peak=pieces, operators=operators)
-    return msgspec.structs.replace(plain, **changes)
-
-
-def seen(profile: Profile | None, peak_bytes: int = 2 * GIB, **metrics: Metric) -> Record:
-    return a_record({"peak_bytes": peak(peak_bytes), "operators": counted()} | metrics, profile=profile)
+from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
+from tests.strategies import H100, around, busy, counted, peak
 
 
 def lines(before: Record, now: Record) -> tuple[str, ...]:
     cause = explain(before_of(before), now)
     return () if cause is None else cause.lines
-
-
-def weights(size: int = GIB) -> Piece:
-    return Piece("weights", HEAD, "", "held bfloat16[8, 8]", size, 1)
 
 
 def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from hpc_core.cases import catalogue
 from hpc_core.cli import main
-from hpc_core.cli.fault_causes import cause_table, explained, explained_faults
+from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
 from hpc_core.errors import SpecError
@@ -104,11 +104,14 @@ def test_a_clean_run_that_is_no_baseline_judges_nothing(launcher: Launcher) -> N
         assert "the clean run of llama-3.2-3b/lora-4-layers" in judge(a_record(case=broken), lookup).reason
 
 
-def test_the_cause_names_category_and_module(launcher: Launcher) -> None:
-    """Of a real run with a fault the two lines name what grew and in which module: an extra kernel, an upcast, a copy, a larger state."""
+def test_the_cause_names_category_and_module(launcher: Launcher, tmp_path: Path) -> None:
+    """Of a real run with a fault the two lines name what grew and in which module: an extra kernel, an upcast, a copy, a larger state.
+
+    Each record is kept, clean and faulted, and so is the table.
+    """
     names = ["extra-kernel", "embeddings-fp32", "extra-clone", "optimizer-32bit"]
 
-    found = explained_faults(names, launcher, cases=TINY, tell=lambda _: None)
+    found = explained_faults(names, launcher, cases=TINY, tell=lambda _: None, out=tmp_path)
 
     assert {each.fault: each.missing for each in found} == dict.fromkeys(names, ())
     said = {each.fault: each.cause.lines[0] for each in found if each.cause is not None}
@@ -117,6 +120,30 @@ def test_the_cause_names_category_and_module(launcher: Launcher) -> None:
     assert "(held float32[1024, 128], in place of bfloat16[1024, 128])" in said["embeddings-fp32"]
     assert "in place of uint8" in said["optimizer-32bit"]
     assert cause_table(found).count("| yes |") == len(names)
+    assert (tmp_path / TABLE_FILE).read_text() == f"{cause_table(found)}\n"
+    kept = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
+    assert kept == {"tiny/lora.json", "tiny/lora-8bit.json", "tiny/lora-8bit+optimizer-32bit.json"} | {
+        f"tiny/lora+{name}.json" for name in names[:3]
+    }
+
+
+class _Broken(Launcher):
+    """Every run breaks."""
+
+    asked = 0
+
+    def run(self, job: Job) -> Record:
+        """Count, and fail."""
+        self.asked += 1
+        return failed_record()
+
+
+def test_no_fault_is_tried_on_a_case_that_breaks_without_one() -> None:
+    """Where the clean run breaks, its faults cost no time, and the table says why for each."""
+    broken = _Broken("exec")
+    found = explained_faults(["extra-kernel", "extra-clone"], broken, cases=TINY, tell=lambda _: None)
+    assert broken.asked == 1
+    assert cause_table(found).count("the clean run broke") == 2
 
 
 def test_a_cause_that_names_the_wrong_thing_is_told() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from hpc_core.measure.history import AllocatorHistory
 from hpc_core.measure.kernel_places import kernel_uses
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.measure.places import following
+from hpc_core.measure.ranges import named_ranges
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to measure")]
 _MIB = 2**20
@@ -69,3 +72,16 @@ def test_kernels_are_laid_at_their_modules_door(device: torch.device) -> None:
         launches["*"] >= 5 + 2
     )  # the paths of a Sequential are numbers: both products and the activation, there and back
     assert {"aten.silu.default", "aten.silu_backward.default"} <= {use.operator for use in found if use.module == "*"}
+
+
+def test_an_nvtx_range_holds_the_backward(device: torch.device) -> None:
+    """With NVTX ranges the backward of a GPU's tensors runs in the thread that opened them; else in one of autograd's."""
+    threads: dict[bool, int] = {}
+    for nvtx in (True, False):
+        x = torch.ones(4, device=device, requires_grad=True)
+        y = x * 2
+        y.register_hook(lambda _, nvtx=nvtx: threads.__setitem__(nvtx, threading.get_ident()))
+        with named_ranges(nvtx=nvtx) as ranges:
+            ranges("backward")
+            y.sum().backward()
+    assert threads[True] == threading.get_ident() != threads[False]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
+import torch
 
 from hpc_core.cases import catalogue
 from hpc_core.cli.profile import nsight_commands
 from hpc_core.errors import BaselineError
 from hpc_core.launch.protocol import Job, Trace, TraceTable
-from hpc_core.measure.ranges import shown
+from hpc_core.measure.ranges import named_ranges, shown
+from hpc_core.perform.trace import _table
 from hpc_core.record import Record
 from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept
@@ -109,3 +112,38 @@ def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
     assert profile.modules["blocks.*"].count == 2
     assert {"head", "embed", "blocks.*.*"} <= {use.module for use in profile.operators}
     assert profile.phases == ("step",)  # its author marks none
+
+
+def test_nvtx_ranges_keep_the_backward_in_their_thread() -> None:
+    """A range belongs to a thread, so while NVTX ranges are open autograd has none of its own; without them it does as ever."""
+    for nvtx in (True, False):
+        with named_ranges(nvtx=nvtx):
+            assert torch._C._is_multithreading_enabled() is not nvtx
+        assert torch._C._is_multithreading_enabled()
+
+
+def test_the_device_time_of_a_table_is_that_of_kernels() -> None:
+    """Named ranges and waits have time on the device too, and are no part of the total that shares are of."""
+    cpu, cuda = torch._C._autograd.DeviceType.CPU, torch._C._autograd.DeviceType.CUDA
+
+    def row(key: str, device: object, us: float, *, named: bool = False) -> SimpleNamespace:
+        times = {
+            "self_device_time_total": us,
+            "device_time_total": us,
+            "self_cpu_time_total": 9.0,
+            "cpu_time_total": 9.0,
+        }
+        return SimpleNamespace(key=key, device_type=device, count=2, is_user_annotation=named, **times)
+
+    rows = [
+        row("aten::mm", cpu, 3000.0),
+        row("gemm_kernel", cuda, 3000.0),
+        row("Memcpy DtoH", cuda, 1000.0),
+        row("Optimizer.step#AdamW.step", cuda, 4000.0, named=True),
+        row("hpc-core:forward", cuda, 4000.0, named=True),
+        row("Context Sync", cuda, 500.0),
+    ]
+    table = _table(rows, by_device=True, phase=None)
+    assert table.total_s == pytest.approx(4e-3)
+    assert [each.name for each in table.operators] == ["aten::mm"]
+    assert table.operators[0].own_s == pytest.approx(3e-3)

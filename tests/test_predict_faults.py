@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import html
+from pathlib import Path
+
 import pytest
 
 from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS
 from hpc_core.launch.protocol import Job
+from hpc_core.record import Record
+from hpc_core.report import render
+from hpc_core.report.entry import entries_of
+from hpc_core.report.markdown import markdown, safe
+from hpc_core.report.page import page
+from hpc_core.store import accept
 from tests.predicting import GPU, predicted_jobs
 
 SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}
@@ -31,16 +40,40 @@ def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
     assert len(told) == 1
 
 
-@pytest.mark.slow
-def test_the_cause_of_a_predicted_fault_names_category_and_module() -> None:
-    """Checkpointing that is silently off is named by a prediction alone: activations of the attention, no longer recomputed."""
+@pytest.fixture(scope="module")
+def recomputed_and_not() -> tuple[Record, Record]:
+    """A case with checkpointing as predicted, and with checkpointing that is silently off."""
     case = trial_cases("tiny")["lora-gc"]
     before, now = predicted_jobs([Job(case=case, predict=GPU), Job(case=case, predict=GPU, fault="gc-off")])
+    return before, now
 
-    found = explained("gc-off", before, now)
+
+@pytest.mark.slow
+def test_the_cause_of_a_predicted_fault_names_category_and_module(recomputed_and_not: tuple[Record, Record]) -> None:
+    """Checkpointing that is silently off is named by a prediction alone: activations of the attention, no longer recomputed."""
+    found = explained("gc-off", *recomputed_and_not)
 
     assert found.cause is not None
     said = " ".join((*found.cause.lines, *found.cause.details))
     assert "forwards of LlamaAttention (model.layers.*.self_attn) 6 → 3: no longer recomputed" in found.cause.lines[0]
     assert "activations +1.22 MiB in LlamaAttention (layers.*.self_attn, 3 layers)" in said
     assert "weights, adapter, optimizer as before" in said
+
+
+@pytest.mark.slow
+def test_a_report_of_a_fault_says_why(recomputed_and_not: tuple[Record, Record], tmp_path: Path) -> None:
+    """From the record and the baseline alone, page, Markdown, table and JSON say in the same two lines what explain says."""
+    before, now = recomputed_and_not
+    accept(tmp_path / "baselines", before, reason="with checkpointing", allow_dirty=True)
+    (entry,) = entries_of([now], tmp_path / "baselines")
+
+    assert entry.cause is not None
+    first, second = entry.cause.lines
+    assert "no longer recomputed" in first
+    shown = html.unescape(page([entry]))
+    for line in (first, second):
+        assert shown.count(f"<p>{line}</p>") == 1
+        assert f"**Why:** {safe(line, 1500)}" in markdown([entry])
+        assert f"Why: {line}" in " ".join(render([entry.row], width=2000, color=False).split("\n    "))
+    assert all(f"<li>{detail}</li>" in shown for detail in entry.cause.details)
+    assert len(entry.cause.details) > 3

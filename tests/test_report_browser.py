@@ -151,7 +151,7 @@ def test_it_fits_every_width_and_theme(told: tuple[Page, list[str]], report: Pat
     opened(tab, report)
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
     ground = tab.evaluate(LIGHTNESS, ["body", "backgroundColor"])
-    for place in ("body", ".dim", ".verdict.bad", ".verdict.good", ".caption", "#cases a"):
+    for place in ("body", ".dim", ".verdict.bad", ".verdict.good", ".caption", "#cases a", ".why p", ".why h4"):
         assert _contrast(tab.evaluate(LIGHTNESS, [place, "color"]), tab.evaluate(GROUND, place)) >= 4.5, place
     tab.click("#theme")
     assert (tab.evaluate(LIGHTNESS, ["body", "backgroundColor"]) > 0.5) is not (ground > 0.5)

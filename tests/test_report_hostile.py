@@ -6,9 +6,7 @@ import csv
 import io
 import json
 import os
-import re
 import tempfile
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import hpc_core.report.page
 from hpc_core.errors import SpecError
 from hpc_core.record import record_to_json
 from hpc_core.report import render
@@ -26,84 +23,14 @@ from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
 from hpc_core.report.records_csv import COLUMNS, records_csv
 from hpc_core.store.reading import read_records
+from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.many_records import failed, measured
 
-ATTACKS = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(1)</script>",
-    "</style><img src=x onerror=alert(1)>",
-    '" onmouseover="alert(1)',
-    "' autofocus onfocus='alert(1)",
-    "javascript:alert(1)",
-    "{{ 7 * 7 }}{% for x in y %}",
-    "[click](https://evil.example) ![x](https://evil.example/x.png)",
-    "@everyone please look",
-    "</details><h1>big</h1>",
-    "| a | b |\n|---|---|",
-    "=HYPERLINK(1)",
-    "+1+cmd|' /C calc'!A0",
-    "\x1b[31mred\x1b]0;title\x07",
-    "\u202egpj.exe",
-    "../../../etc/passwd",
-    "$\\frac{1}{0}$",
-    "\ud800",
-    "A" * 5000,
-)
-LINKS = ("href", "src", "xlink:href", "action", "formaction", "srcset", "data", "poster", "style", "background")
 PLAIN = json.loads(record_to_json(measured()[0]))
 
-texts = st.sampled_from(ATTACKS) | st.text(max_size=30)
-numbers = (
-    st.sampled_from([0, -1, 1e308, -1e308, 5e-324, 2**63, -(2**63), 1e15, float("nan"), float("inf")])
-    | st.floats()
-    | st.integers(-(2**70), 2**70)
-)
 nested = st.recursive(
     numbers | texts, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2)
 )
-
-
-STYLE = Path(hpc_core.report.page.__file__).with_name("page.css").read_text()
-
-
-class Seen(HTMLParser):
-    """What a browser would make of the page: tags, links, handlers, scripts."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.scripts: list[str] = []
-        self.bad: list[str] = []
-        self.tags: set[str] = set()
-        self._within = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note the tag, and whatever in it loads, leads away or runs."""
-        self.tags.add(tag)
-        self._within = tag
-        for name, value in attrs:
-            if name.startswith("on") or (name in LINKS and not (value or "").startswith("#")):
-                self.bad.append(f"<{tag} {name}={value!r}>")
-
-    def handle_endtag(self, tag: str) -> None:
-        """Text is of no script any more."""
-        self._within = ""
-
-    def handle_data(self, data: str) -> None:
-        """Keep what would run."""
-        if self._within == "script":
-            self.scripts.append(data)
-
-
-def seen(text: str) -> Seen:
-    parser = Seen()
-    parser.feed(text.replace(STYLE, ""))
-    parser.close()
-    return parser
-
-
-KNOWN = seen(page(entries_of(measured())))
-TEMPLATE = Path(hpc_core.report.page.__file__).with_name("page.html.jinja").read_text()
-OWN_TAGS = set(re.findall(r"<([a-z0-9]+)", TEMPLATE))
 
 
 def metric() -> st.SearchStrategy[dict[str, Any]]:
@@ -172,28 +99,15 @@ def test_any_record_gives_a_safe_report_or_one_clear_error(record: dict[str, Any
     try:
         entries = entries_of(read_records([path]).records)
     except SpecError as error:
-        _check_error(str(error))
+        check_error(str(error))
         return
     parsed = seen(page(entries))
     assert parsed.bad == []
     assert parsed.tags <= OWN_TAGS
     assert parsed.scripts == KNOWN.scripts
-    _check_markdown(markdown(entries))
+    check_markdown(markdown(entries))
     _check_csv(records_csv(entries))
     assert "\x1b" not in render([entry.row for entry in entries], width=80, color=False)
-
-
-def _check_error(text: str) -> None:
-    assert len(text) < 1000
-    assert "\x1b" not in text
-
-
-def _check_markdown(text: str) -> None:
-    tags = [piece.partition(">")[0] for piece in text.split("<")[1:]]
-    assert set(tags) <= {"details", "details open", "summary", "/summary", "/details", "sub", "/sub"}
-    assert "@" not in text
-    assert "](" not in text.replace("\\](", "").replace("]\\(", "")
-    assert "://" not in text
 
 
 def _check_csv(text: str) -> None:

@@ -18,7 +18,8 @@ from hpc_core.report.page.scales import linear, log
 from hpc_core.report.plots import PLOTS, draw_all
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
-from tests.many_records import failed, measured
+from hpc_core.store.reading import read_records
+from tests.many_records import H100, failed, many, measured
 
 ENTRIES = entries_of(measured())
 ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")
@@ -87,6 +88,28 @@ def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
         if entry.record.case.kind == "finetune":
             assert sizes.quantity(entry.value("peak_bytes") or 0, "bytes") in memory
     assert "range over processes and sessions" in memory
+
+
+def test_a_picture_of_many_cases_says_what_it_leaves_out(tmp_path: Path) -> None:
+    """Of 200 cases bars and panels show the first ones, their titles count the others, and no title is twice in a picture."""
+    drawn = draw_all(entries_of(many(200)), tmp_path, ["svg"])
+    texts = {path.stem: list(filter(None, ElementTree.parse(path).getroot().itertext())) for path in drawn}
+    told = {name: " ".join(text.split()) for name, found in texts.items() for text in [" ".join(found)]}
+    for name in ("inference-memory", "inference-latency", "inference-throughput", "finetune", "memory-categories"):
+        assert "(the first 30 of" in told[name], name
+    assert "(the first 16 of 59 cases)" in told["ablation"]
+    assert "(the first 30 of 114 cases)" in told["speed-memory"]
+    assert "(and 2 more models)" in told["speed-memory"]
+    assert told["finetune"].count("(the first 30 of 125 cases)") == 1
+
+
+def test_small_memory_is_in_small_units(tmp_path: Path) -> None:
+    """A peak of some MiB stands on an axis in MiB, that of an H100 on one in GiB."""
+    tiny = [each for each in read_records([H100.parent / "cpu" / "tiny"]).records if each.case.id == "tiny/lora"]
+    for records, unit in ((tiny, "MiB"), (measured()[-1:], "GiB")):
+        draw_all(entries_of(records), tmp_path, ["svg"])
+        words = list(ElementTree.parse(tmp_path / "finetune.svg").getroot().itertext())
+        assert f"{unit} allocated by tensors" in words
 
 
 def test_pictures_of_hostile_names_are_pictures(tmp_path: Path) -> None:

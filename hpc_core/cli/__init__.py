@@ -22,8 +22,17 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="hpc-core")
     except (HpcCoreError, OSError) as error:
-        print(f"hpc-core: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"hpc-core: {' '.join(_said(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_REFUSED)
     except KeyboardInterrupt:
         print("hpc-core: interrupted; no worker is left.", file=sys.stderr)  # noqa: T201
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _said(error: HpcCoreError | OSError) -> str:
+    """Our own words; of the system's, the file that was meant and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror:
+        # A file is written beside its place and then renamed: the second name is the one that was asked for.
+        name = error.filename2 or error.filename
+        return f"{error.strerror}." if name is None else f"{name}: {error.strerror}."
+    return str(error)

@@ -6,6 +6,7 @@ A run with a fault is compared with a clean run of the same case in the same ses
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -15,12 +16,14 @@ from hpc_core.faults import FAULTS
 from hpc_core.gate import Judgement, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record import Record, record_to_json
 from hpc_core.spec import Case
 from hpc_core.store import unstored
+from hpc_core.whole_file import write_whole
 
-__all__ = ["EXPLAINED", "Explained", "cause_table", "explained", "explained_faults"]
+__all__ = ["EXPLAINED", "TABLE_FILE", "Explained", "cause_table", "explained", "explained_faults"]
 
+TABLE_FILE = "explained.md"
 EXPLAINED: Mapping[str, tuple[str, ...]] = {
     "gc-off": ("activations +", "LlamaAttention", "no longer recomputed"),
     "extra-kernel": ("add", "LlamaMLP"),
@@ -61,21 +64,38 @@ def explained_faults(
     cases: Mapping[str, Case],
     tell: Callable[[str], None],
     predict: str | None = None,
+    out: Path | None = None,
 ) -> list[Explained]:
     """Run (or predict) each fault's case clean, once, and with the fault; the causes in the order of the names.
+
+    A fault is not tried on a case whose clean run broke. `out` gets each record as soon as it is there, and the table of all so far,
+    so that a run that is cut short leaves what it saw.
 
     Raises:
         LaunchError: no worker can be started at all.
     """
     clean: dict[str, Record] = {}
-    found = []
+    found: list[Explained] = []
     for name in names:
         case = cases[FAULTS[name].variant]
         if case.id not in clean:
-            clean[case.id] = launcher.run(Job(case=case, predict=predict))
-        found.append(explained(name, clean[case.id], launcher.run(Job(case=case, fault=name, predict=predict))))
+            clean[case.id] = _kept(launcher.run(Job(case=case, predict=predict)), out)
+        before = clean[case.id]
+        broke = before.failure is not None
+        now = before if broke else _kept(launcher.run(Job(case=case, fault=name, predict=predict)), out)
+        found.append(explained(name, before, now))
+        if out is not None:
+            write_whole(out / TABLE_FILE, f"{cause_table(found)}\n".encode())
         tell(f"{'named' if found[-1].good else 'NOT NAMED':<9} {name:<18} {case.id}")
     return found
+
+
+def _kept(record: Record, out: Path | None) -> Record:
+    """The record, also written as `<shape>/<variant>[+<fault>].json`, where it is wanted."""
+    if out is not None:
+        fault = "" if record.circumstances.fault is None else f"+{record.circumstances.fault}"
+        write_whole(out / f"{record.case.id}{fault}.json", record_to_json(record, indent=2) + b"\n")
+    return record
 
 
 def explained(name: str, before: Record, now: Record) -> Explained:

@@ -25,7 +25,7 @@ __all__ = ["faults"]
 
 
 def faults(
-    only: Annotated[str, typer.Option(help="Names to try, as a glob.")] = "*",
+    only: Annotated[str, typer.Option(help="Names to try: globs, several with commas between.")] = "*",
     scale: Annotated[
         Literal["tiny", "full"], typer.Option(help="tiny on a CPU; full: four full-width layers on a GPU.")
     ] = "tiny",
@@ -61,15 +61,20 @@ def faults(
             help="Inject six faults (or those of --only) and print the cause that is named for each, as Markdown.",
         ),
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --explain: a folder for each record, and for the table of all so far.")
+    ] = None,
 ) -> None:
     """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
     if predicted and against == "baselines":
         raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
     if memory and not predicted:
         raise SpecError("--memory belongs to --predicted, which is missing: say both.")
+    if out is not None and not explained:
+        raise SpecError("--out belongs to --explain, which is missing: say both.")
     scale = "full" if predicted else scale
     if explained:
-        _explain_faults(only, scale, predicted=predicted, as_json=as_json)
+        _explain_faults(only, scale, predicted=predicted, as_json=as_json, out=out)
         return
     names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
     if scale == "full" and not predicted:
@@ -106,15 +111,19 @@ def _show(trials: list[Trial], seconds: float, *, as_markdown: bool, as_json: bo
         say(summary(trials, seconds))
 
 
-def _explain_faults(only: str, scale: Literal["tiny", "full"], *, predicted: bool, as_json: bool) -> None:
+def _explain_faults(
+    only: str, scale: Literal["tiny", "full"], *, predicted: bool, as_json: bool, out: Path | None
+) -> None:
     if scale == "full" and not predicted and not visible_gpus():
         raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
     names = list(EXPLAINED) if only == "*" else _faults_here(only, "predicted" if predicted else scale)
+    if out is not None and out.exists() and not out.is_dir():
+        raise SpecError(f"{out}: records go into a folder, and this is a file.")
     environment = {FAKE_CUDA: "1"} if predicted else None
     scale = "full" if predicted else scale
     with Launcher("warm", environment=environment) as launcher:
         found = explained_faults(
-            names, launcher, cases=trial_cases(scale), tell=tell, predict=DEFAULT if predicted else None
+            names, launcher, cases=trial_cases(scale), tell=tell, predict=DEFAULT if predicted else None, out=out
         )
     if as_json:
         say_json([{**msgspec.to_builtins(each), "named": each.good, "missing": each.missing} for each in found])
@@ -126,9 +135,10 @@ def _explain_faults(only: str, scale: Literal["tiny", "full"], *, predicted: boo
 
 def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:
     """The faults of these names that this path must catch; the others are told."""
-    asked = [name for name in FAULTS if fnmatchcase(name, only)]
-    if not asked:
-        raise SpecError(f"No fault is called {only!r}. There are: {', '.join(FAULTS)}.")
+    globs = [glob.strip() for glob in only.split(",")]
+    if strange := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in FAULTS)]:
+        raise SpecError(f"No fault is called {strange[0]!r}. There are: {', '.join(FAULTS)}.")
+    asked = [name for name in FAULTS if any(fnmatchcase(name, glob) for glob in globs)]
     if path == "predicted":
         names = [name for name in asked if FAULTS[name].predicted]
     elif path == "memory":

@@ -48,6 +48,9 @@ def report(
     """Show records: as a table here, and as the files asked for. Exit code 0 whatever they say, 2: they cannot be read."""
     if baselines is not None and not baselines.is_dir():
         raise SpecError(f"{baselines}: no such folder of baselines. Leave --baselines out to judge nothing.")
+    for option, path in (("--html", html), ("--markdown", markdown), ("--csv", csv)):
+        if path is not None and path.is_dir():
+            raise SpecError(f"{path}: is a folder, and {option} names the file that is to be written.")
     read = read_records(records)
     chosen = [each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]
     if not chosen:
@@ -127,6 +130,7 @@ def _entry(entry: Entry) -> dict[str, Any]:
         "status": entry.record.status,
         "verdict": entry.row.verdict,
         "headline": "" if judgement is None else plain(judgement.headline, 300),
+        "cause": None if entry.cause is None else msgspec.to_builtins(entry.cause),
         "sessions": len(entry.past),
         "metrics": {
             name: {"value": metric.value, "unit": metric.unit, "gated": metric.gated}

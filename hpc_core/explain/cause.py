@@ -64,10 +64,10 @@ def explain(before: Before, now: Record, judgement: Judgement | None = None) -> 
     also = [f"also {each.line}" for each in ranked[1:2]]
     details = [text for each in ranked for text in each.details]
     further = [*(each.line for each in ranked[2:]), *facts[_MOST_FACTS:], *modules[1:]]
-    return Cause(
-        lines=("; ".join(what), "; ".join([*also, *surroundings[:3]])),
-        details=(*further, *details, *surroundings[3:], *_missing(before, now)),
-    )
+    lines = ("; ".join(what), "; ".join([*also, *surroundings[:3]]))
+    more = (*further, *details, *surroundings[3:], *_missing(before, now))
+    # What the lines say in the same words is not said again.
+    return Cause(lines=lines, details=tuple(text for text in more if not any(text in line for line in lines)))
 
 
 def _judged(judgement: Judgement | None) -> dict[Resource, int]:

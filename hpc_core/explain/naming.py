@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 from hpc_core.profile import ModuleSeen, Profile
 
@@ -29,6 +30,7 @@ _VIEWS = {
 _OUTSIDE = {"optimizer": "the optimizer", "": "no module"}
 
 
+@lru_cache(maxsize=4096)  # a profile has hundreds of lines and few paths
 def block(path: str) -> str:
     """The part of a layer that a module is in: `model.layers.*.mlp` for `model.layers.*.mlp.act_fn`; itself where no layers repeat."""
     names = path.split(".")
@@ -62,6 +64,7 @@ def computes(name: str) -> bool:
     return name not in _VIEWS
 
 
+@lru_cache(maxsize=4096)
 def operator(name: str) -> str:
     """An operator without its library and overload: "mul" for "aten.mul.Tensor"; what is no operator stays."""
     names = name.split(".")

@@ -18,7 +18,7 @@ from hpc_core.errors import MeasureError
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.host_calls import MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
 
-__all__ = ["DeviceActivity", "device_activity", "mark_step", "summarize", "union_s"]
+__all__ = ["DeviceActivity", "device_activity", "is_wait", "mark_step", "summarize", "union_s"]
 
 _SENTINEL = "spin_kernel"
 """The kernel behind torch.cuda._sleep."""
@@ -127,11 +127,16 @@ def _sort(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
 
 
 def _kind(event: Any, name: str) -> str | None:
-    if event.is_user_annotation() or name.endswith(" Sync") or name.startswith(("Stream Wait", "Event Record")):
+    if event.is_user_annotation() or is_wait(name):
         return None
     if name.startswith("Memcpy"):
         return "copy"
     return "memset" if name.startswith("Memset") else "kernel"
+
+
+def is_wait(name: str) -> bool:
+    """Whether the profiler's record of this name is a wait or a mark on the device: it takes time there and does no work."""
+    return name.endswith(" Sync") or name.startswith(("Stream Wait", "Event Record"))
 
 
 def summarize(intervals: list[Interval], launches: int, graphs: int = 0) -> DeviceActivity:

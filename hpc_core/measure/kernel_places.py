@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.families import family
 from hpc_core.profile import KernelUse
@@ -96,8 +97,7 @@ def sorted_events(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork]]
 
 
 def _is_no_work(event: Any, name: str) -> bool:
-    waits = name.endswith(" Sync") or name.startswith(("Stream Wait", "Event Record"))
-    return bool(event.is_user_annotation()) or waits or name.startswith(_PREFIX + _SEPARATOR)
+    return bool(event.is_user_annotation()) or is_wait(name) or name.startswith(_PREFIX + _SEPARATOR)
 
 
 def attributed(ranges: Iterable[Range], work: Iterable[DeviceWork]) -> tuple[KernelUse, ...]:

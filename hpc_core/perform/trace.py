@@ -13,6 +13,7 @@ import torch
 
 from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import OperatorTime, Trace, TraceTable
+from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.ranges import PREFIX, named_ranges
 from hpc_core.perform.session import Session
@@ -109,7 +110,9 @@ def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
         if event.key.startswith((PREFIX, "ProfilerStep", "Activity Buffer")):
             continue
         if event.device_type == torch._C._autograd.DeviceType.CUDA:
-            kernels_s += event.self_device_time_total / 1e6  # counted again at the operator that launched it
+            # A range that somebody named (torch's optimizers do) spans kernels that have their own rows, and waiting is no work.
+            if not event.is_user_annotation and not is_wait(event.key):
+                kernels_s += event.self_device_time_total / 1e6  # counted again at the operator that launched it
             continue
         own, whole = (
             (event.self_device_time_total, event.device_time_total)
@@ -126,8 +129,8 @@ def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
 
 
 def _snapshot(session: Session, program: Program, path: Path) -> None:
-    """Every allocation of one step with its stack, as https://pytorch.org/memory_viz reads it."""
-    torch.cuda.memory._record_memory_history(max_entries=_SNAPSHOT_ENTRIES)
+    """Every allocation of one step with its Python stack, as https://pytorch.org/memory_viz reads it."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_SNAPSHOT_ENTRIES)
     try:
         with quiet():
             program.step()

@@ -115,7 +115,7 @@ def _metric_line(case: str, row: MetricVerdict) -> str:
 
 
 def properties(row: Row) -> list[tuple[str, object]]:
-    """What JUnit's XML says of a test: case, digest, verdict, headline, and each metric's value."""
+    """What JUnit's XML says of a test: case, digest, verdict, headline, the two lines of its cause, and each metric's value."""
     found: list[tuple[str, object]] = [
         ("perf_case", row.case),
         ("perf_digest", row.record.case.digest),
@@ -123,6 +123,8 @@ def properties(row: Row) -> list[tuple[str, object]]:
     ]
     if row.judgement is not None:
         found.append(("perf_headline", row.judgement.headline))
+    if row.cause is not None:
+        found.append(("perf_cause", " | ".join(row.cause.lines)))
     if row.record.status == "ok":
         found += [(f"perf_metric.{name}", metric.value) for name, metric in row.record.metrics.items()]
     return found

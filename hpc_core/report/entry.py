@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
 from hpc_core.errors import BaselineError
+from hpc_core.explain import Cause, explain, stored_before
 from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
 from hpc_core.gate.family import share
 from hpc_core.record import Metric, Record
 from hpc_core.report.growth import grown
 from hpc_core.report.row import Row
-from hpc_core.store import Baseline, Damaged, find, last_accepted, sessions
+from hpc_core.store import Baseline, Damaged, find, sessions
 from hpc_core.store.over_time import moment
 
 __all__ = ["BUSY", "WALL", "Entry", "Spread", "entries_of"]
@@ -45,11 +47,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """None where no baselines were named."""
     grown: tuple[str, ...] = ()
     """What holds more memory at the peak than in the last accepted record, the largest first."""
+    cause: Cause | None = None
+    """Why it is not as its baseline, as the suite says it; None where it is, where it failed, and where none is sound."""
 
     @property
     def row(self) -> Row:
         """The same as a row of the terminal's table."""
-        return Row(record=self.record, judgement=self.judgement, grown=self.grown)
+        return Row(record=self.record, judgement=self.judgement, grown=self.grown, cause=self.cause)
 
     @property
     def case(self) -> str:
@@ -118,22 +122,33 @@ def entries_of(records: Iterable[Record], baselines: Path | None = None) -> tupl
         group.sort(key=lambda record: moment(record.circumstances.started_at))
         newest = group[-1]
         past = tuple(each for each in group if each.status == "ok" and each.case.digest == newest.case.digest)
-        judgement, larger = (None, ()) if judged is None else judged(newest)
-        entries.append(Entry(record=newest, past=past, judgement=judgement, grown=larger))
+        found = _Judged() if judged is None else judged(newest)
+        entries.append(Entry(record=newest, past=past, judgement=found.judgement, grown=found.grown, cause=found.cause))
     return tuple(entries)
 
 
-def _judged(baselines: Path, alpha: float, record: Record) -> tuple[Judgement, tuple[str, ...]]:
-    """The verdict as the suite gives it, without waivers; and what grew since the last accepted record."""
+class _Judged(NamedTuple):
+    judgement: Judgement | None = None
+    grown: tuple[str, ...] = ()
+    cause: Cause | None = None
+
+
+def _judged(baselines: Path, alpha: float, record: Record) -> _Judged:
+    """The verdict as the suite gives it, without waivers; what grew since the last accepted record, and why."""
     key, case_id = record.circumstances.machine.key, record.case.id
     lookup = find(baselines, key, case_id)
     if not isinstance(lookup, Baseline):
-        return judge(record, lookup, alpha=alpha), ()
+        return _Judged(judge(record, lookup, alpha=alpha))
     try:
         kept = sessions(baselines, key, case_id, digest=record.case.digest)
     except BaselineError as error:
-        return judge(record, Damaged(path=f"the history of {case_id}", reason=str(error)), alpha=alpha), ()
+        damaged = Damaged(path=f"the history of {case_id}", reason=str(error))
+        return _Judged(judge(record, damaged, alpha=alpha))
     found = sessions_of_level([session.metrics for session in kept], lookup.metrics)
     judgement = judge(record, lookup, sessions=found, alpha=alpha)
-    last = last_accepted(baselines, key, case_id) if judgement.verdict is Verdict.REGRESSED else None
-    return judgement, () if last is None else grown(last, record)
+    if record.failure is not None or judgement.verdict is Verdict.PASS:
+        return _Judged(judgement)
+    before = stored_before(baselines, key, lookup)
+    assert before is not None  # the baseline is sound
+    last = before.record if judgement.verdict is Verdict.REGRESSED else None
+    return _Judged(judgement, () if last is None else grown(last, record), explain(before, record, judgement))

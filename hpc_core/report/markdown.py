@@ -25,15 +25,20 @@ _MARKS = {
     "OK": "✅",
 }
 _UNDECIDED = "⚪"
+_BLOCKS = ("|", "- ", "<")
+"""Lines that stand for themselves; all others end with a line break."""
 _LONGEST = 300
+_LONGEST_CAUSE = 1500
+"""Of a line of the cause, which names categories, modules and operators: cut, it says nothing."""
+_MOST_CAUSES = 30
 _SHOWN_METRICS = 12
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~<>$&])")
 _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
-def safe(text: str) -> str:
-    """The text as a reader sees it: no markup, no mention, no link, one line."""
-    line = " ".join(plain(text, _LONGEST).split())
+def safe(text: str, longest: int = _LONGEST) -> str:
+    """The text as a reader sees it: no markup, no mention, no link, one line of at most so many characters."""
+    line = " ".join(plain(text, longest).split())
     escaped = _SPECIAL.sub(lambda found: _ENTITIES.get(found[0]) or f"\\{found[0]}", line)
     # A zero-width joiner would do too; an entity is seen by nobody, and GitHub notifies nobody.
     return escaped.replace("@", "&#64;").replace("://", ":&#47;/").replace("www.", "www&#46;")
@@ -56,7 +61,8 @@ def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
     if len(text.encode()) <= LARGEST_BYTES:
         return text
     cut = text.encode()[:LARGEST_BYTES].decode(errors="ignore").rpartition("\n")[0]
-    return f"{cut}\n\n</details>\n\n**Cut here: the whole report is longer than a summary may be. See the CSV or the page.**\n"
+    still_open = "\n\n</details>" * (cut.count("<details") - cut.count("</details>"))
+    return f"{cut}{still_open}\n\n**Cut here: the whole report is longer than a summary may be. See the CSV or the page.**\n"
 
 
 def _judged(entries: Sequence[Entry]) -> bool:
@@ -114,10 +120,29 @@ def _details(entry: Entry) -> list[str]:
         text += _metrics(judgement.metrics)
         if judgement.next_step:
             text += ["", f"Next: {safe(judgement.next_step)}"]
+    text = [*_why(entry), *text, *_more_of_the_cause(entry)]
     headline = judgement.headline if judgement is not None else row.verdict
     is_worse = judgement is None or judgement.outcome() == "failed"
     title = f"{_MARKS.get(row.verdict, _UNDECIDED)} {safe(row.case)}: {safe(headline)}"
-    return _fold(title, [line if line.startswith("|") else f"{line}  " for line in text], is_open=is_worse)
+    return _fold(
+        title, [line if line.startswith(_BLOCKS) or not line else f"{line}  " for line in text], is_open=is_worse
+    )
+
+
+def _why(entry: Entry) -> list[str]:
+    """The two lines of the cause: what moved most and where, then what else did and what is different around it."""
+    lines = () if entry.cause is None else entry.cause.lines
+    return [f"**Why:** {safe(line, _LONGEST_CAUSE)}" for line in lines] + ([""] if lines else [])
+
+
+def _more_of_the_cause(entry: Entry) -> list[str]:
+    details = () if entry.cause is None else entry.cause.details
+    if not details:
+        return []
+    lines = [f"- {safe(detail, _LONGEST_CAUSE)}" for detail in details[:_MOST_CAUSES]]
+    more = len(details) - _MOST_CAUSES
+    lines += [f"- and {more} more: hpc-core explain" for _ in range(more > 0)]
+    return ["", *_fold("More of the cause", lines)]
 
 
 def _metrics(judged: Sequence[MetricVerdict]) -> list[str]:

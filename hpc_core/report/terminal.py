@@ -36,6 +36,7 @@ _STYLES = {
     "REFUSED": "bold red",
 }
 _UNDECIDED = "yellow"
+_WHY = "Why"
 _NOTHING = "-"
 _GAP = 2
 _PERPLEXITY = "ppl (unquantized)"
@@ -144,6 +145,10 @@ class _Problem(NamedTuple):
     reasons: tuple[str, ...] = ()
     step: tuple[str, ...] = ()
 
+    def causes_of(self, case: str) -> tuple[str, ...]:
+        """The lines that say why, each with the case that it was seen in."""
+        return tuple(f"{_WHY}, in {case}{line.removeprefix(_WHY)}" for line in self.reasons if line.startswith(_WHY))
+
 
 def _problem(row: Row) -> _Problem | None:
     failure, judgement = row.record.failure, row.judgement
@@ -163,7 +168,7 @@ def _problem(row: Row) -> _Problem | None:
         judgement.headline,
         (
             *((judgement.reason,) if judgement.reason != judgement.headline else ()),
-            *(f"Why: {line}" for line in (() if row.cause is None else row.cause.lines)),
+            *(f"{_WHY}: {line}" for line in (() if row.cause is None else row.cause.lines)),
             *excuses,
             *judgement.remarks,
             *row.expired,
@@ -197,7 +202,8 @@ def _problems(rows: Iterable[Row]) -> list[RenderableType]:
         several = len(alike) > 1
         who, said = (f"{len(alike)} cases", headline) if several else (case, problem.headline)
         drawn.append(Text.assemble((verdict, _STYLES.get(verdict, _UNDECIDED)), f" {who}: {said}"))
-        for line in problem.reasons if not several else ():
+        # Of cases that moved alike, one stands for the cause of all; what else differs between them is in the records.
+        for line in problem.causes_of(case) if several else problem.reasons:
             drawn.append(Padding(Text(line), (0, 0, 0, 4)))
         for line in problem.step:
             drawn.append(_unbroken(f"    {_for_any_case(line, case) if several else line}"))

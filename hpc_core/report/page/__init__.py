@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 import hpc_core
 from hpc_core.report.entry import Entry
-from hpc_core.report.page.cases import details_of, moved_of, rows_of
+from hpc_core.report.page.cases import columns_of, details_of, moved_of, rows_of
 from hpc_core.report.page.machines import machines_of
 
 __all__ = ["LARGEST_BYTES", "page"]
@@ -43,13 +43,18 @@ def page(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
     shown = entries[:MOST_ROWS]
     style, script = _asset("page.css"), _asset("page.js")
     moved = moved_of(shown)
+    rows = rows_of(shown)
+    is_judged = any(each.judgement is not None for each in entries)
     content: dict[str, Any] = {
         "version": hpc_core.__version__,
         "style": style,
         "script": script,
         "policy": _policy(style, script),
-        "rows": rows_of(shown),
-        "is_judged": any(each.judgement is not None for each in entries),
+        "rows": rows,
+        "columns": columns_of(rows),
+        # So many of them have room on a phone, beside case, verdict and change.
+        "narrow": 1 if is_judged else 2,
+        "is_judged": is_judged,
         "moved": moved[:40],
         "more_moved": max(0, len(moved) - 40),
         "machines": machines_of(shown),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from hpc_core.report.terminal import caption
 from hpc_core.spec import case_to_json
 from hpc_core.store.reading import plain
 
-__all__ = ["anchor", "details_of", "moved_of", "rows_of", "tone"]
+__all__ = ["anchor", "columns_of", "details_of", "moved_of", "rows_of", "tone"]
 
 _TONES = {
     "PASS": "good",
@@ -25,6 +25,9 @@ _TONES = {
     "BROKEN": "bad",
 }
 _LONGEST = 300
+_LONGEST_CAUSE = 1500
+"""Of a line of the cause, which names categories, modules and operators: cut, it says nothing."""
+_MOST_CAUSES = 30
 _MOST_METRICS = 60
 _ROW_BYTES = 110
 """About what a metric's row takes on the page."""
@@ -70,6 +73,11 @@ def _row(entry: Entry) -> dict[str, Any]:
     }
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns of numbers that some case has; what no case has is no column."""
+    return list(dict.fromkeys(name for row in rows for name, text, _ in row["cells"] if text != "-")) or ["peak memory"]
+
+
 def moved_of(entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Cases that need a look, the gravest first, with why."""
     moved = [entry for entry in entries if entry.needs_a_look]
@@ -94,9 +102,18 @@ def _moved(entry: Entry) -> dict[str, Any]:
         "verdict": entry.row.verdict,
         "tone": tone(entry.row.verdict),
         "headline": plain(headline, _LONGEST),
+        "why": _why(entry),
+        "more": []
+        if entry.cause is None
+        else [plain(line, _LONGEST_CAUSE) for line in entry.cause.details[:_MOST_CAUSES]],
         "lines": [plain(line, _LONGEST) for line in lines if line != headline][:8],
         "step": "" if judgement is None else plain(judgement.next_step, _LONGEST),
     }
+
+
+def _why(entry: Entry) -> list[str]:
+    """The two lines of the cause."""
+    return [] if entry.cause is None else [plain(line, _LONGEST_CAUSE) for line in entry.cause.lines]
 
 
 def details_of(entries: Sequence[Entry], most_bytes: int) -> list[dict[str, Any]]:
@@ -104,7 +121,7 @@ def details_of(entries: Sequence[Entry], most_bytes: int) -> list[dict[str, Any]
     found, size = [], 0
     for entry in sorted(entries, key=lambda each: not each.needs_a_look):
         one = _details(entry)
-        size += 1500 + _ROW_BYTES * len(one["metrics"])
+        size += 1500 + _ROW_BYTES * len(one["metrics"]) + sum(map(len, one["why"]))
         if size > most_bytes:
             break
         found.append(one)
@@ -132,6 +149,7 @@ def _details(entry: Entry) -> dict[str, Any]:
         "started_at": plain(record.circumstances.started_at, 40),
         "digest": record.case.digest,
         "spec": _spec(entry),
+        "why": _why(entry),
         "metrics": [_metric(entry, name, verdicts.get(name)) for name in names],
         "families": [
             {

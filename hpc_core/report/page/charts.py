@@ -33,7 +33,7 @@ class Frame(msgspec.Struct, frozen=True):
         return round(self.height - _BOTTOM - axis.at(value) * (self.height - _TOP - _BOTTOM), 1)
 
 
-NARROW, BROAD = Frame(680, 420), Frame(1080, 500)
+NARROW, BROAD = Frame(560, 360), Frame(1080, 500)
 
 
 class Mark(msgspec.Struct, kw_only=True):

@@ -11,6 +11,7 @@ from hpc_core.gate import sizes
 from hpc_core.physics.reading import flops_text
 from hpc_core.record import MemoryTimeline, Record
 from hpc_core.report.entry import BUSY, WALL, Entry
+from hpc_core.report.memory_unit import memory_unit, peak_unit
 from hpc_core.report.page.bars import CATEGORIES, categories, multiples
 from hpc_core.report.page.cases import anchor
 from hpc_core.report.page.charts import BROAD, Mark, placed
@@ -31,8 +32,10 @@ _MOST_TIMELINES = 8
 _MOST_EVENTS = 160
 _LATE = 520
 """From here on a phase's name would run out of the picture, which is 600 units wide."""
-_GIB = 2**30
 _WORTH_SAYING = 1e-4
+_KINDS = {"q-none": "unquantized", "q-nf4": "NF4", "q-fp4": "FP4", "q-int8": "int8"}
+_WORKS = {"w-step": "step", "w-prefill": "prefill", "w-decode": "decoded token"}
+"""What a mark's colour means, by its class; a legend names those that are there."""
 _WORTH_A_COLOUR = 5e-4
 """What the gate allows exact bytes to move."""
 
@@ -71,14 +74,15 @@ def tradeoffs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         chosen = [(entry, speed) for entry in group if (speed := speed_of(entry)) is not None][:_MOST_POINTS]
         if len(chosen) < 2:
             continue
-        points = [((entry.value("peak_bytes") or 0.0) / _GIB, speed) for entry, speed in chosen]
+        size, unit = peak_unit(entry for entry, _ in chosen)
+        points = [((entry.value("peak_bytes") or 0.0) / size, speed) for entry, speed in chosen]
         best = front(points)
         marks = [
             Mark(
                 x_value=x,
                 y_value=y,
                 label=entry.case.partition("/")[2][:40],
-                title=f"{entry.case}: {x:.2f} GiB, {y:,.4g} tokens/s",
+                title=f"{entry.case}: {x:.2f} {unit}, {y:,.4g} tokens/s",
                 anchor=anchor(entry),
                 kind=_quantized(entry),
                 is_strong=index in best,
@@ -90,7 +94,12 @@ def tradeoffs(entries: Sequence[Entry]) -> list[dict[str, Any]]:
         what = "new tokens" if kind == "generate" else "tokens"
         found.append(
             placed(marks, x, y, [steps])
-            | {"title": f"{shape}, {kind}", "x_label": "peak memory, GiB", "y_label": f"{what} a second (log)"}
+            | {
+                "title": f"{shape}, {kind}",
+                "x_label": f"peak memory, {unit}",
+                "y_label": f"{what} a second (log)",
+                "kinds": [(name, said) for name, said in _KINDS.items() if any(mark.kind == name for mark in marks)],
+            }
         )
     return found[:_MOST_CHARTS]
 
@@ -129,6 +138,7 @@ def roofline(entries: Sequence[Entry]) -> dict[str, Any] | None:
             ]
         )
     chart = placed(marks, x, y, lines, BROAD)
+    chart["kinds"] = [(name, said) for name, said in _WORKS.items() if any(mark.kind == name for mark in marks)]
     chart["roofs"] = [
         {
             "name": f"{roof.name}: {flops_text(roof.flop_per_s)}, {roof.bytes_per_s / 1e12:.2f} TB/s",
@@ -212,7 +222,7 @@ def _areas(timeline: MemoryTimeline) -> dict[str, Any]:
     """Stacked areas over at most some hundred events, on an axis in GiB or MiB; the peak is among them."""
     totals = timeline.totals
     peak = totals.index(max(totals))
-    size, unit = (_GIB, "GiB") if totals[peak] >= _GIB else (2**20, "MiB")
+    size, unit = memory_unit(totals[peak])
     axis = linear([totals[peak] / size])
     every = max(1, math.ceil(len(totals) / _MOST_EVENTS))
     chosen = sorted({*range(0, len(totals), every), peak, len(totals) - 1})

@@ -17,7 +17,7 @@ from hpc_core.report.plots.ablation import draw_ablation
 from hpc_core.report.plots.bars import draw_finetune, draw_latency, draw_memory, draw_throughput
 from hpc_core.report.plots.categories import draw_categories
 from hpc_core.report.plots.points import draw_roofline, draw_speed_memory
-from hpc_core.report.plots.style import DOTS_PER_INCH, add_caption, rc
+from hpc_core.report.plots.style import DOTS_PER_INCH, rc, settle
 from hpc_core.whole_file import write_whole
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def _drawn(
         figure = Figure(dpi=DOTS_PER_INCH, layout="constrained")
         if not entries or not draw(figure, entries):
             return {}
-        add_caption(figure, entries)
+        settle(figure, entries)
         found = {}
         for kind in kinds:
             stream = io.BytesIO()

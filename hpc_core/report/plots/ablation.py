@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hpc_core.report.entry import Entry
-from hpc_core.report.plots.style import beside, colour_of
+from hpc_core.report.plots.style import bars, beside, colour_of, name_rows
 from hpc_core.report.tradeoff import Ablation, ablations_of
 from hpc_core.store.reading import plain
 
@@ -42,15 +42,15 @@ def _panel(axes: Axes, ablation: Ablation, what: str) -> None:
     ]
     factors = [1.0, *((effect.memory if what == "memory" else effect.time) or 0.0 for effect in effects)]
     colours = [colour_of(entry) for entry in (base, *(effect.entry for effect in effects))]
-    axes.barh(range(len(labels)), factors, color=colours, height=0.7)
+    bars(axes, factors, colours, height=0.7)
     for row, factor in enumerate(factors):
         beside(axes, f"{factor:.3g}" if factor else "-", factor, row)
     axes.axvline(1.0, color="#666666", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.set_xlim(0, 1.15 * max([*factors, 1.0]))
-    axes.tick_params(axis="y", length=0)
     name = "peak memory" if what == "memory" else (ablation.time_metric or "time")
     axes.set_xlabel(f"{name}, times the base's")
     if what == "memory":
-        axes.set_title(f"Ablation of {plain(base.case, 60)}", fontsize=9)
+        name_rows(axes, labels)
+        many = len(ablation.effects)
+        cut = f" (the first {_MOST_ROWS} of {many} cases)" if many > _MOST_ROWS else ""
+        axes.set_title(f"Ablation of {plain(base.case, 60)}{cut}", fontsize=9)

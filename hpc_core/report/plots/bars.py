@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from hpc_core.gate import sizes
 from hpc_core.report.entry import BUSY, Entry
-from hpc_core.report.plots.style import GIB, INK, beside, colour_of, label_of, legend_of, most, whisker
+from hpc_core.report.memory_unit import peak_unit
+from hpc_core.report.plots.style import (
+    INK,
+    bars,
+    beside,
+    colour_of,
+    label_of,
+    legend_of,
+    most,
+    name_rows,
+    whisker,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +33,8 @@ _WIDTH_INCHES = 7.5
 
 def draw_memory(figure: Figure, entries: Sequence[Entry]) -> bool:
     """Peak memory of generation."""
-    return _alone(figure, entries, "Inference: peak memory", "GiB allocated by tensors", ("peak_bytes",), GIB)
+    size, unit = peak_unit(each for each in entries if each.record.case.kind == "generate")
+    return _alone(figure, entries, "Inference: peak memory", f"{unit} allocated by tensors", ("peak_bytes",), size)
 
 
 def draw_throughput(figure: Figure, entries: Sequence[Entry]) -> bool:
@@ -51,8 +63,9 @@ def _alone(
         return False
     shown, told = most(chosen, title)
     figure.set_size_inches(_WIDTH_INCHES, _REST_INCHES + _ROW_INCHES * len(shown))
-    _bars(figure.add_subplot(), shown, names, scale, inner)
-    axes = figure.axes[0]
+    axes = figure.add_subplot()
+    _bars(axes, shown, names, scale, inner)
+    name_rows(axes, [label_of(entry, shown) for entry in shown])
     axes.set_title(told)
     axes.set_xlabel(unit)
     legend_of(figure, shown)
@@ -70,33 +83,33 @@ def draw_finetune(figure: Figure, entries: Sequence[Entry]) -> bool:
     panels = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
     if timed:
         _bars(panels[0], shown, ("step_s",), 1e-3, ("busy_s",))
-        panels[0].set_title(f"{told}: time of a step")
+        panels[0].set_title("Time of a step")
         panels[0].set_xlabel("ms: wall time, and dark what the GPU was busy")
-    _bars(panels[-1], shown, ("peak_bytes",), GIB, ())
-    panels[-1].set_title(f"{told}: peak memory")
-    panels[-1].set_xlabel("GiB allocated by tensors")
+    size, unit = peak_unit(shown)
+    _bars(panels[-1], shown, ("peak_bytes",), size, ())
+    name_rows(panels[0], [label_of(entry, shown) for entry in shown])
+    panels[-1].set_title("Peak memory")
+    # Above both panels: the count of cases that are left out is too long for either.
+    figure.suptitle(told, fontsize=10, weight="bold", x=0.01, ha="left")
+    panels[-1].set_xlabel(f"{unit} allocated by tensors")
     legend_of(figure, shown)
     return True
 
 
 def _bars(axes: Axes, entries: Sequence[Entry], names: Sequence[str], scale: float, inner: Sequence[str]) -> None:
     """A bar an entry from the top down, its value written beside it; `inner` metrics as a thinner, darker bar within."""
-    rows = range(len(entries))
     values = [(entry.value(*names) or 0.0) / scale for entry in entries]
-    axes.barh(list(rows), values, color=[colour_of(entry) for entry in entries], height=0.7)
+    bars(axes, values, [colour_of(entry) for entry in entries], height=0.7)
     busy = [(entry.value(*inner) or 0.0) / scale if inner else 0.0 for entry in entries]
     if any(busy):
-        axes.barh(list(rows), busy, color=INK, alpha=0.55, height=0.28)
+        bars(axes, busy, INK, height=0.28, alpha=0.55)
     ends = list(values)
     for row, entry in enumerate(entries):
         spread = entry.spread(*names)
         if whisker(axes, spread, row, scale) and spread is not None:
             ends[row] = max(ends[row], spread.high / scale)
         beside(axes, _text(entry, names), ends[row], row)
-    axes.set_yticks(list(rows), [label_of(entry, entries) for entry in entries])
-    axes.set_ylim(len(entries) - 0.45, -0.55)
-    axes.set_xlim(0, 1.25 * max([*ends, 1e-9]))
-    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.33 * max([*ends, 1e-9]))
 
 
 def _text(entry: Entry, names: Sequence[str]) -> str:

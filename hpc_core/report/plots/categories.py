@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from hpc_core.gate import sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_plot import CATEGORY_COLOURS
-from hpc_core.report.plots.style import GIB, beside, label_of, most
+from hpc_core.report.memory_unit import memory_unit
+from hpc_core.report.plots.style import bars, beside, label_of, most, name_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,28 +25,31 @@ _COLOURS = {name: colour for name, colour in CATEGORY_COLOURS.items() if name !=
 
 def draw_categories(figure: Figure, entries: Sequence[Entry]) -> bool:
     """What the peak is made of."""
+    from matplotlib.patches import Patch
+
     chosen = [each for each in entries if any(_held(each, name) > 0 for name in _COLOURS)]
     if not chosen:
         return False
     shown, title = most(chosen, "Memory at the peak, by category")
     figure.set_size_inches(8.5, 1.6 + 0.28 * len(shown))
     axes = figure.add_subplot()
+    size, unit = memory_unit(max(sum(_held(entry, name) for name in _COLOURS) for entry in shown))
     left = [0.0] * len(shown)
+    handles = []
     for name, colour in _COLOURS.items():
-        sizes_gib = [_held(entry, name) / GIB for entry in shown]
-        if any(sizes_gib):
-            axes.barh(range(len(shown)), sizes_gib, left=left, color=colour, label=name.replace("_", " "), height=0.72)
-        left = [start + size for start, size in zip(left, sizes_gib, strict=True)]
+        held = [_held(entry, name) / size for entry in shown]
+        if any(held):
+            bars(axes, held, colour, height=0.72, starts=left)
+            handles.append(Patch(color=colour, label=name.replace("_", " ")))
+        left = [start + more for start, more in zip(left, held, strict=True)]
     for row, end in enumerate(left):
-        text = sizes.quantity(end * GIB, "bytes")
+        text = sizes.quantity(end * size, "bytes")
         beside(axes, text, end, row)
-    axes.set_yticks(range(len(shown)), [label_of(entry, shown) for entry in shown])
-    axes.set_ylim(len(shown) - 0.45, -0.55)
+    name_rows(axes, [label_of(entry, shown) for entry in shown])
     axes.set_xlim(0, 1.13 * max([*left, 1e-9]))
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("GiB")
+    axes.set_xlabel(unit)
     axes.set_title(title)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=8)
     return True
 
 

@@ -16,20 +16,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DOTS_PER_INCH",
-    "GIB",
     "INK",
-    "add_caption",
+    "bars",
+    "beside",
     "colour_of",
     "label_of",
     "legend_of",
     "most",
+    "name_rows",
     "plain_log",
     "rc",
+    "settle",
     "whisker",
 ]
 
 DOTS_PER_INCH = 150
-GIB = 2**30
 INK = "#222222"
 _GREY = "#666666"
 MOST_CASES = 30
@@ -95,7 +96,7 @@ def legend_of(figure: Figure, entries: Iterable[Entry]) -> None:
 
 def plain_log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
     """Logarithmic axes whose ticks are plain numbers, without the markup that matplotlib would set powers in."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
     for axis, is_log in ((axes.xaxis, x), (axes.yaxis, y)):
         if is_log:
@@ -104,6 +105,8 @@ def plain_log(axes: Axes, *, x: bool = False, y: bool = False) -> None:
             axis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0), numticks=9))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}" if value < 1e6 else f"{value:.0e}"))
             axis.set_minor_formatter(NullFormatter())
+            if not is_wide:  # 2 and 5 have ticks with numbers already
+                axis.set_minor_locator(NullLocator())
 
 
 def label_of(entry: Entry, among: Sequence[Entry]) -> str:
@@ -120,9 +123,42 @@ def most(entries: Sequence[Entry], what: str) -> tuple[list[Entry], str]:
     return shown, f"{what}{cut}"
 
 
+def bars(
+    axes: Axes,
+    widths: Sequence[float],
+    colours: Sequence[str] | str,
+    *,
+    height: float,
+    starts: Sequence[float] | None = None,
+    alpha: float = 1.0,
+) -> None:
+    """Horizontal bars at rows 0, 1, 2 and so on, as one artist: matplotlib spends most of its time on the number of them."""
+    from matplotlib.collections import PolyCollection
+
+    half = height / 2
+    boxes = [
+        [(left, row - half), (left, row + half), (left + width, row + half), (left + width, row - half)]
+        for row, (left, width) in enumerate(zip(starts or [0.0] * len(widths), widths, strict=True))
+    ]
+    drawn = PolyCollection(boxes, facecolors=colours, edgecolors="none", alpha=alpha)
+    drawn.set_in_layout(False)  # they lie within the axes
+    axes.add_collection(drawn, autolim=False)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A name left of each row, the first on top. Plain texts: a tick is five artists, of which four are invisible here."""
+    axes.set_yticks([])
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    for row, name in enumerate(names):
+        axes.text(-0.012, row, name, transform=axes.get_yaxis_transform(), ha="right", va="center")
+
+
 def beside(axes: Axes, text: str, at: float, row: float) -> None:
     """A value at the end of its bar."""
-    note = axes.annotate(text, (at, row), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
+    from matplotlib.transforms import ScaledTranslation
+
+    five_points = ScaledTranslation(5 / 72, 0, axes.figure.dpi_scale_trans)
+    note = axes.text(at, row, text, transform=axes.transData + five_points, va="center", fontsize=8)
     note.set_in_layout(False)  # the axes leave it room, and a layout that measures each text takes twice the time
 
 
@@ -137,7 +173,20 @@ def whisker(axes: Axes, spread: Spread | None, at: float, scale: float) -> bool:
     return True
 
 
-def add_caption(figure: Figure, entries: Sequence[Entry]) -> None:
+def settle(figure: Figure, entries: Sequence[Entry]) -> None:
+    """Add the caption and place everything, once: nothing moves afterwards, and a second call does nothing.
+
+    matplotlib itself would lay the figure out and draw it invisibly before each file that it writes.
+    """
+    engine = figure.get_layout_engine()
+    if engine is None:
+        return
+    _add_caption(figure, entries)
+    engine.execute(figure)
+    figure.set_layout_engine(None)
+
+
+def _add_caption(figure: Figure, entries: Sequence[Entry]) -> None:
     """Machine and stack below everything, and what a whisker means where one is drawn."""
     from matplotlib.container import ErrorbarContainer
 

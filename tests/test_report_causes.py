@@ -1,0 +1,187 @@
+"""Why a case moved, in a report: two lines first, the rest folded, the same in every form, and nothing but text."""
+
+from __future__ import annotations
+
+import html
+import json
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.errors import SpecError
+from hpc_core.explain import stored_cause
+from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
+from hpc_core.record import Record, record_to_json
+from hpc_core.report import render
+from hpc_core.report.entry import entries_of
+from hpc_core.report.markdown import markdown
+from hpc_core.report.page import LARGEST_BYTES, page
+from hpc_core.report.plots import draw_all
+from hpc_core.report.records_csv import records_csv
+from hpc_core.store import Baseline, accept, find, last_profile
+from hpc_core.store.reading import read_records
+from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
+from tests.many_records import H100, failed, many, with_metric
+from tests.profiles import GIB, HEAD, MLP, a_profile, weights
+from tests.profiles import seen as a_seen
+from tests.strategies import a_case, counted
+
+GROWN = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
+BEFORE = a_seen(a_profile(weights()))
+SMALL = Piece("activations", HEAD, "forward", "aten.mm.default", 2**22, 1)
+"""Too little for the two lines, so that the rest of the cause holds it."""
+SECOND = OperatorUse(MLP, "forward", "aten.mm.default", 3)
+
+
+@pytest.fixture(scope="module")
+def baselines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one accepted case that has a profile."""
+    folder = tmp_path_factory.mktemp("baselines")
+    accept(folder, BEFORE, reason="first")
+    return folder
+
+
+def moved(peak_bytes: int, *pieces: Piece) -> Record:
+    """The accepted case with another peak, made of these, and with some operators more."""
+    return a_seen(a_profile(*pieces, operators=(SECOND,)), peak_bytes, operators=counted(1700))
+
+
+@pytest.mark.parametrize(("peak_bytes", "change"), [(3 * GIB, "+1.00 GiB"), (GIB, "-1.00 GiB")])
+def test_a_case_that_moved_has_its_cause(baselines: Path, peak_bytes: int, change: str) -> None:
+    """Worse or better, what explain says is in the entry; a case as accepted has none, and neither has one that broke."""
+    (entry,) = entries_of([moved(peak_bytes, weights(peak_bytes - GIB) if peak_bytes > GIB else GROWN)], baselines)
+    assert entry.cause == stored_cause(baselines, entry.record, entry.judgement)
+    assert entry.cause is not None
+    assert change in " ".join(entry.cause.lines)
+    assert entries_of([BEFORE], baselines)[0].cause is None
+    assert entries_of([failed(BEFORE, "no room")], baselines)[0].cause is None
+    assert entries_of([moved(3 * GIB, GROWN)])[0].cause is None, "nothing was judged"
+
+
+def test_markdown_says_why_before_anything_else(baselines: Path) -> None:
+    """Two lines open the case's fold, above reason and numbers; what else the cause holds is folded below them."""
+    (entry,) = entries_of([moved(3 * GIB, weights(), GROWN, SMALL)], baselines)
+    assert entry.cause is not None
+    text = markdown([entry])
+    fold = text.partition("</summary>")[2]
+    assert [line[:8] for line in fold.splitlines() if line][:2] == ["**Why:**"] * 2
+    assert "activations \\+1.00 GiB in LlamaMLP" in fold.partition("| metric |")[0]
+    assert "<details><summary>More of the cause</summary>" in fold.partition("| metric |")[2]
+    assert text.count("<details") == text.count("</details>") == 2
+
+
+def test_the_page_says_why_on_the_card_and_in_the_details(baselines: Path) -> None:
+    """A card holds both lines and folds the rest under a name that tells the cases apart; details repeat the two lines."""
+    (entry,) = entries_of([moved(3 * GIB, weights(), GROWN, SMALL)], baselines)
+    assert entry.cause is not None
+    made = html.unescape(page([entry]))
+    card, _, rest = made.partition("</article>")
+    for line in entry.cause.lines:
+        assert f"<p>{line}</p>" in card
+        assert f'<p class="cause">{line}</p>' in rest
+    assert f'<summary>More of the cause<span class="hear"> of {entry.case}</span></summary>' in card
+    assert all(f"<li>{detail}</li>" in card for detail in entry.cause.details)
+
+
+def test_cases_that_moved_alike_share_one_cause(tmp_path: Path) -> None:
+    """The terminal says a headline once for all of them, and the cause of one, with its name."""
+    names = [f"tiny/lora-{number}" for number in range(3)]
+    for name in names:
+        accept(tmp_path, msgspec.structs.replace(BEFORE, case=a_case(name)), reason="first")
+    alike = [msgspec.structs.replace(moved(3 * GIB, weights(), GROWN), case=a_case(name)) for name in names]
+    shown = render([entry.row for entry in entries_of(alike, tmp_path)], width=400, color=False)
+    assert shown.count("REGRESSED 3 cases: peak_bytes +1.00 GiB") == 1
+    assert shown.count("Why, in tiny/lora-0: peak +1.00 GiB: activations +1.00 GiB in LlamaMLP") == 1
+    assert "Why, in tiny/lora-1" not in shown
+
+
+def test_two_hundred_causes_fit_the_page_and_the_time(tmp_path: Path) -> None:
+    """Everything there is of 200 cases that all moved, pictures included: below 2 MB, and below 3 s of a core's time."""
+    profile = last_profile(H100.parent, "predicted", baseline("llama-3.2-3b/qlora"))
+    assert profile is not None
+    grown = msgspec.structs.replace(profile, at_peak=(*profile.at_peak, GROWN))
+    records = []
+    for record in many(200):
+        accept(
+            tmp_path / "baselines", msgspec.structs.replace(record, profile=profile), reason="first", allow_dirty=True
+        )
+        records.append(with_metric(msgspec.structs.replace(record, profile=grown), "peak_bytes", 1.33))
+    seconds = []
+    for _ in range(3):  # the first one also loads matplotlib
+        slow = slowness()
+        began = time.process_time()
+        entries = entries_of(records, tmp_path / "baselines")
+        made = page(entries)
+        markdown(entries), records_csv(entries)
+        draw_all(entries, tmp_path / "plots", ["svg"])
+        took = time.process_time() - began
+        seconds.append(took / max(slow, slowness()))
+        if seconds[-1] < 3.0:
+            break
+    assert all(entry.cause is not None for entry in entries)
+    assert len(made.encode()) < LARGEST_BYTES
+    assert made.count("<tr data-m=") == 200
+    assert made.count('<div class="why">') == 40, "so many cards; the other cases have it in their details"
+    assert made.count('<p class="cause">') > 2 * 100
+    assert seconds[-1] < 3.0, seconds
+
+
+_USUAL_S = 0.065
+"""Of a million rounds of `slowness`, on the two-core machine where 3 s are the goal."""
+
+
+def slowness() -> float:
+    """How many times longer plain Python takes here than on the core that the goal was set on; at least once.
+
+    Another program on the same core, or an older core, stretches both alike.
+    """
+    began = time.process_time()
+    sum(index * index % 7 for index in range(1_000_000))
+    return max(1.0, (time.process_time() - began) / _USUAL_S)
+
+
+def baseline(case_id: str) -> Baseline:
+    """The committed prediction of a case."""
+    found = find(H100.parent, "predicted", case_id)
+    assert isinstance(found, Baseline)
+    return found
+
+
+uses = st.tuples(texts, texts, texts, st.integers(-(2**63), 2**63 - 1))
+profiles = st.builds(
+    Profile,
+    work=texts,
+    modules=st.dictionaries(texts, st.builds(ModuleSeen, texts, small := st.integers(-9, 9), small), max_size=2),
+    at_peak=st.lists(st.builds(Piece, texts, texts, texts, texts, st.integers(-(2**62), 2**62), small), max_size=3).map(
+        tuple
+    ),
+    operators=st.lists(uses.map(lambda row: OperatorUse(*row)), max_size=3).map(tuple),
+    kernels=st.lists(st.builds(KernelUse, texts, texts, texts, texts, small, st.floats(0, 1e300)), max_size=2).map(
+        tuple
+    ),
+)
+
+
+@settings(max_examples=100)
+@given(profiles, numbers.filter(lambda value: not isinstance(value, int) or abs(value) < 2**63))
+def test_any_profile_gives_a_safe_cause(baselines: Path, profile: Profile, peak_bytes: float) -> None:
+    """Names of modules, operators and kernels are a stranger's texts too: the cause that is made of them stays text."""
+    path = baselines / "record.json"
+    record = json.loads(record_to_json(a_seen(a_profile(weights()), 3 * GIB)))
+    record["profile"] = msgspec.to_builtins(profile)
+    record["metrics"]["peak_bytes"]["value"] = peak_bytes
+    path.write_bytes(json.dumps(record).encode("utf-8", errors="surrogatepass"))
+    try:
+        entries = entries_of(read_records([path]).records, baselines)
+    except SpecError as error:
+        check_error(str(error))
+        return
+    parsed = seen(page(entries))
+    assert (parsed.bad, parsed.scripts) == ([], KNOWN.scripts)
+    assert parsed.tags <= OWN_TAGS
+    check_markdown(markdown(entries))
+    assert "\x1b" not in render([entry.row for entry in entries], width=80, color=False)
