@@ -40,13 +40,17 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "graph": {"graph": True},
     "linears": {"fusion": "linears"},
     "blocks": {"loss": "chunked", "fusion": "blocks"},
+    "liger": {"fusion": "liger"},
+    "liger+loss": {"fusion": "liger", "loss": "liger"},
+    "liger+loss+graph": {"fusion": "liger", "loss": "chunked", "graph": True},
     "compile": {"compile": "layers"},
     "compile+loss+graph": {"compile": "layers", "loss": "chunked", "graph": True},
     "linears+compile+loss+graph": {"fusion": "linears", "compile": "layers", "loss": "chunked", "graph": True},
     "all, chunk 256": {**_ALL, "loss_chunk": 256},
     "all, chunk 1024": {**_ALL, "loss_chunk": 1024},
 }
-"""Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else."""
+"""Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else. Liger's own loss cannot
+be captured, so the row with a graph has ours."""
 _BUDGETS = {"lora": 9.4, "qlora": 4.5, "full": None}
 _ADAPTER: dict[str, Any] = {"dropout": 0.0, "dtype": "bfloat16"}
 _TRAJECTORY, _TIMED, _PROFILED = 20, 20, 5

@@ -21,7 +21,17 @@ from hpc_core.gpu_state import read_state
 from hpc_core.record import Circumstances, Machine
 from hpc_core.repository import head, is_dirty
 
-__all__ = ["STACK_PACKAGES", "circumstances", "commit", "cpu_machine", "gpu_state", "machine", "stack", "visible_gpus"]
+__all__ = [
+    "STACK_PACKAGES",
+    "circumstances",
+    "commit",
+    "compute_capability",
+    "cpu_machine",
+    "gpu_state",
+    "machine",
+    "stack",
+    "visible_gpus",
+]
 
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
 """Packages whose version can move a metric."""
@@ -42,6 +52,23 @@ def visible_gpus() -> tuple[dict[str, Any], ...]:
     finally:
         pynvml.nvmlShutdown()
     return tuple(_visible(found))
+
+
+def compute_capability(position: int = 0) -> tuple[int, int] | None:
+    """That of the visible GPU at this position, by NVML: CUDA stays untouched. None where there is none."""
+    import pynvml
+
+    gpus = visible_gpus()
+    if position >= len(gpus):
+        return None
+    pynvml.nvmlInit()
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(
+            pynvml.nvmlDeviceGetHandleByIndex(gpus[position]["index"])
+        )
+    finally:
+        pynvml.nvmlShutdown()
+    return int(major), int(minor)
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> dict[str, Any]:

@@ -108,7 +108,10 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
         if self.kind == "int4":
             self._check_int4()
         else:
-            refuse(self.group_size != 128, f"group_size={self.group_size} belongs to int4; {self.kind} has its own layout: drop it.")
+            refuse(
+                self.group_size != 128,
+                f"group_size={self.group_size} belongs to int4; {self.kind} has its own layout: drop it.",
+            )
         if self.kind == "int8":
             refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int8 has one constant a row.")
             refuse(
@@ -117,7 +120,9 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
             )
 
     def _check_int4(self) -> None:
-        refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int4 keeps a scale and a zero a group in bfloat16.")
+        refuse(
+            self.double_quant, "double_quant belongs to nf4 and fp4; int4 keeps a scale and a zero a group in bfloat16."
+        )
         refuse(
             self.compute_dtype != "bfloat16",
             f"int4's kernels multiply in bfloat16 only: say compute_dtype='bfloat16', got {self.compute_dtype!r}.",

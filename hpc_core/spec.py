@@ -102,7 +102,7 @@ class Case(Strict, frozen=True, kw_only=True):
             variant.startswith("qlora") and not quantized,
             f"{self.id}: QLoRA without quantization is LoRA: give quantization= or rename it.",
         )
-        if workload.fusion != "off":
+        if workload.fusion in ("linears", "blocks"):  # Liger leaves the linear layers to their libraries
             dropout = 0.0 if self.adapter is None else self.adapter.dropout
             refuse(
                 dropout > 0, f"{self.id}: fusion={workload.fusion!r} knows no dropout: say dropout=0, not {dropout}."
@@ -129,9 +129,14 @@ class Case(Strict, frozen=True, kw_only=True):
 
     def _check_int4(self, workload: GenerateSpec) -> None:
         assert self.model is not None
-        refuse(self.adapter is not None, f"{self.id}: int4 weights take no adapter: merge it first, or take nf4 or fp4.")
+        refuse(
+            self.adapter is not None, f"{self.id}: int4 weights take no adapter: merge it first, or take nf4 or fp4."
+        )
         dtype = self.model.dtype
-        refuse(dtype != "bfloat16", f"{self.id}: int4 is made from bfloat16 weights, the model's are {dtype}: say dtype='bfloat16'.")
+        refuse(
+            dtype != "bfloat16",
+            f"{self.id}: int4 is made from bfloat16 weights, the model's are {dtype}: say dtype='bfloat16'.",
+        )
         refuse(
             workload.engine == "graph" and workload.kernels == "triton",
             f"{self.id}: engine='graph' has no kernels of its own for int4: say kernels='inductor' or 'torch'.",

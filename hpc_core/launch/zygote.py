@@ -19,9 +19,12 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import msgspec
 
+from hpc_core.environment import compute_capability
 from hpc_core.launch.protocol import FAKE_CUDA, PRELOAD_MORE, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
 
@@ -71,8 +74,9 @@ def _preload() -> Preloaded:
     if fake:
         importlib.import_module("hpc_core.predict.shim").load()
     os.environ[_CHECK_BY_NVML] = "1"  # torch.cuda.is_available() through the CUDA runtime would spoil every fork
-    for name in _PRELOAD:
-        importlib.import_module(name)
+    with _capability_by_nvml():
+        for name in _PRELOAD:
+            importlib.import_module(name)
     if fake:
         _import_what_is_there(_PRELOAD_FAKE)
     more = _asked_for()
@@ -95,6 +99,26 @@ def _preload() -> Preloaded:
         modules=tuple(sorted(sys.modules)),
         cuda_initialized=initialized,
     )
+
+
+@contextlib.contextmanager
+def _capability_by_nvml() -> Iterator[None]:
+    """In the block torch asks NVML for a GPU's compute capability, where it would initialize CUDA to know it.
+
+    transformers imports torchao where that is installed, and torchao (0.18, `prototype.mx_formats.kernels`) asks on import.
+    """
+    cuda: Any = importlib.import_module("torch").cuda
+    original = cuda.get_device_capability
+
+    def by_nvml(device: Any = None) -> Any:
+        known = compute_capability(device or 0) if device is None or isinstance(device, int) else None
+        return original(device) if known is None else known
+
+    cuda.get_device_capability = by_nvml
+    try:
+        yield
+    finally:
+        cuda.get_device_capability = original
 
 
 def _asked_for() -> tuple[str, ...]:

@@ -57,12 +57,13 @@ def by_module(
 
 def _held(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that hold a tensor's values: itself, or what a wrapper such as torchao's packed weights is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
         yield tensor
         return
-    names, _ = tensor.__tensor_flatten__()
+    names, _ = wrapper.__tensor_flatten__()
     for name in names:
-        yield from _held(getattr(tensor, name))
+        yield from _held(getattr(wrapper, name))
 
 
 def _constants(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
