@@ -39,7 +39,7 @@ def tuned_facts(program: TunedProgram, notes: list[str]) -> dict[str, Fact]:
         return "linears" if patched else "off"
 
     def loss() -> str:
-        if called["liger_loss"]:
+        if called.get("liger_loss"):
             return "liger"
         return "chunked" if called["logits_into_gradient"] else "stock"
 

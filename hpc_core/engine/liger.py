@@ -30,6 +30,10 @@ _NORM, _ROPE, _SWIGLU = "liger_rms_norm", "liger_rope", "liger_swiglu"
 _PARTS = {"norm": ("weight", "variance_epsilon"), "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn")}
 
 
+def _count(called: dict[str, int], name: str) -> None:
+    called[name] = called.get(name, 0) + 1
+
+
 class _Norm:
     """In place of an RMS norm's forward."""
 
@@ -38,7 +42,7 @@ class _Norm:
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., features)."""
-        self._called[_NORM] += 1
+        _count(self._called, _NORM)
         normed: torch.Tensor = self._function.apply(
             hidden_states, self._module.weight, float(self._module.variance_epsilon), 0.0, "llama", True
         )
@@ -53,7 +57,7 @@ class _Gated:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: (batch, length, features)."""
-        self._called[_SWIGLU] += 1
+        _count(self._called, _SWIGLU)
         module = self._module
         inner: torch.Tensor = module.down_proj(self._function.apply(module.gate_proj(x), module.up_proj(x)))
         return inner
@@ -110,7 +114,7 @@ def _rotating(module: Any, function: Any, called: dict[str, int]) -> MethodType:
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
         """q and k: (batch, heads, length, width), views of (batch, length, heads, width), which Liger changes in place."""
-        called[_ROPE] += 1
+        _count(called, _ROPE)
         return function.apply(q, k, cos, sin)
 
     names = {**own.__globals__, _ROTATE: rotate}
@@ -131,7 +135,7 @@ def seen_of_liger(decoder: Any, called: dict[str, int]) -> str | None:
     have += [_is_rotating(vars(layer.self_attn).get("forward")) for layer in layers]
     if not any(have):
         return None
-    uncalled = [name for name in (_NORM, _ROPE, _SWIGLU) if not called[name]]
+    uncalled = [name for name in (_NORM, _ROPE, _SWIGLU) if not called.get(name)]
     if all(have) and not uncalled:
         return "liger"
     return f"{sum(have)} of {len(have)} modules by Liger" + (
@@ -178,7 +182,7 @@ def liger_cross_entropy(
     functional = library("liger_kernel.transformers.functional", "loss='liger'")
     rows = hidden.reshape(-1, hidden.shape[-1])
     constant = memory_constant(len(rows), int(head.shape[0]), int(head.shape[1]), least_rows)
-    called["liger_loss"] += 1
+    _count(called, "liger_loss")
     loss: torch.Tensor = functional.liger_fused_linear_cross_entropy(
         rows, head, next_tokens(labels).reshape(-1), ignore_index=IGNORED, chunk_mem_const=constant
     )
