@@ -19,6 +19,7 @@ from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
 from hpc_core.errors import BuildError, MissingLibraryError, SpecError
+from hpc_core.launch import zygote
 from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.physics.footprint import expected_bytes
@@ -196,6 +197,19 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingLibraryError, match=r"hpc-core\[int4\]"):
         build(_case(), _CPU)
+
+
+def test_a_warm_parent_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao asks for it on import, by two ways; both are answered while the parent imports, and are torch's own again after it."""
+    pytest.importorskip("torchao", reason="without it nobody asks")
+    from torch._dynamo.device_interface import CudaInterface
+
+    own = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
+    monkeypatch.setattr(zygote, "compute_capability", lambda: (9, 0))
+    with zygote._capability_by_nvml():
+        assert torch.cuda.get_device_capability() == (9, 0)
+        assert CudaInterface.Worker.get_device_properties().major == 9
+    assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own
 
 
 def test_int4_is_predicted_in_the_packing_of_a_gpu() -> None:

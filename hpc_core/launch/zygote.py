@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import math
 import os
 import signal
@@ -20,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -103,22 +105,25 @@ def _preload() -> Preloaded:
 
 @contextlib.contextmanager
 def _capability_by_nvml() -> Iterator[None]:
-    """In the block torch asks NVML for a GPU's compute capability, where it would initialize CUDA to know it.
+    """In the block NVML says a GPU's compute capability, where torch would initialize CUDA to know it.
 
-    transformers imports torchao where that is installed, and torchao (0.18, `prototype.mx_formats.kernels`) asks on import.
+    transformers imports torchao where that is installed. On import torchao (0.18, `prototype.mx_formats.kernels`) asks for the capability, and
+    whether the GPU can run triton, for which torch asks for the device's properties.
     """
+    known = None if importlib.util.find_spec("torchao") is None else compute_capability()
+    if known is None:
+        yield
+        return
     cuda: Any = importlib.import_module("torch").cuda
-    original = cuda.get_device_capability
-
-    def by_nvml(device: Any = None) -> Any:
-        known = compute_capability(device or 0) if device is None or isinstance(device, int) else None
-        return original(device) if known is None else known
-
-    cuda.get_device_capability = by_nvml
+    asked: Any = importlib.import_module("torch._dynamo.device_interface").CudaInterface.Worker
+    kept = cuda.get_device_capability, asked.get_device_properties
+    seen = SimpleNamespace(major=known[0], minor=known[1])
+    cuda.get_device_capability = lambda device=None: known
+    asked.get_device_properties = staticmethod(lambda device=None: seen)
     try:
         yield
     finally:
-        cuda.get_device_capability = original
+        cuda.get_device_capability, asked.get_device_properties = kept[0], staticmethod(kept[1])
 
 
 def _asked_for() -> tuple[str, ...]:
