@@ -29,6 +29,7 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
+from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, FinetuneSpec, ModelSpec  # noqa: E402
 
 _ALL: dict[str, Any] = {"loss": "chunked", "fusion": "blocks", "graph": True}
@@ -224,8 +225,9 @@ def main() -> None:
     ask.add_argument("--out", default="train-ablation.json")
     options = ask.parse_args()
     began = time.monotonic()
-    import torch  # imported once, for all children
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    with gpus_by_nvml():
+        import torch  # imported once, for all children
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
     chosen = cases(options.shape, options.methods.split(","), options.length, options.batch)

@@ -19,7 +19,7 @@ from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
 from hpc_core.errors import BuildError, MissingLibraryError, SpecError
-from hpc_core.launch import zygote
+from hpc_core.launch import by_nvml
 from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.physics.footprint import expected_bytes
@@ -205,8 +205,8 @@ def test_a_warm_parent_learns_a_gpus_capability_without_cuda(monkeypatch: pytest
     from torch._dynamo.device_interface import CudaInterface
 
     own = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
-    monkeypatch.setattr(zygote, "compute_capability", lambda: (9, 0))
-    with zygote._capability_by_nvml():
+    monkeypatch.setattr(by_nvml, "compute_capability", lambda: (9, 0))
+    with by_nvml.gpus_by_nvml():
         assert torch.cuda.get_device_capability() == (9, 0)
         assert CudaInterface.Worker.get_device_properties().major == 9
     assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own

@@ -13,20 +13,16 @@ import argparse
 import contextlib
 import gc
 import importlib
-import importlib.util
 import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import msgspec
 
-from hpc_core.environment import compute_capability
+from hpc_core.launch.by_nvml import gpus_by_nvml
 from hpc_core.launch.protocol import FAKE_CUDA, PRELOAD_MORE, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
 
@@ -43,7 +39,6 @@ _PRELOAD = (
 )
 _MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
 _PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
-_CHECK_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _REQUEST_BYTES = 1 << 20
 
 
@@ -71,21 +66,15 @@ def _preload() -> Preloaded:
         RuntimeError: this initialized CUDA, or imported peft or bitsandbytes: children could not use the GPU.
     """
     began = time.monotonic()
-    asked = os.environ.get(_CHECK_BY_NVML)
     fake = os.environ.get(FAKE_CUDA) == "1"
     if fake:
         importlib.import_module("hpc_core.predict.shim").load()
-    os.environ[_CHECK_BY_NVML] = "1"  # torch.cuda.is_available() through the CUDA runtime would spoil every fork
-    with _capability_by_nvml():
+    with gpus_by_nvml():
         for name in _PRELOAD:
             importlib.import_module(name)
-    if fake:
-        _import_what_is_there(_PRELOAD_FAKE)
-    more = _asked_for()
-    if asked is None:
-        del os.environ[_CHECK_BY_NVML]
-    else:
-        os.environ[_CHECK_BY_NVML] = asked
+        if fake:
+            _import_what_is_there(_PRELOAD_FAKE)
+        more = _asked_for()
     initialized = bool(sys.modules["torch"].cuda.is_initialized())
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
@@ -101,29 +90,6 @@ def _preload() -> Preloaded:
         modules=tuple(sorted(sys.modules)),
         cuda_initialized=initialized,
     )
-
-
-@contextlib.contextmanager
-def _capability_by_nvml() -> Iterator[None]:
-    """In the block NVML says a GPU's compute capability, where torch would initialize CUDA to know it.
-
-    transformers imports torchao where that is installed. On import torchao (0.18, `prototype.mx_formats.kernels`) asks for the capability, and
-    whether the GPU can run triton, for which torch asks for the device's properties.
-    """
-    known = None if importlib.util.find_spec("torchao") is None else compute_capability()
-    if known is None:
-        yield
-        return
-    cuda: Any = importlib.import_module("torch").cuda
-    asked: Any = importlib.import_module("torch._dynamo.device_interface").CudaInterface.Worker
-    kept = cuda.get_device_capability, asked.get_device_properties
-    seen = SimpleNamespace(major=known[0], minor=known[1])
-    cuda.get_device_capability = lambda device=None: known
-    asked.get_device_properties = staticmethod(lambda device=None: seen)
-    try:
-        yield
-    finally:
-        cuda.get_device_capability, asked.get_device_properties = kept[0], staticmethod(kept[1])
 
 
 def _asked_for() -> tuple[str, ...]:
