@@ -37,6 +37,7 @@ _CHECKED = 32
 """Tokens whose logits are held against the stock forward's."""
 _TOP = 8
 _NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
+_INT4 = QuantSpec(kind="int4", compute_dtype="bfloat16")
 CONFIGURATIONS: dict[str, tuple[QuantSpec | None, dict[str, Any]]] = {
     "bf16/graph": (None, {"engine": "graph"}),
     "bf16/graph-int8-head": (None, {"engine": "graph", "head": "int8"}),
@@ -52,6 +53,9 @@ CONFIGURATIONS: dict[str, tuple[QuantSpec | None, dict[str, Any]]] = {
     "nf4/graph-b16": (_NF4, {"engine": "graph", "batch": 16}),
     "nf4/stock": (_NF4, {}),
     "nf4/stock-b16": (_NF4, {"batch": 16}),
+    "int4/graph-torch": (_INT4, {"engine": "graph", "kernels": "torch"}),
+    "int4/graph-inductor": (_INT4, {"engine": "graph", "kernels": "inductor"}),
+    "int4/stock": (_INT4, {}),
 }
 """By name: quantization, and what differs from a stock query of one prompt. "late" is without programmatic dependent launch."""
 
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("this trial needs a CUDA GPU")
     failed = 0
-    for precision in ("bf16", "nf4"):
+    for precision in ("bf16", "nf4", "int4"):
         here = [name for name in names if name.startswith(f"{precision}/")]
         if here:
             failed += _of_one_model(here, ModelSpec(shape=chosen.shape, layers=chosen.layers))

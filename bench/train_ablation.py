@@ -24,6 +24,7 @@ if str(_HERE) not in sys.path:
 
 from bench.ablation_rows import Rows, options_of, run_rows  # noqa: E402
 from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
+from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, FinetuneSpec, ModelSpec  # noqa: E402
 
 _ALL: dict[str, Any] = {"loss": "chunked", "fusion": "blocks", "graph": True}
@@ -36,13 +37,17 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "graph": {"graph": True},
     "linears": {"fusion": "linears"},
     "blocks": {"loss": "chunked", "fusion": "blocks"},
+    "liger": {"fusion": "liger"},
+    "liger+loss": {"fusion": "liger", "loss": "liger"},
+    "liger+loss+graph": {"fusion": "liger", "loss": "chunked", "graph": True},
     "compile": {"compile": "layers"},
     "compile+loss+graph": {"compile": "layers", "loss": "chunked", "graph": True},
     "linears+compile+loss+graph": {"fusion": "linears", "compile": "layers", "loss": "chunked", "graph": True},
     "all, chunk 256": {**_ALL, "loss_chunk": 256},
     "all, chunk 1024": {**_ALL, "loss_chunk": 1024},
 }
-"""Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else."""
+"""Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else. Liger's own loss cannot
+be captured, so the row with a graph has ours."""
 _IN_BACKWARD = "all, update in the backward"
 _BUDGETS = {"lora": 9.5, "qlora": 4.5, "full": None}
 STEPS = {
@@ -206,8 +211,9 @@ def main() -> None:
     ask.add_argument("--batch", type=int, default=4)
     ask.add_argument("--length", type=int, default=512)
     options = options_of(ask, out="train-ablation.json", limit_s=150.0).parse_args()
-    import torch  # imported once, for all children
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    with gpus_by_nvml():
+        import torch  # imported once, for all children
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
     what = options.shape, options.methods.split(","), options.length, options.batch

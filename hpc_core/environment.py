@@ -25,6 +25,7 @@ __all__ = [
     "STACK_PACKAGES",
     "circumstances",
     "commit",
+    "compute_capability",
     "cpu_machine",
     "gpu_energy_mj",
     "gpu_state",
@@ -52,6 +53,23 @@ def visible_gpus() -> tuple[dict[str, Any], ...]:
     finally:
         pynvml.nvmlShutdown()
     return tuple(_visible(found))
+
+
+def compute_capability(position: int = 0) -> tuple[int, int] | None:
+    """That of the visible GPU at this position, by NVML: CUDA stays untouched. None where there is none."""
+    import pynvml
+
+    gpus = visible_gpus()
+    if position >= len(gpus):
+        return None
+    pynvml.nvmlInit()
+    try:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(
+            pynvml.nvmlDeviceGetHandleByIndex(gpus[position]["index"])
+        )
+    finally:
+        pynvml.nvmlShutdown()
+    return int(major), int(minor)
 
 
 def _gpu(pynvml: Any, index: int, driver: str) -> dict[str, Any]:

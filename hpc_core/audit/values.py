@@ -20,7 +20,7 @@ from hpc_core.spec import Case, FinetuneSpec, ModelSpec
 __all__ = ["value_facts"]
 
 _QUANTIZED = 0.3
-"""Relative error that quantization may have: fp4 has 0.15, nf4 0.09, int8 0.01. Wrong weights have 1.41, the square root of 2."""
+"""Relative error that quantization may have: fp4 has 0.15, nf4 0.09, int4 0.10, int8 0.01. Wrong weights have 1.41, the square root of 2."""
 _TRAINED = 0.3
 """Relative error that a training run may have added, where the weights themselves are trained."""
 _MORE_STEPS = 50

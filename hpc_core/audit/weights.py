@@ -7,16 +7,19 @@ from typing import Any
 import torch
 
 from hpc_core.audit.looks import dtype_name, names, taken
+from hpc_core.build.packed_int4 import packing_for, packing_of
 from hpc_core.measure.owners import owned_bytes
 from hpc_core.record import Fact
 from hpc_core.spec import Case, FinetuneSpec, QuantSpec
 
-__all__ = ["linear_layers", "quantized_bytes", "weight_facts"]
+__all__ = ["int4_bytes", "linear_layers", "quantized_bytes", "weight_facts"]
 
 _BLOCK = 64
 """Weights that share a constant in 4 bits: bitsandbytes' default, which transformers leaves alone."""
 _NESTED_BLOCK = 256
 """Constants that share a constant when they are quantized again."""
+_TILE = {"tile_packed_to_4d": (8, 1024), "opaque": (1, 1)}
+"""Rows and columns to whose multiples torchao pads a weight before it packs it."""
 
 
 def weight_facts(case: Case, model: Any, notes: list[str]) -> dict[str, Fact]:
@@ -50,6 +53,8 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def _quantization_facts(spec: QuantSpec, model: torch.nn.Module, notes: list[str]) -> dict[str, Fact]:
     layers: list[Any] = [layer for layer in linear_layers(model).values() if _kind(layer) is not None]
+    if spec.kind == "int4":
+        return _int4_facts(spec, layers, notes)
     looks = {
         "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
         "quantized_bytes": lambda: Fact(
@@ -66,6 +71,35 @@ def _quantization_facts(spec: QuantSpec, model: torch.nn.Module, notes: list[str
             asked=[spec.double_quant], seen=sorted({bool(_state(layer).nested) for layer in layers})
         )
     return taken(looks, notes)
+
+
+def _int4_facts(spec: QuantSpec, layers: list[Any], notes: list[str]) -> dict[str, Fact]:
+    weights = [layer.weight for layer in layers]
+
+    def asked_bytes() -> int:
+        return sum(
+            int4_bytes(spec, layer.in_features, layer.out_features, str(packing_of(layer.weight))) for layer in layers
+        )
+
+    return taken(
+        {
+            "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
+            "packing": lambda: Fact(
+                asked=sorted({packing_for(weight.device) for weight in weights}),
+                seen=sorted({str(packing_of(weight)) for weight in weights}),
+            ),
+            "group_size": lambda: Fact(
+                asked=[spec.group_size], seen=sorted({int(weight.block_size[-1]) for weight in weights})
+            ),
+            "compute_dtype": lambda: Fact(
+                asked=[spec.compute_dtype], seen=names(weight.scale_and_zero.dtype for weight in weights)
+            ),
+            "quantized_bytes": lambda: Fact(
+                asked=asked_bytes(), seen=sum(owned_bytes(_stored(layer)) for layer in layers)
+            ),
+        },
+        notes,
+    )
 
 
 def _quantized_count(case: Case, model: torch.nn.Module) -> Fact:
@@ -95,7 +129,9 @@ def _count_of_shape(case: Case, otherwise: int) -> int:
 
 
 def _kind(layer: Any) -> str | None:
-    """nf4, fp4 or int8 by what the layer computes with; None for a plain layer, words for a quantized class with plain weights."""
+    """nf4, fp4, int8 or int4 by what the layer computes with; None for a plain layer, words for a quantized class with plain weights."""
+    if packing_of(layer.weight) is not None:
+        return "int4"
     classes = {parent.__name__ for parent in type(layer).__mro__}
     if "Linear4bit" in classes:
         state = _state(layer)
@@ -113,6 +149,8 @@ def _state(layer: Any) -> Any:
 
 def _stored(layer: Any) -> list[torch.Tensor]:
     """The tensors that hold a quantized layer's weights: the packed values and every constant."""
+    if packing_of(layer.weight) is not None:
+        return [layer.weight.qdata, layer.weight.scale_and_zero]
     held = [layer.weight]
     # int8: the constants move from the weight to the layer's state in the first forward.
     for owner in (layer.weight, getattr(layer, "state", None)):
@@ -139,6 +177,15 @@ def quantized_bytes(spec: QuantSpec, in_features: int, out_features: int) -> int
     if not spec.double_quant:
         return packed + 4 * blocks
     return packed + blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 + 256 * 4
+
+
+def int4_bytes(spec: QuantSpec, in_features: int, out_features: int, packing: str) -> int:
+    """Bytes that torchao stores for one int4 layer without bias, in closed form: half a byte a weight, and for each group of a row a
+    scale and a zero in bfloat16. Tile-packed weights are padded to whole tiles first (`Int4TilePackedTo4dTensor.from_hp`).
+    """
+    row_tile, column_tile = _TILE[packing]
+    rows, columns = -(-out_features // row_tile) * row_tile, -(-in_features // column_tile) * column_tile
+    return rows * columns // 2 + 2 * 2 * rows * (columns // spec.group_size)
 
 
 def _one_dtype(asked: str, module: Any) -> Fact | None:

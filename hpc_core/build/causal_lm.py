@@ -61,7 +61,7 @@ def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec 
     """The model in `spec.dtype` on `device`.
 
     Weights from a folder or the hub are quantized while they are loaded where `quantization` is given, so that a model
-    larger than the card fits; random and GGUF weights come unquantized (`build.quantization` does that in place).
+    larger than the card fits; random and GGUF weights, and those for int4, come unquantized (`build.quantization` does that in place).
 
     Raises:
         BuildError: the built model's shape or dtype is not the one asked for.
@@ -139,7 +139,7 @@ def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec |
         library("gguf", "Reading a GGUF file")
         file = gguf_file(where)
         where, options["gguf_file"] = str(file.parent), file.name
-    elif quantization is not None:
+    elif quantization is not None and quantization.kind != "int4":  # that is packed in place
         options["quantization_config"] = bitsandbytes_config(quantization)
     if spec.weights == "folder" and not Path(where).is_dir():
         raise DataError(

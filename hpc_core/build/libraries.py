@@ -9,7 +9,15 @@ from hpc_core.errors import MissingLibraryError
 
 __all__ = ["library"]
 
-_EXTRA = {"bitsandbytes": "quantization", "datasets": "hub", "gguf": "gguf", "peft": "run", "transformers": "run"}
+_EXTRA = {
+    "bitsandbytes": "quantization",
+    "datasets": "hub",
+    "gguf": "gguf",
+    "liger_kernel": "liger",
+    "peft": "run",
+    "torchao": "int4",
+    "transformers": "run",
+}
 
 
 def library(name: str, needed_for: str) -> ModuleType:

@@ -1,6 +1,6 @@
-"""Quantize a model in place through bitsandbytes' own classes, into what `from_pretrained(quantization_config=…)` gives.
+"""Quantize a model in place: through bitsandbytes' own classes, into what `from_pretrained(quantization_config=…)` gives, or by torchao.
 
-The order is transformers' own: its quantizer swaps the linear layers, we hand each one its weight, its quantizer finishes.
+With bitsandbytes the order is transformers' own: its quantizer swaps the linear layers, we hand each one its weight, its quantizer finishes.
 Knows nothing of adapters and of measuring.
 """
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
+from hpc_core.build.packed_int4 import dequantized_int4, packed_layers, packing_of, quantize_to_int4
 from hpc_core.errors import BuildError
 from hpc_core.spec import QuantSpec
 
@@ -43,16 +44,20 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
     A model that was quantized while loading is only finished (the guard below) and checked.
 
     Raises:
-        BuildError: a layer that should be quantized is not, or none is.
-        MissingLibraryError: bitsandbytes is not installed.
+        BuildError: a layer that should be quantized is not, or none is; int4 that the device or a layer's width has no kernel for.
+        MissingLibraryError: bitsandbytes, or for int4 torchao, is not installed.
     """
-    if not quantized_layers(model):  # weights from folder and hub come quantized, random and GGUF ones do not
+    if spec.kind == "int4":
+        quantize_to_int4(model, spec, device)
+    elif not quantized_layers(model):  # weights from folder and hub come quantized, random and GGUF ones do not
         _quantize_in_place(model, spec, device)
     layers = quantized_layers(model)
     left = [
         name
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and name.rpartition(".")[2] not in spec.skip_modules
+        if type(module) is torch.nn.Linear
+        and packing_of(module.weight) is None
+        and name.rpartition(".")[2] not in spec.skip_modules
     ]
     if left or not layers:
         raise BuildError(
@@ -63,14 +68,19 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
 
 
 def quantized_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """bitsandbytes' linear layers of a model, by name."""
+    """A model's linear layers with quantized weights, by name: those of bitsandbytes, or plain ones with weights packed by torchao."""
+    packed = packed_layers(model)
+    if packed:
+        return packed  # a case has one kind of quantization, and bitsandbytes may not be there
     bnb = library("bitsandbytes", "Quantization")
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def dequantized_weight(layer: Any) -> torch.Tensor:
-    """The weight that a quantized layer stands for, (out_features, in_features), in whichever dtype bitsandbytes gives."""
+    """The weight that a quantized layer stands for, (out_features, in_features), in whichever dtype its library gives."""
+    if packing_of(layer.weight) is not None:
+        return dequantized_int4(layer)
     bnb = library("bitsandbytes", "Reading quantized weights")
     if isinstance(layer, bnb.nn.Linear4bit):
         weight: torch.Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

@@ -6,6 +6,7 @@ Cases are plain values; `bench/` selects them, `--cases FILE` and the ini option
 from __future__ import annotations
 
 from hpc_core.cases.full_size import DEVICE_BOUND, FULL
+from hpc_core.cases.int4 import INT4
 from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lora, qlora, smollm2, tiny
 from hpc_core.cases.shortened import TRIAL, WHOLE
 from hpc_core.cases.small import SMALL, TINY
@@ -17,6 +18,7 @@ __all__ = [
     "ALL",
     "DEVICE_BOUND",
     "FULL",
+    "INT4",
     "SMALL",
     "SWEEP",
     "TINY",

@@ -104,9 +104,13 @@ def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
     if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
         return ()
     names = ["peft"] if any(case.adapter is not None for case in cases) else []
-    if any(case.quantization is not None or _is_8bit(case) for case in cases):
+    if any(_is_by_bitsandbytes(case) or _is_8bit(case) for case in cases):
         names.append("bitsandbytes")
     return tuple(names)
+
+
+def _is_by_bitsandbytes(case: Case) -> bool:
+    return case.quantization is not None and case.quantization.kind != "int4"
 
 
 def _is_8bit(case: Case) -> bool:

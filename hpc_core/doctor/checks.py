@@ -53,6 +53,8 @@ LIBRARIES: tuple[Library, ...] = (
     Library(name="peft", extra="run", purpose="LoRA and QLoRA", needed=True),
     Library(name="accelerate", extra="run", purpose="the Trainer, and weights from a folder or hub", needed=True),
     Library(name="bitsandbytes", extra="quantization", purpose="quantized weights and 8-bit optimizers"),
+    Library(name="torchao", extra="int4", purpose="int4 weights"),
+    Library(name="liger-kernel", extra="liger", purpose="fusion='liger' of the tuned training engine, on a GPU"),
     Library(name="datasets", extra="hub", purpose="data sets from the hub"),
     Library(name="gguf", extra="gguf", purpose="the small true model, SmolLM2-135M"),
     Library(name="matplotlib", extra="plots", purpose="pictures"),

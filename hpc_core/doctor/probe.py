@@ -94,6 +94,8 @@ QUESTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "transformers": lambda: _plain("transformers", "transformers"),
     "peft": lambda: _plain("peft", "peft"),
     "accelerate": lambda: _plain("accelerate", "accelerate"),
+    "torchao": lambda: _plain("torchao", "torchao"),
+    "liger-kernel": lambda: _plain("liger-kernel", "liger_kernel"),
     "datasets": lambda: _plain("datasets", "datasets"),
     "gguf": lambda: _plain("gguf", "gguf"),
     "matplotlib": lambda: _plain("matplotlib", "matplotlib"),

@@ -70,6 +70,10 @@ class GraphProgram(GenerateProgram):
 
     def _step(self, on_gpu: bool) -> Any:
         kernels = self.workload.kernels if on_gpu else "torch"
+        if kernels == "triton" and self.decoder.int4:
+            raise SpecError(
+                "kernels='triton' has no product for torchao's int4 weights: say kernels='inductor' or 'torch'."
+            )
         if kernels == "triton":
             if importlib.util.find_spec("triton") is None:
                 raise MissingLibraryError(
@@ -81,7 +85,7 @@ class GraphProgram(GenerateProgram):
             return KernelStep(self.decoder, self.cache, self._turns, int8_head=self.workload.head == "int8")
         if kernels == "inductor" and self.decoder.four_bit:
             raise SpecError(
-                "kernels='inductor' compiles plain layers; this model's are quantized to 4 bits: say kernels='triton' or 'torch'."
+                "kernels='inductor' compiles plain layers and int4 ones; this model's are in bitsandbytes' 4 bits: say kernels='triton' or 'torch'."
             )
         head = Int8Head(self.decoder.head.weight) if self.workload.head == "int8" else self.decoder.head
         return PlainStep(self.decoder, self.cache, self._turns, head, eager=not on_gpu, compiled=kernels == "inductor")

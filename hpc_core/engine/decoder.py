@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hpc_core.build.packed_int4 import packing_of
+from hpc_core.engine.packed_linear import PackedLinear
 from hpc_core.errors import SpecError
 
 __all__ = ["SUPPORTED", "Decoder", "Layer", "decoder_of", "int8_rows", "kind_of"]
@@ -18,7 +20,7 @@ _ADAPTED = "merge the adapter into its model first: model = model.merge_and_unlo
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's modules; products that share an input stand together."""
+    """One decoder layer's modules; products that share an input stand together. An int4 layer is a `PackedLinear`."""
 
     input_norm: Any
     qkv: tuple[Any, Any, Any]
@@ -78,8 +80,16 @@ class Decoder:
 
     @property
     def four_bit(self) -> bool:
-        """Whether any layer's products are quantized to four bits."""
-        return any(kind_of(module) == "4-bit" for layer in self.layers for module in layer.products)
+        """Whether any layer's products are quantized to four bits by bitsandbytes."""
+        return self._has("4-bit")
+
+    @property
+    def int4(self) -> bool:
+        """Whether any layer's products are packed in int4 by torchao."""
+        return self._has("int4")
+
+    def _has(self, kind: str) -> bool:
+        return any(kind_of(module) == kind for layer in self.layers for module in layer.products)
 
     def turns(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the first `count` positions, (count, head width), rounded to the model's dtype as its layers do."""
@@ -133,21 +143,28 @@ def _layer(part: Any) -> Layer:
     attention, mlp = part.self_attn, part.mlp
     return Layer(
         input_norm=part.input_layernorm,
-        qkv=(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=attention.o_proj,
+        qkv=(_product(attention.q_proj), _product(attention.k_proj), _product(attention.v_proj)),
+        output=_product(attention.o_proj),
         post_norm=part.post_attention_layernorm,
-        gate_up=(mlp.gate_proj, mlp.up_proj),
-        down=mlp.down_proj,
+        gate_up=(_product(mlp.gate_proj), _product(mlp.up_proj)),
+        down=_product(mlp.down_proj),
     )
 
 
+def _product(module: Any) -> Any:
+    int4 = type(module) is torch.nn.Linear and packing_of(module.weight) is not None
+    return PackedLinear(module) if int4 else module
+
+
 def kind_of(module: Any) -> str:
-    """Whether a layer is "plain" or "4-bit".
+    """Whether a layer is "plain", "4-bit" (bitsandbytes) or "int4" (torchao).
 
     Raises:
         SpecError: neither, such as LLM.int8 or LoRA.
     """
     name = type(module).__name__
+    if isinstance(module, PackedLinear):
+        return "int4"
     if type(module) is torch.nn.Linear:
         return "plain"
     if name == "Linear4bit" and not hasattr(module, "lora_A"):
@@ -159,7 +176,7 @@ def kind_of(module: Any) -> str:
         return "4-bit"
     hint = f" {_ADAPTED}." if hasattr(module, "lora_A") else ""
     raise SpecError(
-        f"engine='graph' multiplies by torch.nn.Linear and by bitsandbytes' 4-bit layers, not by {name}.{hint}"
+        f"engine='graph' multiplies by torch.nn.Linear, bitsandbytes' 4-bit layers and torchao's int4 weights, not by {name}.{hint}"
     )
 
 

@@ -15,6 +15,7 @@ from hpc_core.build.libraries import library
 from hpc_core.engine.chunked_loss import chunked_cross_entropy
 from hpc_core.engine.fused_blocks import Half, fuse_halves
 from hpc_core.engine.fused_linear import added_norm, patch_linears
+from hpc_core.engine.liger import fuse_by_liger, liger_cross_entropy, refuse_without_gpu
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.errors import BuildError
 from hpc_core.spec import FinetuneSpec
@@ -36,18 +37,23 @@ class TunedForward:
         self._angles: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def __call__(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, **_: Any) -> Any:
-        """input_ids and labels: (batch, length). Logits are there unless the chunked loss is trained with; hidden states always."""
+        """input_ids and labels: (batch, length). Logits are there unless a loss in chunks is trained with; hidden states always."""
         hidden = self._hidden(input_ids)
-        chunked = self.workload.loss == "chunked"
-        logits = None if chunked and self.causal.training else self.causal.lm_head(hidden)
+        in_chunks = self.workload.loss != "stock"
+        logits = None if in_chunks and self.causal.training else self.causal.lm_head(hidden)
         loss = None
-        if labels is not None and chunked:
-            head = self.causal.lm_head.weight
-            loss = chunked_cross_entropy(hidden, head, labels, chunk=self.workload.loss_chunk, run=self.run)
+        if labels is not None and in_chunks:
+            loss = self._loss_in_chunks(hidden, labels)
         elif labels is not None:
             loss = self.causal.loss_function(logits=logits, labels=labels, vocab_size=self.causal.config.vocab_size)
         outputs = library("transformers.modeling_outputs", "The tuned training engine")
         return outputs.CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(hidden,))
+
+    def _loss_in_chunks(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        head, rows = self.causal.lm_head.weight, self.workload.loss_chunk
+        if self.workload.loss == "liger":
+            return liger_cross_entropy(hidden, head, labels, least_rows=rows, called=self.run.called)
+        return chunked_cross_entropy(hidden, head, labels, chunk=rows, run=self.run)
 
     def _hidden(self, ids: torch.Tensor) -> torch.Tensor:
         stream = self.decoder.embed_tokens(ids)
@@ -87,7 +93,8 @@ def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> Tune
     """Put the tuned forward, and what the workload's `fusion` and `compile` ask for, into this model. `restore` undoes it.
 
     Raises:
-        BuildError: the model is not built as these know it.
+        BuildError: the model is not built as these know it, or Liger's kernels are asked for without a GPU.
+        MissingLibraryError: liger-kernel is asked for and not installed.
     """
     whole: Any = model
     causal: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
@@ -98,9 +105,14 @@ def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> Tune
             f"engine='tuned' knows decoders with embed_tokens, layers, norm, rotary_emb and lm_head; {type(causal).__name__} "
             f"has no {', '.join(missing) or 'lm_head'}: say engine='stock'."
         )
+    if workload.loss == "liger":
+        refuse_without_gpu(causal.lm_head.weight.device, "loss='liger'")
+        library("liger_kernel.transformers.functional", "loss='liger'")
     forward = TunedForward(causal, workload, run)
     if workload.fusion == "blocks":
         forward.halves = [half for layer in causal.model.layers for half in fuse_halves(layer, run)]
+    elif workload.fusion == "liger":
+        fuse_by_liger(causal, run.called)
     elif workload.fusion == "linears" and not sum(patch_linears(layer) for layer in causal.model.layers):
         raise BuildError("fusion='linears' found no layer with an adapter or 4-bit weights: nothing would be fused.")
     causal.forward = forward

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as functional
 
 from hpc_core.engine.decoder import Decoder, Layer
+from hpc_core.engine.packed_linear import times
 from hpc_core.engine.static_cache import StaticKeyValues
 
 __all__ = ["PlainStep", "attend", "prefill", "turned"]
@@ -198,7 +199,7 @@ def _projected(hidden: torch.Tensor, layer: Any, eps: float) -> tuple[torch.Tens
         normed = layer.input_norm(hidden)
         return (normed, *(module(normed) for module in layer.qkv))
     normed = _rms(hidden, layer[0], eps)
-    return (normed, *(functional.linear(normed, weight, bias) for weight, bias in layer[1:4]))
+    return (normed, *(times(normed, weight, bias) for weight, bias in layer[1:4]))
 
 
 def _fed_forward(hidden: torch.Tensor, mixed: torch.Tensor, layer: Any, eps: float) -> torch.Tensor:
@@ -206,7 +207,7 @@ def _fed_forward(hidden: torch.Tensor, mixed: torch.Tensor, layer: Any, eps: flo
         hidden = hidden + layer.output(mixed)
         return hidden + _mlp(layer, layer.post_norm(hidden))
     output, post, gate, up, down = layer[4:]
-    hidden = hidden + functional.linear(mixed, output)
+    hidden = hidden + times(mixed, output)
     normed = _rms(hidden, post, eps)
-    inner = functional.silu(functional.linear(normed, gate)) * functional.linear(normed, up)
-    return hidden + functional.linear(inner, down)
+    inner = functional.silu(times(normed, gate)) * times(normed, up)
+    return hidden + times(inner, down)

@@ -22,6 +22,7 @@ import time
 
 import msgspec
 
+from hpc_core.launch.by_nvml import gpus_by_nvml
 from hpc_core.launch.protocol import FAKE_CUDA, PRELOAD_MORE, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
 
@@ -38,7 +39,6 @@ _PRELOAD = (
 )
 _MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
 _PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
-_CHECK_BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"
 _REQUEST_BYTES = 1 << 20
 
 
@@ -66,20 +66,15 @@ def _preload() -> Preloaded:
         RuntimeError: this initialized CUDA, or imported peft or bitsandbytes: children could not use the GPU.
     """
     began = time.monotonic()
-    asked = os.environ.get(_CHECK_BY_NVML)
     fake = os.environ.get(FAKE_CUDA) == "1"
     if fake:
         importlib.import_module("hpc_core.predict.shim").load()
-    os.environ[_CHECK_BY_NVML] = "1"  # torch.cuda.is_available() through the CUDA runtime would spoil every fork
-    for name in _PRELOAD:
-        importlib.import_module(name)
-    if fake:
-        _import_what_is_there(_PRELOAD_FAKE)
-    more = _asked_for()
-    if asked is None:
-        del os.environ[_CHECK_BY_NVML]
-    else:
-        os.environ[_CHECK_BY_NVML] = asked
+    with gpus_by_nvml():
+        for name in _PRELOAD:
+            importlib.import_module(name)
+        if fake:
+            _import_what_is_there(_PRELOAD_FAKE)
+        more = _asked_for()
     initialized = bool(sys.modules["torch"].cuda.is_initialized())
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")

@@ -12,7 +12,7 @@ _RULES = (
     # The first that matches decides, so names that hold two words stand where the rarer one is: a 4-bit product dequantizes too.
     ("optimizer", r"multi_tensor_apply|[Oo]ptimizer|Adam|\bsgd|lion_"),
     ("attention", r"sdpa|fmha|flash|[Aa]ttention"),
-    ("gemm", r"gemm|nvjet|cutlass|gemv|splitKreduce|\bscal_kernel|wgmma|triton_tem_|_mm_kernel"),
+    ("gemm", r"gemm|nvjet|cutlass|gemv|splitKreduce|\bscal_kernel|wgmma|triton_tem_|_mm_kernel|tinygemm"),
     ("quantization", r"[Qq]uant"),
     ("copy", r"copy_kernel|CatArray|[Cc]opy_?[Bb]atched|copy_device_to_device"),
     ("norm", r"layer_?norm|rms_?norm|GammaBeta|batch_?norm|group_?norm", re.IGNORECASE),

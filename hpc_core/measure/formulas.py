@@ -1,4 +1,4 @@
-"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention and bitsandbytes.
+"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention, int4 and bitsandbytes.
 
 Every formula takes shapes, as FlopCounterMode hands them over, and counts 2 FLOP a multiply-add.
 """
@@ -67,12 +67,22 @@ def _int8_with_outliers(a: Any, _: Any, quantized: Any, *__: Any, **___: Any) ->
     return int(2 * prod(a[:-1]) * a[-1] * quantized[0])
 
 
+def _int4pack(a: Any, _: Any, __: Any, scale_and_zero: Any, *___: Any, **____: Any) -> int:
+    """tinygemm's product: `a` is (rows, columns), scales and zeros are (groups, rows of the weight, 2)."""
+    return int(2 * a[0] * a[1] * scale_and_zero[1])
+
+
+_INT4 = ("_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
+
+
 def own_formulas() -> dict[Any, Any]:
     """Formula by operator, for FlopCounterMode's `custom_mapping`; bitsandbytes' only when the package was imported."""
     formulas: dict[Any, Any] = {}
     for name in _FORWARD:
         formulas[getattr(torch.ops.aten, name)] = attention_flops
         formulas[getattr(torch.ops.aten, f"{name}_backward")] = attention_backward_flops
+    for name in _INT4:
+        formulas[getattr(torch.ops.aten, name)] = _int4pack
     for name, formula in _BITSANDBYTES.items():
         with contextlib.suppress(AttributeError):
             formulas[getattr(torch.ops.bitsandbytes, name)] = formula

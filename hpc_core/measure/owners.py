@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hpc_core.measure.places import path_of
 
@@ -29,7 +30,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     owned: dict[str, list[torch.Tensor]] = {"weights": [], "adapter": []}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "adapter" if ".lora_" in name else "weights"
-        owned[kind] += [tensor, *_constants(tensor)]
+        owned[kind] += [*_held(tensor), *_constants(tensor)]
     for module in model.modules():
         state = getattr(module, "state", None)  # int8 layers move their constants here in the first forward
         owned["weights"] += [
@@ -48,10 +49,21 @@ def by_module(
     for name, tensor in () if model is None else (*model.named_parameters(), *model.named_buffers()):
         path = path_of(name.rpartition(".")[0])
         names[id(tensor)] = path
-        yield path, [tensor, *_constants(tensor), *([] if tensor.grad is None else [tensor.grad])]
+        yield path, [*_held(tensor), *_constants(tensor), *([] if tensor.grad is None else [tensor.grad])]
     for parameter, state in () if optimizer is None else optimizer.state.items():
         path = names.get(id(parameter), "")
         yield path, [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _held(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold a tensor's values: itself, or what a wrapper such as torchao's packed weights is made of."""
+    wrapper: Any = tensor
+    if not is_traceable_wrapper_subclass(wrapper):
+        yield tensor
+        return
+    names, _ = wrapper.__tensor_flatten__()
+    for name in names:
+        yield from _held(getattr(wrapper, name))
 
 
 def _constants(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -100,7 +112,12 @@ def living_tensors(device: torch.device) -> list[torch.Tensor]:
     # type(), not isinstance: a lazy proxy would import its package when asked for its class.
     # By the few types that there are: asking half a million objects one by one takes longer than a tiny step.
     things = gc.get_objects()
-    kinds = {kind for kind in set(map(type, things)) if issubclass(kind, torch.Tensor)}
+    # A wrapper has a storage without memory; what it wraps is found by itself.
+    kinds = {
+        kind
+        for kind in set(map(type, things))
+        if issubclass(kind, torch.Tensor) and not hasattr(kind, "__tensor_flatten__")
+    }
     found: list[torch.Tensor] = list(itertools.compress(things, map(kinds.__contains__, map(type, things))))
     return [tensor for tensor in found if tensor.device == device and tensor.layout == torch.strided]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpc_core.build.packed_int4 import packed_layers
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 
@@ -88,6 +89,8 @@ def _quantized(model: Any) -> dict[str, Any]:
 
 
 def _has_quantized(model: torch.nn.Module) -> bool:
+    if packed_layers(model):
+        return True
     return any(
         "Linear4bit" in type(module).__name__ or "Linear8bitLt" in type(module).__name__ for module in model.modules()
     )

@@ -1,7 +1,8 @@
 """How many bytes a case's weights, adapter, gradients, optimizer state and KV cache take, in closed form.
 
 Only named shapes have a closed form: weights from a folder, hub or GGUF file bring sizes that the case does not say.
-Sources: the layouts of bitsandbytes 0.50 (`functional.QuantState`, `optim.optimizer`), torch's AdamW, peft's LoRA.
+Sources: the layouts of bitsandbytes 0.50 (`functional.QuantState`, `optim.optimizer`), torchao 0.18 (`Int4TilePackedTo4dTensor`),
+torch's AdamW, peft's LoRA.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ _CODE_4BIT = 16 * 4
 """Table of a layer's 16 values, float32."""
 _DOUBLE_EXTRA = 256 * 4 + 4
 """With double quantization: a layer's table of 256 values, and the offset that was taken off."""
+_INT4_TILE = (8, 1024)
+"""Rows and columns to whose multiples torchao pads an int4 weight on a GPU; a CPU pads nothing."""
+_SCALE_AND_ZERO = 2 * 2
+"""Of a group of int4 weights, in bfloat16."""
 _OPTIMIZER_BLOCK = 256
 """State values that share a constant, in bitsandbytes' 8-bit optimizers."""
 _MIN_8BIT = 4096
@@ -51,7 +56,8 @@ def expected_bytes(case: Case) -> dict[str, int]:
     """Bytes by metric name, as far as the case says enough: weights, adapter, gradients, optimizer, KV cache.
 
     `kv_cache_bytes` is that of the longest prompt after its last token. A head that is quantized too has no closed
-    form here, nor has an adapter on anything but the seven linear layers: their entries are left out.
+    form here, nor has an adapter on anything but the seven linear layers, nor int4 in widths that a GPU pads and a CPU does
+    not: their entries are left out.
     """
     shape = shape_of(case)
     if shape is None or case.model is None:
@@ -92,6 +98,8 @@ def _weights(shape: Shape, width: int, case: Case) -> int | None:
     if "lm_head" not in quantization.skip_modules:
         return None
     layers = [size for name, size in shape.linear_shapes().items() if name not in quantization.skip_modules]
+    if quantization.kind == "int4" and any(rows % _INT4_TILE[0] or columns % _INT4_TILE[1] for rows, columns in layers):
+        return None
     plain = shape.parameter_count() - shape.num_hidden_layers * sum(rows * columns for rows, columns in layers)
     if isinstance(case.workload, FinetuneSpec) and case.workload.prepare:
         width = 4  # prepare casts to float32 whatever is not quantized
@@ -103,6 +111,8 @@ def _quantized(rows: int, columns: int, spec: QuantSpec) -> int:
     """One quantized linear layer with its constants."""
     if spec.kind == "int8":
         return rows * columns + 4 * rows
+    if spec.kind == "int4":
+        return rows * columns // 2 + _SCALE_AND_ZERO * rows * columns // spec.group_size
     packed, blocks = ceil(rows * columns / 2), ceil(rows * columns / _BLOCK)
     if not spec.double_quant:
         return packed + 4 * blocks + _CODE_4BIT

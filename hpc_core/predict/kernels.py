@@ -83,6 +83,8 @@ def _by_copy_engine(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]
     """Whether this is a plain memcpy: `copy_device_to_device` in ATen/native/cuda/Copy.cu takes one for equal dtypes and layouts."""
     if name == "pow" and isinstance(args[1], int | float) and args[1] == 1:
         return True  # `pow_tensor_scalar` copies its base for this exponent: the backward of every square
+    if name == "constant_pad_nd" and not any(args[1]):
+        return True  # padding by nothing is a clone
     if name not in _COPIES or not inputs or not outputs:
         return False
     source, target = inputs[-1], outputs[0]

@@ -1,0 +1,224 @@
+"""int4 weights by torchao: what is refused, what is packed and counted, and the engine on them. A CPU has a packing of its own, which the record names."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.audit.weights import int4_bytes
+from hpc_core.build import Built, build
+from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.cases import INT4, finetune, generate, lora, tiny
+from hpc_core.engine.decode import graph_program
+from hpc_core.engine.decoder import decoder_of
+from hpc_core.engine.packed_linear import PackedLinear, times
+from hpc_core.errors import BuildError, MissingLibraryError, SpecError
+from hpc_core.launch import by_nvml
+from hpc_core.launch.protocol import Job
+from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
+from hpc_core.physics.footprint import expected_bytes
+from hpc_core.record import Record
+from hpc_core.run.generate import generate_program
+from hpc_core.spec import Case, GenerateSpec, QuantSpec, case_from_json, case_to_json
+from hpc_core.worker import run_job
+from tests.predicting import predicted, values
+
+_CPU = torch.device("cpu")
+_SHORT: dict[str, Any] = {"prompts": 1, "prompt_length": 20, "new_tokens": 6}
+
+
+def _int4(group: int = 32) -> QuantSpec:
+    return QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=group)
+
+
+def _case(**changes: Any) -> Case:
+    return generate(tiny, variant="generate-int4", quantization=_int4(), **{**_SHORT, **changes})
+
+
+@pytest.fixture(scope="module")
+def built() -> Built:
+    pytest.importorskip("torchao", reason="int4 is packed by torchao")
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists the CUDA libraries that a CPU cannot load
+    return build(_case(), _CPU)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"double_quant": True}, "double_quant belongs to nf4"),
+        ({"compute_dtype": "float16"}, "compute_dtype='bfloat16'"),
+        ({"group_size": 100}, "32, 64, 128, 256"),
+        ({"skip_modules": ()}, "leaves the head as it is"),
+        ({"kind": "nf4", "group_size": 64}, "belongs to int4"),
+    ],
+)
+def test_what_int4_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> None:
+    """Each with the field, its value and what to say."""
+    with pytest.raises(SpecError, match=says):
+        QuantSpec(**{"kind": "int4", "compute_dtype": "bfloat16", **wrong})
+
+
+def test_int4_with_an_adapter_training_or_other_weights_is_refused() -> None:
+    """By the case's name; and so is the engine with kernels that it does not have."""
+    with pytest.raises(SpecError, match="nothing trains on them"):
+        finetune(tiny, lora()).vary("int4", quantization=_int4())
+    with pytest.raises(SpecError, match="take no adapter"):
+        _case(engine="graph", kernels="torch").vary("adapted", adapter=lora().adapter)
+    with pytest.raises(SpecError, match="kernels='inductor' or 'torch'"):
+        _case(engine="graph")
+    with pytest.raises(SpecError, match="made from bfloat16"):
+        _case().vary("wide", model_dtype="float32")
+
+
+def test_group_size_changes_no_case_that_does_not_say_it() -> None:
+    """The new field is left out of JSON and digest where it is the default, so baselines are found as before; one that is said is kept."""
+    nf4 = generate(tiny, quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"))
+    assert b"group_size" not in case_to_json(nf4)
+    assert b'"group_size":32' in case_to_json(_case())
+    assert case_from_json(case_to_json(_case())) == _case()
+    assert INT4[0].quantization == QuantSpec(kind="int4", compute_dtype="bfloat16")
+
+
+@given(
+    rows=st.integers(1, 64).map(lambda n: 8 * n),
+    columns=st.integers(1, 8).map(lambda n: 1024 * n),
+    group=st.sampled_from([32, 64, 128, 256]),
+)
+def test_tiles_pad_only_what_is_no_whole_tile(rows: int, columns: int, group: int) -> None:
+    """In whole tiles both packings take the same bytes, half a byte a weight and four a group; one column more costs a whole tile."""
+    spec = _int4(group)
+    assert int4_bytes(spec, columns, rows, "tile_packed_to_4d") == int4_bytes(spec, columns, rows, "opaque")
+    assert int4_bytes(spec, columns, rows, "opaque") == rows * columns // 2 + 4 * rows * columns // group
+    wider = int4_bytes(spec, columns + group, rows, "tile_packed_to_4d")
+    assert wider == int4_bytes(spec, columns + 1024, rows, "tile_packed_to_4d")
+
+
+def test_each_layer_is_packed_near_what_was_drawn_and_the_head_is_not(built: Built) -> None:
+    """Sixteen levels over a group's range err by about a tenth; a wrong place would err by the square root of two."""
+    plain: Any = build(generate(tiny, **_SHORT), _CPU).model
+    model: Any = built.model
+    layers = quantized_layers(model)
+    assert len(layers) == 21
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    for name, layer in layers.items():
+        drawn = plain.get_submodule(name).weight
+        off = (dequantized_weight(layer) - drawn).norm() / drawn.norm()
+        assert 0.03 < off < 0.15, name
+
+
+def test_a_packed_weights_bytes_are_those_of_what_it_wraps(built: Built) -> None:
+    """The wrapper's own storage holds nothing and counts nowhere: neither as a weight nor as a living tensor."""
+    owned = weight_tensors(built.model)["weights"]
+    assert not any(type(tensor).__name__.startswith("Int4") for tensor in owned + living_tensors(_CPU))
+    layers: list[Any] = list(quantized_layers(built.model).values())
+    packed = sum(int4_bytes(_int4(), layer.in_features, layer.out_features, "opaque") for layer in layers)
+    plain = sum(p.nbytes for p in built.model.parameters() if not type(p).__name__.startswith("Int4"))
+    buffers = sum(buffer.nbytes for buffer in built.model.buffers())
+    assert owned_bytes(owned) == packed + plain + buffers
+
+
+def test_the_engines_product_is_the_layers(built: Built) -> None:
+    """To the bit, by whichever of both is asked: the same kernel reads the same tensors."""
+    model: Any = built.model
+    module = model.model.layers[0].mlp.down_proj
+    ours = PackedLinear(module)
+    x = torch.randn(2, 3, ours.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(ours(x), module(x))
+        bias = torch.ones(ours.out_features, dtype=torch.bfloat16)
+        assert torch.equal(times(x, ours.weight, bias), module(x) + bias)
+    assert ours.weight.codes.data_ptr() == module.weight.qdata.data_ptr()
+
+
+def test_the_engine_answers_as_generate_does(built: Built) -> None:
+    """Greedy tokens of both paths on the same int4 weights; every product of the engine is a packed one."""
+    assert decoder_of(built.model).int4
+    stock = generate_program(built, GenerateSpec(**_SHORT))
+    ours = graph_program(built, GenerateSpec(**_SHORT, engine="graph", kernels="torch"))
+    stock.step()
+    ours.step()
+    assert ours.answer_ids() == stock.answer_ids()
+
+
+@pytest.mark.parametrize(
+    "engine", [{}, {"engine": "graph", "kernels": "torch", "head": "int8"}], ids=["stock", "graph"]
+)
+def test_a_case_in_int4_is_sound_and_says_which_packing_ran(built: Built, engine: dict[str, Any]) -> None:
+    """Audit, bytes, reference of dequantized weights: as for any quantization, with the CPU's packing by its name."""
+    record: Record = run_job(Job(case=_case(**engine)), lambda _: None)
+    assert record.status == "ok", record.reasons
+    assert record.audit["packing"].seen == ["opaque"]
+    assert record.audit["group_size"].seen == [32]
+    assert record.audit["quantization"].seen == ["int4"]
+    assert record.audit["quantized_bytes"].holds
+    assert record.audit["weights"].holds
+    assert record.metrics["logits_error"].value < 0.05
+
+
+def test_weights_of_another_layer_are_seen_in_int4_too(built: Built) -> None:
+    """Two layers' packed weights are exchanged, with all sums and sizes as before: the fact `weights` tells."""
+    from hpc_core.audit.values import value_facts
+
+    model: Any = built.model
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    kept = first.up_proj.weight, second.up_proj.weight
+    try:
+        first.up_proj.weight, second.up_proj.weight = kept[1], kept[0]
+        fact = value_facts(_case(), built.model, [])["weights"]
+        assert not fact.holds
+        assert "up_proj" in str(fact.seen)
+    finally:
+        first.up_proj.weight, second.up_proj.weight = kept
+
+
+def test_rows_that_do_not_divide_into_groups_are_refused() -> None:
+    """torchao would leave the layer unquantized and say so in a log alone."""
+    pytest.importorskip("torchao", reason="int4 is packed by torchao")
+    narrow = generate(tiny, quantization=_int4(256), **_SHORT)
+    with pytest.raises(BuildError, match="A CPU has int4 kernels for groups of 32, 64, 128"):
+        build(narrow, _CPU)
+    odd = QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=128)
+    model = torch.nn.Sequential(torch.nn.Linear(192, 32, dtype=torch.bfloat16))
+    from hpc_core.build.packed_int4 import quantize_to_int4
+
+    with pytest.raises(BuildError, match="rows of 192 weights"):
+        quantize_to_int4(model, odd, _CPU)
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line to install it."""
+    for name in ("torchao", "torchao.prototype.quantization.int4"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingLibraryError, match=r"hpc-core\[int4\]"):
+        build(_case(), _CPU)
+
+
+def test_a_warm_parent_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchao asks for it on import, by two ways; both are answered while the parent imports, and are torch's own again after it."""
+    pytest.importorskip("torchao", reason="without it nobody asks")
+    from torch._dynamo.device_interface import CudaInterface
+
+    own = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
+    monkeypatch.setattr(by_nvml, "compute_capability", lambda: (9, 0))
+    with by_nvml.gpus_by_nvml():
+        assert torch.cuda.get_device_capability() == (9, 0)
+        assert CudaInterface.Worker.get_device_properties().major == 9
+    assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own
+
+
+def test_int4_is_predicted_in_the_packing_of_a_gpu() -> None:
+    """Weights in closed form; the engine, whose graph has no model, is refused by name."""
+    pytest.importorskip("torchao", reason="int4 is packed by torchao")
+    short = INT4[0].vary("generate-int4-2-layers", layers=2, new_tokens=4, prompts=1)
+    stock, engine = predicted([short, INT4[1]])
+    assert values(stock)["weights_bytes"] == expected_bytes(short)["weights_bytes"]
+    assert stock.audit["packing"].seen == ["tile_packed_to_4d"]
+    assert stock.status == "ok", stock.reasons
+    assert engine.failure is not None
+    assert "engine='graph'" in engine.failure.message

@@ -1,0 +1,141 @@
+"""torchao's int4 and Liger's kernels on a real GPU: the engine's products, captured and compiled; training as the libraries train, and nothing replaced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers.models.llama.modeling_llama as llama
+
+from hpc_core.audit import tuned_facts
+from hpc_core.build import Built, build
+from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.cases import finetune, full, generate, lora
+from hpc_core.engine.decode import graph_program
+from hpc_core.engine.train import TunedProgram, training_program
+from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.protocol import Job
+from hpc_core.physics.footprint import expected_bytes
+from hpc_core.run.generate import generate_program
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to run kernels on"),
+]
+_SHORT: dict[str, Any] = {"prompts": 1, "prompt_length": 40, "new_tokens": 12}
+_MODEL = ModelSpec(shape="llama-3.2-3b", layers=2)
+_INT4 = QuantSpec(kind="int4", compute_dtype="bfloat16")
+
+
+def _int4_case(**workload: Any) -> Case:
+    return generate(
+        _MODEL, variant="generate-int4-2-layers", quantization=_INT4, timeout_s=180, **{**_SHORT, **workload}
+    )
+
+
+@pytest.fixture(scope="module")
+def device() -> torch.device:
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def packed(device: torch.device) -> Built:
+    pytest.importorskip("torchao")
+    return build(_int4_case(), device)
+
+
+def test_tile_packed_weights_are_near_what_was_drawn(packed: Built, device: torch.device) -> None:
+    """Each in its place, in the tile-packed layout; 3B's widths are whole tiles."""
+    plain = build(generate(_MODEL, variant="generate-2-layers", **_SHORT), device).model
+    layers: dict[str, Any] = dict(quantized_layers(packed.model))
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        assert type(layer.weight).__name__ == "Int4TilePackedTo4dTensor"
+        drawn: Any = plain.get_submodule(name).weight
+        off = float((dequantized_weight(layer).float() - drawn.float()).norm() / drawn.float().norm())
+        assert 0.03 < off < 0.15, (name, off)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "inductor"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_captured_int4_steps_give_the_stock_forwards_logits(packed: Built, kernels: str, batch: int) -> None:
+    """Tokens at random through prefill and captured steps, against transformers' forward on the same int4 weights."""
+    workload = GenerateSpec(**_SHORT, batch=batch, engine="graph", kernels=kernels)  # type: ignore[arg-type]
+    program = graph_program(packed, workload)
+    assert program.captured is not None
+    assert program.step_of.kernels == kernels
+    draw = torch.Generator().manual_seed(1)
+    fed = torch.randint(3, packed.vocab_size, (batch, 8), generator=draw).to(program.device)
+    engine = program.logits_after(0, fed, batch)
+    ids = torch.cat([program.inputs[0]["input_ids"], fed[:, :-1]], dim=1)
+    with torch.no_grad():
+        model: Any = packed.model
+        stock = model(input_ids=ids, use_cache=False).logits[:, -8:].float()
+    assert float((engine - stock).norm() / stock.norm()) < 0.02
+
+
+def test_captured_int4_answers_as_generate_does(packed: Built) -> None:
+    """The first tokens at least: later ones may differ once two logits are within what bfloat16 rounds."""
+    stock = generate_program(packed, GenerateSpec(**_SHORT))
+    ours = graph_program(packed, GenerateSpec(**_SHORT, engine="graph", kernels="torch"))
+    stock.step()
+    ours.step()
+    assert ours.answer_ids()[0][:4] == stock.answer_ids()[0][:4]
+
+
+def test_int4_cases_are_sound_in_forked_workers() -> None:
+    """torchao asks for the GPU's capability when transformers imports it: the warm parent must not initialize CUDA for that."""
+    pytest.importorskip("torchao")
+    with Launcher("warm") as launcher:
+        for engine in ({}, {"engine": "graph", "kernels": "inductor"}):
+            case = _int4_case(**engine)
+            record = launcher.run(Job(case=case))
+            assert launcher.way == "warm", launcher.notes
+            assert record.status == "ok", (record.reasons, record.failure)
+            assert record.audit["packing"].seen == ["tile_packed_to_4d"]
+            assert record.metrics["weights_bytes"].value == expected_bytes(case)["weights_bytes"]
+
+
+def _losses(case: Case, device: torch.device, steps: int = 5) -> tuple[list[float], Any]:
+    assert isinstance(case.workload, FinetuneSpec)
+    program = training_program(build(case, device), case, case.workload)
+    losses = []
+    for _ in range(steps):
+        program.step()
+        assert program.loss is not None
+        losses.append(float(program.loss))
+    return losses, program
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"loss": "liger"}, {"loss": "chunked", "graph": True}],
+    ids=["norms", "loss", "graph"],
+)
+def test_liger_trains_as_the_libraries_do(method: str, switches: dict[str, Any], device: torch.device) -> None:
+    """Losses within what bfloat16 rounds, every module by Liger, and the file of Llama as it was: another model of the process is stock."""
+    pytest.importorskip("liger_kernel")
+    how = lora(dropout=0.0, dtype="bfloat16") if method == "lora" else full
+    stock = finetune(_MODEL, how, variant="stock-2-layers", batch=2, length=128, steps=2)
+    before = (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb, llama.LlamaRMSNorm)
+    steps = 7 if switches.get("graph") else 5
+    expected, _ = _losses(stock, device, steps)
+    seen, program = _losses(stock.vary("liger-2-layers", engine="tuned", fusion="liger", **switches), device, steps)
+    assert seen == pytest.approx(expected, rel=5e-3)
+    assert isinstance(program, TunedProgram)
+    assert not program.fallen
+    facts = tuned_facts(program, [])
+    assert facts["engine_fusion"].seen == "liger"
+    assert facts["engine_loss"].seen == switches.get("loss", "stock")
+    assert facts["engine_graph"].seen == ("on" if switches.get("graph") else "off")
+    assert (
+        llama.LlamaRMSNorm.forward,
+        llama.LlamaMLP.forward,
+        llama.apply_rotary_pos_emb,
+        llama.LlamaRMSNorm,
+    ) == before
+    again, _ = _losses(stock, device, 2)
+    assert again == pytest.approx(expected[:2], rel=1e-3)
