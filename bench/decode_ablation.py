@@ -21,6 +21,7 @@ if str(_HERE) not in sys.path:
 
 from bench.ablation_rows import options_of, run_rows  # noqa: E402
 from hpc_core.cases import generate  # noqa: E402
+from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 
 _WEIGHTS = {"bf16": None, "nf4": QuantSpec(kind="nf4", compute_dtype="bfloat16")}
@@ -122,8 +123,9 @@ def main() -> None:
     ask.add_argument("--weights", default="bf16,nf4")
     ask.add_argument("--batch", type=int, default=1)
     options = options_of(ask, out="decode-ablation.json", limit_s=120.0).parse_args()
-    import torch  # noqa: F401  (imported once, for all children)
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    with gpus_by_nvml():
+        import torch  # noqa: F401  (imported once, for all children)
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
     what = options.shape, options.weights.split(","), options.batch
     run_rows(cases(*what), measure, options, columns=_COLUMNS, steps=steps(*what))
