@@ -58,6 +58,7 @@ def _refuse_unmodelled(case_id: str, workload: FinetuneSpec) -> None:
         "graph": (workload.graph, "the private pool of a CUDA graph"),
         "compile": (workload.compile != "off", "what torch.compile keeps and launches"),
         "fusion": (workload.fusion != "off", "the fused functions' kernels"),
+        "feed": (workload.feed.way != "resident", "what a loader brings and when"),
     }
     for name, (on, what) in switches.items():
         if on:
