@@ -19,6 +19,7 @@ from hpc_core.spec import (
     CallableSpec,
     Case,
     DataSpec,
+    FeedSpec,
     FinetuneSpec,
     GenerateSpec,
     ModelSpec,
@@ -87,8 +88,10 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "compile": "off",
         "graph": False,
         "budget_bytes": None,
+        "feed": FeedSpec(),
         "data": DataSpec(),
     },
+    FeedSpec: {"way": "resident", "tokenize": "cached", "workers": 0, "pinned": False, "ahead": 0},
     CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},
     Case: {
         "model": None,

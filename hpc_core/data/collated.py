@@ -1,8 +1,9 @@
-"""A whole epoch of batches in one file: written once, mapped into memory ever after.
+r"""A whole epoch of batches in one file: written once, mapped into memory ever after.
 
     b"hpc-core batches\n" | header's length, 8 bytes little-endian | header, JSON, spaces up to a multiple of 64 | int32 numbers
 
-The numbers are the width of each batch, then the real tokens of each row, then the ids row by row. The header holds their CRC-32.
+The numbers are the width of each batch, then the real tokens of each row, then the ids row by row. The header holds the CRC-32 of
+itself without it and of the numbers.
 """
 
 from __future__ import annotations
@@ -54,18 +55,17 @@ def write_collated(path: Path, key: str, made: Iterable[Batch], epoch: EpochSize
         ids.append(np.asarray(each.ids, dtype=_NUMBER).reshape(-1))
     numbers = np.concatenate([np.asarray(widths, _NUMBER), np.asarray(lengths, _NUMBER), *ids])
     body = numbers.tobytes()
-    header = msgspec.json.encode(
-        _Header(
-            format=FORMAT,
-            key=key,
-            batches=len(widths),
-            batch=batch,
-            masked=masked,
-            numbers=len(numbers),
-            checksum=zlib.crc32(body),
-            epoch=epoch,
-        )
+    said = _Header(
+        format=FORMAT,
+        key=key,
+        batches=len(widths),
+        batch=batch,
+        masked=masked,
+        numbers=len(numbers),
+        checksum=0,
+        epoch=epoch,
     )
+    header = msgspec.json.encode(msgspec.structs.replace(said, checksum=_checksum(said, body)))
     header += b" " * (-(len(_MAGIC) + 8 + len(header)) % _ALIGNED)
     write_whole(path, _MAGIC + len(header).to_bytes(8, "little") + header + body)
 
@@ -111,6 +111,11 @@ class CollatedEpoch:
         return Block(part.reshape(-1, width).astype(np.int64), self._lengths[index].astype(np.int64))
 
 
+def _checksum(header: _Header, body: bytes | memoryview) -> int:
+    """Of the header without its checksum, and of the numbers."""
+    return zlib.crc32(body, zlib.crc32(msgspec.json.encode(msgspec.structs.replace(header, checksum=0))))
+
+
 def _read(path: Path, key: str) -> tuple[_Header, NDArray[np.int32]]:
     damaged = f"{path} is no intact file of batches"
     try:
@@ -128,7 +133,7 @@ def _read(path: Path, key: str) -> tuple[_Header, NDArray[np.int32]]:
     if path.stat().st_size != expected or not header.numbers:
         raise DataError(f"{damaged}: it has {path.stat().st_size} bytes, its header says {expected}. Delete it.")
     numbers = np.memmap(path, dtype=_NUMBER, mode="r", offset=begin, shape=(header.numbers,))
-    checksum = zlib.crc32(numbers.data)
+    checksum = _checksum(header, numbers.data)
     if checksum != header.checksum:
         raise DataError(f"{damaged}: its checksum is {checksum:#010x}, not {header.checksum:#010x}. Delete it.")
     return header, numbers

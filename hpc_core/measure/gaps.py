@@ -1,7 +1,7 @@
-"""When the device had nothing to do, and how much of that the host spent in something of ours: by one clock, which is checked.
+"""When the device had nothing to do, and how much of that the host spent in something of ours.
 
-The profiler's records carry nanoseconds since the epoch, as `time.time_ns` does. That is its habit and no promise, so every reading launches
-a kernel between two looks at the host's clock, and is void where the record of that launch does not lie between them.
+The profiler's records and `time.time_ns` may run on different clocks. So every reading begins with a launch between two looks at the host's
+clock: its record says how far the clocks are apart, to within the time between the looks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from hpc_core.errors import MeasureError
 from hpc_core.measure.busy import Interval, _record, _sort, summarize, union_s
 from hpc_core.measure.host_calls import HostCall, kinds
 
-__all__ = ["Idle", "idle_while", "idle_within"]
+__all__ = ["Idle", "Window", "idle_while", "idle_within", "offset_ns"]
 
 _CYCLES = 20_000
-_SLACK_NS = 20_000
-"""By so much the launch's record may lie outside the two looks: 20 µs, well below a wait that matters."""
+_APART_NS = 100_000
+"""So much may lie between the two looks: 100 µs, below a wait that matters. A launch takes some 5 µs."""
 _TRIES = 3
 Window = tuple[int, int]
 
@@ -43,7 +43,7 @@ def idle_while(work: Callable[[], tuple[int, Sequence[Window]]], device: torch.d
     """Run `work` under the profiler; it returns since when to look, and when the host was busy with what is looked for, by `time.time_ns`.
 
     Raises:
-        MeasureError: three times in a row a reading was incomplete, or the profiler's clock was not the host's.
+        MeasureError: three times in a row a reading was incomplete, or did not show how the clocks lie to each other.
     """
     trouble = ""
     for _ in range(_TRIES):
@@ -60,27 +60,36 @@ def idle_while(work: Callable[[], tuple[int, Sequence[Window]]], device: torch.d
         ordered = kinds(calls)
         try:
             summarize(intervals, ordered.count("launch"), ordered.count("graph"))
-            _check_clock(calls, (looks[0], looks[1]))
+            offset = offset_ns(calls, (looks[0], looks[1]))
         except MeasureError as error:
             trouble = str(error)
             continue
         # The sentinels at the ends and our own launch are no work.
         work_of = sorted(intervals, key=lambda one: one.start_ns)[1:-1]
         since, windows = told[0]
-        return idle_within([one for one in work_of if "spin_kernel" not in one.name], windows, since_ns=since)
+        shifted = [(start + offset, stop + offset) for start, stop in windows]
+        own = [one for one in work_of if "spin_kernel" not in one.name]
+        return idle_within(own, shifted, since_ns=since + offset)
     raise MeasureError(f"{trouble} Tried {_TRIES} times; idle time of this run is void.")
 
 
-def _check_clock(calls: Iterable[HostCall], looks: Window) -> None:
+def offset_ns(calls: Iterable[HostCall], looks: Window) -> int:
+    """What to add to the host's clock to get the profiler's, by the second launch of a profile, which was made between two looks.
+
+    Raises:
+        MeasureError: the looks lie too far apart to say, or there is no second launch.
+    """
     launches = [call for call in sorted(calls, key=lambda one: one.start_ns) if kinds([call]) == ["launch"]]
-    # By correlation: one launch can be two records. The first is the sentinel's, the second ours.
+    # By correlation: one launch can be two records, the runtime's and the driver's. The first is the sentinel's.
     numbers = list(dict.fromkeys(call.correlation for call in launches))
-    ours = next(call.start_ns for call in launches if call.correlation == numbers[1])
-    off = max(looks[0] - ours, ours - looks[1], 0)
-    if off > _SLACK_NS:
+    if len(numbers) < 2:
+        raise MeasureError("The launch that tells the profiler's clock was not recorded.")
+    if looks[1] - looks[0] > _APART_NS:
+        took = (looks[1] - looks[0]) / 1e3
         raise MeasureError(
-            f"The profiler's clock is {off / 1e3:,.0f} µs off the host's, allowed are {_SLACK_NS / 1e3:.0f}: waits cannot be laid beside kernels."
+            f"A launch took {took:,.0f} µs, so the clocks cannot be laid beside each other to {_APART_NS / 1e3:.0f} µs."
         )
+    return next(call.start_ns for call in launches if call.correlation == numbers[1]) - looks[0]
 
 
 def idle_within(intervals: Sequence[Interval], windows: Iterable[Window], *, since_ns: int = 0) -> Idle:

@@ -52,8 +52,8 @@ def what_bounds(rates: Rates) -> str:
             return f"bound by handing batches over between processes, which by what one takes for a batch could be {ideal:.4g}/s: {cost}"
         return f"bound by {making}: {cost}"
     if not feed.workers:
-        return f"bound by {making} in the training process, where nothing else goes on meanwhile: {cost}"
-    return f"bound by what lies between the loader and the step, handing over, pinning, copying, or processor cores shared with training: {cost}"
+        return f"bound by {making} in the training process, between its steps: {cost}"
+    return f"bound by the way from the workers to the step (handing over, pinning, copying, shared cores): {cost}"
 
 
 def _time(seconds: float) -> str:
