@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from hpc_core.limits import Limits
 from hpc_core.record import Circumstances, Fact, Failure, Machine, Metric, Record
-from hpc_core.spec import AdapterSpec, CallableSpec, Case, DataSpec, FeedSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.spec import (
+    AdapterSpec,
+    CallableSpec,
+    Case,
+    DataSpec,
+    FeedSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 
 # The same examples on every machine: a red build must be reproducible from its commit alone.
 settings.register_profile(

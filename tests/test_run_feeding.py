@@ -81,7 +81,9 @@ actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]
     st.sampled_from(["cached", "fetch"]),
 )
 @settings(max_examples=60)
-def test_a_step_gets_the_batch_of_its_number(did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str) -> None:
+def test_a_step_gets_the_batch_of_its_number(
+    did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
+) -> None:
     """However steps, jumps, looks and watched steps follow each other, and however many batches run ahead, each is the resident one."""
     resident = _resident(_case(LAYOUTS[layout]))
     feed = FeedSpec(way="loader", ahead=ahead)

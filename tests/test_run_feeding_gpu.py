@@ -31,7 +31,9 @@ def device() -> torch.device:
 
 def _case(switches: dict[str, Any], **feed: Any) -> Case:
     method = lora(dropout=0.0, dtype="bfloat16")
-    case = finetune(tiny, method, batch=2, length=64, packing=True, data=TEXTS, steps=12, learning_rate=1e-3, **switches)
+    case = finetune(
+        tiny, method, batch=2, length=64, packing=True, data=TEXTS, steps=12, learning_rate=1e-3, **switches
+    )
     return case.vary("lora-fed", way="loader", **feed)
 
 

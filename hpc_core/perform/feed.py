@@ -93,7 +93,9 @@ def _note(session: Session, cost: FeedCost) -> None:
     )
     if cost.idle is not None and cost.resident_idle is not None:
         metrics["feed_idle_s"] = reported(
-            cost.idle.within_s / cost.steps, "s", note=f"a step: no kernel ran and the host was getting a batch; {queued}"
+            cost.idle.within_s / cost.steps,
+            "s",
+            note=f"a step: no kernel ran and the host was getting a batch; {queued}",
         )
         metrics["feed_all_idle_s"] = reported(cost.idle.idle_s / cost.steps, "s", note="a step, for whatever reason")
         metrics["feed_resident_idle_s"] = reported(
@@ -191,11 +193,12 @@ def _seen_pass(program: FinetuneProgram, device: torch.device, steps: int) -> tu
 
 def _make_s(fed: Fed) -> float:
     """Seconds to make one batch, in this process: median over the epoch's first ones."""
-    cpu = torch.device("cpu")
-    return statistics.median(
-        seconds_of(lambda index=index: host_batch(fed.source, index % len(fed)), cpu)  # type: ignore[misc]
-        for index in range(_GPU_STEPS)
-    )
+    seconds = []
+    for index in range(_GPU_STEPS):
+        began = time.perf_counter()
+        host_batch(fed.source, index % len(fed))
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def _supply_per_s(fed: Fed) -> float:

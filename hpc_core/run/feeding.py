@@ -136,7 +136,7 @@ class _Slot:
         for target, part in zip(views, (host.ids, host.labels, host.mask), strict=False):
             assert part is not None
             target.copy_(part, non_blocking=True)
-        self.index = host.index
+        self.index = host.place
         self.batch = DeviceBatch(views[0], views[1], views[2] if len(views) > 2 else None, size.tokens, size.padded)
 
     def _views_of(self, width: int) -> list[torch.Tensor]:
@@ -283,7 +283,7 @@ class Fed:
         """Fetch the next batch and queue its copy into a free buffer."""
         host = self._fetch()
         slot = self._free.popleft()
-        size = self.size(host.index)
+        size = self.size(host.place)
         began = time.time_ns()
         if self._stream is None or slot.used is None or slot.filled is None:
             slot.fill(host, size)
@@ -305,6 +305,6 @@ class Fed:
         self.seen.fetched_ns.append((began, time.time_ns()))
         self.seen.makers.add(host.maker)
         self.seen.pinned.add(host.ids.is_pinned())
-        assert host.index == self._next, f"the loader gave batch {host.index} in place of {self._next}"
-        self._next = (host.index + 1) % self._count
+        assert host.place == self._next, f"the loader gave batch {host.place} in place of {self._next}"
+        self._next = (host.place + 1) % self._count
         return host

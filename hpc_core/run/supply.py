@@ -25,8 +25,8 @@ class HostBatch(NamedTuple):
     ids: torch.Tensor
     labels: torch.Tensor
     mask: torch.Tensor | None
-    index: int
-    """Its place in the epoch."""
+    place: int
+    """Its index in the epoch."""
     maker: int
     """Number of the process that made it."""
 
