@@ -8,9 +8,11 @@ import pytest
 
 from hpc_core.cases import (
     ALL,
+    DATA,
     FULL,
     SMALL,
     TINY,
+    TINY_DATA,
     TRIAL,
     TUNED,
     catalogue,
@@ -23,7 +25,7 @@ from hpc_core.cases import (
     tiny,
 )
 from hpc_core.errors import SpecError
-from hpc_core.spec import FinetuneSpec, GenerateSpec, case_from_json, case_to_json
+from hpc_core.spec import FeedSpec, FinetuneSpec, GenerateSpec, case_from_json, case_to_json
 
 VARIANTS = [
     "generate-fp16", "generate-bf16", "generate-nf4", "generate-nf4-dq", "generate-int8", "full-bf16", "full-fp32",
@@ -63,6 +65,21 @@ def test_the_short_cases_are_full_width_and_kept_apart() -> None:
         assert case.needs_gpu
         assert case.model is not None
         assert (case.model.shape, case.model.layers) == ("llama-3.2-3b", 4)
+
+
+def test_the_data_paths_differ_in_their_feed_alone_and_are_kept_apart() -> None:
+    """0, 2 and 4 workers, pinned, ahead, in the loader or once: each id says its feed, the work is that of the resident case, and ALL has none."""
+    for first, *others in (DATA, TINY_DATA):
+        assert len({case.digest for case in (first, *others)}) == len(others) + 1
+        for case in others:
+            assert isinstance(case.workload, FinetuneSpec)
+            feed, variant = case.workload.feed, case.id.partition("/")[2]
+            assert case.vary("data-resident", feed=FeedSpec()).digest == first.digest
+            assert f"-w{feed.workers}" in variant
+            assert ("pinned" in variant, "ahead" in variant) == (feed.pinned, feed.ahead > 0)
+            assert variant.endswith("-fetch") is (feed.tokenize == "fetch")
+        assert {case.workload.feed.workers for case in others} == {0, 2, 4}  # type: ignore[union-attr]
+    assert not {case.id for case in ALL} & {case.id for case in (*DATA, *TINY_DATA)}
 
 
 def test_two_cases_of_one_id_are_refused() -> None:

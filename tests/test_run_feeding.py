@@ -23,7 +23,8 @@ from hpc_core.perform.feed import same_losses
 from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.record import Record
 from hpc_core.run import supply
-from hpc_core.run.feeding import Fed, Resident
+from hpc_core.run.batches import Resident
+from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import fed_batches, resident_batches
 from hpc_core.run.supply import HostBatch, host_batch
 from hpc_core.spec import Case, DataSpec, FeedSpec, FinetuneSpec, ModelSpec

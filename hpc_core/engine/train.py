@@ -20,7 +20,7 @@ from hpc_core.engine.recompute import Plan
 from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.feeding import DeviceBatch
+from hpc_core.run.batches import DeviceBatch
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 from hpc_core.spec import Case, FinetuneSpec
 

@@ -24,7 +24,8 @@ from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.perform.metrics import reported, wall
 from hpc_core.perform.session import Session
 from hpc_core.record import Fact
-from hpc_core.run.feeding import Batches, Fed, Resident
+from hpc_core.run.batches import Batches, Resident
+from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import FinetuneProgram, resident_batches
 from hpc_core.run.supply import PREFETCHED, host_batch
 from hpc_core.spec import FinetuneSpec
@@ -34,6 +35,7 @@ __all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
 _GPU_STEPS, _CPU_STEPS = 20, 8
 """Steps of a pass."""
 _HOST_AHEAD = 2
+"""Steps that the host may be ahead of the device."""
 _ROUNDS = 3
 """Passes of each kind, in turn; their median counts."""
 _MADE_ALONE = 40

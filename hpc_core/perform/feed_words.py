@@ -34,8 +34,9 @@ class Rates:
 def what_bounds(rates: Rates) -> str:
     """One sentence: what bounds the fed training, the rates of both sides, and what waiting cost."""
     feed = rates.feed
-    who = f"{feed.workers} workers make" if feed.workers else "the training process makes"
-    alone = "themselves" if feed.workers else "itself"
+    many = feed.workers > 1
+    who = f"{feed.workers} worker{'s make' if many else ' makes'}" if feed.workers else "the training process makes"
+    alone = "themselves" if many else "itself"
     idle = "" if rates.idle_s is None else f", and the GPU idles {_time(rates.idle_s)} a step for it"
     cost = (
         f"{who} {rates.supply_per_s:.4g} batches/s by {alone}, training takes {1 / rates.resident_s:.4g}; the host waits {_time(rates.wait_s)} for "

@@ -21,7 +21,8 @@ from hpc_core.data.fetched import FetchedEpoch
 from hpc_core.data.rows import token_rows
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.feeding import Batches, DeviceBatch, Fed, Resident
+from hpc_core.run.batches import Batches, DeviceBatch, Resident
+from hpc_core.run.feeding import Fed
 from hpc_core.spec import Case, DataSpec, FinetuneSpec
 
 __all__ = ["FinetuneProgram", "fed_batches", "finetune_program", "make_optimizer", "resident_batches"]
