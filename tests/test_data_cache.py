@@ -123,7 +123,7 @@ def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     _, how = _cached()
-    assert how.startswith("made again: ")
+    assert how.startswith(f"made again, because {path} is no intact file")
     assert f"has {len(whole) - 5} bytes, its header says {len(whole)}" in how
     assert path.read_bytes() == whole
 

@@ -62,7 +62,7 @@ def cached_epoch(
         try:
             return CollatedEpoch(path, key), f"found as {path.name}"
         except DataError as error:
-            how = f"made again: {error}"
+            how = f"made again, because {str(error).removesuffix(' Delete it.')}"
     length = None if workload.packing else workload.length
     rows = token_rows(workload.data, count=count, length=length, vocab_size=vocab_size, tokenizer=tokenizer)
     size = epoch_size(rows, workload)
