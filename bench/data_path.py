@@ -56,7 +56,8 @@ def of_record(record: Record) -> dict[str, Any]:
         return None if metric is None else float(metric.value)
 
     names = ("step_s", "resident_step_s", "wait_s", "idle_s", "resident_idle_s", "batches_per_s")
-    said = [note.removeprefix("feed: ") for note in record.circumstances.notes if note.startswith("feed: bound")]
+    begin = f"feed of {record.case.id}: "
+    said = [note.removeprefix(begin) for note in record.circumstances.notes if note.startswith(f"{begin}bound")]
     return {name: value(f"feed_{name}") for name in names} | {"bound": said[-1] if said else ""}
 
 

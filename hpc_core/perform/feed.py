@@ -69,7 +69,7 @@ def measure_feed(session: Session, built: Built, program: FinetuneProgram, workl
     if not isinstance(fed, Fed):
         return
     session.phase("feed")
-    session.notes.append(f"feed: {fed.note}")
+    session.notes.append(f"feed of {session.case.id}: {fed.note}")
     resident, _ = resident_batches(built, workload)
     try:
         cost = feed_cost(program, fed, resident, session.device)
@@ -103,7 +103,7 @@ def _note(session: Session, cost: FeedCost) -> None:
         metrics["feed_resident_idle_s"] = reported(
             cost.resident_idle.idle_s / cost.steps, "s", note="a step of the same work with every batch on the device"
         )
-    session.notes.append(f"feed: {cost.bound}")
+    session.notes.append(f"feed of {session.case.id}: {cost.bound}")
 
 
 def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: torch.device) -> FeedCost:
