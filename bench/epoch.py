@@ -95,6 +95,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
         "padded": program.padded_of(count),
         "epoch_steps": program.epoch.batches,
         "epoch_tokens": program.epoch.tokens,
+        "epoch_padded": program.epoch.padded,
         "skipped": program.epoch.skipped,
         "data_s": data_s,
         "first_use_s": first_use_s,
@@ -131,10 +132,10 @@ def line(name: str, found: dict[str, Any], options: argparse.Namespace) -> str:
     found["epoch_s"] = found["seconds"] * whole / steps
     found["extrapolated"] = steps < whole
     way = f"extrapolated from {steps} steps to {whole:,}" if steps < whole else f"all {whole:,} steps run"
-    places = steps * options.batch * options.length
+    places = found["epoch_tokens"] + found["epoch_padded"]
     text = (
         f"{name:15} epoch {found['epoch_s']:8.2f} s, {way} of {options.batch} x {options.length}; {found['epoch_tokens']:,} real tokens, "
-        f"{found['epoch_tokens'] / found['epoch_s']:,.0f} a second; padding {found['padded'] / places:.0%}; "
+        f"{found['epoch_tokens'] / found['epoch_s']:,.0f} a second; padding {found['epoch_padded'] / places:.0%}; "
         f"data ready in {found['data_s']:.2f} s, first use {found['first_use_s']:.1f} s; loss {found['losses'][0]:.4f} -> {found['losses'][-1]:.4f}"
     )
     if found["peak_gib"] is not None:

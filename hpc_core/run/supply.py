@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -80,4 +81,7 @@ def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> 
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the stream that dropout draws from
     )
-    return iter(loader)
+    with warnings.catch_warnings():
+        # Python 3.12 warns of every fork beside other threads. These children read a file or texts, and run torch on one thread.
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
+        return iter(loader)
