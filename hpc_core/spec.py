@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from hpc_core.errors import SpecError
+from hpc_core.feed import FeedSpec
 from hpc_core.limits import Limits
 from hpc_core.parts import AdapterSpec, DataSpec, Dtype, ModelSpec, QuantSpec
 from hpc_core.shapes import SHAPES
@@ -25,6 +26,7 @@ __all__ = [
     "Case",
     "DataSpec",
     "Dtype",
+    "FeedSpec",
     "FinetuneSpec",
     "GenerateSpec",
     "ModelSpec",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 __all__ = ["changed", "varied"]
 
 _PARTS = ("model", "quantization", "adapter", "workload")
+_INNER = ("data", "feed")
+"""Parts of a workload, for those that have them."""
 
 
 def varied(case: Case, variant: str, changes: dict[str, Any]) -> Case:
@@ -43,9 +45,10 @@ def changed(case: Case, variant: str, changes: dict[str, Any]) -> Case:
             values[field] = value
         else:
             nested.setdefault(place, {})[field] = value
-    data = nested.pop("data", None)
-    if data is not None:
-        nested.setdefault("workload", {})["data"] = _replaced(getattr(case.workload, "data"), data)  # noqa: B009
+    for name in _INNER:
+        inner = nested.pop(name, None)
+        if inner is not None:
+            nested.setdefault("workload", {})[name] = _replaced(getattr(case.workload, name), inner)
     arguments = nested.pop("arguments", None)
     if arguments is not None:
         nested.setdefault("workload", {})["arguments"] = _arguments(case) | arguments
@@ -68,8 +71,9 @@ def _replaced(part: Any, fields: dict[str, Any]) -> Any:
 def _place(case: Case, name: str) -> tuple[str, str]:
     """The part and the field that a change names; part "" is the case itself."""
     parts = {part: getattr(case, part).__struct_fields__ for part in _PARTS if getattr(case, part) is not None}
-    if hasattr(case.workload, "data"):
-        parts["data"] = case.workload.data.__struct_fields__
+    for name_of_part in _INNER:
+        if hasattr(case.workload, name_of_part):
+            parts[name_of_part] = getattr(case.workload, name_of_part).__struct_fields__
     if case.kind == "callable":
         parts["arguments"] = tuple(_arguments(case))
     if name in case.__struct_fields__ and name not in ("id", "seed"):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import msgspec
 
 from hpc_core.errors import SpecError
+from hpc_core.feed import FeedSpec
 from hpc_core.parts import DataSpec
 from hpc_core.strict import Strict, check_types, refuse
 
@@ -167,6 +168,8 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     """Peak memory of a step at most: as many halves of decoder layers are computed again in the backward as that takes."""
     optimizer_in_backward: bool = False
     """AdamW steps a weight as soon as its gradient is whole, and frees it: all gradients never exist at once."""
+    feed: FeedSpec = FeedSpec()
+    """How batches reach the device."""
     data: DataSpec = DataSpec()
 
     def __post_init__(self) -> None:
@@ -192,6 +195,8 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
         )
         full = self.data.source == "random" and (self.packing or self.padding != "none")
         refuse(full, "Random rows are full already: drop packing and padding, or take data with lengths of its own.")
+        untold = self.feed.tokenize == "fetch" and self.data.source in ("random", "trace")
+        refuse(untold, f"tokenize='fetch' needs texts; source={self.data.source!r} has none: say tokenize='cached'.")
         refuse(
             self.checkpointing == "as-prepare-leaves-it" and not self.prepare,
             "checkpointing='as-prepare-leaves-it' needs prepare=True.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 
 import pytest
 
@@ -17,6 +18,14 @@ pytest_plugins = ["pytester"]
 def no_data_sets_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder of data sets that the developer's shell names would answer where a test expects the hub, or its absence."""
     monkeypatch.delenv("HPC_CORE_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Batches that a test caches are neither found in the developer's folder nor left in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HPC_CORE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

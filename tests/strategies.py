@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from hpc_core.limits import Limits
 from hpc_core.record import Circumstances, Fact, Failure, Machine, Metric, Record
-from hpc_core.spec import AdapterSpec, CallableSpec, Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.spec import (
+    AdapterSpec,
+    CallableSpec,
+    Case,
+    DataSpec,
+    FeedSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 
 # The same examples on every machine: a red build must be reproducible from its commit alone.
 settings.register_profile(
@@ -115,6 +125,9 @@ quantizations = st.one_of(
     st.just(QuantSpec(kind="int8", compute_dtype="float16")),
 )
 random_rows = st.builds(DataSpec, seed=st.integers(0, 99), rows=st.none() | st.integers(1, 99))
+feeds = st.just(FeedSpec()) | st.builds(
+    FeedSpec, way=st.just("loader"), workers=st.integers(0, 8), pinned=st.booleans(), ahead=st.integers(0, 4)
+)
 finetunes = st.one_of(
     st.builds(
         FinetuneSpec,
@@ -123,6 +136,7 @@ finetunes = st.one_of(
         checkpointing=st.sampled_from(["off", "reentrant", "non-reentrant"]),
         learning_rate=positive,
         steps=st.integers(1, 1000),
+        feed=feeds,
         data=random_rows,
     ),
     st.builds(

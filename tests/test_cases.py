@@ -8,10 +8,12 @@ import pytest
 
 from hpc_core.cases import (
     ALL,
+    DATA,
     FULL,
     SMALL,
     SWEEP,
     TINY,
+    TINY_DATA,
     TRIAL,
     TUNED,
     catalogue,
@@ -25,7 +27,7 @@ from hpc_core.cases import (
 )
 from hpc_core.errors import SpecError
 from hpc_core.report.twins import are_twins
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, case_from_json, case_to_json
+from hpc_core.spec import Case, FeedSpec, FinetuneSpec, GenerateSpec, case_from_json, case_to_json
 
 
 def _engine(case: Case) -> str:
@@ -93,6 +95,21 @@ def test_every_case_of_an_engine_has_its_stock_twin(case: Case) -> None:
     """The same model, adapter, data, batch and lengths by the stock path are in the catalogue too, under whatever name."""
     twins = [other for other in (*ALL, *SWEEP) if are_twins(other, case)]
     assert len(twins) == 1, f"{case.id}: {[twin.id for twin in twins]}"
+
+
+def test_the_data_paths_differ_in_their_feed_alone_and_are_kept_apart() -> None:
+    """0, 2 and 4 workers, pinned, ahead, in the loader or once: each id says its feed, the work is that of the resident case, and ALL has none."""
+    for first, *others in (DATA, TINY_DATA):
+        assert len({case.digest for case in (first, *others)}) == len(others) + 1
+        for case in others:
+            assert isinstance(case.workload, FinetuneSpec)
+            feed, variant = case.workload.feed, case.id.partition("/")[2]
+            assert case.vary("data-resident", feed=FeedSpec()).digest == first.digest
+            assert f"-w{feed.workers}" in variant
+            assert ("pinned" in variant, "ahead" in variant) == (feed.pinned, feed.ahead > 0)
+            assert variant.endswith("-fetch") is (feed.tokenize == "fetch")
+        assert {case.workload.feed.workers for case in others} == {0, 2, 4}  # type: ignore[union-attr]
+    assert not {case.id for case in ALL} & {case.id for case in (*DATA, *TINY_DATA)}
 
 
 def test_two_cases_of_one_id_are_refused() -> None:

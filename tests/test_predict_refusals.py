@@ -70,13 +70,14 @@ def test_a_case_can_be_predicted_through_the_launcher() -> None:
 
 
 def test_the_chunked_loss_is_predicted_and_other_switches_are_refused() -> None:
-    """The chunked loss lowers the predicted peak by much of the logits; a graph, compiled layers and fused blocks are refused by their names."""
+    """The chunked loss lowers the predicted peak by much of the logits; a graph, compiled layers, fused blocks and a loader are refused by their names."""
     stock = finetune(tiny, full, variant="stock", batch=4, length=256, steps=2)
     chunked = stock.vary("chunked", engine="tuned", loss="chunked", loss_chunk=128)
     switches: dict[str, dict[str, Any]] = {
         "graph": {"graph": True},
         "compile": {"compile": "layers"},
         "fusion": {"fusion": "blocks"},
+        "feed": {"way": "loader"},
     }
     plain, less, *refused = predicted([stock, chunked, *(chunked.vary(name, **on) for name, on in switches.items())])
     logits = 4 * 256 * 1024 * 4

@@ -19,6 +19,7 @@ from hpc_core.spec import (
     CallableSpec,
     Case,
     DataSpec,
+    FeedSpec,
     FinetuneSpec,
     GenerateSpec,
     ModelSpec,
@@ -88,8 +89,10 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
         "graph": False,
         "budget_bytes": None,
         "optimizer_in_backward": False,
+        "feed": FeedSpec(),
         "data": DataSpec(),
     },
+    FeedSpec: {"way": "resident", "tokenize": "cached", "workers": 0, "pinned": False, "ahead": 0},
     CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},
     Case: {
         "model": None,

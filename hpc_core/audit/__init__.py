@@ -7,6 +7,7 @@ at through module hooks, and what those compute is in no count. Knows nothing of
 from __future__ import annotations
 
 from hpc_core.audit.attention import attention_facts
+from hpc_core.audit.feed import feed_facts
 from hpc_core.audit.forwards import StepSeen, audited_step, watch_forwards
 from hpc_core.audit.generation import generation_facts
 from hpc_core.audit.loss import loss_facts
@@ -22,6 +23,7 @@ __all__ = [
     "StepSeen",
     "attention_facts",
     "audited_step",
+    "feed_facts",
     "generation_facts",
     "loss_facts",
     "module_facts",

@@ -5,6 +5,7 @@ Cases are plain values; `bench/` selects them, `--cases FILE` and the ini option
 
 from __future__ import annotations
 
+from hpc_core.cases.data_path import DATA, TINY_DATA
 from hpc_core.cases.full_size import DEVICE_BOUND, FULL
 from hpc_core.cases.int4 import INT4
 from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lora, qlora, smollm2, tiny
@@ -16,12 +17,14 @@ from hpc_core.spec import Case
 
 __all__ = [
     "ALL",
+    "DATA",
     "DEVICE_BOUND",
     "FULL",
     "INT4",
     "SMALL",
     "SWEEP",
     "TINY",
+    "TINY_DATA",
     "TRIAL",
     "TUNED",
     "WHOLE",

@@ -24,7 +24,11 @@ class CapturedWork:
         BuildError: the work cannot be captured; torch's reason is in the message, and its error the cause.
     """
 
-    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream):
+    def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream, *, other_threads: bool = False):
+        """`other_threads`: threads that the work does not know may call CUDA meanwhile, as those that pin a loader's batches do.
+
+        CUDA's mode "global" would make such a call fail, and the capture with it; "thread_local" holds only this thread to the rules.
+        """
         self._device = stream.device
         self._graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self._device)
@@ -33,7 +37,8 @@ class CapturedWork:
         torch.cuda.reset_peak_memory_stats(self._device)
         first: list[Exception] = []
         try:
-            with torch.cuda.graph(self._graph, stream=stream):
+            mode = "thread_local" if other_threads else "global"
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode=mode):
                 try:
                     work()
                 except Exception as error:

@@ -93,7 +93,7 @@ def sizes_of(program: Any) -> Sizes:
 def _held(program: Any) -> tuple[int, int, int]:
     """Bytes of weights with the batches, of gradients that are there at the end, and of the optimizer's state once it is there."""
     owned = sum(owned_bytes(tensors) for tensors in weight_tensors(program.model).values())
-    batches = sum(each.ids.nbytes + each.labels.nbytes for each in program.batches)
+    batches = program.batches.held_bytes()
     trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
     gradients = 0 if program.workload.optimizer_in_backward else trained
     return owned + batches, gradients, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained

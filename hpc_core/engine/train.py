@@ -21,7 +21,8 @@ from hpc_core.engine.regional_compile import compile_layers, eager_where_counted
 from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.finetune import DeviceBatch, FinetuneProgram, finetune_program
+from hpc_core.run.batches import DeviceBatch
+from hpc_core.run.finetune import FinetuneProgram, finetune_program
 from hpc_core.spec import Case, FinetuneSpec
 
 __all__ = ["TunedProgram", "training_program"]
@@ -90,7 +91,8 @@ class TunedProgram(FinetuneProgram):
         """In the block every step runs operator by operator: the same code, which can be watched."""
         before, self._watched = self._watched, True
         try:
-            yield
+            with super().uncaptured():
+                yield
         finally:
             self._watched = before
 
@@ -172,7 +174,7 @@ class TunedProgram(FinetuneProgram):
 
         try:
             with settled(compiled=self._compiles()):
-                self.captured = CapturedWork(work, self._stream)
+                self.captured = CapturedWork(work, self._stream, other_threads=self.batches.other_threads)
         except BuildError as error:
             self.fallen["graph"] = f"off: {error}"
             self._static = None

@@ -7,6 +7,7 @@ import math
 import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
+from hpc_core.build import Built
 from hpc_core.engine.train import training_program
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
@@ -15,6 +16,7 @@ from hpc_core.perform.attributed import Owning, note_profile
 from hpc_core.perform.callable import measure_again
 from hpc_core.perform.energy import note_step_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
+from hpc_core.perform.feed import measure_feed
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
@@ -37,13 +39,20 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     built = session.build()
     session.phase("data")
     program = training_program(built, session.case, workload)
+    try:
+        return _measured(session, built, program, workload)
+    finally:
+        program.batches.clear()  # a loader's workers end with it
+
+
+def _measured(session: Session, built: Built, program: FinetuneProgram, workload: FinetuneSpec) -> Record:
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
     if session.job.trace is not None:
         return trace_program(session, Fixed(program, program.widest), session.job.trace)
     if session.job.replicate:
-        program.steps_done = 0  # the batches that the first process measured
+        program.go_to(0)  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
@@ -62,6 +71,7 @@ def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
     measure_graph_memory(session, program)
     audit_tuned(session, program)
     _busy(session, program)
+    measure_feed(session, built, program, workload)
     note_step_energy(session, program)
     with program.uncaptured():
         note_profile(
@@ -97,7 +107,7 @@ def _note_loss(session: Session, program: FinetuneProgram) -> None:
 
 
 def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
-    program.steps_done = 0  # every pass sees the same batches
+    program.go_to(0)  # every pass sees the same batches
     samples = []
     soak = Soak(session, workload.steps) if workload.steps >= LEAST_STEPS else None
     with session.timing():
@@ -183,7 +193,7 @@ def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, r
 
 def _busy(session: Session, program: FinetuneProgram) -> None:
     note_compilations(session)
-    program.steps_done = 0
+    program.go_to(0)
     busy_s = profile_steps(session, program)
     if busy_s is None:
         return

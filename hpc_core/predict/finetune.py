@@ -59,6 +59,7 @@ def _refuse_unmodelled(case_id: str, workload: FinetuneSpec) -> None:
         "compile": (workload.compile != "off", "what torch.compile keeps and launches"),
         "fusion": (workload.fusion != "off", "the fused functions' kernels"),
         "loss": (workload.loss == "liger", "what Liger's kernels take"),
+        "feed": (workload.feed.way != "resident", "what a loader brings and when"),
     }
     for name, (on, what) in switches.items():
         if on:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,23 +15,17 @@ import torch
 from hpc_core.build import Built
 from hpc_core.build.libraries import library
 from hpc_core.data.batching import Batch, EpochSize, batches, epoch_size
+from hpc_core.data.blocks import BlockSource
+from hpc_core.data.cache import cached_epoch
+from hpc_core.data.fetched import FetchedEpoch
 from hpc_core.data.rows import token_rows
 from hpc_core.errors import BuildError
 from hpc_core.program import Mark, unmarked
+from hpc_core.run.batches import Batches, DeviceBatch, Resident
+from hpc_core.run.feeding import Fed
 from hpc_core.spec import Case, DataSpec, FinetuneSpec
 
-__all__ = ["FinetuneProgram", "finetune_program", "make_optimizer"]
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """One batch on the device. ids and labels: (batch, width) int64; mask the same, or None where nothing is padded."""
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-    mask: torch.Tensor | None
-    tokens: int
-    padded: int
+__all__ = ["FinetuneProgram", "fed_batches", "finetune_program", "make_optimizer", "resident_batches"]
 
 
 class FinetuneProgram:
@@ -45,7 +39,7 @@ class FinetuneProgram:
         self,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        data: list[DeviceBatch],
+        data: Batches,
         epoch: EpochSize,
         precision: str,
     ):
@@ -53,19 +47,25 @@ class FinetuneProgram:
         self.optimizer = optimizer
         self.batches = data
         self.epoch = epoch
-        shapes = {tuple(batch.ids.shape) for batch in data}
-        self.period = 1 if len(shapes) == 1 else len(data)
-        self.widest = max(range(len(data)), key=lambda index: data[index].ids.shape[1])
+        widths = [data.size(index).width for index in range(len(data))]
+        self.period = 1 if len(set(widths)) == 1 else len(data)
+        self.widest = max(range(len(data)), key=widths.__getitem__)
         """Index of the batch that needs the most memory."""
         self.loss: torch.Tensor | None = None
         self.steps_done = 0
         self._autocast = precision == "autocast-bf16"
-        self._device_type = data[0].ids.device.type
+        self._device_type = next(model.parameters()).device.type
 
     def step(self, mark: Mark = unmarked) -> None:
         """One optimizer step; the loss of the batch is left in `loss`, on the device."""
-        self.train_on(self.batches[self.steps_done % len(self.batches)], mark)
+        self.train_on(self.batches.take(self.steps_done), mark)
+        self.batches.taken()
         self.steps_done += 1
+
+    def go_to(self, index: int) -> None:
+        """Go on with the batch at this index; one that must be fetched is on its way when this returns."""
+        self.steps_done = index
+        self.batches.go_to(index)
 
     def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
         """Forward, backward and optimizer step on this batch."""
@@ -81,9 +81,11 @@ class FinetuneProgram:
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = loss.detach()
 
-    def uncaptured(self) -> contextlib.AbstractContextManager[None]:
-        """In the block every step runs operator by operator, so that it can be watched. Here it always does."""
-        return contextlib.nullcontext()
+    @contextlib.contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """In the block every step runs operator by operator and fetches nothing ahead, so that it can be watched."""
+        with self.batches.by_index():
+            yield
 
     def release(self) -> None:
         """Let go of batches, gradients, loss and optimizer state: nothing is trained after it."""
@@ -94,42 +96,73 @@ class FinetuneProgram:
 
     def tokens_of(self, steps: int) -> int:
         """Unpadded tokens of `steps` steps, counted from the first batch."""
-        return sum(self.batches[index % len(self.batches)].tokens for index in range(steps))
+        return sum(self.batches.size(index % len(self.batches)).tokens for index in range(steps))
 
     def padded_of(self, steps: int) -> int:
         """Padding tokens of `steps` steps, counted from the first batch."""
-        return sum(self.batches[index % len(self.batches)].padded for index in range(steps))
+        return sum(self.batches.size(index % len(self.batches)).padded for index in range(steps))
 
 
 def finetune_program(
     built: Built, case: Case, workload: FinetuneSpec, kind: type[FinetuneProgram] = FinetuneProgram
 ) -> FinetuneProgram:
-    """The program of a fine-tuning case: data collated and on the device, optimizer made, nothing run yet. `kind` makes it.
+    """The program of a fine-tuning case: data on the device or on its way, optimizer made, nothing run yet. `kind` makes it.
 
     Raises:
         DataError: too few rows for one batch.
         BuildError: nothing is trainable.
         MissingLibraryError: the optimizer's package is not installed.
     """
-    # A random row is as good as another; a data set is read whole, so that an epoch's size is its own.
-    count = workload.batch * workload.steps if workload.data.source == "random" else workload.data.rows
-    # Packing joins whole rows; everything else cuts them at the length.
-    length = None if workload.packing else workload.length
-    rows = token_rows(
-        workload.data,
-        count=count,
-        length=length,
-        vocab_size=built.vocab_size,
-        tokenizer=_tokenizer(built, workload.data),
-    )
-    chosen = [_to_device(batch, built.device) for batch in itertools.islice(batches(rows, workload), workload.steps)]
+    data: Batches
+    data, epoch = resident_batches(built, workload) if workload.feed.way == "resident" else fed_batches(built, workload)
     trainable = [parameter for parameter in built.model.parameters() if parameter.requires_grad]
     if not trainable:
         raise BuildError(
             f"{case.id} trains nothing: no parameter requires a gradient. Give an adapter or unquantized weights."
         )
     optimizer = make_optimizer(workload, trainable)
-    return kind(built.model, optimizer, chosen, epoch_size(rows, workload), workload.precision)
+    return kind(built.model, optimizer, data, epoch, workload.precision)
+
+
+def resident_batches(built: Built, workload: FinetuneSpec) -> tuple[Resident, EpochSize]:
+    """The workload's batches, at most `steps`, collated from rows and all on the device, whatever its feed says.
+
+    Raises:
+        DataError: too few rows for one batch.
+    """
+    rows = token_rows(
+        workload.data,
+        count=_row_count(workload),
+        # Packing joins whole rows; everything else cuts them at the length.
+        length=None if workload.packing else workload.length,
+        vocab_size=built.vocab_size,
+        tokenizer=_tokenizer(built, workload.data),
+    )
+    chosen = itertools.islice(batches(rows, workload), workload.steps)
+    return Resident(_to_device(batch, built.device) for batch in chosen), epoch_size(rows, workload)
+
+
+def fed_batches(built: Built, workload: FinetuneSpec) -> tuple[Fed, EpochSize]:
+    """The same batches, brought one by one as the workload's feed says.
+
+    Raises:
+        DataError: too few rows for one batch, texts or tokenizer that the feed cannot do with, or a cache that cannot be written.
+    """
+    count, tokenizer = _row_count(workload), _tokenizer(built, workload.data)
+    source: BlockSource
+    if workload.feed.tokenize == "fetch":
+        source = FetchedEpoch(workload, count=count, vocab_size=built.vocab_size, tokenizer=tokenizer)
+        note = "texts are tokenized when their batch is asked for"
+    else:
+        source, how = cached_epoch(workload, count=count, vocab_size=built.vocab_size, tokenizer=tokenizer)
+        note = f"the cached epoch was {how}"
+    chosen = min(workload.steps, len(source.sizes))
+    return Fed(source, workload.feed, chosen, built.device, note), source.epoch
+
+
+def _row_count(workload: FinetuneSpec) -> int | None:
+    """A random row is as good as another; a data set is read whole, so that an epoch's size is its own."""
+    return workload.batch * workload.steps if workload.data.source == "random" else workload.data.rows
 
 
 def _tokenizer(built: Built, data: DataSpec) -> Any | None:

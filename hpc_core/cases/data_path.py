@@ -1,0 +1,58 @@
+"""How batches reach the device, one thing changed at a time: workers, pinned memory, copies ahead, tokenization in the loader or once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpc_core.cases.making import finetune, llama_3b, lora, tiny
+from hpc_core.spec import Case, DataSpec
+
+__all__ = ["DATA", "TINY_DATA", "TINY_FED"]
+
+_TEXTS = DataSpec(source="embedded", name="paragraphs")
+"""Texts, so that tokenizing them can be part of a fetch; a model of random weights has no tokenizer, and takes their bytes."""
+_tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"}
+
+
+def _name(settings: dict[str, Any]) -> str:
+    words = ["data", f"w{settings['workers']}"]
+    words += ["pinned"] if settings["pinned"] else []
+    words += ["ahead"] if settings["ahead"] else []
+    return "-".join([*words, *(["fetch"] if settings["tokenize"] == "fetch" else [])])
+
+
+def _feeds(case: Case, ways: list[tuple[bool, int]], fetched: list[tuple[bool, int]]) -> list[Case]:
+    """The case with 0, 2 and 4 workers in each way (pinned, ahead), cached; and with texts tokenized in the loader."""
+    rows = [
+        {"way": "loader", "workers": workers, "pinned": pinned, "ahead": ahead, "tokenize": tokenize}
+        for tokenize, chosen in (("cached", ways), ("fetch", fetched))
+        for pinned, ahead in chosen
+        for workers in (0, 2, 4)
+    ]
+    return [case.vary(_name(settings), **settings) for settings in rows]
+
+
+_full = finetune(
+    llama_3b,
+    lora(dropout=0.0, dtype="bfloat16"),
+    variant="data-resident",
+    batch=4,
+    length=512,
+    packing=True,
+    data=_TEXTS,
+    steps=16,
+    graph=True,
+    timeout_s=600,
+    **_tuned,
+)
+DATA: tuple[Case, ...] = (_full, *_feeds(_full, [(False, 0), (True, 0), (True, 2)], [(False, 0), (True, 2)]))
+"""Full-size LoRA by the tuned engine, a captured step: 15 feeds beside the resident batches. Not in ALL; `bench/data_path.py` runs them."""
+
+_small = finetune(
+    tiny, lora(), variant="data-resident", batch=2, length=32, packing=True, data=_TEXTS, steps=4, timeout_s=120
+)
+TINY_DATA: tuple[Case, ...] = (_small, *_feeds(_small, [(False, 0), (False, 2)], [(False, 0), (False, 2)]))
+"""The same on a CPU, where there is nothing to pin."""
+
+TINY_FED: Case = _small.vary("lora-fed", way="loader", workers=1, ahead=1)
+"""One fed case for the tiny suite."""

@@ -1,0 +1,232 @@
+"""Batches fed to a training program while it runs: the same as resident ones, in the same order.
+
+They are copied into buffers that are made once, so a step allocates nothing for them, and a buffer is written again only after the step that
+read it: the device's streams wait for each other by events, the host for none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from hpc_core.data.blocks import BlockSize, BlockSource
+from hpc_core.run.batches import DeviceBatch
+from hpc_core.run.supply import HostBatch, host_batch, supply
+from hpc_core.spec import FeedSpec
+
+__all__ = ["Fed", "FeedSeen"]
+
+
+@dataclass
+class FeedSeen:
+    """What came through a feed since it was last emptied."""
+
+    fetched_ns: list[tuple[int, int]] = field(default_factory=list)
+    """From when to when the host waited for each batch, by its clock of the day."""
+    copied_ns: list[tuple[int, int]] = field(default_factory=list)
+    """From when to when it was busy queueing each copy, which lasts where memory is not pinned."""
+    makers: set[int] = field(default_factory=set)
+    pinned: set[bool] = field(default_factory=set)
+    ahead: set[int] = field(default_factory=set)
+    """How many batches were queued for the device when a step asked for its own."""
+
+
+class _Slot:
+    """Buffers of the device for one batch of any width."""
+
+    def __init__(self, rows: int, width: int, device: torch.device, *, masked: bool):
+        self._rows = rows
+        self._parts = [torch.zeros(rows * width, dtype=torch.long, device=device) for _ in range(2 + masked)]
+        self._views: dict[int, list[torch.Tensor]] = {}
+        self.filled = torch.cuda.Event() if device.type == "cuda" else None
+        self.used = torch.cuda.Event() if device.type == "cuda" else None
+        self.index = -1
+        """Which batch it holds."""
+
+    def fill(self, host: HostBatch, size: BlockSize) -> None:
+        """Copy a batch in, on the current stream. Torch keeps pinned memory until the copy is over; other memory is staged before this returns."""
+        views = self._views_of(size.width)
+        for target, part in zip(views, (host.ids, host.labels, host.mask), strict=False):
+            assert part is not None
+            target.copy_(part, non_blocking=True)
+        self.index = host.place
+        self.batch = DeviceBatch(views[0], views[1], views[2] if len(views) > 2 else None, size.tokens, size.padded)
+
+    def _views_of(self, width: int) -> list[torch.Tensor]:
+        if width not in self._views:
+            with _disable_current_modes():  # made once: no step counts them
+                self._views[width] = [part[: self._rows * width].view(self._rows, width) for part in self._parts]
+        return self._views[width]
+
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self._parts)
+
+
+class Fed:
+    """Batches that come one by one from a DataLoader. What it is asked for out of order costs the loader's batches in between."""
+
+    def __init__(self, source: BlockSource, feed: FeedSpec, count: int, device: torch.device, note: str):
+        """The first `count` batches of the source; `note` says where the source came from."""
+        self.source, self.feed, self.device, self.note = source, feed, device, note
+        self.seen = FeedSeen()
+        self.other_threads = feed.pinned and feed.workers > 0
+        self._count = count
+        self._supply: Iterator[HostBatch] | None = None
+        self._next = 0
+        self._by_index = False
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and feed.ahead else None
+        width = max(source.sizes[index].width for index in range(count))
+        rows = source.block(0).ids.shape[0]
+        self._free = deque(_Slot(rows, width, device, masked=source.masked) for _ in range(feed.ahead + 1))
+        self._ready: deque[_Slot] = deque()
+        self._current: _Slot | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> DeviceBatch:
+        if not 0 <= index < self._count:
+            raise IndexError(f"batch {index} of {self._count}")
+        size = self.size(index)
+        with _disable_current_modes():  # to look at, not of a step
+            host = host_batch(self.source, index)
+            mask = None if host.mask is None else host.mask.to(self.device)
+            return DeviceBatch(host.ids.to(self.device), host.labels.to(self.device), mask, size.tokens, size.padded)
+
+    def __iter__(self) -> Iterator[DeviceBatch]:
+        return (self[index] for index in range(self._count))
+
+    def size(self, index: int) -> BlockSize:
+        """Width and tokens of this batch."""
+        return self.source.sizes[index]
+
+    def held_bytes(self) -> int:
+        """Bytes of the device that batches take."""
+        slots = [*self._free, *self._ready, *([] if self._current is None else [self._current])]
+        return sum(slot.nbytes() for slot in slots)
+
+    def clear(self) -> None:
+        """End the workers and let go of the buffers."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self._supply = self._current = None
+        self._free.clear()
+        self._ready.clear()
+        self._count = 0
+
+    def go_to(self, index: int) -> None:
+        """Begin again at this batch: what ran ahead is dropped, and as many batches as are asked for run ahead from here."""
+        if self._current is not None:
+            self._free.append(self._current)
+            self._current = None
+        self._free.extend(self._ready)
+        self._ready.clear()
+        if self._stream is not None:  # whatever was queued for these buffers comes first
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self.seen = FeedSeen()
+        while self._next != index % self._count:
+            self._fetch()
+        for _ in range(self.feed.ahead):
+            self._send()
+
+    def take(self, index: int) -> DeviceBatch:
+        """The batch of the step that now begins, on the device as far as the current stream can tell."""
+        place = index % self._count
+        if self._by_index:
+            return self._at_rest(place)
+        if self._current is not None:  # an earlier step failed before it was done with
+            self.taken()
+        expected = self._ready[0].index if self._ready else self._next
+        if expected != place or (self.feed.ahead and not self._ready):
+            self.go_to(place)
+        self.seen.ahead.add(len(self._ready))
+        if not self.feed.ahead:
+            self._send()
+        slot = self._current = self._ready.popleft()
+        if self._stream is not None and slot.filled is not None:
+            torch.cuda.current_stream(self.device).wait_event(slot.filled)
+        return slot.batch
+
+    def taken(self) -> None:
+        """Everything that reads the batch has been queued: its buffers become free behind it, and the next batch runs ahead."""
+        slot, self._current = self._current, None
+        if slot is None:
+            return
+        if self._stream is not None and slot.used is not None:
+            slot.used.record(torch.cuda.current_stream(self.device))
+        self._free.append(slot)
+        if self.feed.ahead:
+            self._send()
+
+    @contextlib.contextmanager
+    def by_index(self) -> Iterator[None]:
+        """In the block a step's batch is made in this process, by index, into the same buffers."""
+        before, self._by_index = self._by_index, True
+        try:
+            yield
+        finally:
+            self._by_index = before
+
+    @property
+    def next_index(self) -> int:
+        """Index of the batch that the loader gives next."""
+        return self._next
+
+    def fetch_for_nobody(self, count: int) -> float:
+        """Seconds that the loader takes for so many batches that nobody trains on."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self._fetch()
+        return time.perf_counter() - began
+
+    def _at_rest(self, place: int) -> DeviceBatch:
+        if self._current is not None:  # an earlier step failed before it was done with
+            self._free.append(self._current)
+            self._current = None
+        if self._ready:
+            if self._stream is not None:
+                torch.cuda.current_stream(self.device).wait_stream(self._stream)
+            self._free.extend(self._ready)
+            self._ready.clear()
+        with _disable_current_modes():
+            host = host_batch(self.source, place)
+        slot = self._free[0]
+        slot.fill(host, self.size(place))
+        slot.index = -1  # the next step in order begins anew
+        return slot.batch
+
+    def _send(self) -> None:
+        """Fetch the next batch and queue its copy into a free buffer."""
+        host = self._fetch()
+        slot = self._free.popleft()
+        size = self.size(host.place)
+        began = time.time_ns()
+        if self._stream is None or slot.used is None or slot.filled is None:
+            slot.fill(host, size)
+        else:
+            self._stream.wait_event(slot.used)  # at once for one that was never recorded
+            with torch.cuda.stream(self._stream):
+                slot.fill(host, size)
+                slot.filled.record(self._stream)
+        self.seen.copied_ns.append((began, time.time_ns()))
+        self._ready.append(slot)
+
+    def _fetch(self) -> HostBatch:
+        began = time.time_ns()
+        # What the loader does for itself is the host's, and no part of the step that is counted.
+        with _disable_current_modes():
+            if self._supply is None:
+                self._supply = supply(self.source, self.feed, self._count, on_gpu=self.device.type == "cuda")
+            host = next(self._supply)
+        self.seen.fetched_ns.append((began, time.time_ns()))
+        self.seen.makers.add(host.maker)
+        self.seen.pinned.add(host.ids.is_pinned())
+        assert host.place == self._next, f"the loader gave batch {host.place} in place of {self._next}"
+        self._next = (host.place + 1) % self._count
+        return host

@@ -1,0 +1,237 @@
+"""Batches kept on disk and batches tokenized when asked for: both are those of `batching.batches`, and a damaged file is none."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from hpc_core.data.batching import IGNORED_LABEL, Batch, batches, epoch_size
+from hpc_core.data.blocks import BlockSource
+from hpc_core.data.cache import cache_folder, cache_key, cached_epoch
+from hpc_core.data.collated import CollatedEpoch, write_collated
+from hpc_core.data.fetched import FetchedEpoch
+from hpc_core.data.rows import token_rows
+from hpc_core.errors import DataError, SpecError
+from hpc_core.spec import DataSpec, FeedSpec, FinetuneSpec
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+
+TRACE = DataSpec(source="trace", name="wikitext2", rows=200)
+PACKED = FinetuneSpec(batch=2, length=64, packing=True, data=TRACE)
+rows_of_ids = st.lists(st.lists(st.integers(3, 50), max_size=12), min_size=1, max_size=30)
+lines_of_text = st.lists(
+    st.text(st.characters(codec="ascii", categories=["L", "Zs"]), max_size=9), min_size=1, max_size=30
+)
+layouts: Any = st.sampled_from([{"packing": True}, {"padding": "longest"}, {"padding": "max_length"}])
+
+
+def _same(source: BlockSource, expected: list[Batch]) -> None:
+    """Ids, lengths, sizes and the epoch's own counts are those of the batches."""
+    assert len(source.sizes) == source.epoch.batches == len(expected)
+    for index, batch in enumerate(expected):
+        block = source.block(index)
+        assert block.ids.dtype == np.int64
+        assert block.ids.tolist() == batch.ids
+        real = [[label != IGNORED_LABEL for label in row] for row in batch.labels]
+        assert block.lengths.tolist() == [sum(row) for row in real]
+        assert source.sizes[index] == (len(batch.ids[0]), batch.tokens, batch.padded)
+    assert source.epoch.tokens == sum(batch.tokens for batch in expected)
+    assert source.masked == (expected[0].mask is not None)
+
+
+def _spec(layout: dict[str, Any], batch: int, length: int, **data: Any) -> FinetuneSpec:
+    return FinetuneSpec(batch=batch, length=length, data=DataSpec(**data), **layout)
+
+
+def _made(rows: list[list[int]], spec: FinetuneSpec) -> list[Batch]:
+    try:
+        return list(batches(rows, spec))
+    except DataError:
+        assume(False)
+        raise
+
+
+@given(rows_of_ids, layouts, st.integers(1, 4), st.integers(2, 8), st.integers(0, 3))
+def test_a_file_gives_back_what_was_written(
+    rows: list[list[int]], layout: Any, batch: int, length: int, seed: int
+) -> None:
+    """Whatever the rows and the layout, every batch comes back, in order, with its counts; packing keeps every token of every full block."""
+    spec = _spec(layout, batch, length, source="trace", name="wikitext2", seed=seed)
+    expected = _made(rows, spec)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.batches"
+        write_collated(path, "key", expected, epoch_size(rows, spec), batch=batch)
+        kept = CollatedEpoch(path, "key")
+        _same(kept, expected)
+    if spec.packing:
+        packed = sorted(token for each in expected for row in each.ids for token in row)
+        dropped = sum(map(len, rows)) - len(packed)
+        assert 0 <= dropped < batch * length
+        everything = sorted(token for row in rows for token in row)
+        for token in packed:
+            everything.remove(token)
+        assert len(everything) == dropped
+
+
+@given(lines_of_text, layouts, st.integers(1, 4), st.integers(2, 8), st.integers(0, 3))
+def test_texts_tokenized_in_the_fetch_give_the_same_batches(
+    lines: list[str], layout: Any, batch: int, length: int, seed: int
+) -> None:
+    """Whatever the texts and the layout, a batch by index is the batch that collating all rows gives, empty rows included."""
+    assume("".join(lines).strip())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "lines.txt"
+        path.write_text("".join(f"{line}\n" for line in lines))
+        spec = _spec(layout, batch, length, source="file", name=str(path), seed=seed)
+        known: dict[str, Any] = {"count": None, "vocab_size": 512, "tokenizer": None}
+        rows = token_rows(spec.data, length=None if spec.packing else length, **known)
+        expected = _made(rows, spec)
+        _same(FetchedEpoch(spec, **known), expected)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own."""
+    monkeypatch.setenv("HPC_CORE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "batches"
+
+
+def _cached(spec: FinetuneSpec = PACKED) -> tuple[CollatedEpoch, str]:
+    return cached_epoch(spec, count=spec.data.rows, vocab_size=1000, tokenizer=None)
+
+
+def test_an_epoch_is_made_once(folder: Path) -> None:
+    """The second time it is found, and tells the same; nothing lies beside the one file."""
+    rows = token_rows(TRACE, count=200, length=None, vocab_size=1000, tokenizer=None)
+    (first, made), (second, found) = _cached(), _cached()
+    assert made.startswith("made and kept as")
+    assert found.startswith("found as")
+    assert [path.suffix for path in folder.iterdir()] == [".batches"]
+    for epoch in (first, second):
+        _same(epoch, list(batches(rows, PACKED)))
+
+
+def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
+    """A file that was cut off is replaced, and the sentence holds its sizes."""
+    _cached()
+    path = next(folder.iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    _, how = _cached()
+    assert how.startswith(f"made again, because {path} is no intact file")
+    assert f"has {len(whole) - 5} bytes, its header says {len(whole)}" in how
+    assert path.read_bytes() == whole
+
+
+@given(st.data())
+@settings(max_examples=100)
+def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
+    """Any other byte anywhere is an error, or it changes nothing that is read (spaces around JSON)."""
+    rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    spec = _spec({"padding": "longest"}, 1, 8, source="trace", name="wikitext2")
+    expected = list(batches(rows, spec))
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "x.batches"
+        write_collated(path, "key", expected, epoch_size(rows, spec), batch=1)
+        content = bytearray(path.read_bytes())
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255).filter(lambda value: value != content[at]))
+        path.write_bytes(content)
+        try:
+            kept = CollatedEpoch(path, "key")
+        except DataError:
+            return
+        _same(kept, expected)
+        assert kept.epoch == epoch_size(rows, spec)
+
+
+def test_a_foreign_epoch_is_refused(folder: Path) -> None:
+    """A file under another's name is an error that holds both keys."""
+    _cached()
+    path = next(folder.iterdir())
+    with pytest.raises(DataError, match=f"key {path.stem}, not 1 and other"):
+        CollatedEpoch(path, "other")
+
+
+class _Words:
+    """A tokenizer whose vocabulary is told by `get_vocab`."""
+
+    def __init__(self, first: int):
+        self._first = first
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"word": self._first}
+
+    def encode(self, text: str, /) -> list[int]:
+        return [self._first] * len(text.split())
+
+
+def test_everything_that_decides_the_batches_is_in_the_key(tmp_path: Path) -> None:
+    """Other data, layout, vocabulary, tokenizer or text gives another key; other steps, workers or learning rate do not."""
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\ntwo\n")
+    file = DataSpec(source="file", name=str(lines))
+    said: dict[str, Any] = {"count": None, "vocab_size": 1000, "tokenizer": None}
+
+    def key(spec: FinetuneSpec = PACKED, **changed: Any) -> str:
+        return cache_key(spec, **(said | changed))
+
+    def spec(**changed: Any) -> FinetuneSpec:
+        fields: dict[str, Any] = {"batch": 2, "length": 64, "packing": True, "data": TRACE}
+        return FinetuneSpec(**fields | changed)
+
+    keys = [
+        key(),
+        key(spec(batch=3)),
+        key(spec(length=32)),
+        key(spec(packing=False, padding="longest")),
+        key(spec(data=DataSpec(source="trace", name="gsm8k", rows=200))),
+        key(spec(data=DataSpec(source="trace", name="wikitext2", rows=200, seed=1))),
+        key(vocab_size=999),
+        key(count=100),
+        key(spec(data=file)),
+        key(spec(data=file), tokenizer=_Words(3)),
+        key(spec(data=file), tokenizer=_Words(4)),
+    ]
+    lines.write_text("one\nthree\n")
+    keys.append(key(spec(data=file)))
+    assert len(set(keys)) == len(keys)
+    assert key(spec(steps=99, learning_rate=1.0, feed=FeedSpec(way="loader", workers=3))) == key()
+
+
+def test_a_tokenizer_that_cannot_be_told_from_others_is_refused() -> None:
+    """Its batches would be taken for another's; the message names the way out."""
+    paragraphs = FinetuneSpec(packing=True, data=DataSpec(source="embedded", name="paragraphs"))
+    with pytest.raises(DataError, match=r"object has neither backend_tokenizer nor get_vocab.*tokenize='fetch'"):
+        cache_key(paragraphs, count=None, vocab_size=1000, tokenizer=object())
+
+
+def test_the_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """HPC_CORE_CACHE, else XDG_CACHE_HOME, which counts only if absolute, else the home folder's; one that cannot be written is named."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HPC_CORE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == tmp_path / ".cache" / "hpc-core"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "hpc-core"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HPC_CORE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="Set HPC_CORE_CACHE to a folder that can be written"):
+        _cached()
+
+
+def test_a_feed_that_contradicts_itself_is_refused() -> None:
+    """Workers without a loader, a fetch without texts, and counts out of range are errors in words."""
+    with pytest.raises(SpecError, match="workers, pinned belongs to a feed with way='loader'"):
+        FeedSpec(workers=2, pinned=True)
+    with pytest.raises(SpecError, match="ahead must be 0 to 64, got -1"):
+        FeedSpec(way="loader", ahead=-1)
+    with pytest.raises(SpecError, match="tokenize='fetch' needs texts; source='trace' has none"):
+        FinetuneSpec(packing=True, data=TRACE, feed=FeedSpec(way="loader", tokenize="fetch"))
+    with pytest.raises(DataError, match="needs texts, and source='trace' has none"):
+        FetchedEpoch(PACKED, count=None, vocab_size=1000, tokenizer=None)

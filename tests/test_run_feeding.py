@@ -1,0 +1,233 @@
+"""Fed batches against resident ones, with real loaders and tiny models: the same batches, the same losses, and what the record says of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_core.audit import feed_facts
+from hpc_core.build import Built, build
+from hpc_core.cases import TINY_DATA, finetune, lora
+from hpc_core.data.blocks import BlockSource
+from hpc_core.engine.train import training_program
+from hpc_core.launch.protocol import Job
+from hpc_core.perform import perform
+from hpc_core.perform.feed import same_losses
+from hpc_core.perform.feed_words import Rates, what_bounds
+from hpc_core.record import Record
+from hpc_core.run import supply
+from hpc_core.run.batches import Resident
+from hpc_core.run.feeding import Fed
+from hpc_core.run.finetune import fed_batches, resident_batches
+from hpc_core.run.supply import HostBatch, host_batch
+from hpc_core.spec import Case, DataSpec, FeedSpec, FinetuneSpec, ModelSpec
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+TEXTS = DataSpec(source="embedded", name="paragraphs", rows=40)
+PACKED: dict[str, Any] = {"batch": 2, "length": 32, "packing": True, "data": TEXTS, "steps": 5}
+PADDED: dict[str, Any] = {"batch": 2, "length": 48, "padding": "longest", "data": TEXTS, "steps": 7}
+LAYOUTS = {"packed": PACKED, "padded": PADDED}
+
+
+def _case(layout: dict[str, Any], method: Any = None, **feed: Any) -> Case:
+    case = finetune(ModelSpec(shape="tiny", dtype="float32"), method or lora(dropout=0.0), learning_rate=1e-3, **layout)
+    return case.vary("lora-fed", way="loader", **feed) if feed else case
+
+
+@functools.cache
+def _built() -> Built:
+    return build(_case(PACKED), CPU)
+
+
+def _workload(case: Case) -> FinetuneSpec:
+    assert isinstance(case.workload, FinetuneSpec)
+    return case.workload
+
+
+@functools.cache
+def _resident(case: Case) -> Resident:
+    return resident_batches(_built(), _workload(case))[0]
+
+
+@functools.cache
+def _source(layout: str, tokenize: str) -> BlockSource:
+    return fed_batches(_built(), _workload(_case(LAYOUTS[layout], tokenize=tokenize)))[0].source
+
+
+def _equal(seen: Any, expected: Any) -> bool:
+    pairs = [(seen.ids, expected.ids), (seen.labels, expected.labels)]
+    if expected.mask is not None:
+        pairs.append((seen.mask, expected.mask))
+    counts = (seen.tokens, seen.padded) == (expected.tokens, expected.padded)
+    return (seen.mask is None) == (expected.mask is None) and counts and all(torch.equal(*pair) for pair in pairs)
+
+
+actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]), st.integers(0, 20)), max_size=25)
+
+
+@given(
+    actions,
+    st.integers(0, 3),
+    st.sampled_from(["packed", "padded"]),
+    st.sampled_from(["cached", "fetch"]),
+)
+@settings(max_examples=60)
+def test_a_step_gets_the_batch_of_its_number(
+    did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
+) -> None:
+    """However steps, jumps, looks and watched steps follow each other, and however many batches run ahead, each is the resident one."""
+    resident = _resident(_case(LAYOUTS[layout]))
+    feed = FeedSpec(way="loader", ahead=ahead)
+    fed = Fed(_source(layout, tokenize), feed, len(resident), CPU, "")
+    at = 0
+    for action, number in did:
+        if action == "look":
+            index = number % len(fed)
+            assert _equal(fed[index], resident[index])
+        elif action == "watched":
+            with fed.by_index():
+                assert _equal(fed.take(number), resident.take(number))
+                fed.taken()
+        else:
+            at = at if action == "step" else number
+            assert _equal(fed.take(at), resident.take(at))
+            fed.taken()
+            at += 1
+    fed.clear()
+
+
+def test_workers_bring_the_same_batches_and_are_gone_after() -> None:
+    """Two processes, two batches ahead, three rounds: every batch in order, made by neither more nor fewer; none is left."""
+    case = _case(PADDED, workers=2, ahead=2)
+    resident, fed = _resident(case), fed_batches(_built(), _workload(case))[0]
+    for index in range(3 * len(resident)):
+        assert _equal(fed.take(index), resident.take(index))
+        fed.taken()
+    makers = fed.seen.makers
+    assert len(makers - {os.getpid()}) == len(makers) == 2
+    assert fed.seen.ahead == {2}
+    fed.clear()
+    psutil.wait_procs([psutil.Process(pid) for pid in makers if psutil.pid_exists(pid)], timeout=5)
+    assert not [pid for pid in makers if psutil.pid_exists(pid)]
+
+
+def _losses(case: Case, steps: int = 12) -> list[float]:
+    program = training_program(build(case, CPU), case, _workload(case))
+    found = []
+    for _ in range(steps):
+        program.step()
+        assert program.loss is not None
+        found.append(float(program.loss))
+    program.release()
+    return found
+
+
+@pytest.mark.parametrize("engine", ["stock", "tuned"])
+@pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
+def test_fed_steps_train_like_resident_ones(layout: dict[str, Any], engine: str) -> None:
+    """Twelve steps over five or seven batches have the same losses to the bit, with dropout drawn from the same numbers (stock)."""
+    tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"} if engine == "tuned" else {}
+    method = lora(dropout=0.0 if tuned else 0.1)
+    resident = _losses(_case(layout | tuned, method))
+    assert _losses(_case(layout | tuned, method, ahead=2)) == resident
+    assert len(set(resident)) == len(resident)
+
+
+@functools.cache
+def _record(case_id: str) -> Record:
+    case = next(case for case in TINY_DATA if case.id == case_id)
+    return perform(Job(case=case, launched="inline"), lambda _: None)
+
+
+def test_the_record_says_what_the_feed_costs() -> None:
+    """Times fed and resident, waits, rates, a sentence that says what bounds; facts hold; the same bytes and losses, two copies a step more."""
+    record, beside = _record("tiny/data-w2-ahead-fetch"), _record("tiny/data-resident")
+    assert record.status == "ok", record.reasons
+    names = ("feed_step_s", "feed_resident_step_s", "feed_wait_s", "feed_make_s", "feed_batches_per_s")
+    assert all(record.metrics[name].value > 0 and not record.metrics[name].gated for name in names)
+    assert "feed_idle_s" not in record.metrics  # there is no GPU to idle
+    facts = {name: fact.seen for name, fact in record.audit.items() if name.startswith("feed_")}
+    same = "4 of 4 equal those of resident batches"
+    assert facts == {
+        "feed_tokenize": "fetch", "feed_workers": 2, "feed_pinned": False, "feed_ahead": 2, "feed_losses": same,
+    }  # fmt: skip
+    assert any(": bound by" in note and "2 workers make" in note for note in record.circumstances.notes)
+    assert record.losses == beside.losses
+    assert not [name for name in beside.metrics if name.startswith("feed")]
+    assert record.metrics["operators"].value == beside.metrics["operators"].value + 2
+    assert record.metrics["peak_bytes"].value == beside.metrics["peak_bytes"].value
+
+
+def test_pinning_without_a_gpu_is_a_mismatch() -> None:
+    """Nothing falls back in silence: the batches came unpinned, and the fact says why."""
+    fed = fed_batches(_built(), _workload(_case(PACKED, pinned=True)))[0]
+    fed.take(0)
+    facts = feed_facts(fed.feed, fed, on_gpu=False, copies_apart=None)
+    assert {name for name, fact in facts.items() if not fact.holds} == {"feed_pinned"}
+    assert facts["feed_pinned"].seen == "off: page-locked memory needs a GPU"
+
+
+def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader whose second batch holds one other token has four equal losses of five, and weights are put back in between."""
+
+    def spoiled(source: Any, index: int) -> HostBatch:
+        batch = host_batch(source, index)
+        if index == 1:
+            batch.ids[0, 0] = 3 if batch.ids[0, 0] != 3 else 4
+        return batch
+
+    case = _case(PACKED, ahead=1)
+    program = training_program(build(case, CPU), case, _workload(case))
+    assert isinstance(program.batches, Fed)
+    assert same_losses(program, program.batches, _resident(case), seed=0).holds
+    monkeypatch.setattr(supply, "host_batch", spoiled)
+    fact = same_losses(program, program.batches, _resident(case), seed=0)
+    assert (fact.asked, fact.seen) == tuple(f"{count} of 5 equal those of resident batches" for count in (5, 4))
+
+
+FED = Rates(FeedSpec(way="loader"), fed_s=0.05, resident_s=0.05, wait_s=1e-4, idle_s=0.0, make_s=1e-4, supply_per_s=1e4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "bound by nothing: the training process makes 1e+04 batches/s by itself, training takes 20; the host waits"),
+        ({"wait_s": 0.04, "idle_s": 0.0009}, "bound by nothing"),
+        ({"idle_s": None, "wait_s": 0.04}, "bound by reading and collating in the training process"),
+        ({"idle_s": 0.05, "supply_per_s": 10.0, "make_s": 0.1}, "bound by reading and collating: the training process makes 10"),
+        (
+            {"feed": FeedSpec(way="loader", tokenize="fetch", workers=2), "idle_s": 0.05, "supply_per_s": 19.0, "make_s": 0.1},
+            "bound by tokenization: 2 workers make 19 batches/s by themselves, training takes 20; the host waits",
+        ),
+        (
+            {"feed": FeedSpec(way="loader", workers=4), "idle_s": 0.05, "supply_per_s": 19.0},
+            "bound by handing batches over between processes, which by what one takes for a batch could be 4e+04/s",
+        ),
+        ({"feed": FeedSpec(way="loader", workers=4), "idle_s": 0.01}, "bound by the way from the workers to the step"),
+    ],
+)  # fmt: skip
+def test_what_bounds_is_said_in_words_with_numbers(changed: dict[str, Any], said: str) -> None:
+    """By the GPU's idle time, on a CPU by the wait: nothing, making, handing over, or the way to the step; both rates are given."""
+    text = what_bounds(Rates(**{**vars(FED), **changed}))
+    assert text.startswith(said)
+    assert ("the GPU idles" in text) == (changed.get("idle_s", 0.0) is not None)
+
+
+def test_a_fed_program_asks_for_nothing_that_is_resident() -> None:
+    """Only the buffers in flight count as bytes of the device: one batch and those ahead, of the widest."""
+    case = _case(PADDED, ahead=2)
+    fed, resident = fed_batches(_built(), _workload(case))[0], _resident(case)
+    assert isinstance(fed, Fed)
+    widest = max(batch.ids.nbytes for batch in resident)
+    assert fed.held_bytes() == 3 * 3 * widest
+    assert resident.held_bytes() == 3 * sum(batch.ids.nbytes for batch in resident)
