@@ -6,7 +6,6 @@ sentinel kernels are seen at both ends and every launch has its kernel: the prof
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ import torch
 from hpc_core.errors import MeasureError
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.host_calls import MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
+from hpc_core.measure.one_cycle import one_cycle
 
 __all__ = ["DeviceActivity", "device_activity", "is_wait", "mark_step", "summarize", "union_s"]
 
@@ -89,10 +89,7 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
 
 def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
     synchronize(device)
-    # Without acc_events torch warns that it keeps one cycle only, which is all there is; with it, it builds its event tree,
-    # and ten steps of five thousand kernels take seven seconds more.
-    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
-    with quiet(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    with quiet(), one_cycle([torch.profiler.ProfilerActivity.CUDA]) as profiler:
         torch.cuda._sleep(_SENTINEL_CYCLES)
         synchronize(device)
         work()

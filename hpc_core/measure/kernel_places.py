@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.families import family
+from hpc_core.measure.one_cycle import one_cycle
 from hpc_core.profile import KernelUse
 
 __all__ = ["DeviceWork", "NamedRanges", "Range", "attributed", "kernel_uses"]
@@ -65,7 +66,7 @@ def kernel_uses(work: Callable[[], None], device: torch.device, place: Callable[
     """Run `work` once under the profiler, and say what the device did for which module; `place` says which is at work."""
     synchronize(device)
     kinds = torch.profiler.ProfilerActivity
-    with quiet(), torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profiler:
+    with quiet(), one_cycle([kinds.CPU, kinds.CUDA]) as profiler:
         with NamedRanges(place):
             work()
         synchronize(device)

@@ -15,6 +15,7 @@ from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import OperatorTime, Trace, TraceTable
 from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize
+from hpc_core.measure.one_cycle import one_cycle
 from hpc_core.measure.ranges import PREFIX, named_ranges
 from hpc_core.perform.session import Session
 from hpc_core.program import Program
@@ -66,7 +67,7 @@ def _operators(session: Session, program: Program, phase: str | None, folder: Pa
     """One step under torch's profiler, or only one phase of it; the trace is written into the folder."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if session.on_gpu else [kinds.CPU]
-    profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+    profiler = one_cycle(activities, record_shapes=True)
     window = _Window(profiler, phase, session)
     with named_ranges(nvtx=False, heard=window.phase_begins) as ranges, quiet():
         if phase is None:
