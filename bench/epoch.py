@@ -27,6 +27,7 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from hpc_core.cases import finetune, lora  # noqa: E402
+from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec  # noqa: E402
 
 ROWS = ("tuned-fed", "tuned-resident", "stock-packed", "stock-padded")
@@ -163,8 +164,9 @@ def main() -> None:
     wanted = options.only.split(",")
     if unknown := [name for name in wanted if name not in ROWS]:
         ask.error(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    import torch  # noqa: F401 - imported once, for all children
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    with gpus_by_nvml():
+        import torch  # noqa: F401 - imported once, for all children
+        import transformers.models.llama.modeling_llama  # noqa: F401
 
     rows: dict[str, dict[str, Any]] = {}
     for name in wanted:
