@@ -12,8 +12,10 @@ from hpc_core.build import build
 from hpc_core.cases import finetune, full, lora, qlora
 from hpc_core.engine.forward import restore, tune
 from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.projection import projection_of
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.errors import BuildError
+from hpc_core.measure.owners import owned_bytes
 from hpc_core.run.finetune import FinetuneProgram
 from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec
 
@@ -218,3 +220,29 @@ def test_models_that_the_switches_do_not_know_are_refused() -> None:
     plain = build(finetune(FLOAT, full, **SHORT), CPU).model
     with pytest.raises(BuildError, match="nothing would be fused"):
         tune(plain, FinetuneSpec(**SHORT, **LINEARS), Pointwise(compiled=False))
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_queries_keys_and_values_are_one_product_where_nobody_trains_their_weights(method: str) -> None:
+    """Frozen weights move into one storage, no byte is held twice, and each module still multiplies with its own; trained ones stay apart."""
+    case = finetune(FLOAT, METHODS[method], **SHORT, **BLOCKS)
+    assert isinstance(case.workload, FinetuneSpec)
+    model: Any = build(case, CPU).model
+    held = owned_bytes(model.parameters())
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention = causal.model.layers[0].self_attn
+    names = ("q_proj", "k_proj", "v_proj")
+    x = torch.randn(3, attention.q_proj.in_features, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = [getattr(attention, name)(x) for name in names]
+        tune(model, case.workload, Pointwise(compiled=False))
+        after = [getattr(attention, name)(x) for name in names]
+    assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
+    assert owned_bytes(model.parameters()) == held
+    weights = [projection_of(getattr(attention, name)).weight for name in names]
+    storages = {each.untyped_storage().data_ptr() for each in weights if each is not None}
+    assert len(storages) == {"lora": 1, "qlora": 0, "full": 3}[method]
+    model(input_ids=torch.arange(64).view(2, 32), labels=torch.arange(64).view(2, 32)).loss.backward()
+    whole = method != "full"
+    halves = causal.forward.halves
+    assert (causal.forward.run.called["rotate_and_join"] == len(halves) // 2) is whole

@@ -34,6 +34,15 @@ def test_operators_of_a_small_program_are_counted_by_name() -> None:
     assert counts.flops == 2 * 3 * 4 * 5
 
 
+def test_a_product_that_is_added_in_place_counts_as_much_as_one_that_is_not() -> None:
+    """torch's own counter passes over `addmm_`, by which fused layers add an adapter's update and a gradient."""
+    left, right, sum_of = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
+    for product in (sum_of.addmm, sum_of.addmm_):
+        with counting() as counts:
+            product(left, right)
+        assert counts.flops == 2 * 3 * 4 * 5
+
+
 def test_a_backward_is_counted_too() -> None:
     """Forward and backward of a linear layer are three products, and two without an input gradient."""
     for needs, products in ((True, 3), (False, 2)):

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from hpc_core.engine.attention_input import attention_input
 from hpc_core.engine.fused_linear import gated_linear, linears, normed_linears
 from hpc_core.engine.pointwise import Pointwise
-from hpc_core.engine.projection import projection_of
+from hpc_core.engine.projection import joined, projection_of
 from hpc_core.errors import BuildError
 
 __all__ = ["Half", "fuse_halves"]
@@ -104,14 +105,19 @@ def _attention(layer: Any, run: Pointwise) -> Half:
     queries_keys_values = tuple(projection_of(getattr(module, name)) for name in _PARTS["self_attn"][:3])
     out = (projection_of(module.o_proj),)
     width, scaling = int(module.head_dim), float(module.scaling)
+    whole, eps = joined(queries_keys_values, before.weight.dtype), float(before.variance_epsilon)
+
+    def taken_in(
+        stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        if whole is not None:
+            return attention_input(whole, stream, delta, before.weight, eps, (cos, sin), run)
+        total, *made = normed_linears(queries_keys_values, stream, delta, before.weight, eps, run)
+        q, k, v = (each.view(-1, cos.shape[0], each.shape[-1] // width, width) for each in made)
+        return (total, *_Rotate.apply(q, k, cos, sin, run), v)
 
     def inside(stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
-        total, *made = normed_linears(
-            queries_keys_values, stream, delta, before.weight, float(before.variance_epsilon), run
-        )
-        length = cos.shape[0]
-        q, k, v = (each.view(-1, length, each.shape[-1] // width, width) for each in made)
-        q, k = _Rotate.apply(q, k, cos, sin, run)
+        total, q, k, v = taken_in(stream, delta, cos, sin)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),

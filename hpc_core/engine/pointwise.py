@@ -81,6 +81,27 @@ def rotate(
     return _turn(queries, cos, sin), _turn(keys, cos, sin)
 
 
+def rotate_and_split(
+    joined: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int, keys: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values of their own, rotated but for the values, from (rows, all heads times width), side by side.
+
+    Each (batch, length, heads, width); the first `queries` heads and the `keys` behind them are so named, the rest are values.
+    """
+    length, _, width = cos.shape
+    heads = joined.view(-1, length, joined.shape[1] // width, width)
+    q, k, v = heads.split((queries, keys, heads.shape[2] - queries - keys), dim=2)
+    return _turn(q, cos, sin), _turn(k, cos, sin), v.clone(memory_format=torch.contiguous_format)
+
+
+def rotate_and_join(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Queries and keys rotated, values as they are, side by side as (rows, all heads times width). With -sin the way back of `rotate_and_split`."""
+    joined = torch.cat((_turn(queries, cos, sin), _turn(keys, cos, sin), values), dim=2)
+    return joined.view(-1, joined.shape[2] * joined.shape[3])
+
+
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
@@ -138,6 +159,8 @@ _BODIES: dict[str, Body] = {
     "swiglu": swiglu,
     "swiglu_backward": swiglu_backward,
     "rotate": rotate,
+    "rotate_and_join": rotate_and_join,
+    "rotate_and_split": rotate_and_split,
     "row_losses": row_losses,
     "logits_into_gradient": logits_into_gradient,
     "adamw": adamw,

@@ -16,7 +16,7 @@ import torch
 from hpc_core.build.libraries import library
 from hpc_core.errors import BuildError
 
-__all__ = ["Projection", "backward_of", "forward_of", "projection_of", "tensors_of"]
+__all__ = ["Joined", "Projection", "backward_of", "forward_of", "joined", "projection_of", "tensors_of"]
 
 PER = 4
 """Tensors a projection: weight, bias, A, B."""
@@ -76,6 +76,50 @@ def projection_of(module: Any) -> Projection:
     return Projection(weight, base.bias, down, up, float(module.scaling[name]), packed, dequantize)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The weights of several projections below each other, so that one product serves all: `whole` (sum of outs, in), or None for 4-bit ones."""
+
+    projections: tuple[Projection, ...]
+    rows: tuple[int, ...]
+    columns: int
+    whole: torch.Tensor | None
+
+    def dense(self, like: torch.Tensor) -> torch.Tensor:
+        """(sum of outs, in); 4-bit weights are dequantized into one new tensor in the dtype and on the device of `like`."""
+        if self.whole is not None:
+            return self.whole
+        found = like.new_empty((sum(self.rows), self.columns))
+        for one, part in zip(self.projections, found.split(self.rows), strict=True):
+            if like.is_cuda:
+                one.dequantize(one.packed.data, one.packed.quant_state, out=part)
+            else:  # bitsandbytes writes into what is there on a GPU only
+                part.copy_(one.dequantize(one.packed.data, one.packed.quant_state))
+        return found
+
+
+def joined(projections: Sequence[Projection], dtype: torch.dtype) -> Joined | None:
+    """The projections as one, where nobody trains their weights and none has a bias; else None.
+
+    Plain weights move into one storage, of which each module's weight becomes a part: no byte is held twice, and every module computes as before.
+    4-bit ones stay where they are; they must dequantize to `dtype`.
+    """
+    if any(one.bias is not None for one in projections):
+        return None
+    if all(one.packed is not None and one.packed.quant_state.dtype == dtype for one in projections):
+        shapes = [tuple(one.packed.quant_state.shape) for one in projections]
+        rows = tuple(int(shape[0]) for shape in shapes)
+        return Joined(tuple(projections), rows, int(shapes[0][1]), None)
+    weights = [one.weight for one in projections if one.weight is not None]
+    if len(weights) != len(projections) or any(weight.requires_grad or weight.dtype != dtype for weight in weights):
+        return None
+    rows = tuple(int(weight.shape[0]) for weight in weights)
+    whole = torch.cat([weight.detach() for weight in weights])
+    for weight, part in zip(weights, whole.split(rows), strict=True):
+        weight.data = part
+    return Joined(tuple(projections), rows, int(whole.shape[1]), whole)
+
+
 def tensors_of(projections: Sequence[Projection]) -> list[torch.Tensor | None]:
     """The tensors that autograd must know of, four a projection."""
     return [each for one in projections for each in (one.weight, one.bias, one.lora_a, one.lora_b)]
@@ -98,15 +142,18 @@ def _downs(
 
 
 def forward_of(
-    projections: Sequence[Projection], tensors: Given, x: torch.Tensor
+    projections: Sequence[Projection], tensors: Given, x: torch.Tensor, made: Sequence[torch.Tensor] | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Each projection of `x`, and x times all A, (rows, sum of ranks); None where there is no adapter."""
+    """Each projection of `x`, and x times all A, (rows, sum of ranks); None where there is no adapter.
+
+    `made`: the products with the weights, without bias, where they are there already; the adapters' are added in place.
+    """
     downs, ranks = _downs(projections, tensors, x.dtype)
     low = None if downs is None else x @ downs.t()
     outputs, column = [], 0
     for index, one in enumerate(projections):
         weight, bias, _, up = _parts(tensors, index)
-        y = torch.nn.functional.linear(x, one.dense(weight, x.dtype), bias)
+        y = torch.nn.functional.linear(x, one.dense(weight, x.dtype), bias) if made is None else made[index]
         if up is not None and low is not None:
             y.addmm_(low[:, column : column + ranks[index]], up.to(x.dtype).t(), alpha=one.scale)
         column += ranks[index]
@@ -123,13 +170,15 @@ def backward_of(
     needs: Sequence[bool],
     *,
     need_input: bool,
+    begun: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
     """Gradient of the input, None unless wanted, and of each tensor in the order of `tensors_of`, None where `needs` says so.
 
-    `x` may be None where no weight and no A wants a gradient.
+    `x` may be None where no weight and no A wants a gradient. `begun`: the input's gradient by all weights, where
+    it is there already; the adapters' is added in place.
     """
     dtype = arrived[0].dtype
-    d_x: torch.Tensor | None = None
+    d_x = begun
     found: list[torch.Tensor | None] = [None] * len(tensors)
     rising: list[torch.Tensor] = []
     downs, ranks = _downs(projections, tensors, dtype)
@@ -137,7 +186,7 @@ def backward_of(
     for index, (one, gradient) in enumerate(zip(projections, arrived, strict=True)):
         weight, bias, _, up = _parts(tensors, index)
         at = PER * index
-        if need_input:
+        if need_input and begun is None:
             dense = one.dense(weight, dtype)
             d_x = gradient @ dense if d_x is None else d_x.addmm_(gradient, dense)
             del dense

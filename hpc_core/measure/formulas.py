@@ -1,4 +1,4 @@
-"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention, int4 and bitsandbytes.
+"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention, products added in place, int4 and bitsandbytes.
 
 Every formula takes shapes, as FlopCounterMode hands them over, and counts 2 FLOP a multiply-add.
 """
@@ -72,12 +72,17 @@ def _int4pack(a: Any, _: Any, __: Any, scale_and_zero: Any, *___: Any, **____: A
     return int(2 * a[0] * a[1] * scale_and_zero[1])
 
 
+def _addmm_in_place(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """torch 2.13 counts `addmm` and `mm`, and passes over the one that adds in place."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
 _INT4 = ("_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
 
 
 def own_formulas() -> dict[Any, Any]:
     """Formula by operator, for FlopCounterMode's `custom_mapping`; bitsandbytes' only when the package was imported."""
-    formulas: dict[Any, Any] = {}
+    formulas: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_in_place}
     for name in _FORWARD:
         formulas[getattr(torch.ops.aten, name)] = attention_flops
         formulas[getattr(torch.ops.aten, f"{name}_backward")] = attention_backward_flops
