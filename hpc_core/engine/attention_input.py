@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.pointwise import Pointwise, sum_and_norm
 from hpc_core.engine.projection import PER, Joined, backward_of, forward_of, tensors_of
 
 __all__ = ["attention_input"]
@@ -31,11 +31,7 @@ class _AttentionInput(torch.autograd.Function):
         sin: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> Any:
-        if delta is None:
-            total = x
-            inner, scale = run("norm", x, weight, eps)
-        else:
-            total, inner, scale = run("add_and_norm", x, delta, weight, eps)
+        total, inner, scale = sum_and_norm(run, x, delta, weight, eps)
         side_by_side = inner @ whole.dense(inner).t()
         _, low = forward_of(whole.projections, tensors, inner, side_by_side.split(whole.rows, dim=1))
         width = cos.shape[2]

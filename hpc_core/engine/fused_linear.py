@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.pointwise import Pointwise, sum_and_norm
 from hpc_core.engine.projection import PER, Projection, backward_of, forward_of, projection_of, tensors_of
 
 __all__ = ["added_norm", "gated_linear", "linears", "normed_linears", "patch_linears"]
@@ -46,11 +46,7 @@ class _NormedLinears(torch.autograd.Function):
         weight: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> Any:
-        if delta is None:
-            total = x
-            inner, scale = run("norm", x, weight, eps)
-        else:
-            total, inner, scale = run("add_and_norm", x, delta, weight, eps)
+        total, inner, scale = sum_and_norm(run, x, delta, weight, eps)
         outputs, low = forward_of(parts, tensors, inner)
         ctx.parts, ctx.run, ctx.added = parts, run, delta is not None
         ctx.save_for_backward(total, scale, weight, low, *tensors)

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["Pointwise", "add_and_norm", "norm", "norm_again", "norm_backward", "rotate", "swiglu", "swiglu_backward"]
+__all__ = [
+    "Pointwise",
+    "add_and_norm",
+    "norm",
+    "norm_again",
+    "norm_backward",
+    "rotate",
+    "sum_and_norm",
+    "swiglu",
+    "swiglu_backward",
+]
 
 Body = Callable[..., Any]
 
@@ -187,3 +197,13 @@ class Pointwise:
         run = _BODIES[name] if is_in_torch_dispatch_mode() else self._run[name]
         with torch.no_grad():
             return run(*(each.detach() if isinstance(each, torch.Tensor) else each for each in arguments))
+
+
+def sum_and_norm(
+    run: Pointwise, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x + delta, or x itself where there is no delta; its RMS norm; the norm's scale."""
+    if delta is None:
+        return (x, *run("norm", x, weight, eps))
+    total, inner, scale = run("add_and_norm", x, delta, weight, eps)
+    return total, inner, scale
