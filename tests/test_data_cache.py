@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_core.data.batching import IGNORED_LABEL, Batch, batches, epoch_size
+from hpc_core.data import collated
+from hpc_core.data.batching import IGNORED_LABEL, Batch, EpochSize, batches, epoch_size
 from hpc_core.data.blocks import BlockSource
 from hpc_core.data.cache import cache_folder, cache_key, cached_epoch
 from hpc_core.data.collated import CollatedEpoch, write_collated
@@ -148,6 +150,29 @@ def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
             return
         _same(kept, expected)
         assert kept.epoch == epoch_size(rows, spec)
+
+
+@pytest.mark.parametrize("said", [{"batches": -1}, {"batches": 0}, {"batch": 0}, {"batches": 2**40}, {"batch": 50}])
+def test_a_header_that_lies_is_refused(tmp_path: Path, said: dict[str, int]) -> None:
+    """Counts that the numbers cannot hold are an error in words, even where the checksum is right."""
+    path = tmp_path / "x.batches"
+    header = collated._Header(
+        format=collated.FORMAT,
+        key="key",
+        batches=said.get("batches", 1),
+        batch=said.get("batch", 1),
+        masked=False,
+        numbers=4,
+        checksum=0,
+        epoch=EpochSize(rows=1, batches=1, tokens=2, padded=0, skipped=0),
+    )
+    body = np.array([2, 2, 5, 6], dtype="<i4").tobytes()
+    true = msgspec.structs.replace(header, checksum=collated._checksum(header, body))
+    told = msgspec.json.encode(true)
+    told += b" " * (-(len(collated._MAGIC) + 8 + len(told)) % 64)
+    path.write_bytes(collated._MAGIC + len(told).to_bytes(8, "little") + told + body)
+    with pytest.raises(DataError, match=f"it holds {true.batches} batches of {true.batch} rows in 4 numbers"):
+        CollatedEpoch(path, "key")
 
 
 def test_a_foreign_epoch_is_refused(folder: Path) -> None:

@@ -13,18 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.build import build
-from hpc_core.cases import generate, tiny
+from hpc_core.cases import finetune, generate, lora, tiny
+from hpc_core.engine.train import training_program
 from hpc_core.environment import gpu_energy_mj
 from hpc_core.errors import MeasureError
 from hpc_core.gpu_state import other_processes
 from hpc_core.launch.protocol import Job
 from hpc_core.measure.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.perform import energy as performing
+from hpc_core.perform.finetune import _energy
 from hpc_core.perform.metrics import wall
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, unmarked
 from hpc_core.run.generate import generate_program
-from hpc_core.spec import Case, GenerateSpec
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
 
 
 class Board:
@@ -139,6 +141,25 @@ def test_a_steps_energy_is_the_boards_over_the_steps(monkeypatch: pytest.MonkeyP
     steps = round(100 / metric.value)
     assert 100 / metric.value == pytest.approx(steps)
     assert f"and {steps} steps of 1,000,000 unlike ones" in str(metric.note)
+
+
+def test_a_training_cases_energy_leaves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many steps two seconds hold differs from run to run: the weights that are checked after them are those before, at their places."""
+    case = finetune(tiny, lora(dropout=0.0), batch=1, length=8, steps=2, learning_rate=1e-2)
+    assert isinstance(case.workload, FinetuneSpec)
+    session = _session(monkeypatch, case, [{}, {"processes": 1}])
+    session.metrics["step_s"] = wall([0.01])
+    program = training_program(build(case, session.device), case, case.workload)
+    trained = {name: part for name, part in program.model.named_parameters() if part.requires_grad}
+    before = {name: (part.data_ptr(), part.detach().clone()) for name, part in trained.items()}
+    _energy(session, program)
+    assert program.steps_done > 0
+    assert session.metrics["energy_step_j"].value > 0
+    for name, part in trained.items():
+        assert part.data_ptr() == before[name][0]
+        assert torch.equal(part, before[name][1])
+    program.step()
+    assert not all(torch.equal(part, before[name][1]) for name, part in trained.items())
 
 
 @pytest.mark.parametrize("profile", [True, False])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
-from typing import Any
+import time
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -15,11 +18,11 @@ from hypothesis import strategies as st
 from hpc_core.audit import feed_facts
 from hpc_core.build import Built, build
 from hpc_core.cases import TINY_DATA, finetune, lora
-from hpc_core.data.blocks import BlockSource
+from hpc_core.data.blocks import Block, BlockSource
 from hpc_core.engine.train import training_program
 from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
-from hpc_core.perform.feed import same_losses
+from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.record import Record
 from hpc_core.run import supply
@@ -193,6 +196,59 @@ def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(supply, "host_batch", spoiled)
     fact = same_losses(program, program.batches, _resident(case), seed=0)
     assert (fact.asked, fact.seen) == tuple(f"{count} of 5 equal those of resident batches" for count in (5, 4))
+
+
+def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight steps over seven ragged batches: what is compared are the same batches, though the loader goes on from pass to pass."""
+    case = _case(PADDED, workers=1, ahead=1)
+    program = training_program(build(case, CPU), case, _workload(case))
+    fed = program.batches
+    assert isinstance(fed, Fed)
+    widths: dict[str, list[int]] = {"fed": [], "resident": []}
+    train = program.train_on
+
+    def seen(batch: Any, *rest: Any) -> None:
+        widths["fed" if program.batches is fed else "resident"].append(batch.ids.shape[1])
+        train(batch, *rest)
+
+    monkeypatch.setattr(program, "train_on", seen)
+    feed_cost(program, fed, _resident(case), CPU)
+    program.release()
+    assert len(set(widths["fed"])) > 1
+    assert widths["fed"] == widths["resident"]
+
+
+def test_a_worker_that_hangs_is_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that does not come ends in an error that says after how long; the worker is gone after."""
+    monkeypatch.setattr(supply, "host_batch", lambda source, index: time.sleep(2.0))
+    monkeypatch.setattr(supply, "_PATIENCE_S", 0.3)
+    fed = fed_batches(_built(), _workload(_case(PACKED, workers=1)))[0]
+    with pytest.raises(RuntimeError, match=r"timed out after 0\.3 seconds"):
+        fed.take(0)
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    fed.clear()
+    assert not psutil.wait_procs(children, timeout=15)[1]
+
+
+def test_a_worker_never_collects_what_came_with_the_fork() -> None:
+    """Garbage of the parent may hold CUDA events: in a worker all of it is frozen, and its own is collected; the parent goes on as before."""
+
+    class Told(NamedTuple):
+        frozen: int
+        collecting: bool
+
+    class Source:
+        def block(self, index: int) -> Block:
+            return Block(np.array([[gc.get_freeze_count(), gc.isenabled()]]), np.array([2]))
+
+        masked = False
+
+    before = gc.get_freeze_count(), gc.isenabled()
+    made = supply.supply(cast(BlockSource, Source()), FeedSpec(way="loader", workers=1), 1, on_gpu=False)
+    told = Told(*next(made).ids[0].tolist())
+    assert told.frozen > 10_000
+    assert told.collecting
+    assert (gc.get_freeze_count(), gc.isenabled()) == before
 
 
 FED = Rates(FeedSpec(way="loader"), fed_s=0.05, resident_s=0.05, wait_s=1e-4, idle_s=0.0, make_s=1e-4, supply_per_s=1e4)

@@ -84,8 +84,12 @@ class CollatedEpoch:
         self._path, self._key = path, key
         header, numbers = _read(path, key)
         self.masked, self.epoch = header.masked, header.epoch
-        widths = numbers[: header.batches].tolist()
         ends = header.batches * (1 + header.batch)
+        widths = numbers[: max(header.batches, 0)].tolist()
+        if min(header.batches, header.batch, *widths) < 1 or ends > len(numbers):
+            raise DataError(
+                f"{path} says that it holds {header.batches} batches of {header.batch} rows in {len(numbers)} numbers, or a row without width: delete it."
+            )
         self._lengths = numbers[header.batches : ends].reshape(header.batches, header.batch)
         areas = [width * header.batch for width in widths]
         self._starts = [ends, *(ends + np.cumsum(areas)).tolist()]

@@ -21,6 +21,7 @@ from hpc_core.errors import MeasureError
 from hpc_core.measure.clock import quiet, seconds_of
 from hpc_core.measure.gaps import Idle, Window, idle_while
 from hpc_core.perform.feed_words import Rates, what_bounds
+from hpc_core.perform.kept import kept
 from hpc_core.perform.metrics import reported, wall
 from hpc_core.perform.session import Session
 from hpc_core.record import Fact
@@ -115,15 +116,16 @@ def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: to
     fed_s, resident_s, waits = [], [], []
     steps = _GPU_STEPS if device.type == "cuda" else _CPU_STEPS
     for _ in range(_ROUNDS):
+        first = _next_pass(fed)  # both on the same batches: ragged ones cost differently
         with _on(program, resident):
-            resident_s.append(_pass_s(program, device, steps))
-        fed_s.append(_pass_s(program, device, steps))
+            resident_s.append(_pass_s(program, device, steps, first))
+        fed_s.append(_pass_s(program, device, steps, first))
         waits += [(stop - start) / 1e9 for start, stop in fed.seen.fetched_ns[-steps:]]
     idle = resident_idle = None
     if device.type == "cuda":
         with _on(program, resident):
-            resident_idle = idle_while(lambda: _seen_pass(program, device, steps), device)
-        idle = idle_while(lambda: _seen_pass(program, device, steps), device)
+            resident_idle = idle_while(lambda: _seen_pass(program, device, steps, _next_pass(fed)), device)
+        idle = idle_while(lambda: _seen_pass(program, device, steps, _next_pass(fed)), device)
     rates = Rates(
         feed=fed.feed,
         fed_s=statistics.median(fed_s),
@@ -157,23 +159,27 @@ def _steps(program: FinetuneProgram, count: int, device: torch.device) -> None:
             done.append(torch.cuda.current_stream(device).record_event())
 
 
-def _begin(program: FinetuneProgram, device: torch.device) -> None:
-    """Take from a feed what lay in store, so that what follows is made while it is asked for, and get going."""
-    fed = program.batches
-    if isinstance(fed, Fed):
-        fed.fetch_for_nobody(_in_store(fed))
-        program.go_to(fed.next_index)
+def _begin(program: FinetuneProgram, device: torch.device, first: int) -> None:
+    """Take from a feed what lay in store, so that what follows is made while it is asked for, and get going at the batch of index `first`."""
+    if isinstance(program.batches, Fed):
+        program.batches.fetch_for_nobody(_in_store(program.batches))
+    program.go_to(first)
     _steps(program, _HOST_AHEAD, device)
+
+
+def _next_pass(fed: Fed) -> int:
+    """Index of the batch that a pass begins with: the first one that the loader has not begun yet."""
+    return (fed.next_index + _in_store(fed)) % len(fed)
 
 
 def _in_store(fed: Fed) -> int:
     return fed.feed.workers * PREFETCHED
 
 
-def _pass_s(program: FinetuneProgram, device: torch.device, steps: int) -> float:
+def _pass_s(program: FinetuneProgram, device: torch.device, steps: int, first: int) -> float:
     """Seconds a step, on the device's own clock where it has one, so that nothing waits at either end."""
     with quiet(young=True):
-        _begin(program, device)
+        _begin(program, device, first)
         if device.type != "cuda":
             return seconds_of(lambda: _steps(program, steps, device), device) / steps
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -184,9 +190,9 @@ def _pass_s(program: FinetuneProgram, device: torch.device, steps: int) -> float
         return float(start.elapsed_time(end)) / 1e3 / steps
 
 
-def _seen_pass(program: FinetuneProgram, device: torch.device, steps: int) -> tuple[int, list[Window]]:
+def _seen_pass(program: FinetuneProgram, device: torch.device, steps: int, first: int) -> tuple[int, list[Window]]:
     """A pass to be looked at: since when, and when the host was busy getting batches in it."""
-    _begin(program, device)
+    _begin(program, device, first)
     since, fed = time.time_ns(), program.batches
     _steps(program, steps, device)
     windows = [*fed.seen.fetched_ns, *fed.seen.copied_ns] if isinstance(fed, Fed) else []
@@ -215,7 +221,7 @@ def same_losses(program: FinetuneProgram, fed: Fed, resident: Resident, seed: in
     Weights are put back before each step: two backward passes of one batch may differ in their last bits, two forward passes do not.
     """
     trained = [part for part in program.model.parameters() if part.requires_grad]
-    kept = [_kept(part) for part in trained]
+    before = [kept(part) for part in trained]
     found: dict[str, torch.Tensor] = {}
     for name, batches in (("resident", resident), ("fed", fed)):
         losses = []
@@ -223,7 +229,7 @@ def same_losses(program: FinetuneProgram, fed: Fed, resident: Resident, seed: in
             program.go_to(0)
             for index in range(len(resident)):
                 with torch.no_grad():
-                    for part, value in zip(trained, kept, strict=True):
+                    for part, value in zip(trained, before, strict=True):
                         part.copy_(value)
                 torch.manual_seed(seed + index)
                 program.step()
@@ -233,10 +239,3 @@ def same_losses(program: FinetuneProgram, fed: Fed, resident: Resident, seed: in
     equal = int((found["fed"] == found["resident"]).sum())
     asked = f"{len(resident)} of {len(resident)} equal those of resident batches"
     return Fact(asked=asked, seen=f"{equal}{asked[len(str(len(resident))) :]}")
-
-
-def _kept(part: torch.Tensor) -> torch.Tensor:
-    """A copy on the device where twice its size is free there, so that putting it back waits for nothing; else on the host."""
-    if part.is_cuda and torch.cuda.mem_get_info(part.device)[0] < 2 * part.nbytes:
-        return part.detach().cpu()
-    return part.detach().clone()

@@ -17,6 +17,7 @@ from hpc_core.perform.callable import measure_again
 from hpc_core.perform.energy import note_step_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.feed import measure_feed
+from hpc_core.perform.kept import weights_kept
 from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
 from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wall
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
@@ -72,7 +73,7 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
     audit_tuned(session, program)
     _busy(session, program)
     measure_feed(session, built, program, workload)
-    note_step_energy(session, program)
+    _energy(session, program)
     with program.uncaptured():
         note_profile(
             session,
@@ -200,6 +201,12 @@ def _busy(session: Session, program: FinetuneProgram) -> None:
     step_s = session.metrics["step_s"].value
     session.metrics["busy_share"] = ratio(busy_s / step_s, note=bound_by(busy_s / step_s))
     _share_of_matmul(session, step_s)
+
+
+def _energy(session: Session, program: FinetuneProgram) -> None:
+    """It takes as many steps as two seconds hold: what comes after must not depend on how many those were."""
+    with weights_kept(program.model) if session.on_gpu and session.job.profile else contextlib.nullcontext():
+        note_step_energy(session, program)
 
 
 def bound_by(share: float) -> str:

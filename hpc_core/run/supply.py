@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +20,10 @@ __all__ = ["PREFETCHED", "HostBatch", "host_batch", "supply"]
 
 PREFETCHED = 2
 """Batches that each worker has made or begun before they are asked for; torch's default, named because measuring must empty them."""
+
+
+_PATIENCE_S = 120.0
+"""So long a batch of a worker may take; then the loader says so, where it would wait for ever."""
 
 
 class HostBatch(NamedTuple):
@@ -67,7 +73,8 @@ class _Round(Sampler[int]):
 def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> Iterator[HostBatch]:
     """The first `count` batches round and round, from batch 0, as the feed says. Worker processes end when it is let go of.
 
-    Pinning needs a GPU: without one batches come unpinned, and say so themselves (`is_pinned`).
+    Pinning needs a GPU: without one batches come unpinned, and say so themselves (`is_pinned`). A worker that takes more than two minutes
+    for a batch ends the iteration with torch's RuntimeError.
     """
     workers = feed.workers
     loader = DataLoader(
@@ -80,8 +87,28 @@ def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> 
         # A child that is forked touches no CUDA and need not import what its parent has.
         multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),  # else the loader draws its seed from the stream that dropout draws from
+        timeout=_PATIENCE_S if workers else 0,
+        worker_init_fn=_leave_the_parents_garbage if workers else None,
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_collecting():
         # Python 3.12 warns of every fork beside other threads. These children read a file or texts, and run torch on one thread.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         return iter(loader)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """In the block garbage is not collected, nor in a child that is forked in it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _leave_the_parents_garbage(_: int) -> None:
+    """In a worker: what came with the fork is never collected there. Events and graphs among it would call CUDA, which after a fork fails or hangs."""
+    gc.freeze()
+    gc.enable()
