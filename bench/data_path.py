@@ -24,6 +24,7 @@ if str(_HERE) not in sys.path:
 
 from hpc_core import Case, perf_cases  # noqa: E402
 from hpc_core.cases import DATA, TINY_DATA  # noqa: E402
+from hpc_core.environment import visible_gpus  # noqa: E402
 from hpc_core.plugin.fixture import Perf  # noqa: E402
 from hpc_core.plugin.session import PerfSession  # noqa: E402
 from hpc_core.record import Record  # noqa: E402
@@ -88,9 +89,17 @@ def main() -> None:
     ask.add_argument("--out", default="", help="keep the rows as JSON")
     options = ask.parse_args()
     first, *others = DATA if options.shape == "llama-3.2-3b" else TINY_DATA
+    chosen = [case for case in others if options.only in case.id]
+    if not chosen:
+        there = ", ".join(case.id.rpartition("/")[2] for case in others)
+        ask.error(f"no feed's name holds {options.only!r}; there are {there}")
+    if options.device == "cuda" and not visible_gpus():
+        ask.error("no GPU is visible: say --device cpu, with --shape tiny")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        ask.error(f"--out {options.out}: there is no such folder")
     rows: dict[str, dict[str, Any]] = {}
     sys.stdout.write(f"{_COLUMNS}\n")
-    for name, row in _measured(first, [case for case in others if options.only in case.id], options.device):
+    for name, row in _measured(first, chosen, options.device):
         rows[name] = row
         sys.stdout.write(f"{line(name, row)}\n" + "".join(f"    {odd}\n" for odd in row["odd"]))
         sys.stdout.flush()

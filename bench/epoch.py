@@ -6,7 +6,8 @@
 
 Rows have the recorded lengths of WikiText-2's first 4000 rows (272,271 tokens) and random ids: no data set is needed, time does not depend
 on values. A packed epoch is every full block of 4 x 512 tokens. Seconds run from the moment the first batch is asked for to the idle device
-after the last step; compiling and capturing come before and are printed apart. Stock rows are measured over `--stock-steps` steps and
+after the last step; compiling and capturing come before and are printed apart, and so does bringing the loader, which gave the batches for
+that, to the epoch's beginning again. Stock rows are measured over `--stock-steps` steps and
 extrapolated to an epoch of theirs where that is longer, and the line says so. Each row has a process of its own.
 """
 
@@ -27,6 +28,8 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from hpc_core.cases import finetune, lora  # noqa: E402
+from hpc_core.environment import visible_gpus  # noqa: E402
+from hpc_core.errors import SpecError  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec  # noqa: E402
 
@@ -81,6 +84,9 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     synchronize(device)
     first_use_s = time.perf_counter() - began
     count = len(program.batches)
+    if isinstance(program.batches, Fed):
+        # The loader stands in the middle of a round: what is left of it is no part of the epoch's seconds.
+        program.batches.fetch_for_nobody(-program.batches.next_index % count)
     if device_name == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with quiet():
@@ -109,6 +115,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     if captured is not None:
         found["peak_gib"] = captured.peak_bytes() / 2**30
     if isinstance(program.batches, Fed):
+        found["fetched"] = len(program.batches.seen.fetched_ns)
         found["waited_s"] = sum(stop - start for start, stop in program.batches.seen.fetched_ns) / 1e9
         found["data"] = program.batches.note
     program.batches.clear()
@@ -164,13 +171,21 @@ def main() -> None:
     wanted = options.only.split(",")
     if unknown := [name for name in wanted if name not in ROWS]:
         ask.error(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
+    try:
+        cases = {name: case_of(name, options) for name in wanted}
+    except SpecError as error:
+        ask.error(str(error))
+    if options.device == "cuda" and not visible_gpus():
+        ask.error("no GPU is visible: say --device cpu, with --shape tiny")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        ask.error(f"--out {options.out}: there is no such folder")
     with gpus_by_nvml():
         import torch  # noqa: F401 - imported once, for all children
         import transformers.models.llama.modeling_llama  # noqa: F401
 
     rows: dict[str, dict[str, Any]] = {}
     for name in wanted:
-        rows[name] = _in_child(case_of(name, options), options)
+        rows[name] = _in_child(cases[name], options)
         sys.stdout.write(f"{line(name, rows[name], options)}\n")
         sys.stdout.flush()
         if options.out:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.cases import ALL, catalogue
+from hpc_core.errors import SpecError
 from hpc_core.limits import GiB, Limits
-from hpc_core.record import Metric, Record
+from hpc_core.record import Metric, Record, record_to_json
 from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
 from hpc_core.report.twins import are_twins, changed_work, work_of
 from hpc_core.spec import Case, FinetuneSpec
@@ -154,3 +156,28 @@ def test_faster_is_the_ratio_of_walls(stock_s: float, tuned_s: float) -> None:
     records = [_record("lora-nodrop", {"step_s": wall(stock_s)}), _record("lora-tuned", {"step_s": wall(tuned_s)})]
     cells = _row(page({each.case.id: each for each in records}), "lora-tuned")
     assert cells[2] == f"{stock_s / tuned_s:.2f} x"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"{bad\n", b"\xff\xfe\n"])
+def test_a_file_without_a_record_is_named(tmp_path: Path, content: bytes) -> None:
+    """A page is no place to leave a broken file out in silence."""
+    path = tmp_path / "machine" / "lora.history.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(SpecError, match=r"lora\.history\.jsonl: its last line holds no record"):
+        accepted_records(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_no_empty_page(tmp_path: Path) -> None:
+    """A wrong word gives an error and not a page that says of everything that it was not measured."""
+    with pytest.raises(SpecError, match="no such folder of baselines"):
+        main(tmp_path / "nonsense")
+
+
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """A note may hold a character that Python takes for the end of a line: it is part of the record."""
+    record = _record("lora-tuned", {"step_s": wall(0.1)})
+    there = msgspec.structs.replace(record.circumstances, notes=["before\u2028after"])
+    told = record_to_json(msgspec.structs.replace(record, circumstances=there))
+    (tmp_path / "lora-tuned.history.jsonl").write_bytes(told + b"\n")
+    assert list(accepted_records(tmp_path)) == ["llama-3.2-3b/lora-tuned"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from hpc_core.cases import ALL, SWEEP, TUNED
+from hpc_core.errors import SpecError
 from hpc_core.limits import GiB
 from hpc_core.physics.floors import decode_floor, train_floor
 from hpc_core.physics.reading import positions_of, value_of
@@ -48,11 +49,22 @@ def page(records: Mapping[str, Record]) -> str:
 
 
 def accepted_records(folder: Path) -> dict[str, Record]:
-    """The record accepted last of each case below `folder` that is still the case of that id, by id."""
+    """The record accepted last of each case below `folder` that is still the case of that id, by id.
+
+    Raises:
+        SpecError: no such folder, or a file in it that holds no record.
+    """
+    if not folder.is_dir():
+        raise SpecError(f"{folder}: no such folder of baselines.")
     current = {case.id: case.digest for case in (*ALL, *SWEEP)}
     found = {}
     for path in sorted(folder.rglob("*.history.jsonl")):
-        record = record_from_json(path.read_text(encoding="utf-8").splitlines()[-1])
+        # By bytes: a note in a record may hold what Python takes for the end of a line.
+        lines = path.read_bytes().strip().split(b"\n")
+        try:
+            record = record_from_json(lines[-1])
+        except SpecError as error:
+            raise SpecError(f"{path}: its last line holds no record ({error})") from error
         if current.get(record.case.id) == record.case.digest and record.status == "ok":
             found[record.case.id] = record
     return found
@@ -251,4 +263,7 @@ def main(folder: Path = _OURS) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(main(Path(sys.argv[1]) if len(sys.argv) > 1 else _OURS))
+    try:
+        sys.stdout.write(main(Path(sys.argv[1]) if len(sys.argv) > 1 else _OURS))
+    except SpecError as error:
+        sys.exit(f"hpc_core.report.beside: {error}")
