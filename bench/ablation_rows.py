@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_core.environment import machine, stack
+from hpc_core.environment import machine, stack, visible_gpus
 from hpc_core.spec import Case
 
 __all__ = ["Measure", "Rows", "options_of", "run_rows"]
@@ -54,9 +54,10 @@ def run_rows(
 ) -> None:
     """Run the rows asked for, print the table after each, keep everything in a JSON file.
 
-    `steps`: by group, its title and the labels of the rows that lead from stock to tuned, for `hpc_core.report.steps`; `finish` adds to
+    `steps`: by group, its title and the labels of the rows that lead from stock to tuned, for `hpc_core.report.ladder`; `finish` adds to
     the rows what takes several of them.
     """
+    _refuse_what_cannot_be_run(chosen, options)
     began = time.monotonic()
     ladder = {name for each in steps.values() for name in each["rows"]}
     wanted = _names(options.only)
@@ -79,6 +80,21 @@ def run_rows(
     for name, found in rows.items():
         if "\n" in str(found.get("error", "")):
             sys.stdout.write(f"\n{name}\n{found['error'][-4000:]}\n")
+
+
+def _refuse_what_cannot_be_run(chosen: Mapping[str, Case], options: argparse.Namespace) -> None:
+    """Before minutes of measuring: exit code 2 and a sentence."""
+    there = list(dict.fromkeys(name.partition(": ")[2] for name in chosen))
+    said = ""
+    if unknown := [name for name in _names(options.only) if name not in there]:
+        said = f"no row is called {'; '.join(unknown)}; there are {'; '.join(there)}"
+    elif options.device.startswith("cuda") and not visible_gpus():
+        said = "no GPU is visible: say --device cpu, with --shape tiny"
+    elif not Path(options.out).absolute().parent.is_dir():
+        said = f"--out {options.out}: there is no such folder"
+    if said:
+        sys.stderr.write(f"{Path(sys.argv[0]).name}: {said}\n")
+        sys.exit(2)
 
 
 def _names(only: str) -> list[str]:

@@ -67,6 +67,8 @@ def test_the_picture_says_every_number_and_why_there_is_none() -> None:
         (b"[]", (), "not the file of an ablation"),
         (b'{"source": "x", "rows": {}}', (), "those there: none"),
         (_file(), ("lora",), "of lora; those there: qlora"),
+        (_file(stock={"wall_ms": 1e308}), (), r"not the file of an ablation .*<= 1000000000"),
+        (_file(stock={"peak_gib": -1.0}), (), "not the file of an ablation .*>= 0"),
     ],
 )
 def test_another_file_is_refused(content: bytes, only: tuple[str, ...], said: str) -> None:
@@ -88,6 +90,29 @@ def test_the_command_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     said = capsys.readouterr().err
     assert "ends in .svg or .png" in said
     assert "none.json: cannot be read" in said
+    with pytest.raises(SystemExit) as stopped:
+        main([str(rows), str(rows / "steps.png")])
+    assert stopped.value.code == 2
+    assert "steps.png: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (["--only", "stock,nonsense"], "no row is called nonsense; there are stock"),
+        (["--device", "cpu", "--shape", "tiny", "--out", "no/such/x.json"], "there is no such folder"),
+    ],
+)
+@pytest.mark.parametrize("bench", [train_ablation, decode_ablation])
+def test_an_ablation_that_cannot_be_run_is_refused(
+    bench: Any, said: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong word ends in a sentence and exit code 2, before any row is run."""
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *said])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    assert stopped.value.code == 2
+    assert why in capsys.readouterr().err
 
 
 def _ladders() -> list[tuple[str, list[Case]]]:

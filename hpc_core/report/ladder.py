@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -36,11 +37,15 @@ class Ladder(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...]
 
 
+_Drawn = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""A number that an axis can hold."""
+
+
 class _Row(msgspec.Struct, frozen=True):
-    wall_ms: float | None = None
-    busy_ms: float | None = None
-    peak_gib: float | None = None
-    tokens_per_s: float | None = None
+    wall_ms: _Drawn | None = None
+    busy_ms: _Drawn | None = None
+    peak_gib: _Drawn | None = None
+    tokens_per_s: _Drawn | None = None
     error: str = ""
 
 

@@ -22,7 +22,7 @@ PREFETCHED = 2
 """Batches that each worker has made or begun before they are asked for; torch's default, named because measuring must empty them."""
 
 
-_PATIENCE_S = 120.0
+_PATIENCE_S = 60.0
 """So long a batch of a worker may take; then the loader says so, where it would wait for ever."""
 
 
@@ -73,7 +73,7 @@ class _Round(Sampler[int]):
 def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> Iterator[HostBatch]:
     """The first `count` batches round and round, from batch 0, as the feed says. Worker processes end when it is let go of.
 
-    Pinning needs a GPU: without one batches come unpinned, and say so themselves (`is_pinned`). A worker that takes more than two minutes
+    Pinning needs a GPU: without one batches come unpinned, and say so themselves (`is_pinned`). A worker that takes more than a minute
     for a batch ends the iteration with torch's RuntimeError.
     """
     workers = feed.workers

@@ -9,6 +9,7 @@ Draws what the ablations of `bench/` wrote, and nothing else; needs matplotlib.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import sys
 import textwrap
@@ -114,7 +115,7 @@ def _time_text(step: Step) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw one file into another; 2 where the rows cannot be read."""
+    """Draw one file into another; 2 where the rows cannot be read or the picture cannot be written."""
     ask = argparse.ArgumentParser(prog="python -m hpc_core.report.plots.steps", description=__doc__.splitlines()[0])
     ask.add_argument("rows", type=Path, help="what an ablation of bench/ wrote")
     ask.add_argument("picture", type=Path, help="a file ending in .svg or .png")
@@ -127,7 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source, ladders = read_ladders(chosen.rows, chosen.only)
     except SpecError as error:
         ask.error(str(error))
-    write_whole(chosen.picture, drawn_steps(source, ladders, kind))
+    if importlib.util.find_spec("matplotlib") is None:
+        ask.error("drawing needs matplotlib: pip install 'hpc-core[plots]'.")
+    drawn = drawn_steps(source, ladders, kind)
+    try:
+        write_whole(chosen.picture, drawn)
+    except OSError as error:
+        ask.error(f"{chosen.picture}: cannot be written ({error.strerror}).")
     return 0
 
 
