@@ -11,13 +11,15 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.cases import catalogue
+from hpc_core.cases import TINY_DATA, catalogue
 from hpc_core.cli.profile import nsight_commands
 from hpc_core.errors import BaselineError
 from hpc_core.launch.protocol import Job, Trace, TraceTable
 from hpc_core.measure.ranges import named_ranges, shown
 from hpc_core.perform.trace import _table
 from hpc_core.record import Record
+from hpc_core.run.feeding import Fed
+from hpc_core.run.supply import HostBatch
 from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept
 from hpc_core.worker import run_job
@@ -62,6 +64,25 @@ def test_one_phase_alone_holds_nothing_of_the_others(tmp_path: Path) -> None:
     names = {each.name for each in table_of(tmp_path).operators}
     assert any("adam" in name.lower() or "foreach" in name for name in names)
     assert not names & {"aten::mm", "aten::silu"}
+
+
+def test_a_profile_of_a_fed_case_holds_no_other_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widest batch is taken by index: to come to it again a loader would make all others within the profile."""
+    phases, fetched = [""], []
+    fetch = Fed._fetch
+
+    def seen(fed: Fed) -> HostBatch:
+        fetched.append(phases[-1])
+        return fetch(fed)
+
+    monkeypatch.setattr(Fed, "_fetch", seen)
+    [case] = [case for case in TINY_DATA if case.id == "tiny/data-w0"]
+    job = Job(case=case, launched="inline", trace=Trace(folder=str(tmp_path)))
+    record = run_job(job, lambda event: phases.append(getattr(event, "name", phases[-1])))
+    assert record.failure is None
+    assert "profile" in phases
+    assert set(fetched) == {"warm-up"}
+    assert "aten::mm" in {each.name for each in table_of(tmp_path).operators}
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,8 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
     if session.job.trace is not None:
-        return trace_program(session, Fixed(program, program.widest), session.job.trace)
+        with program.batches.by_index():  # the same batch again: a loader would bring all others in between
+            return trace_program(session, Fixed(program, program.widest), session.job.trace)
     if session.job.replicate:
         program.go_to(0)  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
