@@ -245,9 +245,10 @@ def test_the_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "hpc-core"
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("HPC_CORE_CACHE", str(tmp_path / "file"))
-    with pytest.raises(DataError, match="Set HPC_CORE_CACHE to a folder that can be written"):
-        _cached()
+    for hopeless in (tmp_path / "file", tmp_path / ("long" * 100)):
+        monkeypatch.setenv("HPC_CORE_CACHE", str(hopeless))
+        with pytest.raises(DataError, match="Set HPC_CORE_CACHE to a folder that can be written"):
+            _cached()
 
 
 def test_a_feed_that_contradicts_itself_is_refused() -> None:

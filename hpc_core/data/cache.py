@@ -58,7 +58,7 @@ def cached_epoch(
     key = cache_key(workload, count=count, vocab_size=vocab_size, tokenizer=tokenizer)
     path = cache_folder() / "batches" / f"{key}.batches"
     how = f"made and kept as {path.name}"
-    if path.exists():
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a folder above may not be searched; then it cannot be written either
         try:
             return CollatedEpoch(path, key), f"found as {path.name}"
         except DataError as error:
