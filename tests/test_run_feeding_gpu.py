@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from hpc_core.run.finetune import resident_batches
 from hpc_core.spec import Case, DataSpec, FinetuneSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
+_LONGEST_S = 240
+"""Of a test, its first compilations included."""
 TEXTS = DataSpec(source="embedded", name="paragraphs")
 GRAPH: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
 
@@ -27,6 +31,20 @@ GRAPH: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def bound() -> Iterator[None]:
+    """A test that hangs (forked loaders, pinning threads, a capture) ends with a traceback of where."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"no end after {_LONGEST_S} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(_LONGEST_S)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def _case(switches: dict[str, Any], **feed: Any) -> Case:
