@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpc_core.cases import ALL, SWEEP, TRIAL
+from hpc_core.cases import ALL, DATA, INT4, SWEEP, TINY_DATA, TRIAL
 from hpc_core.cases_to_predict import PREDICTED
 from hpc_core.errors import SpecError
 from hpc_core.selection import load_case_file, near
@@ -25,7 +25,7 @@ def known_cases(files: list[Path] | None) -> dict[str, Case]:
         SpecError: a file that is none, or holds no cases.
     """
     own = [case for path in files or [] for case in load_case_file(path)]
-    return {case.id: case for case in [*ALL, *TRIAL, *SWEEP, *PREDICTED, *own]}
+    return {case.id: case for case in [*ALL, *TRIAL, *SWEEP, *DATA, *TINY_DATA, *INT4, *PREDICTED, *own]}
 
 
 def known_case(case_id: str, files: list[Path] | None) -> Case:
