@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_core.cases import finetune, generate, lora, tiny
+from hpc_core.cases import ALL, TINY, finetune, generate, lora, tiny
 from hpc_core.cli import main
+from hpc_core.cli.aa import _chosen
 from hpc_core.errors import SpecError
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
 from hpc_core.gate.error_rates import binomial_bound, error_rates
@@ -231,3 +232,12 @@ def test_a_folder_without_records_is_one_clear_error(tmp_path: Path, capsys: pyt
     assert run("aa", "--records", tmp_path, "--out", tmp_path / "aa.json") == 2
     assert "--perf-records" in capsys.readouterr().err
     assert not (tmp_path / "aa.json").exists()
+
+
+def test_what_nobody_named_is_the_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --case an A/A takes the suite's tiny cases, none of those that are there to be named; those can be named."""
+    monkeypatch.setattr("hpc_core.cli.aa.visible_gpus", tuple)
+    assert {case.id for case in _chosen([], None)} == {case.id for case in TINY}
+    named = _chosen(["tiny/data-*"], None)
+    assert named
+    assert not {case.id for case in named} & {case.id for case in ALL}

@@ -12,7 +12,7 @@ import typer
 
 from hpc_core.cli.aa_table import table
 from hpc_core.cli.console import say, tell
-from hpc_core.cli.known import Files, known_cases
+from hpc_core.cli.known import Files, known_cases, suite_cases
 from hpc_core.environment import visible_gpus
 from hpc_core.errors import SpecError
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
@@ -104,7 +104,7 @@ def _records_in(folder: Path) -> list[tuple[Path, Record]]:
 
 
 def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
-    """Those asked for; by default all that run here at the scale of this machine.
+    """Those asked for; by default the suite's and one's own that run here at the scale of this machine.
 
     Raises:
         SpecError: a glob that matches no case that can run here.
@@ -116,7 +116,8 @@ def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
             raise SpecError(f"--case {unknown_glob(glob, [each.id for each in here])}")
     if globs:
         return [each for each in here if matches(each.id, globs)]
-    return [each for each in here if each.scale == ("full" if gpu else "tiny")]
+    scale = "full" if gpu else "tiny"
+    return [each for each in suite_cases(files).values() if each.scale == scale and (gpu or not each.needs_gpu)]
 
 
 def _measured(held: Samples, cases: list[Case], processes: int, name: str | None, out: Path | None) -> Samples:

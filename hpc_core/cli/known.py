@@ -13,19 +13,32 @@ from hpc_core.errors import SpecError
 from hpc_core.selection import load_case_file, near
 from hpc_core.spec import Case
 
-__all__ = ["Files", "known_case", "known_cases"]
+__all__ = ["Files", "known_case", "known_cases", "suite_cases"]
 
 Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES count too; repeatable.")]
 
 
-def known_cases(files: list[Path] | None) -> dict[str, Case]:
-    """The catalogue's cases and those of these files, by id.
+def suite_cases(files: list[Path] | None) -> dict[str, Case]:
+    """What runs where nobody names a case: the suite's and those of these files, by id.
 
     Raises:
         SpecError: a file that is none, or holds no cases.
     """
-    own = [case for path in files or [] for case in load_case_file(path)]
+    return {case.id: case for case in [*ALL, *_own(files)]}
+
+
+def known_cases(files: list[Path] | None) -> dict[str, Case]:
+    """Whatever can be named: the catalogue's cases and those of these files, by id.
+
+    Raises:
+        SpecError: a file that is none, or holds no cases.
+    """
+    own = _own(files)
     return {case.id: case for case in [*ALL, *TRIAL, *SWEEP, *DATA, *TINY_DATA, *INT4, *PREDICTED, *own]}
+
+
+def _own(files: list[Path] | None) -> list[Case]:
+    return [case for path in files or [] for case in load_case_file(path)]
 
 
 def known_case(case_id: str, files: list[Path] | None) -> Case:
