@@ -73,6 +73,17 @@ def test_no_gradient_is_left_and_a_weight_without_one_is_not_counted() -> None:
     assert torch.equal(second, before[1])
 
 
+def test_a_step_that_was_given_up_is_not_counted_by_the_next() -> None:
+    """As after a capture that fails midway: gradients are dropped, the step is taken again, and each weight counts one."""
+    (first, second), _ = _pair(torch.float32, 5)
+    optimizer = AdamWInBackward([first, second], lr=0.1, run=Pointwise(compiled=False))
+    _backward([first], [torch.ones_like(first)])
+    optimizer.zero_grad(set_to_none=True)
+    _backward([first, second], [torch.ones_like(first), torch.ones_like(second)])
+    optimizer.step()
+    assert [float(optimizer.state[part]["step"]) for part in (first, second)] == [1, 1]
+
+
 def test_what_it_cannot_go_with_is_refused() -> None:
     """It is part of the fused blocks, AdamW alone, and of the tuned engine."""
     tuned = {"engine": "tuned", "loss": "chunked", "optimizer_in_backward": True}
