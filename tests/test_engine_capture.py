@@ -73,6 +73,14 @@ def test_a_captured_step_trains_like_the_plain_one(method: Any, fusion: Any, dev
     assert losses[1][-1] < losses[1][0]
 
 
+def test_kernels_between_products_take_more_shapes_than_torchs_eight(device: torch.device) -> None:
+    """Batches as wide as their longest row have many widths; past torch's limit compiling would fail. Both ways the gate is computed alike."""
+    compiled, plain = Pointwise(compiled=True), Pointwise(compiled=False)
+    for rows in range(20, 30):
+        gate, up = torch.randn(2, rows, 64, device=device, dtype=torch.bfloat16)
+        torch.testing.assert_close(compiled("swiglu", gate, up), plain("swiglu", gate, up), rtol=2**-6, atol=2**-6)
+
+
 def test_adamw_in_a_captured_backward_is_torchs_fused_one(device: torch.device) -> None:
     """Two steps and two replays, the update compiled, are four steps of torch's fused AdamW; weights, moments and counts agree."""
     draw = torch.Generator().manual_seed(7)
