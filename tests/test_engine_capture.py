@@ -11,6 +11,7 @@ from hpc_core.build import build
 from hpc_core.cases import finetune, lora, qlora, tiny
 from hpc_core.engine.capture_step import CapturedWork
 from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.projection import joined, projection_of
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.spec import FinetuneSpec
@@ -71,6 +72,19 @@ def test_a_captured_step_trains_like_the_plain_one(method: Any, fusion: Any, dev
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_joined_four_bit_weights_are_each_ones_own(device: torch.device) -> None:
+    """Dequantized side by side into one tensor, as only a GPU writes in place: to the bit what each gives by itself."""
+    case = finetune(tiny, qlora(dropout=0.0, dtype="bfloat16"), variant="joined", batch=2, length=64)
+    model: Any = build(case, device).model
+    attention = model.get_base_model().model.layers[0].self_attn
+    parts = [projection_of(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+    whole = joined(parts, torch.bfloat16)
+    assert whole is not None
+    assert whole.whole is None
+    side_by_side = whole.dense(torch.empty(0, dtype=torch.bfloat16, device=device))
+    assert torch.equal(side_by_side, torch.cat([part.dense(None, torch.bfloat16) for part in parts]))
 
 
 def test_kernels_between_products_take_more_shapes_than_torchs_eight(device: torch.device) -> None:
