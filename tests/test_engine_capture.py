@@ -10,7 +10,10 @@ import torch
 from hpc_core.build import build
 from hpc_core.cases import finetune, lora, qlora, tiny
 from hpc_core.engine.capture_step import CapturedWork
+from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.projection import joined, projection_of
 from hpc_core.engine.train import TunedProgram, training_program
+from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.spec import FinetuneSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to capture on")]
@@ -69,3 +72,59 @@ def test_a_captured_step_trains_like_the_plain_one(method: Any, fusion: Any, dev
         losses.append(found)
     assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert losses[1][-1] < losses[1][0]
+
+
+def test_joined_four_bit_weights_are_each_ones_own(device: torch.device) -> None:
+    """Dequantized side by side into one tensor, as only a GPU writes in place: to the bit what each gives by itself."""
+    case = finetune(tiny, qlora(dropout=0.0, dtype="bfloat16"), variant="joined", batch=2, length=64)
+    model: Any = build(case, device).model
+    attention = model.get_base_model().model.layers[0].self_attn
+    parts = [projection_of(getattr(attention, name)) for name in ("q_proj", "k_proj", "v_proj")]
+    whole = joined(parts, torch.bfloat16)
+    assert whole is not None
+    assert whole.whole is None
+    side_by_side = whole.dense(torch.empty(0, dtype=torch.bfloat16, device=device))
+    assert torch.equal(side_by_side, torch.cat([part.dense(None, torch.bfloat16) for part in parts]))
+
+
+def test_kernels_between_products_take_more_shapes_than_torchs_eight(device: torch.device) -> None:
+    """Batches as wide as their longest row have many widths; past torch's limit compiling would fail. Both ways the gate is computed alike."""
+    compiled, plain = Pointwise(compiled=True), Pointwise(compiled=False)
+    for rows in range(20, 30):
+        gate, up = torch.randn(2, rows, 64, device=device, dtype=torch.bfloat16)
+        torch.testing.assert_close(compiled("swiglu", gate, up), plain("swiglu", gate, up), rtol=2**-6, atol=2**-6)
+
+
+def test_adamw_in_a_captured_backward_is_torchs_fused_one(device: torch.device) -> None:
+    """Two steps and two replays, the update compiled, are four steps of torch's fused AdamW; weights, moments and counts agree."""
+    draw = torch.Generator().manual_seed(7)
+    mine, theirs, wanted = [], [], []
+    for shape in ((512, 96), (96,)):
+        begun = torch.randn(shape, generator=draw).to(device)
+        wanted.append(torch.randn(shape, generator=draw).to(device))
+        mine.append(torch.nn.Parameter(begun.clone()))
+        theirs.append(torch.nn.Parameter(begun.clone()))
+    ours = AdamWInBackward(mine, lr=1e-3, run=Pointwise(compiled=True))
+    fused = torch.optim.AdamW(theirs, lr=1e-3, fused=True)
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        torch.autograd.backward([(part * wish).sum() for part, wish in zip(parameters, wanted, strict=True)])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step(mine, ours)
+    current.wait_stream(stream)
+    captured = CapturedWork(lambda: step(mine, ours), stream)
+    for _ in range(2):
+        captured.replay()
+    for _ in range(4):
+        step(theirs, fused)
+    for my, their in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(my, their, rtol=2e-6, atol=1e-6 + 1e-3 * 1e-4)
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(ours.state[my][name], fused.state[their][name], rtol=2e-6, atol=5e-7)
+        assert float(ours.state[my]["step"]) == 4

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_core.build import build
 from hpc_core.cases import finetune, full, lora, qlora
@@ -15,6 +16,7 @@ from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import projection_of
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.errors import BuildError
+from hpc_core.measure.formulas import own_formulas
 from hpc_core.measure.owners import owned_bytes
 from hpc_core.run.finetune import FinetuneProgram
 from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec
@@ -155,6 +157,39 @@ def test_halves_computed_again_change_no_gradient() -> None:
         found.append(_gradients(built, ids, ids))
     assert entered == [False, True, True]
     assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_half_computed_again_is_its_forward_without_the_last_product(method: str) -> None:
+    """To the FLOP: neither `o_proj` nor `down_proj` is multiplied with again; an adapter's A, whose product the backward reads, is."""
+    case = finetune(FLOAT, METHODS[method], **SHORT, **BLOCKS)
+    program = _program(case)
+    assert isinstance(program, TunedProgram)
+    layers = program.forward.decoder.layers
+    rows, length = 2 * 32, 32
+    attention, mlp = layers[0].self_attn, layers[0].mlp
+
+    def product(part: Any, *, last: bool = False) -> int:
+        inner, outer = int(part.in_features), int(part.out_features)
+        rank = int(part.r["default"]) if hasattr(part, "lora_A") else 0
+        return 2 * rows * (rank * inner if last else inner * outer + rank * (inner + outer))
+
+    wanted = {
+        "attention": 4 * rows * length * attention.q_proj.out_features
+        + sum(map(product, (attention.q_proj, attention.k_proj, attention.v_proj)))
+        + product(attention.o_proj, last=True),
+        "mlp": product(mlp.gate_proj) + product(mlp.up_proj) + product(mlp.down_proj, last=True),
+    }
+    found = {}
+    for again in ("", "attention", "mlp"):
+        for half in program.forward.halves:
+            half.again = half.name == again
+        with FlopCounterMode(display=False, custom_mapping=own_formulas()) as counted:
+            program.step()
+        found[again] = counted.get_total_flops()
+    assert {name: found[name] - found[""] for name in wanted} == {
+        name: len(layers) * one for name, one in wanted.items()
+    }
 
 
 def test_a_smaller_budget_takes_less_memory_and_keeps_the_losses() -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_core.build import build
+from hpc_core.cases import finetune, full, tiny
 from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.errors import SpecError
+from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes
 from hpc_core.spec import FinetuneSpec
+from hpc_core.worker import run_job
 
 
 def _pair(dtype: torch.dtype, seed: int) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
@@ -71,6 +78,31 @@ def test_no_gradient_is_left_and_a_weight_without_one_is_not_counted() -> None:
     assert float(optimizer.state[first]["step"]) == 1
     assert second not in optimizer.state
     assert torch.equal(second, before[1])
+
+
+def test_a_step_that_was_given_up_is_not_counted_by_the_next() -> None:
+    """As after a capture that fails midway: gradients are dropped, the step is taken again, and each weight counts one."""
+    (first, second), _ = _pair(torch.float32, 5)
+    optimizer = AdamWInBackward([first, second], lr=0.1, run=Pointwise(compiled=False))
+    _backward([first], [torch.ones_like(first)])
+    optimizer.zero_grad(set_to_none=True)
+    _backward([first, second], [torch.ones_like(first), torch.ones_like(second)])
+    optimizer.step()
+    assert [float(optimizer.state[part]["step"]) for part in (first, second)] == [1, 1]
+
+
+def test_what_the_update_takes_of_memory_is_in_a_budgets_plan() -> None:
+    """Where no kernel hides its float32 copies, the update of the embedding is a short step's peak: what is planned is not exceeded."""
+    switches: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "optimizer_in_backward": True}
+    case = finetune(tiny, full, variant="full-planned", batch=2, length=32, steps=3, budget_bytes=2**33, **switches)
+    assert isinstance(case.workload, FinetuneSpec)
+    program = training_program(build(case, torch.device("cpu")), case, case.workload)
+    assert isinstance(program, TunedProgram)
+    assert program.plan is not None
+    record = run_job(Job(case=case.vary("full-tight", budget_bytes=program.plan.peak_bytes)), lambda _: None)
+    assert record.status == "ok", record.reasons
+    assert record.metrics["gradient_bytes"].value == 0
+    assert 0.9 * program.plan.peak_bytes < record.metrics["peak_bytes"].value
 
 
 def test_what_it_cannot_go_with_is_refused() -> None:

@@ -76,13 +76,24 @@ def test_captured_int4_steps_give_the_stock_forwards_logits(packed: Built, kerne
     assert float((engine - stock).norm() / stock.norm()) < 0.02
 
 
-def test_captured_int4_answers_as_generate_does(packed: Built) -> None:
-    """The first tokens at least: later ones may differ once two logits are within what bfloat16 rounds."""
-    stock = generate_program(packed, GenerateSpec(**_SHORT))
-    ours = graph_program(packed, GenerateSpec(**_SHORT, engine="graph", kernels="torch"))
-    stock.step()
-    ours.step()
-    assert ours.answer_ids()[0][:4] == stock.answer_ids()[0][:4]
+@pytest.mark.parametrize("by", ["generate", "graph"])
+def test_int4_answers_are_the_best_of_the_stock_forward(packed: Built, by: str) -> None:
+    """Every token of both paths, within what bfloat16 rounds: of 128 thousand random logits the two best are often closer than that.
+
+    Allowed is four times the relative error that the logits' own test allows; a token of a broken path lies some root mean squares below.
+    """
+    engine: dict[str, Any] = {} if by == "generate" else {"engine": "graph", "kernels": "torch"}
+    make = generate_program if by == "generate" else graph_program
+    program: Any = make(packed, GenerateSpec(**_SHORT, **engine))
+    program.step()
+    width = program.inputs[0]["input_ids"].shape[1]
+    answer = program.output[:, width:]
+    assert answer.shape == (1, _SHORT["new_tokens"])
+    with torch.no_grad():
+        model: Any = packed.model
+        logits = model(input_ids=program.output[:, :-1], use_cache=False).logits[:, width - 1 :].float()
+    below = logits.amax(-1) - logits.gather(-1, answer.unsqueeze(-1)).squeeze(-1)
+    assert float(below.max()) < 4 * 0.02 * float(logits.square().mean().sqrt())
 
 
 def test_int4_cases_are_sound_in_forked_workers() -> None:

@@ -95,6 +95,22 @@ def test_parameters_gradients_and_state_have_an_owner() -> None:
     )  # weight and bias of each with gradient, step and two moments
 
 
+def test_parameters_in_one_storage_are_those_of_the_module_around_them() -> None:
+    """As of queries, keys and values that are one product: no one of the three is said to hold what all three do; gradients are each one's own."""
+    queries, keys = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2, bias=False)
+    whole = torch.ones(6, 4)
+    queries.weight.data, keys.weight.data = whole[:4], whole[4:]
+    keys.weight.grad = torch.ones(2, 4)
+    attention = torch.nn.ModuleDict({"q": queries, "k": keys})
+    model = torch.nn.ModuleDict({"attention": attention, "other": torch.nn.Linear(4, 4, bias=False)})
+
+    found: dict[str, int] = {}
+    for path, tensors in by_module(model, None):
+        found[path] = found.get(path, 0) + len(tensors)
+
+    assert {path: count for path, count in found.items() if count} == {"attention": 2, "attention.k": 1, "other": 1}
+
+
 def test_wrappers_do_not_change_a_path() -> None:
     """The same layer has the same path with and without peft's and torch.compile's wrappers."""
     plain = "model.layers.*.self_attn.q_proj"

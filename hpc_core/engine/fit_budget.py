@@ -17,6 +17,8 @@ _WIDE_LOGITS = 4
 """Float32 copies of a chunk's logits beside themselves, where no kernel hides them."""
 _WIDE_GATES = 5
 """Float32 copies of a gate in its backward, where no kernel hides them."""
+_WIDE_UPDATE = 8
+"""Float32 copies of a weight in AdamW's update inside the backward, where no kernel hides them."""
 _HIDDEN_HELD = 5
 """Copies of the hidden states around last norm and loss: embedded, to be added, sum, normed, gradient."""
 _WORKSPACE_BYTES = 64 * 2**20
@@ -82,10 +84,11 @@ def sizes_of(program: Any) -> Sizes:
     if batch.ids.is_cuda:
         fixed += _WORKSPACE_BYTES
     twice_head = 2 * head.numel() * item if head.requires_grad else 0
+    updating = wide * _WIDE_UPDATE * _largest_trained(program) if program.workload.optimizer_in_backward else 0
     return Sizes(
         layers=layers,
         fixed_bytes=fixed,
-        end_bytes=held + moments + trained + twice_head,
+        end_bytes=held + moments + trained + twice_head + updating,
         attention=HalfCost(saved[0], again_s[0]),
         mlp=HalfCost(saved[1], again_s[1]),
     )
@@ -98,6 +101,10 @@ def _held(program: Any) -> tuple[int, int, int]:
     trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
     gradients = 0 if program.workload.optimizer_in_backward else trained
     return owned + batches, gradients, owned_bytes(optimizer_tensors(program.optimizer)) or 2 * trained
+
+
+def _largest_trained(program: Any) -> int:
+    return max(int(part.numel()) for part in program.model.parameters() if part.requires_grad)
 
 
 def _saved_bytes(program: Any, half: Half) -> int:

@@ -6,7 +6,8 @@ kernel. Each is put in the place of its module's forward: hooks on `self_attn` a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,10 +50,19 @@ class Half:
         self.module = module
         self.again = False
         self.inside = inside
+        self._second = False
 
     def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
         """The stream with delta added, and what this half adds to it next. All (rows, features); cos and sin (length, 1, width)."""
-        return self.inside(stream, delta, cos, sin)
+        return self.inside(stream, delta, cos, sin, unread=self._second)
+
+    @contextlib.contextmanager
+    def _computing_again(self) -> Iterator[None]:
+        self._second = True
+        try:
+            yield
+        finally:
+            self._second = False
 
     def through(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
         """The same by way of the module, so that its hooks see the call, and a second one where only the input is kept."""
@@ -60,9 +70,16 @@ class Half:
             plain: Pair = self.module(stream, delta, cos, sin)
             return plain
         total = stream if delta is None else stream + delta
-        # A function of its input alone: no state of a generator is to be kept.
         output: Pair = checkpoint(
-            self.module, total, None, cos, sin, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            self.module,
+            total,
+            None,
+            cos,
+            sin,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), self._computing_again()),
+            preserve_rng_state=False,  # a function of its input alone
+            determinism_check="none",
         )
         return total, output[1]
 
@@ -116,7 +133,9 @@ def _attention(layer: Any, run: Pointwise) -> Half:
         q, k, v = (each.view(-1, cos.shape[0], each.shape[-1] // width, width) for each in made)
         return (total, *_Rotate.apply(q, k, cos, sin, run), v)
 
-    def inside(stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
+    def inside(
+        stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, *, unread: bool = False
+    ) -> Pair:
         total, q, k, v = taken_in(stream, delta, cos, sin)
         mixed = torch.nn.functional.scaled_dot_product_attention(
             q.transpose(1, 2),
@@ -126,7 +145,8 @@ def _attention(layer: Any, run: Pointwise) -> Half:
             scale=scaling,
             enable_gqa=q.shape[2] != k.shape[2],
         )
-        (output,) = linears(out, mixed.transpose(1, 2).reshape(total.shape[0], -1))
+        mixed = mixed.transpose(1, 2).reshape(total.shape[0], -1)
+        (output,) = linears(out, mixed, unread=tuple(total.shape) if unread else None)
         return total, output
 
     return Half("attention", module, inside)
@@ -137,8 +157,10 @@ def _mlp(layer: Any, run: Pointwise) -> Half:
     gate_up = tuple(projection_of(getattr(module, name)) for name in _PARTS["mlp"][:2])
     down = projection_of(module.down_proj)
 
-    def inside(stream: torch.Tensor, delta: torch.Tensor | None, _: torch.Tensor, __: torch.Tensor) -> Pair:
+    def inside(
+        stream: torch.Tensor, delta: torch.Tensor | None, _: torch.Tensor, __: torch.Tensor, *, unread: bool = False
+    ) -> Pair:
         total, gate, up = normed_linears(gate_up, stream, delta, before.weight, float(before.variance_epsilon), run)
-        return total, gated_linear(down, gate, up, run)
+        return total, gated_linear(down, gate, up, run, unread=tuple(total.shape) if unread else None)
 
     return Half("mlp", module, inside)

@@ -11,27 +11,31 @@ from typing import Any
 import torch
 
 from hpc_core.engine.pointwise import Pointwise, sum_and_norm
-from hpc_core.engine.projection import PER, Projection, backward_of, forward_of, projection_of, tensors_of
+from hpc_core.engine.projection import PER, Projection, backward_of, forward_of, low_of, projection_of, tensors_of
 
 __all__ = ["added_norm", "gated_linear", "linears", "normed_linears", "patch_linears"]
 
 Found = tuple[torch.Tensor | None, ...]
+Shape = tuple[int, ...]
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Sequence[Projection], x: torch.Tensor, *tensors: torch.Tensor | None) -> Any:
-        outputs, low = forward_of(parts, tensors, x)
+    def forward(
+        ctx: Any, parts: Sequence[Projection], unread: Shape | None, x: torch.Tensor, *tensors: torch.Tensor | None
+    ) -> Any:
+        made = None if unread is None else [_nobody_reads(x, unread)]
+        outputs, low = forward_of(parts, tensors, x) if made is None else (made, low_of(parts, tensors, x))
         ctx.parts = parts
-        ctx.save_for_backward(x if _wants_input(ctx.needs_input_grad[2:]) else None, low, *tensors)
+        ctx.save_for_backward(x if _wants_input(ctx.needs_input_grad[3:]) else None, low, *tensors)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *arrived: torch.Tensor) -> Found:
         x, low, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        d_x, found = backward_of(ctx.parts, tensors, arrived, x, low, needs[2:], need_input=needs[1])
-        return (None, d_x, *found)
+        d_x, found = backward_of(ctx.parts, tensors, arrived, x, low, needs[3:], need_input=needs[2])
+        return (None, None, d_x, *found)
 
 
 class _NormedLinears(torch.autograd.Function):
@@ -74,11 +78,16 @@ class _GatedLinear(torch.autograd.Function):
         ctx: Any,
         parts: Sequence[Projection],
         run: Pointwise,
+        unread: Shape | None,
         gate: torch.Tensor,
         up: torch.Tensor,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
-        (output,), low = forward_of(parts, tensors, run("swiglu", gate, up))
+        if unread is None:
+            (output,), low = forward_of(parts, tensors, run("swiglu", gate, up))
+        else:
+            output = _nobody_reads(gate, unread)
+            low = low_of(parts, tensors, run("swiglu", gate, up)) if parts[0].lora_a is not None else None
         ctx.parts, ctx.run = parts, run
         ctx.save_for_backward(gate, up, low, *tensors)
         return output
@@ -87,14 +96,14 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *arrived: torch.Tensor) -> Found:
         gate, up, low, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        inner = ctx.run("swiglu", gate, up) if _wants_input(needs[4:]) else None
-        wanted = needs[2] or needs[3]
-        d_inner, found = backward_of(ctx.parts, tensors, arrived, inner, low, needs[4:], need_input=wanted)
+        inner = ctx.run("swiglu", gate, up) if _wants_input(needs[5:]) else None
+        wanted = needs[3] or needs[4]
+        d_inner, found = backward_of(ctx.parts, tensors, arrived, inner, low, needs[5:], need_input=wanted)
         d_gate = d_up = None
         if d_inner is not None:
             d_up = ctx.run("swiglu_backward", d_inner, gate, up)
             d_gate = d_inner
-        return (None, None, d_gate, d_up, *found)
+        return (None, None, None, d_gate, d_up, *found)
 
 
 class _AddedNorm(torch.autograd.Function):
@@ -121,9 +130,14 @@ def _wants_input(needs: Sequence[bool]) -> bool:
     return any(wanted and index % PER in (0, 2) for index, wanted in enumerate(needs))
 
 
-def linears(parts: Sequence[Projection], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Each projection of x, (rows, in)."""
-    found: tuple[torch.Tensor, ...] = _Linears.apply(parts, x, *tensors_of(parts))
+def _nobody_reads(like: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """A tensor of this shape, of one element in memory."""
+    return like.new_zeros(()).expand(shape)
+
+
+def linears(parts: Sequence[Projection], x: torch.Tensor, *, unread: Shape | None = None) -> tuple[torch.Tensor, ...]:
+    """Each projection of x, (rows, in). `unread`: as of `gated_linear`, for one projection."""
+    found: tuple[torch.Tensor, ...] = _Linears.apply(parts, unread, x, *tensors_of(parts))
     return found
 
 
@@ -146,9 +160,14 @@ def added_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: 
     return found
 
 
-def gated_linear(part: Projection, gate: torch.Tensor, up: torch.Tensor, run: Pointwise) -> torch.Tensor:
-    """The projection of silu(gate) * up, both (rows, inner)."""
-    found: torch.Tensor = _GatedLinear.apply((part,), run, gate, up, *tensors_of((part,)))
+def gated_linear(
+    part: Projection, gate: torch.Tensor, up: torch.Tensor, run: Pointwise, *, unread: Shape | None = None
+) -> torch.Tensor:
+    """The projection of silu(gate) * up, both (rows, inner).
+
+    `unread`: the output's shape, where only what the backward needs is to be made again; the output is then zeros, and no product is computed.
+    """
+    found: torch.Tensor = _GatedLinear.apply((part,), run, unread, gate, up, *tensors_of((part,)))
     return found
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from hpc_core.engine.regional_compile import room_for_shapes
+
 __all__ = [
     "Pointwise",
     "add_and_norm",
@@ -182,6 +184,8 @@ class Pointwise:
 
     def __init__(self, *, compiled: bool):
         self.compiled = compiled
+        if compiled:
+            room_for_shapes()
         self.called: dict[str, int] = dict.fromkeys(_BODIES, 0)
         self._run: dict[str, Body] = {
             name: torch.compile(body, fullgraph=True, dynamic=False) if compiled else body

@@ -16,7 +16,7 @@ import torch
 from hpc_core.build.libraries import library
 from hpc_core.errors import BuildError
 
-__all__ = ["Joined", "Projection", "backward_of", "forward_of", "joined", "projection_of", "tensors_of"]
+__all__ = ["Joined", "Projection", "backward_of", "forward_of", "joined", "low_of", "projection_of", "tensors_of"]
 
 PER = 4
 """Tensors a projection: weight, bias, A, B."""
@@ -139,6 +139,12 @@ def _downs(
     if not kept:
         return None, ranks
     return kept[0] if len(kept) == 1 else torch.cat(kept), ranks
+
+
+def low_of(projections: Sequence[Projection], tensors: Given, x: torch.Tensor) -> torch.Tensor | None:
+    """x times all A, (rows, sum of ranks); None where there is no adapter."""
+    downs, _ = _downs(projections, tensors, x.dtype)
+    return None if downs is None else x @ downs.t()
 
 
 def forward_of(

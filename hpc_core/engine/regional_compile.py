@@ -12,18 +12,27 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["compile_layers", "compiled_layers", "eager_where_counted", "settled"]
+__all__ = ["compile_layers", "compiled_layers", "eager_where_counted", "room_for_shapes", "settled"]
 
 _LIMIT = 64
 """Compilations of one layer's code. Layers share them, but the first has an input without gradient, and adapters are guarded by layer."""
+_LIMIT_OF_ALL = 256
+"""torch's own for all compilations of one piece of code."""
+
+
+def room_for_shapes() -> None:
+    """Let one function be compiled for more shapes than torch's eight, after which it would fail: batches as wide as their longest row have many."""
+    import torch._dynamo  # not there on its own; costs a second, so only where it is wanted
+
+    torch._dynamo.config.recompile_limit = max(_LIMIT, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.accumulated_recompile_limit = max(
+        _LIMIT_OF_ALL, torch._dynamo.config.accumulated_recompile_limit
+    )
 
 
 def compile_layers(layers: Any) -> None:
     """Compile each layer, for its shapes and as a whole. Nothing is compiled before its first call."""
-    import torch._dynamo  # not there on its own; costs a second, so only where it is wanted
-
-    torch._dynamo.config.recompile_limit = max(_LIMIT, torch._dynamo.config.recompile_limit)
-    torch._dynamo.config.accumulated_recompile_limit = max(256, torch._dynamo.config.accumulated_recompile_limit)
+    room_for_shapes()
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=False)
 

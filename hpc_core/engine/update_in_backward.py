@@ -38,6 +38,11 @@ class AdamWInBackward(torch.optim.AdamW):
             torch._foreach_add_(self._stepped, 1)
             self._stepped.clear()
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; and what a step that broke, or a capture that was given up, has updated so far is counted by no later one."""
+        super().zero_grad(set_to_none)
+        self._stepped.clear()
+
     def _updater(self, group: dict[str, Any]) -> Callable[[torch.Tensor], None]:
         def update(parameter: torch.Tensor) -> None:
             gradient = parameter.grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import posixpath
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -44,15 +45,36 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 def by_module(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Parameters, buffers, gradients and optimizer state that exist now, by the path of the module whose they are."""
+    """Parameters, buffers, gradients and optimizer state that exist now, by the path of the module whose they are.
+
+    Parameters in one storage, as the tuned engine joins queries, keys and values, are those of the module around them.
+    """
     names: dict[int, str] = {}
-    for name, tensor in () if model is None else (*model.named_parameters(), *model.named_buffers()):
-        path = path_of(name.rpartition(".")[0])
-        names[id(tensor)] = path
-        yield path, [*_held(tensor), *_constants(tensor), *([] if tensor.grad is None else [tensor.grad])]
+    around: dict[int, str] = {}
+    owners = [] if model is None else [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in owners:
+        path, storage = path_of(name.rpartition(".")[0]), _storage_of(tensor)
+        around[storage] = _common(around.get(storage, path), path)
+    for name, tensor in owners:
+        names[id(tensor)] = path_of(name.rpartition(".")[0])
+        grad = [] if tensor.grad is None else [tensor.grad]
+        if (path := around[_storage_of(tensor)]) == names[id(tensor)]:
+            yield path, [*_held(tensor), *_constants(tensor), *grad]
+        else:
+            yield path, list(_held(tensor))
+            yield names[id(tensor)], [*_constants(tensor), *grad]
     for parameter, state in () if optimizer is None else optimizer.state.items():
         path = names.get(id(parameter), "")
         yield path, [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    """By the storage itself, not its address, which a fake tensor has none of."""
+    return int(next(_held(tensor)).untyped_storage()._cdata)
+
+
+def _common(one: str, other: str) -> str:
+    return posixpath.commonpath([each.replace(".", "/") for each in (one, other)]).replace("/", ".")
 
 
 def _held(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
