@@ -255,6 +255,19 @@ def test_a_changed_step_voids_the_run(fact: str, monkeypatch: pytest.MonkeyPatch
     _mismatch(_perform(LORA), fact, asked, seen)
 
 
+def test_a_gradient_that_is_gone_before_the_step_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It arrived, and the optimizer never saw it."""
+
+    def drop(program: Any) -> None:
+        def forget(parameter: torch.Tensor) -> None:
+            parameter.grad = None
+
+        dict(program.model.named_parameters())[_FIRST].register_post_accumulate_grad_hook(forget)
+
+    _programmed_otherwise(monkeypatch, drop)
+    _mismatch(_perform(LORA), "gradients", "24 of 24 reached", f"23 of 24 reached; {_FIRST} has none")
+
+
 def test_a_dropped_padding_mask_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding that the model attends to is padding that the masks no longer say."""
     case = next(case for case in TINY if case.id == "tiny/lora-max-length")

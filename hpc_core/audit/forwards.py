@@ -112,7 +112,7 @@ class StepSeen:
 def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext) -> StepSeen:
     """Run a step on the program's widest batch, and look at it from the forward to the gradients.
 
-    A gradient is looked at when it arrives: an optimizer inside the backward frees it at once.
+    A gradient is looked at when it arrives: an optimizer inside the backward frees it at once. For any other it must still be there when that steps.
     """
     trained = {name: each for name, each in program.model.named_parameters() if each.requires_grad}
     largest: dict[str, torch.Tensor | None] = dict.fromkeys(trained)
@@ -124,6 +124,10 @@ def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext
 
         return arrives
 
+    def mark(phase: str) -> None:
+        if phase == "optimizer" and not getattr(program.optimizer, "frees_gradients", False):
+            largest.update({name: None for name, each in trained.items() if each.grad is None})
+
     program.steps_done = program.widest
     batch = program.batches[program.widest]
     with (
@@ -133,7 +137,7 @@ def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext
     ):
         for name, parameter in trained.items():
             hooks.callback(parameter.register_hook(look_at(name)).remove)
-        program.step()
+        program.step(mark)
     with aside():
         loss.close()
         arrived = [value for value in largest.values() if value is not None]

@@ -22,6 +22,9 @@ class AdamWInBackward(torch.optim.AdamW):
     A backward without a `step` after it has trained all the same. One backward a step: gradients are not accumulated over several.
     """
 
+    frees_gradients = True
+    """None is left when `step` is called."""
+
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, lr: float, run: Pointwise):
         super().__init__(parameters, lr=lr, fused=True)
         self._run_kernel = run
