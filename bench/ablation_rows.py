@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_core.environment import machine, stack, visible_gpus
+from hpc_core.errors import SpecError
 from hpc_core.spec import Case
 
 __all__ = ["Measure", "Rows", "options_of", "run_rows"]
@@ -41,6 +42,23 @@ def options_of(ask: argparse.ArgumentParser, *, out: str, limit_s: float) -> arg
     ask.add_argument("--total-s", type=float, default=1500.0, help="no row begins after so many seconds")
     ask.add_argument("--out", default=out, help="kernels of each row go into a file beside it, -kernels.json")
     return ask
+
+
+def chosen_cases(
+    ask: argparse.ArgumentParser,
+    cases: Callable[[], dict[str, Case]],
+    named: Sequence[str],
+    known: Sequence[str],
+    option: str,
+) -> dict[str, Case]:
+    """The rows' cases, made before anything heavy is imported. What `option` named and nobody knows, and a shape or size that no case can have, end the program with a sentence."""
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        ask.error(f"{option} {','.join(unknown)!r}: there are {', '.join(known)}")
+    try:
+        return cases()
+    except SpecError as error:
+        ask.error(str(error))
 
 
 def run_rows(

@@ -19,7 +19,7 @@ _HERE = Path(__file__).resolve().parent.parent
 if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
-from bench.ablation_rows import options_of, run_rows  # noqa: E402
+from bench.ablation_rows import chosen_cases, options_of, run_rows  # noqa: E402
 from hpc_core.cases import generate  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
@@ -123,12 +123,13 @@ def main() -> None:
     ask.add_argument("--weights", default="bf16,nf4")
     ask.add_argument("--batch", type=int, default=1)
     options = options_of(ask, out="decode-ablation.json", limit_s=120.0).parse_args()
+    what = options.shape, options.weights.split(","), options.batch
+    chosen = chosen_cases(ask, lambda: cases(*what), what[1], ("bf16", "nf4"), "--weights")
     with gpus_by_nvml():
         import torch  # noqa: F401  (imported once, for all children)
         import transformers.models.llama.modeling_llama  # noqa: F401
 
-    what = options.shape, options.weights.split(","), options.batch
-    run_rows(cases(*what), measure, options, columns=_COLUMNS, steps=steps(*what))
+    run_rows(chosen, measure, options, columns=_COLUMNS, steps=steps(*what))
 
 
 if __name__ == "__main__":

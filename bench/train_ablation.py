@@ -22,7 +22,7 @@ _HERE = Path(__file__).resolve().parent.parent
 if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
-from bench.ablation_rows import Rows, options_of, run_rows  # noqa: E402
+from bench.ablation_rows import Rows, chosen_cases, options_of, run_rows  # noqa: E402
 from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, FinetuneSpec, ModelSpec  # noqa: E402
@@ -211,13 +211,14 @@ def main() -> None:
     ask.add_argument("--batch", type=int, default=4)
     ask.add_argument("--length", type=int, default=512)
     options = options_of(ask, out="train-ablation.json", limit_s=150.0).parse_args()
+    what = options.shape, options.methods.split(","), options.length, options.batch
+    chosen = chosen_cases(ask, lambda: cases(*what), what[1], tuple(_BUDGETS), "--methods")
     with gpus_by_nvml():
         import torch  # imported once, for all children
         import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
-    what = options.shape, options.methods.split(","), options.length, options.batch
-    run_rows(cases(*what), measure, options, columns=_COLUMNS, steps=steps(*what), finish=losses_beside_stock)
+    run_rows(chosen, measure, options, columns=_COLUMNS, steps=steps(*what), finish=losses_beside_stock)
 
 
 if __name__ == "__main__":

@@ -87,14 +87,15 @@ def floor_s(record: Record) -> float | None:
 
 
 def losses_apart(stock: Record, other: Record) -> tuple[float, int] | None:
-    """The largest relative difference of losses over the first steps that both took on the same batches, and how many steps that is.
+    """The largest relative difference of losses over the first steps that both took on the same batches, and how many steps that is; None without
+    such steps, or where a stock loss of exactly 0 leaves nothing to be relative to.
 
     Both begin with the first batch; after its warm-up each begins again, so only the shorter warm-up is common.
     """
     workload = stock.case.workload
     assert isinstance(workload, FinetuneSpec)
     common = min(len(each.losses) - workload.steps for each in (stock, other))
-    if common < 1:
+    if common < 1 or 0 in stock.losses[:common]:
         return None
     pairs = zip(other.losses[:common], stock.losses[:common], strict=True)
     return max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs), common
