@@ -22,7 +22,7 @@ from hpc_core.launch.replicates import merged
 from hpc_core.perform import perform
 from hpc_core.record import Record, record_from_json, record_to_json
 from hpc_core.shapes import SHAPES
-from hpc_core.spec import Case, FeedSpec, FinetuneSpec, GenerateSpec, case_to_json
+from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, case_to_json
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
@@ -38,7 +38,6 @@ _BUILD = [
     "counters",
     "audit",
     "busy",
-    "feed",
     "profile",
     "equivalence",
     "record",
@@ -69,9 +68,8 @@ def test_a_tiny_case_gives_a_sound_record(case_id: str) -> None:
     assert record.case == CASES[case_id]
     assert record.reasons == ()
     assert all(fact.holds for fact in record.audit.values())
-    fed = getattr(CASES[case_id].workload, "feed", FeedSpec()).way == "loader"
     phases = [event.name for event in events if isinstance(event, Phase)]
-    assert phases == [phase for phase in _BUILD if fed or phase != "feed"]
+    assert phases == _BUILD
     assert record_from_json(record_to_json(record)) == record
     assert record_from_json(record_to_json(record, indent=2)) == record
     assert all(math.isfinite(loss) for loss in record.losses)

@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.cases.data_path import TINY_FED
 from hpc_core.cases.making import finetune, generate, lora, qlora, smollm2, tiny
 from hpc_core.cases.report_variants import fine_tuning_variants, generation_variants
 from hpc_core.spec import Case, DataSpec, QuantSpec
@@ -26,7 +25,6 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32),
     _tiny_lora.vary("lora-tuned", dropout=0.0, engine="tuned", loss="chunked", loss_chunk=64, fusion="blocks"),
     _tiny_lora.vary("lora-soak", data=SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
-    TINY_FED,
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["quiet", "seconds_of", "synchronize"]
+__all__ = ["quiet", "seconds_of", "synchronize", "uncollected"]
 
 
 def synchronize(device: torch.device) -> None:
@@ -19,9 +19,8 @@ def synchronize(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def quiet(*, young: bool = False) -> Iterator[None]:
-    """Collect garbage now and not while the block runs; `young` collects only what is recent, in a tenth of the time."""
-    gc.collect(1 if young else 2)
+def uncollected() -> Iterator[None]:
+    """In the block garbage is not collected."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -29,6 +28,14 @@ def quiet(*, young: bool = False) -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def quiet(*, young: bool = False) -> Iterator[None]:
+    """Collect garbage now and not while the block runs; `young` collects only what is recent, in a tenth of the time."""
+    gc.collect(1 if young else 2)
+    with uncollected():
+        yield
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:

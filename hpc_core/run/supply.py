@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
 import warnings
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpc_core.data.batching import IGNORED_LABEL
 from hpc_core.data.blocks import BlockSource
+from hpc_core.measure.clock import uncollected
 from hpc_core.spec import FeedSpec
 
 __all__ = ["PREFETCHED", "HostBatch", "host_batch", "supply"]
@@ -90,22 +90,10 @@ def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> 
         timeout=_PATIENCE_S if workers else 0,
         worker_init_fn=_leave_the_parents_garbage if workers else None,
     )
-    with warnings.catch_warnings(), _without_collecting():
+    with warnings.catch_warnings(), uncollected():  # a child forked here collects nothing either
         # Python 3.12 warns of every fork beside other threads. These children read a file or texts, and run torch on one thread.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         return iter(loader)
-
-
-@contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """In the block garbage is not collected, nor in a child that is forked in it."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _leave_the_parents_garbage(_: int) -> None:
