@@ -43,7 +43,7 @@ def compared(told: Told, cases: tuple[Case, ...] = (CASE,), **plan: float | bool
     """The comparison, and the sides in the order in which they ran."""
     order: list[str] = []
 
-    def run(side: SideName, case: Case) -> Record:
+    def run(side: SideName, case: Case, _again: bool) -> Record:
         order.append(side)
         return told(side, order.count(side))
 
@@ -85,6 +85,23 @@ def test_noise_is_not_decided_and_says_what_would_settle_it() -> None:
     assert (comparison.exit_code(), comparison.exit_code(strict=True)) == (0, 10)
 
 
+def test_only_the_first_pair_is_measured_in_full() -> None:
+    """Further pairs take times, which noise moves; what is counted is the same in each process and asked once."""
+    asked: list[tuple[SideName, bool]] = []
+
+    def run(side: SideName, _: Case, again: bool) -> Record:
+        asked.append((side, again))
+        return a_record({"step_s": step(1.0)} if again else {"peak_bytes": peak(), "step_s": step(1.0)})
+
+    (result,) = compare(Plan(cases=(CASE,)), run, lambda _: None).results
+    assert asked[:4] == [("base", False), ("head", False), ("head", True), ("base", True)]
+    assert all(again for _, again in asked[2:])
+    assert {one.metric: (one.verdict, one.pairs) for one in result.rows} == {
+        "peak_bytes": (Verdict.PASS, 1),
+        "step_s": (Verdict.PASS, 3),
+    }
+
+
 def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
     """Without time for three pairs, time is undecided with its reason; what never began says so."""
     comparison, order = compared(timed(itertools.repeat(1.0), itertools.repeat(1.0)), budget_s=1e-9)
@@ -92,7 +109,7 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
     plan = Plan(cases=(CASE, OTHER), budget_s=1e-3)
     slow = iter([0.002] * 4)
 
-    def run(side: SideName, case: Case) -> Record:
+    def run(side: SideName, case: Case, _again: bool) -> Record:
         time.sleep(next(slow))
         return a_record({"peak_bytes": peak(), "step_s": step(1.0)}, case=case)
 
@@ -109,7 +126,7 @@ def test_a_long_case_does_not_starve_the_others() -> None:
     """The next pair goes to the case that has cost least: the short one is decided before the long one has its second pair."""
     ran: list[str] = []
 
-    def run(_: SideName, case: Case) -> Record:
+    def run(_: SideName, case: Case, _again: bool) -> Record:
         ran.append(case.id)
         time.sleep(0.04 if case is CASE else 0.001)
         return a_record({"step_s": step(1.0)}, case=case)
@@ -176,7 +193,7 @@ def test_a_tree_that_changes_meanwhile_ends_the_run() -> None:
 
     told = timed(itertools.repeat(1.0), itertools.repeat(1.0))
     with pytest.raises(SpecError, match="changed"):
-        compare(Plan(cases=(CASE,)), lambda side, _: told(side, 0), lambda _: None, check=check)
+        compare(Plan(cases=(CASE,)), lambda side, _, _again: told(side, 0), lambda _: None, check=check)
 
 
 def test_false_alarms_are_shared_by_all_timed_metrics() -> None:

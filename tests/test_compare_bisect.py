@@ -54,7 +54,7 @@ class Heads:
         """Another head, whose processes give these in turn."""
         self.sides["head"] = itertools.cycle(head)
 
-    def run(self, side: SideName, _: Case) -> Record:
+    def run(self, side: SideName, _: Case, _again: bool) -> Record:
         """One process."""
         given_ = next(self.sides[side])
         return given_ if isinstance(given_, Record) else a_record({"metric": given_})

@@ -91,6 +91,23 @@ def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str)
     assert [set(process.wall_s) >= {timed} for process in both.processes] == [True, True]
 
 
+@pytest.mark.parametrize("case_id", ["tiny/qlora-gc", "tiny/generate-nf4"])
+def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case_id: str) -> None:
+    """By the same code and over as many steps or queries, and nothing else: no audit, no memory, no operators."""
+    first = _once(case_id)[0]
+    events: list[Event] = []
+    record = perform(Job(case=CASES[case_id], launched="inline", timed_again=True), events.append)
+    assert record.status == "ok", record.reasons
+    phases = [event.name for event in events if isinstance(event, Phase)]
+    assert phases == ["import", "build", "data", "warm-up", "measure", "busy", "record", "done"]
+    sampled = {name: len(metric.samples) for name, metric in first.metrics.items() if metric.samples is not None}
+    assert {name: len(record.metrics[name].samples or ()) for name in sampled} == sampled
+    assert not {"peak_bytes", "operators", "flops"} & record.metrics.keys()
+    counts = {name for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
+    assert {"weights_bytes", "tokens"} <= counts
+    assert {name: record.metrics[name].value for name in counts} == {name: first.metrics[name].value for name in counts}
+
+
 @pytest.mark.parametrize("case_id", CASES)
 def test_memory_adds_up(case_id: str) -> None:
     """Categories add up to the peak, the peak is the highest phase, and the weights at the peak are the model's."""

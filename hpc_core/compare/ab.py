@@ -1,7 +1,8 @@
 """Measuring both sides of a comparison: pairs of fresh processes in ABBA order, within a budget of time.
 
 Every case gets its first pair before any gets its second, and the next pair goes to the case that has cost least so far: so exact
-metrics, and most of the timed ones, are decided even where the budget ends early.
+metrics, and most of the timed ones, are decided even where the budget ends early. The first pair measures everything; further ones
+only times, since what is counted is the same in each process.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ __all__ = ["EXIT_BROKEN", "EXIT_UNDECIDED", "Comparison", "Plan", "compare"]
 EXIT_BROKEN = 11
 EXIT_UNDECIDED = 10
 
-Run = Callable[[SideName, Case], Record]
-"""Runs a case on a side, in a fresh process."""
+Run = Callable[[SideName, Case, bool], Record]
+"""Runs a case on a side, in a fresh process; true: in one that takes times only, since the side has measured it in full."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,8 +124,9 @@ def _next(trials: Sequence[Trial], deadline: float) -> Trial | None:
 
 def _pair(trial: Trial, run: Run, progress: _Progress, judged: int = 1) -> None:
     began = time.monotonic()
+    again = trial.pairs > 0
     for side in trial.order:
-        record = run(side, trial.case)
+        record = run(side, trial.case, again)
         trial.records[side].append(record)
     trial.seconds = time.monotonic() - began
     trial.spent_s += trial.seconds

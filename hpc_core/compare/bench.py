@@ -82,15 +82,21 @@ class Bench:
         self._launchers["head"].close()
         self._launchers["head"] = self._launcher(side, self._launchers["base"].way)
 
-    def run(self, name: SideName, case: Case) -> Record:
+    def run(self, name: SideName, case: Case, again: bool = False) -> Record:
         """The record of a case on a side. One that ran other code than the side's is a failed record.
+
+        Args:
+            name: which side.
+            case: what to run.
+            again: the side has measured it in full, and now takes its times only.
 
         Raises:
             LaunchError: no worker can be started at all.
             KeyboardInterrupt: after the worker is gone.
         """
         side = self._sides[name]
-        record = self._launchers[name].run(Job(case=case, device=self._device, fault=side.fault, profile=False))
+        job = Job(case=case, device=self._device, fault=side.fault, profile=False, timed_again=again)
+        record = self._launchers[name].run(job)
         seen = record.circumstances.commit
         if side.commit is None or seen == side.commit or record.status != "ok":
             return record

@@ -174,9 +174,9 @@ class Question:
             f"{self._metric} {state} for {self._case.id}. It has: {', '.join(fit[:_SHOWN])}{more}; see hpc-core run {self._case.id}."
         )
 
-    def _pair(self, *, head_first: bool = False) -> tuple[Record, Record, str]:
+    def _pair(self, *, head_first: bool = False, again: bool = False) -> tuple[Record, Record, str]:
         order: Sequence[SideName] = ("head", "base") if head_first else ("base", "head")
-        got = {side: self._run(side, self._case) for side in order}
+        got = {side: self._run(side, self._case, again) for side in order}
         return got["base"], got["head"], "; ".join(filter(None, (_bad(side, got[side]) for side in ("base", "head"))))
 
     def _timed(
@@ -195,7 +195,7 @@ class Question:
         befores, afters = [float(self._of(first[0]).value)], [float(self._of(first[1]).value)]
         look = None
         while look is None or look.verdict is None:
-            base, head, trouble = self._pair(head_first=len(befores) % 2 == 1)
+            base, head, trouble = self._pair(head_first=len(befores) % 2 == 1, again=True)
             if trouble:
                 return befores, afters, None, trouble
             befores.append(float(self._of(base).value))

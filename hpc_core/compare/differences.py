@@ -252,7 +252,8 @@ def unjudged_rows(base: Sequence[Record], head: Sequence[Record]) -> list[Differ
         metric = first[name]
         if any(_is_exact(one) or is_judged_in_pairs(one) for one in (metric, other[name])):
             continue
-        old, new = statistics.median(_values(base, name)), statistics.median(_values(head, name))
+        before, after = _values(base, name), _values(head, name)
+        old, new = statistics.median(before), statistics.median(after)
         rows.append(
             Difference(
                 metric=name,
@@ -261,7 +262,7 @@ def unjudged_rows(base: Sequence[Record], head: Sequence[Record]) -> list[Differ
                 base=old,
                 head=new,
                 ratio=_ratio(old, new),
-                pairs=min(len(base), len(head)),
+                pairs=min(len(before), len(after)),
                 verdict=None,
                 differs=False,
                 reason="shown, not judged.",

@@ -57,6 +57,9 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
         program.go_to(0)  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
+    if session.job.timed_again:
+        _busy(session, program)
+        return session.record()
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)
     with program.uncaptured():
