@@ -24,7 +24,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-packed", data=TINY_TRACE, packing=True),
     _tiny_lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32),
     _tiny_lora.vary("lora-tuned", dropout=0.0, engine="tuned", loss="chunked", loss_chunk=64, fusion="blocks"),
-    _tiny_lora.vary("lora-soak", data=SOAK_TRACE, padding="longest", length=128, batch=4, steps=200),
+    _tiny_lora.vary("lora-soak", data=SOAK_TRACE, padding="longest", length=128, batch=2, steps=200),
 )
 """The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
 

@@ -36,6 +36,9 @@ _PRELOAD = (
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
     "hpc_core.worker",
+    # A tiny case is measured in less time than these take to import.
+    "hpc_core.perform.finetune",
+    "hpc_core.perform.generate",
 )
 _MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
 _PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
