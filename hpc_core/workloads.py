@@ -17,6 +17,9 @@ __all__ = ["ENGINE_FIELDS", "CallableSpec", "FinetuneSpec", "GenerateSpec", "Wor
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
 
+_SOAK_STEPS = 100
+"""Shorter runs are no soak: with a few steps a creep of one tensor a step cannot be told from settling."""
+
 _SWITCHES = {
     "loss": "stock",
     "loss_chunk": 512,
@@ -148,7 +151,7 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     precision: Literal["pure", "autocast-bf16"] = "pure"
     """pure computes in the weights' dtype; autocast-bf16 wraps the forward."""
     steps: int = 10
-    """Timed steps, after warm-up."""
+    """Timed steps, after warm-up; with so many that it `soaks`, memory is held to stay flat over them."""
     epoch_rows: int | None = None
     """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
     engine: Literal["stock", "tuned"] = "stock"
@@ -171,6 +174,11 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     feed: FeedSpec = FeedSpec()
     """How batches reach the device."""
     data: DataSpec = DataSpec()
+
+    @property
+    def soaks(self) -> bool:
+        """Whether it is a soak: a run over so many steps that memory which creeps would show."""
+        return self.steps >= _SOAK_STEPS
 
     def __post_init__(self) -> None:
         """Ranges, and combinations that contradict each other.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.cases import finetune, lora, tiny
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows
 from hpc_core.compare.trial import SideName
@@ -100,6 +101,19 @@ def test_only_the_first_pair_is_measured_in_full() -> None:
         "peak_bytes": (Verdict.PASS, 1),
         "step_s": (Verdict.PASS, 3),
     }
+
+
+def test_a_soaks_wall_time_is_shown_and_takes_no_further_pair() -> None:
+    """It asks whether memory creeps, and its pairs take minutes; GPU-busy time, of ten steps only, is judged as in any case."""
+    soak = finetune(tiny, lora(), variant="soak", batch=1, length=8, steps=100)
+    moved = timed(itertools.repeat(1.0), itertools.repeat(2.0))
+    comparison, order = compared(moved, (soak,))
+    assert order == ["base", "head"]
+    assert (row(comparison, "step_s").verdict, row(comparison, "step_s").ratio) == (None, 1.0)
+    assert row(comparison, "peak_bytes").verdict is Verdict.PASS
+    busy = msgspec.structs.replace(step(1.0), noise="busy")
+    _, order = compared(lambda *_: a_record({"busy_s": busy, "step_s": step(1.0)}), (soak,))
+    assert len(order) == 6
 
 
 def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:

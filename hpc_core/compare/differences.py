@@ -7,7 +7,7 @@ pairs of processes, each process one value. What has no such rule is shown and n
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -244,13 +244,13 @@ def _beyond_zero(interval: Interval | None) -> bool:
     return interval is not None and (interval.low > 0 or interval.high < 0)
 
 
-def unjudged_rows(base: Sequence[Record], head: Sequence[Record]) -> list[Difference]:
-    """Everything else that both sides have: derived numbers, memory of the process, shares of a ceiling."""
+def unjudged_rows(base: Sequence[Record], head: Sequence[Record], timed: Collection[str]) -> list[Difference]:
+    """Everything that both sides have, but what is exact or `timed`: derived numbers, memory of the process, shares of a ceiling."""
     rows = []
     first, other = base[0].metrics, head[0].metrics
     for name in sorted(first.keys() & other.keys()):
         metric = first[name]
-        if any(_is_exact(one) or is_judged_in_pairs(one) for one in (metric, other[name])):
+        if name in timed or _is_exact(metric) or _is_exact(other[name]):
             continue
         before, after = _values(base, name), _values(head, name)
         old, new = statistics.median(before), statistics.median(after)

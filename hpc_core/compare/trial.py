@@ -18,7 +18,7 @@ from hpc_core.compare.differences import (
 from hpc_core.gate import Verdict
 from hpc_core.gate.sequential import Look
 from hpc_core.record import Record
-from hpc_core.spec import Case
+from hpc_core.spec import Case, FinetuneSpec
 
 __all__ = ["CaseResult", "SideName", "Trial"]
 
@@ -71,14 +71,16 @@ class Trial:
 
     @property
     def timed(self) -> tuple[str, ...]:
-        """Metrics that pairs decide, once there is one pair."""
+        """Metrics that pairs decide, once there is one pair. Not a soak's wall time: it asks about memory, and pairs of it take minutes."""
         if self.failed or not self.pairs:
             return ()
         base, head = self.records["base"][0].metrics, self.records["head"][0].metrics
         return tuple(
             name
             for name in sorted(base.keys() & head.keys())
-            if is_judged_in_pairs(base[name]) and is_judged_in_pairs(head[name])
+            if is_judged_in_pairs(base[name])
+            and is_judged_in_pairs(head[name])
+            and not (_soaks(self.case) and base[name].noise == "wall")
         )
 
     def values(self, side: SideName, name: str) -> list[float]:
@@ -109,7 +111,7 @@ class Trial:
         base, head = (self.records[side][: self.pairs] for side in _SIDES)
         rows = exact_rows(self.case, base, head)
         rows += [self._timed_row(name, why) for name in self.timed]
-        return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head)))
+        return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head, self.timed)))
 
     def _timed_row(self, name: str, why: str) -> Difference:
         look, seen = self._looks.get(name, (None, self.pairs))
@@ -148,3 +150,7 @@ class Trial:
     def verdicts(self) -> dict[str, Verdict]:
         """What is decided so far, for the progress."""
         return {name: look.verdict for name, (look, _) in self._looks.items() if look.verdict is not None}
+
+
+def _soaks(case: Case) -> bool:
+    return isinstance(case.workload, FinetuneSpec) and case.workload.soaks

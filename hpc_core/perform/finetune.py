@@ -23,7 +23,7 @@ from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wal
 from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
 from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
 from hpc_core.perform.session import Session
-from hpc_core.perform.soak import LEAST_STEPS, Soak
+from hpc_core.perform.soak import Soak
 from hpc_core.perform.trace import trace_program
 from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.physics.cost import train_flops
@@ -114,7 +114,7 @@ def _note_loss(session: Session, program: FinetuneProgram) -> None:
 def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
     program.go_to(0)  # every pass sees the same batches
     samples = []
-    soak = Soak(session, workload.steps) if workload.steps >= LEAST_STEPS else None
+    soak = Soak(session, workload.steps) if workload.soaks else None
     with session.timing():
         for done in range(1, workload.steps + 1):
             samples.append(seconds_of(program.step, session.device))

@@ -11,10 +11,8 @@ from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
 from hpc_core.record import Fact
 
-__all__ = ["LEAST_STEPS", "Soak"]
+__all__ = ["Soak"]
 
-LEAST_STEPS = 100
-"""Shorter runs are no soak: with a few steps a creep of one tensor a step cannot be told from settling."""
 _SAMPLES = 20
 _FLAT_BYTES = 64 * 1024
 """Scalars that a library keeps; a forgotten loss tensor a step is 512 bytes on a GPU and shows after 128 steps."""
