@@ -22,7 +22,7 @@ from hpc_core.spec import Case
 
 __all__ = ["Answer", "Found", "Question", "Step", "search"]
 
-Run = Callable[[SideName, Case], Record]
+Run = Callable[[SideName, Case, bool], Record]
 Word = Literal["good", "bad", "skip"]
 _SHOWN = 12
 
