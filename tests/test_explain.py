@@ -67,6 +67,29 @@ def test_kernels_are_told_by_module_and_as_new_or_gone() -> None:
     assert "new: add_b, 28 launches, 5.00 ms" in cause.details
 
 
+def test_a_kernel_that_is_plainly_slower_comes_before_one_that_is_launched_once_more() -> None:
+    """As a head in float32 is: as many products as before that take twenty times as long, and a copy more. A few per cent could be noise and come after it."""
+    copy = KernelUse(MLP, "aten._to_copy.default", "copy_c", "copy", 1, 1e-5)
+
+    def told(product_s: float) -> str:
+        sides = [
+            seen(a_profile(kernels=(KernelUse(HEAD, "aten.mm.default", "gemm_a", "gemm", 3, seconds), *more)), **numbers)
+            for seconds, more, numbers in (
+                (3e-3, (), {"busy_s": busy(0.02), "kernels": counted(280)}),
+                (product_s, (copy,), {"busy_s": busy(0.02 + product_s), "kernels": counted(290)}),
+            )
+        ]
+        cause = explain(before_of(sides[0]), sides[1])
+        assert cause is not None
+        return cause.lines[0]
+
+    plain, little, nothing = told(60e-3), told(3.3e-3), told(3e-3 + 2e-6)
+    assert plain.index("gemm kernels +57.00 ms in ") < plain.index("copy kernels +10.00 µs (+1 launches)")
+    assert little.index("copy kernels +10.00 µs (+1 launches)") < little.index("gemm kernels +300.00 µs in ")
+    assert "copy kernels" in nothing
+    assert "gemm" not in nothing
+
+
 def test_what_moved_around_is_in_the_second_line() -> None:
     """Packages that moved are named as suspects, and a field of the case that changed is too."""
     before = seen(a_profile(weights()))

@@ -17,7 +17,11 @@ _BUSY = ("busy_s", "busy_decode_token_s", "busy_prefill_s")
 _COUNTS = ("kernels", "copies", "memsets", "synchronizations")
 _WORTH = 0.005
 """Of busy time; less is the noise of one process."""
+_NOTABLE = 0.001
+"""Of the time of all kernels: a change of time alone below it is no cause of anything."""
 _SLOWER = 0.05
+_PLAINLY_SLOWER = 0.25
+"""Of its own time: with as many launches as before, no kernel on a GPU is so much slower by noise alone."""
 _SHOWN_SHARE = 0.2
 _MOST_DETAILS = 12
 _Sums = dict[str, tuple[int, float]]
@@ -108,18 +112,28 @@ def _sums(uses: Iterable[KernelUse], key: object) -> _Sums:
 
 def _moved(before: _Sums, after: _Sums) -> list[str]:
     """Those that changed: the most seconds first, and with the same launches only beyond what time alone varies by."""
+    whole_s = sum(seconds for _, seconds in before.values())
+
+    def launches(name: str) -> int:
+        return after.get(name, (0, 0.0))[0] - before.get(name, (0, 0.0))[0]
 
     def seconds(name: str) -> float:
         return after.get(name, (0, 0.0))[1] - before.get(name, (0, 0.0))[1]
 
-    def counts(name: str) -> bool:
-        was, now = before.get(name, (0, 0.0)), after.get(name, (0, 0.0))
-        return was[0] != now[0] or abs(now[1] - was[1]) > _SLOWER * max(was[1], now[1])
+    def slower(name: str, share: float) -> bool:
+        return abs(seconds(name)) > share * max(before.get(name, (0, 0.0))[1], after.get(name, (0, 0.0))[1])
 
-    named = [name for name in {*before, *after} if counts(name)]
-    # What is launched otherwise is certain; that of time alone may be noise, and comes after it.
-    surely = [name for name in named if before.get(name, (0, 0.0))[0] != after.get(name, (0, 0.0))[0]]
-    rest = [name for name in named if name not in surely]
+    # What is launched otherwise is certain, and so is what takes a plain part of the whole; else time alone may be noise, and comes after it.
+    surely = [
+        name
+        for name in {*before, *after}
+        if launches(name) or (slower(name, _PLAINLY_SLOWER) and abs(seconds(name)) > _WORTH * whole_s)
+    ]
+    rest = [
+        name
+        for name in {*before, *after}
+        if name not in surely and slower(name, _SLOWER) and abs(seconds(name)) > _NOTABLE * whole_s
+    ]
     return sorted(surely, key=lambda name: (-abs(seconds(name)), name)) + leading(
         sorted(rest), seconds, share=_SHOWN_SHARE, most=3
     )
