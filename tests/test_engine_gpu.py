@@ -123,6 +123,17 @@ def test_the_last_block_sizes_compute_the_same(
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
 
 
+def test_a_wide_batch_takes_whole_dequantized_weights(device: torch.device) -> None:
+    """By a library's product, captured like ours (what it gives stands among the plain path's logits above)."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    decoder = decoder_of(_built(device, "nf4").model)
+    cache = StaticKeyValues(decoder, 17, 256)
+    chosen = KernelStep(decoder, cache, decoder.turns(cache.capacity), int8_head=False).settle()
+    whole = {name for name, said in chosen.items() if said.startswith("whole dequantized weights: ")}
+    assert whole == {"qkv", "output", "gate_up", "down"}
+
+
 def test_tuning_takes_one_of_the_candidates(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two candidates each kind of product gets one, the same in all layers, and the record can say which and how fast."""
     from hpc_core.engine.kernel_step import KernelStep
@@ -137,7 +148,7 @@ def test_tuning_takes_one_of_the_candidates(device: torch.device, monkeypatch: p
         products = [layer[name] for layer in step._layers]
         assert len({product.blocks for product in products}) == 1
         assert products[0].blocks in products[0].candidates()
-        assert said[name].startswith(str(tuple(products[0].blocks)))
+        assert said[name].startswith(products[0].blocks.said)
         assert said[name].endswith(" us")
 
 

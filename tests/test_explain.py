@@ -72,14 +72,11 @@ def test_a_kernel_that_is_plainly_slower_comes_before_one_that_is_launched_once_
     copy = KernelUse(MLP, "aten._to_copy.default", "copy_c", "copy", 1, 1e-5)
 
     def told(product_s: float) -> str:
-        sides = [
-            seen(a_profile(kernels=(KernelUse(HEAD, "aten.mm.default", "gemm_a", "gemm", 3, seconds), *more)), **numbers)
-            for seconds, more, numbers in (
-                (3e-3, (), {"busy_s": busy(0.02), "kernels": counted(280)}),
-                (product_s, (copy,), {"busy_s": busy(0.02 + product_s), "kernels": counted(290)}),
-            )
-        ]
-        cause = explain(before_of(sides[0]), sides[1])
+        def side(seconds: float, launched: int, *more: KernelUse) -> Record:
+            product = KernelUse(HEAD, "aten.mm.default", "gemm_a", "gemm", 3, seconds)
+            return seen(a_profile(kernels=(product, *more)), busy_s=busy(0.02 + seconds), kernels=counted(launched))
+
+        cause = explain(before_of(side(3e-3, 280)), side(product_s, 290, copy))
         assert cause is not None
         return cause.lines[0]
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 
 from hpc_core.engine.batch_kernels import four_bit_rows, plain_rows
-from hpc_core.engine.block_sizes import ANYWHERE, CANDIDATES, FOR_CPU, Blocks
+from hpc_core.engine.block_sizes import ANYWHERE, FOR_CPU, Blocks, tried
 from hpc_core.engine.code_lookup import byte_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
 from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
+from hpc_core.engine.whole_weights import multiply_whole
 from hpc_core.errors import BuildError
 
-__all__ = ["Product", "launched", "product_of", "values_by_eights"]
+__all__ = ["Product", "launched", "product_of"]
 
 
 def launched(early: bool) -> dict[str, Any]:
@@ -29,12 +30,6 @@ def launched(early: bool) -> dict[str, Any]:
 
 def _words(values: torch.Tensor) -> torch.Tensor:
     return values.view(torch.int32)
-
-
-def values_by_eights(values: torch.Tensor) -> torch.Tensor:
-    """(…, k) stored by eights: the first two of each eight, then the next two of each; see `vector_kernels`."""
-    stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
-    return stored
 
 
 @dataclass
@@ -66,6 +61,9 @@ class Product:
     tables: torch.Tensor | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
     """4-bit: those of every matrix."""
+    packed: list[Any] = field(default_factory=list)
+    """4-bit: the parameters as bitsandbytes has them."""
+    biases: list[torch.Tensor] = field(default_factory=list)
     blocks: Blocks = ANYWHERE
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
@@ -82,7 +80,7 @@ class Product:
 
     def candidates(self) -> list[Blocks]:
         """Block sizes that fit."""
-        every = CANDIDATES["4-bit" if self.kind == "4-bit" else "plain", self.batch == 1]
+        every = tried(self.batch, four_bit=self.kind == "4-bit")
         half = self.dummy.dtype in (torch.bfloat16, torch.float16)
         return [
             blocks
@@ -99,6 +97,10 @@ class Product:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """out (batch, rows) from x (batch, columns); the norm is part of it at batch 1 and done before it at others."""
+        if self.blocks.whole:
+            order = self.x_permuted, self.out_permuted
+            multiply_whole(x, out, self.packed, self.biases, gated=self.gated, by_eights=order, residual=residual)
+            return
         none, sizes = self.dummy, self.blocks
         n_first, n_second = (self.rows[0], 0) if self.gated or len(self.rows) == 1 else self.rows[:2]
         shared: dict[str, Any] = {
@@ -226,6 +228,8 @@ def product_of(
         table=table,
         tables=tables,
         constants=constants,
+        packed=[module.weight for module in modules] if kind == "4-bit" else [],
+        biases=biases,
         kept=[*kept, *biases],
     )
     product.start()

@@ -32,7 +32,7 @@ def choose_blocks(products: list[Any], x: torch.Tensor, out: torch.Tensor) -> st
         raise RuntimeError(f"No block sizes fit the product {products[0].likeness} on {torch.cuda.get_device_name()}.")
     for product in products:
         product.blocks = best[1]
-    return f"{tuple(best[1])}: {best[0] / len(products) * 1e6:.2f} us"
+    return f"{best[1].said}: {best[0] / len(products) * 1e6:.2f} us"
 
 
 def graph_seconds(work: Any) -> float:

@@ -37,7 +37,7 @@ def program_of(session: Session, built: Built, workload: GenerateSpec) -> Genera
         )
     if program.why_eager is not None:
         session.notes.append(f"engine: {program.why_eager}")
-    session.notes += [f"engine: {name} runs with blocks {text} each" for name, text in program.chosen_blocks.items()]
+    session.notes += [f"engine: {name} runs with {text} each" for name, text in program.chosen_blocks.items()]
     return program
 
 

@@ -1,0 +1,62 @@
+"""A product with 4-bit weights that are dequantized whole first, and how activations are stored by eights. Needs no triton.
+
+For a batch: looking codes up while multiplying costs more there than writing the weights out and reading them once, which a library's
+product does at the speed of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hpc_core.build.libraries import library
+
+__all__ = ["multiply_whole", "values_by_eights", "values_in_order"]
+
+
+def values_by_eights(values: torch.Tensor) -> torch.Tensor:
+    """(…, k) stored by eights: the first two of each eight, then the next two of each; see `vector_kernels`."""
+    stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
+    return stored
+
+
+def values_in_order(stored: torch.Tensor) -> torch.Tensor:
+    """What `values_by_eights` was given, from what it gave: (…, k)."""
+    values: torch.Tensor = stored.unflatten(-1, (4, -1, 2)).transpose(-2, -3).flatten(-3)
+    return values
+
+
+def multiply_whole(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    weights: Sequence[Any],
+    biases: Sequence[torch.Tensor],
+    *,
+    gated: bool,
+    by_eights: tuple[bool, bool],
+    residual: torch.Tensor | None,
+) -> None:
+    """out = residual + x · Wᵀ + bias for matrices side by side, or residual + SiLU(x · Gᵀ) · (x · Uᵀ); rounded where plain torch rounds.
+
+    Args:
+        x: (batch, columns).
+        out: (batch, rows), written in place; may be what `x` and `residual` are not.
+        weights: 4-bit parameters of bitsandbytes with a `quant_state`, each (rows, columns); one dense matrix exists at a time.
+        biases: one a weight, or none at all.
+        gated: whether there are two weights, G and U.
+        by_eights: whether `x`, and whether `out` and `residual`, are stored so.
+        residual: (batch, rows).
+    """
+    dequantize = library("bitsandbytes", "Dequantizing weights").functional.dequantize_4bit
+    values = values_in_order(x) if by_eights[0] else x
+    parts = []
+    for number, weight in enumerate(weights):
+        dense = dequantize(weight.data, weight.quant_state).to(values.dtype)
+        parts.append(functional.linear(values, dense, biases[number] if biases else None))
+    result = functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, dim=-1)
+    if by_eights[1]:
+        result = values_by_eights(result)
+    out.copy_(result if residual is None else result + residual)
