@@ -60,7 +60,7 @@ def test_committed_records_hold_the_closed_forms() -> None:
 
 
 def test_committed_caches_hold_whole_tokens() -> None:
-    """The cache at a peak is a number of tokens times the closed form of one, at most that of a whole query."""
+    """The cache at a peak is a number of tokens times the closed form of one, at most that of a whole query; the graph engine's has room in steps."""
     seen = 0
     for record in committed():
         expected, held = expected_bytes(record.case), record.metrics.get("at_peak_kv_cache_bytes")
@@ -71,6 +71,10 @@ def test_committed_caches_hold_whole_tokens() -> None:
         assert isinstance(workload, GenerateSpec)
         # While a layer adds a token it holds the old and the new keys or values, so a rest below one token may remain.
         tokens = held.value / workload.batch / kv_bytes_per_token(SHAPES[model.shape], model.dtype)
+        if workload.engine == "graph":
+            needed = max(prompt_lengths(workload)) + workload.new_tokens
+            assert tokens == -(-needed // workload.cache_step) * workload.cache_step
+            continue
         assert 0.9 * min(prompt_lengths(workload)) <= tokens <= max(prompt_lengths(workload)) + workload.new_tokens
         assert held.value <= expected["kv_cache_bytes"]
         seen += 1

@@ -103,7 +103,7 @@ def test_it_sorts_by_each_column(told: tuple[Page, list[str]], report: Path) -> 
 def test_it_filters_by_words_and_verdict(told: tuple[Page, list[str]], report: Path) -> None:
     """Words narrow the table, a minus takes away, a verdict chooses, the count is told, and nothing found is said."""
     tab = opened(told[0], report)
-    tab.fill("#filter", "qlora -gc -prepare")
+    tab.fill("#filter", "qlora -gc -prepare -tuned -nodrop")
     assert [text.split("/")[1] for text in tab.locator(NAMES).all_inner_texts()] == ["qlora", "qlora-dq-b1x2048"]
     assert tab.inner_text("#count").startswith("2 of ")
     tab.select_option("#verdict", "REGRESSED")
