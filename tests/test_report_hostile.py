@@ -22,7 +22,7 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
 from hpc_core.report.records_csv import COLUMNS, records_csv
-from hpc_core.store.reading import read_records
+from hpc_core.store.reading import may_hold_longer, read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.many_records import failed, measured
 
@@ -31,6 +31,30 @@ PLAIN = json.loads(record_to_json(measured()[0]))
 nested = st.recursive(
     numbers | texts, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(texts, inner, max_size=2)
 )
+
+
+@given(
+    nested | st.lists(st.text(st.sampled_from('a"\\/\n\u00e9\U0001f600'), max_size=60), max_size=4),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_no_long_text_is_overlooked(content: Any, most: int, ascii_only: bool) -> None:
+    """However it is escaped: if any text of a document has more characters, the quick look at its bytes says that one may."""
+
+    def longest(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        return max(map(longest, parts), default=0)
+
+    raw = json.dumps(content, ensure_ascii=ascii_only).encode(errors="surrogatepass")
+    if longest(content) > most:
+        assert may_hold_longer(raw, most)
+
+
+def test_a_usual_record_needs_no_second_look() -> None:
+    """Else each of its texts would be looked at for nothing."""
+    assert not may_hold_longer(record_to_json(measured()[0]), 4000)
 
 
 def metric() -> st.SearchStrategy[dict[str, Any]]:

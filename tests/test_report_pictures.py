@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.errors import SpecError
+from hpc_core.errors import LaunchError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
-from hpc_core.report.plots import PLOTS, draw_all
+from hpc_core.report.plots import PLOTS, Drawing, draw_all
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
 from hpc_core.store.reading import read_records
@@ -89,6 +91,39 @@ def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
         if entry.record.case.kind == "finetune":
             assert sizes.quantity(entry.value("peak_bytes") or 0, "bytes") in memory
     assert "range over processes and sessions" in memory
+
+
+def test_other_processes_draw_the_same_pictures(tmp_path: Path) -> None:
+    """Byte for byte what this process draws, by the same paths; of two machines each has its own."""
+    tiny = read_records([H100.parent / "cpu" / "tiny"]).records[:2]
+    entries = entries_of([*measured()[:4], *tiny])
+    with (
+        Drawing(entries, tmp_path, ["svg", "png"]) as alone,
+        Drawing(entries, tmp_path, ["svg", "png"], processes=3) as shared,
+    ):
+        theirs = shared.contents()
+        assert theirs == alone.contents()
+    assert {path.suffix for path in theirs} == {".svg", ".png"}
+    assert {path.name.rpartition("-finetune")[0] for path in theirs if "finetune" in path.name} == {
+        entry.machine for entry in entries if entry.record.case.kind == "finetune"
+    }
+    assert not any(path.exists() for path in theirs)
+
+
+def test_a_drawing_process_that_is_gone_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does when memory ends: one error with the number of cases and what to do, and no picture."""
+
+    def ended(*_: object) -> bool:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    monkeypatch.setitem(PLOTS, "ablation", ended)
+    with (
+        Drawing(ENTRIES[:2], tmp_path, ["svg"], processes=2) as drawing,
+        pytest.raises(LaunchError, match=r"pictures of 2 cases was ended from outside.*--case"),
+    ):
+        drawing.contents()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_picture_of_many_cases_says_what_it_leaves_out(tmp_path: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -20,9 +21,14 @@ from hpc_core.report.entry import Entry, entries_of
 from hpc_core.store.reading import plain, read_records
 from hpc_core.whole_file import write_whole
 
+if TYPE_CHECKING:
+    from hpc_core.report.plots import Drawing
+
 __all__ = ["report"]
 
 _SUMMARY = "GITHUB_STEP_SUMMARY"
+_MOST_PROCESSES = 4
+"""That draw: eight pictures take two seconds of one core."""
 
 
 def report(
@@ -57,10 +63,13 @@ def report(
         raise SpecError(f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}.")
     entries = entries_of(chosen, baselines)
     # Whatever can fail comes before the first file is written.
-    files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
+    with contextlib.nullcontext() if plots is None else _drawing(entries, plots, plot_format) as pictures:
+        files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
+        drawn = {} if pictures is None else pictures.contents()
     for path, text in files:
         write_whole(path, text.encode(errors="replace"))
-    drawn = [] if plots is None else _draw(entries, plots, plot_format)
+    for path, content in drawn.items():
+        write_whole(path, content)
     say(_as_json(entries, read.notes) if as_json else _table(entries))
     for note in read.notes:
         tell(f"note: {note}")
@@ -106,10 +115,12 @@ def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:
     return page(entries, notes)
 
 
-def _draw(entries: Sequence[Entry], folder: Path, kind: Literal["svg", "png", "both"]) -> list[Path]:
-    from hpc_core.report.plots import draw_all
+def _drawing(entries: Sequence[Entry], folder: Path, kind: Literal["svg", "png", "both"]) -> Drawing:
+    """Pictures that other processes draw, where there is a second core, while this one writes texts."""
+    from hpc_core.report.plots import Drawing
 
-    return draw_all(entries, folder, ("svg", "png") if kind == "both" else (kind,))
+    processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
+    return Drawing(entries, folder, ("svg", "png") if kind == "both" else (kind,), processes=processes)
 
 
 def _table(entries: Sequence[Entry]) -> str:

@@ -27,7 +27,7 @@ class Verdict(StrEnum):
     @property
     def severity(self) -> int:
         """0 for PASS up to 6 for INVALID."""
-        return len(Verdict) - 1 - list(Verdict).index(self)
+        return _SEVERITY[self]
 
     def outcome(self, *, strict: bool = False) -> Outcome:
         """The test outcome; under `strict` what cannot be compared fails instead of being skipped."""
@@ -36,6 +36,9 @@ class Verdict(StrEnum):
         if self in (Verdict.REGRESSED, Verdict.INVALID) or strict:
             return "failed"
         return "skipped"
+
+
+_SEVERITY = {verdict: number for number, verdict in enumerate(reversed(Verdict))}
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
