@@ -16,6 +16,7 @@ import typer
 
 from hpc_core.cli.console import say, tell
 from hpc_core.errors import MissingLibraryError, SpecError
+from hpc_core.garbage import uncollected
 from hpc_core.report import render
 from hpc_core.report.entry import Entry, entries_of
 from hpc_core.store.reading import plain, read_records
@@ -57,15 +58,16 @@ def report(
     for option, path in (("--html", html), ("--markdown", markdown), ("--csv", csv)):
         if path is not None and path.is_dir():
             raise SpecError(f"{path}: is a folder, and {option} names the file that is to be written.")
-    read = read_records(records)
-    chosen = [each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]
-    if not chosen:
-        raise SpecError(f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}.")
-    entries = entries_of(chosen, baselines)
-    # Whatever can fail comes before the first file is written.
-    with contextlib.nullcontext() if plots is None else _drawing(entries, plots, plot_format) as pictures:
-        files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
-        drawn = {} if pictures is None else pictures.contents()
+    with uncollected():
+        read = read_records(records)
+        chosen = [each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]
+        if not chosen:
+            raise SpecError(f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}.")
+        entries = entries_of(chosen, baselines)
+        # Whatever can fail comes before the first file is written.
+        with contextlib.nullcontext() if plots is None else _drawing(entries, plots, plot_format) as pictures:
+            files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
+            drawn = {} if pictures is None else pictures.contents()
     for path, text in files:
         write_whole(path, text.encode(errors="replace"))
     for path, content in drawn.items():

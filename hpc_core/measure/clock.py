@@ -9,25 +9,15 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-__all__ = ["quiet", "seconds_of", "synchronize", "uncollected"]
+from hpc_core.garbage import uncollected
+
+__all__ = ["quiet", "seconds_of", "synchronize"]
 
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished everything queued; nothing to wait for on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """In the block garbage is not collected."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpc_core.data.batching import IGNORED_LABEL
 from hpc_core.data.blocks import BlockSource
-from hpc_core.measure.clock import uncollected
+from hpc_core.garbage import uncollected
 from hpc_core.spec import FeedSpec
 
 __all__ = ["PREFETCHED", "HostBatch", "host_batch", "supply"]

@@ -5,6 +5,7 @@ Knows the lines of one file. What they mean as sessions is said in `sessions`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ __all__ = [
     "history_lines",
     "last_accepted",
     "lengthened",
+    "record_of_line",
     "schema_of",
 ]
 
@@ -75,13 +77,23 @@ def checked_lines(lines: list[bytes], path: str) -> list[bytes]:
     for number, line in enumerate(lines, start=1):
         try:
             if schema_of(line) == SCHEMA:
-                record_from_json(line)
+                record_of_line(line)
         except (SpecError, msgspec.MsgspecError, ValueError, RecursionError) as error:
             message = (
                 f"{path}, line {number}: not a record ({error}). Restore it from git or delete it, then accept again."
             )
             raise BaselineError(message) from error
     return lines
+
+
+@functools.lru_cache(maxsize=2 * HISTORY_LENGTH)
+def record_of_line(line: bytes) -> Record:
+    """The record of a line; a line that was just checked is not parsed again.
+
+    Raises:
+        SpecError: it is none, or of another schema.
+    """
+    return record_from_json(line)
 
 
 def schema_of(line: bytes) -> int:
@@ -108,6 +120,6 @@ def last_accepted(root: Path, key: str, case_id: str) -> Record | None:
     except BaselineError:
         return None
     try:
-        return record_from_json(lines[-1]) if lines else None
+        return record_of_line(lines[-1]) if lines else None
     except SpecError:
         return None

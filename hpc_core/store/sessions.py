@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.errors import SpecError
-from hpc_core.record import Metric, Record, record_from_json
-from hpc_core.store.history_file import history_lines
+from hpc_core.record import Metric, Record
+from hpc_core.store.history_file import history_lines, record_of_line
 from hpc_core.store.lookup import history_path
 
 __all__ = ["Session", "accepted_records", "session_of", "sessions", "sessions_of_lines"]
@@ -66,7 +66,7 @@ def _records(lines: Sequence[bytes]) -> tuple[Record, ...]:
     found = []
     for line in reversed(once):
         try:
-            found.append(record_from_json(line))
+            found.append(record_of_line(line))
         except SpecError:  # intact, so of another schema
             continue
     return tuple(found)
