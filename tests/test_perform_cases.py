@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hpc_core.build.causal_lm import causal_lm
-from hpc_core.cases import TINY, catalogue
+from hpc_core.cases import TINY, TINY_DATA, catalogue
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
 from hpc_core.launch.protocol import Event, Job, Phase
@@ -91,21 +91,42 @@ def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str)
     assert [set(process.wall_s) >= {timed} for process in both.processes] == [True, True]
 
 
-@pytest.mark.parametrize("case_id", ["tiny/qlora-gc", "tiny/generate-nf4"])
-def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case_id: str) -> None:
-    """By the same code and over as many steps or queries, and nothing else: no audit, no memory, no operators."""
-    first = _once(case_id)[0]
+FED = next(case for case in TINY_DATA if case.id == "tiny/data-w0").vary("data-few", steps=5)
+
+
+@pytest.mark.parametrize("case", [CASES["tiny/qlora-gc"], CASES["tiny/generate-nf4"], FED], ids=lambda case: case.id)
+def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case: Case) -> None:
+    """By the same code and over as many steps or queries: what is compared in pairs is all there; no memory, no operators."""
+    first = perform(Job(case=case, launched="inline", profile=False), lambda _: None)
     events: list[Event] = []
-    record = perform(Job(case=CASES[case_id], launched="inline", timed_again=True), events.append)
-    assert record.status == "ok", record.reasons
+    record = perform(Job(case=case, launched="inline", timed_again=True), events.append)
+    assert (first.status, record.status) == ("ok", "ok"), record.reasons
     phases = [event.name for event in events if isinstance(event, Phase)]
-    assert phases == ["import", "build", "data", "warm-up", "measure", "busy", "record", "done"]
+    feed = ["feed"] if case is FED else []
+    assert phases == ["import", "build", "data", "warm-up", "measure", "busy", *feed, "record", "done"]
     sampled = {name: len(metric.samples) for name, metric in first.metrics.items() if metric.samples is not None}
     assert {name: len(record.metrics[name].samples or ()) for name in sampled} == sampled
     assert not {"peak_bytes", "operators", "flops"} & record.metrics.keys()
     counts = {name for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
     assert {"weights_bytes", "tokens"} <= counts
     assert {name: record.metrics[name].value for name in counts} == {name: first.metrics[name].value for name in counts}
+
+
+@pytest.mark.parametrize(
+    ("case", "seen"),
+    [
+        (CASES["tiny/lora-tuned"].vary("lora-captured", graph=True), ("engine_graph", "a CUDA graph needs a GPU")),
+        (CASES["tiny/lora-tuned"], ("engine", "tuned")),
+    ],
+    ids=["fallen", "sound"],
+)
+def test_an_engine_that_fell_back_is_never_timed_as_itself(case: Case, seen: tuple[str, str]) -> None:
+    """A process that is timed again looks whether each switch is on, as the full one does: else its time would be another program's."""
+    record = perform(Job(case=case, launched="inline", timed_again=True), lambda _: None)
+    name, said = seen
+    assert said in str(record.audit[name].seen)
+    assert record.status == ("ok" if record.audit[name].holds else "invalid")
+    assert (record.status == "invalid") == (name == "engine_graph")
 
 
 @pytest.mark.parametrize("case_id", CASES)

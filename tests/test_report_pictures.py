@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -16,13 +20,14 @@ from hypothesis import strategies as st
 
 from hpc_core.errors import LaunchError, SpecError
 from hpc_core.gate import sizes
+from hpc_core.launch.tree import descendants
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
 from hpc_core.report.plots import PLOTS, Drawing, draw_all
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
 from hpc_core.store.reading import read_records
-from tests.many_records import H100, failed, many, measured
+from tests.many_records import H100, failed, many, measured, written
 
 ENTRIES = entries_of(measured())
 ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")
@@ -124,6 +129,39 @@ def test_a_drawing_process_that_is_gone_is_told_in_a_sentence(tmp_path: Path, mo
     ):
         drawing.contents()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_is_killed_leaves_no_process_that_draws(tmp_path: Path) -> None:
+    """Killed while others draw for it, it takes them along: nothing holds its terminal or its memory afterwards."""
+    folder = written(tmp_path / "records", many(60))
+    command = [sys.executable, "-m", "hpc_core.cli", "report", str(folder), "--plots", str(tmp_path / "plots")]
+    report = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    ends = time.monotonic() + 60
+    while not (drawing := descendants(report.pid)):
+        assert report.poll() is None, report.communicate()[0]
+        assert time.monotonic() < ends
+        time.sleep(0.005)
+    report.terminate()
+    try:
+        assert report.wait(30) == -signal.SIGTERM
+        report.communicate(timeout=30)  # ends only if nobody else holds the pipe
+        while left := [
+            pid for pid in drawing if _state(pid) not in "ZX"
+        ]:  # a process lets go of its files before it is gone
+            assert time.monotonic() < ends, left
+            time.sleep(0.01)
+    finally:
+        for pid in drawing:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert not (tmp_path / "plots").exists()
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
 
 
 def test_a_picture_of_many_cases_says_what_it_leaves_out(tmp_path: Path) -> None:

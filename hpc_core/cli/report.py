@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,16 +59,21 @@ def report(
     for option, path in (("--html", html), ("--markdown", markdown), ("--csv", csv)):
         if path is not None and path.is_dir():
             raise SpecError(f"{path}: is a folder, and {option} names the file that is to be written.")
-    with uncollected():
-        read = read_records(records)
-        chosen = [each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]
-        if not chosen:
-            raise SpecError(f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}.")
-        entries = entries_of(chosen, baselines)
-        # Whatever can fail comes before the first file is written.
-        with contextlib.nullcontext() if plots is None else _drawing(entries, plots, plot_format) as pictures:
+    # Whatever can fail comes before the first file is written.
+    with contextlib.ExitStack() as until_drawn:
+        with uncollected():
+            read = read_records(records)
+            chosen = [
+                each for each in read.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)
+            ]
+            if not chosen:
+                raise SpecError(
+                    f"None of {len(read.records)} records is of a case that matches {', '.join(case or ())}."
+                )
+            entries = entries_of(chosen, baselines)
+            pictures = None if plots is None else until_drawn.enter_context(_drawing(entries, plots, plot_format))
             files = _texts(entries, read.notes, html=html, markdown=markdown, csv=csv)
-            drawn = {} if pictures is None else pictures.contents()
+        drawn = {} if pictures is None else pictures.contents()
     for path, text in files:
         write_whole(path, text.encode(errors="replace"))
     for path, content in drawn.items():
@@ -118,11 +124,13 @@ def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:
 
 
 def _drawing(entries: Sequence[Entry], folder: Path, kind: Literal["svg", "png", "both"]) -> Drawing:
-    """Pictures that other processes draw, where there is a second core, while this one writes texts."""
+    """Pictures that other processes draw, where there is a second core, while this one writes texts. They end with this one, however it ends."""
+    from hpc_core.launch.tree import die_with
     from hpc_core.report.plots import Drawing
 
     processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))
-    return Drawing(entries, folder, ("svg", "png") if kind == "both" else (kind,), processes=processes)
+    kinds = ("svg", "png") if kind == "both" else (kind,)
+    return Drawing(entries, folder, kinds, processes=processes, begin=partial(die_with, os.getpid()))
 
 
 def _table(entries: Sequence[Entry]) -> str:

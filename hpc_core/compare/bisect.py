@@ -196,6 +196,8 @@ class Question:
         look = None
         while look is None or look.verdict is None:
             base, head, trouble = self._pair(head_first=len(befores) % 2 == 1, again=True)
+            if not trouble and not (self._metric in base.metrics and self._metric in head.metrics):
+                trouble = f"a further process has no {self._metric}"
             if trouble:
                 return befores, afters, None, trouble
             befores.append(float(self._of(base).value))

@@ -75,9 +75,10 @@ class Trial:
         if self.failed or not self.pairs:
             return ()
         base, head = self.records["base"][0].metrics, self.records["head"][0].metrics
+        everywhere = set.intersection(*(set(record.metrics) for side in self.records.values() for record in side))
         return tuple(
             name
-            for name in sorted(base.keys() & head.keys())
+            for name in sorted(everywhere)
             if is_judged_in_pairs(base[name])
             and is_judged_in_pairs(head[name])
             and not (_soaks(self.case) and base[name].noise == "wall")

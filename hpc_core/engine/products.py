@@ -195,7 +195,8 @@ def product_of(
     scales, table, tables = None, None, None
     constants: list[torch.Tensor] = []
     scales_far, kept = (0, 0), [*weights]
-    if kind == "4-bit":
+    whole = kind == "4-bit" and dummy.is_cuda and tried(batch, four_bit=True)[0].whole
+    if kind == "4-bit" and not whole:  # dequantized whole, it needs nothing decoded beforehand
         constants = [_constants(module.weight.quant_state) for module in modules]
         scales, scales_far = constants[0], _distances(constants)
         kept += constants

@@ -43,7 +43,7 @@ def multiply_whole(
 
     Args:
         x: (batch, columns).
-        out: (batch, rows), written in place; may be what `x` and `residual` are not.
+        out: (batch, rows), written in place; must not overlap `x` or `residual`.
         weights: 4-bit parameters of bitsandbytes with a `quant_state`, each (rows, columns); one dense matrix exists at a time.
         biases: one a weight, or none at all.
         gated: whether there are two weights, G and U.
@@ -56,7 +56,19 @@ def multiply_whole(
     for number, weight in enumerate(weights):
         dense = dequantize(weight.data, weight.quant_state).to(values.dtype)
         parts.append(functional.linear(values, dense, biases[number] if biases else None))
-    result = functional.silu(parts[0]) * parts[1] if gated else torch.cat(parts, dim=-1)
-    if by_eights[1]:
-        result = values_by_eights(result)
-    out.copy_(result if residual is None else result + residual)
+        del dense
+    if gated:
+        parts = [functional.silu(parts[0]) * parts[1]]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    # Kernels that write in the order of `out`: a copy of the whole would be one more of the copies that are counted.
+    eights, there = result.unflatten(-1, (-1, 4, 2)), _in_order(out, by_eights[1])
+    if residual is None:
+        torch.mul(eights, 1, out=there)
+    else:
+        torch.add(eights, _in_order(residual, by_eights[1]), out=there)
+
+
+def _in_order(stored: torch.Tensor, by_eights: bool) -> torch.Tensor:
+    """A view (…, eights, 4, 2) in the order of the values."""
+    view: torch.Tensor = stored.unflatten(-1, (4, -1, 2)).transpose(-2, -3)
+    return view if by_eights else stored.view(*stored.shape[:-1], -1, 4, 2)

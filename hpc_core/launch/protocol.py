@@ -101,7 +101,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Another process of a case that was measured in full: only build, warm up, and measure busy time and launches (on a CPU: wall time)."""
     timed_again: bool = False
     """Another process of a case that was measured in full, to be compared with one of other code: build, warm up, and take every time
-    that the full one takes, by the clock and of the device. A worker of an older revision does not know the word, and measures in full."""
+    that the full one takes, by the clock and of the device; and look whether its engine is the one asked for. A worker of an older
+    revision does not know the word, and measures in full."""
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event"):

@@ -16,7 +16,7 @@ from hpc_core.record import Fact
 from hpc_core.run.generate import GenerateProgram, generate_program
 from hpc_core.spec import GenerateSpec
 
-__all__ = ["compare_with_stock", "engine_facts", "engine_logits", "is_captured", "program_of"]
+__all__ = ["compare_with_stock", "engine_facts", "engine_itself", "engine_logits", "is_captured", "program_of"]
 
 
 def program_of(session: Session, built: Built, workload: GenerateSpec) -> GenerateProgram:
@@ -46,6 +46,20 @@ def is_captured(program: GenerateProgram) -> bool:
     return isinstance(program, GraphProgram) and program.captured is not None
 
 
+def engine_itself(session: Session, program: GenerateProgram) -> dict[str, Fact]:
+    """The engine that is there, by the program itself: whether it is captured, its kernels and its head. Runs nothing; {} where none was asked for."""
+    if program.workload.engine == "stock":
+        return {}
+    if not isinstance(program, GraphProgram):
+        return {"engine": Fact(asked="graph", seen="stock")}
+    return {
+        "engine": Fact(asked="graph", seen="graph"),
+        "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
+        "kernels": Fact(asked=program.workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
+        "head": Fact(asked=program.workload.head, seen=program.step_of.head),
+    }
+
+
 def engine_facts(
     session: Session, program: GenerateProgram, operators: Mapping[str, int], *, new_tokens: int
 ) -> dict[str, Fact]:
@@ -53,17 +67,12 @@ def engine_facts(
 
     Without CUDA nothing can be captured and torch's own operators are right; the record's notes say why.
     """
-    workload = program.workload
     if not isinstance(program, GraphProgram):
-        return {"engine": Fact(asked="graph", seen="stock")}
+        return engine_itself(session, program)
     width = program.inputs[0]["input_ids"].shape[1]
     masks = [inputs["attention_mask"] for inputs in program.inputs]
     prefill = sorted(name for name in attention_families(operators) if name != "eager")
-    facts = {
-        "engine": Fact(asked="graph", seen="graph"),
-        "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
-        "kernels": Fact(asked=workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
-        "head": Fact(asked=workload.head, seen=program.step_of.head),
+    facts = engine_itself(session, program) | {
         "steps": Fact(asked=new_tokens - 1, seen=program.replays),
         # The last token is handed out and never fed back.
         "cache_length": Fact(asked=width + new_tokens - 1, seen=int(program.cache.filled)),

@@ -25,7 +25,7 @@ from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_ste
 from hpc_core.perform.session import Session
 from hpc_core.perform.soak import Soak
 from hpc_core.perform.trace import trace_program
-from hpc_core.perform.tuned import audit_tuned, measure_graph_memory, recomputed_attentions
+from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
@@ -58,7 +58,9 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
     if session.job.timed_again:
+        audit_switches(session, program)  # an engine that fell back here would be timed as if it had not
         _busy(session, program)
+        measure_feed(session, built, program, workload)
         return session.record()
     session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
     widest = Fixed(program, program.widest)

@@ -17,7 +17,7 @@ from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.attributed import note_query_profile
-from hpc_core.perform.decode_engine import engine_facts, engine_logits, is_captured, program_of
+from hpc_core.perform.decode_engine import engine_facts, engine_itself, engine_logits, is_captured, program_of
 from hpc_core.perform.energy import note_token_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
@@ -56,6 +56,7 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     answered: list[list[list[int]]] = []
     peaks = _time_queries(session, program, built, answered)
     if session.job.timed_again:
+        session.audit |= engine_itself(session, program)
         _busy(session, program)
         return session.record()
     _memory(session, program, built, peaks)

@@ -9,7 +9,7 @@ from hpc_core.perform.session import Session
 from hpc_core.record import Fact
 from hpc_core.run.finetune import FinetuneProgram
 
-__all__ = ["audit_tuned", "measure_graph_memory", "recomputed_attentions"]
+__all__ = ["audit_switches", "audit_tuned", "measure_graph_memory", "recomputed_attentions"]
 
 _WITHIN = 0.01
 """Relative. The same weights and batch give the same loss but for the order of sums, which a replay does not change."""
@@ -27,11 +27,17 @@ def measure_graph_memory(session: Session, program: FinetuneProgram) -> None:
     session.metrics["graph_pool_bytes"] = measured_bytes(pool, machine=True, gated=False)
 
 
+def audit_switches(session: Session, program: FinetuneProgram) -> None:
+    """Facts of the engine and its switches: what was called and captured so far. Runs nothing."""
+    if isinstance(program, TunedProgram) and session.job.audit:
+        session.audit |= tuned_facts(program, session.notes)
+
+
 def audit_tuned(session: Session, program: FinetuneProgram) -> None:
     """Facts of the engine and its switches, of the budget, and of a replay against the same step without a graph. Still in the phase audit."""
     if not isinstance(program, TunedProgram) or not session.job.audit:
         return
-    session.audit |= tuned_facts(program, session.notes)
+    audit_switches(session, program)
     budget = program.workload.budget_bytes
     if budget is not None:
         peak = int(session.metrics["peak_bytes"].value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import io
 import multiprocessing
@@ -57,13 +58,22 @@ class Drawing:
         folder: where the pictures shall lie, `<folder>/<plot>.<kind>` or, for several machines, `<folder>/<machine>-<plot>.<kind>`.
         kinds: "svg" and "png".
         processes: worker processes, forked.
+        begin: called first in each of them.
 
     Raises:
         MissingLibraryError: matplotlib is not installed.
         SpecError: the folder is a file.
     """
 
-    def __init__(self, entries: Sequence[Entry], folder: Path, kinds: Sequence[str], *, processes: int = 1) -> None:
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        folder: Path,
+        kinds: Sequence[str],
+        *,
+        processes: int = 1,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         if importlib.util.find_spec("matplotlib") is None:
             raise MissingLibraryError("Drawing needs matplotlib: pip install 'hpc-core[plots]'.")
         if folder.exists() and not folder.is_dir():
@@ -73,6 +83,7 @@ class Drawing:
         self._kinds = tuple(kinds)
         self._tasks = _tasks(entries)
         self._processes = min(processes, len(self._tasks))
+        self._begin = begin
         self._pool: ProcessPoolExecutor | None = None
         self._begun: list[Future[dict[str, bytes]]] = []
 
@@ -81,7 +92,7 @@ class Drawing:
             # Forked, entries need no copy. No thread of ours is there, and those of BLAS are made for it.
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(
-                self._processes, context, initializer=_take, initargs=(self._tasks, self._kinds)
+                self._processes, context, initializer=_take, initargs=(self._tasks, self._kinds, self._begin)
             )
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
@@ -140,9 +151,13 @@ _taken: tuple[Sequence[_Task], Sequence[str]] = ((), ())
 """In a worker process: what it was forked to draw."""
 
 
-def _take(tasks: Sequence[_Task], kinds: Sequence[str]) -> None:
+def _take(tasks: Sequence[_Task], kinds: Sequence[str], begin: Callable[[], None]) -> None:
+    """In a worker process, first of all."""
     global _taken
+    begin()
     _taken = tasks, kinds
+    gc.freeze()  # what was forked stays; figures are cycles, and are collected
+    gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's to hear
 
 
