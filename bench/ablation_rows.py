@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_core.environment import machine, stack, visible_gpus
+from bench.refusals import what_is_missing
+from hpc_core.environment import machine, stack
 from hpc_core.errors import SpecError
 from hpc_core.spec import Case
 
@@ -106,11 +107,7 @@ def _refuse_what_cannot_be_run(chosen: Mapping[str, Case], options: argparse.Nam
     said = ""
     if unknown := [name for name in _names(options.only) if name not in there]:
         said = f"no row is called {'; '.join(unknown)}; there are {'; '.join(there)}"
-    elif options.device.startswith("cuda") and not visible_gpus():
-        said = "no GPU is visible: say --device cpu, with --shape tiny"
-    elif not Path(options.out).absolute().parent.is_dir():
-        said = f"--out {options.out}: there is no such folder"
-    if said:
+    if said := said or what_is_missing(options.device, options.out):
         sys.stderr.write(f"{Path(sys.argv[0]).name}: {said}\n")
         sys.exit(2)
 

@@ -22,9 +22,9 @@ _HERE = Path(__file__).resolve().parent.parent
 if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
+from bench.refusals import what_is_missing  # noqa: E402
 from hpc_core import Case, perf_cases  # noqa: E402
 from hpc_core.cases import DATA, TINY_DATA  # noqa: E402
-from hpc_core.environment import visible_gpus  # noqa: E402
 from hpc_core.plugin.fixture import Perf  # noqa: E402
 from hpc_core.plugin.session import PerfSession  # noqa: E402
 from hpc_core.record import Record  # noqa: E402
@@ -93,10 +93,8 @@ def main() -> None:
     if not chosen:
         there = ", ".join(case.id.rpartition("/")[2] for case in others)
         ask.error(f"no feed's name holds {options.only!r}; there are {there}")
-    if options.device == "cuda" and not visible_gpus():
-        ask.error("no GPU is visible: say --device cpu, with --shape tiny")
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        ask.error(f"--out {options.out}: there is no such folder")
+    if said := what_is_missing(options.device, options.out):
+        ask.error(said)
     rows: dict[str, dict[str, Any]] = {}
     sys.stdout.write(f"{_COLUMNS}\n")
     for name, row in _measured(first, chosen, options.device):

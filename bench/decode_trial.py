@@ -91,14 +91,14 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     quantization = CONFIGURATIONS[names[0]][0]
     try:
         built = build(generate(model, quantization=quantization), torch.device("cuda", 0))
-    except Exception:
+    except Exception:  # its traceback is said, the other models go on, and the exit code says that one broke
         _say({"name": names[0].partition("/")[0], "failed": traceback.format_exc()[-1500:]})
         return 1
     for name in names:
         began = time.perf_counter()
         try:
             seen = dict(seen_of(built, _workload(name), late=name.endswith("-late")))
-        except Exception:
+        except Exception:  # as above, for one way of running it
             failed += 1
             seen = {"failed": traceback.format_exc()[-2500:]}
         gc.collect()

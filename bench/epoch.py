@@ -27,8 +27,8 @@ _HERE = Path(__file__).resolve().parent.parent
 if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
+from bench.refusals import what_is_missing  # noqa: E402
 from hpc_core.cases import finetune, lora  # noqa: E402
-from hpc_core.environment import visible_gpus  # noqa: E402
 from hpc_core.errors import SpecError  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec  # noqa: E402
@@ -175,10 +175,8 @@ def main() -> None:
         cases = {name: case_of(name, options) for name in wanted}
     except SpecError as error:
         ask.error(str(error))
-    if options.device == "cuda" and not visible_gpus():
-        ask.error("no GPU is visible: say --device cpu, with --shape tiny")
-    if options.out and not Path(options.out).absolute().parent.is_dir():
-        ask.error(f"--out {options.out}: there is no such folder")
+    if said := what_is_missing(options.device, options.out):
+        ask.error(said)
     with gpus_by_nvml():
         import torch  # noqa: F401 - imported once, for all children
         import transformers.models.llama.modeling_llama  # noqa: F401

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
 import msgspec
 
 from hpc_core.record import Failure, Metric, Record, record_to_json
+from hpc_core.report.entry import Entry
+from hpc_core.report.plots import Drawing
 from hpc_core.store.reading import read_records
 
 H100 = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
@@ -52,3 +54,13 @@ def written(folder: Path, records: Iterable[Record]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(record_to_json(record, indent=2))
     return folder
+
+
+def draw_all(entries: Sequence[Entry], folder: Path, kinds: Sequence[str]) -> list[Path]:
+    """What the command draws, by this process; the files, in the order of the pictures."""
+    with Drawing(entries, folder, kinds) as drawing:
+        drawn = drawing.contents()
+    for path, content in drawn.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return list(drawn)

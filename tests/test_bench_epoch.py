@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import pytest
 
-from bench import data_path, epoch
+from bench import epoch
 from hpc_core.data.lengths import recorded_lengths
 
 OPTIONS = argparse.Namespace(
@@ -37,37 +36,3 @@ def test_a_stock_epoch_is_extrapolated_and_says_so() -> None:
     assert "extrapolated from 3 steps to 30 of 2 x 32" in epoch.line("stock-padded", found, OPTIONS)
     assert found["epoch_s"] == pytest.approx(10 * found["seconds"])
     assert found["padded"] > 0
-
-
-@pytest.mark.parametrize(
-    ("module", "said", "why"),
-    [
-        (epoch, ["--only", "nonsense"], "no row is called nonsense; there are tuned-fed"),
-        (epoch, ["--shape", "nonsense", "--device", "cpu"], "Unknown shape 'nonsense'"),
-        (epoch, ["--shape", "tiny", "--device", "cpu", "--workers", "99"], "workers must be 0 to 64, got 99"),
-        (epoch, ["--shape", "tiny", "--device", "cpu", "--out", "no/such/x.json"], "there is no such folder"),
-        (data_path, ["--shape", "tiny", "--device", "cpu", "--only", "nonsense"], "no feed's name holds 'nonsense'; there are data-w0,"),
-        (data_path, ["--shape", "tiny", "--device", "cpu", "--out", "no/such/x.json"], "there is no such folder"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_run_is_refused_before_anything_is(
-    module: Any, said: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A wrong word ends in one sentence and exit code 2, not in a traceback or after minutes of measuring."""
-    monkeypatch.setattr(sys, "argv", ["bench", *said])
-    with pytest.raises(SystemExit) as left:
-        module.main()
-    assert left.value.code == 2
-    assert why in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", [epoch, data_path])
-def test_without_a_gpu_the_device_is_asked_for(
-    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The default needs a GPU, and says what to say where there is none."""
-    monkeypatch.setattr(module, "visible_gpus", tuple)
-    monkeypatch.setattr(sys, "argv", ["bench"])
-    with pytest.raises(SystemExit):
-        module.main()
-    assert "no GPU is visible: say --device cpu, with --shape tiny" in capsys.readouterr().err

@@ -73,15 +73,16 @@ def test_gate_and_up_are_one_product_and_a_residual_is_added(layer: Any) -> None
 
 
 def test_biases_belong_to_their_matrices(layer: Any) -> None:
-    """As Qwen's queries, keys and values have them."""
+    """As Qwen's queries, keys and values have them: parameters that want a gradient, which nothing here keeps."""
     parts = [layer.self_attn.k_proj, layer.self_attn.v_proj]
-    biases = [_drawn(part.out_features, seed)[0] for seed, part in enumerate(parts)]
+    biases = [torch.nn.Parameter(_drawn(part.out_features, seed)[0]) for seed, part in enumerate(parts)]
     x = _drawn(parts[0].in_features, 4)
     out = torch.empty(_BATCH, sum(part.out_features for part in parts), dtype=x.dtype)
     weights = [part.weight for part in parts]
     multiply_whole(x, out, weights, biases, gated=False, by_eights=(False, False), residual=None)
     whole = torch.cat([part(x) + bias for part, bias in zip(parts, biases, strict=True)], dim=-1)
-    torch.testing.assert_close(out, whole, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(out, whole.detach(), rtol=2**-7, atol=2**-7)
+    assert not out.requires_grad
 
 
 @given(batch=st.integers(1, 32), four_bit=st.booleans())

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -120,9 +121,10 @@ def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case: Ca
     ],
     ids=["fallen", "sound"],
 )
-def test_an_engine_that_fell_back_is_never_timed_as_itself(case: Case, seen: tuple[str, str]) -> None:
-    """A process that is timed again looks whether each switch is on, as the full one does: else its time would be another program's."""
-    record = perform(Job(case=case, launched="inline", timed_again=True), lambda _: None)
+@pytest.mark.parametrize("further", ["timed_again", "replicate"])
+def test_an_engine_that_fell_back_is_never_timed_as_itself(case: Case, seen: tuple[str, str], further: str) -> None:
+    """Any further process looks whether each switch is on, as the full one does: else its time would be another program's."""
+    record = perform(msgspec.structs.replace(Job(case=case, launched="inline"), **{further: True}), lambda _: None)
     name, said = seen
     assert said in str(record.audit[name].seen)
     assert record.status == ("ok" if record.audit[name].holds else "invalid")

@@ -20,12 +20,11 @@ from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
-from hpc_core.report.plots import draw_all
 from hpc_core.report.records_csv import records_csv
 from hpc_core.store import Baseline, accept, find, last_profile
 from hpc_core.store.reading import read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
-from tests.many_records import H100, failed, many, with_metric
+from tests.many_records import H100, draw_all, failed, many, with_metric
 from tests.profiles import GIB, HEAD, MLP, a_profile, weights
 from tests.profiles import seen as a_seen
 from tests.strategies import a_case, counted

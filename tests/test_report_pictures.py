@@ -23,11 +23,11 @@ from hpc_core.gate import sizes
 from hpc_core.launch.tree import descendants
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
-from hpc_core.report.plots import PLOTS, Drawing, draw_all
+from hpc_core.report.plots import PLOTS, Drawing
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
 from hpc_core.store.reading import read_records
-from tests.many_records import H100, failed, many, measured, written
+from tests.many_records import H100, draw_all, failed, many, measured, written
 
 ENTRIES = entries_of(measured())
 ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")

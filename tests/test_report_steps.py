@@ -96,39 +96,6 @@ def test_the_command_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFix
     assert "steps.png: cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("said", "why"),
-    [
-        (["--only", "stock,nonsense"], "no row is called nonsense; there are stock"),
-        (["--device", "cpu", "--shape", "tiny", "--out", "no/such/x.json"], "there is no such folder"),
-        (["--shape", "nonsense"], "Unknown shape 'nonsense'"),
-        (["--batch", "0"], "batch must be at least 1"),
-    ],
-)
-@pytest.mark.parametrize("bench", [train_ablation, decode_ablation])
-def test_an_ablation_that_cannot_be_run_is_refused(
-    bench: Any, said: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A wrong word ends in a sentence and exit code 2, before any row is run."""
-    monkeypatch.setattr(sys, "argv", ["ablation.py", *said])
-    with pytest.raises(SystemExit) as stopped:
-        bench.main()
-    assert stopped.value.code == 2
-    assert why in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("bench", "option"), [(train_ablation, "--methods"), (decode_ablation, "--weights")])
-def test_rows_of_a_kind_that_nobody_knows_are_refused(
-    bench: Any, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The message repeats what was said and lists what there is."""
-    monkeypatch.setattr(sys, "argv", ["ablation.py", option, "nonsense"])
-    with pytest.raises(SystemExit) as stopped:
-        bench.main()
-    assert stopped.value.code == 2
-    assert f"{option} 'nonsense': there are " in capsys.readouterr().err
-
-
 def _ladders() -> list[tuple[str, list[Case]]]:
     trained = train_ablation.cases("llama-3.2-3b", METHODS, 512, 4)
     decoded = decode_ablation.cases("llama-3.2-3b", WEIGHTS, 1)

@@ -41,7 +41,7 @@ def _torch() -> dict[str, Any]:
         if told["devices"]:
             torch.zeros(1, device="cuda")  # a driver that is too old is only noticed here
             told["capability"] = list(torch.cuda.get_device_capability(0))
-    except Exception as error:
+    except Exception as error:  # how a broken driver or torch raises is what is being asked
         told["cuda_error"] = f"{type(error).__name__}: {error}"
     return told
 
@@ -56,7 +56,7 @@ def _bitsandbytes() -> dict[str, Any]:
         told["library"] = type(library).__name__
         told["device"] = "cuda" if torch.cuda.is_available() else "cpu"
         functional.quantize_4bit(torch.ones(64, 64, device=told["device"]), quant_type="nf4")
-    except Exception as error:
+    except Exception as error:  # how a broken bitsandbytes raises is what is being asked
         told["quantize_error"] = f"{type(error).__name__}: {error}"
     return told
 

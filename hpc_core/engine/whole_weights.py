@@ -25,10 +25,10 @@ def values_by_eights(values: torch.Tensor) -> torch.Tensor:
 
 def values_in_order(stored: torch.Tensor) -> torch.Tensor:
     """What `values_by_eights` was given, from what it gave: (…, k)."""
-    values: torch.Tensor = stored.unflatten(-1, (4, -1, 2)).transpose(-2, -3).flatten(-3)
-    return values
+    return _in_order(stored, True).flatten(-3)
 
 
+@torch.no_grad()
 def multiply_whole(
     x: torch.Tensor,
     out: torch.Tensor,

@@ -53,12 +53,13 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
     if session.job.trace is not None:
         with program.batches.by_index():  # the same batch again: a loader would bring all others in between
             return trace_program(session, Fixed(program, program.widest), session.job.trace)
+    if session.job.replicate or session.job.timed_again:
+        audit_switches(session, program)  # an engine that fell back here would be timed as if it had not
     if session.job.replicate:
         program.go_to(0)  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
     if session.job.timed_again:
-        audit_switches(session, program)  # an engine that fell back here would be timed as if it had not
         _busy(session, program)
         measure_feed(session, built, program, workload)
         return session.record()

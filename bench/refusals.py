@@ -1,0 +1,18 @@
+"""What every script of this folder refuses before it measures for minutes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hpc_core.environment import visible_gpus
+
+__all__ = ["what_is_missing"]
+
+
+def what_is_missing(device: str, out: str) -> str:
+    """A sentence if `device` is a GPU and none is visible, or if the file `out` has no folder to lie in; "" if nothing is missing."""
+    if device.startswith("cuda") and not visible_gpus():
+        return "no GPU is visible: say --device cpu, with --shape tiny"
+    if out and not Path(out).absolute().parent.is_dir():
+        return f"--out {out}: there is no such folder"
+    return ""
