@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.cases import finetune, lora, tiny
+from hpc_core.cases import FULL, TINY, finetune, lora, tiny
+from hpc_core.cli.ab import default_budget_s
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows
 from hpc_core.compare.trial import SideName
@@ -134,6 +135,13 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
         "step_s": Verdict.INCONCLUSIVE,
     }
     assert "--budget" in second.reason
+
+
+def test_by_default_tiny_cases_are_compared_within_three_minutes() -> None:
+    """However noisy the machine is; one full-size case among them, and it is ten minutes."""
+    assert default_budget_s(TINY) < 180
+    assert default_budget_s(TINY[:1]) == default_budget_s(TINY)
+    assert default_budget_s((*TINY, FULL[0])) == default_budget_s(FULL) == 600
 
 
 def test_a_long_case_does_not_starve_the_others() -> None:
