@@ -85,7 +85,7 @@ def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | 
 
 
 def default_budget_s(cases: Sequence[Case]) -> float:
-    """Ten minutes; under three where all cases are tiny, for CI: what noise leaves undecided then is said, and exact metrics are done in half a minute."""
+    """Ten minutes; under three where all cases are tiny, for CI: what noise leaves undecided then is said, and exact metrics are done in the first minute."""
     return 170.0 if all(case.scale == "tiny" for case in cases) else 600.0
 
 
