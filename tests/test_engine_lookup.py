@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.engine.code_lookup import EIGHT_PRODUCTS, byte_tables
+from hpc_core.engine.code_lookup import EIGHT_PRODUCTS, EIGHT_VALUES, byte_tables, copied_tables
 
 VALUES = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]).half()
 _UNSIGNED = {"and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "shr.u32": lambda a, b: a >> b}
@@ -35,15 +35,17 @@ def _fused(name: str, factors: list[int]) -> int:
     return int.from_bytes((first * second + (third[0] if third else 0)).astype(np.float16).tobytes(), "little")
 
 
-def _played(operands: list[int]) -> float:
-    """The assembly, with operands 1 to 13 given."""
-    held: dict[str, int] = {f"${at}": operand for at, operand in enumerate(operands, start=1)}
-    for line in EIGHT_PRODUCTS.strip()[1:-1].split(";"):
+def _played(assembly: str, first: int, operands: list[int]) -> dict[str, int]:
+    """What the assembly leaves in registers and operands, with operands from number `first` on given; of a sum it adds up, its bits."""
+    held: dict[str, int] = {f"${at}": operand for at, operand in enumerate(operands, start=first)}
+    for line in assembly.strip()[1:-1].split(";"):
         name, *names = re.findall(r"[.\w$]+", line) or [".reg"]
         if name == ".reg" or name.startswith("cvt"):
             continue
         if name == "add.f32":
-            return float(np.float32(_halves(held["sum"])[0]) + np.float32(_halves(held["sum"])[1]))
+            total = np.float32(_halves(held["sum"])[0]) + np.float32(_halves(held["sum"])[1])
+            held[names[0]] = int(np.float32(total).view(np.uint32))
+            continue
         values = [held[one] if one in held else int(one, 0) for one in names[1:] if name != "mov.b32"]
         if name.endswith("f16x2"):
             held[names[0]] = _fused(name, values)
@@ -51,7 +53,12 @@ def _played(operands: list[int]) -> float:
             held[names[0]] = _permuted(*values)
         elif name != "mov.b32":
             held[names[0]] = _UNSIGNED[name](*values)
-    raise AssertionError("the assembly adds nothing up")
+    return held
+
+
+def _word_of(codes: list[int]) -> int:
+    """Eight codes packed as bitsandbytes packs them, high half first."""
+    return int.from_bytes(bytes(even << 4 | odd for even, odd in zip(codes[::2], codes[1::2], strict=True)), "little")
 
 
 @given(
@@ -61,9 +68,26 @@ def _played(operands: list[int]) -> float:
 @settings(max_examples=50, deadline=None)
 def test_each_code_meets_its_activation(codes: list[int], activations: list[float]) -> None:
     """Codes packed as bitsandbytes packs them, high half first, times activations in order give the sum of their products."""
-    packed = bytes(even << 4 | odd for even, odd in zip(codes[::2], codes[1::2], strict=True))
     tables = [int(table) & 0xFFFFFFFF for table in byte_tables(VALUES).tolist()]
     words = np.array(activations, dtype=np.float16).view(np.uint32).tolist()
     products = [float(VALUES[code]) * value for code, value in zip(codes, activations, strict=True)]
-    seen = _played([int.from_bytes(packed, "little"), *tables, *words])
+    left = _played(EIGHT_PRODUCTS, 1, [_word_of(codes), *tables, *words])
+    seen = float(np.uint32(left["$0"]).view(np.float32))
     assert seen == pytest.approx(sum(products), abs=2**-9 * sum(map(abs, products)) + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(codes=st.lists(st.integers(0, 15), min_size=8, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_each_code_becomes_its_value(dtype: torch.dtype, codes: list[int]) -> None:
+    """Two values a word, in order, to the bit what the type makes of the sixteen."""
+    tables = [int(table) & 0xFFFFFFFF for table in byte_tables(VALUES, dtype).tolist()]
+    left = _played(EIGHT_VALUES, 4, [_word_of(codes), *tables])
+    words = b"".join(left[f"${at}"].to_bytes(4, "little") for at in range(4))
+    assert torch.equal(torch.frombuffer(bytearray(words), dtype=dtype), VALUES.to(dtype)[codes])
+
+
+def test_every_copy_of_a_table_is_the_table() -> None:
+    """Threads that load different copies look up the same values."""
+    copies = copied_tables(VALUES, torch.bfloat16)
+    assert all(torch.equal(copy, byte_tables(VALUES, torch.bfloat16)) for copy in copies.T)

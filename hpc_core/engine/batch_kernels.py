@@ -1,6 +1,6 @@
 """Triton: a few activation rows (batch 2 to 32) times a weight matrix by tensor cores, and the small kernels around a product.
 
-The batch is padded to sixteen or thirty-two rows inside the kernel. Layouts, distances and "by eights" are those of `vector_kernels`.
+The batch is padded to sixteen or thirty-two rows inside the kernel. 4-bit matrices: `four_bit_batch`. Layouts, distances and "by eights" are those of `vector_kernels`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hpc_core.engine.vector_kernels import by_eights, silu_times, start_of, wait_for_others
 
-__all__ = ["embed", "four_bit_rows", "norm_rows", "plain_rows"]
+__all__ = ["embed", "leave", "norm_rows", "plain_rows"]
 
 
 @triton.jit
@@ -140,94 +140,6 @@ def plain_rows(
         has_bias,
         has_residual,
         scaled,
-        out_permuted,
-        block_n,
-        padded,
-    )
-
-
-@triton.jit
-def eighth(codes, scales, table, shift: tl.constexpr, values, total):
-    """Adds the product of one code of each word: its value times the block's constant, in the activations' dtype."""
-    weights = (tl.load(table + ((codes >> shift) & 15)) * scales).to(values.dtype)
-    return tl.dot(weights, values, total, input_precision="ieee")
-
-
-@triton.jit
-def four_bit_rows(
-    x,
-    w,
-    absmax,
-    table,
-    bias,
-    residual,
-    out,
-    n_first,
-    n_second,
-    n_all,
-    k_size,
-    batch,
-    second: tl.int64,
-    third: tl.int64,
-    absmax_second: tl.int64,
-    absmax_third: tl.int64,
-    bias_second: tl.int64,
-    bias_third: tl.int64,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    out_permuted: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    padded: tl.constexpr,
-    stages: tl.constexpr,
-    early: tl.constexpr,
-):
-    """As `plain_rows` for 4-bit weights; eight products of one code a word each, since a sum may go in any order."""
-    wait_for_others(early)
-    row = tl.program_id(0) * block_n
-    base, local = start_of(row, n_first, n_second, second, third)
-    absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
-    lines = (local + tl.arange(0, block_n))[:, None].to(tl.int64)
-    words = k_size // 8
-    codes_of = w + base + lines * words
-    scales_of = absmax + absmax_base + lines * (words // 8)
-    items = tl.arange(0, padded)
-    total = tl.zeros((block_n, padded), tl.float32)
-    other = tl.zeros((block_n, padded), tl.float32)
-    for k in tl.range(0, words, block_k, num_stages=stages):
-        columns = k + tl.arange(0, block_k)
-        inside = columns < words
-        codes = tl.load(codes_of + columns[None, :], mask=inside[None, :], other=0)
-        scales = tl.load(scales_of + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
-        at = items[None, :] * k_size + 2 * columns[:, None]
-        here = inside[:, None] & (items < batch)[None, :]
-        for j in tl.static_range(8):
-            values = tl.load(x + at + 2 * (j // 2 * words) + j % 2, mask=here, other=0.0)
-            total = eighth(codes, scales, table, 4 * (j ^ 1), values, total)
-        if gated:
-            codes = tl.load(codes_of + second + columns[None, :], mask=inside[None, :], other=0)
-            scales = tl.load(scales_of + absmax_second + (columns // 8)[None, :], mask=inside[None, :], other=0.0)
-            for j in tl.static_range(8):
-                values = tl.load(x + at + 2 * (j // 2 * words) + j % 2, mask=here, other=0.0)
-                other = eighth(codes, scales, table, 4 * (j ^ 1), values, other)
-    bias_base, bias_local = start_of(row, n_first, n_second, bias_second, bias_third)
-    leave(
-        total,
-        other,
-        bias,
-        residual,
-        bias,
-        out,
-        row,
-        bias_base,
-        bias_local,
-        n_all,
-        batch,
-        gated,
-        has_bias,
-        has_residual,
-        False,
         out_permuted,
         block_n,
         padded,

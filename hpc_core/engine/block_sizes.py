@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ANYWHERE", "FOR_CPU", "WHOLE", "Blocks", "tried"]
+__all__ = ["ANYWHERE", "FOR_CPU", "Blocks", "tried"]
 
 
 class Blocks(NamedTuple):
@@ -16,14 +16,12 @@ class Blocks(NamedTuple):
     stages: int = 1
     """Batch above 1: loads ahead."""
     permutes: bool = False
-    """4-bit, batch 1: look codes up by byte permutes instead of loads."""
-    whole: bool = False
-    """4-bit, a wide batch: no launch of ours; dequantize the whole matrix, then a library's product. The other fields say nothing."""
+    """4-bit: look codes up by byte permutes instead of loads."""
 
     @property
     def said(self) -> str:
         """For a note: how the product is cut."""
-        return "whole dequantized weights" if self.whole else f"blocks {tuple(self[:-1])}"
+        return f"blocks {tuple(self)}"
 
 
 _PLAIN_VECTOR = tuple(
@@ -57,14 +55,14 @@ _PLAIN_ROWS = tuple(
         (128, 64, 4, 4),
     )
 )
-_FOUR_BIT_ROWS = tuple(
-    Blocks(*sizes)
-    for sizes in ((16, 64, 4, 2), (32, 64, 4, 2), (16, 128, 4, 2), (64, 32, 4, 2), (32, 32, 4, 3), (32, 64, 8, 1))
+_FOUR_BIT_ROWS = (
+    *(
+        Blocks(*sizes, permutes=True)
+        for sizes in ((32, 32, 4, 4), (64, 32, 4, 3), (16, 64, 8, 5), (32, 64, 8, 4), (32, 32, 4, 6))
+    ),
+    Blocks(16, 32, 4, 2),
 )
-WHOLE = Blocks(1, 1, 1, whole=True)
-_WHOLE_ABOVE = 16
-"""Rows of a batch. By a rule and not by trying: it launches more kernels, and those are counted exactly. At 32 rows of 3B ours took 12.6 ms a token
-on an H100; writing and reading the weights is 13 GB, some 5 ms."""
+"""The last one is float32's, whose values have four bytes."""
 ANYWHERE = Blocks(16, 256, 4, 1)
 FOR_CPU = {"plain": ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 """For triton's interpreter, which has no use for speed."""
@@ -72,8 +70,6 @@ FOR_CPU = {"plain": ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 
 def tried(batch: int, *, four_bit: bool) -> tuple[Blocks, ...]:
     """The cuts that are tried on a GPU for a product of so many rows; the first one works anywhere."""
-    if four_bit and batch > _WHOLE_ABOVE:
-        return (WHOLE,)
     if batch > 1:
         return _FOUR_BIT_ROWS if four_bit else _PLAIN_ROWS
     return _FOUR_BIT_VECTOR if four_bit else _PLAIN_VECTOR

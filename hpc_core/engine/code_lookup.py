@@ -1,42 +1,59 @@
 """Four-bit codes times activations without a table in memory: PTX byte permutes, and the bytes that they pick from. Needs no triton.
 
 A selector of `prmt` is four nibbles, as four codes are. Eight of the sixteen values fit one permute (two words of four bytes), so each byte
-of four results takes two permutes and a third that picks by the codes' highest bits. Two bytes make a float16.
+of four results takes two permutes and a third that picks by the codes' highest bits. Two bytes make a float16, or a bfloat16.
 """
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["EIGHT_PRODUCTS", "byte_tables"]
+__all__ = ["EIGHT_PRODUCTS", "EIGHT_VALUES", "TABLE_COPIES", "byte_tables", "copied_tables"]
 
-_FOUR = """
-prmt.b32 p, $2, $3, {s};
-prmt.b32 q, $4, $5, {s};
-prmt.b32 lo, p, q, {b};
-prmt.b32 p, $6, $7, {s};
-prmt.b32 q, $8, $9, {s};
-prmt.b32 hi, p, q, {b};
-prmt.b32 w, lo, hi, 0x4051;
-{first};
-prmt.b32 w, lo, hi, 0x6273;
-fma.rn.f16x2 sum, w, {last}, sum;
-"""
-
-EIGHT_PRODUCTS = (
-    """{
-.reg .b32 s, b, t, c, p, q, lo, hi, w, sum;
-.reg .b16 h0, h1;
-.reg .f32 f0, f1;
-and.b32 s, $1, 0x77777777;
-shr.u32 b, $1, 1;
+_SELECTORS = """
+.reg .b32 s, b, t, c, p, q, lo, hi;
+and.b32 s, {codes}, 0x77777777;
+shr.u32 b, {codes}, 1;
 and.b32 b, b, 0x44444444;
 or.b32 b, b, 0x32103210;
 shr.u32 t, s, 16;
 shr.u32 c, b, 16;"""
-    + _FOUR.format(s="s", b="b", first="mul.rn.f16x2 sum, w, $10", last="$11")
-    + _FOUR.format(s="t", b="c", first="fma.rn.f16x2 sum, w, $12, sum", last="$13")
-    + """mov.b32 {h0, h1}, sum;
+"""Of eight codes: which of eight values, `s` of the first four and `t` of the others, and which eight, `b` and `c`."""
+
+
+def _bytes_of_four(select: str, which: str, tables: int) -> str:
+    """Low bytes of four values in `lo`, high ones in `hi`; the tables are operands from number `tables` on."""
+    at = [f"${tables + number}" for number in range(8)]
+    return f"""
+prmt.b32 p, {at[0]}, {at[1]}, {select};
+prmt.b32 q, {at[2]}, {at[3]}, {select};
+prmt.b32 lo, p, q, {which};
+prmt.b32 p, {at[4]}, {at[5]}, {select};
+prmt.b32 q, {at[6]}, {at[7]}, {select};
+prmt.b32 hi, p, q, {which};"""
+
+
+def _two_products(first: str, last: str) -> str:
+    return f"""
+prmt.b32 w, lo, hi, 0x4051;
+{first};
+prmt.b32 w, lo, hi, 0x6273;
+fma.rn.f16x2 sum, w, {last}, sum;"""
+
+
+EIGHT_PRODUCTS = (
+    "{"
+    + _SELECTORS.format(codes="$1")
+    + """
+.reg .b32 w, sum;
+.reg .b16 h0, h1;
+.reg .f32 f0, f1;"""
+    + _bytes_of_four("s", "b", 2)
+    + _two_products("mul.rn.f16x2 sum, w, $10", "$11")
+    + _bytes_of_four("t", "c", 2)
+    + _two_products("fma.rn.f16x2 sum, w, $12, sum", "$13")
+    + """
+mov.b32 {h0, h1}, sum;
 cvt.f32.f16 f0, h0;
 cvt.f32.f16 f1, h1;
 add.f32 $0, f0, f1;
@@ -49,8 +66,37 @@ the even one in its low half. The code of an even element lies in the high half 
 are summed in float16: each rounds by 2^-11 at most, where an activation in bfloat16 was rounded by 2^-9.
 """
 
+EIGHT_VALUES = (
+    "{"
+    + _SELECTORS.format(codes="$4")
+    + _bytes_of_four("s", "b", 5)
+    + """
+prmt.b32 $0, lo, hi, 0x4051;
+prmt.b32 $1, lo, hi, 0x6273;"""
+    + _bytes_of_four("t", "c", 5)
+    + """
+prmt.b32 $2, lo, hi, 0x4051;
+prmt.b32 $3, lo, hi, 0x6273;
+}"""
+)
+"""The eight values (operands 0 to 3, two a word, the even element's in its low half) that the codes of one word (operand 4) name.
 
-def byte_tables(values: torch.Tensor) -> torch.Tensor:
-    """Sixteen values in float16 as eight words: low bytes of values 0-3, 4-7, 8-11, 12-15, then the high bytes; int32, on their device."""
-    raw = values.detach().half().cpu().view(torch.uint8).view(16, 2)
+Operands 5 to 8 are the low bytes of the sixteen values in a type of two bytes, 9 to 12 the high ones.
+"""
+
+TABLE_COPIES = 16
+
+
+def byte_tables(values: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """Sixteen values in a `dtype` of two bytes as eight words: low bytes of values 0-3, 4-7, 8-11, 12-15, then the high bytes; int32, on their device."""
+    raw = values.detach().to(dtype).cpu().view(torch.uint8).view(16, 2)
     return torch.cat([raw[:, 0], raw[:, 1]]).contiguous().view(torch.int32).to(values.device)
+
+
+def copied_tables(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(8, TABLE_COPIES): `byte_tables`, each word as often.
+
+    A kernel whose threads load different copies keeps them in registers of its threads. One copy for all would be put into uniform
+    registers, out of which every permute would first have to move it: 453 instructions for eight words of codes, and not 292.
+    """
+    return byte_tables(values, dtype)[:, None].repeat(1, TABLE_COPIES)

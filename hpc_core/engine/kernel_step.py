@@ -9,11 +9,11 @@ import torch
 
 from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
+from hpc_core.engine.by_eights import values_by_eights
 from hpc_core.engine.decoder import Decoder, Layer, kind_of
 from hpc_core.engine.products import Product, launched, product_of
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.engine.tuning import choose_blocks
-from hpc_core.engine.whole_weights import values_by_eights
 
 __all__ = ["KernelStep"]
 

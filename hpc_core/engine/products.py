@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.batch_kernels import four_bit_rows, plain_rows
+from hpc_core.engine.batch_kernels import plain_rows
 from hpc_core.engine.block_sizes import ANYWHERE, FOR_CPU, Blocks, tried
-from hpc_core.engine.code_lookup import byte_tables
+from hpc_core.engine.code_lookup import byte_tables, copied_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
+from hpc_core.engine.four_bit_batch import four_bit_rows
 from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
-from hpc_core.engine.whole_weights import multiply_whole
 from hpc_core.errors import BuildError
 
 __all__ = ["Product", "launched", "product_of"]
@@ -26,6 +26,11 @@ __all__ = ["Product", "launched", "product_of"]
 def launched(early: bool) -> dict[str, Any]:
     """Arguments of a launch that may begin early, or not."""
     return {"early": True, "launch_pdl": True} if early else {"early": False}
+
+
+def _padded(batch: int, least: int) -> int:
+    """The power of two that so many rows are padded to."""
+    return max(least, 1 << (batch - 1).bit_length())
 
 
 def _words(values: torch.Tensor) -> torch.Tensor:
@@ -61,9 +66,6 @@ class Product:
     tables: torch.Tensor | None = None
     constants: list[torch.Tensor] = field(default_factory=list)
     """4-bit: those of every matrix."""
-    packed: list[Any] = field(default_factory=list)
-    """4-bit: the parameters as bitsandbytes has them."""
-    biases: list[torch.Tensor] = field(default_factory=list)
     blocks: Blocks = ANYWHERE
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
@@ -97,10 +99,6 @@ class Product:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """out (batch, rows) from x (batch, columns); the norm is part of it at batch 1 and done before it at others."""
-        if self.blocks.whole:
-            order = self.x_permuted, self.out_permuted
-            multiply_whole(x, out, self.packed, self.biases, gated=self.gated, by_eights=order, residual=residual)
-            return
         none, sizes = self.dummy, self.blocks
         n_first, n_second = (self.rows[0], 0) if self.gated or len(self.rows) == 1 else self.rows[:2]
         shared: dict[str, Any] = {
@@ -130,6 +128,8 @@ class Product:
                 "absmax_second": self.scales_far[0],
                 "absmax_third": self.scales_far[1],
                 "table": self.table,
+                "tables": self.tables,
+                "permutes": sizes.permutes,
             }
         else:
             shared |= {
@@ -139,15 +139,11 @@ class Product:
             }
         grid = (self.out_rows // sizes.n,)
         if self.batch > 1:
-            kernel: Any = four_bit_rows if self.kind == "4-bit" else plain_rows
-            kernel[grid](
-                x=x,
-                w=self.weight,
-                batch=self.batch,
-                padded=16 if self.batch <= 16 else 32,
-                stages=sizes.stages,
-                **shared,
-            )
+            shared |= {"batch": self.batch, "stages": sizes.stages}
+            if self.kind == "4-bit":
+                four_bit_rows[grid](x=x, w=self.weight, padded=_padded(self.batch, 8), **shared)
+            else:
+                plain_rows[grid](x=x, w=self.weight, padded=_padded(self.batch, 16), **shared)
             return
         words = self.columns // 8 if self.kind == "4-bit" else self.columns
         shared |= {
@@ -159,14 +155,7 @@ class Product:
         if self.kind == "4-bit":
             if sizes.permutes:
                 x, shared["gain"] = _words(x), _words(shared["gain"]) if self.gain is not None else none
-            four_bit_vector[grid](
-                x=x,
-                w=self.weight,
-                tables=self.tables,
-                permutes=sizes.permutes,
-                bf16=out.dtype == torch.bfloat16,
-                **shared,
-            )
+            four_bit_vector[grid](x=x, w=self.weight, bf16=out.dtype == torch.bfloat16, **shared)
         else:
             plain_vector[grid](x=x, w=self.weight, **shared)
 
@@ -195,14 +184,15 @@ def product_of(
     scales, table, tables = None, None, None
     constants: list[torch.Tensor] = []
     scales_far, kept = (0, 0), [*weights]
-    whole = kind == "4-bit" and dummy.is_cuda and tried(batch, four_bit=True)[0].whole
-    if kind == "4-bit" and not whole:  # dequantized whole, it needs nothing decoded beforehand
+    if kind == "4-bit":
         constants = [_constants(module.weight.quant_state) for module in modules]
         scales, scales_far = constants[0], _distances(constants)
         kept += constants
         code = modules[0].weight.quant_state.code
         table = code.float()
-        tables = byte_tables(code)
+        # A type of four bytes has no byte tables, and asks for none: `candidates`.
+        half = dummy.dtype if dummy.dtype.itemsize == 2 else torch.float16
+        tables = byte_tables(code) if batch == 1 else copied_tables(code, half)
     elif int8:
         kind = "int8"
         weights[0], scales = int8_rows(weights[0])
@@ -229,8 +219,6 @@ def product_of(
         table=table,
         tables=tables,
         constants=constants,
-        packed=[module.weight for module in modules] if kind == "4-bit" else [],
-        biases=biases,
         kept=[*kept, *biases],
     )
     product.start()
