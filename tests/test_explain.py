@@ -212,6 +212,47 @@ def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path
     assert last_profile(tmp_path, record.circumstances.machine.key, baseline_of(tmp_path, record)) == record.profile
 
 
+def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(tmp_path: Path) -> None:
+    """Two GPU models give a case the same bytes and operators, and other times: so the profile is laid down without its kernels, and says so."""
+    use = KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25)
+    launched = {"kernels": counted(280), "busy_s": busy(0.25)}
+    accept(tmp_path, seen(None, **launched), reason="of an older hpc-core")
+    here = seen(None).circumstances.machine.key
+    there = elsewhere(seen(a_profile(weights(), kernels=(use,)), **launched | {"kernels": counted(281)}))
+    with pytest.raises(BaselineError, match="no sound baseline"):
+        keep_profile(tmp_path, there)
+    with pytest.raises(BaselineError, match="peak_bytes of the record are not the baseline's"):
+        keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, **launched)), here)
+
+    keep_profile(tmp_path, there, here)
+
+    baseline = baseline_of(tmp_path, seen(None))
+    assert last_profile(tmp_path, here, baseline) == a_profile(weights())
+    other = baseline.metrics | {"operators": counted(9)}
+    assert last_profile(tmp_path, here, msgspec.structs.replace(baseline, metrics=other)) is None
+    now = seen(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, **launched)
+    cause = stored_cause(tmp_path, now, None)
+    assert cause is not None
+    assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
+    assert "holds no kernels (it is another machine's" in cause.details[-1]
+
+
+def elsewhere(record: Record) -> Record:
+    """The same on another model of GPU."""
+    machine = msgspec.structs.replace(record.circumstances.machine, key="nvidia-h200-140gib", name="NVIDIA H200")
+    return msgspec.structs.replace(record, circumstances=msgspec.structs.replace(record.circumstances, machine=machine))
+
+
+def test_a_kernelless_profile_of_the_same_machine_needs_every_count_but_those(tmp_path: Path) -> None:
+    """One without kernels says nothing of kernels, so their count is not asked of it; all other counts are."""
+    record = seen(a_profile(weights()), kernels=counted(280))
+    accept(tmp_path, record, reason="first")
+    key, baseline = record.circumstances.machine.key, baseline_of(tmp_path, record)
+    assert last_profile(tmp_path, key, baseline) == record.profile
+    fewer = {name: metric for name, metric in baseline.metrics.items() if name != "operators"}
+    assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=fewer)) is None
+
+
 def faulted(record: Record) -> Record:
     around_it = msgspec.structs.replace(record.circumstances, fault="extra-clone")
     return msgspec.structs.replace(record, circumstances=around_it)

@@ -135,11 +135,17 @@ def accept_records(
 def add_profile(
     records: Annotated[list[Path], typer.Argument(help="Records of runs, or folders that --perf-records wrote.")],
     baselines: Folder = DEFAULT,
+    machine: Annotated[
+        str,
+        typer.Option(
+            help="Beside the baselines of this machine (a folder of them), where the records are another one's: memory and operators, no kernels."
+        ),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs."""
     read = [read_record(path) for path in _files(records)]
-    paths = [str(keep_profile(baselines, record)) for record in read]
+    paths = [str(keep_profile(baselines, record, machine)) for record in read]
     if as_json:
         say_json(paths)
     else:

@@ -26,13 +26,16 @@ _LARGEST_BYTES = 32 * 2**20
 """Unpacked; one of a 28-layer model takes some hundred kB. What unpacks to more was not written here."""
 
 
-class StoredProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StoredProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A profile, and which record it is of."""
 
     case: str
     digest: str
     exact: dict[str, float | int]
-    """The record's gated bytes and counts, by metric: a profile explains the baseline that has the same."""
+    """The record's gated bytes and counts, by metric: a profile explains the baseline that has the same. Without kernels' counts where the
+    profile holds no kernels."""
+    measured_on: str = ""
+    """The machine, where the baseline is another one's."""
     profile: Profile
 
 
@@ -47,13 +50,17 @@ def profile_path(root: Path, key: str, case_id: str) -> Path:
 
 def profile_bytes(record: Record) -> bytes | None:
     """The file of this record's profile; None if it has none."""
-    if record.profile is None:
-        return None
+    return None if record.profile is None else _packed(record, record.profile, "")
+
+
+def _packed(record: Record, profile: Profile, measured_on: str) -> bytes:
+    exact = _exact(gated_metrics(record))
     stored = StoredProfile(
         case=record.case.id,
         digest=record.case.digest,
-        exact=_exact(gated_metrics(record)),
-        profile=record.profile,
+        exact={name: value for name, value in exact.items() if profile.kernels or not _counts_kernels(name)},
+        measured_on=measured_on,
+        profile=profile,
     )
     return gzip.compress(msgspec.json.encode(stored, order="sorted"), mtime=0)
 
@@ -62,16 +69,28 @@ def _exact(metrics: Mapping[str, Metric]) -> dict[str, float | int]:
     return {name: metric.value for name, metric in metrics.items() if metric.noise == "exact"}
 
 
-def keep_profile(root: Path, record: Record) -> Path:
+def _counts_kernels(name: str) -> bool:
+    """Which kernels run is the one thing exact that two models of GPU may do differently: their libraries choose by the device."""
+    return name.startswith("kernels")
+
+
+def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
     """Lay this record's profile beside the baseline that is there, which stays as it is; the path.
+
+    Args:
+        root: folder of baselines.
+        record: a sound one, with a profile.
+        machine: key of the baseline's machine, where it is not the record's. Its memory and operators are the same if every byte and count is; how
+            long kernels take is not, so of another machine's profile they are left out.
 
     Raises:
         BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, or the two differ.
     """
-    case, key, packed = record.case.id, record.circumstances.machine.key, profile_bytes(record)
-    if record.status != "ok" or record.circumstances.fault is not None or packed is None:
+    own = record.circumstances.machine
+    case, key, profile = record.case.id, machine or own.key, record.profile
+    if record.status != "ok" or record.circumstances.fault is not None or profile is None:
         raise BaselineError(
-            f"{case}: the record is {record.status} and has {'a' if packed else 'no'} profile; only a sound one with a profile can explain."
+            f"{case}: the record is {record.status} and has {'a' if profile else 'no'} profile; only a sound one with a profile can explain."
         )
     lookup = find(root, key, case)
     if not isinstance(lookup, Baseline) or lookup.digest != record.case.digest:
@@ -80,12 +99,15 @@ def keep_profile(root: Path, record: Record) -> Path:
         )
     was, now = _exact(lookup.metrics), _exact(gated_metrics(record))
     other = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
+    if key != own.key:
+        profile = msgspec.structs.replace(profile, kernels=())
+        other = [name for name in other if not _counts_kernels(name)]
     if other:
         raise BaselineError(
             f"{case}: {', '.join(other[:3])} of the record are not the baseline's, so its profile would explain another one."
         )
     path = profile_path(root, key, case)
-    write_whole(path, packed)
+    write_whole(path, _packed(record, profile, own.name if key != own.key else ""))
     return path
 
 
@@ -105,4 +127,10 @@ def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
     except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     mine = len(text) <= _LARGEST_BYTES and (stored.case, stored.digest) == (baseline.case, baseline.digest)
-    return stored.profile if mine and stored.exact == _exact(baseline.metrics) else None
+    return stored.profile if mine and _is_of(stored, _exact(baseline.metrics)) else None
+
+
+def _is_of(stored: StoredProfile, exact: Mapping[str, float | int]) -> bool:
+    """Whether these are the profile's bytes and counts. Kernels' counts may be missing from one that holds no kernels, and nothing else."""
+    known = {name for name in exact if stored.profile.kernels or not _counts_kernels(name)}
+    return known <= stored.exact.keys() and stored.exact.items() <= exact.items()
