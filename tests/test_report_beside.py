@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.cases import ALL, catalogue
+from hpc_core.cases import ALL, SWEEP, catalogue
 from hpc_core.errors import SpecError
 from hpc_core.limits import GiB, Limits
 from hpc_core.record import Metric, Record, record_to_json
@@ -21,7 +21,7 @@ from tests.strategies import a_record, around, busy, cases, peak, wall
 
 ROOT = Path(__file__).parent.parent
 _RATES = {"matmul_bfloat16_flop_per_s": 8e14, "copy_bytes_per_s": 3e12}
-_BY_NAME = catalogue()
+_BY_NAME = catalogue() | {case.id: case for case in SWEEP}
 
 
 def _case(name: str) -> Case:
@@ -96,7 +96,7 @@ def test_a_row_holds_its_record_and_stands_beside_its_twin() -> None:
         },
         losses=_losses(7, 1.001),
     )
-    text = page({each.case.id: each for each in (stock, tuned)})
+    text = page({"a GPU": {each.case.id: each for each in (stock, tuned)}})
     floor = floor_s(tuned)
     assert floor is not None
     assert _row(text, "lora-tuned")[1:] == [
@@ -121,17 +121,37 @@ def test_losses_are_compared_where_batches_are_the_same() -> None:
 def test_decoding_counts_all_rows() -> None:
     """2 ms a token are 500 tokens a second at batch 1; what the record lacks is a dash."""
     graph = _record("generate-nf4-graph", {"decode_token_s": wall(0.002), "energy_token_j": _joules(0.5)})
-    cells = _row(page({graph.case.id: graph}), "generate-nf4-graph")
+    cells = _row(page({"a GPU": {graph.case.id: graph}}), "generate-nf4-graph")
     assert cells[1:7] == ["2.00", "-", "-", "-", "-", "500.0"]
     assert cells[10:12] == ["0.50", "-"]
 
 
 def test_a_case_without_a_record_is_shown_so() -> None:
-    """Every engine case of the suite has its row, measured or not."""
-    text = page({})
-    for case in ALL:
-        if case.scale == "full" and getattr(case.workload, "engine", "stock") != "stock":
+    """Every engine case of the suite has its row on a machine that ran one of them, measured or not; the others are named below the tables."""
+    graph = _record("generate-nf4-graph", {"decode_token_s": wall(0.002)})
+    text = page({"a GPU": {graph.case.id: graph}})
+    own = [case for case in ALL if case.scale == "full" and getattr(case.workload, "engine", "stock") != "stock"]
+    for case in own:
+        if case.id != graph.case.id:
             assert _row(text, case.id.partition("/")[2])[-1] == "not measured"
+    last = text.splitlines()[-1]
+    assert last.startswith("Engine cases that were measured on none of these")
+    assert "`llama-3.2-3b/lora-tuned`" in last
+    assert f"`{graph.case.id}`" not in last
+
+
+def test_each_machine_has_tables_of_what_it_measured() -> None:
+    """A machine that ran only other sizes or batches shows no rows of the suite's, and none of its numbers stands under another machine's name."""
+    first, second = (
+        _record(name, {"decode_token_s": wall(seconds)})
+        for name, seconds in (("generate-nf4-graph", 0.002), ("generate-nf4-graph-b4", 0.003))
+    )
+    text = page({"NVIDIA B": {second.case.id: second}, "NVIDIA A": {first.case.id: first}})
+    ours, theirs = text.split("## NVIDIA B")
+    assert "## NVIDIA A" in ours
+    assert "generate-nf4-graph-b4`" not in ours
+    assert _row(theirs, "generate-nf4-graph-b4")[1] == "3.00"
+    assert "### Training" not in theirs
 
 
 def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
@@ -146,7 +166,7 @@ def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
 
 def test_the_page_is_what_the_command_prints() -> None:
     """docs/stock-beside-tuned.md comes from code and committed records: `python -m hpc_core.report.beside` writes it."""
-    folder = ROOT / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
+    folder = ROOT / "baselines"
     assert (ROOT / "docs" / "stock-beside-tuned.md").read_text(encoding="utf-8") == main(folder)
 
 
@@ -154,7 +174,7 @@ def test_the_page_is_what_the_command_prints() -> None:
 def test_faster_is_the_ratio_of_walls(stock_s: float, tuned_s: float) -> None:
     """Twice the time is 0.50 x, half of it 2.00 x."""
     records = [_record("lora-nodrop", {"step_s": wall(stock_s)}), _record("lora-tuned", {"step_s": wall(tuned_s)})]
-    cells = _row(page({each.case.id: each for each in records}), "lora-tuned")
+    cells = _row(page({"a GPU": {each.case.id: each for each in records}}), "lora-tuned")
     assert cells[2] == f"{stock_s / tuned_s:.2f} x"
 
 

@@ -1,6 +1,6 @@
 """docs/stock-beside-tuned.md from accepted records: each case by the libraries' own path and by our engines, with the distance to the floor.
 
-    python -m hpc_core.report.beside [BASELINES/MACHINE] > docs/stock-beside-tuned.md
+    python -m hpc_core.report.beside [BASELINES] > docs/stock-beside-tuned.md
 
 Every number comes from the records or from the closed forms of `hpc_core.physics`; what no record holds is shown as absent.
 """
@@ -17,13 +17,13 @@ from hpc_core.limits import GiB
 from hpc_core.physics.floors import decode_floor, train_floor
 from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record import Record, record_from_json
-from hpc_core.report.beside_words import HEAD, UNDER_DECODING, UNDER_EPOCH, UNDER_TRAINING
+from hpc_core.report.beside_words import HEAD
 from hpc_core.report.twins import changed_work, twins_of
 from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
 
 __all__ = ["accepted_records", "floor_s", "losses_apart", "page"]
 
-_OURS = Path("baselines") / "nvidia-h100-80gb-hbm3-80gib"
+_OURS = Path("baselines")
 _ABSENT = "-"
 
 Group = tuple[Case, tuple[Case, ...]]
@@ -32,20 +32,35 @@ Cell = Callable[[Record, Record | None], str]
 """What a column shows of a record, beside its stock twin's; the stock row has no twin."""
 
 
-def page(records: Mapping[str, Record]) -> str:
-    """The whole page as Markdown; `records` by the case's id."""
-    twins = twins_of((*ALL, *SWEEP))
-    parts = [HEAD.format(machine=_machines(records.values()))]
-    for kind, title, columns, under in (
-        ("finetune", "## Training, a step", _TRAINING, UNDER_TRAINING),
-        ("generate", "## Decoding, a token", _DECODING, UNDER_DECODING),
+def page(machines: Mapping[str, Mapping[str, Record]]) -> str:
+    """The whole page as Markdown; records by machine's name and case's id."""
+    twins = [(stock, others) for stock, others in twins_of((*ALL, *SWEEP)) if stock.scale == "full"]
+    parts = [HEAD.format(machines=" and ".join(sorted(machines)) or "a GPU (no record yet)")]
+    for name, records in sorted(machines.items()):
+        parts += [f"## {name}", *_of_machine(twins, records)]
+    known = {case_id for records in machines.values() for case_id in records}
+    missing = [f"`{case.id}`" for _, others in twins for case in others if case.id not in known]
+    if missing:
+        parts.append(
+            f"Engine cases that were measured on none of these, or not since they changed: {', '.join(missing)}."
+        )
+    return "\n\n".join(parts) + "\n"
+
+
+def _of_machine(twins: Iterable[Group], records: Mapping[str, Record]) -> list[str]:
+    """The tables of one machine."""
+    parts = []
+    for kind, title, columns in (
+        ("finetune", "### Training, a step", _TRAINING),
+        ("generate", "### Decoding, a token", _DECODING),
     ):
-        groups = [(stock, others) for stock, others in twins if stock.kind == kind and stock.scale == "full"]
-        shown = [found for group in groups if (found := _shown(group, records)) is not None]
-        parts += [title, _table(columns, shown, records), under, _left_out(groups, shown)]
+        shown = [found for group in twins if group[0].kind == kind and (found := _shown(group, records)) is not None]
+        if shown:
+            parts += [title, _table(columns, shown, records)]
     rows = tuple(case for case in SWEEP if case.kind == "finetune" and _of_recorded_rows(case))
-    parts += ["## An epoch of the report's own rows", _table(_EPOCH, [(rows[0], rows[1:])], records), UNDER_EPOCH]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    if any(case.id in records for case in rows):
+        parts += ["### An epoch of the report's own rows", _table(_EPOCH, [(rows[0], rows[1:])], records)]
+    return parts
 
 
 def accepted_records(folder: Path) -> dict[str, Record]:
@@ -102,9 +117,10 @@ def losses_apart(stock: Record, other: Record) -> tuple[float, int] | None:
 
 
 def _shown(group: Group, records: Mapping[str, Record]) -> Group | None:
-    """The suite's own always, measured or not; others once they were measured. None where no engine is left to show."""
+    """The suite's own, measured or not, where the machine measured one of them; others once they were measured. None where no engine is left to show."""
     stock, others = group
-    left = tuple(case for case in others if case in TUNED or case.id in records)
+    suite = any(case.id in records for case in TUNED)
+    left = tuple(case for case in others if case.id in records or (suite and case in TUNED))
     return (stock, left) if left else None
 
 
@@ -120,7 +136,7 @@ def _table(columns: Mapping[str, Cell], groups: Iterable[Group], records: Mappin
             [_told(case), *_cells(columns, records.get(case.id), None if case is stock else twin)]
             for case in (stock, *others)
         ]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if len(lines) > 2 else "No record yet."
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _cells(columns: Mapping[str, Cell], record: Record | None, stock: Record | None) -> list[str]:
@@ -133,21 +149,6 @@ def _told(case: Case) -> str:
     changed = changed_work(case)
     engine = getattr(case.workload, "engine", "stock")
     return f"`{case.id}`" if engine == "stock" else f"`{case.id}`: {engine}{f', {changed}' if changed else ''}"
-
-
-def _left_out(groups: Iterable[Group], shown: Iterable[Group]) -> str:
-    inside = {case.id for stock, others in shown for case in (stock, *others)}
-    names = [case.id for stock, others in groups for case in others if case.id not in inside]
-    return (
-        f"Engine cases that are run by name only and were not measured, or not since they changed: {len(names)}."
-        if names
-        else ""
-    )
-
-
-def _machines(records: Iterable[Record]) -> str:
-    names = sorted({record.circumstances.machine.name for record in records})
-    return " and ".join(names) if names else "a GPU (no record yet)"
 
 
 def _scaled(name: str, by: float, digits: int) -> Cell:
@@ -259,8 +260,19 @@ _EPOCH: dict[str, Cell] = {
 
 
 def main(folder: Path = _OURS) -> str:
-    """The page docs/stock-beside-tuned.md of the committed baselines of `folder`."""
-    return page(accepted_records(folder))
+    """The page docs/stock-beside-tuned.md of the baselines of every GPU in `folder`.
+
+    Raises:
+        SpecError: as `accepted_records`.
+    """
+    if not folder.is_dir():
+        raise SpecError(f"{folder}: no such folder of baselines.")
+    machines = {}
+    for below in sorted(folder.iterdir()):
+        records = accepted_records(below) if below.is_dir() and below.name not in ("cpu", "predicted") else {}
+        if records:
+            machines[next(iter(records.values())).circumstances.machine.name] = records
+    return page(machines)
 
 
 if __name__ == "__main__":
