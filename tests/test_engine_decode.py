@@ -18,9 +18,10 @@ from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of, int8_rows
-from hpc_core.engine.plain_step import attend
-from hpc_core.engine.static_cache import capacity_for
+from hpc_core.engine.plain_step import attend, prefill
+from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
 from hpc_core.errors import PredictError, SpecError
+from hpc_core.measure.storages import StorageWatch
 from hpc_core.predict.generate import predict_generate
 from hpc_core.program import unmarked
 from hpc_core.run.generate import GenerateProgram, generate_program
@@ -94,6 +95,26 @@ def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, na
         stock.step()
         assert engine.answer_ids() == stock.answer_ids()
         assert len(set(engine.answer_ids()[0])) > 1
+
+
+def test_prefill_takes_little_on_top_of_the_cache(plain: Built) -> None:
+    """At most the stream, and beside it either its normed copy, gate and up, or q, k, v and what turning q takes: all else is in place or gone."""
+    decoder = decoder_of(plain.model)
+    batch, width = 4, 100
+    cache = StaticKeyValues(decoder, batch, 256)
+    turns = decoder.turns(cache.capacity)
+    watch = StorageWatch(("prefill",))
+    held = [*plain.model.parameters(), *turns, *(part for kept in cache.layers for part in (kept.keys, kept.values))]
+    watch.own("other", held)
+    before = watch.timeline.peak()[1]
+    with torch.no_grad(), watch:
+        watch("prefill")
+        prefill(decoder, cache, turns, torch.randint(3, 900, (batch, width)), None)
+    a_value = batch * width * decoder.embedding.element_size()
+    grouped = 2 * decoder.groups * decoder.head_width
+    most = max(2 * decoder.hidden + 2 * decoder.inner, decoder.hidden + 4 * decoder.hidden + grouped)
+    small = 16 * batch * width + 4096
+    assert watch.timeline.peak()[1] - before <= most * a_value + small
 
 
 def test_padded_prompts_are_answered_as_generate_answers_them(plain: Built) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -58,7 +59,10 @@ def _take_candidates(monkeypatch: pytest.MonkeyPatch, which: slice) -> None:
 
 def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str = "tiny") -> Built:
     model = ModelSpec(shape=shape, dtype=dtype, seed=3, layers=None if shape == "tiny" else 2)  # type: ignore[arg-type]
-    return build(generate(model, quantization=_QUANTIZATIONS[kind], scale="tiny"), device)
+    quantization = _QUANTIZATIONS[kind]
+    if quantization is not None:  # the plain path multiplies in this type, whatever the model's
+        quantization = msgspec.structs.replace(quantization, compute_dtype=dtype)  # type: ignore[arg-type]
+    return build(generate(model, quantization=quantization, scale="tiny"), device)
 
 
 def _logits(built: Built, make: Any, *, batch: int, padded: bool) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as functional
 
 from hpc_core.engine.decoder import Decoder, Layer
 from hpc_core.engine.packed_linear import times
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
 
 __all__ = ["PlainStep", "attend", "prefill", "turned"]
 
@@ -46,18 +46,36 @@ def prefill(
         causal = places[None, :] <= places[:, None]
         allowed = causal & (real | (places[None, :] == places[:, None]))
     hidden = decoder.embedding[ids]
+    # The whole cache is there already, so what a layer makes on top of it is made in place where it can be, and let go at once.
     for layer, kept in zip(decoder.layers, cache.layers, strict=True):
-        query, key, value = _heads(decoder, layer, layer.input_norm(hidden))
-        query, key = turned(query, cos, sin), turned(key, cos, sin)
-        kept.keys[:, :, :width].copy_(key)
-        kept.values[:, :, :width].copy_(value)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=decoder.groups != decoder.heads
-        )
-        hidden = hidden + layer.output(mixed.transpose(1, 2).reshape(batch, width, -1))
-        hidden = hidden + _mlp(layer, layer.post_norm(hidden))
+        hidden += _attended(decoder, layer, kept, layer.input_norm(hidden), cos, sin, allowed)
+        hidden += _mlp(layer, layer.post_norm(hidden))
     last: torch.Tensor = decoder.final_norm(hidden[:, -1])
     return last
+
+
+def _attended(
+    decoder: Decoder,
+    layer: Layer,
+    kept: LayerKeyValues,
+    normed: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    allowed: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of (batch, width, hidden), whose keys and values stay in the cache; its own tensors end with this call."""
+    batch, width = normed.shape[:2]
+    query, key, value = _heads(decoder, layer, normed)
+    del normed
+    query = turned(query, cos, sin)
+    key = turned(key, cos, sin)
+    kept.keys[:, :, :width].copy_(key)
+    kept.values[:, :, :width].copy_(value)
+    mixed = functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=decoder.groups != decoder.heads
+    )
+    output: torch.Tensor = layer.output(mixed.transpose(1, 2).reshape(batch, width, -1))
+    return output
 
 
 def _heads(decoder: Decoder, layer: Layer, hidden: torch.Tensor) -> list[torch.Tensor]:
@@ -68,7 +86,9 @@ def _heads(decoder: Decoder, layer: Layer, hidden: torch.Tensor) -> list[torch.T
 
 def _mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     gate, up = (module(hidden) for module in layer.gate_up)
-    result: torch.Tensor = layer.down(functional.silu(gate) * up)
+    inner = functional.silu(gate, inplace=True).mul_(up)
+    del gate, up, hidden
+    result: torch.Tensor = layer.down(inner)
     return result
 
 
