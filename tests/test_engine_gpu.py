@@ -61,7 +61,7 @@ def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str 
     model = ModelSpec(shape=shape, dtype=dtype, seed=3, layers=None if shape == "tiny" else 2)  # type: ignore[arg-type]
     quantization = _QUANTIZATIONS[kind]
     if quantization is not None:  # the plain path multiplies in this type, whatever the model's
-        quantization = msgspec.structs.replace(quantization, compute_dtype=dtype)  # type: ignore[arg-type]
+        quantization = msgspec.structs.replace(quantization, compute_dtype=dtype)
     return build(generate(model, quantization=quantization, scale="tiny"), device)
 
 

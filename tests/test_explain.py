@@ -215,14 +215,14 @@ def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path
 def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(tmp_path: Path) -> None:
     """Two GPU models give a case the same bytes and operators, and other times: so the profile is laid down without its kernels, and says so."""
     use = KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25)
-    launched = {"kernels": counted(280), "busy_s": busy(0.25)}
-    accept(tmp_path, seen(None, **launched), reason="of an older hpc-core")
+    took = busy(0.25)
+    accept(tmp_path, seen(None, kernels=counted(280), busy_s=took), reason="of an older hpc-core")
     here = seen(None).circumstances.machine.key
-    there = elsewhere(seen(a_profile(weights(), kernels=(use,)), **launched | {"kernels": counted(281)}))
+    there = elsewhere(seen(a_profile(weights(), kernels=(use,)), kernels=counted(281), busy_s=took))
     with pytest.raises(BaselineError, match="no sound baseline"):
         keep_profile(tmp_path, there)
     with pytest.raises(BaselineError, match="peak_bytes of the record are not the baseline's"):
-        keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, **launched)), here)
+        keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here)
 
     keep_profile(tmp_path, there, here)
 
@@ -230,7 +230,7 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     assert last_profile(tmp_path, here, baseline) == a_profile(weights())
     other = baseline.metrics | {"operators": counted(9)}
     assert last_profile(tmp_path, here, msgspec.structs.replace(baseline, metrics=other)) is None
-    now = seen(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, **launched)
+    now = seen(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, kernels=counted(280), busy_s=took)
     cause = stored_cause(tmp_path, now, None)
     assert cause is not None
     assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]

@@ -32,7 +32,7 @@ def prefill(
 
     Causal attention without a mask where nothing is padded, so that a flash kernel can take it; padding stands on the left.
     """
-    batch, width = ids.shape
+    width = ids.shape[1]
     cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
     places = torch.arange(width, device=ids.device)
     if mask is None:
