@@ -221,6 +221,8 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     there = elsewhere(seen(a_profile(weights(), kernels=(use,)), kernels=counted(281), busy_s=took))
     with pytest.raises(BaselineError, match="no sound baseline"):
         keep_profile(tmp_path, there)
+    with pytest.raises(BaselineError, match=f"nvidia-h300. Machines here: {here}"):
+        keep_profile(tmp_path, there, "nvidia-h300")
     with pytest.raises(BaselineError, match="peak_bytes of the record are not the baseline's"):
         keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here)
 

@@ -94,9 +94,9 @@ def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
         )
     lookup = find(root, key, case)
     if not isinstance(lookup, Baseline) or lookup.digest != record.case.digest:
-        raise BaselineError(
-            f"{case}: there is no sound baseline of this very case in {root / key}. Accept the record: hpc-core baseline accept."
-        )
+        there = ", ".join(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ""
+        advice = f"Machines here: {there or 'none'}" if machine else "Accept the record: hpc-core baseline accept"
+        raise BaselineError(f"{case}: there is no sound baseline of this very case in {root / key}. {advice}.")
     was, now = _exact(lookup.metrics), _exact(gated_metrics(record))
     other = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
     if key != own.key:
