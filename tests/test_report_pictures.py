@@ -24,6 +24,7 @@ from hpc_core.launch.tree import descendants
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
 from hpc_core.report.plots import PLOTS, Drawing
+from hpc_core.report.plots.points import draw_speed_memory
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
 from hpc_core.store.reading import read_records
@@ -79,6 +80,27 @@ def test_an_ablation_names_what_was_changed() -> None:
     assert effects["qlora"].changes == ("quantization nf4",)
     assert 0.5 < effects["lora-gc"].memory < 0.6
     assert (effects["lora-gc"].time or 0) > 1.3
+
+
+def test_no_name_runs_into_the_next_panel() -> None:
+    """Names of points end before the words left of the panel beside theirs, however long they are."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    renamed = []
+    for record in measured():
+        shape, _, name = record.case.id.partition("/")
+        case = msgspec.structs.replace(record.case, id=f"{shape}/{name}-and-more-words")
+        renamed.append(msgspec.structs.replace(record, case=case))
+    figure = Figure(layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    assert draw_speed_memory(figure, entries_of(renamed))
+    left, right = figure.axes[:2]
+    ends = right.get_tightbbox(canvas.get_renderer()).x0
+    names = [note.get_window_extent(canvas.get_renderer()).x1 for note in left.texts]
+    assert len(names) > 5
+    # The room is reckoned by letters of one width; two pixels are what letters differ by.
+    assert max(names) <= ends + 2
 
 
 def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:

@@ -31,6 +31,18 @@ def test_a_folder_of_baselines_gives_every_accepted_session() -> None:
     assert len(entries) == len(list(H100.glob("*/*.json")))
 
 
+def test_cases_stand_in_the_order_of_their_numbers() -> None:
+    """A batch of 4 before one of 16, whatever the order of the files; and no number is too long to be compared."""
+    record = of_lora()[-1]
+    ids = ["m2/a", "m10/a", "m/a", "m/a-b4", "m/a-b04", "m/a-b16", "m/a-b32-100", f"m/a-b{'9' * 5000}", "m/b-1"]
+    copies = [
+        msgspec.structs.replace(record, case=msgspec.structs.replace(record.case, id=each)) for each in reversed(ids)
+    ]
+    seen = [entry.case for entry in entries_of(copies)]
+    assert [each for each in seen if each != "m/a-b04"] == [each for each in ids if each != "m/a-b04"]
+    assert abs(seen.index("m/a-b04") - seen.index("m/a-b4")) == 1
+
+
 def test_a_baseline_without_history_shows_its_gated_values(tmp_path: Path) -> None:
     """They are what is left, and a note says so."""
     shutil.copy(H100 / f"{LORA}.json", tmp_path / "lora.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,19 +113,25 @@ def _replicates(metric: Metric | None, like: Metric) -> Sequence[float]:
 
 
 def entries_of(records: Iterable[Record], baselines: Path | None = None) -> tuple[Entry, ...]:
-    """An entry a case and machine, by machine and id; judged by `baselines` where they are named."""
+    """An entry a case and machine, by machine and id, numbers in it by size; judged by `baselines` where they are named."""
     grouped: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         grouped.setdefault((record.circumstances.machine.key, record.case.id), []).append(record)
     judged = None if baselines is None else partial(_judged, baselines, share(max(1, len(grouped))))
     entries = []
-    for _, group in sorted(grouped.items()):
+    for _, group in sorted(grouped.items(), key=lambda each: (each[0][0], _in_order(each[0][1]))):
         group.sort(key=lambda record: moment(record.circumstances.started_at))
         newest = group[-1]
         past = tuple(each for each in group if each.status == "ok" and each.case.digest == newest.case.digest)
         found = _Judged() if judged is None else judged(newest)
         entries.append(Entry(record=newest, past=past, judgement=found.judgement, grown=found.grown, cause=found.cause))
     return tuple(entries)
+
+
+def _in_order(name: str) -> list[tuple[int, str]]:
+    """A key that puts -b4 before -b16. Digits are compared by their count first: a number of any length is never made of them."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(len(part.lstrip("0")) if at % 2 else 0, part) for at, part in enumerate(parts)]
 
 
 class _Judged(NamedTuple):

@@ -141,10 +141,17 @@ def _roofs(axes: Axes, entries: Sequence[Entry], low: float, high: float) -> Non
         )
 
 
+def _room_ends(figure: Figure, axes: Axes) -> float:
+    """Where names must end, in pixels: before the words left of the next panel, or at the figure's edge."""
+    beside = [each for each in figure.axes if each.get_visible() and each.bbox.x0 > axes.bbox.x1]
+    starts = [box.x0 for each in beside if (box := each.get_tightbbox(for_layout_only=True)) is not None]
+    return min([figure.bbox.x1, *starts])
+
+
 def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
     """Names beside the points, as many as do not overlap; those of the front first and in bold."""
     pixels = [axes.transData.transform((x, y)) for _, x, y, _ in points]
-    scale, first, last = figure.dpi / 72, axes.bbox.x0, figure.bbox.x1
+    scale, first, last = figure.dpi / 72, axes.bbox.x0, _room_ends(figure, axes)
     taken = [(a - 4 * scale, b - 4 * scale, a + 4 * scale, b + 4 * scale) for a, b in pixels]
     for index in sorted(range(len(points)), key=lambda each: not points[each][3])[:_MOST_NAMES]:
         label, (a, b) = plain(points[index][0], 40), pixels[index]
