@@ -93,14 +93,15 @@ def test_no_name_runs_into_the_next_panel() -> None:
         case = msgspec.structs.replace(record.case, id=f"{shape}/{name}-and-more-words")
         renamed.append(msgspec.structs.replace(record, case=case))
     figure = Figure(layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)  # measures texts
     assert draw_speed_memory(figure, entries_of(renamed))
     left, right = figure.axes[:2]
-    ends = right.get_tightbbox(canvas.get_renderer()).x0
-    names = [note.get_window_extent(canvas.get_renderer()).x1 for note in left.texts]
+    words = right.get_tightbbox()
+    assert words is not None
+    names = [note.get_window_extent().x1 for note in left.texts]
     assert len(names) > 5
     # The room is reckoned by letters of one width; two pixels are what letters differ by.
-    assert max(names) <= ends + 2
+    assert max(names) <= words.x0 + 2
 
 
 def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _room_ends(figure: Figure, axes: Axes) -> float:
     """Where names must end, in pixels: before the words left of the next panel, or at the figure's edge."""
     beside = [each for each in figure.axes if each.get_visible() and each.bbox.x0 > axes.bbox.x1]
     starts = [box.x0 for each in beside if (box := each.get_tightbbox(for_layout_only=True)) is not None]
-    return min([figure.bbox.x1, *starts])
+    return float(min([figure.bbox.x1, *starts]))
 
 
 def _name(figure: Figure, axes: Axes, points: Sequence[tuple[str, float, float, bool]]) -> None:
