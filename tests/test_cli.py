@@ -12,7 +12,9 @@ import pytest
 
 from hpc_core.cli import main
 from hpc_core.record import record_from_json, record_to_json
+from hpc_core.store import accept, profile_path
 from tests.git_project import GitProject
+from tests.profiles import a_profile, weights
 from tests.strategies import a_case, a_record, around, failed_record, peak
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +111,36 @@ def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
     bad.write_text("{}")
     assert run("baseline", "accept", record, bad, "--baselines", tmp_path / "b", "--reason", "x") == 2
     assert not (tmp_path / "b").exists()
+
+
+def test_profiles_are_lent_to_the_baselines_that_there_are_or_to_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --machine, cases without a baseline there are passed over and named; one record that cannot explain, and nothing is written."""
+    root, folder = tmp_path / "b", tmp_path / "records"
+    profile = a_profile(weights())
+    known = a_record(RECORD.metrics, profile=profile)
+    unknown = a_record(RECORD.metrics, case=a_case().vary("other", seed=7), profile=profile)
+    accept(root, msgspec.structs.replace(known, profile=None), reason="first", allow_dirty=True)
+    key = known.circumstances.machine.key
+    elsewhere = msgspec.structs.replace(known.circumstances.machine, key="nvidia-h200-140gib")
+    for number, record in enumerate((known, unknown)):
+        around_it = msgspec.structs.replace(record.circumstances, machine=elsewhere)
+        path = folder / f"{number}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=around_it)))
+    lies = profile_path(root, key, known.case.id)
+
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", "nowhere") == 2
+    assert f"Machines here: {key}" in capsys.readouterr().err
+    (folder / "2.json").write_bytes(record_to_json(msgspec.structs.replace(known, profile=None)))
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 2
+    assert not lies.exists()
+    (folder / "2.json").unlink()
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 0
+    assert lies.exists()
+    told = capsys.readouterr().out
+    assert f"passed over, since {key} has no baseline of them: {unknown.case.id}" in " ".join(told.split())
 
 
 def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

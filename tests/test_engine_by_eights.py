@@ -32,6 +32,7 @@ def test_a_batch_of_four_bit_weights_is_cut_into_whole_blocks_of_constants(batch
     every = tried(batch, four_bit=True)
     assert all(blocks.k % 8 == 0 and (blocks.k // 8).bit_count() == 1 for blocks in (*every, FOR_CPU["4-bit"]))
     assert any(not blocks.permutes for blocks in every)
+    assert len(every) == 6, "as many as the GPU tests hold to the plain path"
 
 
 def test_a_note_says_how_a_product_is_cut() -> None:

@@ -113,14 +113,17 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("plain", 1), ("nf4", 1), ("nf4", 3)])
-def test_the_last_block_sizes_compute_the_same(
-    device: torch.device, kind: str, batch: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "batch", "which"),
+    [("plain", 1, -1), ("nf4", 1, -1), *(("nf4", batch, which) for batch in (3, 20) for which in range(6))],
+)
+def test_other_block_sizes_compute_the_same(
+    device: torch.device, kind: str, batch: int, which: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tuning may choose any candidate. The last one for 4 bits looks codes up in memory where the first permutes bytes."""
+    """Tuning may choose any candidate. The last one for 4 bits looks codes up in memory where the others permute bytes."""
     from hpc_core.engine.kernel_step import KernelStep
 
-    _take_candidates(monkeypatch, slice(-1, None))
+    _take_candidates(monkeypatch, slice(which, which + 1 or None))
     built = _built(device, kind)
     plain = _logits(built, _plain_step, batch=batch, padded=False)
     seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False), batch=batch, padded=False)

@@ -17,8 +17,8 @@ from hpc_core.explain.naming import block
 from hpc_core.gate import judge
 from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
 from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
-from hpc_core.record import Fact, Record, record_from_json, record_to_json
-from hpc_core.store import Baseline, accept, find, keep_profile, last_profile, profile_path
+from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
+from hpc_core.store import Baseline, accept, find, last_profile, profile_path, profile_to_keep
 from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
 from tests.strategies import H100, around, busy, counted, peak
 
@@ -175,6 +175,12 @@ def test_a_profile_lies_beside_the_baseline_and_not_in_its_history(tmp_path: Pat
     assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
 
 
+def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
+    path, packed = profile_to_keep(root, record, machine)
+    path.write_bytes(packed)
+    return path
+
+
 def baseline_of(root: Path, record: Record) -> Baseline:
     found = find(root, record.circumstances.machine.key, record.case.id)
     assert isinstance(found, Baseline)
@@ -227,16 +233,24 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
         keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here)
 
     keep_profile(tmp_path, there, here)
+    keep_profile(tmp_path, there, here)  # again: a lent one may be replaced
 
     baseline = baseline_of(tmp_path, seen(None))
     assert last_profile(tmp_path, here, baseline) == a_profile(weights())
-    other = baseline.metrics | {"operators": counted(9)}
-    assert last_profile(tmp_path, here, msgspec.structs.replace(baseline, metrics=other)) is None
     now = seen(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, kernels=counted(280), busy_s=took)
     cause = stored_cause(tmp_path, now, None)
     assert cause is not None
     assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
-    assert "holds no kernels (it is another machine's" in cause.details[-1]
+    assert cause.details[-1].startswith("the baseline's profile is of NVIDIA H200,")
+    keep_profile(tmp_path, seen(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here)
+    with pytest.raises(BaselineError, match="has its own profile, and one of NVIDIA H200 knows less"):
+        keep_profile(tmp_path, there, here)
+    own = last_profile(tmp_path, here, baseline)
+    assert own is not None
+    assert own.kernels == (use,), "the key of one's own machine leaves kernels in"
+    own_cause = stored_cause(tmp_path, now, None)
+    assert own_cause is not None
+    assert not any("profile is of" in text for text in own_cause.details)
 
 
 def elsewhere(record: Record) -> Record:
@@ -245,14 +259,23 @@ def elsewhere(record: Record) -> Record:
     return msgspec.structs.replace(record, circumstances=msgspec.structs.replace(record.circumstances, machine=machine))
 
 
-def test_a_kernelless_profile_of_the_same_machine_needs_every_count_but_those(tmp_path: Path) -> None:
-    """One without kernels says nothing of kernels, so their count is not asked of it; all other counts are."""
-    record = seen(a_profile(weights()), kernels=counted(280))
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_profile_explains_what_has_all_its_counts_and_no_other(tmp_path: Path, has_kernels: bool) -> None:
+    """One count less, more or otherwise, and it is another's; a profile without kernels says nothing of kernels, and is not asked their number."""
+    uses = (KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25),) if has_kernels else ()
+    record = seen(a_profile(weights(), kernels=uses), kernels=counted(280))
     accept(tmp_path, record, reason="first")
     key, baseline = record.circumstances.machine.key, baseline_of(tmp_path, record)
-    assert last_profile(tmp_path, key, baseline) == record.profile
+
+    def found(**metrics: Metric) -> Profile | None:
+        return last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=baseline.metrics | metrics))
+
+    assert found() == record.profile
+    assert found(operators=counted(9)) is None
+    assert found(copies=counted(3)) is None, "a count that the profile's record did not have"
     fewer = {name: metric for name, metric in baseline.metrics.items() if name != "operators"}
     assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=fewer)) is None
+    assert (found(kernels=counted(281)) is None) == has_kernels
 
 
 def faulted(record: Record) -> Record:

@@ -152,6 +152,13 @@ def test_each_machine_has_tables_of_what_it_measured() -> None:
     assert "generate-nf4-graph-b4`" not in ours
     assert _row(theirs, "generate-nf4-graph-b4")[1] == "3.00"
     assert "### Training" not in theirs
+    assert "### An epoch" not in text
+
+
+def test_one_machines_folder_is_refused() -> None:
+    """Its shapes would be taken for machines, and all but the last left out."""
+    with pytest.raises(SpecError, match="Name the one above"):
+        main(ROOT / "baselines" / "nvidia-h200-140gib")
 
 
 def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:

@@ -22,15 +22,17 @@ from hpc_core.store import (
     Baseline,
     Damaged,
     Lookup,
+    Missing,
     OlderSchema,
     PastBaselines,
     accept,
     baseline_changes,
     find,
-    keep_profile,
+    profile_to_keep,
 )
 from hpc_core.store.acceptance import changes_between, refuse
 from hpc_core.store.lookup import parsed
+from hpc_core.whole_file import write_whole
 
 __all__ = ["baseline_app"]
 
@@ -143,14 +145,25 @@ def add_profile(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs."""
-    read = [read_record(path) for path in _files(records)]
-    paths = [str(keep_profile(baselines, record, machine)) for record in read]
+    """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs.
+
+    With --machine, records of cases that it has no baseline of are passed over. Nothing is written unless all others are sound.
+    """
+    found, without = [], []
+    for record in (read_record(path) for path in _files(records)):
+        if machine and (baselines / machine).is_dir() and isinstance(find(baselines, machine, record.case.id), Missing):
+            without.append(record.case.id)
+        else:
+            found.append(profile_to_keep(baselines, record, machine))
+    for path, packed in found:
+        write_whole(path, packed)
     if as_json:
-        say_json(paths)
-    else:
-        for path in paths:
-            say(f"wrote {path}")
+        say_json({"wrote": [str(path) for path, _ in found], "without_baseline": without})
+        return
+    for path, _ in found:
+        say(f"wrote {path}")
+    if without:
+        say(f"passed over, since {machine} has no baseline of them: {', '.join(without)}")
 
 
 def _files(paths: list[Path]) -> list[Path]:

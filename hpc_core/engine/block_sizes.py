@@ -62,14 +62,14 @@ _FOUR_BIT_ROWS = (
     ),
     Blocks(16, 32, 4, 2),
 )
-"""The last one is float32's, whose values have four bytes."""
+"""The last one looks codes up by loads: the only one for float32, whose values have four bytes, and small enough for any card."""
 ANYWHERE = Blocks(16, 256, 4, 1)
 FOR_CPU = {"plain": ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 """For triton's interpreter, which has no use for speed."""
 
 
 def tried(batch: int, *, four_bit: bool) -> tuple[Blocks, ...]:
-    """The cuts that are tried on a GPU for a product of so many rows; the first one works anywhere."""
+    """The cuts that are tried on a GPU for a product of so many rows, where they fit its matrices and type; one that a card has no room for is passed over."""
     if batch > 1:
         return _FOUR_BIT_ROWS if four_bit else _PLAIN_ROWS
     return _FOUR_BIT_VECTOR if four_bit else _PLAIN_VECTOR

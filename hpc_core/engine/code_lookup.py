@@ -88,7 +88,13 @@ TABLE_COPIES = 16
 
 
 def byte_tables(values: torch.Tensor, dtype: torch.dtype = torch.float16) -> torch.Tensor:
-    """Sixteen values in a `dtype` of two bytes as eight words: low bytes of values 0-3, 4-7, 8-11, 12-15, then the high bytes; int32, on their device."""
+    """Sixteen values in a `dtype` of two bytes as eight words: low bytes of values 0-3, 4-7, 8-11, 12-15, then the high bytes; int32, on their device.
+
+    Raises:
+        ValueError: `dtype` has not two bytes.
+    """
+    if dtype.itemsize != 2:
+        raise ValueError(f"A byte table holds values of two bytes, not of {dtype}.")
     raw = values.detach().to(dtype).cpu().view(torch.uint8).view(16, 2)
     return torch.cat([raw[:, 0], raw[:, 1]]).contiguous().view(torch.int32).to(values.device)
 

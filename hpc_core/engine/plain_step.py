@@ -87,7 +87,7 @@ def _heads(decoder: Decoder, layer: Layer, hidden: torch.Tensor) -> list[torch.T
 def _mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
     gate, up = (module(hidden) for module in layer.gate_up)
     inner = functional.silu(gate, inplace=True).mul_(up)
-    del gate, up, hidden
+    del gate, up
     result: torch.Tensor = layer.down(inner)
     return result
 

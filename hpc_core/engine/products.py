@@ -63,7 +63,9 @@ class Product:
     """int8: a float32 a row. 4-bit: a float32 for each 64 weights of the first matrix."""
     scales_far: tuple[int, int] = (0, 0)
     table: torch.Tensor | None = None
+    """4-bit: the sixteen values in float32."""
     tables: torch.Tensor | None = None
+    """4-bit: their bytes, (8,) in float16 at batch 1, else (8, TABLE_COPIES) in the activations' type."""
     constants: list[torch.Tensor] = field(default_factory=list)
     """4-bit: those of every matrix."""
     blocks: Blocks = ANYWHERE
@@ -91,11 +93,27 @@ class Product:
         ]
 
     def start(self) -> None:
-        """Take sizes that work anywhere."""
+        """Take the first sizes that fit.
+
+        Raises:
+            BuildError: none does, or a block of 4-bit weights would lie in two rows.
+        """
+        if self.kind == "4-bit" and self.columns % 64:
+            raise BuildError(
+                f"Our kernels read 64 four-bit weights of a row at a time, and a layer here has {self.columns} columns: say kernels='torch'."
+            )
         if self.weight.device.type == "cpu":
             self.blocks = FOR_CPU["4-bit" if self.kind == "4-bit" else "plain"]
+            fitting = all(rows % self.blocks.n == 0 for rows in self.rows)
         else:
-            self.blocks = self.candidates()[0]
+            fits = self.candidates()
+            fitting = bool(fits)
+            self.blocks = fits[0] if fits else self.blocks
+        if not fitting:
+            raise BuildError(
+                f"Our kernels have no cut for a layer of {' and '.join(map(str, self.rows))} rows under a batch of {self.batch}; "
+                "a multiple of 16 always has one. Say kernels='torch'."
+            )
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor, residual: torch.Tensor | None = None) -> None:
         """out (batch, rows) from x (batch, columns); the norm is part of it at batch 1 and done before it at others."""

@@ -9,7 +9,7 @@ import msgspec
 from hpc_core.profile import Profile
 from hpc_core.record import Metric, Record
 from hpc_core.spec import Case
-from hpc_core.store import Baseline, Lookup, last_accepted, last_profile
+from hpc_core.store import Baseline, Lookup, last_accepted, stored_profile
 
 __all__ = ["Before", "before_of", "stored_before"]
 
@@ -24,6 +24,8 @@ class Before(msgspec.Struct, frozen=True, kw_only=True):
     """The accepted values, and below them those that are shown and not gated, of the record that was accepted last."""
     record: Record | None = None
     profile: Profile | None = None
+    profile_of: str = ""
+    """The machine that the profile was taken on, where the numbers are another one's; it then holds no kernels."""
 
 
 def before_of(record: Record) -> Before:
@@ -49,11 +51,13 @@ def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
     record = last_accepted(root, key, lookup.case)
     if record is not None and record.case.digest != lookup.digest:
         record = None
+    stored = stored_profile(root, key, lookup)
     return Before(
         case=lookup.spec,
         stack=lookup.stack,
         commit=lookup.accepted.commit,
         metrics=({} if record is None else record.metrics) | lookup.metrics,
         record=record,
-        profile=last_profile(root, key, lookup),
+        profile=None if stored is None else stored.profile,
+        profile_of="" if stored is None else stored.measured_on,
     )

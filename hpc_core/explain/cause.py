@@ -88,8 +88,8 @@ def _missing(before: Before, now: Record) -> list[str]:
         return [
             "the baseline has no profile, so modules are not compared: it comes with the next --perf-update, or by hpc-core baseline add-profile"
         ]
-    if before.profile is not None and now.profile is not None and now.profile.kernels and not before.profile.kernels:
+    if before.profile_of:
         return [
-            "the baseline's profile holds no kernels (it is another machine's, with the same bytes and operators), so those are compared by family"
+            f"the baseline's profile is of {before.profile_of}, with the same bytes and operators, so kernels are compared by family alone"
         ]
     return []

@@ -260,18 +260,22 @@ _EPOCH: dict[str, Cell] = {
 
 
 def main(folder: Path = _OURS) -> str:
-    """The page docs/stock-beside-tuned.md of the baselines of every GPU in `folder`.
+    """The page docs/stock-beside-tuned.md of the baselines of every GPU in `folder`, a folder each.
 
     Raises:
-        SpecError: as `accepted_records`.
+        SpecError: as `accepted_records`, or it is one machine's folder.
     """
     if not folder.is_dir():
         raise SpecError(f"{folder}: no such folder of baselines.")
-    machines = {}
-    for below in sorted(folder.iterdir()):
-        records = accepted_records(below) if below.is_dir() and below.name not in ("cpu", "predicted") else {}
-        if records:
-            machines[next(iter(records.values())).circumstances.machine.name] = records
+    machines: dict[str, dict[str, Record]] = {}
+    for below in sorted(each for each in folder.iterdir() if each.is_dir() and each.name not in ("cpu", "predicted")):
+        for case_id, record in accepted_records(below).items():
+            machine = record.circumstances.machine
+            if machine.key != below.name:
+                raise SpecError(
+                    f"{folder}: holds no folder a machine ({below.name} has records of {machine.key}). Name the one above."
+                )
+            machines.setdefault(f"{machine.name} (`{machine.key}`)", {})[case_id] = record
     return page(machines)
 
 

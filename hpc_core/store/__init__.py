@@ -22,7 +22,7 @@ from hpc_core.store.baseline import (
 from hpc_core.store.history_file import HISTORY_BYTES, HISTORY_LENGTH, last_accepted
 from hpc_core.store.lookup import baseline_path, find, history_path
 from hpc_core.store.past import BaselineChange, PastBaselines, baseline_changes
-from hpc_core.store.profile_file import keep_profile, last_profile, profile_path
+from hpc_core.store.profile_file import last_profile, profile_path, profile_to_keep, stored_profile
 from hpc_core.store.sessions import Session, accepted_records, session_of, sessions
 
 __all__ = [
@@ -46,12 +46,13 @@ __all__ = [
     "find",
     "gated_metrics",
     "history_path",
-    "keep_profile",
     "last_accepted",
     "last_profile",
     "profile_path",
+    "profile_to_keep",
     "proves_nothing",
     "session_of",
     "sessions",
+    "stored_profile",
     "unstored",
 ]

@@ -18,9 +18,15 @@ from hpc_core.profile import Profile
 from hpc_core.record import Metric, Record
 from hpc_core.store.baseline import Baseline, gated_metrics
 from hpc_core.store.lookup import baseline_path, find
-from hpc_core.whole_file import write_whole
 
-__all__ = ["StoredProfile", "keep_profile", "last_profile", "profile_bytes", "profile_path"]
+__all__ = [
+    "StoredProfile",
+    "last_profile",
+    "profile_bytes",
+    "profile_path",
+    "profile_to_keep",
+    "stored_profile",
+]
 
 _LARGEST_BYTES = 32 * 2**20
 """Unpacked; one of a 28-layer model takes some hundred kB. What unpacks to more was not written here."""
@@ -70,12 +76,12 @@ def _exact(metrics: Mapping[str, Metric]) -> dict[str, float | int]:
 
 
 def _counts_kernels(name: str) -> bool:
-    """Which kernels run is the one thing exact that two models of GPU may do differently: their libraries choose by the device."""
+    """Which kernels run is the one thing exact in which two GPU models of one chip were seen to differ: libraries choose by the device."""
     return name.startswith("kernels")
 
 
-def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
-    """Lay this record's profile beside the baseline that is there, which stays as it is; the path.
+def profile_to_keep(root: Path, record: Record, machine: str = "") -> tuple[Path, bytes]:
+    """The file that lays this record's profile beside the baseline that is there, which stays as it is: where, and what is in it.
 
     Args:
         root: folder of baselines.
@@ -84,7 +90,8 @@ def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
             long kernels take is not, so of another machine's profile they are left out.
 
     Raises:
-        BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, or the two differ.
+        BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, the two differ, or the baseline
+            has a profile of its own that another machine's would replace.
     """
     own = record.circumstances.machine
     case, key, profile = record.case.id, machine or own.key, record.profile
@@ -92,27 +99,51 @@ def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
         raise BaselineError(
             f"{case}: the record is {record.status} and has {'a' if profile else 'no'} profile; only a sound one with a profile can explain."
         )
-    lookup = find(root, key, case)
-    if not isinstance(lookup, Baseline) or lookup.digest != record.case.digest:
-        there = ", ".join(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ""
-        advice = f"Machines here: {there or 'none'}" if machine else "Accept the record: hpc-core baseline accept"
-        raise BaselineError(f"{case}: there is no sound baseline of this very case in {root / key}. {advice}.")
-    was, now = _exact(lookup.metrics), _exact(gated_metrics(record))
+    baseline = _baseline_of(root, key, record, named=bool(machine))
+    was, now = _exact(baseline.metrics), _exact(gated_metrics(record))
     other = sorted(name for name in {*was, *now} if was.get(name) != now.get(name))
-    if key != own.key:
+    lent = key != own.key
+    if lent:
         profile = msgspec.structs.replace(profile, kernels=())
         other = [name for name in other if not _counts_kernels(name)]
     if other:
         raise BaselineError(
             f"{case}: {', '.join(other[:3])} of the record are not the baseline's, so its profile would explain another one."
         )
-    path = profile_path(root, key, case)
-    write_whole(path, _packed(record, profile, own.name if key != own.key else ""))
-    return path
+    there = stored_profile(root, key, baseline)
+    if lent and there is not None and not there.measured_on:
+        raise BaselineError(
+            f"{case}: the baseline in {root / key} has its own profile, and one of {own.name} knows less."
+        )
+    return profile_path(root, key, case), _packed(record, profile, own.name if lent else "")
+
+
+def _baseline_of(root: Path, key: str, record: Record, *, named: bool) -> Baseline:
+    """The sound baseline of the record's very case.
+
+    Raises:
+        BaselineError: there is none; with the machines that there are, where one was named.
+    """
+    lookup = find(root, key, record.case.id)
+    if isinstance(lookup, Baseline) and lookup.digest == record.case.digest:
+        return lookup
+    there = ", ".join(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ""
+    advice = f"Machines here: {there or 'none'}" if named else "Accept the record: hpc-core baseline accept"
+    raise BaselineError(f"{record.case.id}: there is no sound baseline of this very case in {root / key}. {advice}.")
 
 
 def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
     """The profile of a baseline; None where there is none of it.
+
+    Raises:
+        BaselineError: as `baseline_path`.
+    """
+    stored = stored_profile(root, key, baseline)
+    return None if stored is None else stored.profile
+
+
+def stored_profile(root: Path, key: str, baseline: Baseline) -> StoredProfile | None:
+    """The profile of a baseline, and whose it is.
 
     A file that cannot be read, or is of a record with other bytes or counts, counts as none: an explanation is then shorter.
 
@@ -127,7 +158,7 @@ def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
     except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     mine = len(text) <= _LARGEST_BYTES and (stored.case, stored.digest) == (baseline.case, baseline.digest)
-    return stored.profile if mine and _is_of(stored, _exact(baseline.metrics)) else None
+    return stored if mine and _is_of(stored, _exact(baseline.metrics)) else None
 
 
 def _is_of(stored: StoredProfile, exact: Mapping[str, float | int]) -> bool:

@@ -1,0 +1,78 @@
+"""Our Triton kernels for a batch, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from hpc_core.build.libraries import library
+from hpc_core.engine.by_eights import values_by_eights
+from hpc_core.engine.products import product_of
+from hpc_core.errors import BuildError
+
+BATCHES = (2, 8, 9, 17, 32)
+WIDTHS = (64, 320, 1088)
+"""Columns: one block of constants, and two that are no multiple of what the warps of a program take at a time."""
+
+
+def main() -> int:
+    """Largest error of each product, relative to its largest value; 1 if one is not float32's."""
+    worst = 0.0
+    for width in WIDTHS:
+        for batch in BATCHES:
+            for name, seen, wanted in _products(width, batch):
+                error = float((seen - wanted).abs().max() / wanted.abs().max())
+                print(f"{name} {width} {batch} {error:.1e}")
+                worst = max(worst, error)
+    print(_refused(96, 32), _refused(64, 24), sep="\n")
+    return int(not worst < 1e-5)
+
+
+def _products(width: int, batch: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(width + batch)
+    x = torch.randn(batch, width)
+    around = torch.randn(batch, 32)
+    rows = [_layer(width, each, has_bias=True) for each in (48, 16, 16)]
+    pair = [_layer(width, 32), _layer(width, 32)]
+    gate, up = (layer(x) for layer in pair)
+    return [
+        ("side by side, biases", _ours(rows, x, (True, False)), torch.cat([layer(x) for layer in rows], -1)),
+        ("gated", _ours(pair, x, (True, True), gated=True), values_by_eights(functional.silu(gate) * up)),
+        ("residual", _ours(pair[:1], x, (True, True), around=around), values_by_eights(gate + around)),
+    ]
+
+
+def _layer(columns: int, rows: int, *, has_bias: bool = False) -> Any:
+    nn = library("bitsandbytes", "The interpreted kernels").nn
+    layer = nn.Linear4bit(columns, rows, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4")
+    return layer.requires_grad_(False).to("cpu")
+
+
+def _ours(
+    layers: Sequence[Any],
+    x: torch.Tensor,
+    permuted: tuple[bool, bool],
+    *,
+    gated: bool = False,
+    around: torch.Tensor | None = None,
+) -> torch.Tensor:
+    product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early=False, gated=gated, permuted=permuted)
+    out = torch.full((len(x), product.out_rows), float("nan"))
+    product(values_by_eights(x), out, None if around is None else values_by_eights(around))
+    return out
+
+
+def _refused(columns: int, rows: int) -> str:
+    try:
+        product_of([_layer(columns, rows)], batch=4, dummy=torch.zeros(1), early=False)
+    except BuildError as error:
+        return f"refused: {error}"
+    return f"{rows} rows of {columns} were taken"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""The kernel for 4-bit weights under a batch, by Triton's interpreter: no GPU, but triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: a CPU build of torch brings none")
+
+
+def test_products_of_a_batch_are_the_layers_own() -> None:
+    """Every batch and width, biases, a gate, a residual and order by eights: float32's products; other shapes are refused with what to do."""
+    from tests.interpreted import BATCHES, WIDTHS
+
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.interpreted"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = ran.stdout.splitlines()
+    assert len([line for line in lines if not line.startswith("refused")]) == 3 * len(BATCHES) * len(WIDTHS)
+    assert "a layer here has 96 columns" in lines[-2]
+    assert "no cut for a layer of 24 rows" in lines[-1]
