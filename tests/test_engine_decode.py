@@ -100,7 +100,8 @@ def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, na
 @pytest.mark.parametrize("inner", [32, 1024])
 def test_prefill_takes_little_on_top_of_the_cache(inner: int) -> None:
     """The stream, and beside it either its normed copy, gate and up, or q, k, v and the three copies that turning q takes: a narrow MLP shows the one,
-    a wide one the other."""
+    a wide one the other.
+    """
     config = transformers.LlamaConfig(
         hidden_size=128,
         intermediate_size=inner,
