@@ -242,6 +242,9 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     assert cause is not None
     assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
     assert cause.details[-1].startswith("the baseline's profile is of NVIDIA H200,")
+    without = stored_cause(tmp_path, msgspec.structs.replace(now, profile=None), None)
+    assert without is not None
+    assert not any("profile is of" in text for text in without.details), "nothing is compared by module, lent or not"
     keep_profile(tmp_path, seen(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here)
     with pytest.raises(BaselineError, match="has its own profile, and one of NVIDIA H200 knows less"):
         keep_profile(tmp_path, there, here)

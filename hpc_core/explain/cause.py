@@ -88,7 +88,7 @@ def _missing(before: Before, now: Record) -> list[str]:
         return [
             "the baseline has no profile, so modules are not compared: it comes with the next --perf-update, or by hpc-core baseline add-profile"
         ]
-    if before.profile_of:
+    if before.profile_of and now.profile is not None and now.profile.kernels:
         return [
             f"the baseline's profile is of {before.profile_of}, with the same bytes and operators, so kernels are compared by family alone"
         ]
