@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed: a CPU build of torch brings none")
+pytest.importorskip("triton", reason="triton is not installed: extra test")
 
 
 def test_products_of_a_batch_are_the_layers_own() -> None:
