@@ -18,7 +18,7 @@ from hpc_core.gate import judge
 from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
 from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
-from hpc_core.store import Baseline, accept, find, last_profile, profile_path, profile_to_keep
+from hpc_core.store import Baseline, accept, find, profile_path, profile_to_keep, stored_profile
 from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
 from tests.strategies import H100, around, busy, counted, peak
 
@@ -173,6 +173,11 @@ def test_a_profile_lies_beside_the_baseline_and_not_in_its_history(tmp_path: Pat
     assert path.read_bytes() == once
     assert b"held bfloat16" not in path.with_name("lora.history.jsonl").read_bytes()
     assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
+
+
+def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
+    stored = stored_profile(root, key, baseline)
+    return None if stored is None else stored.profile
 
 
 def keep_profile(root: Path, record: Record, machine: str = "") -> Path:

@@ -22,7 +22,7 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
 from hpc_core.report.records_csv import records_csv
-from hpc_core.store import Baseline, accept, find, last_profile
+from hpc_core.store import Baseline, accept, find, stored_profile
 from hpc_core.store.reading import read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.many_records import H100, draw_all, failed, many, with_metric
@@ -101,8 +101,9 @@ def test_cases_that_moved_alike_share_one_cause(tmp_path: Path) -> None:
 
 def test_two_hundred_causes_fit_the_page_and_the_time(tmp_path: Path) -> None:
     """Everything there is of 200 cases that all moved, pictures included: below 2 MB, and below 3 s of a core's time."""
-    profile = last_profile(H100.parent, "predicted", baseline("llama-3.2-3b/qlora"))
-    assert profile is not None
+    stored = stored_profile(H100.parent, "predicted", baseline("llama-3.2-3b/qlora"))
+    assert stored is not None
+    profile = stored.profile
     grown = msgspec.structs.replace(profile, at_peak=(*profile.at_peak, GROWN))
     records = []
     for record in many(200):

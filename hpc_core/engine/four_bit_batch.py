@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hpc_core.engine.batch_kernels import leave
 from hpc_core.engine.code_lookup import EIGHT_VALUES, TABLE_COPIES
+from hpc_core.engine.four_bit_kernels import starts_of_rows
 from hpc_core.engine.vector_kernels import start_of, wait_for_others
 
 __all__ = ["four_bit_rows"]
@@ -135,11 +136,9 @@ def four_bit_rows(
     words: tl.constexpr = k_size // 8
     like: tl.constexpr = x.dtype.element_ty
     row = tl.program_id(0) * block_n
-    base, local = start_of(row, n_first, n_second, second, third)
-    absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
-    lines = (local + tl.arange(0, block_n)).to(tl.int64)
-    codes_of = w + base + lines * words
-    scales_of = absmax + absmax_base + lines * (words // 8)
+    codes_of, scales_of = starts_of_rows(
+        w, absmax, row, n_first, n_second, words, second, third, absmax_second, absmax_third, block_n
+    )
     copy = tables + (tl.arange(0, parts) % COPIES)[:, None, None]
     held = (
         tl.load(copy),

@@ -11,7 +11,7 @@ import triton.language as tl
 from hpc_core.engine.code_lookup import EIGHT_PRODUCTS
 from hpc_core.engine.vector_kernels import leave_vector, start_of, wait_for_others
 
-__all__ = ["four_bit_vector"]
+__all__ = ["four_bit_vector", "starts_of_rows"]
 
 PRODUCTS = tl.constexpr(EIGHT_PRODUCTS)
 SHRINK = tl.constexpr(1 / 16)
@@ -108,6 +108,27 @@ def four_bit_tile(codes_of, scales_of, columns, words, whole: tl.constexpr):
 
 
 @triton.jit
+def starts_of_rows(
+    w,
+    absmax,
+    row,
+    n_first,
+    n_second,
+    words,
+    second: tl.int64,
+    third: tl.int64,
+    absmax_second: tl.int64,
+    absmax_third: tl.int64,
+    block_n: tl.constexpr,
+):
+    """Where the words, and the constants, of the rows from `row` on begin: (block_n,) pointers each."""
+    base, local = start_of(row, n_first, n_second, second, third)
+    absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
+    lines = (local + tl.arange(0, block_n)).to(tl.int64)
+    return w + base + lines * words, absmax + absmax_base + lines * (words // 8)
+
+
+@triton.jit
 def four_bit_vector(
     x,
     w,
@@ -147,12 +168,11 @@ def four_bit_vector(
     values in float32, `tables` their bytes.
     """
     row = tl.program_id(0) * block_n
-    base, local = start_of(row, n_first, n_second, second, third)
-    absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
-    lines = (local + tl.arange(0, block_n))[:, None].to(tl.int64)
     words = k_size // 8
-    codes_of = w + base + lines * words
-    scales_of = absmax + absmax_base + lines * (words // 8)
+    codes_of, scales_of = starts_of_rows(
+        w, absmax, row, n_first, n_second, words, second, third, absmax_second, absmax_third, block_n
+    )
+    codes_of, scales_of = codes_of[:, None], scales_of[:, None]
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)

@@ -22,7 +22,7 @@ from hpc_core.store.baseline import (
 from hpc_core.store.history_file import HISTORY_BYTES, HISTORY_LENGTH, last_accepted
 from hpc_core.store.lookup import baseline_path, find, history_path
 from hpc_core.store.past import BaselineChange, PastBaselines, baseline_changes
-from hpc_core.store.profile_file import last_profile, profile_path, profile_to_keep, stored_profile
+from hpc_core.store.profile_file import profile_path, profile_to_keep, stored_profile
 from hpc_core.store.sessions import Session, accepted_records, session_of, sessions
 
 __all__ = [
@@ -47,7 +47,6 @@ __all__ = [
     "gated_metrics",
     "history_path",
     "last_accepted",
-    "last_profile",
     "profile_path",
     "profile_to_keep",
     "proves_nothing",

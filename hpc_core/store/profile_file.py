@@ -21,7 +21,6 @@ from hpc_core.store.lookup import baseline_path, find
 
 __all__ = [
     "StoredProfile",
-    "last_profile",
     "profile_bytes",
     "profile_path",
     "profile_to_keep",
@@ -132,18 +131,8 @@ def _baseline_of(root: Path, key: str, record: Record, *, named: bool) -> Baseli
     raise BaselineError(f"{record.case.id}: there is no sound baseline of this very case in {root / key}. {advice}.")
 
 
-def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
-    """The profile of a baseline; None where there is none of it.
-
-    Raises:
-        BaselineError: as `baseline_path`.
-    """
-    stored = stored_profile(root, key, baseline)
-    return None if stored is None else stored.profile
-
-
 def stored_profile(root: Path, key: str, baseline: Baseline) -> StoredProfile | None:
-    """The profile of a baseline, and whose it is.
+    """The profile of a baseline, and whose it is; None where there is none of it.
 
     A file that cannot be read, or is of a record with other bytes or counts, counts as none: an explanation is then shorter.
 
