@@ -147,11 +147,11 @@ def _program(built: Built, workload: GenerateSpec, *, late: bool) -> GeneratePro
         return graph_program(built, workload)
     from hpc_core.engine import kernel_step
 
-    begins, kernel_step._begins_early = kernel_step._begins_early, lambda device: False
+    begins, kernel_step._early_launches = kernel_step._early_launches, lambda device, batch: "none"
     try:
         return graph_program(built, workload)
     finally:
-        kernel_step._begins_early = begins
+        kernel_step._early_launches = begins
 
 
 def _busy(program: GenerateProgram) -> dict[str, Any]:

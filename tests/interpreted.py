@@ -1,4 +1,4 @@
-"""Our Triton kernels for a batch, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
+"""Our Triton kernels for a batch and for a prefill, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch.nn import functional
 
 from hpc_core.build.libraries import library
 from hpc_core.engine.by_eights import values_by_eights
+from hpc_core.engine.decoder import decoder_of
+from hpc_core.engine.prefill import Places, PlainBetween
+from hpc_core.engine.prefill_kernels import KernelBetween
 from hpc_core.engine.products import product_of
+from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.errors import BuildError
 
 BATCHES = (2, 8, 9, 17, 32)
@@ -28,6 +33,10 @@ def main() -> int:
                 error = float((seen - wanted).abs().max() / wanted.abs().max())
                 print(f"{name} {width} {batch} {error:.1e}")
                 worst = max(worst, error)
+    for name, seen, wanted in _between_products():
+        error = float((seen - wanted).abs().max() / wanted.abs().max())
+        print(f"prefill {name} {error:.1e}")
+        worst = max(worst, error)
     print(_refused(96, 32), _refused(64, 24), sep="\n")
     return int(not worst < 1e-5)
 
@@ -46,6 +55,34 @@ def _products(width: int, batch: int) -> list[tuple[str, torch.Tensor, torch.Ten
     ]
 
 
+def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What stands between the products of a prefill, ours and torch's, of two rows of which one is padded."""
+    config = transformers.LlamaConfig(
+        hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3
+    )
+    decoder = decoder_of(transformers.LlamaForCausalLM(config).eval())
+    turns = decoder.turns(24)
+    width, first = 20, torch.tensor([5, 0], dtype=torch.int32)
+    positions = (torch.arange(width)[None] - first[:, None]).clamp(min=0)
+    places = Places(width, first, turns[0][positions], turns[1][positions], None)
+    query, key, value, x = (torch.randn(2 * width, size) for size in (96, 48, 48, 96))
+    norm = decoder.layers[0].input_norm
+    norm.weight.data.normal_()
+    results = []
+    for between in (KernelBetween(decoder, turns), PlainBetween()):
+        cache = StaticKeyValues(decoder, 2, 24)
+        turned, kept = query.clone(), cache.layers[0]
+        with torch.no_grad():
+            between.keep(turned, key.clone(), value, kept, places)
+            every = {"norm": between.normed(norm, x), "some rows": between.normed(norm, x[3::7])}
+            results.append(
+                every
+                | {"gate": between.gated(x.clone(), query), "query": turned, "keys": kept.keys, "values": kept.values}
+            )
+    ours, plain = results
+    return [(name, ours[name], plain[name]) for name in ours]
+
+
 def _layer(columns: int, rows: int, *, has_bias: bool = False) -> Any:
     nn = library("bitsandbytes", "The interpreted kernels").nn
     layer = nn.Linear4bit(columns, rows, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4")
@@ -60,7 +97,7 @@ def _ours(
     gated: bool = False,
     around: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early=False, gated=gated, permuted=permuted)
+    product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early="none", gated=gated, permuted=permuted)
     out = torch.full((len(x), product.out_rows), float("nan"))
     product(values_by_eights(x), out, None if around is None else values_by_eights(around))
     return out
@@ -68,7 +105,7 @@ def _ours(
 
 def _refused(columns: int, rows: int) -> str:
     try:
-        product_of([_layer(columns, rows)], batch=4, dummy=torch.zeros(1), early=False)
+        product_of([_layer(columns, rows)], batch=4, dummy=torch.zeros(1), early="none")
     except BuildError as error:
         return f"refused: {error}"
     return f"{rows} rows of {columns} were taken"

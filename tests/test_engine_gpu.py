@@ -14,7 +14,8 @@ from hpc_core.cases import generate
 from hpc_core.engine.capture import captured
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.plain_step import PlainStep, prefill
+from hpc_core.engine.plain_step import PlainStep
+from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
@@ -79,7 +80,7 @@ def _logits(built: Built, make: Any, *, batch: int, padded: bool) -> torch.Tenso
         mask[0, :11] = 0
     found = []
     with torch.no_grad():
-        prefill(decoder, cache, turns, ids, mask)
+        Prefill(decoder, cache, turns, PlainBetween())(ids, mask)
         step = make(decoder, cache, turns)
         step.settle()
         for tokens in fed:
@@ -96,14 +97,16 @@ def _plain_step(decoder: Any, cache: Any, turns: Any) -> PlainStep:
 @pytest.mark.parametrize(
     ("kind", "batch", "early"),
     [
-        *((kind, batch, True) for kind in _QUANTIZATIONS for batch in (1, 3, 9, 17)),
-        ("plain", 1, False),
-        ("nf4", 1, False),
-        ("plain", 17, False),
+        *((kind, batch, None) for kind in _QUANTIZATIONS for batch in (1, 3, 9, 17)),
+        *(
+            (kind, batch, early)
+            for kind, batch in (("plain", 1), ("nf4", 1), ("plain", 17))
+            for early in ("all", "small", "none")
+        ),
     ],
 )
-def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, batch: int, early: bool) -> None:
-    """Whatever the weights' format and the batch, and whether launches begin early: within what bfloat16 rounds."""
+def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, batch: int, early: Any) -> None:
+    """Whatever the weights' format and the batch, and which launches begin early: within what bfloat16 rounds."""
     from hpc_core.engine.kernel_step import KernelStep
 
     built = _built(device, kind)
@@ -111,6 +114,67 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
     plain = _logits(built, _plain_step, batch=batch, padded=padded)
     seen = _logits(built, lambda *args: KernelStep(*args, int8_head=False, early=early), batch=batch, padded=padded)
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
+
+
+def _prefilled(built: Built, between: Any, *, batch: int, padded: bool) -> list[torch.Tensor]:
+    """Of a prompt of 37: last hidden states, and every real key and value of the last layer."""
+    decoder = decoder_of(built.model)
+    cache = StaticKeyValues(decoder, batch, 38)
+    turns = decoder.turns(cache.capacity)
+    ids = torch.randint(3, 1000, (batch, 37), generator=torch.Generator().manual_seed(5)).to(cache.filled.device)
+    mask = torch.ones_like(ids)
+    mask[0, : 11 * padded] = 0
+    with torch.no_grad():
+        last = Prefill(decoder, cache, turns, between(decoder, turns))(ids, mask if padded else None)
+    kept = cache.layers[-1]
+    return [last.float(), *(part[:, :, 11:37].float() for part in (kept.keys, kept.values))]
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "tolerance"),
+    [
+        ("plain", "tiny", "float32", 1e-5),
+        ("nf4", "tiny", "float32", 1e-5),
+        *((kind, "tiny", "bfloat16", 2e-2) for kind in _QUANTIZATIONS),
+        ("nf4", "llama-3.2-3b", "bfloat16", 2e-2),
+        ("plain", "qwen2.5-1.5b", "float16", 2e-2),
+        ("nf4-dq", "qwen2.5-1.5b", "bfloat16", 2e-2),
+    ],
+)
+@pytest.mark.parametrize(("batch", "padded"), [(1, False), (5, True), (32, False)])
+def test_a_prefill_by_kernels_is_the_plain_one(
+    device: torch.device, kind: str, shape: str, dtype: str, tolerance: float, batch: int, padded: bool
+) -> None:
+    """Norms, rotation, cache and gate by our launches, products and attention as they are: hidden states, keys and values."""
+    from hpc_core.engine.prefill_kernels import KernelBetween
+
+    built = _built(device, kind, dtype, shape)
+    plain = _prefilled(built, lambda *_: PlainBetween(), batch=batch, padded=padded)
+    seen = _prefilled(built, KernelBetween, batch=batch, padded=padded)
+    for ours, wanted in zip(seen, plain, strict=True):
+        assert float((ours - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4"])
+def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, kind: str) -> None:
+    """Of full width, few rows and many: equal to the layer's within rounding, and never a whole matrix dequantized beside it."""
+    from hpc_core.engine.prefill_products import FourBit, prefill_product
+
+    layer = decoder_of(_built(device, kind, shape="llama-3.2-3b").model).layers[0]
+    for module in (layer.qkv[0], layer.gate_up[0], layer.down):
+        product = prefill_product(module, torch.bfloat16)
+        assert isinstance(product, FourBit)
+        for tokens in (3, 100, 400):
+            x = torch.randn(tokens, module.in_features, device=device, dtype=torch.bfloat16)
+            with torch.no_grad():
+                wanted = module(x).float()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                seen = product(x)
+                took = torch.cuda.max_memory_allocated() - before
+            assert float((seen.float() - wanted).norm() / wanted.norm()) < 1e-2
+            assert took < 18 * 2**20 + 3 * seen.nbytes
 
 
 @pytest.mark.parametrize(

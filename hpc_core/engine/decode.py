@@ -17,7 +17,8 @@ from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import Captured, captured
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decoder import Decoder, decoder_of, int8_rows
-from hpc_core.engine.plain_step import PlainStep, prefill
+from hpc_core.engine.plain_step import PlainStep
+from hpc_core.engine.prefill import Prefill
 from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
 from hpc_core.errors import MeasureError, MissingLibraryError, SpecError
 from hpc_core.program import Mark, unmarked
@@ -64,6 +65,7 @@ class GraphProgram(GenerateProgram):
         self.replays = 0
         """Steps of the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
+        self._prefill = Prefill(self.decoder, self.cache, self._turns, self.step_of.between())
         self._logits: torch.Tensor | None = None
         self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)
@@ -155,9 +157,7 @@ class GraphProgram(GenerateProgram):
         padded = self.prompts[index].padded > 0
         self.replays = 0
         self.chooser.begin(index)
-        last = prefill(
-            self.decoder, self.cache, self._turns, inputs["input_ids"], inputs["attention_mask"] if padded else None
-        )
+        last = self._prefill(inputs["input_ids"], inputs["attention_mask"] if padded else None)
         self.chooser(self._first_logits(last))
 
     def _first_logits(self, last: torch.Tensor) -> torch.Tensor:
@@ -189,7 +189,7 @@ class GraphProgram(GenerateProgram):
             self.chooser.begin(index)
             padded = self.prompts[index].padded > 0
             mask = inputs["attention_mask"] if padded else None
-            last = prefill(self.decoder, self.cache, self._turns, inputs["input_ids"], mask)
+            last = self._prefill(inputs["input_ids"], mask)
             found.append(self._first_logits(last)[:rows].float())
             for at in range(given.shape[1] - 1):
                 self.chooser.tokens.copy_(given[:, at])

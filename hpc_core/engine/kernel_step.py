@@ -11,7 +11,9 @@ from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
 from hpc_core.engine.by_eights import values_by_eights
 from hpc_core.engine.decoder import Decoder, Layer, kind_of
-from hpc_core.engine.products import Product, launched, product_of
+from hpc_core.engine.prefill import Between
+from hpc_core.engine.prefill_kernels import KernelBetween
+from hpc_core.engine.products import Early, Product, launched, product_of
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.engine.tuning import choose_blocks
 
@@ -36,14 +38,14 @@ class KernelStep:
         turns: tuple[torch.Tensor, torch.Tensor],
         *,
         int8_head: bool,
-        early: bool | None = None,
+        early: Early | None = None,
     ):
         self._decoder = decoder
         self._cache = cache
         self._turns = turns
         self.head = "int8" if int8_head else "plain"
         self._batch = cache.batch
-        self._early = _begins_early(decoder.device) if early is None else early
+        self._early = _early_launches(decoder.device, cache.batch) if early is None else early
         self._permuted = decoder.four_bit
         """Activations are stored by eights; see `vector_kernels`."""
         self._dummy = torch.zeros(1, dtype=decoder.dtype, device=decoder.device)
@@ -117,6 +119,10 @@ class KernelStep:
         modules = [part for layer in self._decoder.layers for part in layer.products]
         return [module for module in modules if kind_of(module) == "4-bit"]
 
+    def between(self) -> Between:
+        """What a prefill does between products: our own kernels."""
+        return KernelBetween(self._decoder, self._turns)
+
     def settle(self) -> dict[str, str]:
         """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""
         if self._decoder.device.type == "cpu":
@@ -182,6 +188,12 @@ class KernelStep:
         )  # fmt: skip
 
 
-def _begins_early(device: torch.device) -> bool:
-    """Programmatic dependent launch is Hopper's."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def _early_launches(device: torch.device, batch: int) -> Early:
+    """Programmatic dependent launch is Hopper's.
+
+    A product at batch 1 takes in its first weights while the launch before it ends. Under a batch it has few programs, which begin wherever there
+    is room while the one before still runs: several on one multiprocessor and none on others, where they then share its bandwidth.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return "none"
+    return "all" if batch == 1 else "small"

@@ -1,4 +1,4 @@
-"""Prefill, and one decode step, in plain torch: the path of machines without CUDA, and the one that the kernels are held against."""
+"""One decode step in plain torch: the path of machines without CUDA, and the one that the kernels are held against."""
 
 from __future__ import annotations
 
@@ -10,78 +10,16 @@ import torch.nn.functional as functional
 
 from hpc_core.engine.decoder import Decoder, Layer
 from hpc_core.engine.packed_linear import times
-from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
+from hpc_core.engine.prefill import Between, PlainBetween
+from hpc_core.engine.static_cache import StaticKeyValues
 
-__all__ = ["PlainStep", "attend", "prefill", "turned"]
+__all__ = ["PlainStep", "attend", "turned"]
 
 
 def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of (batch, heads, tokens, width) by cos and sin that broadcast to it."""
     left, right = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat([-right, left], dim=-1) * sin
-
-
-def prefill(
-    decoder: Decoder,
-    cache: StaticKeyValues,
-    turns: tuple[torch.Tensor, torch.Tensor],
-    ids: torch.Tensor,
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Fill the cache from (batch, width) ids and give the last position's hidden state (batch, hidden), normed.
-
-    Causal attention without a mask where nothing is padded, so that a flash kernel can take it; padding stands on the left.
-    """
-    width = ids.shape[1]
-    cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
-    places = torch.arange(width, device=ids.device)
-    if mask is None:
-        cos, sin = (part[:width][None, None] for part in turns)
-        allowed = None
-    else:
-        positions = (places[None] - cache.first[:, None]).clamp(min=0)
-        cos, sin = (part[positions][:, None] for part in turns)
-        # Padding sees itself, so that no row of the softmax is empty; nobody reads what it gives.
-        real = (places[None, :] >= cache.first[:, None])[:, None, None, :]
-        causal = places[None, :] <= places[:, None]
-        allowed = causal & (real | (places[None, :] == places[:, None]))
-    hidden = decoder.embedding[ids]
-    # The whole cache is there already, so what a layer makes on top of it is made in place where it can be, and let go at once.
-    for layer, kept in zip(decoder.layers, cache.layers, strict=True):
-        hidden += _attended(decoder, layer, kept, layer.input_norm(hidden), cos, sin, allowed)
-        hidden += _mlp(layer, layer.post_norm(hidden))
-    last: torch.Tensor = decoder.final_norm(hidden[:, -1])
-    return last
-
-
-def _attended(
-    decoder: Decoder,
-    layer: Layer,
-    kept: LayerKeyValues,
-    normed: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    allowed: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of (batch, width, hidden), whose keys and values stay in the cache; its own tensors end with this call."""
-    batch, width = normed.shape[:2]
-    query, key, value = _heads(decoder, layer, normed)
-    del normed
-    query = turned(query, cos, sin)
-    key = turned(key, cos, sin)
-    kept.keys[:, :, :width].copy_(key)
-    kept.values[:, :, :width].copy_(value)
-    mixed = functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=allowed, is_causal=allowed is None, enable_gqa=decoder.groups != decoder.heads
-    )
-    output: torch.Tensor = layer.output(mixed.transpose(1, 2).reshape(batch, width, -1))
-    return output
-
-
-def _heads(decoder: Decoder, layer: Layer, hidden: torch.Tensor) -> list[torch.Tensor]:
-    """q, k and v as (batch, heads, tokens, width)."""
-    shape = (*hidden.shape[:2], -1, decoder.head_width)
-    return [module(hidden).view(shape).transpose(1, 2) for module in layer.qkv]
 
 
 def _mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
@@ -141,6 +79,10 @@ class PlainStep:
     def owned_weights(self) -> list[torch.Tensor]:
         """Copies of weights beside the model's own."""
         return [value for value in vars(self._head).values() if isinstance(value, torch.Tensor)]
+
+    def between(self) -> Between:
+        """What a prefill does between products: torch's own operators."""
+        return PlainBetween()
 
     def settle(self) -> dict[str, str]:
         """Nothing to choose."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,12 +20,17 @@ from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
 from hpc_core.errors import BuildError
 
-__all__ = ["Product", "launched", "product_of"]
+__all__ = ["Early", "Product", "launched", "product_of"]
 
 
-def launched(early: bool) -> dict[str, Any]:
-    """Arguments of a launch that may begin early, or not."""
-    return {"early": True, "launch_pdl": True} if early else {"early": False}
+Early = Literal["all", "small", "none"]
+"""Which launches may begin while those before them still run (programmatic dependent launch): all, all but products, none."""
+
+
+def launched(early: Early, *, product: bool = False) -> dict[str, Any]:
+    """Arguments of a launch. One that may not begin early itself still lets the next one begin, where that may."""
+    ahead = early == "all" or (early == "small" and not product)
+    return {"early": early != "none"} | ({"launch_pdl": True} if ahead else {})
 
 
 def _padded(batch: int, least: int) -> int:
@@ -55,8 +60,7 @@ class Product:
     out_permuted: bool
     batch: int
     dummy: torch.Tensor
-    early: bool
-    """Whether launches may begin while those before still run; see `vector_kernels`."""
+    early: Early
     bias: torch.Tensor | None = None
     bias_far: tuple[int, int] = (0, 0)
     scales: torch.Tensor | None = None
@@ -138,7 +142,7 @@ class Product:
             "block_n": sizes.n,
             "block_k": sizes.k,
             "num_warps": sizes.warps,
-            **launched(self.early),
+            **launched(self.early, product=True),
         }
         if self.kind == "4-bit":
             shared |= {
@@ -183,7 +187,7 @@ def product_of(
     *,
     batch: int,
     dummy: torch.Tensor,
-    early: bool,
+    early: Early,
     gain: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,

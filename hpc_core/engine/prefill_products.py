@@ -1,0 +1,161 @@
+"""Products of a prefill: many activation rows times one of the model's matrices, or the same added to the stream in place.
+
+What a product takes beside its result is kept small, since a static cache is there already: plain weights are multiplied where they lie, and
+4-bit ones some rows of the matrix at a time, so that never a whole matrix is dequantized at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from hpc_core.engine.at_module import at_module
+from hpc_core.engine.decoder import kind_of
+
+__all__ = ["PrefillProduct", "pieces_of", "prefill_product"]
+
+_PIECE_BYTES = 17 * 2**20
+"""At most so much of a matrix is dequantized at a time: a third of Llama-3.2-3B's largest."""
+_ROWS_STEP = 256
+"""Rows of a piece are a multiple of so many: constants that are quantized again have theirs by 256 blocks of 64 weights."""
+
+
+class PrefillProduct(Protocol):
+    """A linear layer as a prefill takes it."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
+
+    def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
+        """The same, added to the stream (tokens, out) in place."""
+
+
+class _ByModule:
+    """Whatever multiplies by itself."""
+
+    def __init__(self, module: Any):
+        self._module = module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self._module(x)
+        return product
+
+    def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
+        stream += self(x)
+
+
+class _Plain:
+    """torch's linear layer: its product can be added where the sum lies."""
+
+    def __init__(self, module: Any):
+        self._module = module
+        self._turned: torch.Tensor = module.weight.detach().t()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        with at_module(self._module):
+            if self._module.bias is None:
+                return x @ self._turned
+            return torch.addmm(self._module.bias, x, self._turned)
+
+    def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
+        with at_module(self._module):
+            stream.addmm_(x, self._turned)
+
+
+class Piece(NamedTuple):
+    """Some rows of a 4-bit matrix, as bitsandbytes' product takes them."""
+
+    packed: torch.Tensor
+    shape: list[int]
+    constants: tuple[torch.Tensor, ...]
+    """A float32 for each block; or those of 256 blocks, and the blocks' own bytes."""
+    bias: torch.Tensor | None
+
+
+def pieces_of(module: Any, at_most_bytes: int = _PIECE_BYTES) -> list[Piece]:
+    """Views of a 4-bit layer's matrix, each of about as many rows, of which each takes at most so many bytes when it is dequantized."""
+    state = module.weight.quant_state
+    rows, columns = state.shape
+    most = max(_ROWS_STEP, at_most_bytes // (columns * state.dtype.itemsize) // _ROWS_STEP * _ROWS_STEP)
+    count = -(-rows // most)
+    each = -(-rows // count // _ROWS_STEP) * _ROWS_STEP
+    return [_piece(module, start, min(each, rows - start)) for start in range(0, rows, each)]
+
+
+def _piece(module: Any, start: int, rows: int) -> Piece:
+    state, bias = module.weight.quant_state, module.bias
+    columns = state.shape[1]
+    packed = module.weight.data.view(-1).view(torch.uint8)
+
+    def part(values: torch.Tensor, weights: int) -> torch.Tensor:
+        return values[start * columns // weights : -(-(start + rows) * columns // weights)]
+
+    constants: tuple[torch.Tensor, ...] = (part(state.absmax, state.blocksize),)
+    if state.nested:
+        outer = part(state.state2.absmax, state.blocksize * state.state2.blocksize)
+        constants = (outer, constants[0])
+    return Piece(
+        part(packed, 2).view(-1, 1),
+        [rows, columns],
+        constants,
+        None if bias is None else bias.detach()[start : start + rows],
+    )
+
+
+class FourBit:
+    """bitsandbytes' 4-bit layer, by its own product, a piece of the matrix after the other."""
+
+    def __init__(self, module: Any, pieces: Iterable[Piece]):
+        self._module = module
+        self._state = module.weight.quant_state
+        self._pieces = list(pieces)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        with at_module(self._module):
+            parts = [self._times(x, piece) for piece in self._pieces]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _times(self, x: torch.Tensor, piece: Piece) -> torch.Tensor:
+        state = self._state
+        again: dict[str, Any] = {}
+        if state.nested:
+            again = {
+                "absmax_8bit": piece.constants[1],
+                "absmax_code": state.state2.code,
+                "absmax_offset": state.offset,
+            }
+        product: torch.Tensor = torch.ops.bitsandbytes.gemm_4bit.default(
+            x,
+            piece.packed,
+            piece.shape,
+            piece.constants[0],
+            state.blocksize,
+            state.quant_type,
+            bias=piece.bias,
+            **again,
+        )
+        return product
+
+    def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
+        stream += self(x)
+
+
+def prefill_product(module: Any, dtype: torch.dtype) -> PrefillProduct:
+    """How a prefill whose activations have this type multiplies by the module's weight."""
+    kind = kind_of(module)
+    if kind == "plain":
+        return _Plain(module)
+    # A CPU's 4-bit weights may be packed anew by their first product.
+    if kind == "4-bit" and module.weight.is_cuda and _in_pieces(module, dtype):
+        return FourBit(module, pieces_of(module))
+    return _ByModule(module)
+
+
+def _in_pieces(module: Any, dtype: torch.dtype) -> bool:
+    """Whether bitsandbytes would multiply without casting anything, and blocks begin where rows begin."""
+    state, bias = module.weight.quant_state, module.bias
+    types = {dtype, state.dtype, module.compute_dtype or dtype, dtype if bias is None else bias.dtype}
+    nested = not state.nested or state.state2.blocksize == 256
+    return len(types) == 1 and nested and state.shape[1] % state.blocksize == 0

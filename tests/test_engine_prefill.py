@@ -1,0 +1,150 @@
+"""The graph engine's prefill on a CPU: the model's own hidden state and cache, little memory beside the cache, pieces of 4-bit matrices."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+import transformers
+
+from hpc_core.build import build
+from hpc_core.build.libraries import library
+from hpc_core.cases import generate
+from hpc_core.engine.decoder import decoder_of
+from hpc_core.engine.prefill import PlainBetween, Prefill
+from hpc_core.engine.prefill_products import FourBit, pieces_of, prefill_product
+from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.measure.places import following
+from hpc_core.measure.storages import StorageWatch
+from hpc_core.spec import ModelSpec, QuantSpec
+
+CPU = torch.device("cpu")
+
+
+def _model(inner: int, *, seed: int = 1) -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=inner,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+    )
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def _prefill(model: Any, batch: int, capacity: int) -> tuple[Prefill, StaticKeyValues]:
+    decoder = decoder_of(model)
+    cache = StaticKeyValues(decoder, batch, capacity)
+    return Prefill(decoder, cache, decoder.turns(capacity), PlainBetween()), cache
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 9])
+@pytest.mark.parametrize("padded", [0, 7])
+def test_a_prefill_leaves_what_the_model_would(batch: int, padded: int) -> None:
+    """Whatever parts the rows are taken in: last hidden states and every key and value of real tokens are transformers' own."""
+    model = _model(96)
+    prefill, cache = _prefill(model, batch, 96)
+    width = 70
+    ids = torch.randint(3, 290, (batch, width), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :padded] = 0
+    with torch.no_grad():
+        last = prefill(ids, mask if padded else None)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        wanted = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    torch.testing.assert_close(last, wanted.last_hidden_state[:, -1], rtol=1e-4, atol=1e-5)
+    assert cache.first.tolist() == [padded] + [0] * (batch - 1)
+    for kept, layer in zip(cache.layers, wanted.past_key_values.layers, strict=True):
+        for seen, held in ((kept.keys, layer.keys), (kept.values, layer.values)):
+            torch.testing.assert_close(seen[0, :, padded:width], held[0, :, padded:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(seen[1:, :, :width], held[1:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (4, 1), (32, 8)])
+@pytest.mark.parametrize("inner", [32, 1024])
+def test_prefill_takes_little_on_top_of_the_cache(inner: int, batch: int, rows: int) -> None:
+    """Of a quarter of the rows the stream, and beside it either its normed copy and half of gate and up, or q, k and v and what turning q takes: a
+    narrow MLP shows the one, a wide one the other. Only last hidden states stay from part to part.
+    """
+    width = 100
+    model = _model(inner)
+    prefill, cache = _prefill(model, batch, 256)
+    decoder = decoder_of(model)
+    watch = StorageWatch(("prefill",))
+    ids = torch.randint(3, 290, (batch, width))
+    watch.own("other", [*model.parameters(), *prefill._turns, *cache.tensors, ids])
+    before = watch.timeline.peak()[1]
+    with torch.no_grad(), watch:
+        watch("prefill")
+        prefill(ids, None)
+    hidden, grouped = decoder.hidden, 2 * decoder.groups * decoder.head_width
+    each = max(2 * hidden + inner, 3 * hidden + hidden // 2 + grouped)
+    needed = rows * width * each * decoder.embedding.element_size()
+    kept = batch * hidden * decoder.embedding.element_size()
+    assert needed <= watch.timeline.peak()[1] - before <= 1.01 * needed + kept
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_four_bit_matrix_in_pieces_multiplies_as_the_whole(nested: bool, biased: bool) -> None:
+    """Rows of several pieces, the last one shorter, with block constants and with constants that are quantized again: what the layer itself gives."""
+    torch.manual_seed(3)
+    nn = library("bitsandbytes", "4-bit layers").nn
+    layer = nn.Linear4bit(
+        128, 1100, bias=biased, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
+    )
+    layer = layer.requires_grad_(False).to("cpu")
+    pieces = pieces_of(layer, at_most_bytes=512 * 128 * 4)
+    assert [piece.shape for piece in pieces] == [[512, 128], [512, 128], [76, 128]]
+    x, stream = torch.randn(5, 128), torch.randn(5, 1100)
+    whole = library("bitsandbytes", "4-bit layers").functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
+    wanted = torch.nn.functional.linear(x, whole, layer.bias)
+    product = FourBit(layer, pieces)
+    torch.testing.assert_close(product(x), wanted)
+    torch.testing.assert_close(product(x), layer(x))
+    added = stream.clone()
+    product.add_to(added, x)
+    torch.testing.assert_close(added, stream + wanted)
+
+
+def test_pieces_hold_every_row_once() -> None:
+    """A piece is at most as large as asked, a multiple of 256 rows but for the last, and no matrix is cut that need not be."""
+    nn = library("bitsandbytes", "4-bit layers").nn
+    for rows in (64, 256, 1000, 4096):
+        layer = nn.Linear4bit(64, rows, bias=False, compute_dtype=torch.bfloat16).requires_grad_(False).to("cpu")
+        for most in (1, 300 * 256, 10**9):
+            sizes = [piece.shape[0] for piece in pieces_of(layer, most)]
+            assert sum(sizes) == rows
+            assert all(size % 256 == 0 for size in sizes[:-1])
+            assert all(size <= max(256, most // 256) for size in sizes)
+            assert most < 10**9 or len(sizes) == 1
+
+
+def test_a_cpu_leaves_four_bit_layers_to_themselves() -> None:
+    """There bitsandbytes may pack a weight anew at its first product, and views of the old one would read something else."""
+    quantization = QuantSpec(kind="nf4", compute_dtype="float32")
+    built = build(generate(ModelSpec(shape="tiny", dtype="float32"), quantization=quantization), CPU)
+    layer = decoder_of(cast("Any", built.model)).layers[0]
+    x = torch.randn(3, 128)
+    product = prefill_product(layer.down, torch.float32)
+    assert not isinstance(product, FourBit)
+    with torch.no_grad():
+        assert torch.equal(prefill_product(layer.output, torch.float32)(x), layer.output(x))
+
+
+def test_whoever_follows_modules_sees_each_at_work() -> None:
+    """A product that is not the module's own call is counted, and placed, where its weight belongs."""
+    model = _model(96)
+    prefill, _ = _prefill(model, 2, 32)
+    with torch.no_grad(), following() as places:
+        places.learn(model)
+        places.begin()
+        prefill(torch.randint(3, 290, (2, 20)), None)
+        seen = places.seen()
+    # Two rows are two parts; each of two layers runs once a part.
+    for path in ("self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp.down_proj"):
+        assert seen[f"model.layers.*.{path}"].calls == 4
+    assert places.here() == ""
