@@ -13,10 +13,8 @@ from torch.nn import functional
 from hpc_core.build.libraries import library
 from hpc_core.engine.by_eights import values_by_eights
 from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.four_bit_prefill import TiledFourBit
 from hpc_core.engine.prefill import Places, PlainBetween
 from hpc_core.engine.prefill_kernels import KernelBetween
-from hpc_core.engine.prefill_products import prefill_product
 from hpc_core.engine.products import product_of
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.errors import BuildError
@@ -39,11 +37,6 @@ def main() -> int:
         error = float((seen - wanted).abs().max() / wanted.abs().max())
         print(f"prefill {name} {error:.1e}")
         worst = max(worst, error)
-    for tokens in (5, 32, 150):
-        for name, seen, wanted in _tiles(tokens):
-            error = float((seen - wanted).abs().max() / wanted.abs().max())
-            print(f"tiles {name} {tokens} {error:.1e}")
-            worst = max(worst, error)
     print(_refused(96, 32), _refused(64, 24), sep="\n")
     return int(not worst < 1e-5)
 
@@ -90,25 +83,9 @@ def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     return [(name, ours[name], plain[name]) for name in ours]
 
 
-def _tiles(tokens: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """4-bit products of a prefill, of rows that fill no tile: with a bias, constants that are quantized again, and added to what is there."""
-    found = []
-    for name, nested in (("plain", False), ("nested", True)):
-        layer = _layer(192, 80, has_bias=True, nested=nested)
-        constants = product_of([layer], batch=2, dummy=torch.zeros(1), early="none").constants[0]
-        product = TiledFourBit(layer, constants, prefill_product(layer, torch.float32))
-        x, stream = torch.randn(tokens, 192), torch.randn(tokens, 80)
-        wanted, added = layer(x), stream.clone()
-        product.add_to(added, x)
-        found += [(name, product(x), wanted), (f"{name}, added", added, stream + wanted)]
-    return found
-
-
-def _layer(columns: int, rows: int, *, has_bias: bool = False, nested: bool = True) -> Any:
+def _layer(columns: int, rows: int, *, has_bias: bool = False) -> Any:
     nn = library("bitsandbytes", "The interpreted kernels").nn
-    layer = nn.Linear4bit(
-        columns, rows, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
-    )
+    layer = nn.Linear4bit(columns, rows, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4")
     return layer.requires_grad_(False).to("cpu")
 
 

@@ -15,7 +15,7 @@ from hpc_core.engine.capture import captured
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.plain_step import PlainStep
-from hpc_core.engine.prefill import Prefill
+from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
@@ -80,8 +80,7 @@ def _logits(built: Built, make: Any, *, batch: int, padded: bool) -> torch.Tenso
         mask[0, :11] = 0
     found = []
     with torch.no_grad():
-        begun = _plain_step(decoder, cache, turns)
-        Prefill(decoder, cache, turns, begun.between(), begun.prefill_product)(ids, mask)
+        Prefill(decoder, cache, turns, PlainBetween())(ids, mask)
         step = make(decoder, cache, turns)
         step.settle()
         for tokens in fed:
@@ -117,7 +116,7 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
 
 
-def _prefilled(built: Built, make: Any, *, batch: int, padded: bool) -> list[torch.Tensor]:
+def _prefilled(built: Built, between: Any, *, batch: int, padded: bool) -> list[torch.Tensor]:
     """Of a prompt of 37: last hidden states, and every real key and value of the last layer."""
     decoder = decoder_of(built.model)
     cache = StaticKeyValues(decoder, batch, 38)
@@ -125,9 +124,8 @@ def _prefilled(built: Built, make: Any, *, batch: int, padded: bool) -> list[tor
     ids = torch.randint(3, 1000, (batch, 37), generator=torch.Generator().manual_seed(5)).to(cache.filled.device)
     mask = torch.ones_like(ids)
     mask[0, : 11 * padded] = 0
-    step = make(decoder, cache, turns)
     with torch.no_grad():
-        last = Prefill(decoder, cache, turns, step.between(), step.prefill_product)(ids, mask if padded else None)
+        last = Prefill(decoder, cache, turns, between(decoder, turns))(ids, mask if padded else None)
     kept = cache.layers[-1]
     return [last.float(), *(part[:, :, 11:37].float() for part in (kept.keys, kept.values))]
 
@@ -147,40 +145,14 @@ def _prefilled(built: Built, make: Any, *, batch: int, padded: bool) -> list[tor
 def test_a_prefill_by_kernels_is_the_plain_one(
     device: torch.device, kind: str, shape: str, dtype: str, tolerance: float, batch: int, padded: bool
 ) -> None:
-    """Norms, rotation, cache, gate and 4-bit products by our launches, other products and attention as they are: hidden states, keys and values."""
-    from hpc_core.engine.kernel_step import KernelStep
+    """Norms, rotation, cache and gate by our launches, products and attention as they are: hidden states, keys and values."""
+    from hpc_core.engine.prefill_kernels import KernelBetween
 
     built = _built(device, kind, dtype, shape)
-    plain = _prefilled(built, _plain_step, batch=batch, padded=padded)
-    seen = _prefilled(built, lambda *args: KernelStep(*args, int8_head=False), batch=batch, padded=padded)
+    plain = _prefilled(built, lambda *_: PlainBetween(), batch=batch, padded=padded)
+    seen = _prefilled(built, KernelBetween, batch=batch, padded=padded)
     for ours, wanted in zip(seen, plain, strict=True):
         assert float((ours - wanted).norm() / wanted.norm()) < tolerance
-
-
-@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4"])
-def test_a_tiled_four_bit_product_is_the_layers_own(device: torch.device, kind: str) -> None:
-    """Of full width, one tile of tokens and several, with what it is added to: the layer's within rounding, and nothing dequantized beside it."""
-    from hpc_core.engine.kernel_step import KernelStep
-
-    decoder = decoder_of(_built(device, kind, shape="llama-3.2-3b").model)
-    step = KernelStep(decoder, StaticKeyValues(decoder, 1, 64), decoder.turns(64), int8_head=False)
-    for module in decoder.layers[-1].products:
-        product = step.prefill_product(module)
-        for tokens in (3, 32, 100, 400, 1500):
-            x = torch.randn(tokens, module.in_features, device=device, dtype=torch.bfloat16)
-            stream = torch.randn(tokens, module.out_features, device=device, dtype=torch.bfloat16)
-            with torch.no_grad():
-                wanted = module(x).float()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                seen = product(x)
-                took = torch.cuda.max_memory_allocated() - before
-                added = stream.clone()
-                product.add_to(added, x)
-            assert float((seen.float() - wanted).norm() / wanted.norm()) < 5e-3
-            assert float((added.float() - stream.float() - wanted).norm() / wanted.norm()) < 1e-2
-            assert product.dequantizes(tokens) or took < seen.nbytes + 1024
 
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4"])

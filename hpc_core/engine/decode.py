@@ -65,9 +65,7 @@ class GraphProgram(GenerateProgram):
         self.replays = 0
         """Steps of the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
-        self._prefill = Prefill(
-            self.decoder, self.cache, self._turns, self.step_of.between(), self.step_of.prefill_product
-        )
+        self._prefill = Prefill(self.decoder, self.cache, self._turns, self.step_of.between())
         self._logits: torch.Tensor | None = None
         self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
 from hpc_core.engine.by_eights import values_by_eights
 from hpc_core.engine.decoder import Decoder, Layer, kind_of
-from hpc_core.engine.four_bit_prefill import TiledFourBit
 from hpc_core.engine.prefill import Between
 from hpc_core.engine.prefill_kernels import KernelBetween
-from hpc_core.engine.prefill_products import PrefillProduct, prefill_product
 from hpc_core.engine.products import Early, Product, launched, product_of
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.engine.tuning import choose_blocks
@@ -53,7 +50,6 @@ class KernelStep:
         """Activations are stored by eights; see `vector_kernels`."""
         self._dummy = torch.zeros(1, dtype=decoder.dtype, device=decoder.device)
         self._layers = [self._prepared(layer) for layer in decoder.layers]
-        self._constants = dict(self._constants_of_modules())
         gain = self._gain(decoder.final_norm)
         self._final_gain = gain
         self._head = self._product([decoder.head], gain, permuted=(self._permuted, False), int8=int8_head)
@@ -84,13 +80,6 @@ class KernelStep:
             "gate_up": self._product(layer.gate_up, gains[1], gated=True, permuted=both),
             "down": self._product([layer.down], permuted=both),
         }
-
-    def _constants_of_modules(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """Block constants by the id of their 4-bit module."""
-        for layer, made in zip(self._decoder.layers, self._layers, strict=True):
-            for modules, name in zip((layer.qkv, [layer.output], layer.gate_up, [layer.down]), _PRODUCTS, strict=True):
-                if made[name].kind == "4-bit":
-                    yield from zip(map(id, modules), made[name].constants, strict=True)
 
     def _make_buffers(self) -> None:
         decoder, batch = self._decoder, self._batch
@@ -133,12 +122,6 @@ class KernelStep:
     def between(self) -> Between:
         """What a prefill does between products: our own kernels."""
         return KernelBetween(self._decoder, self._turns)
-
-    def prefill_product(self, module: Any) -> PrefillProduct:
-        """How a prefill multiplies by this module's weight: 4-bit ones by our own kernel, with the constants that decoding has."""
-        product = prefill_product(module, self._decoder.dtype)
-        constants = self._constants.get(id(module))
-        return product if constants is None else TiledFourBit(module, constants, product)
 
     def settle(self) -> dict[str, str]:
         """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""

@@ -11,7 +11,6 @@ import torch.nn.functional as functional
 from hpc_core.engine.decoder import Decoder, Layer
 from hpc_core.engine.packed_linear import times
 from hpc_core.engine.prefill import Between, PlainBetween
-from hpc_core.engine.prefill_products import PrefillProduct, prefill_product
 from hpc_core.engine.static_cache import StaticKeyValues
 
 __all__ = ["PlainStep", "attend", "turned"]
@@ -84,10 +83,6 @@ class PlainStep:
     def between(self) -> Between:
         """What a prefill does between products: torch's own operators."""
         return PlainBetween()
-
-    def prefill_product(self, module: Any) -> PrefillProduct:
-        """How a prefill multiplies by this module's weight: by torch, torchao or bitsandbytes."""
-        return prefill_product(module, self._decoder.dtype)
 
     def settle(self) -> dict[str, str]:
         """Nothing to choose."""

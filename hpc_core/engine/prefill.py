@@ -1,12 +1,11 @@
 """Prefill: a prompt's keys and values into the static cache, and the hidden state that its first token is chosen by.
 
 The whole cache is there already, with room for an answer that transformers' cache has yet to grow to. So a prefill takes little on top of it: it
-works on some rows at a time, and what is made is made in place where it can be, and let go at once.
+works on a quarter of the rows at a time, and what is made is made in place where it can be, and let go at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,17 +13,15 @@ import torch
 import torch.nn.functional as functional
 
 from hpc_core.engine.decoder import Decoder, Layer
-from hpc_core.engine.prefill_products import PrefillProduct
+from hpc_core.engine.prefill_products import PrefillProduct, prefill_product
 from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
 
 __all__ = ["Between", "Places", "PlainBetween", "Prefill"]
 
-_PARTS = 4
-"""Parts that the rows of a batch are taken in. One more costs the launches of a whole prefill once more; one less, a third more memory."""
-_PART_TOKENS = 256
-"""So many tokens are one part, whatever the batch: they take a few MiB."""
+_GROUPS = 4
+"""Parts that the rows of a batch are answered in. One more costs the launches of a whole prefill once more; one less, a third more memory."""
 _HALVED_TOKENS = 64
-"""From so many tokens on the MLP takes one half of them after the other: gate and up are most of what a layer makes."""
+"""From so many tokens on the MLP of plain weights takes one half of them after the other: gate and up are most of what a layer makes."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +96,7 @@ class _Products:
     gate: PrefillProduct
     up: PrefillProduct
     down: PrefillProduct
+    plain: bool
 
 
 class Prefill:
@@ -110,17 +108,20 @@ class Prefill:
         cache: StaticKeyValues,
         turns: tuple[torch.Tensor, torch.Tensor],
         between: Between,
-        product: Callable[[Any], PrefillProduct],
     ):
         self._decoder = decoder
         self._cache = cache
         self._turns = turns
         self._between = between
-        self._layers = [self._products(layer, product) for layer in decoder.layers]
+        self._layers = [self._products(layer) for layer in decoder.layers]
 
-    def _products(self, layer: Layer, product: Callable[[Any], PrefillProduct]) -> _Products:
-        q, k, v, output, gate, up, down = (product(module) for module in layer.products)
-        return _Products(layer, (q, k, v), output, gate, up, down)
+    def _products(self, layer: Layer) -> _Products:
+        def made(module: Any) -> PrefillProduct:
+            return prefill_product(module, self._decoder.dtype)
+
+        plain = not (self._decoder.four_bit or self._decoder.int4)
+        gate, up = (made(module) for module in layer.gate_up)
+        return _Products(layer, tuple(map(made, layer.qkv)), made(layer.output), gate, up, made(layer.down), plain)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Fill the cache from (batch, width) ids and give the last position's hidden state (batch, hidden), normed.
@@ -130,7 +131,7 @@ class Prefill:
         batch, width = ids.shape
         cache = self._cache
         cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
-        each = max(-(-batch // _PARTS), _PART_TOKENS // width)
+        each = -(-batch // _GROUPS)
         last = [
             self._group(slice(start, start + each), ids, padded=mask is not None) for start in range(0, batch, each)
         ]
@@ -183,8 +184,7 @@ class Prefill:
 
     def _feed_forward(self, products: _Products, stream: torch.Tensor) -> None:
         normed = self._between.normed(products.layer.post_norm, stream)
-        tokens = len(stream)
-        halves = 1 if tokens < _HALVED_TOKENS or products.gate.dequantizes(tokens) else 2
+        halves = 2 if products.plain and len(stream) >= _HALVED_TOKENS else 1
         for part, result in zip(normed.chunk(halves), stream.chunk(halves), strict=True):
             gate = self._between.gated(products.gate(part), products.up(part))
             products.down.add_to(result, gate)

@@ -31,15 +31,9 @@ class PrefillProduct(Protocol):
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
         """The same, added to the stream (tokens, out) in place."""
 
-    def dequantizes(self, tokens: int) -> bool:
-        """Whether a product of so many tokens first writes its matrix down dequantized: one of all tokens costs less than two of half of them."""
-
 
 class _ByModule:
     """Whatever multiplies by itself."""
-
-    def dequantizes(self, tokens: int) -> bool:
-        return True
 
     def __init__(self, module: Any):
         self._module = module
@@ -68,9 +62,6 @@ class _Plain:
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
         with at_module(self._module):
             stream.addmm_(x, self._turned)
-
-    def dequantizes(self, tokens: int) -> bool:
-        return False
 
 
 class Piece(NamedTuple):
@@ -122,7 +113,6 @@ class FourBit:
         self._pieces = list(pieces)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
         with at_module(self._module):
             parts = [self._times(x, piece) for piece in self._pieces]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -149,12 +139,7 @@ class FourBit:
         return product
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
-        """The same, added to the stream (tokens, out) in place."""
         stream += self(x)
-
-    def dequantizes(self, tokens: int) -> bool:
-        """Always."""
-        return True
 
 
 def prefill_product(module: Any, dtype: torch.dtype) -> PrefillProduct:
