@@ -11,12 +11,13 @@ import torch
 
 from hpc_core.build import Built, build
 from hpc_core.cases import generate
-from hpc_core.engine.capture import captured
+from hpc_core.engine.capture import captured, forget_workspaces
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.measure.counters import counting
 from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
 pytestmark = [
@@ -175,6 +176,65 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
                 took = torch.cuda.max_memory_allocated() - before
             assert float((seen.float() - wanted).norm() / wanted.norm()) < 1e-2
             assert took < 18 * 2**20 + 3 * seen.nbytes
+
+
+@pytest.mark.parametrize(("kind", "batch", "temperature"), [("plain", 1, None), ("nf4", 5, None), ("plain", 5, 2.0)])
+def test_a_captured_prefill_is_the_eager_one(
+    device: torch.device, kind: str, batch: int, temperature: float | None
+) -> None:
+    """Prompt after prompt: the same logits, token, cache and counters; and who follows operators sees all of them."""
+    built = _built(device, kind)
+    workload = GenerateSpec(
+        engine="graph", batch=batch, prompts=3, prompt_length=37, new_tokens=4, temperature=temperature
+    )
+    program = graph_program(built, workload)
+    assert program.first_tokens.captured
+    for index in (0, 1, 2, 0):
+        seen = []
+        for watched in (False, True):
+            program.chooser.begin(index)
+            with torch.no_grad():
+                program.first_tokens(index, watched=watched)
+            kept = program.cache.layers[-1].keys[:, :, :37].float()
+            seen.append((program.first_tokens.logits.float().clone(), kept, program.chooser.tokens.clone()))
+            assert (program.cache.length, int(program.cache.filled)) == (37, 37)
+        for replayed, eager in zip(seen[0][:2], seen[1][:2], strict=True):
+            assert float((replayed - eager).norm() / eager.norm()) < 1e-3
+        assert torch.equal(seen[0][2], seen[1][2])
+    with torch.no_grad(), counting() as counts:
+        program.first_tokens(0, watched=False)
+    assert counts.total > 30
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_a_captured_prefill_takes_what_an_eager_one_takes(device: torch.device, kind: str) -> None:
+    """Two layers of full width under a batch: what the allocator saw of the eager one, cuBLAS's workspace included, is hidden in the graph."""
+    built = _built(device, kind, shape="llama-3.2-3b")
+    program = graph_program(
+        built, GenerateSpec(engine="graph", batch=8, prompts=2, prompt_length=100, new_tokens=4, kernels="triton")
+    )
+    peaks = []
+    for watched in (True, False):
+        forget_workspaces()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            program.first_tokens(0, watched=watched)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() + (0 if watched else program.first_tokens.hidden_bytes))
+    assert abs(peaks[0] - peaks[1]) < 2**20
+    assert program.first_tokens.hidden_bytes < 48 * 2**20
+
+
+def test_long_prompts_are_left_to_eager_prefills(device: torch.device) -> None:
+    """They keep a GPU busy by themselves, and a graph would keep what they take."""
+    program = graph_program(
+        _built(device, "plain"), GenerateSpec(engine="graph", prompts=1, prompt_length=3000, new_tokens=4)
+    )
+    assert not program.first_tokens.worth_capturing
+    assert (program.first_tokens.captured, program.first_tokens.hidden_bytes) == (False, 0)
+    program.step()
+    assert program.replays == 3
 
 
 @pytest.mark.parametrize(

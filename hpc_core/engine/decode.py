@@ -17,6 +17,7 @@ from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import Captured, captured
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decoder import Decoder, decoder_of, int8_rows
+from hpc_core.engine.first_token import FirstTokens
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import Prefill
 from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
@@ -65,7 +66,14 @@ class GraphProgram(GenerateProgram):
         self.replays = 0
         """Steps of the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
-        self._prefill = Prefill(self.decoder, self.cache, self._turns, self.step_of.between())
+        prefill = Prefill(self.decoder, self.cache, self._turns, self.step_of.between())
+        inputs = [
+            (each["input_ids"], each["attention_mask"] if prompt.padded else None)
+            for each, prompt in zip(self.inputs, self.prompts, strict=True)
+        ]
+        self.first_tokens = FirstTokens(
+            self.decoder, self.cache, prefill, self.chooser, inputs, self.step_of.logits_buffer()
+        )
         self._logits: torch.Tensor | None = None
         self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)
@@ -102,8 +110,9 @@ class GraphProgram(GenerateProgram):
             torch.cuda.synchronize(self.device)
             tuned = time.perf_counter()
             self.captured = captured(self._decode, self.device, before=self._rewind, generator=self.chooser.generator)
+            self.first_tokens.capture(before=self._rewind)
             torch.cuda.synchronize(self.device)
-        self.hidden_bytes = self.captured.hidden_bytes
+        self.hidden_bytes = self.captured.hidden_bytes + self.first_tokens.hidden_bytes
         self.first_use_s = {"tune": tuned - began, "capture": time.perf_counter() - tuned}
 
     def _rewind(self) -> None:
@@ -153,16 +162,9 @@ class GraphProgram(GenerateProgram):
 
     def _begin(self, index: int) -> None:
         """Prefill, and the first token."""
-        inputs = self.inputs[index]
-        padded = self.prompts[index].padded > 0
         self.replays = 0
         self.chooser.begin(index)
-        last = self._prefill(inputs["input_ids"], inputs["attention_mask"] if padded else None)
-        self.chooser(self._first_logits(last))
-
-    def _first_logits(self, last: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.decoder.head(last)
-        return logits
+        self.first_tokens(index, watched=self.watched)
 
     def _all_ended(self, made: int) -> bool:
         every = self.workload.eos_every
@@ -183,14 +185,10 @@ class GraphProgram(GenerateProgram):
 
         (rows, tokens, vocabulary): the logits that chose `given[:, 0]`, then those after each given token but the last.
         """
-        inputs = self.inputs[index]
         found = []
         with torch.no_grad():
-            self.chooser.begin(index)
-            padded = self.prompts[index].padded > 0
-            mask = inputs["attention_mask"] if padded else None
-            last = self._prefill(inputs["input_ids"], mask)
-            found.append(self._first_logits(last)[:rows].float())
+            self._begin(index)
+            found.append(self.first_tokens.logits[:rows].float())
             for at in range(given.shape[1] - 1):
                 self.chooser.tokens.copy_(given[:, at])
                 self._advance()

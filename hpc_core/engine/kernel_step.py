@@ -123,6 +123,10 @@ class KernelStep:
         """What a prefill does between products: our own kernels."""
         return KernelBetween(self._decoder, self._turns)
 
+    def logits_buffer(self) -> torch.Tensor:
+        """(batch, vocabulary) that the first token's logits may be left in: that of the others."""
+        return self._logits
+
     def settle(self) -> dict[str, str]:
         """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""
         if self._decoder.device.type == "cpu":

@@ -84,6 +84,11 @@ class PlainStep:
         """What a prefill does between products: torch's own operators."""
         return PlainBetween()
 
+    def logits_buffer(self) -> torch.Tensor:
+        """(batch, vocabulary) that the first token's logits may be left in."""
+        decoder = self._decoder
+        return torch.zeros(self._cache.batch, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
+
     def settle(self) -> dict[str, str]:
         """Nothing to choose."""
         return {}

@@ -18,8 +18,8 @@ from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
 
 __all__ = ["Between", "Places", "PlainBetween", "Prefill"]
 
-_GROUPS = 4
-"""Parts that the rows of a batch are answered in. One more costs the launches of a whole prefill once more; one less, a third more memory."""
+_PARTS = 4
+"""Parts that the rows of a batch are taken in. One more costs the launches of a whole prefill once more; one less, a third more memory."""
 _HALVED_TOKENS = 64
 """From so many tokens on the MLP of plain weights takes one half of them after the other: gate and up are most of what a layer makes."""
 
@@ -117,7 +117,7 @@ class Prefill:
 
     def _products(self, layer: Layer) -> _Products:
         def made(module: Any) -> PrefillProduct:
-            return prefill_product(module, self._decoder.dtype)
+            return prefill_product(module, self._decoder.dtype, batch=self._cache.batch)
 
         plain = not (self._decoder.four_bit or self._decoder.int4)
         gate, up = (made(module) for module in layer.gate_up)
@@ -131,13 +131,16 @@ class Prefill:
         batch, width = ids.shape
         cache = self._cache
         cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
-        each = -(-batch // _GROUPS)
-        last = [
-            self._group(slice(start, start + each), ids, padded=mask is not None) for start in range(0, batch, each)
-        ]
+        each = self.rows_at_once(batch)
+        last = [self._part(slice(start, start + each), ids, padded=mask is not None) for start in range(0, batch, each)]
         return last[0] if len(last) == 1 else torch.cat(last)
 
-    def _group(self, rows: slice, ids: torch.Tensor, *, padded: bool) -> torch.Tensor:
+    @staticmethod
+    def rows_at_once(batch: int) -> int:
+        """Rows of a part."""
+        return -(-batch // _PARTS)
+
+    def _part(self, rows: slice, ids: torch.Tensor, *, padded: bool) -> torch.Tensor:
         places = self._places(rows, ids.shape[1], padded=padded)
         stream = self._decoder.embedding[ids[rows]].flatten(0, 1)
         for products, whole in zip(self._layers, self._cache.layers, strict=True):

@@ -16,8 +16,9 @@ from hpc_core.engine.decoder import kind_of
 
 __all__ = ["PrefillProduct", "pieces_of", "prefill_product"]
 
-_PIECE_BYTES = 17 * 2**20
-"""At most so much of a matrix is dequantized at a time: a third of Llama-3.2-3B's largest."""
+_PIECE_BYTES, _PIECE_BYTES_OF_A_BATCH = 25 * 2**20, 6 * 2**20
+"""At most so much of a matrix is dequantized at a time: half of Llama-3.2-3B's largest, and an eighth. transformers' `generate` dequantizes whole ones
+while its cache is small; under a batch it is later, with a full cache and nothing dequantized, that it takes most."""
 _ROWS_STEP = 256
 """Rows of a piece are a multiple of so many: constants that are quantized again have theirs by 256 blocks of 64 weights."""
 
@@ -74,7 +75,7 @@ class Piece(NamedTuple):
     bias: torch.Tensor | None
 
 
-def pieces_of(module: Any, at_most_bytes: int = _PIECE_BYTES) -> list[Piece]:
+def pieces_of(module: Any, at_most_bytes: int) -> list[Piece]:
     """Views of a 4-bit layer's matrix, each of about as many rows, of which each takes at most so many bytes when it is dequantized."""
     state = module.weight.quant_state
     rows, columns = state.shape
@@ -142,14 +143,14 @@ class FourBit:
         stream += self(x)
 
 
-def prefill_product(module: Any, dtype: torch.dtype) -> PrefillProduct:
-    """How a prefill whose activations have this type multiplies by the module's weight."""
+def prefill_product(module: Any, dtype: torch.dtype, *, batch: int = 1) -> PrefillProduct:
+    """How a prefill of so many rows, whose activations have this type, multiplies by the module's weight."""
     kind = kind_of(module)
     if kind == "plain":
         return _Plain(module)
     # A CPU's 4-bit weights may be packed anew by their first product.
     if kind == "4-bit" and module.weight.is_cuda and _in_pieces(module, dtype):
-        return FourBit(module, pieces_of(module))
+        return FourBit(module, pieces_of(module, _PIECE_BYTES if batch == 1 else _PIECE_BYTES_OF_A_BATCH))
     return _ByModule(module)
 
 

@@ -32,9 +32,11 @@ def program_of(session: Session, built: Built, workload: GenerateSpec) -> Genera
     for name, seconds in program.first_use_s.items():
         session.metrics[f"first_use_{name}_s"] = reported(seconds, "s", note="once a process")
     if program.captured is not None:
-        session.metrics["graph_pool_bytes"] = measured_bytes(
-            program.hidden_bytes, machine=True, note="of a captured token; part of every peak"
-        )
+        pools = {"graph": program.captured.hidden_bytes, "first_token": program.first_tokens.hidden_bytes}
+        for name, of in (("graph", "a captured token"), ("first_token", "captured prefills")):
+            session.metrics[f"{name}_pool_bytes"] = measured_bytes(
+                pools[name], machine=True, note=f"of {of}; part of every peak"
+            )
     if program.why_eager is not None:
         session.notes.append(f"engine: {program.why_eager}")
     session.notes += [f"engine: {name} runs with {text} each" for name, text in program.chosen_blocks.items()]
@@ -55,6 +57,10 @@ def engine_itself(session: Session, program: GenerateProgram) -> dict[str, Fact]
     return {
         "engine": Fact(asked="graph", seen="graph"),
         "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
+        # A long prompt keeps a GPU busy without a graph, and many prompts get none.
+        "captured_prefill": Fact(
+            asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.captured
+        ),
         "kernels": Fact(asked=program.workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
         "head": Fact(asked=program.workload.head, seen=program.step_of.head),
     }

@@ -73,6 +73,8 @@ class GenerateProgram:
         """Tensors of the program's own, by category of memory."""
         self.hidden_bytes = 0
         """Memory that each query takes and the allocator's counters do not show: a captured graph's."""
+        self.watched = False
+        """Whether somebody records single allocations: what is captured then runs operator by operator where it can."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
         generation = getattr(built.model, "generation_config")  # noqa: B009
         generation.eos_token_id = None

@@ -1,0 +1,104 @@
+"""The first token of each prompt: prefill, head, choice. On a GPU as a CUDA graph a prompt, where launching it would take longer than running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.modules import module as hooks
+
+from hpc_core.engine.at_module import at_module
+from hpc_core.engine.capture import Captured, captured, forget_workspaces
+from hpc_core.engine.choosing import Chooser
+from hpc_core.engine.decoder import Decoder, kind_of
+from hpc_core.engine.prefill import Prefill
+from hpc_core.engine.static_cache import StaticKeyValues
+
+__all__ = ["FirstTokens"]
+
+_MOST_PROMPTS = 8
+"""Prompts that get a graph of their own."""
+_LONG_PART_TOKENS = 2048
+"""A part of so many tokens keeps a GPU busy for longer than a host takes to launch it, and what a graph holds grows with them."""
+
+
+class FirstTokens:
+    """Fills the cache from one of the prompts, and chooses the token that follows it."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: StaticKeyValues,
+        prefill: Prefill,
+        chooser: Chooser,
+        prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        logits: torch.Tensor,
+    ):
+        """`prompts`: ids (batch, width), and the mask where a row is padded. They are read where they lie, also by every replay."""
+        self._cache = cache
+        self._prefill = prefill
+        self._chooser = chooser
+        self._prompts = prompts
+        self._head = decoder.head
+        # Plain rows are multiplied into the buffer itself; other heads give a tensor of their own, which is copied.
+        self._rows = decoder.head.weight.detach().t() if kind_of(decoder.head) == "plain" else None
+        self.logits = logits
+        """(batch, vocabulary) that the first token of the last query was chosen by, until its next token is made."""
+        self._graphs: dict[int, Captured] = {}
+
+    @property
+    def hidden_bytes(self) -> int:
+        """What replays take and the allocator's counters do not show. Graphs share their memory: no two run at once."""
+        return max((graph.hidden_bytes for graph in self._graphs.values()), default=0)
+
+    @property
+    def worth_capturing(self) -> bool:
+        """Whether graphs are there for a GPU: few prompts, and parts that take longer to launch than to run."""
+        rows = self._prefill.rows_at_once(self._cache.batch)
+        longest = max(ids.shape[1] for ids, _ in self._prompts)
+        return len(self._prompts) <= _MOST_PROMPTS and rows * longest < _LONG_PART_TOKENS
+
+    @property
+    def captured(self) -> bool:
+        """Whether every prompt has its graph."""
+        return len(self._graphs) == len(self._prompts)
+
+    def capture(self, *, before: Callable[[], None]) -> None:
+        """One graph a prompt, if that is worth it; `before` puts back what choosing a token changes."""
+        if not self.worth_capturing:
+            return
+        pool: Any = torch.cuda.graph_pool_handle()
+        for index in range(len(self._prompts)):
+            self._graphs[index] = captured(
+                lambda index=index: self._run(index),  # type: ignore[misc]
+                self.logits.device,
+                before=before,
+                generator=self._chooser.generator,
+                pool=pool,
+            )
+
+    def __call__(self, index: int, *, watched: bool) -> None:
+        """The first token after the prompt at this index. `watched`, or under whoever follows operators or modules, operator by operator."""
+        graph = None if watched or _followed() else self._graphs.get(index)
+        if graph is None:
+            self._run(index)
+            return
+        forget_workspaces()  # of products since the last query: the graph has its own
+        graph()
+        self._cache.length = self._prompts[index][0].shape[1]
+
+    def _run(self, index: int) -> None:
+        last = self._prefill(*self._prompts[index])
+        if self._rows is None:
+            self.logits.copy_(self._head(last))
+        else:
+            with at_module(self._head):
+                torch.mm(last, self._rows, out=self.logits)
+        self._chooser(self.logits)
+
+
+def _followed() -> bool:
+    modes: Any = torch._C
+    whole: Any = hooks
+    return bool(modes._len_torch_dispatch_stack() or whole._global_forward_hooks or whole._global_forward_pre_hooks)
