@@ -71,7 +71,7 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
     head: Literal["plain", "int8"] = "plain"
     """int8: the graph engine decodes with a copy of the head in int8, a scale a row."""
     cache_step: int = 256
-    """The graph engine's cache has room in steps of at most so many tokens: of the power of two below a 64th of what is needed, where that is less."""
+    """The graph engine's cache has room in steps of at most so many tokens: of the power of two below a 128th of what is needed, where that is less."""
     eos_every: int | None = None
     """The graph engine stops where every row has ended, and looks every so many tokens; None never looks, as `engine="stock"` does."""
     temperature: float | None = None

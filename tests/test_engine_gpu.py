@@ -163,9 +163,9 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
 
     layer = decoder_of(_built(device, kind, shape="llama-3.2-3b").model).layers[0]
     for module in (layer.qkv[0], layer.gate_up[0], layer.down):
-        product = prefill_product(module, torch.bfloat16)
-        assert isinstance(product, FourBit)
-        for tokens in (3, 100, 400):
+        for batch, tokens, piece in ((1, 3, 26), (1, 100, 26), (4, 100, 7), (4, 400, 7)):
+            product = prefill_product(module, torch.bfloat16, batch=batch)
+            assert isinstance(product, FourBit)
             x = torch.randn(tokens, module.in_features, device=device, dtype=torch.bfloat16)
             with torch.no_grad():
                 wanted = module(x).float()
@@ -175,7 +175,7 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
                 seen = product(x)
                 took = torch.cuda.max_memory_allocated() - before
             assert float((seen.float() - wanted).norm() / wanted.norm()) < 1e-2
-            assert took < 18 * 2**20 + 3 * seen.nbytes
+            assert took < piece * 2**20 + 2 * seen.nbytes
 
 
 @pytest.mark.parametrize(("kind", "batch", "temperature"), [("plain", 1, None), ("nf4", 5, None), ("plain", 5, 2.0)])
@@ -222,7 +222,7 @@ def test_a_captured_prefill_takes_what_an_eager_one_takes(device: torch.device, 
             program.first_tokens(0, watched=watched)
         torch.cuda.synchronize()
         peaks.append(torch.cuda.max_memory_allocated() + (0 if watched else program.first_tokens.hidden_bytes))
-    assert abs(peaks[0] - peaks[1]) < 2**20
+    assert abs(peaks[0] - peaks[1]) < 2 * 2**20  # of blocks that the allocator does not split
     assert program.first_tokens.hidden_bytes < 48 * 2**20
 
 

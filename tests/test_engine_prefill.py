@@ -13,7 +13,7 @@ from hpc_core.build.libraries import library
 from hpc_core.cases import generate
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.prefill import PlainBetween, Prefill
-from hpc_core.engine.prefill_products import FourBit, pieces_of, prefill_product
+from hpc_core.engine.prefill_products import FourBit, gated_product, pieces_of, prefill_product
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.measure.places import following
 from hpc_core.measure.storages import StorageWatch
@@ -108,6 +108,25 @@ def test_a_four_bit_matrix_in_pieces_multiplies_as_the_whole(nested: bool, biase
     added = stream.clone()
     product.add_to(added, x)
     torch.testing.assert_close(added, stream + wanted)
+
+
+def test_gate_and_up_in_pieces_are_those_of_whole_matrices() -> None:
+    """Of equal pieces, of pieces that differ, and of one piece each."""
+    torch.manual_seed(4)
+    nn = library("bitsandbytes", "4-bit layers").nn
+    gate, up = (
+        nn.Linear4bit(64, 700, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        .requires_grad_(False)
+        .to("cpu")
+        for _ in range(2)
+    )
+    x = torch.randn(6, 64)
+    wanted = torch.nn.functional.silu(gate(x)) * up(x)
+    for ours, theirs in ((256, 256), (256, 512), (1024, 1024)):
+        first, second = (
+            FourBit(layer, pieces_of(layer, rows * 64 * 4)) for layer, rows in ((gate, ours), (up, theirs))
+        )
+        torch.testing.assert_close(gated_product(first, second, x, PlainBetween().gated), wanted)
 
 
 def test_pieces_hold_every_row_once() -> None:

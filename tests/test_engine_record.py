@@ -35,7 +35,7 @@ def test_a_record_says_what_ran_and_how_it_compares() -> None:
     said = {"engine": "graph", "captured": False, "kernels": "torch", "head": "plain", "steps": 4, "cache_length": 16}
     assert {name: facts[name] for name in said} == said
     assert any("no CUDA" in note for note in record.circumstances.notes)
-    assert record.metrics["kv_cache_bytes"].value == 2 * 3 * 2 * 20 * 32 * 2  # layers, groups, places, width, bytes
+    assert record.metrics["kv_cache_bytes"].value == 2 * 3 * 2 * 19 * 32 * 2  # layers, groups, places, width, bytes
     assert record.metrics["unexplained_bytes"].value == 0
     assert 0 < record.metrics["logits_error"].value < 1e-2
     assert record.metrics["logits_error_to_stock"].value < 1e-2

@@ -50,10 +50,9 @@ class GraphProgram(GenerateProgram):
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
         self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
         super().__init__(built, workload, prompts)
-        longest = max(len(prompt.ids[0]) for prompt in prompts)
-        self.cache = StaticKeyValues(
-            self.decoder, workload.batch, capacity_for(longest + workload.new_tokens, workload.cache_step)
-        )
+        # The last token is handed out and never fed back.
+        longest = max(len(prompt.ids[0]) for prompt in prompts) + workload.new_tokens - 1
+        self.cache = StaticKeyValues(self.decoder, workload.batch, capacity_for(longest, workload.cache_step))
         self._turns = self.decoder.turns(self.cache.capacity)
         on_gpu = self.device.type == "cuda"
         self.why_eager = None if on_gpu else "no CUDA on this device: the step runs eagerly in plain torch"

@@ -55,9 +55,8 @@ class FirstTokens:
     @property
     def worth_capturing(self) -> bool:
         """Whether graphs are there for a GPU: few prompts, and parts that take longer to launch than to run."""
-        rows = self._prefill.rows_at_once(self._cache.batch)
         longest = max(ids.shape[1] for ids, _ in self._prompts)
-        return len(self._prompts) <= _MOST_PROMPTS and rows * longest < _LONG_PART_TOKENS
+        return len(self._prompts) <= _MOST_PROMPTS and self._prefill.rows_at_once * longest < _LONG_PART_TOKENS
 
     @property
     def captured(self) -> bool:

@@ -1,7 +1,7 @@
 """Prefill: a prompt's keys and values into the static cache, and the hidden state that its first token is chosen by.
 
 The whole cache is there already, with room for an answer that transformers' cache has yet to grow to. So a prefill takes little on top of it: it
-works on a quarter of the rows at a time, and what is made is made in place where it can be, and let go at once.
+works on a third or a quarter of the rows at a time, and what is made is made in place where it can be, and let go at once.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as functional
 
 from hpc_core.engine.decoder import Decoder, Layer
-from hpc_core.engine.prefill_products import PrefillProduct, prefill_product
+from hpc_core.engine.prefill_products import PrefillProduct, gated_product, prefill_product
 from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
 
 __all__ = ["Between", "Places", "PlainBetween", "Prefill"]
 
-_PARTS = 4
-"""Parts that the rows of a batch are taken in. One more costs the launches of a whole prefill once more; one less, a third more memory."""
+_PARTS, _PARTS_IN_FOUR_BITS = 4, 3
+"""Parts that the rows of a batch are taken in. One more reads all weights, and dequantizes them, once more; one less takes a third more memory."""
 _HALVED_TOKENS = 64
 """From so many tokens on the MLP of plain weights takes one half of them after the other: gate and up are most of what a layer makes."""
 
@@ -131,14 +131,14 @@ class Prefill:
         batch, width = ids.shape
         cache = self._cache
         cache.begin(width, None if mask is None else (width - mask.sum(1)).to(torch.int32))
-        each = self.rows_at_once(batch)
+        each = self.rows_at_once
         last = [self._part(slice(start, start + each), ids, padded=mask is not None) for start in range(0, batch, each)]
         return last[0] if len(last) == 1 else torch.cat(last)
 
-    @staticmethod
-    def rows_at_once(batch: int) -> int:
+    @property
+    def rows_at_once(self) -> int:
         """Rows of a part."""
-        return -(-batch // _PARTS)
+        return -(-self._cache.batch // (_PARTS_IN_FOUR_BITS if self._decoder.four_bit else _PARTS))
 
     def _part(self, rows: slice, ids: torch.Tensor, *, padded: bool) -> torch.Tensor:
         places = self._places(rows, ids.shape[1], padded=padded)
@@ -189,6 +189,6 @@ class Prefill:
         normed = self._between.normed(products.layer.post_norm, stream)
         halves = 2 if products.plain and len(stream) >= _HALVED_TOKENS else 1
         for part, result in zip(normed.chunk(halves), stream.chunk(halves), strict=True):
-            gate = self._between.gated(products.gate(part), products.up(part))
-            products.down.add_to(result, gate)
-            del gate
+            inner = gated_product(products.gate, products.up, part, self._between.gated)
+            products.down.add_to(result, inner)
+            del inner

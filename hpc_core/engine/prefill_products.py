@@ -6,7 +6,8 @@ What a product takes beside its result is kept small, since a static cache is th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from hpc_core.engine.at_module import at_module
 from hpc_core.engine.decoder import kind_of
 
-__all__ = ["PrefillProduct", "pieces_of", "prefill_product"]
+__all__ = ["FourBit", "PrefillProduct", "gated_product", "pieces_of", "prefill_product"]
 
 _PIECE_BYTES, _PIECE_BYTES_OF_A_BATCH = 25 * 2**20, 6 * 2**20
 """At most so much of a matrix is dequantized at a time: half of Llama-3.2-3B's largest, and an eighth. transformers' `generate` dequantizes whole ones
@@ -109,17 +110,26 @@ class FourBit:
     """bitsandbytes' 4-bit layer, by its own product, a piece of the matrix after the other."""
 
     def __init__(self, module: Any, pieces: Iterable[Piece]):
-        self._module = module
+        self.module = module
         self._state = module.weight.quant_state
         self._pieces = list(pieces)
+        ends = list(itertools.accumulate((piece.shape[0] for piece in self._pieces), initial=0))
+        self.parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
+        """Columns of the result, a piece each."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        with at_module(self._module):
-            parts = [self._times(x, piece) for piece in self._pieces]
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
+        with at_module(self.module):
+            if len(self._pieces) == 1:
+                return self.times(x, 0)
+            whole = x.new_empty((len(x), self.parts[-1].stop))
+            for index, part in enumerate(self.parts):
+                whole[:, part] = self.times(x, index)
+            return whole
 
-    def _times(self, x: torch.Tensor, piece: Piece) -> torch.Tensor:
-        state = self._state
+    def times(self, x: torch.Tensor, index: int) -> torch.Tensor:
+        """The columns of one piece."""
+        state, piece = self._state, self._pieces[index]
         again: dict[str, Any] = {}
         if state.nested:
             again = {
@@ -140,7 +150,29 @@ class FourBit:
         return product
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
-        stream += self(x)
+        """The same, added to the stream (tokens, out) in place."""
+        with at_module(self.module):
+            for index, part in enumerate(self.parts):
+                stream[:, part] += self.times(x, index)
+
+
+def gated_product(
+    gate: PrefillProduct,
+    up: PrefillProduct,
+    x: torch.Tensor,
+    gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`gated` of both products of x (tokens, in): (tokens, out). Of two that are in equal pieces, piece by piece, so that neither is ever there whole."""
+    if not (isinstance(gate, FourBit) and isinstance(up, FourBit) and len(gate.parts) > 1 and gate.parts == up.parts):
+        return gated(gate(x), up(x))
+    inner = x.new_empty((len(x), gate.parts[-1].stop))
+    for index, part in enumerate(gate.parts):
+        with at_module(gate.module):
+            first = gate.times(x, index)
+        with at_module(up.module):
+            second = up.times(x, index)
+        inner[:, part] = gated(first, second)
+    return inner
 
 
 def prefill_product(module: Any, dtype: torch.dtype, *, batch: int = 1) -> PrefillProduct:

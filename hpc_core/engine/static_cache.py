@@ -11,12 +11,12 @@ from hpc_core.engine.decoder import Decoder
 __all__ = ["StaticKeyValues", "capacity_for"]
 
 
-_SHARE = 64
+_SHARE = 128
 """Room beyond what is needed is less than such a share of it."""
 
 
 def capacity_for(tokens: int, step: int) -> int:
-    """Places a row for so many tokens, rounded up in steps of at most `step`, and of at most a 64th of what is needed.
+    """Places a row for so many tokens, rounded up in steps of at most `step`, and of at most a 128th of what is needed.
 
     Lengths near each other meet the same shapes, and a short answer under a large batch does not pay for a long one: a step is a power of two.
     """
