@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from hpc_core.cases import ALL, SWEEP, catalogue
 from hpc_core.errors import SpecError
-from hpc_core.limits import GiB, Limits
+from hpc_core.limits import GiB, Limits, MiB
 from hpc_core.record import Metric, Record, record_to_json
 from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
+from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.twins import are_twins, changed_work, work_of
 from hpc_core.spec import Case, FinetuneSpec
 from tests.strategies import a_record, around, busy, cases, peak, wall
@@ -208,3 +209,17 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     told = record_to_json(msgspec.structs.replace(record, circumstances=there))
     (tmp_path / "lora-tuned.history.jsonl").write_bytes(told + b"\n")
     assert list(accepted_records(tmp_path)) == ["llama-3.2-3b/lora-tuned"]
+
+
+@given(theirs=st.integers(1, 10**12), over=st.integers(-(10**9), 10**9))
+def test_memory_above_the_twins_is_told_with_its_size(theirs: int, over: int) -> None:
+    """A peak above the stock one by more than the gate allows is named; one within that, or below, is only counted."""
+    mine = max(1, theirs + over)
+    stock, engine = (
+        _record(name, {"peak_bytes": peak(value)}) for name, value in (("lora-nodrop", theirs), ("lora-tuned", mine))
+    )
+    told = memory_told([(stock, engine)])
+    above = mine - theirs > max(2 * MiB, 0.0005 * theirs)
+    assert ("lora-tuned` by" in told) is above
+    assert ("0 of 1 rows" if above else "1 of 1 rows") in told
+    assert memory_told([]) == ""

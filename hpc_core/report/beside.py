@@ -17,6 +17,7 @@ from hpc_core.limits import GiB
 from hpc_core.physics.floors import decode_floor, train_floor
 from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record import Record, record_from_json
+from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.beside_words import HEAD
 from hpc_core.report.twins import changed_work, twins_of
 from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
@@ -58,6 +59,9 @@ def _of_machine(twins: Iterable[Group], records: Mapping[str, Record]) -> list[s
         if shown:
             parts += [title, _table(columns, shown, records)]
     rows = tuple(case for case in SWEEP if case.kind == "finetune" and _of_recorded_rows(case))
+    pairs = [(stock, case) for stock, others in twins for case in others if {stock.id, case.id} <= records.keys()]
+    if told := memory_told((records[stock.id], records[case.id]) for stock, case in pairs):
+        parts.append(told)
     if any(case.id in records for case in rows):
         parts += ["### An epoch of the report's own rows", _table(_EPOCH, [(rows[0], rows[1:])], records)]
     return parts
