@@ -118,7 +118,7 @@ def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iter
     if isinstance(program, GraphProgram):
         yield "first_use_s", {key: round(value, 1) for key, value in program.first_use_s.items()}
         yield "blocks", program.chosen_blocks
-        yield "graph_pool_bytes", program.hidden_bytes
+        yield "pool_bytes", program.hidden_bytes
     yield "warm_up_s", [round(seconds_of(program.step, program.device), 2) for _ in range(2)]
     on_gpu = program.device.type == "cuda"
     if on_gpu:

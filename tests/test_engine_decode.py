@@ -96,6 +96,33 @@ def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, na
         assert len(set(engine.answer_ids()[0])) > 1
 
 
+class _OneBuffer:
+    """A step that leaves every token's logits in the same tensor, as our kernels and a captured step do."""
+
+    def __init__(self, step: Any):
+        self._step = step
+        self._buffer: torch.Tensor | None = None
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._step(tokens)
+        self._buffer = logits.clone() if self._buffer is None else self._buffer.copy_(logits)
+        return self._buffer
+
+
+def test_logits_of_each_place_are_kept_though_a_step_has_one_buffer(plain: Built) -> None:
+    """In float32, where a change of type copies nothing: those of the model's own forward, at every answered place."""
+    engine, _ = _both(plain, batch=2, new_tokens=6)
+    engine.step_of = _OneBuffer(engine.step_of)
+    draw = torch.Generator().manual_seed(1)
+    for index in (0, 1):
+        given = torch.randint(3, 250, (2, 6), generator=draw)
+        seen = engine.logits_after(index, given, 2)
+        ids = engine.inputs[index]["input_ids"]
+        with torch.no_grad():
+            whole = cast("Any", plain.model)(input_ids=torch.cat([ids, given[:, :-1]], dim=1), use_cache=False).logits
+        torch.testing.assert_close(seen, whole[:, ids.shape[1] - 1 :], rtol=1e-4, atol=1e-4)
+
+
 def test_padded_prompts_are_answered_as_generate_answers_them(plain: Built) -> None:
     """Rows padded on the left count their positions from their first token, and see no padding."""
     ids = [[0] * 14 + list(range(3, 9)), list(range(100, 120)), [0] * 3 + list(range(40, 57))]

@@ -11,8 +11,9 @@ import torch
 
 from hpc_core.build import Built, build
 from hpc_core.cases import generate
+from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import captured, forget_workspaces
-from hpc_core.engine.decode import graph_program
+from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import PlainBetween, Prefill
@@ -188,7 +189,7 @@ def test_a_captured_prefill_is_the_eager_one(
         engine="graph", batch=batch, prompts=3, prompt_length=37, new_tokens=4, temperature=temperature
     )
     program = graph_program(built, workload)
-    assert program.first_tokens.captured
+    assert program.first_tokens.all_captured
     for index in (0, 1, 2, 0):
         seen = []
         for watched in (False, True):
@@ -204,6 +205,29 @@ def test_a_captured_prefill_is_the_eager_one(
     with torch.no_grad(), counting() as counts:
         program.first_tokens(0, watched=False)
     assert counts.total > 30
+
+
+def test_captured_prefills_of_padded_prompts_and_several_widths_keep_apart(device: torch.device) -> None:
+    """Graphs that share their memory, replayed in another order than they were captured in: each gives its own prompt's logits, without the padding."""
+    built = _built(device, "plain", "float32")
+    draw = torch.Generator().manual_seed(3)
+    prompts = []
+    for width, padding in ((37, 11), (20, 0), (29, 5)):
+        ids = torch.randint(3, 1000, (3, width), generator=draw).tolist()
+        mask = [[0] * padding + [1] * (width - padding), [1] * width, [1] * width]
+        prompts.append(PromptBatch(ids, mask if padding else None, 3 * width - padding, padding))
+    program = GraphProgram(built, GenerateSpec(engine="graph", batch=3, prompts=3, new_tokens=4), prompts)
+    assert program.first_tokens.all_captured
+    for index in (2, 0, 1, 0):
+        program.steps_done = index
+        program.step()
+        inputs = program.inputs[index]
+        positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        program._begin(index)
+        with torch.no_grad():
+            wanted = built.model(**inputs, position_ids=positions, use_cache=False).logits[:, -1]
+        assert float((program.first_tokens.logits - wanted).norm() / wanted.norm()) < 1e-4
+    assert program.first_tokens.all_replayed
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
@@ -232,7 +256,7 @@ def test_long_prompts_are_left_to_eager_prefills(device: torch.device) -> None:
         _built(device, "plain"), GenerateSpec(engine="graph", prompts=1, prompt_length=3000, new_tokens=4)
     )
     assert not program.first_tokens.worth_capturing
-    assert (program.first_tokens.captured, program.first_tokens.hidden_bytes) == (False, 0)
+    assert (program.first_tokens.all_captured, program.first_tokens.hidden_bytes) == (False, 0)
     program.step()
     assert program.replays == 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, cast
 
 import pytest
@@ -11,13 +12,16 @@ import transformers
 from hpc_core.build import build
 from hpc_core.build.libraries import library
 from hpc_core.cases import generate
+from hpc_core.engine.at_module import at_module
+from hpc_core.engine.capture import forget_workspaces, keep_workspaces
+from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.prefill_products import FourBit, gated_product, pieces_of, prefill_product
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.measure.places import following
 from hpc_core.measure.storages import StorageWatch
-from hpc_core.spec import ModelSpec, QuantSpec
+from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
 CPU = torch.device("cpu")
 
@@ -167,3 +171,57 @@ def test_whoever_follows_modules_sees_each_at_work() -> None:
     for path in ("self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp.down_proj"):
         assert seen[f"model.layers.*.{path}"].calls == 4
     assert places.here() == ""
+
+
+def test_hooks_that_take_keywords_see_each_module_too() -> None:
+    """A global hook registered `with_kwargs` gets empty ones; its handle removed, nothing is called."""
+    seen: list[Any] = []
+    linear = torch.nn.Linear(2, 2)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *given: seen.append(given), with_kwargs=True)
+    with at_module(linear):
+        assert seen == []
+    assert seen == [(linear, (), {}, None)]
+    handle.remove()
+    with at_module(linear):
+        pass
+    assert len(seen) == 1
+
+
+def test_workspaces_are_kept_while_a_graph_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training step's graph was captured on a stream that had a workspace already: until it is gone nothing is let go."""
+
+    class Graph:
+        pass
+
+    called: list[bool] = []
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: called.append(True), raising=False)
+    forget_workspaces()
+    assert called == [True]
+    graph = Graph()
+    keep_workspaces(graph)
+    forget_workspaces()
+    assert called == [True]
+    del graph
+    gc.collect()
+    forget_workspaces()
+    assert called == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "length", "batch", "why"),
+    [
+        (2, 40, 1, ""),
+        (9, 40, 1, "9 prompts, at most 8"),
+        (1, 2047, 1, ""),
+        (1, 2048, 1, "parts of 2048"),
+        (1, 600, 16, "parts of 2400"),
+    ],
+)
+def test_prefills_that_get_no_graph_say_why(prompts: int, length: int, batch: int, why: str) -> None:
+    """Many prompts, or parts so long that a GPU is busy without: the reason is there before anything runs."""
+    built = build(generate(ModelSpec(shape="tiny", layers=1)), CPU)
+    workload = GenerateSpec(engine="graph", prompts=prompts, prompt_length=length, batch=batch, new_tokens=2)
+    first = graph_program(built, workload).first_tokens
+    assert first.why_not.startswith(why)
+    assert first.worth_capturing is (why == "")
+    assert not first.all_captured

@@ -13,7 +13,7 @@ __all__ = ["at_module"]
 
 @contextlib.contextmanager
 def at_module(module: Any) -> Iterator[None]:
-    """torch's global hooks of forwards run as if this module's forward were the block; they are given no input and no output.
+    """torch's global hooks of forwards run as if this module's forward were the block; they are given no input and no output. Its own hooks do not.
 
     What a profile says of a place then holds for work that is done with a module's weights and not by the module.
     """
@@ -23,5 +23,8 @@ def at_module(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for hook in tuple(whole._global_forward_hooks.values()):
-            hook(module, (), None)
+        for key, hook in tuple(whole._global_forward_hooks.items()):
+            if key in whole._global_forward_hooks_with_kwargs:
+                hook(module, (), {}, None)
+            else:
+                hook(module, (), None)

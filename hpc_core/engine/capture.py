@@ -6,10 +6,11 @@ import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
-__all__ = ["Captured", "captured", "forget_workspaces"]
+__all__ = ["Captured", "captured", "forget_workspaces", "keep_workspaces"]
 
 _WARM_UPS = 3
 
@@ -26,11 +27,23 @@ class Captured:
         self.graph.replay()
 
 
-def forget_workspaces() -> None:
-    """Let cuBLAS's workspaces go: 32 MiB on Hopper for each stream that ever multiplied, until the end of the process.
+_OUTSIDE: WeakSet[Any] = WeakSet()
+"""Graphs whose cuBLAS workspace lies outside their pool."""
 
-    One that a graph was captured with stays in the graph's private pool, where its replays go on using it.
+
+def keep_workspaces(graph: Any) -> None:
+    """While this graph lives no workspace is let go: it was captured on a stream that had one already, and its replays write there."""
+    _OUTSIDE.add(graph)
+
+
+def forget_workspaces() -> None:
+    """Let all of this process's cuBLAS workspaces go: 32 MiB on Hopper for each stream that ever multiplied, until the end of the process.
+
+    The next product on a stream makes its own anew. One that a graph was captured with, where there was none before, lies in the graph's private
+    pool: its replays go on using it. Nothing is let go while a graph lives that needs one elsewhere (`keep_workspaces`).
     """
+    if _OUTSIDE:
+        return
     cuda: Any = torch._C
     cuda._cuda_clearCublasWorkspaces()
 
@@ -46,8 +59,8 @@ def captured(
     """Run `work` a few times, then capture it; `before` puts the state that it changes back before each time.
 
     What `work` allocates and frees while it is captured stays in the graph's private pool: the allocator calls it free, and each replay
-    writes there. So the highest point of the capture above what it left is the graph's own. Graphs that never run at once, and leave nothing
-    in it, may share a `pool` (`torch.cuda.graph_pool_handle()`); the largest of them is then all of theirs.
+    writes there. So the highest point of the capture above what it left is the graph's own; what the driver keeps of its nodes is not in it. Graphs
+    that never run at once, and leave nothing in it, may share a `pool` (`torch.cuda.graph_pool_handle()`): the largest of them is then what they use.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpc_core.engine.capture import keep_workspaces
 from hpc_core.errors import BuildError
 
 __all__ = ["CapturedWork"]
@@ -31,6 +32,7 @@ class CapturedWork:
         """
         self._device = stream.device
         self._graph = torch.cuda.CUDAGraph()
+        keep_workspaces(self)  # the stream has multiplied before
         torch.cuda.synchronize(self._device)
         gc.collect()
         torch.cuda.empty_cache()  # what is cached outside cannot serve the pool

@@ -187,12 +187,12 @@ class GraphProgram(GenerateProgram):
         found = []
         with torch.no_grad():
             self._begin(index)
-            found.append(self.first_tokens.logits[:rows].float())
+            found.append(self.first_tokens.logits[:rows].to(torch.float32, copy=True))
             for at in range(given.shape[1] - 1):
                 self.chooser.tokens.copy_(given[:, at])
                 self._advance()
                 assert self._logits is not None
-                found.append(self._logits[:rows].float())
+                found.append(self._logits[:rows].to(torch.float32, copy=True))
         return torch.stack(found, dim=1)
 
 

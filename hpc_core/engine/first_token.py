@@ -18,9 +18,10 @@ from hpc_core.engine.static_cache import StaticKeyValues
 __all__ = ["FirstTokens"]
 
 _MOST_PROMPTS = 8
-"""Prompts that get a graph of their own."""
-_LONG_PART_TOKENS = 2048
-"""A part of so many tokens keeps a GPU busy for longer than a host takes to launch it, and what a graph holds grows with them."""
+"""Prompts that get a graph of their own. The driver keeps about 3 kB a launch of each, outside torch's allocator: 30 MiB for 4-bit weights under a batch."""
+_LONG_PART_TOKENS, _LONG_PART_TOKENS_IN_FOUR_BITS = 2048, 4096
+"""A part of so many tokens keeps a GPU busy for about as long as a host takes to launch it, and what a graph holds grows with them. In pieces there are more
+launches."""
 
 
 class FirstTokens:
@@ -42,10 +43,13 @@ class FirstTokens:
         self._prompts = prompts
         self._head = decoder.head
         # Plain rows are multiplied into the buffer itself; other heads give a tensor of their own, which is copied.
-        self._rows = decoder.head.weight.detach().t() if kind_of(decoder.head) == "plain" else None
+        self._head_transposed = decoder.head.weight.detach().t() if kind_of(decoder.head) == "plain" else None
         self.logits = logits
         """(batch, vocabulary) that the first token of the last query was chosen by, until its next token is made."""
         self._graphs: dict[int, Captured] = {}
+        self._long = _LONG_PART_TOKENS_IN_FOUR_BITS if decoder.four_bit else _LONG_PART_TOKENS
+        self.replayed: set[int] = set()
+        """Prompts whose first token was a replay at least once."""
 
     @property
     def hidden_bytes(self) -> int:
@@ -55,13 +59,25 @@ class FirstTokens:
     @property
     def worth_capturing(self) -> bool:
         """Whether graphs are there for a GPU: few prompts, and parts that take longer to launch than to run."""
-        longest = max(ids.shape[1] for ids, _ in self._prompts)
-        return len(self._prompts) <= _MOST_PROMPTS and self._prefill.rows_at_once * longest < _LONG_PART_TOKENS
+        return not self.why_not
 
     @property
-    def captured(self) -> bool:
+    def why_not(self) -> str:
+        """Why prefills get no graph even on a GPU; "" where they do."""
+        tokens = self._prefill.rows_at_once * max(ids.shape[1] for ids, _ in self._prompts)
+        if len(self._prompts) > _MOST_PROMPTS:
+            return f"{len(self._prompts)} prompts, at most {_MOST_PROMPTS} get graphs"
+        return f"parts of {tokens} tokens, from {self._long} on a GPU is busy without" if tokens >= self._long else ""
+
+    @property
+    def all_captured(self) -> bool:
         """Whether every prompt has its graph."""
         return len(self._graphs) == len(self._prompts)
+
+    @property
+    def all_replayed(self) -> bool:
+        """Whether every prompt's first token has been a replay."""
+        return len(self.replayed) == len(self._prompts)
 
     def capture(self, *, before: Callable[[], None]) -> None:
         """One graph a prompt, if that is worth it; `before` puts back what choosing a token changes."""
@@ -78,22 +94,23 @@ class FirstTokens:
             )
 
     def __call__(self, index: int, *, watched: bool) -> None:
-        """The first token after the prompt at this index. `watched`, or under whoever follows operators or modules, operator by operator."""
+        """The first token after the prompt at this index. `watched`, or under a dispatch mode or global hooks of forwards, operator by operator."""
         graph = None if watched or _followed() else self._graphs.get(index)
         if graph is None:
             self._run(index)
             return
         forget_workspaces()  # of products since the last query: the graph has its own
         graph()
+        self.replayed.add(index)
         self._cache.length = self._prompts[index][0].shape[1]
 
     def _run(self, index: int) -> None:
         last = self._prefill(*self._prompts[index])
-        if self._rows is None:
+        if self._head_transposed is None:
             self.logits.copy_(self._head(last))
         else:
             with at_module(self._head):
-                torch.mm(last, self._rows, out=self.logits)
+                torch.mm(last, self._head_transposed, out=self.logits)
         self._chooser(self.logits)
 
 

@@ -31,7 +31,7 @@ def turned_halves(at, cos, sin, half: tl.constexpr, inside):
     return left * cos_left - right * sin_left, right * cos_right + left * sin_right
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["width"])  # or the first prompt of another width would compile it anew
 def turn_and_keep(
     query,
     key,

@@ -19,7 +19,7 @@ __all__ = ["FourBit", "PrefillProduct", "gated_product", "pieces_of", "prefill_p
 
 _PIECE_BYTES, _PIECE_BYTES_OF_A_BATCH = 25 * 2**20, 6 * 2**20
 """At most so much of a matrix is dequantized at a time: half of Llama-3.2-3B's largest, and an eighth. transformers' `generate` dequantizes whole ones
-while its cache is small; under a batch it is later, with a full cache and nothing dequantized, that it takes most."""
+while its cache is small; under larger batches it takes most later, with a full cache and nothing dequantized."""
 _ROWS_STEP = 256
 """Rows of a piece are a multiple of so many: constants that are quantized again have theirs by 256 blocks of 64 weights."""
 
@@ -53,17 +53,17 @@ class _Plain:
 
     def __init__(self, module: Any):
         self._module = module
-        self._turned: torch.Tensor = module.weight.detach().t()
+        self._transposed: torch.Tensor = module.weight.detach().t()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with at_module(self._module):
             if self._module.bias is None:
-                return x @ self._turned
-            return torch.addmm(self._module.bias, x, self._turned)
+                return x @ self._transposed
+            return torch.addmm(self._module.bias, x, self._transposed)
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
         with at_module(self._module):
-            stream.addmm_(x, self._turned)
+            stream.addmm_(x, self._transposed)
 
 
 class Piece(NamedTuple):
@@ -77,7 +77,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(module: Any, at_most_bytes: int) -> list[Piece]:
-    """Views of a 4-bit layer's matrix, each of about as many rows, of which each takes at most so many bytes when it is dequantized."""
+    """Views of a 4-bit layer's matrix, each of about as many rows, of which each takes at most so many bytes when it is dequantized, or has 256 rows."""
     state = module.weight.quant_state
     rows, columns = state.shape
     most = max(_ROWS_STEP, at_most_bytes // (columns * state.dtype.itemsize) // _ROWS_STEP * _ROWS_STEP)
@@ -153,7 +153,7 @@ class FourBit:
         """The same, added to the stream (tokens, out) in place."""
         with at_module(self.module):
             for index, part in enumerate(self.parts):
-                stream[:, part] += self.times(x, index)
+                stream[:, part].add_(self.times(x, index))
 
 
 def gated_product(
@@ -162,7 +162,10 @@ def gated_product(
     x: torch.Tensor,
     gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """`gated` of both products of x (tokens, in): (tokens, out). Of two that are in equal pieces, piece by piece, so that neither is ever there whole."""
+    """`gated` of both products of x (tokens, in): (tokens, out). Of two that are in equal pieces, piece by piece, so that neither is ever there whole.
+
+    To whoever follows modules each piece is a forward.
+    """
     if not (isinstance(gate, FourBit) and isinstance(up, FourBit) and len(gate.parts) > 1 and gate.parts == up.parts):
         return gated(gate(x), up(x))
     inner = x.new_empty((len(x), gate.parts[-1].stop))

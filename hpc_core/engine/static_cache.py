@@ -18,7 +18,7 @@ _SHARE = 128
 def capacity_for(tokens: int, step: int) -> int:
     """Places a row for so many tokens, rounded up in steps of at most `step`, and of at most a 128th of what is needed.
 
-    Lengths near each other meet the same shapes, and a short answer under a large batch does not pay for a long one: a step is a power of two.
+    Lengths near each other meet the same shapes, and a short answer under a large batch does not pay for a long one: a step is a power of two, or `step` itself.
     """
     fine = 1 << max(0, (tokens // _SHARE).bit_length() - 1)
     each = min(step, fine)

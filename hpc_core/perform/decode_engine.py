@@ -37,6 +37,8 @@ def program_of(session: Session, built: Built, workload: GenerateSpec) -> Genera
             session.metrics[f"{name}_pool_bytes"] = measured_bytes(
                 pools[name], machine=True, note=f"of {of}; part of every peak"
             )
+    if program.captured is not None and program.first_tokens.why_not:
+        session.notes.append(f"engine: prefills run without a graph: {program.first_tokens.why_not}")
     if program.why_eager is not None:
         session.notes.append(f"engine: {program.why_eager}")
     session.notes += [f"engine: {name} runs with {text} each" for name, text in program.chosen_blocks.items()]
@@ -59,7 +61,7 @@ def engine_itself(session: Session, program: GenerateProgram) -> dict[str, Fact]
         "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
         # A long prompt keeps a GPU busy without a graph, and many prompts get none.
         "captured_prefill": Fact(
-            asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.captured
+            asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.all_captured
         ),
         "kernels": Fact(asked=program.workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
         "head": Fact(asked=program.workload.head, seen=program.step_of.head),
@@ -79,6 +81,9 @@ def engine_facts(
     masks = [inputs["attention_mask"] for inputs in program.inputs]
     prefill = sorted(name for name in attention_families(operators) if name != "eager")
     facts = engine_itself(session, program) | {
+        "captured_prefill": Fact(
+            asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.all_replayed
+        ),
         "steps": Fact(asked=new_tokens - 1, seen=program.replays),
         # The last token is handed out and never fed back.
         "cache_length": Fact(asked=width + new_tokens - 1, seen=int(program.cache.filled)),

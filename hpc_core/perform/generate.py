@@ -197,8 +197,10 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
         longest = _longest(program)
         fixed = Fixed(program, longest)
         program.watched = True
-        measure_memory(session, fixed, built.model, None, marking=marking, peaks=peaks, owned=program.owned)
-        program.watched = False
+        try:
+            measure_memory(session, fixed, built.model, None, marking=marking, peaks=peaks, owned=program.owned)
+        finally:
+            program.watched = False
         cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
         if program.cache is not None:
             cache.seen, cached = program.cache, program.cache.capacity
