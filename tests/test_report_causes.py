@@ -25,6 +25,7 @@ from hpc_core.report.records_csv import records_csv
 from hpc_core.store import Baseline, accept, find, stored_profile
 from hpc_core.store.reading import read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
+from tests.machine_speed import slowness
 from tests.many_records import H100, draw_all, failed, many, with_metric
 from tests.profiles import GIB, HEAD, MLP, a_profile, weights
 from tests.profiles import seen as a_seen
@@ -130,20 +131,6 @@ def test_two_hundred_causes_fit_the_page_and_the_time(tmp_path: Path) -> None:
     assert made.count('<div class="why">') == 40, "so many cards; the other cases have it in their details"
     assert made.count('<p class="cause">') > 2 * 100
     assert seconds[-1] < 3.0, seconds
-
-
-_USUAL_S = 0.065
-"""Of a million rounds of `slowness`, on the two-core machine where 3 s are the goal."""
-
-
-def slowness() -> float:
-    """How many times longer plain Python takes here than on the core that the goal was set on; at least once.
-
-    Another program on the same core, or an older core, stretches both alike.
-    """
-    began = time.process_time()
-    sum(index * index % 7 for index in range(1_000_000))
-    return max(1.0, (time.process_time() - began) / _USUAL_S)
 
 
 def baseline(case_id: str) -> Baseline:
