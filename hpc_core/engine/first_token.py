@@ -70,11 +70,6 @@ class FirstTokens:
         return f"parts of {tokens} tokens, from {self._long} on a GPU is busy without" if tokens >= self._long else ""
 
     @property
-    def all_captured(self) -> bool:
-        """Whether every prompt has its graph."""
-        return len(self._graphs) == len(self._prompts)
-
-    @property
     def all_replayed(self) -> bool:
         """Whether every prompt's first token has been a replay."""
         return len(self.replayed) == len(self._prompts)

@@ -82,7 +82,7 @@ class PlainBetween:
 
 
 def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding of (…, width) in place."""
+    """Rotary embedding of (…, width) in place: `plain_step.turned`, which is compiled, makes three tensors of that size."""
     left, right = heads.chunk(2, dim=-1)
     swapped = torch.cat([-right, left], dim=-1)
     heads.mul_(cos).addcmul_(swapped, sin)

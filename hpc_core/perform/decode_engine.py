@@ -59,10 +59,6 @@ def engine_itself(session: Session, program: GenerateProgram) -> dict[str, Fact]
     return {
         "engine": Fact(asked="graph", seen="graph"),
         "captured": Fact(asked=session.on_gpu, seen=program.captured is not None),
-        # A long prompt keeps a GPU busy without a graph, and many prompts get none.
-        "captured_prefill": Fact(
-            asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.all_captured
-        ),
         "kernels": Fact(asked=program.workload.kernels if session.on_gpu else "torch", seen=program.step_of.kernels),
         "head": Fact(asked=program.workload.head, seen=program.step_of.head),
     }
@@ -81,6 +77,7 @@ def engine_facts(
     masks = [inputs["attention_mask"] for inputs in program.inputs]
     prefill = sorted(name for name in attention_families(operators) if name != "eager")
     facts = engine_itself(session, program) | {
+        # A long prompt keeps a GPU busy without a graph, and many prompts get none.
         "captured_prefill": Fact(
             asked=session.on_gpu and program.first_tokens.worth_capturing, seen=program.first_tokens.all_replayed
         ),
