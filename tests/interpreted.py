@@ -1,7 +1,8 @@
-"""Our Triton kernels for a batch and for a prefill, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
+"""Our Triton kernels for 4-bit products and for a prefill, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from hpc_core.engine.products import product_of
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.errors import BuildError
 
-BATCHES = (2, 8, 9, 17, 32)
+BATCHES = (1, 2, 8, 9, 17, 32)
 WIDTHS = (64, 320, 1088)
 """Columns: one block of constants, and two that are no multiple of what the warps of a program take at a time."""
 
@@ -27,12 +28,11 @@ WIDTHS = (64, 320, 1088)
 def main() -> int:
     """Largest error of each product, relative to its largest value; 1 if one is not float32's."""
     worst = 0.0
-    for width in WIDTHS:
-        for batch in BATCHES:
-            for name, seen, wanted in _products(width, batch):
-                error = float((seen - wanted).abs().max() / wanted.abs().max())
-                print(f"{name} {width} {batch} {error:.1e}")
-                worst = max(worst, error)
+    for nested, width, batch in itertools.product((False, True), WIDTHS, BATCHES):
+        for name, seen, wanted in _products(width, batch, nested=nested):
+            error = float((seen - wanted).abs().max() / wanted.abs().max())
+            print(f"{name} {width} {batch} {'quantized again' * nested} {error:.1e}")
+            worst = max(worst, error)
     for name, seen, wanted in _between_products():
         error = float((seen - wanted).abs().max() / wanted.abs().max())
         print(f"prefill {name} {error:.1e}")
@@ -41,12 +41,12 @@ def main() -> int:
     return int(not worst < 1e-5)
 
 
-def _products(width: int, batch: int) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+def _products(width: int, batch: int, *, nested: bool) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     torch.manual_seed(width + batch)
     x = torch.randn(batch, width)
     around = torch.randn(batch, 32)
-    rows = [_layer(width, each, has_bias=True) for each in (48, 16, 16)]
-    pair = [_layer(width, 32), _layer(width, 32)]
+    rows = [_layer(width, each, has_bias=True, nested=nested) for each in (48, 16, 16)]
+    pair = [_layer(width, 32, nested=nested), _layer(width, 32, nested=nested)]
     gate, up = (layer(x) for layer in pair)
     return [
         ("side by side, biases", _ours(rows, x, (True, False)), torch.cat([layer(x) for layer in rows], -1)),
@@ -83,9 +83,11 @@ def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     return [(name, ours[name], plain[name]) for name in ours]
 
 
-def _layer(columns: int, rows: int, *, has_bias: bool = False) -> Any:
+def _layer(columns: int, rows: int, *, has_bias: bool = False, nested: bool = False) -> Any:
     nn = library("bitsandbytes", "The interpreted kernels").nn
-    layer = nn.Linear4bit(columns, rows, bias=has_bias, compute_dtype=torch.float32, quant_type="nf4")
+    layer = nn.Linear4bit(
+        columns, rows, bias=has_bias, compute_dtype=torch.float32, compress_statistics=nested, quant_type="nf4"
+    )
     return layer.requires_grad_(False).to("cpu")
 
 

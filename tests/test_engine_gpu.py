@@ -60,11 +60,11 @@ def _take_candidates(monkeypatch: pytest.MonkeyPatch, which: slice) -> None:
     monkeypatch.setattr(Product, "candidates", lambda product: every(product)[which])
 
 
-def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str = "tiny") -> Built:
+def _built(device: torch.device, kind: str, dtype: str = "bfloat16", shape: str = "tiny", compute: str = "") -> Built:
     model = ModelSpec(shape=shape, dtype=dtype, seed=3, layers=None if shape == "tiny" else 2)  # type: ignore[arg-type]
     quantization = _QUANTIZATIONS[kind]
     if quantization is not None:  # the plain path multiplies in this type, whatever the model's
-        quantization = msgspec.structs.replace(quantization, compute_dtype=dtype)
+        quantization = msgspec.structs.replace(quantization, compute_dtype=compute or dtype)
     return build(generate(model, quantization=quantization, scale="tiny"), device)
 
 
@@ -118,6 +118,18 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
     assert float((seen - plain).norm() / plain.norm()) < 2e-2
 
 
+@pytest.mark.parametrize(("kind", "tensors"), [("nf4", 0), ("nf4-dq", 4 * 3)])
+def test_kernels_keep_no_constants_of_their_own(device: torch.device, kind: str, tensors: int) -> None:
+    """Those that are quantized again are read as they lie: of ours is an offset a matrix, for four launches of each of three layers."""
+    from hpc_core.engine.kernel_step import KernelStep
+
+    decoder = decoder_of(_built(device, kind).model)
+    cache = StaticKeyValues(decoder, 1, 64)
+    owned = KernelStep(decoder, cache, decoder.turns(64), int8_head=False).owned_weights()
+    assert len(owned) == tensors
+    assert all(tensor.numel() <= 3 for tensor in owned)
+
+
 def _prefilled(built: Built, between: Any, *, batch: int, padded: bool) -> list[torch.Tensor]:
     """Of a prompt of 37: last hidden states, and every real key and value of the last layer."""
     decoder = decoder_of(built.model)
@@ -157,14 +169,19 @@ def test_a_prefill_by_kernels_is_the_plain_one(
         assert float((ours - wanted).norm() / wanted.norm()) < tolerance
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4"])
-def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, kind: str) -> None:
-    """Of full width, few rows and many: equal to the layer's within rounding, and never a whole matrix dequantized beside it."""
+@pytest.mark.parametrize(
+    ("kind", "compute"),
+    [("nf4", "bfloat16"), ("nf4-dq", "bfloat16"), ("fp4", "bfloat16"), ("nf4", "float32"), ("nf4-dq", "float16")],
+)
+def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, kind: str, compute: str) -> None:
+    """Of full width, few rows and many, computed in the model's type and in others: equal to the layer's within rounding, and never a whole matrix
+    dequantized beside it.
+    """
     from hpc_core.engine.prefill_products import FourBit, prefill_product
 
-    layer = decoder_of(_built(device, kind, shape="llama-3.2-3b").model).layers[0]
+    layer = decoder_of(_built(device, kind, shape="llama-3.2-3b", compute=compute).model).layers[0]
     for module in (layer.qkv[0], layer.gate_up[0], layer.down):
-        for batch, tokens, piece in ((1, 3, 26), (1, 100, 26), (4, 100, 7), (4, 400, 7)):
+        for batch, tokens, piece in ((1, 3, 26), (1, 100, 26), (4, 100, 9), (4, 400, 9), (16, 500, 13)):
             product = prefill_product(module, torch.bfloat16, batch=batch)
             assert isinstance(product, FourBit)
             x = torch.randn(tokens, module.in_features, device=device, dtype=torch.bfloat16)
@@ -176,7 +193,8 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
                 seen = product(x)
                 took = torch.cuda.max_memory_allocated() - before
             assert float((seen.float() - wanted).norm() / wanted.norm()) < 1e-2
-            assert took < piece * 2**20 + 2 * seen.nbytes
+            # Beside a piece: x and a piece's columns in the type computed in, at most of twice the bytes.
+            assert took < piece * 2**20 + 3 * seen.nbytes + (0 if compute == "bfloat16" else 2 * x.nbytes)
 
 
 @pytest.mark.parametrize(("kind", "batch", "temperature"), [("plain", 1, None), ("nf4", 5, None), ("plain", 5, 2.0)])

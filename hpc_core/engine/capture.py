@@ -10,7 +10,7 @@ from weakref import WeakSet
 
 import torch
 
-__all__ = ["Captured", "captured", "forget_workspaces", "keep_workspaces"]
+__all__ = ["Captured", "captured", "forget_workspaces", "keep_workspaces", "make_workspace"]
 
 _WARM_UPS = 3
 
@@ -46,6 +46,12 @@ def forget_workspaces() -> None:
         return
     cuda: Any = torch._C
     cuda._cuda_clearCublasWorkspaces()
+
+
+def make_workspace(device: torch.device) -> None:
+    """A product on the current stream: its cuBLAS workspace is there then, if it had been let go."""
+    one = torch.ones(1, 1, device=device)
+    torch.mm(one, one)
 
 
 def captured(

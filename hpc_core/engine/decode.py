@@ -74,7 +74,7 @@ class GraphProgram(GenerateProgram):
             self.decoder, self.cache, prefill, self.chooser, inputs, self.step_of.logits_buffer()
         )
         self._logits: torch.Tensor | None = None
-        self.owned = {"kv_cache": self.cache.tensors, "weights": self.step_of.owned_weights()}
+        self.owned = {"kv_cache": [self.cache.whole], "weights": self.step_of.owned_weights()}
         self._prepare(on_gpu)
 
     def _step(self, on_gpu: bool) -> Any:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from hpc_core.engine.batch_kernels import leave
 from hpc_core.engine.code_lookup import EIGHT_VALUES, TABLE_COPIES
-from hpc_core.engine.four_bit_kernels import starts_of_rows
+from hpc_core.engine.four_bit_kernels import constant, outer_at, outer_of_rows, starts_of_rows
 from hpc_core.engine.vector_kernels import start_of, wait_for_others
 
 __all__ = ["four_bit_rows"]
@@ -73,6 +73,10 @@ def added(
     total,
     codes_of,
     scales_of,
+    blocks_of,
+    outer,
+    code,
+    offset,
     columns,
     blocks,
     words,
@@ -80,19 +84,23 @@ def added(
     table,
     tables,
     permutes: tl.constexpr,
+    nested: tl.constexpr,
     like: tl.constexpr,
 ):
     """`total` and the products of these words of each row; a block's constant is applied to the sum over the block."""
-    inside = columns < words
+    inside, inside_blocks = columns < words, (blocks < words // 8)[:, None]
     codes = tl.load(codes_of[None, :, None] + columns[:, None, :], mask=inside[:, None, :], other=0)
-    scales = tl.load(scales_of[None, :] + blocks[:, None], mask=(blocks < words // 8)[:, None], other=0.0)
+    stored = tl.load(scales_of[None, :] + blocks[:, None], mask=inside_blocks, other=0)
+    outers = stored
+    if nested:
+        outers = outer_at(outer, blocks_of[None, :] + blocks[:, None], inside_blocks)
     v0, v1, v2, v3 = values
     p0, p1, p2, p3 = pairs_of(codes, table, tables, permutes, like)
     part = tl.dot(p0, v0, input_precision="ieee")
     part = tl.dot(p1, v1, part, input_precision="ieee")
     part = tl.dot(p2, v2, part, input_precision="ieee")
     part = tl.dot(p3, v3, part, input_precision="ieee")
-    return total + part * scales[:, :, None]
+    return total + part * constant(stored, outers, code, offset, nested)[:, :, None]
 
 
 @triton.jit
@@ -114,6 +122,11 @@ def four_bit_rows(
     third: tl.int64,
     absmax_second: tl.int64,
     absmax_third: tl.int64,
+    outer,
+    outer_second: tl.int64,
+    outer_third: tl.int64,
+    code,
+    offsets,
     bias_second: tl.int64,
     bias_third: tl.int64,
     gated: tl.constexpr,
@@ -121,6 +134,7 @@ def four_bit_rows(
     has_residual: tl.constexpr,
     out_permuted: tl.constexpr,
     permutes: tl.constexpr,
+    nested: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
     padded: tl.constexpr,
@@ -138,6 +152,9 @@ def four_bit_rows(
     row = tl.program_id(0) * block_n
     codes_of, scales_of = starts_of_rows(
         w, absmax, row, n_first, n_second, words, second, third, absmax_second, absmax_third, block_n
+    )
+    outer, blocks_of, offset, offset_up = outer_of_rows(
+        outer, offsets, row, n_first, n_second, words, outer_second, outer_third, gated, nested, block_n
     )
     copy = tables + (tl.arange(0, parts) % COPIES)[:, None, None]
     held = (
@@ -166,10 +183,15 @@ def four_bit_rows(
             tl.load(at + 4 * words, mask=here, other=0.0),
             tl.load(at + 6 * words, mask=here, other=0.0),
         )
-        total = added(total, codes_of, scales_of, columns, blocks, words, values, table, held, permutes, like)
+        total = added(
+            total, codes_of, scales_of, blocks_of, outer, code, offset,
+            columns, blocks, words, values, table, held, permutes, nested, like,
+        )  # fmt: skip
         if gated:
-            up, scales_up = codes_of + second, scales_of + absmax_second
-            other = added(other, up, scales_up, columns, blocks, words, values, table, held, permutes, like)
+            other = added(
+                other, codes_of + second, scales_of + absmax_second, blocks_of, outer + outer_second, code, offset_up,
+                columns, blocks, words, values, table, held, permutes, nested, like,
+            )  # fmt: skip
     bias_base, bias_local = start_of(row, n_first, n_second, bias_second, bias_third)
     leave(
         tl.sum(total, 0),

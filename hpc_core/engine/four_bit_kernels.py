@@ -95,16 +95,36 @@ def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.co
 
 
 @triton.jit
-def four_bit_tile(codes_of, scales_of, columns, words, whole: tl.constexpr):
-    """These words of the rows that begin at `codes_of`, and the constant of each; zero beyond the last."""
+def outer_at(outer, blocks, inside):
+    """What the bytes of these blocks of 64 weights, counted from their matrix's first, are multiplied by."""
+    return tl.load(outer + (blocks >> 8), mask=inside, other=0.0)
+
+
+@triton.jit
+def constant(stored, outer, code, offset, nested: tl.constexpr):
+    """The constants of blocks, in float32: as they are stored, or what their bytes stand for (see `block_constants`)."""
+    if nested:  # noqa: SIM108 - a choice at compile time
+        value = tl.load(code + stored.to(tl.int32)) * outer + offset
+    else:
+        value = stored
+    return value
+
+
+@triton.jit
+def four_bit_tile(codes_of, scales_of, blocks_of, outer, columns, words, whole: tl.constexpr, nested: tl.constexpr):
+    """These words of the rows that begin at `codes_of`, and what makes the constant of each; zero beyond the last."""
+    blocks = (columns // 8)[None, :]
     if whole:
         codes = tl.load(codes_of + columns[None, :])
-        scales = tl.load(scales_of + (columns // 8)[None, :])
+        scales = tl.load(scales_of + blocks)
     else:
         inside = (columns < words)[None, :]
         codes = tl.load(codes_of + columns[None, :], mask=inside, other=0)
-        scales = tl.load(scales_of + (columns // 8)[None, :], mask=inside, other=0.0)
-    return codes, scales
+        scales = tl.load(scales_of + blocks, mask=inside, other=0)
+    outers = scales
+    if nested:
+        outers = outer_at(outer, blocks_of + blocks, (columns < words)[None, :])
+    return codes, scales, outers
 
 
 @triton.jit
@@ -129,6 +149,35 @@ def starts_of_rows(
 
 
 @triton.jit
+def outer_of_rows(
+    outer,
+    offsets,
+    row,
+    n_first,
+    n_second,
+    words,
+    outer_second: tl.int64,
+    outer_third: tl.int64,
+    gated: tl.constexpr,
+    nested: tl.constexpr,
+    block_n: tl.constexpr,
+):
+    """Where the outer constants begin of the matrix that the rows from `row` on belong to, these rows' first blocks in it (block_n,), its offset, and of
+    two side by side the other's.
+    """
+    offset, offset_up = 0.0, 0.0
+    base, local = start_of(row, n_first, n_second, outer_second, outer_third)
+    blocks = (local + tl.arange(0, block_n)) * (words // 8)
+    if nested:
+        outer += base
+        if gated:
+            offset, offset_up = tl.load(offsets), tl.load(offsets + 1)
+        else:
+            offset = tl.load(offsets + (row >= n_first).to(tl.int32) + (row >= n_first + n_second).to(tl.int32))
+    return outer, blocks, offset, offset_up
+
+
+@triton.jit
 def four_bit_vector(
     x,
     w,
@@ -147,6 +196,11 @@ def four_bit_vector(
     third: tl.int64,
     absmax_second: tl.int64,
     absmax_third: tl.int64,
+    outer,
+    outer_second: tl.int64,
+    outer_third: tl.int64,
+    code,
+    offsets,
     bias_second: tl.int64,
     bias_third: tl.int64,
     eps,
@@ -157,30 +211,35 @@ def four_bit_vector(
     out_permuted: tl.constexpr,
     whole: tl.constexpr,
     permutes: tl.constexpr,
+    nested: tl.constexpr,
     bf16: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
     early: tl.constexpr,
 ):
-    """As `plain_vector` for bitsandbytes' 4-bit layout: words of eight codes, a float32 constant for each 64 weights of a row.
+    """As `plain_vector` for bitsandbytes' 4-bit layout: words of eight codes, a constant for each 64 weights of a row, in float32 or as a byte (`nested`).
 
     x and gain are stored by eights, and are words where codes are looked up by permutes. `block_k` counts words. `table` holds the sixteen
     values in float32, `tables` their bytes.
     """
     row = tl.program_id(0) * block_n
-    words = k_size // 8
+    words: tl.constexpr = k_size // 8
     codes_of, scales_of = starts_of_rows(
         w, absmax, row, n_first, n_second, words, second, third, absmax_second, absmax_third, block_n
     )
-    codes_of, scales_of = codes_of[:, None], scales_of[:, None]
+    outer, blocks_of, offset, offset_up = outer_of_rows(
+        outer, offsets, row, n_first, n_second, words, outer_second, outer_third, gated, nested, block_n
+    )
+    codes_of, scales_of, blocks_of = codes_of[:, None], scales_of[:, None], blocks_of[:, None]
+    up_of, scales_up_of, outer_up = codes_of + second, scales_of + absmax_second, outer + outer_second
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)
     columns = tl.arange(0, block_k)
-    codes, scales = four_bit_tile(codes_of, scales_of, columns, words, whole)
-    codes_up, scales_up = codes, scales
+    tile = four_bit_tile(codes_of, scales_of, blocks_of, outer, columns, words, whole, nested)
+    up = tile
     if gated:
-        codes_up, scales_up = four_bit_tile(codes_of + second, scales_of + absmax_second, columns, words, whole)
+        up = four_bit_tile(up_of, scales_up_of, blocks_of, outer_up, columns, words, whole, nested)
     t0, t1, t2, t3 = tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3)
     t4, t5, t6, t7 = tl.load(tables + 4), tl.load(tables + 5), tl.load(tables + 6), tl.load(tables + 7)
     wait_for_others(early)
@@ -188,28 +247,28 @@ def four_bit_vector(
         columns = k + tl.arange(0, block_k)
         inside = (columns < words) | whole
         after = columns + block_k
-        next_codes, next_scales = four_bit_tile(codes_of, scales_of, after, words, False)
-        next_up, next_scales_up = next_codes, next_scales
+        next_tile = four_bit_tile(codes_of, scales_of, blocks_of, outer, after, words, False, nested)
+        next_up = next_tile
         if gated:
-            next_up, next_scales_up = four_bit_tile(codes_of + second, scales_of + absmax_second, after, words, False)
+            next_up = four_bit_tile(up_of, scales_up_of, blocks_of, outer_up, after, words, False, nested)
         if permutes:
             x0, s0 = pair(x, gain, columns, inside, norm, bf16)
             x1, s1 = pair(x, gain, words + columns, inside, norm, bf16)
             x2, s2 = pair(x, gain, 2 * words + columns, inside, norm, bf16)
             x3, s3 = pair(x, gain, 3 * words + columns, inside, norm, bf16)
             square = s0 + s1 + s2 + s3
-            part = products_by_bytes(codes, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+            part = products_by_bytes(tile[0], t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
         else:
-            part, square = products_by_loads(codes, table, x, gain, columns, words, inside, norm)
-        total += part * scales
+            part, square = products_by_loads(tile[0], table, x, gain, columns, words, inside, norm)
+        total += part * constant(tile[1], tile[2], code, offset, nested)
         squares += square
         if gated:
             if permutes:
-                part = products_by_bytes(codes_up, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+                part = products_by_bytes(up[0], t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
             else:
-                part, square = products_by_loads(codes_up, table, x, gain, columns, words, inside, norm)
-            other += part * scales_up
-        codes, scales, codes_up, scales_up = next_codes, next_scales, next_up, next_scales_up
+                part, square = products_by_loads(up[0], table, x, gain, columns, words, inside, norm)
+            other += part * constant(up[1], up[2], code, offset_up, nested)
+        tile, up = next_tile, next_up
     leave_vector(
         total,
         other,

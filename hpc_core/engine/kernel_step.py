@@ -10,7 +10,7 @@ import torch
 from hpc_core.engine.attention_kernels import attend_part, join_parts
 from hpc_core.engine.batch_kernels import embed, norm_rows
 from hpc_core.engine.by_eights import values_by_eights
-from hpc_core.engine.decoder import Decoder, Layer, kind_of
+from hpc_core.engine.decoder import Decoder, Layer
 from hpc_core.engine.prefill import Between
 from hpc_core.engine.prefill_kernels import KernelBetween
 from hpc_core.engine.products import Early, Product, launched, product_of
@@ -103,21 +103,14 @@ class KernelStep:
         self._part = empty(heads, self._parts, decoder.head_width, dtype=torch.float32)
 
     def owned_weights(self) -> list[torch.Tensor]:
-        """Copies of weights beside the model's own: an int8 head, block constants that were quantized again and are not here."""
+        """Copies of weights beside the model's own: an int8 head, the offsets of constants that are quantized again."""
         held = [
             tensor
             for tensor in (self._head.weight, self._head.scales)
             if self._head.kind == "int8" and tensor is not None
         ]
-        if self._permuted:
-            known = {module.weight.quant_state.absmax.data_ptr() for module in self._four_bit_modules()}
-            every = [tensor for layer in self._layers for name in _PRODUCTS for tensor in layer[name].constants]
-            held += [tensor for tensor in every if tensor.data_ptr() not in known]
-        return held
-
-    def _four_bit_modules(self) -> list[Any]:
-        modules = [part for layer in self._decoder.layers for part in layer.products]
-        return [module for module in modules if kind_of(module) == "4-bit"]
+        constants = [layer[name].constants for layer in self._layers for name in _PRODUCTS]
+        return held + [each.offsets for each in constants if each is not None and each.offsets is not None]
 
     def between(self) -> Between:
         """What a prefill does between products: our own kernels."""

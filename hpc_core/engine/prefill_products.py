@@ -17,9 +17,10 @@ from hpc_core.engine.decoder import kind_of
 
 __all__ = ["FourBit", "PrefillProduct", "gated_product", "pieces_of", "prefill_product"]
 
-_PIECE_BYTES, _PIECE_BYTES_OF_A_BATCH = 25 * 2**20, 6 * 2**20
-"""At most so much of a matrix is dequantized at a time: half of Llama-3.2-3B's largest, and an eighth. transformers' `generate` dequantizes whole ones
-while its cache is small; under larger batches it takes most later, with a full cache and nothing dequantized."""
+_PIECE_BYTES, _PIECE_BYTES_OF_A_BATCH, _PIECE_BYTES_OF_A_LARGE_BATCH = 25 * 2**20, 6 * 2**20, 12 * 2**20
+"""At most so much of a matrix is dequantized at a time: half of Llama-3.2-3B's largest, an eighth, a quarter. transformers' `generate` dequantizes whole ones
+while its cache is small; under larger batches it takes most later, with a full cache and nothing dequantized, but a layer's keys twice."""
+_LARGE_BATCH = 16
 _ROWS_STEP = 256
 """Rows of a piece are a multiple of so many: constants that are quantized again have theirs by 256 blocks of 64 weights."""
 
@@ -80,7 +81,8 @@ def pieces_of(module: Any, at_most_bytes: int) -> list[Piece]:
     """Views of a 4-bit layer's matrix, each of about as many rows, of which each takes at most so many bytes when it is dequantized, or has 256 rows."""
     state = module.weight.quant_state
     rows, columns = state.shape
-    most = max(_ROWS_STEP, at_most_bytes // (columns * state.dtype.itemsize) // _ROWS_STEP * _ROWS_STEP)
+    each_row = columns * (module.compute_dtype or state.dtype).itemsize
+    most = max(_ROWS_STEP, at_most_bytes // each_row // _ROWS_STEP * _ROWS_STEP)
     count = -(-rows // most)
     each = -(-rows // count // _ROWS_STEP) * _ROWS_STEP
     return [_piece(module, start, min(each, rows - start)) for start in range(0, rows, each)]
@@ -111,6 +113,8 @@ class FourBit:
 
     def __init__(self, module: Any, pieces: Iterable[Piece]):
         self.module = module
+        self.compute: torch.dtype | None = module.compute_dtype
+        """The type that this layer multiplies in, where it is not that of x."""
         self._state = module.weight.quant_state
         self._pieces = list(pieces)
         ends = list(itertools.accumulate((piece.shape[0] for piece in self._pieces), initial=0))
@@ -119,16 +123,21 @@ class FourBit:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
+        cast = self.cast(x)
         with at_module(self.module):
             if len(self._pieces) == 1:
-                return self.times(x, 0)
+                return self.times(cast, 0).to(x.dtype)
             whole = x.new_empty((len(x), self.parts[-1].stop))
             for index, part in enumerate(self.parts):
-                whole[:, part] = self.times(x, index)
+                whole[:, part] = self.times(cast, index)
             return whole
 
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the type that this layer computes in."""
+        return x if self.compute is None else x.to(self.compute)
+
     def times(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """The columns of one piece."""
+        """The columns of one piece, of x in the type computed in, and in that type."""
         state, piece = self._state, self._pieces[index]
         again: dict[str, Any] = {}
         if state.nested:
@@ -144,16 +153,18 @@ class FourBit:
             piece.constants[0],
             state.blocksize,
             state.quant_type,
-            bias=piece.bias,
+            bias=None if piece.bias is None else piece.bias.to(x.dtype),
             **again,
         )
         return product
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
         """The same, added to the stream (tokens, out) in place."""
+        x = self.cast(x)
         with at_module(self.module):
             for index, part in enumerate(self.parts):
-                stream[:, part].add_(self.times(x, index))
+                # Rounded to the stream's type before it is added, as the layer itself would give it.
+                stream[:, part].add_(self.times(x, index).to(stream.dtype))
 
 
 def gated_product(
@@ -169,11 +180,13 @@ def gated_product(
     if not (isinstance(gate, FourBit) and isinstance(up, FourBit) and len(gate.parts) > 1 and gate.parts == up.parts):
         return gated(gate(x), up(x))
     inner = x.new_empty((len(x), gate.parts[-1].stop))
+    for_gate = gate.cast(x)
+    for_up = for_gate if gate.compute == up.compute else up.cast(x)
     for index, part in enumerate(gate.parts):
         with at_module(gate.module):
-            first = gate.times(x, index)
+            first = gate.times(for_gate, index).to(x.dtype)
         with at_module(up.module):
-            second = up.times(x, index)
+            second = up.times(for_up, index).to(x.dtype)
         inner[:, part] = gated(first, second)
     return inner
 
@@ -184,14 +197,19 @@ def prefill_product(module: Any, dtype: torch.dtype, *, batch: int = 1) -> Prefi
     if kind == "plain":
         return _Plain(module)
     # A CPU's 4-bit weights may be packed anew by their first product.
-    if kind == "4-bit" and module.weight.is_cuda and _in_pieces(module, dtype):
-        return FourBit(module, pieces_of(module, _PIECE_BYTES if batch == 1 else _PIECE_BYTES_OF_A_BATCH))
+    if kind == "4-bit" and module.weight.is_cuda and _in_pieces(module):
+        return FourBit(module, pieces_of(module, _piece_bytes(batch)))
     return _ByModule(module)
 
 
-def _in_pieces(module: Any, dtype: torch.dtype) -> bool:
-    """Whether bitsandbytes would multiply without casting anything, and blocks begin where rows begin."""
-    state, bias = module.weight.quant_state, module.bias
-    types = {dtype, state.dtype, module.compute_dtype or dtype, dtype if bias is None else bias.dtype}
-    nested = not state.nested or state.state2.blocksize == 256
-    return len(types) == 1 and nested and state.shape[1] % state.blocksize == 0
+def _piece_bytes(batch: int) -> int:
+    if batch == 1:
+        return _PIECE_BYTES
+    return _PIECE_BYTES_OF_A_BATCH if batch < _LARGE_BATCH else _PIECE_BYTES_OF_A_LARGE_BATCH
+
+
+def _in_pieces(module: Any) -> bool:
+    """Whether bitsandbytes multiplies without casting what it keeps, and blocks begin where rows begin."""
+    state = module.weight.quant_state
+    readable = not state.nested or state.state2.blocksize == 256
+    return bool(readable) and state.shape[1] % state.blocksize == 0

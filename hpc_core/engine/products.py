@@ -12,9 +12,11 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.engine.batch_kernels import plain_rows
+from hpc_core.engine.block_constants import BlockConstants, constants_of
 from hpc_core.engine.block_sizes import ANYWHERE, FOR_CPU, Blocks, tried
 from hpc_core.engine.code_lookup import byte_tables, copied_tables
 from hpc_core.engine.decoder import int8_rows, kind_of
+from hpc_core.engine.distances import distances
 from hpc_core.engine.four_bit_batch import four_bit_rows
 from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
@@ -64,14 +66,13 @@ class Product:
     bias: torch.Tensor | None = None
     bias_far: tuple[int, int] = (0, 0)
     scales: torch.Tensor | None = None
-    """int8: a float32 a row. 4-bit: a float32 for each 64 weights of the first matrix."""
-    scales_far: tuple[int, int] = (0, 0)
+    """int8: a float32 a row."""
+    constants: BlockConstants | None = None
+    """4-bit: those of every matrix."""
     table: torch.Tensor | None = None
     """4-bit: the sixteen values in float32."""
     tables: torch.Tensor | None = None
     """4-bit: their bytes, (8,) in float16 at batch 1, else (8, TABLE_COPIES) in the activations' type."""
-    constants: list[torch.Tensor] = field(default_factory=list)
-    """4-bit: those of every matrix."""
     blocks: Blocks = ANYWHERE
     kept: list[Any] = field(default_factory=list)
     """Tensors that only distances point to: they must live as long as this."""
@@ -144,11 +145,9 @@ class Product:
             "num_warps": sizes.warps,
             **launched(self.early, product=True),
         }
-        if self.kind == "4-bit":
+        if self.constants is not None:
+            shared |= self.constants.arguments(none)
             shared |= {
-                "absmax": self.scales,
-                "absmax_second": self.scales_far[0],
-                "absmax_third": self.scales_far[1],
                 "table": self.table,
                 "tables": self.tables,
                 "permutes": sizes.permutes,
@@ -203,13 +202,9 @@ def product_of(
         )
     kind = kinds.pop()
     weights = [_stored(module, kind) for module in modules]
-    scales, table, tables = None, None, None
-    constants: list[torch.Tensor] = []
-    scales_far, kept = (0, 0), [*weights]
+    scales, table, tables, constants = None, None, None, None
     if kind == "4-bit":
-        constants = [_constants(module.weight.quant_state) for module in modules]
-        scales, scales_far = constants[0], _distances(constants)
-        kept += constants
+        constants = constants_of([module.weight.quant_state for module in modules])
         code = modules[0].weight.quant_state.code
         table = code.float()
         # A type of four bytes has no byte tables, and asks for none: `candidates`.
@@ -218,14 +213,13 @@ def product_of(
     elif int8:
         kind = "int8"
         weights[0], scales = int8_rows(weights[0])
-        kept = weights
     biases = [module.bias for module in modules if module.bias is not None]
     product = Product(
         kind=kind,
         weight=weights[0],
         rows=tuple(int(module.out_features) for module in modules),
         columns=int(modules[0].in_features),
-        far=_distances(weights),
+        far=distances(weights),
         gated=gated,
         gain=gain if batch == 1 else None,
         eps=eps,
@@ -235,13 +229,12 @@ def product_of(
         dummy=dummy,
         early=early,
         bias=biases[0] if biases else None,
-        bias_far=_distances(biases),
+        bias_far=distances(biases),
         scales=scales,
-        scales_far=scales_far,
+        constants=constants,
         table=table,
         tables=tables,
-        constants=constants,
-        kept=[*kept, *biases],
+        kept=[*weights, *biases],
     )
     product.start()
     return product
@@ -250,22 +243,3 @@ def product_of(
 def _stored(module: Any, kind: str) -> torch.Tensor:
     weight: torch.Tensor = module.weight.data
     return weight.view(-1).view(torch.uint8).view(torch.int32) if kind == "4-bit" else weight.contiguous()
-
-
-def _constants(state: Any) -> torch.Tensor:
-    """A float32 for each block; those that are quantized again are decoded once."""
-    if not state.nested:
-        absmax: torch.Tensor = state.absmax
-        return absmax.float()
-    from bitsandbytes.functional import dequantize_blockwise
-
-    decoded: torch.Tensor = dequantize_blockwise(state.absmax, state.state2) + state.offset
-    return decoded.float()
-
-
-def _distances(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
-    """Elements from the first tensor's beginning to those of the second and third: all device memory has one address space."""
-    addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
-    width = tensors[0].element_size() if tensors else 1
-    far = [(address - addresses[0]) // width if address else 0 for address in addresses[1:3]]
-    return far[0], far[1]

@@ -37,12 +37,11 @@ class StaticKeyValues:
     """Keys and values of every layer, and where each row's prompt begins."""
 
     def __init__(self, decoder: Decoder, batch: int, capacity: int):
-        shape = (batch, decoder.groups, capacity, decoder.head_width)
-
-        def place() -> torch.Tensor:
-            return torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
-
-        self.layers = [LayerKeyValues(place(), place()) for _ in decoder.layers]
+        shape = (len(decoder.layers), 2, batch, decoder.groups, capacity, decoder.head_width)
+        # One allocation: of some megabytes each, torch's allocator would leave up to one unused behind every eleventh.
+        self.whole = torch.zeros(shape, dtype=decoder.dtype, device=decoder.device)
+        """(layers, keys and values, batch, groups, capacity, head width)."""
+        self.layers = [LayerKeyValues(keys, values) for keys, values in self.whole]
         self.batch = batch
         self.capacity = capacity
         self.filled = torch.zeros(1, dtype=torch.int32, device=decoder.device)
@@ -51,11 +50,6 @@ class StaticKeyValues:
         """Where a row's prompt begins: after its padding."""
         self.length = 0
         """`filled` as the host knows it without asking the device."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Keys and values of every layer."""
-        return [tensor for layer in self.layers for tensor in (layer.keys, layer.values)]
 
     def begin(self, width: int, padding: torch.Tensor | None) -> None:
         """A new prompt of `width` places, of which the first `padding` (batch,) of each row are padding."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from hpc_core.audit.attention import attention_families
 from hpc_core.build import Built
+from hpc_core.engine.capture import make_workspace
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
@@ -16,7 +18,15 @@ from hpc_core.record import Fact
 from hpc_core.run.generate import GenerateProgram, generate_program
 from hpc_core.spec import GenerateSpec
 
-__all__ = ["compare_with_stock", "engine_facts", "engine_itself", "engine_logits", "is_captured", "program_of"]
+__all__ = [
+    "compare_with_stock",
+    "engine_facts",
+    "engine_itself",
+    "engine_logits",
+    "is_captured",
+    "operator_by_operator",
+    "program_of",
+]
 
 
 def program_of(session: Session, built: Built, workload: GenerateSpec) -> GenerateProgram:
@@ -48,6 +58,18 @@ def program_of(session: Session, built: Built, workload: GenerateSpec) -> Genera
 def is_captured(program: GenerateProgram) -> bool:
     """Whether its tokens are replays of a graph."""
     return isinstance(program, GraphProgram) and program.captured is not None
+
+
+@contextlib.contextmanager
+def operator_by_operator(program: GenerateProgram) -> Iterator[None]:
+    """In the block first tokens are no replays: whoever lays memory into categories sees every allocation."""
+    program.watched = True
+    if is_captured(program):
+        make_workspace(program.device)  # which replays let go. It is nobody's, as in any other case, and no activation
+    try:
+        yield
+    finally:
+        program.watched = False
 
 
 def engine_itself(session: Session, program: GenerateProgram) -> dict[str, Fact]:

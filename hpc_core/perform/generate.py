@@ -17,7 +17,14 @@ from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
 from hpc_core.measure.phases import PhasePeaks
 from hpc_core.perform.attributed import note_query_profile
-from hpc_core.perform.decode_engine import engine_facts, engine_itself, engine_logits, is_captured, program_of
+from hpc_core.perform.decode_engine import (
+    engine_facts,
+    engine_itself,
+    engine_logits,
+    is_captured,
+    operator_by_operator,
+    program_of,
+)
 from hpc_core.perform.energy import note_token_energy
 from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
 from hpc_core.perform.finetune import bound_by
@@ -196,11 +203,8 @@ def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dic
 
         longest = _longest(program)
         fixed = Fixed(program, longest)
-        program.watched = True
-        try:
+        with operator_by_operator(program):
             measure_memory(session, fixed, built.model, None, marking=marking, peaks=peaks, owned=program.owned)
-        finally:
-            program.watched = False
         cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
         if program.cache is not None:
             cache.seen, cached = program.cache, program.cache.capacity
@@ -289,12 +293,7 @@ def _busy(session: Session, program: GenerateProgram) -> None:
 def _busy_shares(session: Session) -> None:
     if "busy_decode_token_s" not in session.metrics:
         return
-    first, share = (
-        session.metrics[busy_name].value / session.metrics[wall_name].value
-        for busy_name, wall_name in (
-            ("busy_prefill_s", "time_to_first_token_s"),
-            ("busy_decode_token_s", "decode_token_s"),
-        )
-    )
+    pairs = (("busy_prefill_s", "time_to_first_token_s"), ("busy_decode_token_s", "decode_token_s"))
+    first, share = (session.metrics[of_busy].value / session.metrics[of_wall].value for of_busy, of_wall in pairs)
     session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
     session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")

@@ -1,0 +1,81 @@
+"""Constants of 4-bit matrices as our kernels read them, on a CPU: what bitsandbytes decodes, in the place where it keeps them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.build.libraries import library
+from hpc_core.engine.block_constants import constants_of
+from hpc_core.engine.distances import distances
+from hpc_core.errors import BuildError
+
+
+def _states(*rows: int, nested: bool) -> list[Any]:
+    functional = library("bitsandbytes", "4-bit matrices").functional
+    torch.manual_seed(sum(rows))
+    return [
+        functional.quantize_4bit(torch.randn(count, 64), quant_type="nf4", compress_statistics=nested)[1]
+        for count in rows
+    ]
+
+
+@pytest.mark.parametrize("rows", [(300,), (512, 16, 16), (700, 300)])
+def test_a_byte_stands_for_what_bitsandbytes_decodes(rows: tuple[int, ...]) -> None:
+    """Matrices of one and of several outer blocks: code, outer constant and offset of each give its constants."""
+    functional = library("bitsandbytes", "4-bit matrices").functional
+    states = _states(*rows, nested=True)
+    constants = constants_of(states)
+    assert constants.nested
+    for index, state in enumerate(states):
+        blocks = torch.arange(len(state.absmax))
+        assert constants.code is not None
+        assert constants.offsets is not None
+        seen = constants.code[constants.each[index].int()] * constants.outer[index][blocks >> 8]
+        wanted = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        torch.testing.assert_close(seen + constants.offsets[index], wanted)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_nothing_but_the_offsets_is_copied(nested: bool) -> None:
+    """The launch reads bitsandbytes' own tensors, the second and third by their distance from the first."""
+    states = _states(512, 64, 64, nested=nested)
+    constants = constants_of(states)
+    assert [each.data_ptr() for each in constants.each] == [state.absmax.data_ptr() for state in states]
+    told = constants.arguments(torch.zeros(1))
+    width = told["absmax"].element_size()
+    assert told["absmax"].data_ptr() + told["absmax_third"] * width == states[2].absmax.data_ptr()
+    if nested:
+        assert told["outer"].data_ptr() + 4 * told["outer_second"] == states[1].state2.absmax.data_ptr()
+        assert told["offsets"].tolist() == [float(state.offset) for state in states]
+    else:
+        assert constants.offsets is None
+
+
+def test_constants_that_one_launch_cannot_read_are_refused() -> None:
+    """Some quantized again and some not, other sizes, other codes: by name, with what to do."""
+    plain, nested = _states(64, nested=False), _states(64, nested=True)
+    with pytest.raises(BuildError, match=r"same double_quant, or say kernels='torch'"):
+        constants_of([*plain, *nested])
+    state = nested[0]
+    wider = SimpleNamespace(**vars(state) | {"state2": SimpleNamespace(**vars(state.state2) | {"blocksize": 512})})
+    with pytest.raises(BuildError, match=r"by 256, these are by 512"):
+        constants_of([wider])
+    other = SimpleNamespace(**vars(state) | {"state2": SimpleNamespace(**vars(state.state2) | {"code": state.code})})
+    with pytest.raises(BuildError, match="different codes"):
+        constants_of([state, other])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=3))
+def test_distances_lead_from_the_first_tensor_to_the_others(sizes: list[int]) -> None:
+    """Counted in elements; 0 for those that are not there."""
+    tensors = [torch.zeros(size) for size in sizes]
+    far = distances(tensors)
+    for tensor, elements in zip(tensors[1:], far, strict=False):
+        assert tensors[0].data_ptr() + 4 * elements == tensor.data_ptr()
+    assert far[len(tensors) - 1 :] == (0, 0)[len(tensors) - 1 :]
