@@ -104,7 +104,7 @@ def test_a_four_bit_matrix_in_pieces_multiplies_as_the_whole(nested: bool, biase
         128, 1100, bias=biased, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=nested
     )
     layer = layer.requires_grad_(False).to("cpu")
-    pieces = pieces_of(layer, at_most_bytes=512 * 128 * 4)
+    pieces = pieces_of(layer, at_most_weights=512 * 128)
     assert [piece.shape for piece in pieces] == [[512, 128], [512, 128], [76, 128]]
     x, stream = torch.randn(5, 128, dtype=dtype), torch.randn(5, 1100, dtype=dtype)
     whole = library("bitsandbytes", "4-bit layers").functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
@@ -130,9 +130,7 @@ def test_gate_and_up_in_pieces_are_those_of_whole_matrices() -> None:
     x = torch.randn(6, 64)
     wanted = torch.nn.functional.silu(gate(x)) * up(x)
     for ours, theirs in ((256, 256), (256, 512), (1024, 1024)):
-        first, second = (
-            FourBit(layer, pieces_of(layer, rows * 64 * 4)) for layer, rows in ((gate, ours), (up, theirs))
-        )
+        first, second = (FourBit(layer, pieces_of(layer, rows * 64)) for layer, rows in ((gate, ours), (up, theirs)))
         torch.testing.assert_close(gated_product(first, second, x, PlainBetween().gated), wanted)
 
 
@@ -141,11 +139,11 @@ def test_pieces_hold_every_row_once() -> None:
     nn = library("bitsandbytes", "4-bit layers").nn
     for rows in (64, 256, 1000, 4096):
         layer = nn.Linear4bit(64, rows, bias=False, compute_dtype=torch.bfloat16).requires_grad_(False).to("cpu")
-        for most in (1, 300 * 256, 10**9):
+        for most in (1, 300 * 64, 10**9):
             sizes = [piece.shape[0] for piece in pieces_of(layer, most)]
             assert sum(sizes) == rows
             assert all(size % 256 == 0 for size in sizes[:-1])
-            assert all(size <= max(256, most // 128) for size in sizes)  # 64 columns of bfloat16
+            assert all(size <= max(256, most // 64) for size in sizes)
             assert most < 10**9 or len(sizes) == 1
 
 

@@ -66,7 +66,7 @@ def captured(
 
     What `work` allocates and frees while it is captured stays in the graph's private pool: the allocator calls it free, and each replay
     writes there. So the highest point of the capture above what it left is the graph's own; what the driver keeps of its nodes is not in it. Graphs
-    that never run at once, and leave nothing in it, may share a `pool` (`torch.cuda.graph_pool_handle()`): the largest of them is then what they use.
+    that never run at once, and whose results are held for as long as they are wanted, may share a `pool` (`torch.cuda.graph_pool_handle()`): the largest of them is then what they use.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))

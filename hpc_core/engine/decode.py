@@ -108,10 +108,13 @@ class GraphProgram(GenerateProgram):
             self.chosen_blocks = self.step_of.settle()
             torch.cuda.synchronize(self.device)
             tuned = time.perf_counter()
-            self.captured = captured(self._decode, self.device, before=self._rewind, generator=self.chooser.generator)
-            self.first_tokens.capture(before=self._rewind)
+            # A token and a prefill never run at once: what one leaves behind (`_logits`) is held, and the rest is the other's.
+            pool: Any = torch.cuda.graph_pool_handle()
+            generator = self.chooser.generator
+            self.captured = captured(self._decode, self.device, before=self._rewind, generator=generator, pool=pool)
+            self.first_tokens.capture(before=self._rewind, pool=pool)
             torch.cuda.synchronize(self.device)
-        self.hidden_bytes = self.captured.hidden_bytes + self.first_tokens.hidden_bytes
+        self.hidden_bytes = max(self.captured.hidden_bytes, self.first_tokens.hidden_bytes)
         self.first_use_s = {"tune": tuned - began, "capture": time.perf_counter() - tuned}
 
     def _rewind(self) -> None:

@@ -74,11 +74,10 @@ class FirstTokens:
         """Whether every prompt's first token has been a replay."""
         return len(self.replayed) == len(self._prompts)
 
-    def capture(self, *, before: Callable[[], None]) -> None:
-        """One graph a prompt, if that is worth it; `before` puts back what choosing a token changes."""
+    def capture(self, *, before: Callable[[], None], pool: Any) -> None:
+        """One graph a prompt in this pool, if that is worth it; `before` puts back what choosing a token changes."""
         if not self.worth_capturing:
             return
-        pool: Any = torch.cuda.graph_pool_handle()
         for index in range(len(self._prompts)):
             self._graphs[index] = captured(
                 lambda index=index: self._run(index),  # type: ignore[misc]

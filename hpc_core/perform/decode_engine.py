@@ -45,7 +45,7 @@ def program_of(session: Session, built: Built, workload: GenerateSpec) -> Genera
         pools = {"graph": program.captured.hidden_bytes, "first_token": program.first_tokens.hidden_bytes}
         for name, of in (("graph", "a captured token"), ("first_token", "captured prefills")):
             session.metrics[f"{name}_pool_bytes"] = measured_bytes(
-                pools[name], machine=True, note=f"of {of}; part of every peak"
+                pools[name], machine=True, note=f"of {of}; the larger of two is part of every peak"
             )
     if program.captured is not None and program.first_tokens.why_not:
         session.notes.append(f"engine: prefills run without a graph: {program.first_tokens.why_not}")
