@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from hpc_core.cases import ALL, SWEEP, TUNED
+from hpc_core.cases import ALL, INT4, SWEEP, TUNED
 from hpc_core.errors import SpecError
 from hpc_core.limits import GiB
 from hpc_core.physics.floors import decode_floor, train_floor
@@ -26,6 +26,7 @@ __all__ = ["accepted_records", "floor_s", "losses_apart", "page"]
 
 _OURS = Path("baselines")
 _ABSENT = "-"
+_CASES: tuple[Case, ...] = (*ALL, *SWEEP, *INT4)
 
 Group = tuple[Case, tuple[Case, ...]]
 """A stock case with its twins."""
@@ -35,7 +36,7 @@ Cell = Callable[[Record, Record | None], str]
 
 def page(machines: Mapping[str, Mapping[str, Record]]) -> str:
     """The whole page as Markdown; records by machine's name and case's id."""
-    twins = [(stock, others) for stock, others in twins_of((*ALL, *SWEEP)) if stock.scale == "full"]
+    twins = [(stock, others) for stock, others in twins_of(_CASES) if stock.scale == "full"]
     parts = [HEAD.format(machines=" and ".join(sorted(machines)) or "a GPU (no record yet)")]
     for name, records in sorted(machines.items()):
         parts += [f"## {name}", *_of_machine(twins, records)]
@@ -75,7 +76,7 @@ def accepted_records(folder: Path) -> dict[str, Record]:
     """
     if not folder.is_dir():
         raise SpecError(f"{folder}: no such folder of baselines.")
-    current = {case.id: case.digest for case in (*ALL, *SWEEP)}
+    current = {case.id: case.digest for case in _CASES}
     found = {}
     for path in sorted(folder.rglob("*.history.jsonl")):
         # By bytes: a note in a record may hold what Python takes for the end of a line.
