@@ -1,7 +1,7 @@
 """From stock to tuned as a picture: what each thing more does to time and memory.
 
     python -m hpc_core.report.plots.steps docs/data/train-steps-h100.json docs/report/steps-qlora.svg --only qlora
-    python -m hpc_core.report.plots.steps docs/data/decode-ablation-h100.json docs/report/steps-decode.svg
+    python -m hpc_core.report.plots.steps docs/data/decode-ablation-h200.json docs/report/steps-decode.svg
 
 Draws what the ablations of `bench/` wrote, and nothing else; needs matplotlib.
 """
