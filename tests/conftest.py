@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import pytest
 import scipy.special  # noqa: F401
 
 pytest_plugins = ["pytester"]
+
+_MANY_OBJECTS = 50_000
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +29,17 @@ def a_cache_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HPC_CORE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def what_is_imported_is_not_walked_again() -> None:
+    """Measuring collects garbage, and looks for tensors, several times a case: not among the half million objects of libraries that earlier tests have imported.
+
+    Only where there are many new ones: what is frozen while it is in use, and later lies in a cycle, stays until the end.
+    """
+    if len(gc.get_objects(generation=2)) > _MANY_OBJECTS:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ def test_products_are_the_layers_own() -> None:
     """Every batch and width, constants in float32 and quantized again, biases, a gate, a residual and order by eights: float32's products; other shapes are refused with what to do. And what
     stands between the products of a prefill is torch's.
     """
-    from tests.interpreted import BATCHES, WIDTHS
+    from tests.interpreted import BATCHES, BATCHES_QUANTIZED_AGAIN, WIDTHS
 
     ran = subprocess.run(
         [sys.executable, "-m", "tests.interpreted"],
@@ -30,6 +30,6 @@ def test_products_are_the_layers_own() -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     lines = ran.stdout.splitlines()
     assert len([line for line in lines if line.startswith("prefill")]) == 6
-    assert len(lines) == 2 * 3 * len(BATCHES) * len(WIDTHS) + 6 + 2
+    assert len(lines) == 3 * len(WIDTHS) * (len(BATCHES) + len(BATCHES_QUANTIZED_AGAIN)) + 6 + 2
     assert "a layer here has 96 columns" in lines[-2]
     assert "no cut for a layer of 24 rows" in lines[-1]
