@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.refusals import what_is_missing
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.environment import machine, stack
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
 
 __all__ = ["Measure", "Rows", "options_of", "run_rows"]
 

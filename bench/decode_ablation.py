@@ -20,9 +20,14 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from bench.ablation_rows import chosen_cases, options_of, run_rows  # noqa: E402
+from hpc_core.case.case import (  # noqa: E402
+    Case,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases import generate  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
-from hpc_core.spec import Case, GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 
 _WEIGHTS = {"bf16": None, "nf4": QuantSpec(kind="nf4", compute_dtype="bfloat16")}
 ROWS: dict[str, dict[str, Any]] = {
@@ -82,7 +87,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
 
     from bench.decode_trial import seen_of
     from hpc_core.build import build
-    from hpc_core.errors import MeasureError
+    from hpc_core.case.errors import MeasureError
 
     assert isinstance(case.workload, GenerateSpec)
     seen: dict[str, Any] = {}

@@ -24,12 +24,12 @@ if str(_HERE) not in sys.path:
 import torch  # noqa: E402
 
 from hpc_core.build import Built, build  # noqa: E402
+from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 from hpc_core.cases import generate  # noqa: E402
 from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402
 from hpc_core.measure.busy import device_activity  # noqa: E402
 from hpc_core.measure.clock import quiet, seconds_of  # noqa: E402
 from hpc_core.run.generate import GenerateProgram, generate_program  # noqa: E402
-from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3

@@ -28,10 +28,15 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from bench.refusals import what_is_missing  # noqa: E402
+from hpc_core.case.case import (  # noqa: E402
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    ModelSpec,
+)
+from hpc_core.case.errors import SpecError  # noqa: E402
 from hpc_core.cases import finetune, lora  # noqa: E402
-from hpc_core.errors import SpecError  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec  # noqa: E402
 
 ROWS = ("tuned-fed", "tuned-resident", "stock-packed", "stock-padded")
 _EVERY_STEP = 1_000_000

@@ -23,9 +23,9 @@ if str(_HERE) not in sys.path:
     sys.path.insert(0, str(_HERE))
 
 from bench.ablation_rows import Rows, chosen_cases, options_of, run_rows  # noqa: E402
+from hpc_core.case.case import Case, FinetuneSpec, ModelSpec  # noqa: E402
 from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
-from hpc_core.spec import Case, FinetuneSpec, ModelSpec  # noqa: E402
 
 _ALL: dict[str, Any] = {"loss": "chunked", "fusion": "blocks", "graph": True}
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -153,7 +153,7 @@ def _steps(program: Any, count: int) -> None:
 def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> None:
     import torch
 
-    from hpc_core.errors import MeasureError
+    from hpc_core.case.errors import MeasureError
     from hpc_core.measure.busy import device_activity
 
     if tuned is not None and tuned.captured is not None:

@@ -9,12 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc_core.limits import GiB, Limits, MiB
-    from hpc_core.plugin.cases import perf_cases
-    from hpc_core.plugin.predicting import predicted_cases
-    from hpc_core.predicting import predicted
-    from hpc_core.record import Metric, Record
-    from hpc_core.spec import (
+    from hpc_core.case.case import (
         AdapterSpec,
         CallableSpec,
         Case,
@@ -24,16 +19,21 @@ if TYPE_CHECKING:
         ModelSpec,
         QuantSpec,
     )
+    from hpc_core.case.limits import GiB, Limits, MiB
+    from hpc_core.plugin.cases import perf_cases
+    from hpc_core.plugin.predicting import predicted_cases
+    from hpc_core.predicting import predicted
+    from hpc_core.record import Metric, Record
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "hpc_core.limits": ("GiB", "Limits", "MiB"),
+    "hpc_core.case.limits": ("GiB", "Limits", "MiB"),
     "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.plugin.predicting": ("predicted_cases",),
     "hpc_core.predicting": ("predicted",),
     "hpc_core.record": ("Metric", "Record"),
-    "hpc_core.spec": (
+    "hpc_core.case.case": (
         "AdapterSpec",
         "CallableSpec",
         "Case",

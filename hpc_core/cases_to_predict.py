@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases import FULL, finetune, full, generate, llama_3b, lora, qlora
-from hpc_core.spec import Case, DataSpec, ModelSpec, QuantSpec
 
 __all__ = ["HELD_OUT", "PREDICTED"]
 

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_core.errors import MeasureError, RepositoryError
+from hpc_core.case.errors import MeasureError, RepositoryError
 from hpc_core.gpu_state import read_energy_mj, read_state
 from hpc_core.record import Circumstances, Machine
 from hpc_core.repository import head, is_dirty

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 
 __all__ = ["flags", "other_processes", "read_energy_mj", "read_state", "setup_notes", "throttle_words"]
 

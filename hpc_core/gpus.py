@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 
 __all__ = ["DEFAULT", "GPUS", "Gpu", "gpu_named"]
 

@@ -9,8 +9,14 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases import finetune, full, generate, lora, qlora
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec, QuantSpec
 
 __all__ = ["protocol"]
 

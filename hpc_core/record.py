@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.case import SCHEMA, Case
+from hpc_core.case.errors import SpecError
 from hpc_core.profile import Profile
-from hpc_core.spec import SCHEMA, Case
 
 __all__ = [
     "Better",

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from hpc_core.errors import RepositoryError
+from hpc_core.case.errors import RepositoryError
 
 __all__ = [
     "CODE_SUFFIXES",

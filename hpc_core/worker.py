@@ -22,7 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from hpc_core import environment
-from hpc_core.errors import HpcCoreError, MissingDataError, MissingLibraryError
+from hpc_core.case.errors import HpcCoreError, MissingDataError, MissingLibraryError
 from hpc_core.launch.protocol import Event, Finished, Job, Phase, encode_event
 from hpc_core.record import Failure, FailureKind, Record, record_to_json
 

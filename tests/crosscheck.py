@@ -15,7 +15,7 @@ from unittest import mock
 
 import msgspec
 
-from hpc_core.spec import CallableSpec, Case, FinetuneSpec
+from hpc_core.case.case import CallableSpec, Case, FinetuneSpec
 
 __all__ = ["Real", "really_run"]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.case.case import Case
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Record
-from hpc_core.spec import Case
 
 __all__ = ["GPU", "predicted", "predicted_jobs", "values"]
 

@@ -7,9 +7,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from hpc_core.limits import Limits
-from hpc_core.record import Circumstances, Fact, Failure, Machine, Metric, Record
-from hpc_core.spec import (
+from hpc_core.case.case import (
     AdapterSpec,
     CallableSpec,
     Case,
@@ -20,6 +18,8 @@ from hpc_core.spec import (
     ModelSpec,
     QuantSpec,
 )
+from hpc_core.case.limits import Limits
+from hpc_core.record import Circumstances, Fact, Failure, Machine, Metric, Record
 
 # The same examples on every machine: a red build must be reproducible from its commit alone.
 settings.register_profile(

@@ -10,11 +10,16 @@ import torch
 
 from hpc_core.audit.weights import linear_layers, quantized_bytes
 from hpc_core.build import build
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    QuantSpec,
+)
 from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
 from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
 from hpc_core.record import Record
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, QuantSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -10,13 +10,13 @@ import torch
 
 from hpc_core.audit.weights import linear_layers
 from hpc_core.build import Built, build
+from hpc_core.case.case import Case, QuantSpec
 from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
 from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
 from hpc_core.record import Record
 from hpc_core.run.finetune import finetune_program, make_optimizer
 from hpc_core.run.generate import generate_program
-from hpc_core.spec import Case, QuantSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -13,9 +13,9 @@ from hpc_core.audit import value_facts
 from hpc_core.build import build
 from hpc_core.build.causal_lm import causal_lm
 from hpc_core.build.drawn import drawn
+from hpc_core.case.case import Case, ModelSpec
 from hpc_core.cases import TINY, catalogue, finetune, lora, qlora, tiny
 from hpc_core.record import Fact
-from hpc_core.spec import Case, ModelSpec
 
 CPU = torch.device("cpu")
 LORA, NF4, INT8 = (catalogue()[f"tiny/{name}"] for name in ("lora", "qlora", "generate-int8"))

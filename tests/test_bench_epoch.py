@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import epoch
-from hpc_core.data.lengths import recorded_lengths
+from hpc_core.case.lengths import recorded_lengths
 
 OPTIONS = argparse.Namespace(
     shape="tiny", device="cpu", rows=60, batch=2, length=32, workers=1, ahead=1, stock_steps=3, limit_s=120.0

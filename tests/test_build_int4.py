@@ -14,18 +14,24 @@ from hypothesis import strategies as st
 from hpc_core.audit.weights import int4_bytes
 from hpc_core.build import Built, build
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.case.case import (
+    Case,
+    GenerateSpec,
+    QuantSpec,
+    case_from_json,
+    case_to_json,
+)
+from hpc_core.case.errors import BuildError, MissingLibraryError, SpecError
 from hpc_core.cases import INT4, finetune, generate, lora, tiny
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
-from hpc_core.errors import BuildError, MissingLibraryError, SpecError
 from hpc_core.launch import by_nvml
 from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.physics.footprint import expected_bytes
 from hpc_core.record import Record
 from hpc_core.run.generate import generate_program
-from hpc_core.spec import Case, GenerateSpec, QuantSpec, case_from_json, case_to_json
 from hpc_core.worker import run_job
 from tests.predicting import predicted, values
 

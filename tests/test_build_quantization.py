@@ -13,11 +13,11 @@ import torch
 from hpc_core.build import build
 from hpc_core.build.causal_lm import causal_lm
 from hpc_core.build.quantization import bitsandbytes_config, quantize, quantized_layers
+from hpc_core.case.case import ModelSpec, QuantSpec
+from hpc_core.case.errors import BuildError
+from hpc_core.case.shapes import SHAPES
 from hpc_core.cases import catalogue, finetune, generate, qlora, tiny
-from hpc_core.errors import BuildError
 from hpc_core.measure.owners import owned_bytes, weight_tensors
-from hpc_core.shapes import SHAPES
-from hpc_core.spec import ModelSpec, QuantSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -14,12 +14,22 @@ from hpc_core.audit import value_facts
 from hpc_core.build import build
 from hpc_core.build.causal_lm import causal_lm, gguf_file, model_config, tokenizer_of
 from hpc_core.build.libraries import library
+from hpc_core.case.case import (
+    CallableSpec,
+    Case,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.errors import (
+    BuildError,
+    DataError,
+    MissingLibraryError,
+    SpecError,
+)
+from hpc_core.case.shapes import SHAPES, Shape
 from hpc_core.cases import catalogue, finetune, generate, qlora, tiny
-from hpc_core.errors import BuildError, DataError, MissingLibraryError, SpecError
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 from hpc_core.measure.storages import StorageWatch
-from hpc_core.shapes import SHAPES, Shape
-from hpc_core.spec import CallableSpec, Case, ModelSpec, QuantSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -6,6 +6,15 @@ import importlib.util
 
 import pytest
 
+from hpc_core.case.case import (
+    Case,
+    FeedSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    case_from_json,
+    case_to_json,
+)
+from hpc_core.case.errors import SpecError
 from hpc_core.cases import (
     ALL,
     DATA,
@@ -25,9 +34,7 @@ from hpc_core.cases import (
     smollm2,
     tiny,
 )
-from hpc_core.errors import SpecError
 from hpc_core.report.twins import are_twins
-from hpc_core.spec import Case, FeedSpec, FinetuneSpec, GenerateSpec, case_from_json, case_to_json
 
 
 def _engine(case: Case) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_core.case.errors import SpecError
 from hpc_core.cases import ALL, TINY, finetune, generate, lora, tiny
 from hpc_core.cli import main
 from hpc_core.cli.aa import _chosen
-from hpc_core.errors import SpecError
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
 from hpc_core.gate.error_rates import binomial_bound, error_rates
 from hpc_core.gate.family import share

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.errors import PredictError
 from hpc_core.cli.fitting import largest_fitting
-from hpc_core.errors import PredictError
 
 
 @given(

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import Limits
 from hpc_core.cases import FULL, TINY, finetune, lora, tiny
 from hpc_core.cli.ab import default_budget_s
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows
 from hpc_core.compare.trial import SideName
-from hpc_core.errors import SpecError
 from hpc_core.gate import Verdict
-from hpc_core.limits import Limits
 from hpc_core.record import Metric, Record
-from hpc_core.spec import Case
 from tests.strategies import a_case, a_record, counted, failed_record, peak
 
 CASE = a_case("tiny/lora")

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.bisect import Answer, Question, search
 from hpc_core.compare.candidates import versions_said
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import SideName
-from hpc_core.errors import SpecError
 from hpc_core.record import Metric, Record
-from hpc_core.spec import Case
 from tests.strategies import a_case, a_record, failed_record, peak
 from tests.test_compare_ab import step
 

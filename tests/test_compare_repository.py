@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.errors import SpecError
+from hpc_core.case.select import load_case_file
 from hpc_core.cli import main
 from hpc_core.compare.arrange import Asked, arrange
 from hpc_core.compare.checkouts import Checkouts
-from hpc_core.errors import SpecError
-from hpc_core.selection import load_case_file
-from hpc_core.spec import CallableSpec, Case
 from tests.compare_repository import STEP, commit, git, repository
 
 ROOT = Path(__file__).parent.parent

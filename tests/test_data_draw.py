@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.errors import DataError, MissingLibraryError
 from hpc_core.data.draw import FIRST_FREE_ID, IdSource, shuffled
-from hpc_core.errors import DataError, MissingLibraryError
 
 
 def test_ids_of_a_seed_stay_the_same_for_good() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.data.lengths import recorded_lengths
-from hpc_core.errors import DataError
+from hpc_core.case.errors import DataError
+from hpc_core.case.lengths import recorded_lengths
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from hpc_core.case.case import DataSpec
+from hpc_core.case.errors import DataError, MissingLibraryError
 from hpc_core.data.texts import Problem, problems, texts
-from hpc_core.errors import DataError, MissingLibraryError
-from hpc_core.spec import DataSpec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PROBLEMS = problems()

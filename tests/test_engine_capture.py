@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from hpc_core.build import build
+from hpc_core.case.case import FinetuneSpec
 from hpc_core.cases import finetune, lora, qlora, tiny
 from hpc_core.engine.capture_step import CapturedWork
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import joined, projection_of
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
-from hpc_core.spec import FinetuneSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to capture on")]
 _GIB = 2**30

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.build.libraries import library
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.block_constants import constants_of
 from hpc_core.engine.distances import distances
-from hpc_core.errors import BuildError
 
 
 def _states(*rows: int, nested: bool) -> list[Any]:

@@ -13,6 +13,13 @@ from hypothesis import strategies as st
 
 from hpc_core.build import Built, build
 from hpc_core.build.adapter import attach_adapter
+from hpc_core.case.case import (
+    AdapterSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.cases import generate, tiny
 from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.choosing import Chooser, Sampling
@@ -20,11 +27,9 @@ from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of, int8_rows
 from hpc_core.engine.plain_step import attend
 from hpc_core.engine.static_cache import capacity_for
-from hpc_core.errors import PredictError, SpecError
 from hpc_core.predict.generate import predict_generate
 from hpc_core.program import unmarked
 from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.spec import AdapterSpec, GenerateSpec, ModelSpec, QuantSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

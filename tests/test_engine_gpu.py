@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hpc_core.build import Built, build
+from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.cases import generate
 from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import captured, forget_workspaces
@@ -19,7 +20,6 @@ from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.measure.counters import counting
-from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
 pytestmark = [
     pytest.mark.gpu,

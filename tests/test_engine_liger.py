@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.build import build
+from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.errors import BuildError, PredictError, SpecError
 from hpc_core.cases import finetune, lora, qlora, tiny
 from hpc_core.engine.forward import restore
 from hpc_core.engine.liger import _rotating, chunk_rows, memory_constant
 from hpc_core.engine.train import training_program
-from hpc_core.errors import BuildError, PredictError, SpecError
 from hpc_core.predict.finetune import _refuse_unmodelled
-from hpc_core.spec import Case, FinetuneSpec
 
 _CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"batch": 2, "length": 32, "steps": 2}

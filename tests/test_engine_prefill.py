@@ -11,6 +11,7 @@ import transformers
 
 from hpc_core.build import build
 from hpc_core.build.libraries import library
+from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.cases import generate
 from hpc_core.engine.at_module import at_module
 from hpc_core.engine.capture import forget_workspaces, keep_workspaces
@@ -21,7 +22,6 @@ from hpc_core.engine.prefill_products import FourBit, gated_product, pieces_of, 
 from hpc_core.engine.static_cache import StaticKeyValues
 from hpc_core.measure.places import following
 from hpc_core.measure.storages import StorageWatch
-from hpc_core.spec import GenerateSpec, ModelSpec, QuantSpec
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
-from hpc_core.errors import BuildError
 
 sizes = st.builds(
     Sizes,

@@ -10,16 +10,21 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpc_core.build import build
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    ModelSpec,
+)
+from hpc_core.case.errors import BuildError
 from hpc_core.cases import finetune, full, lora, qlora
 from hpc_core.engine.forward import restore, tune
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import projection_of
 from hpc_core.engine.train import TunedProgram, training_program
-from hpc_core.errors import BuildError
 from hpc_core.measure.formulas import own_formulas
 from hpc_core.measure.owners import owned_bytes
 from hpc_core.run.finetune import FinetuneProgram
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec
 
 torch.set_num_threads(1)
 

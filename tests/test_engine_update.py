@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.build import build
+from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.errors import SpecError
 from hpc_core.cases import finetune, full, tiny
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
-from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes
-from hpc_core.spec import FinetuneSpec
 from hpc_core.worker import run_job
 
 

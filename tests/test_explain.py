@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.errors import BaselineError
 from hpc_core.cli import main
-from hpc_core.errors import BaselineError
 from hpc_core.explain import before_of, explain, stored_cause
 from hpc_core.explain.memory import _changes
 from hpc_core.explain.naming import block

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpc_core.case.errors import SpecError
 from hpc_core.cases import catalogue
 from hpc_core.cli import main
 from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
-from hpc_core.errors import SpecError
 from hpc_core.faults import FAULTS, Fault, inject
 from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from hpc_core.case.limits import Limits
 from hpc_core.gate import MetricVerdict, Verdict, judge
 from hpc_core.gate.busy import sm_clock_mhz
 from hpc_core.gate.distance import Distance, stored_distance
@@ -14,7 +15,6 @@ from hpc_core.gate.interval import history_interval, interval_of, three_way
 from hpc_core.gate.sequential import Sequential
 from hpc_core.gate.settling import settled_by
 from hpc_core.gate.spread import SPREADS
-from hpc_core.limits import Limits
 from hpc_core.record import Metric
 from tests.strategies import a_record, around, busy, counted
 from tests.test_gate_laws import stored

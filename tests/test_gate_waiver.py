@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.gate import Judgement, Verdict, Waiver, expired, judge, waived, waivers_from_toml
 from hpc_core.record import Metric, Record
 from tests.strategies import a_record, busy, counted, peak

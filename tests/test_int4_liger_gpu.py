@@ -11,6 +11,13 @@ import transformers.models.llama.modeling_llama as llama
 from hpc_core.audit import tuned_facts
 from hpc_core.build import Built, build
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.case.case import (
+    Case,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases import finetune, full, generate, lora
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.train import TunedProgram, training_program
@@ -18,7 +25,6 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
 from hpc_core.physics.footprint import expected_bytes
 from hpc_core.run.generate import generate_program
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import Limits
 from hpc_core.gate import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.integrations import PerfCallback
 from hpc_core.integrations.training import Training
-from hpc_core.limits import Limits
 from hpc_core.record import Record, record_from_json
 from hpc_core.store import accept, find
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hpc_core.case.case import CallableSpec, Case
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job, Phase
-from hpc_core.spec import CallableSpec, Case
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.errors import LaunchError
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.errors import LaunchError
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Event, Exited, Finished, Job, Phase, Way, encode_event
 from hpc_core.record import Failure, Record
-from hpc_core.spec import CallableSpec, Case
 
 pytestmark = pytest.mark.slow
 

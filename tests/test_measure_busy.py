@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure import busy
 from hpc_core.measure.busy import Interval, device_activity, summarize, union_s
 from hpc_core.measure.host_calls import HostCall

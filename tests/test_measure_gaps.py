@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure.busy import Interval
 from hpc_core.measure.gaps import idle_within, offset_ns
 from hpc_core.measure.host_calls import HostCall

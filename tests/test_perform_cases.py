@@ -15,6 +15,13 @@ import pytest
 import torch
 
 from hpc_core.build.causal_lm import causal_lm
+from hpc_core.case.case import (
+    Case,
+    FinetuneSpec,
+    GenerateSpec,
+    case_to_json,
+)
+from hpc_core.case.shapes import SHAPES
 from hpc_core.cases import TINY, TINY_DATA, catalogue
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
@@ -22,8 +29,6 @@ from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.launch.replicates import merged
 from hpc_core.perform import perform
 from hpc_core.record import Record, record_from_json, record_to_json
-from hpc_core.shapes import SHAPES
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, case_to_json
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
@@ -190,7 +195,7 @@ def test_exact_metrics_are_equal_in_a_fresh_process(case_id: str, tmp_path: Path
     program = (
         "import sys; from pathlib import Path; from hpc_core.launch.protocol import Job\n"
         "from hpc_core.perform import perform\n"
-        "from hpc_core.record import record_to_json; from hpc_core.spec import case_from_json\n"
+        "from hpc_core.record import record_to_json; from hpc_core.case.case import case_from_json\n"
         "record = perform(Job(case=case_from_json(sys.argv[1])), lambda event: None)\n"
         "Path(sys.argv[2]).write_bytes(record_to_json(record))"
     )
@@ -273,7 +278,7 @@ def test_a_full_case_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """A full-size case says that it needs a GPU before it builds anything."""
     import torch
 
-    from hpc_core.errors import SpecError
+    from hpc_core.case.errors import SpecError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match=r"llama-3\.2-3b/lora needs a CUDA GPU"):

@@ -12,6 +12,7 @@ import torch
 
 from hpc_core.build.adapter import attach_adapter
 from hpc_core.build.checkpointing import enable_checkpointing
+from hpc_core.case.case import CallableSpec, Case, ModelSpec
 from hpc_core.cases import catalogue, finetune, lora, tiny
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.perform import perform
@@ -21,7 +22,6 @@ from hpc_core.perform.observe import checkpointing_seen
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Record
-from hpc_core.spec import CallableSpec, Case, ModelSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

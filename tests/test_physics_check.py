@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.case import Case, ModelSpec
+from hpc_core.case.shapes import SHAPES
 from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
 from hpc_core.physics import DATASHEETS, datasheet, expected_bytes, impossible, judged, ratio_impossible, suspicious
 from hpc_core.physics.floors import decode_floor, peak_rate, prefill_floor, train_floor
 from hpc_core.record import Machine, Metric, Record, record_from_json
-from hpc_core.shapes import SHAPES
-from hpc_core.spec import Case, ModelSpec
 from tests.strategies import CPU, H100, a_record, around, busy, failed_record, peak, records, wall
 
 BASELINES = Path(__file__).parent.parent / "baselines"

@@ -14,6 +14,14 @@ from hypothesis import strategies as st
 
 from hpc_core.build import build
 from hpc_core.build.adapter import adapter_parameters
+from hpc_core.case.case import (
+    Case,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.shapes import SHAPES
 from hpc_core.cases import finetune, full, generate, lora, qlora
 from hpc_core.engine.static_cache import capacity_for
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
@@ -21,8 +29,6 @@ from hpc_core.physics import expected_bytes
 from hpc_core.physics.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
 from hpc_core.record import Record, record_from_json
 from hpc_core.run.finetune import make_optimizer
-from hpc_core.shapes import SHAPES
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
 from tests.strategies import adapters, cases
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

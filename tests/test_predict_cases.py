@@ -8,11 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases import TINY, generate, tiny
 from hpc_core.physics import expected_bytes, impossible
 from hpc_core.physics.floors import train_floor
 from hpc_core.record import Record, record_from_json, record_to_json
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
 from tests.predicting import predicted, values
 
 pytestmark = pytest.mark.slow

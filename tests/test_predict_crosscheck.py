@@ -10,9 +10,14 @@ import functools
 
 import pytest
 
+from hpc_core.case.case import (
+    CallableSpec,
+    Case,
+    FinetuneSpec,
+    ModelSpec,
+)
 from hpc_core.cases import finetune, full, lora, qlora, tiny
 from hpc_core.gpus import gpu_named
-from hpc_core.spec import CallableSpec, Case, FinetuneSpec, ModelSpec
 from tests.crosscheck import Real, really_run
 from tests.machine_speed import emulates_bfloat16
 from tests.predicting import GPU, predicted, values

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import msgspec
 import pytest
 
+from hpc_core.case.case import Case
 from hpc_core.cases import TINY
 from hpc_core.record import Record
-from hpc_core.spec import Case
 from tests.predicting import predicted
 
 pytestmark = pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 from hpc_core.gpus import GPUS, Gpu
 from hpc_core.predict.attention import chosen
 from hpc_core.predict.kernels import Launches, multi_tensor_launches

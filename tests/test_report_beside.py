@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.cases import ALL, SWEEP, catalogue
-from hpc_core.errors import SpecError
-from hpc_core.limits import GiB, Limits, MiB
 from hpc_core.record import Metric, Record, record_to_json
 from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
 from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.twins import are_twins, changed_work, work_of
-from hpc_core.spec import Case, FinetuneSpec
 from tests.strategies import a_record, around, busy, cases, peak, wall
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.explain import stored_cause
 from hpc_core.garbage import uncollected
 from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.record import record_to_json
 from hpc_core.report import render
 from hpc_core.report.entry import entries_of

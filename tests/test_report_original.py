@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_core.limits import GiB
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+)
+from hpc_core.case.limits import GiB
 from hpc_core.original_protocol import protocol
 from hpc_core.record import Metric, Record
 from hpc_core.report.original import FINETUNE_FILE, INFERENCE_FILE, original_files
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, GenerateSpec, ModelSpec
 from tests.strategies import a_record, failed_record, peak, wall
 
 

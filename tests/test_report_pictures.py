@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.errors import LaunchError, SpecError
+from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.launch.tree import descendants
 from hpc_core.report.entry import entries_of

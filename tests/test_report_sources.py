@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.record import Record, record_to_json
 from hpc_core.report.entry import entries_of
 from hpc_core.store import accepted_records

@@ -13,11 +13,11 @@ from xml.etree import ElementTree
 import pytest
 
 from bench import decode_ablation, train_ablation
-from hpc_core.errors import SpecError
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.report.ladder import ladders_of
 from hpc_core.report.plots.steps import drawn_steps, main
 from hpc_core.report.twins import work_of
-from hpc_core.spec import Case
 
 pytest.importorskip("matplotlib")
 METHODS, WEIGHTS = ["lora", "qlora", "full"], ["bf16", "nf4"]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.errors import BuildError
+from hpc_core.case.case import CallableSpec
+from hpc_core.case.errors import BuildError
 from hpc_core.run.callable import load_factory
-from hpc_core.spec import CallableSpec
 
 MODULE = """
 import json

@@ -17,6 +17,13 @@ from hypothesis import strategies as st
 
 from hpc_core.audit import feed_facts
 from hpc_core.build import Built, build
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FeedSpec,
+    FinetuneSpec,
+    ModelSpec,
+)
 from hpc_core.cases import TINY_DATA, finetune, lora
 from hpc_core.data.blocks import Block, BlockSource
 from hpc_core.engine.train import training_program
@@ -30,7 +37,6 @@ from hpc_core.run.batches import Resident
 from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import fed_batches, resident_batches
 from hpc_core.run.supply import HostBatch, host_batch
-from hpc_core.spec import Case, DataSpec, FeedSpec, FinetuneSpec, ModelSpec
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 torch.set_num_threads(1)

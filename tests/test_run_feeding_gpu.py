@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from hpc_core.build import build
+from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.cases import finetune, lora, tiny
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.launch.protocol import Job
@@ -19,7 +20,6 @@ from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import resident_batches
-from hpc_core.spec import Case, DataSpec, FinetuneSpec
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
 _LONGEST_S = 240

@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from hpc_core.build import build
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    ModelSpec,
+)
+from hpc_core.case.errors import BuildError, DataError
 from hpc_core.cases import finetune, full, lora, qlora, tiny
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
-from hpc_core.errors import BuildError, DataError
 from hpc_core.measure.owners import optimizer_tensors
 from hpc_core.run.finetune import FinetuneProgram, finetune_program, make_optimizer
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

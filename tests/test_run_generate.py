@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hpc_core.build import Built, build
+from hpc_core.case.case import DataSpec, GenerateSpec, ModelSpec
+from hpc_core.case.errors import MeasureError
 from hpc_core.cases import generate
 from hpc_core.data.rows import PromptBatch
-from hpc_core.errors import MeasureError
 from hpc_core.perform.observe import watch_cache
 from hpc_core.run.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
-from hpc_core.spec import DataSpec, GenerateSpec, ModelSpec
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

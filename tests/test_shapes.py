@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_core.errors import SpecError
-from hpc_core.shapes import SHAPES, shape
+from hpc_core.case.errors import SpecError
+from hpc_core.case.shapes import SHAPES, shape
 
 PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,

@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.errors import SpecError
-from hpc_core.limits import Limits
-from hpc_core.spec import (
+from hpc_core.case.case import (
     SCHEMA,
     AdapterSpec,
     CallableSpec,
@@ -27,6 +25,8 @@ from hpc_core.spec import (
     case_from_json,
     case_to_json,
 )
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import Limits
 from tests.strategies import a_case, cases
 
 NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")

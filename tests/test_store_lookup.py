@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.errors import BaselineError
+from hpc_core.case.errors import BaselineError
 from hpc_core.store import (
     Baseline,
     Damaged,

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.errors import BaselineError
+from hpc_core.case.errors import BaselineError
 from hpc_core.record import Record, record_from_json
 from hpc_core.store import (
     HISTORY_BYTES,

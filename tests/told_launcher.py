@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hpc_core.case.case import CallableSpec, Case
 from hpc_core.launch.protocol import Event, Finished, Job, Phase, Way
 from hpc_core.record import Circumstances, Failure, FailureKind, Metric, Record
-from hpc_core.spec import CallableSpec, Case
 from tests.strategies import CPU, STACK, busy, counted, wall
 
 SAMPLES = (0.25, 0.5, 0.75)

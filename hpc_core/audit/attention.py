@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from hpc_core.audit.looks import taken
+from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.record import Fact
-from hpc_core.spec import Case, FinetuneSpec
 
 __all__ = ["attention_facts", "attention_families"]
 

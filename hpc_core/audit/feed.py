@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from hpc_core.case.case import FeedSpec
 from hpc_core.record import Fact
 from hpc_core.run.feeding import Fed
-from hpc_core.spec import FeedSpec
 
 __all__ = ["feed_facts"]
 

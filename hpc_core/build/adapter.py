@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
-from hpc_core.errors import BuildError
-from hpc_core.spec import AdapterSpec
+from hpc_core.case.case import AdapterSpec
+from hpc_core.case.errors import BuildError
 
 __all__ = ["adapter_parameters", "attach_adapter", "merged", "prepare_for_training"]
 

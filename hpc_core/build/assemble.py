@@ -11,8 +11,8 @@ from hpc_core.build.adapter import attach_adapter, merged, prepare_for_training
 from hpc_core.build.causal_lm import causal_lm, tokenizer_of
 from hpc_core.build.checkpointing import enable_checkpointing
 from hpc_core.build.quantization import quantize
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case, FinetuneSpec
+from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.errors import SpecError
 
 __all__ = ["Built", "build"]
 

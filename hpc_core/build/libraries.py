@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from hpc_core.errors import MissingLibraryError
+from hpc_core.case.errors import MissingLibraryError
 
 __all__ = ["library"]
 

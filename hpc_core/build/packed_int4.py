@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
-from hpc_core.errors import BuildError
-from hpc_core.spec import QuantSpec
+from hpc_core.case.case import QuantSpec
+from hpc_core.case.errors import BuildError
 
 __all__ = ["PACKINGS", "dequantized_int4", "packed_layers", "packing_for", "packing_of", "quantize_to_int4"]
 

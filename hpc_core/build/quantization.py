@@ -12,8 +12,8 @@ import torch
 
 from hpc_core.build.libraries import library
 from hpc_core.build.packed_int4 import dequantized_int4, packed_layers, packing_of, quantize_to_int4
-from hpc_core.errors import BuildError
-from hpc_core.spec import QuantSpec
+from hpc_core.case.case import QuantSpec
+from hpc_core.case.errors import BuildError
 
 __all__ = ["bitsandbytes_config", "dequantized_weight", "quantize", "quantized_layers"]
 

@@ -5,6 +5,8 @@ Cases are plain values; `bench/` selects them, `--cases FILE` and the ini option
 
 from __future__ import annotations
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.cases.data_path import DATA, TINY_DATA
 from hpc_core.cases.full_size import DEVICE_BOUND, FULL
 from hpc_core.cases.int4 import INT4
@@ -12,8 +14,6 @@ from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lo
 from hpc_core.cases.shortened import TRIAL, WHOLE
 from hpc_core.cases.small import SMALL, TINY
 from hpc_core.cases.tuned import SWEEP, TUNED
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
 
 __all__ = [
     "ALL",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_core.case.case import Case, DataSpec
 from hpc_core.cases.making import finetune, llama_3b, lora, tiny
-from hpc_core.spec import Case, DataSpec
 
 __all__ = ["DATA", "TINY_DATA"]
 

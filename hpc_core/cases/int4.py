@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hpc_core.case.case import Case, QuantSpec
 from hpc_core.cases.making import generate, llama_3b
-from hpc_core.spec import Case, QuantSpec
 
 __all__ = ["INT4"]
 

@@ -6,7 +6,14 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.case.case import (
+    AdapterSpec,
+    Case,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+    QuantSpec,
+)
 
 __all__ = ["Method", "finetune", "full", "generate", "llama_3b", "lora", "qlora", "smollm2", "tiny"]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.case.case import Case, ModelSpec, QuantSpec
 from hpc_core.cases.making import finetune, full, generate, lora, qlora
-from hpc_core.spec import Case, ModelSpec, QuantSpec
 
 __all__ = ["fine_tuning_variants", "generation_variants"]
 

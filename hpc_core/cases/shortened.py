@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from hpc_core.case.case import Case, GenerateSpec
 from hpc_core.cases.full_size import FULL
 from hpc_core.cases.small import SOAK_TRACE, TINY_TRACE
-from hpc_core.spec import Case, GenerateSpec
 
 __all__ = ["TRIAL", "WHOLE"]
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    ModelSpec,
+    QuantSpec,
+)
 from hpc_core.cases.full_size import FULL
 from hpc_core.cases.making import finetune, generate, llama_3b, lora, qlora
-from hpc_core.spec import Case, DataSpec, ModelSpec, QuantSpec
 
 __all__ = ["DECODE", "SWEEP", "TUNED"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from hpc_core.errors import HpcCoreError
+from hpc_core.case.errors import HpcCoreError
 
 __all__ = ["main"]
 

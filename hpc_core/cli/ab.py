@@ -11,6 +11,15 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import relative_limit
+from hpc_core.case.select import (
+    load_case_file,
+    matches,
+    near,
+    unknown_glob,
+)
 from hpc_core.cases import ALL
 from hpc_core.cli.ab_table import cases_text, heading, lines, summary
 from hpc_core.cli.console import say, tell
@@ -21,11 +30,7 @@ from hpc_core.compare.bench import Bench
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
 from hpc_core.environment import visible_gpus
-from hpc_core.errors import SpecError
 from hpc_core.faults import FAULTS
-from hpc_core.limits import relative_limit
-from hpc_core.selection import load_case_file, matches, near, unknown_glob
-from hpc_core.spec import Case
 
 __all__ = ["Device", "ab", "chosen_cases", "default_budget_s", "duration_s", "ratio_said", "warned_of"]
 

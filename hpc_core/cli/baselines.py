@@ -7,17 +7,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hpc_core.case.errors import SpecError
+from hpc_core.case.select import near
 from hpc_core.cli.baselines_json import baseline_told
 from hpc_core.cli.console import say, say_json, show
 from hpc_core.cli.running import read_record
-from hpc_core.errors import SpecError
 from hpc_core.explain import stored_cause
 from hpc_core.gate import judge, sizes
 from hpc_core.record import Metric
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
-from hpc_core.selection import near
 from hpc_core.store import (
     Baseline,
     Damaged,

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.cli.ab import Device, duration_s, ratio_said
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files, known_case
@@ -19,8 +21,6 @@ from hpc_core.compare.bisect import Answer, Found, Question, search
 from hpc_core.compare.candidates import Candidates, Commits, Versions, versions_said
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
 
 __all__ = ["bisect"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
-from hpc_core.vary import changed
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
+from hpc_core.case.vary import changed
 
 __all__ = ["bytes_said", "changes_said", "sweep_said", "with_changes"]
 

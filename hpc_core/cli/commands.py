@@ -10,6 +10,8 @@ import msgspec
 import typer
 
 import hpc_core
+from hpc_core.case.case import ModelSpec, case_to_json
+from hpc_core.case.errors import SpecError
 from hpc_core.cli.aa import aa
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
@@ -27,13 +29,11 @@ from hpc_core.cli.profile import profile
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.report import report
 from hpc_core.cli.running import read_record, run_case
-from hpc_core.errors import SpecError
 from hpc_core.gpus import DEFAULT, gpu_named
 from hpc_core.original_protocol import protocol
 from hpc_core.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
-from hpc_core.spec import ModelSpec, case_to_json
 from hpc_core.store import Baseline, find
 from hpc_core.whole_file import write_whole
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.errors import BaselineError
+from hpc_core.case.case import Case
+from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, before_of, explain
 from hpc_core.faults import FAULTS
 from hpc_core.gate import Judgement, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Record, record_to_json
-from hpc_core.spec import Case
 from hpc_core.store import unstored
 from hpc_core.whole_file import write_whole
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 
 __all__ = ["Search", "largest_fitting"]
 

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
+from hpc_core.case.select import load_case_file, near
 from hpc_core.cases import ALL, DATA, INT4, SWEEP, TINY_DATA, TRIAL
 from hpc_core.cases_to_predict import PREDICTED
-from hpc_core.errors import SpecError
-from hpc_core.selection import load_case_file, near
-from hpc_core.spec import Case
 
 __all__ = ["Files", "known_case", "known_cases", "suite_cases"]
 

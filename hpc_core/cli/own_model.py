@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from hpc_core.case.case import Case, ModelSpec
+from hpc_core.case.errors import SpecError
 from hpc_core.cases import finetune, full, generate, lora, qlora
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case, ModelSpec
 
 __all__ = ["Way", "case_of_model", "context_length"]
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.known import Files, known_case
 from hpc_core.cli.own_model import Way, case_of_model, context_length
 from hpc_core.cli.running import read_record
-from hpc_core.errors import PredictError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.launch.launcher import Launcher
@@ -22,7 +23,6 @@ from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record import Record, record_to_json
 from hpc_core.report.memory_plot import check_plot, draw_memory
 from hpc_core.report.prediction import fits, prediction_block, sweep_table
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
 
 __all__ = ["predict"]
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.cases_to_predict import PREDICTED
-from hpc_core.errors import SpecError
 from hpc_core.gpus import GPUS
 from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record import Record
-from hpc_core.spec import Case
 from hpc_core.store import Baseline, find
 
 __all__ = ["Miss", "compare", "markdown", "predictions", "worst"]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
+from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.cli.console import say, tell
-from hpc_core.errors import MissingLibraryError, SpecError
 from hpc_core.garbage import uncollected
 from hpc_core.report import render
 from hpc_core.report.entry import Entry, entries_of

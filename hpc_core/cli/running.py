@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import tell
-from hpc_core.errors import SpecError
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record, record_from_json, record_to_json
-from hpc_core.spec import Case
 from hpc_core.whole_file import write_whole
 
 __all__ = ["read_record", "run_case", "write_record"]

@@ -16,14 +16,14 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import BaselineError
 from hpc_core.cases import TINY, TRIAL, WHOLE
-from hpc_core.errors import BaselineError
 from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.protocol import FAKE_CUDA, Event, Job
 from hpc_core.record import Metric, Record
-from hpc_core.spec import Case
 from hpc_core.store import Baseline, Damaged, Lookup, find, unstored
 
 __all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from hpc_core.case.case import Case
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import CaseResult, SideName, Trial
 from hpc_core.gate import Verdict
 from hpc_core.record import Circumstances, Record
-from hpc_core.spec import Case
 
 __all__ = ["EXIT_BROKEN", "EXIT_UNDECIDED", "Comparison", "Plan", "compare"]
 

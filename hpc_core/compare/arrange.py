@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.probe import Told, check_origin, check_protocol, probe
 from hpc_core.compare.revisions import fingerprint, repository, resolve, uncommitted
 from hpc_core.compare.side import Side, side_of
 from hpc_core.compare.trial import SideName
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
 
 __all__ = ["Arranged", "Asked", "arrange", "ask", "in_place", "of_revision", "place_of"]
 

@@ -12,13 +12,13 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.differences import Rule, is_judged_in_pairs
 from hpc_core.compare.trial import SideName
-from hpc_core.errors import SpecError
 from hpc_core.gate import Verdict, sizes
 from hpc_core.gate.sequential import Look, Sequential
 from hpc_core.record import Metric, Record
-from hpc_core.spec import Case
 
 __all__ = ["Answer", "Found", "Question", "Step", "search"]
 

@@ -9,14 +9,14 @@ from typing import Protocol
 
 import msgspec
 
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.arrange import OWN, ask
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.environments import python_with
 from hpc_core.compare.probe import probe
 from hpc_core.compare.revisions import Revision, changed_files, commits_between, resolve, uncommitted
 from hpc_core.compare.side import Side, side_of
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
 
 __all__ = ["Candidates", "Commits", "Versions", "versions_said"]
 

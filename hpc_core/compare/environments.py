@@ -10,7 +10,7 @@ import venv
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 __all__ = ["python_with"]
 

@@ -14,11 +14,16 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.case.case import (
+    SCHEMA,
+    CallableSpec,
+    Case,
+    case_to_json,
+)
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.side import Side
-from hpc_core.errors import SpecError
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Record
-from hpc_core.spec import SCHEMA, CallableSpec, Case, case_to_json
 
 __all__ = ["Told", "check_origin", "check_protocol", "packages_of", "probe", "spoken"]
 

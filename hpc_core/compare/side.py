@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 import hpc_core
+from hpc_core.case.errors import SpecError
 from hpc_core.compare.revisions import Revision
-from hpc_core.errors import SpecError
 from hpc_core.launch.interpreter import executable
 
 __all__ = ["Side", "side_of"]

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.compare.differences import (
     Difference,
     Rule,
@@ -18,7 +19,6 @@ from hpc_core.compare.differences import (
 from hpc_core.gate import Verdict
 from hpc_core.gate.sequential import Look
 from hpc_core.record import Record
-from hpc_core.spec import Case, FinetuneSpec
 
 __all__ = ["CaseResult", "SideName", "Trial"]
 

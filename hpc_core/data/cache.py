@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hpc_core.case.case import DataSpec, FinetuneSpec
+from hpc_core.case.errors import DataError
+from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.strict import essence
 from hpc_core.data.batching import batches, epoch_size
 from hpc_core.data.collated import FORMAT, CollatedEpoch, write_collated
-from hpc_core.data.lengths import recorded_lengths
 from hpc_core.data.rows import token_rows
 from hpc_core.data.texts import texts
-from hpc_core.errors import DataError
-from hpc_core.spec import DataSpec, FinetuneSpec
-from hpc_core.strict import essence
 
 __all__ = ["cache_folder", "cache_key", "cached_epoch"]
 

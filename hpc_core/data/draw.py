@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
 
-from hpc_core.errors import DataError, MissingLibraryError
+from hpc_core.case.errors import DataError, MissingLibraryError
 
 if TYPE_CHECKING:
     from numpy.random import Generator

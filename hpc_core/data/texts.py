@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.errors import DataError, MissingDataError, MissingLibraryError
-from hpc_core.spec import DataSpec
+from hpc_core.case.case import DataSpec
+from hpc_core.case.errors import DataError, MissingDataError, MissingLibraryError
 
 __all__ = ["Problem", "problems", "texts"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.distances import distances
-from hpc_core.errors import BuildError
 
 __all__ = ["BlockConstants", "constants_of"]
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from hpc_core.build import Built
+from hpc_core.case.case import GenerateSpec
+from hpc_core.case.errors import MeasureError, MissingLibraryError, SpecError
 from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import Captured, captured
 from hpc_core.engine.choosing import Chooser, Sampling
@@ -21,10 +23,8 @@ from hpc_core.engine.first_token import FirstTokens
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import Prefill
 from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
-from hpc_core.errors import MeasureError, MissingLibraryError, SpecError
 from hpc_core.program import Mark, unmarked
 from hpc_core.run.generate import GenerateProgram, prompts_for
-from hpc_core.spec import GenerateSpec
 
 __all__ = ["GraphProgram", "graph_program"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hpc_core.build.packed_int4 import packing_of
+from hpc_core.case.errors import SpecError
 from hpc_core.engine.packed_linear import PackedLinear
-from hpc_core.errors import SpecError
 
 __all__ = ["SUPPORTED", "Decoder", "Layer", "decoder_of", "int8_rows", "kind_of"]
 

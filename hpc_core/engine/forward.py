@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
+from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.chunked_loss import chunked_cross_entropy
 from hpc_core.engine.fused_blocks import Half, fuse_halves
 from hpc_core.engine.fused_linear import added_norm, patch_linears
 from hpc_core.engine.liger import fuse_by_liger, liger_cross_entropy, refuse_without_gpu
 from hpc_core.engine.pointwise import Pointwise
-from hpc_core.errors import BuildError
-from hpc_core.spec import FinetuneSpec
 
 __all__ = ["TunedForward", "restore", "tune"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from hpc_core.build.libraries import library
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.chunked_loss import IGNORED, next_tokens
-from hpc_core.errors import BuildError
 
 __all__ = [
     "chunk_rows",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_core.case.errors import BuildError
 from hpc_core.engine.batch_kernels import plain_rows
 from hpc_core.engine.block_constants import BlockConstants, constants_of
 from hpc_core.engine.block_sizes import ANYWHERE, FOR_CPU, Blocks, tried
@@ -20,7 +21,6 @@ from hpc_core.engine.distances import distances
 from hpc_core.engine.four_bit_batch import four_bit_rows
 from hpc_core.engine.four_bit_kernels import four_bit_vector
 from hpc_core.engine.vector_kernels import plain_vector
-from hpc_core.errors import BuildError
 
 __all__ = ["Early", "Product", "launched", "product_of"]
 

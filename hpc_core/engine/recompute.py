@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_core.errors import BuildError
+from hpc_core.case.errors import BuildError
 
 __all__ = ["HalfCost", "Plan", "Sizes", "plan_for"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.case.case import Case
 from hpc_core.profile import Profile
 from hpc_core.record import Metric, Record
-from hpc_core.spec import Case
 from hpc_core.store import Baseline, Lookup, last_accepted, stored_profile
 
 __all__ = ["Before", "before_of", "stored_before"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.faults.fault import TWIN, Injection
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.spec import Case, case_to_json
+from hpc_core.case.case import Case, case_to_json
 
 __all__ = ["case_changes", "packages_moved", "time_incomparable"]
 

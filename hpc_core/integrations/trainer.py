@@ -15,10 +15,10 @@ from typing import Any, Self
 import torch
 from transformers import TrainerCallback
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
+from hpc_core.case.limits import Limits
 from hpc_core.integrations.trainer_case import settings, trainer_case
 from hpc_core.integrations.training import Training
-from hpc_core.limits import Limits
 from hpc_core.record import Failure, FailureKind, record_to_json
 from hpc_core.whole_file import write_whole
 

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 import torch
 
-from hpc_core.limits import Limits
-from hpc_core.spec import CallableSpec, Case
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.limits import Limits
 
 __all__ = ["FACTORY", "settings", "trainer_case"]
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_core.case.case import Case
 from hpc_core.environment import circumstances, gpu_state
 from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
@@ -19,7 +20,6 @@ from hpc_core.measure.storages import StorageWatch
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, reported, tensor_bytes, wall
 from hpc_core.record import Failure, Metric, Record
-from hpc_core.spec import Case
 
 __all__ = ["Training"]
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hpc_core.errors import LaunchError
+from hpc_core.case.errors import LaunchError
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.interpreter import worker_environment
 from hpc_core.launch.supervisor import ENVIRONMENT

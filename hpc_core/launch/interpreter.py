@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import hpc_core
-from hpc_core.errors import LaunchError
+from hpc_core.case.errors import LaunchError
 
 __all__ = ["executable", "worker_environment"]
 

@@ -15,6 +15,7 @@ from typing import Self
 
 import msgspec
 
+from hpc_core.case.case import Case
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.cold import start_cold
 from hpc_core.launch.follow import Seen, follow
@@ -23,7 +24,6 @@ from hpc_core.launch.protocol import Event, Finished, Job, Preloaded, Way
 from hpc_core.launch.trouble import record_of, with_notes
 from hpc_core.launch.warm import NoWarmParent, WarmParent
 from hpc_core.record import Record
-from hpc_core.spec import Case
 
 __all__ = ["PRELOAD_LIMIT_S", "Launcher"]
 

@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.case.case import Case
 from hpc_core.record import Record
-from hpc_core.spec import Case
 
 __all__ = [
     "FAKE_CUDA",

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.gpu_state import flags
 from hpc_core.record import Metric, Process, Record
 

@@ -7,10 +7,10 @@ import signal
 import msgspec
 
 from hpc_core import environment
+from hpc_core.case.case import SCHEMA
 from hpc_core.launch.follow import Seen
 from hpc_core.launch.protocol import Job
 from hpc_core.record import Failure, FailureKind, Record
-from hpc_core.spec import SCHEMA
 
 __all__ = ["record_of", "with_notes"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.host_calls import MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
 from hpc_core.measure.one_cycle import one_cycle

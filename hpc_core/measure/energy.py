@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 
 __all__ = ["LEAST_S", "RENEWED_S", "Energy", "energy_of"]
 

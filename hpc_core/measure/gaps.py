@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure.busy import Interval, _record, _sort, summarize, union_s
 from hpc_core.measure.host_calls import HostCall, kinds
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.errors import MeasureError
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure.timeline import Allocation, Timeline
 
 __all__ = ["AllocatorHistory"]

@@ -9,9 +9,9 @@ import datetime
 import time
 from collections.abc import Callable
 
+from hpc_core.case.case import CallableSpec, FinetuneSpec, GenerateSpec
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record
-from hpc_core.spec import CallableSpec, FinetuneSpec, GenerateSpec
 
 __all__ = ["perform"]
 

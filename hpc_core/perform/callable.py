@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpc_core.case.case import CallableSpec
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
 from hpc_core.perform.attributed import note_profile
@@ -14,7 +15,6 @@ from hpc_core.perform.trace import trace_program
 from hpc_core.program import Program
 from hpc_core.record import Record
 from hpc_core.run.callable import load_factory
-from hpc_core.spec import CallableSpec
 
 __all__ = ["measure_again", "measure_callable", "measure_program"]
 

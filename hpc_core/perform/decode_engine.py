@@ -10,13 +10,13 @@ import torch
 
 from hpc_core.audit.attention import attention_families
 from hpc_core.build import Built
+from hpc_core.case.case import GenerateSpec
 from hpc_core.engine.capture import make_workspace
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
 from hpc_core.record import Fact
 from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.spec import GenerateSpec
 
 __all__ = [
     "compare_with_stock",

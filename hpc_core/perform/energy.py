@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hpc_core.case.errors import MeasureError
 from hpc_core.environment import gpu_energy_mj, gpu_state
-from hpc_core.errors import MeasureError
 from hpc_core.gpu_state import other_processes
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.energy import Energy, energy_of

@@ -17,7 +17,8 @@ import torch
 
 from hpc_core.audit import feed_facts
 from hpc_core.build import Built
-from hpc_core.errors import MeasureError
+from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.errors import MeasureError
 from hpc_core.measure.clock import quiet, seconds_of
 from hpc_core.measure.gaps import Idle, Window, idle_while
 from hpc_core.perform.feed_words import Rates, what_bounds
@@ -29,7 +30,6 @@ from hpc_core.run.batches import Batches, Resident
 from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import FinetuneProgram, resident_batches
 from hpc_core.run.supply import PREFETCHED, host_batch
-from hpc_core.spec import FinetuneSpec
 
 __all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_core.spec import FeedSpec
+from hpc_core.case.case import FeedSpec
 
 __all__ = ["Rates", "what_bounds"]
 

@@ -8,6 +8,7 @@ import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.build import Built
+from hpc_core.case.case import FinetuneSpec
 from hpc_core.engine.train import training_program
 from hpc_core.measure.clock import seconds_of
 from hpc_core.measure.counters import counting
@@ -30,7 +31,6 @@ from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record import Fact, Record
 from hpc_core.run.finetune import FinetuneProgram
-from hpc_core.spec import FinetuneSpec
 
 __all__ = ["measure_finetune"]
 

@@ -12,6 +12,7 @@ import torch
 from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.build import Built
+from hpc_core.case.case import GenerateSpec
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes
@@ -39,7 +40,6 @@ from hpc_core.perform.trace import trace_program
 from hpc_core.program import Mark, unmarked
 from hpc_core.record import Fact, Record
 from hpc_core.run.generate import GenerateProgram
-from hpc_core.spec import GenerateSpec
 
 __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 

@@ -10,11 +10,11 @@ import torch
 
 from hpc_core.build import Built
 from hpc_core.build.causal_lm import causal_lm
+from hpc_core.case.case import DataSpec
 from hpc_core.data.rows import token_rows
 from hpc_core.perform.metrics import reported
 from hpc_core.perform.session import Session
 from hpc_core.record import Metric
-from hpc_core.spec import DataSpec
 
 __all__ = ["measure_perplexity", "measure_perplexity_unquantized"]
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.build import Built, build
+from hpc_core.case.errors import MeasureError, SpecError
 from hpc_core.environment import circumstances, gpu_state
-from hpc_core.errors import MeasureError, SpecError
 from hpc_core.faults import Injection
 from hpc_core.gpu_state import flags, setup_notes
 from hpc_core.launch.protocol import Event, Job, Phase

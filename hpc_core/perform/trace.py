@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.launch.protocol import OperatorTime, Trace, TraceTable
 from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize

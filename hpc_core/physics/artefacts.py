@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from hpc_core.limits import GiB
+from hpc_core.case.limits import GiB
 from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible, ratio_impossible
 from hpc_core.physics.reading import value_of
 from hpc_core.record import Record

@@ -6,8 +6,8 @@ Recomputation by gradient checkpointing is left out: it is a choice, not a need.
 
 from __future__ import annotations
 
-from hpc_core.shapes import Shape
-from hpc_core.spec import AdapterSpec
+from hpc_core.case.case import AdapterSpec
+from hpc_core.case.shapes import Shape
 
 __all__ = ["decode_bytes", "forward_flops", "int8_head_bytes", "train_flops"]
 

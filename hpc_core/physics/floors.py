@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.shapes import Shape
 from hpc_core.physics.cost import decode_bytes, forward_flops, int8_head_bytes, train_flops
 from hpc_core.physics.datasheet import Datasheet
 from hpc_core.physics.footprint import (
@@ -17,8 +19,6 @@ from hpc_core.physics.footprint import (
     prompt_lengths,
     shape_of,
 )
-from hpc_core.shapes import Shape
-from hpc_core.spec import Case, FinetuneSpec, GenerateSpec
 
 __all__ = ["Floor", "compute_dtypes", "decode_floor", "expected_bytes", "peak_rate", "prefill_floor", "train_floor"]
 

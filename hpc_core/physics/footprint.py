@@ -10,10 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 
-from hpc_core.data.lengths import recorded_lengths
-from hpc_core.errors import DataError
-from hpc_core.shapes import Shape
-from hpc_core.spec import AdapterSpec, Case, FinetuneSpec, GenerateSpec, QuantSpec
+from hpc_core.case.case import (
+    AdapterSpec,
+    Case,
+    FinetuneSpec,
+    GenerateSpec,
+    QuantSpec,
+)
+from hpc_core.case.errors import DataError
+from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.shapes import Shape
 
 __all__ = [
     "WIDTHS",

@@ -11,12 +11,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.limits import GiB
 from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
-from hpc_core.data.lengths import recorded_lengths
-from hpc_core.limits import GiB
 from hpc_core.physics.check import judged
 from hpc_core.record import Circumstances, Machine, Metric, Record, record_from_json
-from hpc_core.spec import Case, DataSpec, FinetuneSpec, ModelSpec, QuantSpec
 
 __all__ = ["REAL_TOKENS", "report_records"]
 

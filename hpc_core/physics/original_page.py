@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from hpc_core.limits import GiB
+from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.limits import GiB
 from hpc_core.physics.artefacts import artefacts, device_bound_rows
 from hpc_core.physics.datasheet import datasheet
 from hpc_core.physics.floors import decode_floor, expected_bytes, peak_rate, train_floor
 from hpc_core.physics.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
 from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record import Record
-from hpc_core.spec import FinetuneSpec
 
 __all__ = ["page"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from hpc_core.selection import checked_cases
-from hpc_core.spec import Case
+from hpc_core.case.case import Case
+from hpc_core.case.select import checked_cases
 
 __all__ = ["CaseFile", "case_id_of", "case_of", "perf_cases"]
 

@@ -11,14 +11,14 @@ from typing import Literal, cast
 import msgspec
 import pytest
 
+from hpc_core.case.errors import SpecError
+from hpc_core.case.select import load_case_file
 from hpc_core.environment import visible_gpus
-from hpc_core.errors import SpecError
 from hpc_core.gate import Waiver
 from hpc_core.launch.protocol import Way
 from hpc_core.plugin.predicting import Extent
 from hpc_core.plugin.replicating import MOST
 from hpc_core.plugin.waiver_file import WAIVERS, read_waivers
-from hpc_core.selection import load_case_file
 
 __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
 

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
+from hpc_core.case.case import Case
+from hpc_core.case.select import checked_cases
 from hpc_core.gpus import DEFAULT, gpu_named
-from hpc_core.selection import checked_cases
-from hpc_core.spec import Case
 
 __all__ = ["MARK", "Extent", "predicted_cases", "predicted_gpu", "takes_part"]
 
@@ -35,7 +35,7 @@ def predicted_cases(
     checked = checked_cases(list(cases), "predicted_cases")
     unknown = sorted(set(short) - {case.id for case in checked})
     if unknown:
-        from hpc_core.errors import SpecError
+        from hpc_core.case.errors import SpecError
 
         raise SpecError(f"predicted_cases(short=…) names no case of its list: {', '.join(unknown)}.")
     name = gpu_named(gpu).name

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.errors import BaselineError, RepositoryError
+from hpc_core.case.errors import BaselineError, RepositoryError
 from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, sessions_of_level, waived
 from hpc_core.plugin.options import Settings
 from hpc_core.record import Record

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.errors import BaselineError
 from hpc_core.environment import visible_gpus
-from hpc_core.errors import BaselineError
 from hpc_core.explain import stored_cause
 from hpc_core.gate import Judgement
 from hpc_core.gate.family import SUITE_ALPHA
@@ -27,7 +28,6 @@ from hpc_core.plugin.review import Review
 from hpc_core.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
-from hpc_core.spec import CallableSpec, Case
 from hpc_core.store import accept, last_accepted
 from hpc_core.whole_file import write_whole
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import hpc_core
+from hpc_core.case.select import matches, unknown_glob
 from hpc_core.environment import machine, stack, visible_gpus
 from hpc_core.gate.family import share
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
@@ -30,7 +31,6 @@ from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.session import PerfSession
 from hpc_core.record import Record
 from hpc_core.report import render
-from hpc_core.selection import matches, unknown_glob
 
 __all__ = ["NAME", "Suite"]
 

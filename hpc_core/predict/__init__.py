@@ -9,9 +9,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 
+from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.record import Record
-from hpc_core.spec import FinetuneSpec, GenerateSpec
 
 __all__ = ["perform"]
 

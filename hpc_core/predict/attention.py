@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 from hpc_core.gpus import Gpu
 
 __all__ = ["Attention", "chosen"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_core.errors import PredictError
+from hpc_core.case.case import CallableSpec
+from hpc_core.case.errors import PredictError
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes
 from hpc_core.predict.own_code import own_code
@@ -11,7 +12,6 @@ from hpc_core.predict.watch import GpuWatch
 from hpc_core.program import Program
 from hpc_core.record import Record
 from hpc_core.run.callable import load_factory
-from hpc_core.spec import CallableSpec
 
 __all__ = ["predict_callable"]
 

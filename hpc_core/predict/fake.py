@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hpc_core.build import drawn
 from hpc_core.build.libraries import library
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.predict import shim
 from hpc_core.predict.answers import Answers

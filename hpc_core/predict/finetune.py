@@ -6,8 +6,9 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.errors import PredictError
 from hpc_core.engine.train import training_program
-from hpc_core.errors import PredictError
 from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
@@ -16,7 +17,6 @@ from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record import Record
 from hpc_core.run.finetune import FinetuneProgram
-from hpc_core.spec import FinetuneSpec
 
 __all__ = ["between", "predict_finetune", "to_watch"]
 

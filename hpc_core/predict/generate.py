@@ -11,7 +11,8 @@ import gc
 
 import torch
 
-from hpc_core.errors import PredictError
+from hpc_core.case.case import GenerateSpec
+from hpc_core.case.errors import PredictError
 from hpc_core.measure.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.generate import BUSY_TOKENS, COUNTED_TOKENS
@@ -24,7 +25,6 @@ from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.program import unmarked
 from hpc_core.record import Record
 from hpc_core.run.generate import GenerateProgram, generate_program
-from hpc_core.spec import GenerateSpec
 
 __all__ = ["predict_generate"]
 

@@ -17,7 +17,7 @@ import torch
 from torch._subclasses import fake_tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hpc_core.errors import HpcCoreError, PredictError
+from hpc_core.case.errors import HpcCoreError, PredictError
 from hpc_core.predict.fake import was_moved
 from hpc_core.predict.unknown import place_of, values_are_unknown
 from hpc_core.predict.watch import GpuWatch

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hpc_core.build import quantization
 from hpc_core.build.libraries import library
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.predict.outliers import Outliers
 

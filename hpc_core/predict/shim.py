@@ -16,7 +16,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-from hpc_core.errors import MissingCompilerError, PredictError
+from hpc_core.case.errors import MissingCompilerError, PredictError
 
 __all__ = ["compiled", "install_guard", "load", "loaded"]
 

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 
 __all__ = ["Unknown", "place_of", "values_are_unknown"]
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from hpc_core.errors import PredictError
+from hpc_core.case.errors import PredictError
 from hpc_core.gpus import Gpu
 from hpc_core.measure.counters import FREE
 from hpc_core.measure.formulas import own_formulas

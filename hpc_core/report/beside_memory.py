@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from hpc_core.case.limits import MiB
 from hpc_core.gate.tolerance import tolerance
-from hpc_core.limits import MiB
 from hpc_core.record import Record
 
 __all__ = ["memory_told"]

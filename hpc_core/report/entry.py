@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from hpc_core.errors import BaselineError
+from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, explain, stored_before
 from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
 from hpc_core.gate.family import share

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 __all__ = ["Ladder", "Step", "ladders_of", "read_ladders"]
 

@@ -9,7 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_core.errors import MissingLibraryError, SpecError
+from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.gate import sizes
 from hpc_core.record import MemoryTimeline, Record
 

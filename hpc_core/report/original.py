@@ -10,9 +10,9 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from hpc_core.limits import GiB
+from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.case.limits import GiB
 from hpc_core.record import Record
-from hpc_core.spec import FinetuneSpec, GenerateSpec
 
 __all__ = ["EPOCHS", "FINETUNE_FILE", "INFERENCE_FILE", "original_files"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 from hpc_core.gate import sizes
 from hpc_core.gate.change_points import ALPHA, ChangePoint, exact_changes, least_points, noisy_changes
 from hpc_core.gate.moved import packages_moved

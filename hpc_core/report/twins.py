@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 import msgspec
 
-from hpc_core.limits import GiB
-from hpc_core.spec import Case
-from hpc_core.workloads import ENGINE_FIELDS
+from hpc_core.case.case import Case
+from hpc_core.case.limits import GiB
+from hpc_core.case.workloads import ENGINE_FIELDS
 
 __all__ = ["are_twins", "changed_work", "twins_of", "work_of"]
 

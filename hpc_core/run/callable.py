@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from hpc_core.errors import BuildError
+from hpc_core.case.case import CallableSpec
+from hpc_core.case.errors import BuildError
 from hpc_core.program import Mark, Program, unmarked
-from hpc_core.spec import CallableSpec
 
 __all__ = ["CallableProgram", "load_factory"]
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.case.case import SCHEMA, Case
 from hpc_core.record import Machine, Metric, Record
-from hpc_core.spec import SCHEMA, Case
 
 __all__ = [
     "Acceptance",

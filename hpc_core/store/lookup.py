@@ -14,8 +14,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.errors import BaselineError
-from hpc_core.spec import SCHEMA, case_to_json
+from hpc_core.case.case import SCHEMA, case_to_json
+from hpc_core.case.errors import BaselineError
 from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, is_gated
 
 __all__ = ["baseline_path", "find", "history_path", "parsed", "render"]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.errors import RepositoryError, SpecError
+from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.record import Metric, Record, record_from_json
 from hpc_core.repository import contents, revisions_of
 from hpc_core.store.baseline import Baseline, gated_metrics

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.errors import BaselineError
+from hpc_core.case.errors import BaselineError
 from hpc_core.profile import Profile
 from hpc_core.record import Metric, Record
 from hpc_core.store.baseline import Baseline, gated_metrics

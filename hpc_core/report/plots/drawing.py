@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from hpc_core.errors import LaunchError, MissingLibraryError, SpecError
+from hpc_core.case.errors import LaunchError, MissingLibraryError, SpecError
 from hpc_core.report.entry import Entry
 from hpc_core.report.plots.ablation import draw_ablation
 from hpc_core.report.plots.bars import draw_finetune, draw_latency, draw_memory, draw_throughput

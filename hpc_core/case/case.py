@@ -11,13 +11,29 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.errors import SpecError
-from hpc_core.feed import FeedSpec
-from hpc_core.limits import Limits
-from hpc_core.parts import AdapterSpec, DataSpec, Dtype, ModelSpec, QuantSpec
-from hpc_core.shapes import SHAPES
-from hpc_core.strict import Strict, check_types, essence, refuse
-from hpc_core.workloads import CallableSpec, FinetuneSpec, GenerateSpec, Workload
+from hpc_core.case.errors import SpecError
+from hpc_core.case.feed import FeedSpec
+from hpc_core.case.limits import Limits
+from hpc_core.case.parts import (
+    AdapterSpec,
+    DataSpec,
+    Dtype,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.shapes import SHAPES
+from hpc_core.case.strict import (
+    Strict,
+    check_types,
+    essence,
+    refuse,
+)
+from hpc_core.case.workloads import (
+    CallableSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    Workload,
+)
 
 __all__ = [
     "SCHEMA",
@@ -178,7 +194,7 @@ class Case(Strict, frozen=True, kw_only=True):
         Raises:
             SpecError: a field that no part has, or that several have; a variant that changes nothing.
         """
-        from hpc_core.vary import varied  # a method for its readers, a module of its own for its rules
+        from hpc_core.case.vary import varied  # a method for its readers, a module of its own for its rules
 
         return varied(self, variant, changes)
 

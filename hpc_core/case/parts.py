@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.errors import SpecError
-from hpc_core.shapes import Shape, shape
-from hpc_core.strict import Strict, check_types, refuse
+from hpc_core.case.errors import SpecError
+from hpc_core.case.shapes import Shape, shape
+from hpc_core.case.strict import Strict, check_types, refuse
 
 __all__ = ["AdapterSpec", "DataSpec", "Dtype", "ModelSpec", "QuantSpec"]
 
@@ -26,7 +26,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     """Which causal language model, and where its weights come from."""
 
     shape: str | None = None
-    """A name from `hpc_core.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
+    """A name from `hpc_core.case.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
     layers: int | None = None
     """Only so many decoder layers of the shape, each at its full width: a short stand-in for the whole. None takes all."""
     weights: Literal["random", "folder", "hub", "gguf", "config"] = "random"

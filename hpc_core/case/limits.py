@@ -10,7 +10,7 @@ import sys
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 __all__ = ["GiB", "Limit", "Limits", "MiB", "relative_limit"]
 

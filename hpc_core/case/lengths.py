@@ -9,7 +9,7 @@ import json
 from functools import cache
 from importlib.resources import files
 
-from hpc_core.errors import DataError
+from hpc_core.case.errors import DataError
 
 __all__ = ["recorded_lengths"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 __all__ = ["SHAPES", "Shape", "shape"]
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 if TYPE_CHECKING:
-    from hpc_core.spec import Case
+    from hpc_core.case.case import Case
 
 __all__ = ["changed", "varied"]
 

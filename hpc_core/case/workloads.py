@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.errors import SpecError
-from hpc_core.feed import FeedSpec
-from hpc_core.parts import DataSpec
-from hpc_core.strict import Strict, check_types, refuse
+from hpc_core.case.errors import SpecError
+from hpc_core.case.feed import FeedSpec
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.strict import Strict, check_types, refuse
 
 __all__ = ["ENGINE_FIELDS", "CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hpc_core.errors import SpecError
-from hpc_core.spec import Case
+from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 
 __all__ = ["load_case_file", "matches", "near", "unknown_glob"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.errors import SpecError
+from hpc_core.case.errors import SpecError
 
 __all__ = ["Strict", "check_types", "essence", "refuse"]
 
