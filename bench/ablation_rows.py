@@ -22,7 +22,7 @@ from typing import Any
 from bench.refusals import what_is_missing
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.environment import machine, stack
+from hpc_core.record.environment import machine, stack
 
 __all__ = ["Measure", "Rows", "options_of", "run_rows"]
 

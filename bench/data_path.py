@@ -28,7 +28,7 @@ from hpc_core.case.case import FeedSpec, FinetuneSpec  # noqa: E402
 from hpc_core.cases import DATA, TINY_DATA  # noqa: E402
 from hpc_core.plugin.fixture import Perf  # noqa: E402
 from hpc_core.plugin.session import PerfSession  # noqa: E402
-from hpc_core.record import Record  # noqa: E402
+from hpc_core.record.record import Record  # noqa: E402
 
 CASES: tuple[Case, ...] = (*DATA, *TINY_DATA)
 _COLUMNS = f"{'feed':32} {'step':>9} {'resident':>9} {'wait':>9} {'GPU idle':>9} {'idle, resident':>14} {'alone':>12}"

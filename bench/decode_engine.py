@@ -15,7 +15,7 @@ from hpc_core import Case, perf_cases
 from hpc_core.cases import SWEEP, TUNED
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 CASES: tuple[Case, ...] = tuple(case for case in (*TUNED, *SWEEP) if case.kind == "generate")
 """Stock and engine, one thing changed at a time."""

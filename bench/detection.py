@@ -21,8 +21,8 @@ import msgspec
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.cases import finetune, full, llama_3b
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 LAYERS = 8
 SHARE = 0.02

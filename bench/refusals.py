@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hpc_core.environment import visible_gpus
+from hpc_core.record.environment import visible_gpus
 
 __all__ = ["what_is_missing"]
 

@@ -15,12 +15,12 @@ import pytest
 from hpc_core.case.case import Case, ModelSpec, QuantSpec
 from hpc_core.case.limits import MiB
 from hpc_core.cases import finetune, generate, lora
-from hpc_core.launch.protocol import Job
-from hpc_core.launch.replicates import busy_values, merged
 from hpc_core.physics import datasheet
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
+from hpc_core.record.repeats import busy_values, merged
 
 pytestmark = pytest.mark.gpu
 

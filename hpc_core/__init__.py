@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hpc_core.plugin.cases import perf_cases
     from hpc_core.plugin.predicting import predicted_cases
     from hpc_core.predicting import predicted
-    from hpc_core.record import Metric, Record
+    from hpc_core.record.record import Metric, Record
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOMES = {
     "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.plugin.predicting": ("predicted_cases",),
     "hpc_core.predicting": ("predicted",),
-    "hpc_core.record": ("Metric", "Record"),
+    "hpc_core.record.record": ("Metric", "Record"),
     "hpc_core.case.case": (
         "AdapterSpec",
         "CallableSpec",

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import DEFAULT, gpu_named
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import FAKE_CUDA, Job
-from hpc_core.record import Record
+from hpc_core.record.gpus import DEFAULT, gpu_named
+from hpc_core.record.job import FAKE_CUDA, Job
+from hpc_core.record.record import Record
 
 __all__ = ["predicted", "predicting_launcher", "prediction", "why_not"]
 

@@ -21,10 +21,21 @@ from typing import NoReturn
 
 import msgspec
 
-from hpc_core import environment
 from hpc_core.case.errors import HpcCoreError, MissingDataError, MissingLibraryError
-from hpc_core.launch.protocol import Event, Finished, Job, Phase, encode_event
-from hpc_core.record import Failure, FailureKind, Record, record_to_json
+from hpc_core.record import environment
+from hpc_core.record.job import (
+    Event,
+    Finished,
+    Job,
+    Phase,
+    encode_event,
+)
+from hpc_core.record.record import (
+    Failure,
+    FailureKind,
+    Record,
+    record_to_json,
+)
 
 __all__ = ["main", "run_job", "serve"]
 

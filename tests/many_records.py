@@ -8,7 +8,12 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.record import Failure, Metric, Record, record_to_json
+from hpc_core.record.record import (
+    Failure,
+    Metric,
+    Record,
+    record_to_json,
+)
 from hpc_core.report.entry import Entry
 from hpc_core.report.plots import Drawing
 from hpc_core.store.reading import read_records

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 __all__ = ["GPU", "predicted", "predicted_jobs", "values"]
 

@@ -19,7 +19,14 @@ from hpc_core.case.case import (
     QuantSpec,
 )
 from hpc_core.case.limits import Limits
-from hpc_core.record import Circumstances, Fact, Failure, Machine, Metric, Record
+from hpc_core.record.record import (
+    Circumstances,
+    Fact,
+    Failure,
+    Machine,
+    Metric,
+    Record,
+)
 
 # The same examples on every machine: a red build must be reproducible from its commit alone.
 settings.register_profile(

@@ -17,9 +17,9 @@ from hpc_core.case.case import (
     QuantSpec,
 )
 from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
-from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

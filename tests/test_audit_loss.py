@@ -10,9 +10,9 @@ import torch
 
 from hpc_core.case.case import Case
 from hpc_core.cases import TINY, finetune, lora, tiny
-from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.run.finetune import finetune_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

@@ -12,9 +12,9 @@ from hpc_core.audit.weights import linear_layers
 from hpc_core.build import Built, build
 from hpc_core.case.case import Case, QuantSpec
 from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
-from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.run.finetune import finetune_program, make_optimizer
 from hpc_core.run.generate import generate_program
 

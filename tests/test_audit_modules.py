@@ -16,7 +16,7 @@ from hpc_core.case.case import CallableSpec, Case
 from hpc_core.cases import catalogue
 from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
+from hpc_core.record.job import Job
 from hpc_core.store import find
 
 pytestmark = pytest.mark.slow

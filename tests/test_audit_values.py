@@ -15,7 +15,7 @@ from hpc_core.build.causal_lm import causal_lm
 from hpc_core.build.drawn import drawn
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.cases import TINY, catalogue, finetune, lora, qlora, tiny
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 CPU = torch.device("cpu")
 LORA, NF4, INT8 = (catalogue()[f"tiny/{name}"] for name in ("lora", "qlora", "generate-int8"))

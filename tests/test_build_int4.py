@@ -27,10 +27,10 @@ from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
 from hpc_core.launch import by_nvml
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.physics.footprint import expected_bytes
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.run.generate import generate_program
 from hpc_core.worker import run_job
 from tests.predicting import predicted, values

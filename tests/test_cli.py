@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hpc_core.cli import main
-from hpc_core.record import record_from_json, record_to_json
+from hpc_core.record.record import record_from_json, record_to_json
 from hpc_core.store import accept, profile_path
 from tests.git_project import GitProject
 from tests.profiles import a_profile, weights

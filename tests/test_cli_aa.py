@@ -20,7 +20,7 @@ from hpc_core.gate.metric_rates import residuals
 from hpc_core.gate.spread import SPREADS
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Metric, record_to_json
+from hpc_core.record.record import Metric, record_to_json
 from tests.strategies import a_record, counted
 
 ROOT = Path(__file__).parent.parent

@@ -19,8 +19,13 @@ from hpc_core.cases import catalogue
 from hpc_core.cli import predict as command
 from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
 from hpc_core.cli.own_model import case_of_model, context_length
-from hpc_core.gpus import gpu_named
-from hpc_core.record import Failure, Machine, Record, record_from_json
+from hpc_core.record.gpus import gpu_named
+from hpc_core.record.record import (
+    Failure,
+    Machine,
+    Record,
+    record_from_json,
+)
 from hpc_core.report.prediction import prediction_block, sweep_table
 from tests.strategies import a_case, a_record, around, counted, peak
 from tests.test_cli import run

@@ -20,7 +20,7 @@ from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows
 from hpc_core.compare.trial import SideName
 from hpc_core.gate import Verdict
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from tests.strategies import a_case, a_record, counted, failed_record, peak
 
 CASE = a_case("tiny/lora")

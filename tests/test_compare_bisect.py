@@ -16,7 +16,7 @@ from hpc_core.compare.bisect import Answer, Question, search
 from hpc_core.compare.candidates import versions_said
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import SideName
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from tests.strategies import a_case, a_record, failed_record, peak
 from tests.test_compare_ab import step
 

@@ -16,8 +16,8 @@ from hpc_core.cases import finetune, full, tiny
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes
+from hpc_core.record.job import Job
 from hpc_core.worker import run_job
 
 

@@ -16,8 +16,20 @@ from hpc_core.explain.memory import _changes
 from hpc_core.explain.naming import block
 from hpc_core.gate import judge
 from hpc_core.measure.kernel_places import DeviceWork, Range, attributed
-from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
-from hpc_core.record import Fact, Metric, Record, record_from_json, record_to_json
+from hpc_core.record.profile import (
+    KernelUse,
+    ModuleSeen,
+    OperatorUse,
+    Piece,
+    Profile,
+)
+from hpc_core.record.record import (
+    Fact,
+    Metric,
+    Record,
+    record_from_json,
+    record_to_json,
+)
 from hpc_core.store import Baseline, accept, find, profile_path, profile_to_keep, stored_profile
 from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
 from tests.strategies import H100, around, busy, counted, peak

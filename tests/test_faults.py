@@ -22,8 +22,8 @@ from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
 from hpc_core.faults import FAULTS, Fault, inject
 from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.store import Baseline, Damaged, find, unstored
 from tests.strategies import a_case, a_record, busy, counted, failed_record, peak
 

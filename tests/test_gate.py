@@ -10,7 +10,7 @@ import pytest
 
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.gate import Judgement, MetricVerdict, Verdict, judge
-from hpc_core.record import Machine, Metric, Record
+from hpc_core.record.record import Machine, Metric, Record
 from hpc_core.store import Baseline, Missing, accept, find
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 

@@ -15,7 +15,7 @@ from hpc_core.gate.interval import history_interval, interval_of, three_way
 from hpc_core.gate.sequential import Sequential
 from hpc_core.gate.settling import settled_by
 from hpc_core.gate.spread import SPREADS
-from hpc_core.record import Metric
+from hpc_core.record.record import Metric
 from tests.strategies import a_record, around, busy, counted
 from tests.test_gate_laws import stored
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.limits import GiB, Limits
 from hpc_core.gate import Judgement, Side, Verdict, judge, judge_pull_request
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from hpc_core.store import Damaged, Lookup, Missing
 from tests.strategies import STACK, a_record, busy, counted, failed_record, peak
 from tests.test_gate_laws import stored

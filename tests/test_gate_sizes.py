@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.gate.sizes import change, pair, percent, quantity
+from hpc_core.record.units import (
+    change,
+    pair,
+    percent,
+    quantity,
+)
 
 
 @pytest.mark.parametrize(

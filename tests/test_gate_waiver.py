@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
 from hpc_core.gate import Judgement, Verdict, Waiver, expired, judge, waived, waivers_from_toml
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from tests.strategies import a_record, busy, counted, peak
 from tests.test_gate_laws import stored
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_core.gpu_state import flags, setup_notes, throttle_words
+from hpc_core.record.gpu_state import flags, setup_notes, throttle_words
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from hpc_core.cli import main
-from hpc_core.record import Record, record_to_json
+from hpc_core.record.record import Record, record_to_json
 from hpc_core.store import HISTORY_LENGTH, accept
 from hpc_core.store.over_time import over_time
 from tests.git_project import GitProject

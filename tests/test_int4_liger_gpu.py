@@ -22,8 +22,8 @@ from hpc_core.cases import finetune, full, generate, lora
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
 from hpc_core.physics.footprint import expected_bytes
+from hpc_core.record.job import Job
 from hpc_core.run.generate import generate_program
 
 pytestmark = [

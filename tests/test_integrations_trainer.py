@@ -19,7 +19,7 @@ from hpc_core.gate import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.integrations import PerfCallback
 from hpc_core.integrations.training import Training
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.store import accept, find
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

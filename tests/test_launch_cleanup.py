@@ -17,7 +17,7 @@ import pytest
 
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job, Phase
+from hpc_core.record.job import Job, Phase
 
 pytestmark = pytest.mark.slow
 

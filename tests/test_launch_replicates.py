@@ -11,8 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
-from hpc_core.launch.replicates import busy_values, merged
-from hpc_core.record import Metric, Record, record_from_json, record_to_json
+from hpc_core.record.record import (
+    Metric,
+    Record,
+    record_from_json,
+    record_to_json,
+)
+from hpc_core.record.repeats import busy_values, merged
 from hpc_core.store import accept, find, last_accepted
 from tests.strategies import a_case, a_record, around, counted, failed_record, peak, positive, records
 

@@ -18,8 +18,16 @@ import pytest
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import LaunchError
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Event, Exited, Finished, Job, Phase, Way, encode_event
-from hpc_core.record import Failure, Record
+from hpc_core.record.job import (
+    Event,
+    Exited,
+    Finished,
+    Job,
+    Phase,
+    Way,
+    encode_event,
+)
+from hpc_core.record.record import Failure, Record
 
 pytestmark = pytest.mark.slow
 

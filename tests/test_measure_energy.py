@@ -17,15 +17,15 @@ from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.cases import finetune, generate, lora, tiny
 from hpc_core.engine.train import training_program
-from hpc_core.environment import gpu_energy_mj
-from hpc_core.gpu_state import other_processes
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.perform import energy as performing
 from hpc_core.perform.finetune import _energy
 from hpc_core.perform.metrics import wall
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, unmarked
+from hpc_core.record.environment import gpu_energy_mj
+from hpc_core.record.gpu_state import other_processes
+from hpc_core.record.job import Job
 from hpc_core.run.generate import generate_program
 
 

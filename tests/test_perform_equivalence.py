@@ -13,12 +13,12 @@ from hpc_core.build import Built, build
 from hpc_core.build.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.cases import catalogue, finetune, lora
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 from hpc_core.perform import equivalence, perform
 from hpc_core.perform.equivalence import TOLERANCES, Given, coarsest, measure_equivalence
 from hpc_core.perform.reference import full_float32, reference_bytes, turn_into_reference
 from hpc_core.perform.session import Session
+from hpc_core.record.job import Job
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

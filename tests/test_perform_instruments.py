@@ -14,14 +14,14 @@ from hpc_core.build.adapter import attach_adapter
 from hpc_core.build.checkpointing import enable_checkpointing
 from hpc_core.case.case import CallableSpec, Case, ModelSpec
 from hpc_core.cases import catalogue, finetune, lora, tiny
-from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.perform import perform
 from hpc_core.perform.callable import measure_program
 from hpc_core.perform.memory import Fixed
 from hpc_core.perform.observe import checkpointing_seen
 from hpc_core.perform.session import Session
 from hpc_core.program import Mark, unmarked
-from hpc_core.record import Record
+from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.record import Record
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from hpc_core.cases import catalogue
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.perform import perform
 from hpc_core.perform.profiled import note_compilations, profile_steps
 from hpc_core.perform.session import Session
+from hpc_core.record.job import Job
 
 
 class Profiler:

@@ -6,7 +6,7 @@ import pytest
 
 from hpc_core.cases import catalogue
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
+from hpc_core.record.job import Job
 
 pytestmark = pytest.mark.slow
 

@@ -15,10 +15,10 @@ from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.cases import TINY_DATA, catalogue
 from hpc_core.cli.profile import nsight_commands
-from hpc_core.launch.protocol import Job, Trace, TraceTable
 from hpc_core.measure.ranges import named_ranges, shown
 from hpc_core.perform.trace import _table
-from hpc_core.record import Record
+from hpc_core.record.job import Job, Trace, TraceTable
+from hpc_core.record.record import Record
 from hpc_core.run.feeding import Fed
 from hpc_core.run.supply import HostBatch
 from hpc_core.store import accept

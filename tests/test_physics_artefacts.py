@@ -11,7 +11,12 @@ from hpc_core.case.case import Case
 from hpc_core.cases import DEVICE_BOUND, FULL
 from hpc_core.physics.artefacts import NEEDED, artefacts
 from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible
-from hpc_core.record import Fact, Metric, Record, record_from_json
+from hpc_core.record.record import (
+    Fact,
+    Metric,
+    Record,
+    record_from_json,
+)
 
 BASELINES = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib" / "llama-3.2-3b"
 

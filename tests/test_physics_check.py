@@ -16,7 +16,12 @@ from hpc_core.case.shapes import SHAPES
 from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
 from hpc_core.physics import DATASHEETS, datasheet, expected_bytes, impossible, judged, ratio_impossible, suspicious
 from hpc_core.physics.floors import decode_floor, peak_rate, prefill_floor, train_floor
-from hpc_core.record import Machine, Metric, Record, record_from_json
+from hpc_core.record.record import (
+    Machine,
+    Metric,
+    Record,
+    record_from_json,
+)
 from tests.strategies import CPU, H100, a_record, around, busy, failed_record, peak, records, wall
 
 BASELINES = Path(__file__).parent.parent / "baselines"

@@ -27,7 +27,7 @@ from hpc_core.engine.static_cache import capacity_for
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.physics import expected_bytes
 from hpc_core.physics.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.run.finetune import make_optimizer
 from tests.strategies import adapters, cases
 

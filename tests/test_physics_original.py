@@ -9,7 +9,7 @@ import pytest
 from hpc_core.physics import ratio_impossible
 from hpc_core.physics.floors import train_floor
 from hpc_core.physics.original import REAL_TOKENS, main, report_records
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 ROOT = Path(__file__).parent.parent
 REPORT = report_records()

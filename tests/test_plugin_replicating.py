@@ -13,12 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core import environment
-from hpc_core.launch.protocol import Job
 from hpc_core.plugin import resuming, runner
 from hpc_core.plugin.replicating import MOST, Plan, narrow, replicated
 from hpc_core.plugin.resuming import Earlier, code_state
-from hpc_core.record import Metric, Record, record_from_json, record_to_json
+from hpc_core.record import environment
+from hpc_core.record.job import Job
+from hpc_core.record.record import (
+    Metric,
+    Record,
+    record_from_json,
+    record_to_json,
+)
 from tests.strategies import a_case, a_record
 from tests.told_launcher import ToldLauncher
 

@@ -19,7 +19,7 @@ from hpc_core.case.case import (
 from hpc_core.cases import TINY, generate, tiny
 from hpc_core.physics import expected_bytes, impossible
 from hpc_core.physics.floors import train_floor
-from hpc_core.record import Record, record_from_json, record_to_json
+from hpc_core.record.record import Record, record_from_json, record_to_json
 from tests.predicting import predicted, values
 
 pytestmark = pytest.mark.slow

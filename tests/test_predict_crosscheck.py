@@ -17,7 +17,7 @@ from hpc_core.case.case import (
     ModelSpec,
 )
 from hpc_core.cases import finetune, full, lora, qlora, tiny
-from hpc_core.gpus import gpu_named
+from hpc_core.record.gpus import gpu_named
 from tests.crosscheck import Real, really_run
 from tests.machine_speed import emulates_bfloat16
 from tests.predicting import GPU, predicted, values

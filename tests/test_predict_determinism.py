@@ -10,7 +10,7 @@ import pytest
 
 from hpc_core.case.case import Case
 from hpc_core.cases import TINY
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from tests.predicting import predicted
 
 pytestmark = pytest.mark.slow

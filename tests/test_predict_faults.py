@@ -10,8 +10,8 @@ import pytest
 from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown, safe

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import GPUS, Gpu
 from hpc_core.predict.attention import chosen
 from hpc_core.predict.kernels import Launches, multi_tensor_launches
 from hpc_core.predict.layout import laid_out
 from hpc_core.predict.products import product_kernels
+from hpc_core.record.gpus import GPUS, Gpu
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 CUDNN = "_scaled_dot_product_cudnn_attention"

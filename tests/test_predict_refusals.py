@@ -8,8 +8,8 @@ import pytest
 
 from hpc_core.cases import TINY, finetune, full, generate, tiny
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from tests.predicting import GPU, predicted, values
 
 pytestmark = pytest.mark.slow

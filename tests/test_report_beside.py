@@ -14,7 +14,7 @@ from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.cases import ALL, SWEEP, catalogue
-from hpc_core.record import Metric, Record, record_to_json
+from hpc_core.record.record import Metric, Record, record_to_json
 from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
 from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.twins import are_twins, changed_work, work_of
@@ -164,7 +164,7 @@ def test_one_machines_folder_is_refused() -> None:
 
 def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
     """A case that changed since it was measured has no number, whatever its file is called."""
-    from hpc_core.record import record_to_json
+    from hpc_core.record.record import record_to_json
 
     old = _case("lora-nodrop").vary("lora-nodrop", batch=8)
     assert isinstance(old.workload, FinetuneSpec)

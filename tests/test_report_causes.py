@@ -17,8 +17,14 @@ from hypothesis import strategies as st
 from hpc_core.case.errors import SpecError
 from hpc_core.explain import stored_cause
 from hpc_core.garbage import uncollected
-from hpc_core.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
-from hpc_core.record import Record, record_to_json
+from hpc_core.record.profile import (
+    KernelUse,
+    ModuleSeen,
+    OperatorUse,
+    Piece,
+    Profile,
+)
+from hpc_core.record.record import Record, record_to_json
 from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown

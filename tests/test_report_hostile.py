@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
-from hpc_core.record import record_to_json
+from hpc_core.record.record import record_to_json
 from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown

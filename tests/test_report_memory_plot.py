@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
-from hpc_core.record import MemoryTimeline, Record, record_from_json, record_to_json
+from hpc_core.record.record import (
+    MemoryTimeline,
+    Record,
+    record_from_json,
+    record_to_json,
+)
 from hpc_core.report.memory_plot import check_plot, draw_memory
 from tests.strategies import a_record, around
 

@@ -13,7 +13,7 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.limits import GiB
 from hpc_core.original_protocol import protocol
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from hpc_core.report.original import FINETUNE_FILE, INFERENCE_FILE, original_files
 from tests.strategies import a_record, failed_record, peak, wall
 

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import LaunchError, SpecError
-from hpc_core.gate import sizes
 from hpc_core.launch.tree import descendants
+from hpc_core.record import units as sizes
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
 from hpc_core.report.plots import PLOTS, Drawing

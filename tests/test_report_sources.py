@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from hpc_core.case.errors import SpecError
-from hpc_core.record import Record, record_to_json
+from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.entry import entries_of
 from hpc_core.store import accepted_records
 from hpc_core.store.reading import read_records

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from hpc_core.case.limits import GiB
 from hpc_core.cases import catalogue
 from hpc_core.gate import judge
-from hpc_core.record import Failure, Metric, Record
+from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report import Row, render
 from hpc_core.report.row import accepted_line
 from hpc_core.store import Baseline, Lookup, Missing, accept, find

@@ -8,9 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core import environment
 from hpc_core.case.errors import RepositoryError
-from hpc_core.repository import contents, head, is_dirty, listing, merge_base, revisions_of
+from hpc_core.record import environment
+from hpc_core.record.git import (
+    contents,
+    head,
+    is_dirty,
+    listing,
+    merge_base,
+    revisions_of,
+)
 from tests.git_project import GitProject
 
 

@@ -27,11 +27,11 @@ from hpc_core.case.case import (
 from hpc_core.cases import TINY_DATA, finetune, lora
 from hpc_core.data.blocks import Block, BlockSource
 from hpc_core.engine.train import training_program
-from hpc_core.launch.protocol import Job
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.perform.feed_words import Rates, what_bounds
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 from hpc_core.run import supply
 from hpc_core.run.batches import Resident
 from hpc_core.run.feeding import Fed

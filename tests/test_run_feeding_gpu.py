@@ -14,10 +14,10 @@ from hpc_core.build import build
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.cases import finetune, lora, tiny
 from hpc_core.engine.train import TunedProgram, training_program
-from hpc_core.launch.protocol import Job
 from hpc_core.measure.gaps import idle_while
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
+from hpc_core.record.job import Job
 from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import resident_batches
 

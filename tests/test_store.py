@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hpc_core.case.errors import BaselineError
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.store import (
     HISTORY_LENGTH,
     Baseline,

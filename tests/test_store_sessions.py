@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from hpc_core.case.errors import BaselineError
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.store import (
     HISTORY_BYTES,
     HISTORY_LENGTH,

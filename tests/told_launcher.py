@@ -6,8 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.launch.protocol import Event, Finished, Job, Phase, Way
-from hpc_core.record import Circumstances, Failure, FailureKind, Metric, Record
+from hpc_core.record.job import (
+    Event,
+    Finished,
+    Job,
+    Phase,
+    Way,
+)
+from hpc_core.record.record import (
+    Circumstances,
+    Failure,
+    FailureKind,
+    Metric,
+    Record,
+)
 from tests.strategies import CPU, STACK, busy, counted, wall
 
 SAMPLES = (0.25, 0.5, 0.75)

@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.audit.looks import taken
 from hpc_core.case.case import Case, FinetuneSpec
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["attention_facts", "attention_families"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from hpc_core.case.case import FeedSpec
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 from hpc_core.run.feeding import Fed
 
 __all__ = ["feed_facts"]

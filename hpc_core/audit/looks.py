@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["Look", "dtype_name", "names", "taken"]
 

@@ -16,7 +16,7 @@ import torch
 
 from hpc_core.audit.looks import taken
 from hpc_core.data.batching import IGNORED_LABEL
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["LossSeen", "loss_facts", "watch_loss"]
 

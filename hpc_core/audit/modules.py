@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit.looks import taken
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["module_facts"]
 

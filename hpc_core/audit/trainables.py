@@ -11,7 +11,7 @@ from hpc_core.audit.looks import names, taken
 from hpc_core.audit.weights import linear_layers
 from hpc_core.build.adapter import adapter_parameters
 from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["trainable_facts"]
 

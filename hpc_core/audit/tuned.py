@@ -9,7 +9,7 @@ from hpc_core.engine.forward import TunedForward
 from hpc_core.engine.liger import seen_of_liger
 from hpc_core.engine.regional_compile import compiled_layers
 from hpc_core.engine.train import TunedProgram
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["tuned_facts"]
 

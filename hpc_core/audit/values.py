@@ -15,7 +15,7 @@ from hpc_core.build.causal_lm import torch_dtype
 from hpc_core.build.drawn import STD, drawn
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["value_facts"]
 

@@ -10,7 +10,7 @@ from hpc_core.audit.looks import dtype_name, names, taken
 from hpc_core.build.packed_int4 import packing_for, packing_of
 from hpc_core.case.case import Case, FinetuneSpec, QuantSpec
 from hpc_core.measure.owners import owned_bytes
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["int4_bytes", "linear_layers", "quantized_bytes", "weight_facts"]
 

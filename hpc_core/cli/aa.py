@@ -16,13 +16,13 @@ from hpc_core.case.select import matches, unknown_glob
 from hpc_core.cli.aa_table import table
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files, known_cases, suite_cases
-from hpc_core.environment import visible_gpus
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
 from hpc_core.gate.error_rates import error_rates
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Metric, Record, record_from_json
-from hpc_core.whole_file import write_whole
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.files import write_whole
+from hpc_core.record.job import Job
+from hpc_core.record.record import Metric, Record, record_from_json
 
 __all__ = ["aa"]
 

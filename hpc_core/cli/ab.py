@@ -29,8 +29,8 @@ from hpc_core.compare.arrange import Arranged, Asked, arrange, place_of
 from hpc_core.compare.bench import Bench
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
-from hpc_core.environment import visible_gpus
 from hpc_core.faults import FAULTS
+from hpc_core.record.environment import visible_gpus
 
 __all__ = ["Device", "ab", "chosen_cases", "default_budget_s", "duration_s", "ratio_said", "warned_of"]
 

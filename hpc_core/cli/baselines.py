@@ -13,8 +13,10 @@ from hpc_core.cli.baselines_json import baseline_told
 from hpc_core.cli.console import say, say_json, show
 from hpc_core.cli.running import read_record
 from hpc_core.explain import stored_cause
-from hpc_core.gate import judge, sizes
-from hpc_core.record import Metric
+from hpc_core.gate import judge
+from hpc_core.record import units as sizes
+from hpc_core.record.files import write_whole
+from hpc_core.record.record import Metric
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
@@ -32,7 +34,6 @@ from hpc_core.store import (
 )
 from hpc_core.store.acceptance import changes_between, refuse
 from hpc_core.store.lookup import parsed
-from hpc_core.whole_file import write_whole
 
 __all__ = ["baseline_app"]
 

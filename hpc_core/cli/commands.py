@@ -29,13 +29,13 @@ from hpc_core.cli.profile import profile
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.report import report
 from hpc_core.cli.running import read_record, run_case
-from hpc_core.gpus import DEFAULT, gpu_named
 from hpc_core.original_protocol import protocol
-from hpc_core.record import record_to_json
+from hpc_core.record.files import write_whole
+from hpc_core.record.gpus import DEFAULT, gpu_named
+from hpc_core.record.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
 from hpc_core.store import Baseline, find
-from hpc_core.whole_file import write_whole
 
 __all__ = ["app"]
 

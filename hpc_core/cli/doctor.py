@@ -12,8 +12,8 @@ import typer
 from hpc_core.cli.console import say, say_json
 from hpc_core.doctor.checks import Check
 from hpc_core.doctor.examination import Examination, examine
-from hpc_core.gate import sizes
-from hpc_core.gpu_state import setup_notes, throttle_words
+from hpc_core.record import units as sizes
+from hpc_core.record.gpu_state import setup_notes, throttle_words
 
 __all__ = ["doctor"]
 

@@ -16,10 +16,10 @@ from hpc_core.explain import Cause, before_of, explain
 from hpc_core.faults import FAULTS
 from hpc_core.gate import Judgement, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record, record_to_json
+from hpc_core.record.files import write_whole
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record, record_to_json
 from hpc_core.store import unstored
-from hpc_core.whole_file import write_whole
 
 __all__ = ["EXPLAINED", "TABLE_FILE", "Explained", "cause_table", "explained", "explained_faults"]
 

@@ -16,10 +16,10 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.known import Files, known_case
-from hpc_core.gate import sizes
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job, Trace, TraceTable
-from hpc_core.record import Record
+from hpc_core.record import units as sizes
+from hpc_core.record.job import Job, Trace, TraceTable
+from hpc_core.record.record import Record
 
 __all__ = ["EXIT_BROKEN", "nsight_commands", "profile"]
 

@@ -11,10 +11,10 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import tell
 from hpc_core.cli.running import read_record, write_record
-from hpc_core.environment import visible_gpus
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 __all__ = ["run_protocol"]
 

@@ -18,10 +18,10 @@ import typer
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.cli.console import say, tell
 from hpc_core.garbage import uncollected
+from hpc_core.record.files import write_whole
 from hpc_core.report import render
 from hpc_core.report.entry import Entry, entries_of
 from hpc_core.store.reading import plain, read_records
-from hpc_core.whole_file import write_whole
 
 if TYPE_CHECKING:
     from hpc_core.report.plots import Drawing

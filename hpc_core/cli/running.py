@@ -10,9 +10,9 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import tell
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Event, Job, Phase
-from hpc_core.record import Record, record_from_json, record_to_json
-from hpc_core.whole_file import write_whole
+from hpc_core.record.files import write_whole
+from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.record import Record, record_from_json, record_to_json
 
 __all__ = ["read_record", "run_case", "write_record"]
 

@@ -22,8 +22,8 @@ from hpc_core.cases import TINY, TRIAL, WHOLE
 from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import FAKE_CUDA, Event, Job
-from hpc_core.record import Metric, Record
+from hpc_core.record.job import FAKE_CUDA, Event, Job
+from hpc_core.record.record import Metric, Record
 from hpc_core.store import Baseline, Damaged, Lookup, find, unstored
 
 __all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]

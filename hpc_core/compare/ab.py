@@ -16,7 +16,7 @@ from hpc_core.case.case import Case
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import CaseResult, SideName, Trial
 from hpc_core.gate import Verdict
-from hpc_core.record import Circumstances, Record
+from hpc_core.record.record import Circumstances, Record
 
 __all__ = ["EXIT_BROKEN", "EXIT_UNDECIDED", "Comparison", "Plan", "compare"]
 

@@ -10,10 +10,10 @@ from typing import Literal, Self
 from hpc_core.case.case import CallableSpec, Case, FinetuneSpec
 from hpc_core.compare.side import Side
 from hpc_core.compare.trial import SideName
-from hpc_core.environment import visible_gpus
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import PRELOAD_MORE, Job, Way
-from hpc_core.record import Failure, Record
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.job import PRELOAD_MORE, Job, Way
+from hpc_core.record.record import Failure, Record
 
 __all__ = ["Bench", "Device"]
 

@@ -16,9 +16,10 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.compare.differences import Rule, is_judged_in_pairs
 from hpc_core.compare.trial import SideName
-from hpc_core.gate import Verdict, sizes
+from hpc_core.gate import Verdict
 from hpc_core.gate.sequential import Look, Sequential
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["Answer", "Found", "Question", "Step", "search"]
 

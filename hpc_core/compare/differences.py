@@ -13,11 +13,12 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.limits import relative_limit
-from hpc_core.gate import Verdict, sizes
+from hpc_core.gate import Verdict
 from hpc_core.gate.interval import Interval
 from hpc_core.gate.sequential import Look, Sequential
 from hpc_core.gate.spread import SPREADS, family_of
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["Difference", "Rule", "decided", "exact_rows", "is_judged_in_pairs", "timed_row", "unjudged_rows"]
 

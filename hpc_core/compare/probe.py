@@ -22,8 +22,8 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.errors import SpecError
 from hpc_core.compare.side import Side
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 __all__ = ["Told", "check_origin", "check_protocol", "packages_of", "probe", "spoken"]
 

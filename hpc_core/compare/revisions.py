@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.errors import RepositoryError, SpecError
-from hpc_core.repository import git as run_git
+from hpc_core.record.git import git as run_git
 
 __all__ = ["Revision", "changed_files", "commits_between", "fingerprint", "git", "repository", "resolve", "uncommitted"]
 

@@ -18,7 +18,7 @@ from hpc_core.compare.differences import (
 )
 from hpc_core.gate import Verdict
 from hpc_core.gate.sequential import Look
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["CaseResult", "SideName", "Trial"]
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hpc_core.case.errors import DataError
 from hpc_core.data.batching import Batch, EpochSize
 from hpc_core.data.blocks import Block, BlockSize
-from hpc_core.whole_file import write_whole
+from hpc_core.record.files import write_whole
 
 __all__ = ["FORMAT", "CollatedEpoch", "write_collated"]
 

@@ -62,8 +62,8 @@ def _bitsandbytes() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    from hpc_core.environment import machine, visible_gpus
-    from hpc_core.gpu_state import read_state
+    from hpc_core.record.environment import machine, visible_gpus
+    from hpc_core.record.gpu_state import read_state
 
     found = []
     for gpu in visible_gpus():

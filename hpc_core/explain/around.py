@@ -7,7 +7,7 @@ from typing import Any
 
 from hpc_core.explain.before import Before
 from hpc_core.gate.moved import case_changes, packages_moved
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["around", "broken_facts"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.profile import Profile
-from hpc_core.record import Metric, Record
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import Metric, Record
 from hpc_core.store import Baseline, Lookup, last_accepted, stored_profile
 
 __all__ = ["Before", "before_of", "stored_before"]

@@ -14,7 +14,7 @@ from hpc_core.explain.memory import memory_finding
 from hpc_core.explain.work import module_changes, work_finding
 from hpc_core.gate import Judgement
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.store import find
 
 __all__ = ["Cause", "explain", "stored_cause"]

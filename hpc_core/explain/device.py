@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from hpc_core.explain.before import Before
 from hpc_core.explain.finding import Finding, leading
 from hpc_core.explain.naming import block, label
-from hpc_core.gate import sizes
-from hpc_core.profile import KernelUse, Profile
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.profile import KernelUse, Profile
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["device_finding"]
 

@@ -9,9 +9,9 @@ import msgspec
 from hpc_core.explain.before import Before
 from hpc_core.explain.finding import Finding, leading
 from hpc_core.explain.naming import block, computes, label, operator, parts
-from hpc_core.gate import sizes
-from hpc_core.profile import Piece, Profile
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.profile import Piece, Profile
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["memory_finding"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from hpc_core.profile import ModuleSeen, Profile
+from hpc_core.record.profile import ModuleSeen, Profile
 
 __all__ = ["block", "computes", "label", "operator", "parts"]
 

@@ -7,9 +7,9 @@ import msgspec
 from hpc_core.explain.before import Before
 from hpc_core.explain.finding import Finding, leading
 from hpc_core.explain.naming import block, computes, label, operator
-from hpc_core.gate import sizes
-from hpc_core.profile import Profile
-from hpc_core.record import Record
+from hpc_core.record import units as sizes
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import Record
 
 __all__ = ["module_changes", "work_finding"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from hpc_core.case.errors import SpecError
-from hpc_core.record import Better, Noise
+from hpc_core.record.record import Better, Noise
 
 __all__ = ["Declared", "Samples", "Start", "merged", "samples_from_json", "samples_to_json"]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.gate import sizes
 from hpc_core.gate.distance import Distance, stored_distance
 from hpc_core.gate.interval import Interval, interval_of, three_way
 from hpc_core.gate.settling import settled_by
 from hpc_core.gate.spread import COMPUTE_BOUND, SPREADS, family_of
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Better, Metric
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Better, Metric
 
 __all__ = ["CLOCK", "SHARE_FACTOR", "BusyFinding", "Evidence", "Sessions", "judge_busy", "sm_clock_mhz"]
 

@@ -16,7 +16,7 @@ import msgspec
 from hpc_core.gate.distance import LEAST_SESSIONS, Distance, paired_distance, stored_distance
 from hpc_core.gate.spread import Spread
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Better
+from hpc_core.record.record import Better
 
 __all__ = [
     "PASS_ALPHA",

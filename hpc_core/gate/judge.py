@@ -9,13 +9,13 @@ from __future__ import annotations
 import msgspec
 
 from hpc_core.case.limits import Limits
-from hpc_core.gate import sizes
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
 from hpc_core.gate.family import SUITE_ALPHA, share
 from hpc_core.gate.metric import Bench, judge_metric, update_command
 from hpc_core.gate.moved import case_changes, packages_moved
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, worst
-from hpc_core.record import Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Record
 from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, gated_metrics
 
 __all__ = ["judge"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from hpc_core.gate.busy import Sessions
 from hpc_core.gate.spread import family_of
 from hpc_core.gate.tolerance import BUSY_RATIOS
-from hpc_core.record import Metric
+from hpc_core.record.record import Metric
 
 __all__ = ["sessions_of_level"]
 

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import msgspec
 
 from hpc_core.case.limits import Limit
-from hpc_core.gate import sizes
 from hpc_core.gate.busy import Evidence, judge_busy
 from hpc_core.gate.interval import Interval
 from hpc_core.gate.moved import packages_moved, time_incomparable
 from hpc_core.gate.spread import family_of
 from hpc_core.gate.tolerance import Tolerance, beyond, ceiling_text, exceeds, tolerance
 from hpc_core.gate.verdict import MetricVerdict, Verdict
-from hpc_core.record import Metric
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric
 from hpc_core.store.baseline import Baseline, proves_nothing
 
 __all__ = ["Bench", "judge_metric", "update_command"]

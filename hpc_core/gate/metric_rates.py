@@ -22,7 +22,7 @@ from hpc_core.gate.other_rules import OTHER_RULES
 from hpc_core.gate.spread import SPREADS, family_of
 from hpc_core.gate.tolerance import BUSY_RATIOS, PAIRED_RATIO, beyond, tolerance
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Metric
+from hpc_core.record.record import Metric
 
 __all__ = ["BUSY_PAIRS", "POWER", "WALL_PAIRS", "Rate", "Side", "against_stored", "processes", "rate", "residuals"]
 

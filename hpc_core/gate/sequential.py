@@ -16,7 +16,7 @@ from hpc_core.gate.distance import Distance, paired_distance
 from hpc_core.gate.interval import PASS_ALPHA, Interval, interval_of, three_way
 from hpc_core.gate.spread import Spread
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Better
+from hpc_core.record.record import Better
 
 __all__ = ["Look", "Sequential"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from hpc_core.gate.distance import Distance
 from hpc_core.gate.interval import interval_of, three_way
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Better
+from hpc_core.record.record import Better
 
 __all__ = ["settled_by"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import msgspec
 
 from hpc_core.case.limits import Limit, MiB, relative_limit
-from hpc_core.gate import sizes
 from hpc_core.gate.spread import Family
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Metric
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric
 
 __all__ = [
     "BUSY_RATIOS",

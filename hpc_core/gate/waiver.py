@@ -16,10 +16,10 @@ import msgspec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import relative_limit
 from hpc_core.case.select import matches
-from hpc_core.gate import sizes
 from hpc_core.gate.tolerance import exceeds
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["Waiver", "expired", "waived", "waivers_from_toml"]
 

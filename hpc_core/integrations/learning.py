@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["Learning"]
 

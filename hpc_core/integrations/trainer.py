@@ -19,8 +19,8 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.integrations.trainer_case import settings, trainer_case
 from hpc_core.integrations.training import Training
-from hpc_core.record import Failure, FailureKind, record_to_json
-from hpc_core.whole_file import write_whole
+from hpc_core.record.files import write_whole
+from hpc_core.record.record import Failure, FailureKind, record_to_json
 
 __all__ = ["PerfCallback"]
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.case.case import Case
-from hpc_core.environment import circumstances, gpu_state
 from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
 from hpc_core.integrations.trained_tokens import TrainedTokens
@@ -19,7 +18,8 @@ from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_b
 from hpc_core.measure.storages import StorageWatch
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, reported, tensor_bytes, wall
-from hpc_core.record import Failure, Metric, Record
+from hpc_core.record.environment import circumstances, gpu_state
+from hpc_core.record.record import Failure, Metric, Record
 
 __all__ = ["Training"]
 

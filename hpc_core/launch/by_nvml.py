@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from hpc_core.environment import compute_capability
+from hpc_core.record.environment import compute_capability
 
 __all__ = ["gpus_by_nvml"]
 

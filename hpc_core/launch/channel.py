@@ -10,7 +10,7 @@ from typing import Self
 
 import msgspec
 
-from hpc_core.launch.protocol import Job
+from hpc_core.record.job import Job
 
 __all__ = ["Channel"]
 

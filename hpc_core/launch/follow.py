@@ -11,9 +11,15 @@ from dataclasses import dataclass
 import msgspec
 
 from hpc_core.launch.channel import Channel
-from hpc_core.launch.protocol import Event, Exited, Finished, Phase, decode_event
 from hpc_core.launch.supervisor import TIMED_OUT
-from hpc_core.record import Record
+from hpc_core.record.job import (
+    Event,
+    Exited,
+    Finished,
+    Phase,
+    decode_event,
+)
+from hpc_core.record.record import Record
 
 __all__ = ["Seen", "follow"]
 

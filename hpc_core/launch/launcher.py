@@ -20,10 +20,16 @@ from hpc_core.launch.channel import Channel
 from hpc_core.launch.cold import start_cold
 from hpc_core.launch.follow import Seen, follow
 from hpc_core.launch.interpreter import executable
-from hpc_core.launch.protocol import Event, Finished, Job, Preloaded, Way
 from hpc_core.launch.trouble import record_of, with_notes
 from hpc_core.launch.warm import NoWarmParent, WarmParent
-from hpc_core.record import Record
+from hpc_core.record.job import (
+    Event,
+    Finished,
+    Job,
+    Preloaded,
+    Way,
+)
+from hpc_core.record.record import Record
 
 __all__ = ["PRELOAD_LIMIT_S", "Launcher"]
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from hpc_core.launch import tree
-from hpc_core.launch.protocol import Exited, encode_event
+from hpc_core.record.job import Exited, encode_event
 
 __all__ = ["ENVIRONMENT", "TIMED_OUT", "main", "supervise"]
 

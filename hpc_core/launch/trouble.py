@@ -6,11 +6,11 @@ import signal
 
 import msgspec
 
-from hpc_core import environment
 from hpc_core.case.case import SCHEMA
 from hpc_core.launch.follow import Seen
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Failure, FailureKind, Record
+from hpc_core.record import environment
+from hpc_core.record.job import Job
+from hpc_core.record.record import Failure, FailureKind, Record
 
 __all__ = ["record_of", "with_notes"]
 

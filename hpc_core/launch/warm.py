@@ -14,7 +14,7 @@ import msgspec
 
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.interpreter import worker_environment
-from hpc_core.launch.protocol import Preloaded, Request
+from hpc_core.record.job import Preloaded, Request
 
 __all__ = ["NoWarmParent", "WarmParent"]
 

@@ -23,8 +23,13 @@ import time
 import msgspec
 
 from hpc_core.launch.by_nvml import gpus_by_nvml
-from hpc_core.launch.protocol import FAKE_CUDA, PRELOAD_MORE, Preloaded, Request
 from hpc_core.launch.supervisor import supervise
+from hpc_core.record.job import (
+    FAKE_CUDA,
+    PRELOAD_MORE,
+    Preloaded,
+    Request,
+)
 
 __all__ = ["main"]
 

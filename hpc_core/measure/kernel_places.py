@@ -18,7 +18,7 @@ from hpc_core.measure.busy import is_wait
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.families import family
 from hpc_core.measure.one_cycle import one_cycle
-from hpc_core.profile import KernelUse
+from hpc_core.record.profile import KernelUse
 
 __all__ = ["DeviceWork", "NamedRanges", "Range", "attributed", "kernel_uses"]
 

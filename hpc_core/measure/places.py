@@ -16,7 +16,7 @@ import torch
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
-from hpc_core.profile import ModuleSeen
+from hpc_core.record.profile import ModuleSeen
 
 __all__ = ["Places", "following", "nowhere", "path_of"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hpc_core.profile import Piece
-from hpc_core.record import MemoryTimeline
+from hpc_core.record.profile import Piece
+from hpc_core.record.record import MemoryTimeline
 
 __all__ = ["CATEGORIES", "Allocation", "Timeline"]
 

@@ -19,8 +19,8 @@ from hpc_core.measure.timeline import Timeline
 from hpc_core.perform.memory import Fixed, claim_before
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
-from hpc_core.profile import OperatorUse, Profile
 from hpc_core.program import Mark, Program
+from hpc_core.record.profile import OperatorUse, Profile
 from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["Owning", "note_profile", "note_query_profile", "profile_of"]

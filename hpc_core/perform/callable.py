@@ -13,7 +13,7 @@ from hpc_core.perform.profiled import note_compilations, profile_steps, wall_onl
 from hpc_core.perform.session import Session
 from hpc_core.perform.trace import trace_program
 from hpc_core.program import Program
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.run.callable import load_factory
 
 __all__ = ["measure_again", "measure_callable", "measure_program"]

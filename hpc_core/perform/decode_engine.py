@@ -15,7 +15,7 @@ from hpc_core.engine.capture import make_workspace
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 from hpc_core.run.generate import GenerateProgram, generate_program
 
 __all__ = [

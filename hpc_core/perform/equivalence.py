@@ -19,7 +19,7 @@ from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
 from hpc_core.perform.session import Session
 from hpc_core.physics.reading import bytes_text
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "coarsest", "measure_equivalence", "tolerance"]
 

@@ -25,7 +25,7 @@ from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.perform.kept import kept
 from hpc_core.perform.metrics import reported, wall
 from hpc_core.perform.session import Session
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 from hpc_core.run.batches import Batches, Resident
 from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import FinetuneProgram, resident_batches

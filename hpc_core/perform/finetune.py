@@ -29,7 +29,7 @@ from hpc_core.perform.trace import trace_program
 from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
-from hpc_core.record import Fact, Record
+from hpc_core.record.record import Fact, Record
 from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["measure_finetune"]

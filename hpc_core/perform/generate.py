@@ -38,7 +38,7 @@ from hpc_core.perform.session import Session
 from hpc_core.perform.share_of_copy import share_of_copy
 from hpc_core.perform.trace import trace_program
 from hpc_core.program import Mark, unmarked
-from hpc_core.record import Fact, Record
+from hpc_core.record.record import Fact, Record
 from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]

@@ -20,7 +20,7 @@ from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.perform.session import Session
 from hpc_core.physics.footprint import unexplained_bytes
 from hpc_core.program import Mark, Program, unmarked
-from hpc_core.record import Metric
+from hpc_core.record.record import Metric
 
 __all__ = ["Fixed", "Watch", "claim_before", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]
 

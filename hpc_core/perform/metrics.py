@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Literal
 
-from hpc_core.record import Dependence, Metric
+from hpc_core.record.record import Dependence, Metric
 
 __all__ = ["busy", "counted", "measured_bytes", "ratio", "reported", "tensor_bytes", "wall"]
 

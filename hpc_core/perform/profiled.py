@@ -11,7 +11,7 @@ from hpc_core.measure.families import families_of
 from hpc_core.perform.metrics import busy, counted, wall
 from hpc_core.perform.session import Session
 from hpc_core.program import Program
-from hpc_core.record import KernelFamily
+from hpc_core.record.record import KernelFamily
 
 __all__ = ["BUSY_STEPS", "note_compilations", "note_counts", "profile_steps", "wall_only"]
 

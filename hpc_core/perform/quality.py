@@ -14,7 +14,7 @@ from hpc_core.case.case import DataSpec
 from hpc_core.data.rows import token_rows
 from hpc_core.perform.metrics import reported
 from hpc_core.perform.session import Session
-from hpc_core.record import Metric
+from hpc_core.record.record import Metric
 
 __all__ = ["measure_perplexity", "measure_perplexity_unquantized"]
 

@@ -15,10 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.build import Built, build
 from hpc_core.case.errors import MeasureError, SpecError
-from hpc_core.environment import circumstances, gpu_state
 from hpc_core.faults import Injection
-from hpc_core.gpu_state import flags, setup_notes
-from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.busy import DeviceActivity, device_activity
 from hpc_core.measure.canary import measure_canary
 from hpc_core.measure.ceilings import measure_ceilings
@@ -26,9 +23,18 @@ from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.physics.check import judged
-from hpc_core.profile import Profile
 from hpc_core.program import Program
-from hpc_core.record import Fact, KernelFamily, MemoryTimeline, Metric, Record
+from hpc_core.record.environment import circumstances, gpu_state
+from hpc_core.record.gpu_state import flags, setup_notes
+from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import (
+    Fact,
+    KernelFamily,
+    MemoryTimeline,
+    Metric,
+    Record,
+)
 
 __all__ = ["Session", "choose_device"]
 

@@ -9,7 +9,7 @@ import torch
 from hpc_core.measure.owners import living_tensors, owned_bytes
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
-from hpc_core.record import Fact
+from hpc_core.record.record import Fact
 
 __all__ = ["Soak"]
 

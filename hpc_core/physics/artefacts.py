@@ -13,7 +13,7 @@ import msgspec
 from hpc_core.case.limits import GiB
 from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible, ratio_impossible
 from hpc_core.physics.reading import value_of
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["DEVICE_BOUND_SHARE", "NEEDED", "Artefact", "artefacts", "device_bound_rows"]
 

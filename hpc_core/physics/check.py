@@ -15,7 +15,7 @@ from hpc_core.physics.datasheet import Datasheet, datasheet
 from hpc_core.physics.floors import Floor, compute_dtypes, decode_floor, peak_rate, prefill_floor, train_floor
 from hpc_core.physics.footprint import expected_bytes
 from hpc_core.physics.reading import bytes_text, flops_text, positions_of, seconds_text, step_seconds, value_of
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["impossible", "judged", "suspicious"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.record import Machine
+from hpc_core.record.record import Machine
 
 __all__ = ["DATASHEETS", "Datasheet", "datasheet"]
 

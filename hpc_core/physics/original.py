@@ -22,7 +22,13 @@ from hpc_core.case.lengths import recorded_lengths
 from hpc_core.case.limits import GiB
 from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
 from hpc_core.physics.check import judged
-from hpc_core.record import Circumstances, Machine, Metric, Record, record_from_json
+from hpc_core.record.record import (
+    Circumstances,
+    Machine,
+    Metric,
+    Record,
+    record_from_json,
+)
 
 __all__ = ["REAL_TOKENS", "report_records"]
 

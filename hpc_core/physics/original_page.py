@@ -14,7 +14,7 @@ from hpc_core.physics.datasheet import datasheet
 from hpc_core.physics.floors import decode_floor, expected_bytes, peak_rate, train_floor
 from hpc_core.physics.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
 from hpc_core.physics.reading import positions_of, value_of
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["page"]
 

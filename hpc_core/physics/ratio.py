@@ -7,7 +7,7 @@ import msgspec
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.physics.floors import Floor, train_floor
 from hpc_core.physics.reading import bytes_text, positions_of, seconds_text, step_seconds, value_of
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["BUSY_MARGIN", "WALL_MARGIN", "checkpointing_impossible", "four_bit_impossible", "ratio_impossible"]
 

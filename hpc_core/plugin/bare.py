@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.environment import visible_gpus
-from hpc_core.launch.protocol import Event, Job
-from hpc_core.record import Metric, Record
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.job import Event, Job
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["load_measuring_half", "measure_here"]
 

@@ -15,13 +15,13 @@ import pytest
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.case.limits import Limits
-from hpc_core.environment import visible_gpus
 from hpc_core.plugin.cases import case_id_of
 from hpc_core.plugin.outcome import Ending, ending, properties
 from hpc_core.plugin.predicting import predicted_gpu
 from hpc_core.plugin.replay import replay
 from hpc_core.plugin.runner import Runner
-from hpc_core.record import Record
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.record import Record
 from hpc_core.report import Row
 
 __all__ = ["ENDING", "Perf", "default_steps"]

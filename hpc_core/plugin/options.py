@@ -13,12 +13,12 @@ import pytest
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
-from hpc_core.environment import visible_gpus
 from hpc_core.gate import Waiver
-from hpc_core.launch.protocol import Way
 from hpc_core.plugin.predicting import Extent
 from hpc_core.plugin.replicating import MOST
 from hpc_core.plugin.waiver_file import WAIVERS, read_waivers
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.job import Way
 
 __all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
 

@@ -11,8 +11,9 @@ from typing import Literal, NoReturn
 import msgspec
 import pytest
 
-from hpc_core.gate import Judgement, sizes
+from hpc_core.gate import Judgement
 from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.record import units as sizes
 from hpc_core.report import Row
 
 __all__ = ["EXIT_BROKEN", "EXIT_NOT_COMPARABLE", "Blame", "Ending", "ending", "exit_code", "properties"]

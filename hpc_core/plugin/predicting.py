@@ -9,7 +9,7 @@ import pytest
 
 from hpc_core.case.case import Case
 from hpc_core.case.select import checked_cases
-from hpc_core.gpus import DEFAULT, gpu_named
+from hpc_core.record.gpus import DEFAULT, gpu_named
 
 __all__ = ["MARK", "Extent", "predicted_cases", "predicted_gpu", "takes_part"]
 
@@ -25,7 +25,7 @@ def predicted_cases(
 
     Args:
         cases: of generation and fine-tuning; no GPU is needed for any of them.
-        gpu: a name from `hpc_core.gpus`, or a part of one.
+        gpu: a name from `hpc_core.record.gpus`, or a part of one.
         short: ids of those that also run without `--perf-predict all`.
 
     Raises:

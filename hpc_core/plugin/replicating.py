@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.launch.replicates import busy_values, merged
-from hpc_core.record import Record
+from hpc_core.record.record import Record
+from hpc_core.record.repeats import busy_values, merged
 
 __all__ = ["DEFAULT_ON_GPU", "HALF_WIDTH", "MOST", "Enough", "Plan", "narrow", "replicated"]
 

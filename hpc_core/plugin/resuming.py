@@ -14,11 +14,16 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import RepositoryError, SpecError
-from hpc_core.environment import commit, machine, stack, visible_gpus
 from hpc_core.plugin.replicating import Plan
-from hpc_core.record import Record, record_from_json
-from hpc_core.repository import CODE_SUFFIXES, git
-from hpc_core.whole_file import write_whole
+from hpc_core.record.environment import (
+    commit,
+    machine,
+    stack,
+    visible_gpus,
+)
+from hpc_core.record.files import write_whole
+from hpc_core.record.git import CODE_SUFFIXES, git
+from hpc_core.record.record import Record, record_from_json
 
 __all__ = ["Earlier", "code_state"]
 

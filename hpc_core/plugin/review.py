@@ -15,11 +15,11 @@ import pytest
 from hpc_core.case.errors import BaselineError, RepositoryError
 from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, sessions_of_level, waived
 from hpc_core.plugin.options import Settings
-from hpc_core.record import Record
+from hpc_core.record.git import merge_base
+from hpc_core.record.record import Record
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line
 from hpc_core.report.waivers import waiver_line
-from hpc_core.repository import merge_base
 from hpc_core.store import Baseline, Damaged, Lookup, PastBaselines, Session, baseline_changes, find, sessions
 
 __all__ = ["Review"]

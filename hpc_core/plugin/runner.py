@@ -13,23 +13,28 @@ import msgspec
 
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
-from hpc_core.environment import visible_gpus
 from hpc_core.explain import stored_cause
 from hpc_core.gate import Judgement
 from hpc_core.gate.family import SUITE_ALPHA
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import FAKE_CUDA, Event, Job, Phase
 from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
 from hpc_core.plugin.replicating import Enough, Plan, narrow, replicated
 from hpc_core.plugin.resuming import Earlier
 from hpc_core.plugin.review import Review
-from hpc_core.record import Circumstances, Record, record_to_json
+from hpc_core.record.environment import visible_gpus
+from hpc_core.record.files import write_whole
+from hpc_core.record.job import (
+    FAKE_CUDA,
+    Event,
+    Job,
+    Phase,
+)
+from hpc_core.record.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
 from hpc_core.store import accept, last_accepted
-from hpc_core.whole_file import write_whole
 
 __all__ = ["Runner"]
 

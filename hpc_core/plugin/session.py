@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hpc_core.launch.protocol import Job
 from hpc_core.plugin.runner import Runner
-from hpc_core.record import Record
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
 
 __all__ = ["PerfSession"]
 

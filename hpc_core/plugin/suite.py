@@ -16,7 +16,6 @@ import pytest
 
 import hpc_core
 from hpc_core.case.select import matches, unknown_glob
-from hpc_core.environment import machine, stack, visible_gpus
 from hpc_core.gate.family import share
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
 from hpc_core.plugin.fixture import ENDING, Perf
@@ -29,7 +28,8 @@ from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.session import PerfSession
-from hpc_core.record import Record
+from hpc_core.record.environment import machine, stack, visible_gpus
+from hpc_core.record.record import Record
 from hpc_core.report import render
 
 __all__ = ["NAME", "Suite"]

@@ -10,8 +10,8 @@ import datetime
 from collections.abc import Callable
 
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
-from hpc_core.launch.protocol import Event, Job, Phase
-from hpc_core.record import Record
+from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.record import Record
 
 __all__ = ["perform"]
 

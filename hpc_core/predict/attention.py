@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import Gpu
+from hpc_core.record.gpus import Gpu
 
 __all__ = ["Attention", "chosen"]
 

@@ -10,7 +10,7 @@ from hpc_core.predict.own_code import own_code
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.program import Program
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.run.callable import load_factory
 
 __all__ = ["predict_callable"]

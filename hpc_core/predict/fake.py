@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hpc_core.build import drawn
 from hpc_core.build.libraries import library
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import Gpu
 from hpc_core.predict import shim
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.attention import Attention
 from hpc_core.predict.quantized import fake_bitsandbytes
 from hpc_core.predict.watch import GpuWatch
+from hpc_core.record.gpus import Gpu
 
 __all__ = ["fake_gpu", "was_moved"]
 

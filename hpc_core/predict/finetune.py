@@ -15,7 +15,7 @@ from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["between", "predict_finetune", "to_watch"]

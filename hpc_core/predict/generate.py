@@ -23,7 +23,7 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.program import unmarked
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.run.generate import GenerateProgram, generate_program
 
 __all__ = ["predict_generate"]

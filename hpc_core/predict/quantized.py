@@ -19,8 +19,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from hpc_core.build import quantization
 from hpc_core.build.libraries import library
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import Gpu
 from hpc_core.predict.outliers import Outliers
+from hpc_core.record.gpus import Gpu
 
 __all__ = ["CONSTANTS_FIRST", "OUTLIERS", "STAND_INS", "Launch", "fake_bitsandbytes"]
 

@@ -12,10 +12,7 @@ import torch
 
 from hpc_core.audit import trainable_facts, weight_facts
 from hpc_core.build import Built, build
-from hpc_core.environment import circumstances
 from hpc_core.faults import Injection, inject
-from hpc_core.gpus import Gpu, gpu_named
-from hpc_core.launch.protocol import Event, Job, Phase
 from hpc_core.measure.clock import quiet
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 from hpc_core.measure.places import Places, following
@@ -26,8 +23,17 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
 from hpc_core.predict.quantized import OUTLIERS
 from hpc_core.predict.watch import GpuWatch
-from hpc_core.profile import Profile
-from hpc_core.record import Fact, Machine, MemoryTimeline, Metric, Record
+from hpc_core.record.environment import circumstances
+from hpc_core.record.gpus import Gpu, gpu_named
+from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import (
+    Fact,
+    Machine,
+    MemoryTimeline,
+    Metric,
+    Record,
+)
 
 __all__ = ["MACHINE_KEY", "Prediction"]
 

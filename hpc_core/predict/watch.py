@@ -21,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hpc_core.case.errors import PredictError
-from hpc_core.gpus import Gpu
 from hpc_core.measure.counters import FREE
 from hpc_core.measure.formulas import own_formulas
 from hpc_core.measure.places import nowhere
@@ -31,6 +30,7 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.kernels import Launches
 from hpc_core.predict.layout import laid_out
 from hpc_core.predict.quantized import CONSTANTS_FIRST, STAND_INS
+from hpc_core.record.gpus import Gpu
 
 __all__ = ["Counts", "GpuWatch"]
 

@@ -17,7 +17,7 @@ from hpc_core.case.limits import GiB
 from hpc_core.cases import ALL, INT4, SWEEP, TUNED
 from hpc_core.physics.floors import decode_floor, train_floor
 from hpc_core.physics.reading import positions_of, value_of
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.beside_words import HEAD
 from hpc_core.report.twins import changed_work, twins_of

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from hpc_core.case.limits import MiB
 from hpc_core.gate.tolerance import tolerance
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["memory_told"]
 

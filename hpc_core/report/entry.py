@@ -14,7 +14,7 @@ from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, explain, stored_before
 from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
 from hpc_core.gate.family import share
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from hpc_core.report.growth import grown
 from hpc_core.report.row import Row
 from hpc_core.store import Baseline, Damaged, find, sessions

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_core.gate import sizes
-from hpc_core.record import Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Record
 
 __all__ = ["grown"]
 

@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from hpc_core.gate import sizes
 from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.record import units as sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.terminal import caption
 from hpc_core.store.reading import plain

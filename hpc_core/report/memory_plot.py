@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
-from hpc_core.gate import sizes
-from hpc_core.record import MemoryTimeline, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import MemoryTimeline, Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from typing import Any
 
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.case.limits import GiB
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = ["EPOCHS", "FINETUNE_FILE", "INFERENCE_FILE", "original_files"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpc_core.gate import sizes
-from hpc_core.record import Metric, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["fits", "prediction_block", "room_bytes", "sweep_table"]
 

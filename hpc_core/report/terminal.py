@@ -17,7 +17,7 @@ from rich.text import Text
 
 from hpc_core.gate.family import expected_line
 from hpc_core.gate.verdict import Verdict
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 from hpc_core.report.ratchet import keep_gains
 from hpc_core.report.row import Row, accepted_line
 

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 
 from hpc_core.case.case import SCHEMA, Case
-from hpc_core.record import Machine, Metric, Record
+from hpc_core.record.record import Machine, Metric, Record
 
 __all__ = [
     "Acceptance",

@@ -13,7 +13,7 @@ import msgspec
 
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
-from hpc_core.record import Record, record_from_json
+from hpc_core.record.record import Record, record_from_json
 from hpc_core.store.lookup import history_path
 
 __all__ = [

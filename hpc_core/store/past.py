@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.repository import contents, listing, resolved
+from hpc_core.record.git import contents, listing, resolved
 from hpc_core.store.acceptance import changes_between
 from hpc_core.store.baseline import Baseline, Change, Lookup, Missing
 from hpc_core.store.history_file import checked_lines

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.errors import BaselineError
-from hpc_core.profile import Profile
-from hpc_core.record import Metric, Record
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import Metric, Record
 from hpc_core.store.baseline import Baseline, gated_metrics
 from hpc_core.store.lookup import baseline_path, find
 

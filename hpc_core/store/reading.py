@@ -16,7 +16,7 @@ import msgspec
 
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
-from hpc_core.record import Circumstances, Record, record_from_json
+from hpc_core.record.record import Circumstances, Record, record_from_json
 from hpc_core.store.baseline import Baseline, OlderSchema
 from hpc_core.store.history_file import schema_of
 from hpc_core.store.lookup import baseline_path, parsed

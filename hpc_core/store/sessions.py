@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.errors import SpecError
-from hpc_core.record import Metric, Record
+from hpc_core.record.record import Metric, Record
 from hpc_core.store.history_file import history_lines, record_of_line
 from hpc_core.store.lookup import history_path
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_core.gate import sizes
+from hpc_core.record import units as sizes
 from hpc_core.report.entry import BUSY, WALL, Entry
 from hpc_core.report.page.cases import anchor, tone
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_core.gate import sizes
 from hpc_core.physics.reading import flops_text
-from hpc_core.record import MemoryTimeline, Record
+from hpc_core.record import units as sizes
+from hpc_core.record.record import MemoryTimeline, Record
 from hpc_core.report.entry import BUSY, WALL, Entry
 from hpc_core.report.memory_unit import memory_unit, peak_unit
 from hpc_core.report.page.bars import CATEGORIES, categories, multiples

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_core.gate import sizes
+from hpc_core.record import units as sizes
 from hpc_core.report.entry import BUSY, Entry
 from hpc_core.report.memory_unit import peak_unit
 from hpc_core.report.plots.style import (

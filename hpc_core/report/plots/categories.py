@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_core.gate import sizes
+from hpc_core.record import units as sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_plot import CATEGORY_COLOURS
 from hpc_core.report.memory_unit import memory_unit

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hpc_core.case.errors import MeasureError, RepositoryError
-from hpc_core.gpu_state import read_energy_mj, read_state
-from hpc_core.record import Circumstances, Machine
-from hpc_core.repository import head, is_dirty
+from hpc_core.record.git import head, is_dirty
+from hpc_core.record.gpu_state import read_energy_mj, read_state
+from hpc_core.record.record import Circumstances, Machine
 
 __all__ = [
     "STACK_PACKAGES",

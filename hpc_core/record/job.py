@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.record import Record
+from hpc_core.record.record import Record
 
 __all__ = [
     "FAKE_CUDA",
@@ -84,7 +84,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     fault: str | None = None
     """Name of a fault from `hpc_core.faults` to inject before building."""
     predict: str | None = None
-    """Name of a GPU from `hpc_core.gpus`: predict the case for it on fake tensors, instead of running it."""
+    """Name of a GPU from `hpc_core.record.gpus`: predict the case for it on fake tensors, instead of running it."""
     timeline: bool = False
     """Also keep the memory over the step, in the record's `timeline`."""
     trace: Trace | None = None

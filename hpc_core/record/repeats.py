@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from hpc_core.case.errors import SpecError
-from hpc_core.gpu_state import flags
-from hpc_core.record import Metric, Process, Record
+from hpc_core.record.gpu_state import flags
+from hpc_core.record.record import Metric, Process, Record
 
 __all__ = ["busy_values", "merged"]
 

@@ -12,7 +12,7 @@ import msgspec
 
 from hpc_core.case.case import SCHEMA, Case
 from hpc_core.case.errors import SpecError
-from hpc_core.profile import Profile
+from hpc_core.record.profile import Profile
 
 __all__ = [
     "Better",

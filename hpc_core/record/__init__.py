@@ -1,0 +1,1 @@
+"""What was observed, the job and the environment, without torch."""
