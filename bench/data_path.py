@@ -25,7 +25,7 @@ if str(_HERE) not in sys.path:
 from bench.refusals import what_is_missing  # noqa: E402
 from hpc_core import Case, perf_cases  # noqa: E402
 from hpc_core.case.case import FeedSpec, FinetuneSpec  # noqa: E402
-from hpc_core.cases import DATA, TINY_DATA  # noqa: E402
+from hpc_core.catalogue import DATA, TINY_DATA  # noqa: E402
 from hpc_core.plugin.fixture import Perf  # noqa: E402
 from hpc_core.plugin.session import PerfSession  # noqa: E402
 from hpc_core.record.record import Record  # noqa: E402

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_core import Case, perf_cases
-from hpc_core.cases import SWEEP, TUNED
+from hpc_core.catalogue import SWEEP, TUNED
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
 from hpc_core.record.record import Record

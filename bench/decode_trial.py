@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 from hpc_core.build import Built, build  # noqa: E402
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
-from hpc_core.cases import generate  # noqa: E402
+from hpc_core.catalogue import generate  # noqa: E402
 from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402
 from hpc_core.measure.busy import device_activity  # noqa: E402
 from hpc_core.measure.clock import quiet, seconds_of  # noqa: E402

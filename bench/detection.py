@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.cases import finetune, full, llama_3b
+from hpc_core.catalogue import finetune, full, llama_3b
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from hpc_core.cases_to_predict import HELD_OUT as CASES
+from hpc_core.catalogue.predicted import HELD_OUT as CASES
 
 __all__ = ["CASES"]

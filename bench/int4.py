@@ -8,7 +8,7 @@ Beside it the same model in NF4 and bfloat16: `bench/decode_engine.py`.
 from __future__ import annotations
 
 from hpc_core import Case, perf_cases
-from hpc_core.cases import INT4
+from hpc_core.catalogue import INT4
 from hpc_core.plugin.fixture import Perf
 
 

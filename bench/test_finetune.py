@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpc_core import Case, perf_cases
-from hpc_core.cases import ALL
+from hpc_core.catalogue import ALL
 from hpc_core.plugin.fixture import Perf
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from hpc_core.case.case import Case, ModelSpec, QuantSpec
 from hpc_core.case.limits import MiB
-from hpc_core.cases import finetune, generate, lora
+from hpc_core.catalogue import finetune, generate, lora
 from hpc_core.physics import datasheet
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession

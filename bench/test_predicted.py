@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpc_core import Case, predicted_cases
-from hpc_core.cases_to_predict import PREDICTED
+from hpc_core.catalogue.predicted import PREDICTED
 from hpc_core.plugin.fixture import Perf
 
 SHORT = ("llama-3.2-3b/lora-gc", "llama-3.2-3b/qlora", "llama-3.2-3b/generate-bf16")

@@ -24,7 +24,12 @@ if str(_HERE) not in sys.path:
 
 from bench.ablation_rows import Rows, chosen_cases, options_of, run_rows  # noqa: E402
 from hpc_core.case.case import Case, FinetuneSpec, ModelSpec  # noqa: E402
-from hpc_core.cases import finetune, full, lora, qlora  # noqa: E402
+from hpc_core.catalogue import (  # noqa: E402
+    finetune,
+    full,
+    lora,
+    qlora,
+)
 from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
 
 _ALL: dict[str, Any] = {"loss": "chunked", "fusion": "blocks", "graph": True}

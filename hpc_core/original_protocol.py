@@ -16,7 +16,13 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.cases import finetune, full, generate, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    lora,
+    qlora,
+)
 
 __all__ = ["protocol"]
 

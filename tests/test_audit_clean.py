@@ -16,7 +16,14 @@ from hpc_core.case.case import (
     FinetuneSpec,
     QuantSpec,
 )
-from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
+from hpc_core.catalogue import (
+    TINY,
+    finetune,
+    generate,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

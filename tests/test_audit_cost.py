@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from hpc_core.case.case import Case
-from hpc_core.cases import TINY, finetune, lora, tiny
+from hpc_core.catalogue import (
+    TINY,
+    finetune,
+    lora,
+    tiny,
+)
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

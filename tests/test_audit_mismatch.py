@@ -11,7 +11,14 @@ import torch
 from hpc_core.audit.weights import linear_layers
 from hpc_core.build import Built, build
 from hpc_core.case.case import Case, QuantSpec
-from hpc_core.cases import TINY, finetune, generate, lora, qlora, tiny
+from hpc_core.catalogue import (
+    TINY,
+    finetune,
+    generate,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

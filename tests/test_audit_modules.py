@@ -13,7 +13,7 @@ import torch
 from hpc_core.audit import module_facts
 from hpc_core.build import build
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job

@@ -14,7 +14,14 @@ from hpc_core.build import build
 from hpc_core.build.causal_lm import causal_lm
 from hpc_core.build.drawn import drawn
 from hpc_core.case.case import Case, ModelSpec
-from hpc_core.cases import TINY, catalogue, finetune, lora, qlora, tiny
+from hpc_core.catalogue import (
+    TINY,
+    catalogue,
+    finetune,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.record.record import Fact
 
 CPU = torch.device("cpu")

@@ -22,7 +22,13 @@ from hpc_core.case.case import (
     case_to_json,
 )
 from hpc_core.case.errors import BuildError, MissingLibraryError, SpecError
-from hpc_core.cases import INT4, finetune, generate, lora, tiny
+from hpc_core.catalogue import (
+    INT4,
+    finetune,
+    generate,
+    lora,
+    tiny,
+)
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times

@@ -16,7 +16,13 @@ from hpc_core.build.quantization import bitsandbytes_config, quantize, quantized
 from hpc_core.case.case import ModelSpec, QuantSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.case.shapes import SHAPES
-from hpc_core.cases import catalogue, finetune, generate, qlora, tiny
+from hpc_core.catalogue import (
+    catalogue,
+    finetune,
+    generate,
+    qlora,
+    tiny,
+)
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

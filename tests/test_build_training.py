@@ -12,7 +12,13 @@ from hpc_core.build.adapter import adapter_parameters
 from hpc_core.case.case import ModelSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.case.shapes import SHAPES
-from hpc_core.cases import finetune, full, lora, qlora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.perform.observe import count_layer_forwards
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

@@ -27,7 +27,13 @@ from hpc_core.case.errors import (
     SpecError,
 )
 from hpc_core.case.shapes import SHAPES, Shape
-from hpc_core.cases import catalogue, finetune, generate, qlora, tiny
+from hpc_core.catalogue import (
+    catalogue,
+    finetune,
+    generate,
+    qlora,
+    tiny,
+)
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 from hpc_core.measure.storages import StorageWatch
 

@@ -15,7 +15,7 @@ from hpc_core.case.case import (
     case_to_json,
 )
 from hpc_core.case.errors import SpecError
-from hpc_core.cases import (
+from hpc_core.catalogue import (
     ALL,
     DATA,
     FULL,

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from hpc_core.case.errors import SpecError
-from hpc_core.cases import ALL, TINY, finetune, generate, lora, tiny
+from hpc_core.catalogue import (
+    ALL,
+    TINY,
+    finetune,
+    generate,
+    lora,
+    tiny,
+)
 from hpc_core.cli import main
 from hpc_core.cli.aa import _chosen
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json

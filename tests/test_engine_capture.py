@@ -9,7 +9,12 @@ import torch
 
 from hpc_core.build import build
 from hpc_core.case.case import FinetuneSpec
-from hpc_core.cases import finetune, lora, qlora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.engine.capture_step import CapturedWork
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import joined, projection_of

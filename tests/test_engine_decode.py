@@ -20,7 +20,7 @@ from hpc_core.case.case import (
     QuantSpec,
 )
 from hpc_core.case.errors import PredictError, SpecError
-from hpc_core.cases import generate, tiny
+from hpc_core.catalogue import generate, tiny
 from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decode import GraphProgram, graph_program

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from hpc_core.build import build
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import BuildError, PredictError, SpecError
-from hpc_core.cases import finetune, lora, qlora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.engine.forward import restore
 from hpc_core.engine.liger import _rotating, chunk_rows, memory_constant
 from hpc_core.engine.train import training_program

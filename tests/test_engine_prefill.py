@@ -12,7 +12,7 @@ import transformers
 from hpc_core.build import build
 from hpc_core.build.libraries import library
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
-from hpc_core.cases import generate
+from hpc_core.catalogue import generate
 from hpc_core.engine.at_module import at_module
 from hpc_core.engine.capture import forget_workspaces, keep_workspaces
 from hpc_core.engine.decode import graph_program

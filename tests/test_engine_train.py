@@ -17,7 +17,12 @@ from hpc_core.case.case import (
     ModelSpec,
 )
 from hpc_core.case.errors import BuildError
-from hpc_core.cases import finetune, full, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    lora,
+    qlora,
+)
 from hpc_core.engine.forward import restore, tune
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.projection import projection_of

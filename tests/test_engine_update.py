@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hpc_core.build import build
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import SpecError
-from hpc_core.cases import finetune, full, tiny
+from hpc_core.catalogue import finetune, full, tiny
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from hpc_core.case.errors import SpecError
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.cli import main
 from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
 from hpc_core.cli.trial_table import markdown, summary

@@ -18,7 +18,12 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.cases import finetune, full, generate, lora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    lora,
+)
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.launch.launcher import Launcher

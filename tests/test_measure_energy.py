@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from hpc_core.build import build
 from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import MeasureError
-from hpc_core.cases import finetune, generate, lora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    generate,
+    lora,
+    tiny,
+)
 from hpc_core.engine.train import training_program
 from hpc_core.measure.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.perform import energy as performing

@@ -22,7 +22,7 @@ from hpc_core.case.case import (
     case_to_json,
 )
 from hpc_core.case.shapes import SHAPES
-from hpc_core.cases import TINY, TINY_DATA, catalogue
+from hpc_core.catalogue import TINY, TINY_DATA, catalogue
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
 from hpc_core.perform import perform

@@ -12,7 +12,7 @@ import torch
 from hpc_core.build import Built, build
 from hpc_core.build.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
-from hpc_core.cases import catalogue, finetune, lora
+from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.measure.owners import owned_bytes, weight_tensors
 from hpc_core.perform import equivalence, perform
 from hpc_core.perform.equivalence import TOLERANCES, Given, coarsest, measure_equivalence

@@ -13,7 +13,12 @@ import torch
 from hpc_core.build.adapter import attach_adapter
 from hpc_core.build.checkpointing import enable_checkpointing
 from hpc_core.case.case import CallableSpec, Case, ModelSpec
-from hpc_core.cases import catalogue, finetune, lora, tiny
+from hpc_core.catalogue import (
+    catalogue,
+    finetune,
+    lora,
+    tiny,
+)
 from hpc_core.perform import perform
 from hpc_core.perform.callable import measure_program
 from hpc_core.perform.memory import Fixed

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.measure.busy import DeviceActivity
 from hpc_core.perform import perform
 from hpc_core.perform.profiled import note_compilations, profile_steps

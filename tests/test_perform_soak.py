@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 

@@ -13,7 +13,7 @@ import torch
 
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
-from hpc_core.cases import TINY_DATA, catalogue
+from hpc_core.catalogue import TINY_DATA, catalogue
 from hpc_core.cli.profile import nsight_commands
 from hpc_core.measure.ranges import named_ranges, shown
 from hpc_core.perform.trace import _table

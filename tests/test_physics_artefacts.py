@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from hpc_core.case.case import Case
-from hpc_core.cases import DEVICE_BOUND, FULL
+from hpc_core.catalogue import DEVICE_BOUND, FULL
 from hpc_core.physics.artefacts import NEEDED, artefacts
 from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible
 from hpc_core.record.record import (

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.case.shapes import SHAPES
-from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+)
 from hpc_core.physics import DATASHEETS, datasheet, expected_bytes, impossible, judged, ratio_impossible, suspicious
 from hpc_core.physics.floors import decode_floor, peak_rate, prefill_floor, train_floor
 from hpc_core.record.record import (

@@ -12,7 +12,12 @@ from hpc_core.build import build
 from hpc_core.build.causal_lm import model_config
 from hpc_core.case.case import ModelSpec
 from hpc_core.case.shapes import SHAPES, Shape
-from hpc_core.cases import finetune, full, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    lora,
+    qlora,
+)
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes, weight_tensors
 from hpc_core.physics.cost import decode_bytes, forward_flops, train_flops

@@ -22,7 +22,13 @@ from hpc_core.case.case import (
     QuantSpec,
 )
 from hpc_core.case.shapes import SHAPES
-from hpc_core.cases import finetune, full, generate, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    lora,
+    qlora,
+)
 from hpc_core.engine.static_cache import capacity_for
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.physics import expected_bytes

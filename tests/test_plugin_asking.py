@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.cases import ALL
+from hpc_core.catalogue import ALL
 from hpc_core.faults import FAULTS
 from hpc_core.plugin import fixture, options, runner, suite
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
@@ -23,7 +23,7 @@ def refused(pytester: pytest.Pytester) -> Refused:
     """What pytest says when it refuses these arguments in a project with a suite."""
     folder = pytester.mkdir("bench")
     (folder / "test_all.py").write_text(
-        "from hpc_core import perf_cases\nfrom hpc_core.cases import ALL\n\n"
+        "from hpc_core import perf_cases\nfrom hpc_core.catalogue import ALL\n\n"
         "@perf_cases(ALL)\ndef test_all(case, perf):\n    perf(case)\n"
     )
 
@@ -81,7 +81,7 @@ def test_a_suite_that_is_not_there(pytester: pytest.Pytester) -> None:
         (None, "no such case file"),
         ("1 / 0", "ZeroDivisionError"),
         ("CASES = 3", "must be a list"),
-        ("from hpc_core.cases import TINY\nCASES = [TINY[0], TINY[0]]", "two cases are called"),
+        ("from hpc_core.catalogue import TINY\nCASES = [TINY[0], TINY[0]]", "two cases are called"),
     ],
     ids=["missing", "raises", "no list", "twins"],
 )
@@ -104,7 +104,7 @@ def test_two_tests_cannot_share_a_baseline(pytester: pytest.Pytester, refused: R
 def test_own_cases_are_collected_beside_the_suite(pytester: pytest.Pytester, refused: Refused) -> None:
     """Each case of a user's file is a test of that file, with the case's id."""
     (pytester.path / "mine.py").write_text(
-        "from hpc_core.cases import tiny, finetune, lora\nCASES = [finetune(tiny, lora(rank=2), variant='lora-r2')]\n"
+        "from hpc_core.catalogue import tiny, finetune, lora\nCASES = [finetune(tiny, lora(rank=2), variant='lora-r2')]\n"
     )
     result = pytester.runpytest_inprocess(
         "--benchmark", "--cases=mine.py", "--collect-only", "-q", "--case", "tiny/lora*"

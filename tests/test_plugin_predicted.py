@@ -18,7 +18,7 @@ SUITE = """
         assert "step_s" not in record.metrics
         assert record.circumstances.machine.key == "predicted"
 """
-CASES = "from hpc_core.cases import finetune, tiny\ncase = finetune(tiny, batch=2, length=64, steps=2)\n"
+CASES = "from hpc_core.catalogue import finetune, tiny\ncase = finetune(tiny, batch=2, length=64, steps=2)\n"
 
 
 def suite(pytester: pytest.Pytester, source: str = SUITE) -> None:

@@ -16,7 +16,7 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.cases import TINY, generate, tiny
+from hpc_core.catalogue import TINY, generate, tiny
 from hpc_core.physics import expected_bytes, impossible
 from hpc_core.physics.floors import train_floor
 from hpc_core.record.record import Record, record_from_json, record_to_json

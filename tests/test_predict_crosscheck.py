@@ -16,7 +16,13 @@ from hpc_core.case.case import (
     FinetuneSpec,
     ModelSpec,
 )
-from hpc_core.cases import finetune, full, lora, qlora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.record.gpus import gpu_named
 from tests.crosscheck import Real, really_run
 from tests.machine_speed import emulates_bfloat16

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from hpc_core.case.case import Case
-from hpc_core.cases import TINY
+from hpc_core.catalogue import TINY
 from hpc_core.record.record import Record
 from tests.predicting import predicted
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.cases import TINY
+from hpc_core.catalogue import TINY
 from hpc_core.perform import perform
 from hpc_core.predict.finetune import between, to_watch
 from hpc_core.predict.watch import Counts

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from hpc_core.case.case import Case
-from hpc_core.cases import FULL
-from hpc_core.cases_to_predict import HELD_OUT, PREDICTED
+from hpc_core.catalogue import FULL
+from hpc_core.catalogue.predicted import HELD_OUT, PREDICTED
 from hpc_core.cli.prediction import Miss, compare, machine_key, markdown, worst
 from hpc_core.record.gpus import DEFAULT
 from hpc_core.store import last_accepted

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB, Limits, MiB
-from hpc_core.cases import ALL, SWEEP, catalogue
+from hpc_core.catalogue import ALL, SWEEP, catalogue
 from hpc_core.record.record import Metric, Record, record_to_json
 from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
 from hpc_core.report.beside_memory import memory_told

@@ -9,7 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from hpc_core.case.limits import GiB
-from hpc_core.cases import catalogue
+from hpc_core.catalogue import catalogue
 from hpc_core.gate import judge
 from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report import Row, render

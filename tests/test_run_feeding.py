@@ -24,7 +24,7 @@ from hpc_core.case.case import (
     FinetuneSpec,
     ModelSpec,
 )
-from hpc_core.cases import TINY_DATA, finetune, lora
+from hpc_core.catalogue import TINY_DATA, finetune, lora
 from hpc_core.data.blocks import Block, BlockSource
 from hpc_core.engine.train import training_program
 from hpc_core.perform import perform

@@ -12,7 +12,7 @@ import torch
 
 from hpc_core.build import build
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
-from hpc_core.cases import finetune, lora, tiny
+from hpc_core.catalogue import finetune, lora, tiny
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.measure.gaps import idle_while
 from hpc_core.perform import perform

@@ -15,7 +15,13 @@ from hpc_core.case.case import (
     ModelSpec,
 )
 from hpc_core.case.errors import BuildError, DataError
-from hpc_core.cases import finetune, full, lora, qlora, tiny
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    lora,
+    qlora,
+    tiny,
+)
 from hpc_core.data.batching import batches
 from hpc_core.data.rows import token_rows
 from hpc_core.measure.owners import optimizer_tensors

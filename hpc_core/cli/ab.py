@@ -20,7 +20,7 @@ from hpc_core.case.select import (
     near,
     unknown_glob,
 )
-from hpc_core.cases import ALL
+from hpc_core.catalogue import ALL
 from hpc_core.cli.ab_table import cases_text, heading, lines, summary
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files

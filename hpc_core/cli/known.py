@@ -10,8 +10,15 @@ import typer
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file, near
-from hpc_core.cases import ALL, DATA, INT4, SWEEP, TINY_DATA, TRIAL
-from hpc_core.cases_to_predict import PREDICTED
+from hpc_core.catalogue import (
+    ALL,
+    DATA,
+    INT4,
+    SWEEP,
+    TINY_DATA,
+    TRIAL,
+)
+from hpc_core.catalogue.predicted import PREDICTED
 
 __all__ = ["Files", "known_case", "known_cases", "suite_cases"]
 

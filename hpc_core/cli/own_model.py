@@ -10,7 +10,13 @@ import msgspec
 
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.case.errors import SpecError
-from hpc_core.cases import finetune, full, generate, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    lora,
+    qlora,
+)
 
 __all__ = ["Way", "case_of_model", "context_length"]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.cases_to_predict import PREDICTED
+from hpc_core.catalogue.predicted import PREDICTED
 from hpc_core.predicting import predicting_launcher, prediction, why_not
 from hpc_core.record.gpus import GPUS
 from hpc_core.record.record import Record

@@ -18,7 +18,7 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
-from hpc_core.cases import TINY, TRIAL, WHOLE
+from hpc_core.catalogue import TINY, TRIAL, WHOLE
 from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher

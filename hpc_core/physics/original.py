@@ -20,7 +20,14 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.lengths import recorded_lengths
 from hpc_core.case.limits import GiB
-from hpc_core.cases import finetune, full, generate, llama_3b, lora, qlora
+from hpc_core.catalogue import (
+    finetune,
+    full,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+)
 from hpc_core.physics.check import judged
 from hpc_core.record.record import (
     Circumstances,

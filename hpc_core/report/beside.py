@@ -14,7 +14,12 @@ from pathlib import Path
 from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB
-from hpc_core.cases import ALL, INT4, SWEEP, TUNED
+from hpc_core.catalogue import (
+    ALL,
+    INT4,
+    SWEEP,
+    TUNED,
+)
 from hpc_core.physics.floors import decode_floor, train_floor
 from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record.record import Record, record_from_json

@@ -10,8 +10,14 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.cases.full_size import FULL
-from hpc_core.cases.making import finetune, generate, llama_3b, lora, qlora
+from hpc_core.catalogue.full_size import FULL
+from hpc_core.catalogue.making import (
+    finetune,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+)
 
 __all__ = ["DECODE", "SWEEP", "TUNED"]
 

@@ -7,8 +7,15 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import Case, DataSpec, QuantSpec
-from hpc_core.cases.making import finetune, generate, lora, qlora, smollm2, tiny
-from hpc_core.cases.report_variants import fine_tuning_variants, generation_variants
+from hpc_core.catalogue.making import (
+    finetune,
+    generate,
+    lora,
+    qlora,
+    smollm2,
+    tiny,
+)
+from hpc_core.catalogue.report_variants import fine_tuning_variants, generation_variants
 
 __all__ = ["SMALL", "SOAK_TRACE", "TINY", "TINY_TRACE"]
 

@@ -7,7 +7,13 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import Case, ModelSpec, QuantSpec
-from hpc_core.cases.making import finetune, full, generate, lora, qlora
+from hpc_core.catalogue.making import (
+    finetune,
+    full,
+    generate,
+    lora,
+    qlora,
+)
 
 __all__ = ["fine_tuning_variants", "generation_variants"]
 

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.cases.data_path import DATA, TINY_DATA
-from hpc_core.cases.full_size import DEVICE_BOUND, FULL
-from hpc_core.cases.int4 import INT4
-from hpc_core.cases.making import Method, finetune, full, generate, llama_3b, lora, qlora, smollm2, tiny
-from hpc_core.cases.shortened import TRIAL, WHOLE
-from hpc_core.cases.small import SMALL, TINY
-from hpc_core.cases.tuned import SWEEP, TUNED
+from hpc_core.catalogue.data_path import DATA, TINY_DATA
+from hpc_core.catalogue.full_size import DEVICE_BOUND, FULL
+from hpc_core.catalogue.int4 import INT4
+from hpc_core.catalogue.making import (
+    Method,
+    finetune,
+    full,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+    smollm2,
+    tiny,
+)
+from hpc_core.catalogue.shortened import TRIAL, WHOLE
+from hpc_core.catalogue.small import SMALL, TINY
+from hpc_core.catalogue.tuned import SWEEP, TUNED
 
 __all__ = [
     "ALL",

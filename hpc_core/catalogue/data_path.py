@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_core.case.case import Case, DataSpec
-from hpc_core.cases.making import finetune, llama_3b, lora, tiny
+from hpc_core.catalogue.making import (
+    finetune,
+    llama_3b,
+    lora,
+    tiny,
+)
 
 __all__ = ["DATA", "TINY_DATA"]
 

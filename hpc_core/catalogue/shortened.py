@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from hpc_core.case.case import Case, GenerateSpec
-from hpc_core.cases.full_size import FULL
-from hpc_core.cases.small import SOAK_TRACE, TINY_TRACE
+from hpc_core.catalogue.full_size import FULL
+from hpc_core.catalogue.small import SOAK_TRACE, TINY_TRACE
 
 __all__ = ["TRIAL", "WHOLE"]
 

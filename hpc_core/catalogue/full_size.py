@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import Case, DataSpec, QuantSpec
-from hpc_core.cases.making import generate, llama_3b
-from hpc_core.cases.report_variants import fine_tuning_variants, generation_variants
+from hpc_core.catalogue.making import generate, llama_3b
+from hpc_core.catalogue.report_variants import fine_tuning_variants, generation_variants
 
 __all__ = ["DEVICE_BOUND", "FULL"]
 

@@ -10,7 +10,15 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.cases import FULL, finetune, full, generate, llama_3b, lora, qlora
+from hpc_core.catalogue import (
+    FULL,
+    finetune,
+    full,
+    generate,
+    llama_3b,
+    lora,
+    qlora,
+)
 
 __all__ = ["HELD_OUT", "PREDICTED"]
 

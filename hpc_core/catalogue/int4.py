@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hpc_core.case.case import Case, QuantSpec
-from hpc_core.cases.making import generate, llama_3b
+from hpc_core.catalogue.making import generate, llama_3b
 
 __all__ = ["INT4"]
 
