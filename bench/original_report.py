@@ -11,8 +11,8 @@ from __future__ import annotations
 import pytest
 
 from hpc_core import Case, perf_cases
+from hpc_core.bounds.artefacts import NEEDED, artefacts
 from hpc_core.catalogue import DEVICE_BOUND, FULL
-from hpc_core.physics.artefacts import NEEDED, artefacts
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.audit.weights import int4_bytes
+from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.build import Built, build
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import (
@@ -34,7 +35,6 @@ from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
 from hpc_core.launch import by_nvml
 from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
-from hpc_core.physics.footprint import expected_bytes
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.run.generate import generate_program

@@ -9,6 +9,7 @@ import torch
 import transformers.models.llama.modeling_llama as llama
 
 from hpc_core.audit import tuned_facts
+from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.build import Built, build
 from hpc_core.build.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import (
@@ -27,7 +28,6 @@ from hpc_core.catalogue import (
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.launch.launcher import Launcher
-from hpc_core.physics.footprint import expected_bytes
 from hpc_core.record.job import Job
 from hpc_core.run.generate import generate_program
 

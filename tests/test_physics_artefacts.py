@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hpc_core.bounds.artefacts import NEEDED, artefacts
+from hpc_core.bounds.ratio import checkpointing_impossible, four_bit_impossible
 from hpc_core.case.case import Case
 from hpc_core.catalogue import DEVICE_BOUND, FULL
-from hpc_core.physics.artefacts import NEEDED, artefacts
-from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible
 from hpc_core.record.record import (
     Fact,
     Metric,

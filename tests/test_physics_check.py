@@ -11,6 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.bounds import (
+    DATASHEETS,
+    datasheet,
+    expected_bytes,
+    impossible,
+    judged,
+    ratio_impossible,
+    suspicious,
+)
+from hpc_core.bounds.floors import (
+    decode_floor,
+    peak_rate,
+    prefill_floor,
+    train_floor,
+)
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import (
@@ -21,8 +36,6 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-from hpc_core.physics import DATASHEETS, datasheet, expected_bytes, impossible, judged, ratio_impossible, suspicious
-from hpc_core.physics.floors import decode_floor, peak_rate, prefill_floor, train_floor
 from hpc_core.record.record import (
     Machine,
     Metric,

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_core.bounds.cost import decode_bytes, forward_flops, train_flops
 from hpc_core.build import build
 from hpc_core.build.causal_lm import model_config
 from hpc_core.case.case import ModelSpec
@@ -20,7 +21,6 @@ from hpc_core.catalogue import (
 )
 from hpc_core.measure.counters import counting
 from hpc_core.measure.owners import cache_tensors, owned_bytes, weight_tensors
-from hpc_core.physics.cost import decode_bytes, forward_flops, train_flops
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.bounds import expected_bytes
+from hpc_core.bounds.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
 from hpc_core.build import build
 from hpc_core.build.adapter import adapter_parameters
 from hpc_core.case.case import (
@@ -31,8 +33,6 @@ from hpc_core.catalogue import (
 )
 from hpc_core.engine.static_cache import capacity_for
 from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
-from hpc_core.physics import expected_bytes
-from hpc_core.physics.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
 from hpc_core.record.record import Record, record_from_json
 from hpc_core.run.finetune import make_optimizer
 from tests.strategies import adapters, cases

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.physics import ratio_impossible
-from hpc_core.physics.floors import train_floor
-from hpc_core.physics.original import REAL_TOKENS, main, report_records
+from hpc_core.bounds import ratio_impossible
+from hpc_core.bounds.floors import train_floor
+from hpc_core.bounds.original import REAL_TOKENS, main, report_records
 from hpc_core.record.record import Record
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +68,6 @@ def test_the_other_rows_stand(name: str) -> None:
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    """docs/original-report.md comes from code and committed records: `python -m hpc_core.physics.original` writes it."""
+    """docs/original-report.md comes from code and committed records: `python -m hpc_core.bounds.original` writes it."""
     folder = ROOT / "baselines" / "nvidia-h100-80gb-hbm3-80gib" / "llama-3.2-3b"
     assert (ROOT / "docs" / "original-report.md").read_text(encoding="utf-8") == main(folder)

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from hpc_core.bounds import expected_bytes, impossible
+from hpc_core.bounds.floors import train_floor
 from hpc_core.case.case import (
     Case,
     DataSpec,
@@ -17,8 +19,6 @@ from hpc_core.case.case import (
     QuantSpec,
 )
 from hpc_core.catalogue import TINY, generate, tiny
-from hpc_core.physics import expected_bytes, impossible
-from hpc_core.physics.floors import train_floor
 from hpc_core.record.record import Record, record_from_json, record_to_json
 from tests.predicting import predicted, values
 

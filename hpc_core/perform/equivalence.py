@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from hpc_core.bounds.reading import bytes_text
 from hpc_core.build.causal_lm import torch_dtype
 from hpc_core.engine.forward import restore
 from hpc_core.perform.decode_engine import compare_with_stock
 from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
 from hpc_core.perform.session import Session
-from hpc_core.physics.reading import bytes_text
 from hpc_core.record.record import Fact
 
 __all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "coarsest", "measure_equivalence", "tolerance"]

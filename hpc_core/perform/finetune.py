@@ -7,6 +7,7 @@ import math
 import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
+from hpc_core.bounds.cost import train_flops
 from hpc_core.build import Built
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.engine.train import training_program
@@ -27,7 +28,6 @@ from hpc_core.perform.session import Session
 from hpc_core.perform.soak import Soak
 from hpc_core.perform.trace import trace_program
 from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
-from hpc_core.physics.cost import train_flops
 from hpc_core.program import Mark
 from hpc_core.record.record import Fact, Record
 from hpc_core.run.finetune import FinetuneProgram

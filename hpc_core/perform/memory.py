@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hpc_core.bounds.footprint import unexplained_bytes
 from hpc_core.measure.clock import quiet, synchronize
 from hpc_core.measure.history import AllocatorHistory
 from hpc_core.measure.owners import living_tensors, optimizer_tensors, weight_tensors
@@ -18,7 +19,6 @@ from hpc_core.measure.storages import StorageWatch
 from hpc_core.measure.timeline import CATEGORIES, Timeline
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.perform.session import Session
-from hpc_core.physics.footprint import unexplained_bytes
 from hpc_core.program import Mark, Program, unmarked
 from hpc_core.record.record import Metric
 

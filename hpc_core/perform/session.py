@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hpc_core.audit import module_facts, value_facts, weight_facts
+from hpc_core.bounds.check import judged
 from hpc_core.build import Built, build
 from hpc_core.case.errors import MeasureError, SpecError
 from hpc_core.faults import Injection
@@ -22,7 +23,6 @@ from hpc_core.measure.ceilings import measure_ceilings
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
-from hpc_core.physics.check import judged
 from hpc_core.program import Program
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.gpu_state import flags, setup_notes

@@ -1,7 +1,7 @@
 """What torch and its libraries ask of a GPU before they choose how to compute: the kinds of GPU that can be predicted for.
 
 Facts only, each with the place in torch's or bitsandbytes' own code that asks for it. Rates and bandwidths are in
-`hpc_core.physics.datasheet`.
+`hpc_core.bounds.datasheet`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
 GPUS: dict[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
-        # Multiprocessors: the architectures' white papers named in `hpc_core.physics.datasheet`. Memory: the H100's as NVML
+        # Multiprocessors: the architectures' white papers named in `hpc_core.bounds.datasheet`. Memory: the H100's as NVML
         # reported it in our runs; the others' nominal size less what the driver keeps is not known here, so nominal.
         Gpu(name="H100 80GB HBM3", capability=(9, 0), multiprocessors=132, memory_bytes=85_520_809_984),
         Gpu(name="H200", capability=(9, 0), multiprocessors=132, memory_bytes=141 * 10**9),

@@ -2,7 +2,7 @@
 
     python -m hpc_core.report.beside [BASELINES] > docs/stock-beside-tuned.md
 
-Every number comes from the records or from the closed forms of `hpc_core.physics`; what no record holds is shown as absent.
+Every number comes from the records or from the closed forms of `hpc_core.bounds`; what no record holds is shown as absent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from hpc_core.bounds.floors import decode_floor, train_floor
+from hpc_core.bounds.reading import positions_of, value_of
 from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB
@@ -20,8 +22,6 @@ from hpc_core.catalogue import (
     SWEEP,
     TUNED,
 )
-from hpc_core.physics.floors import decode_floor, train_floor
-from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record.record import Record, record_from_json
 from hpc_core.report.beside_memory import memory_told
 from hpc_core.report.beside_words import HEAD

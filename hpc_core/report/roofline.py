@@ -13,10 +13,15 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.bounds.datasheet import datasheet
+from hpc_core.bounds.floors import (
+    Floor,
+    decode_floor,
+    prefill_floor,
+    train_floor,
+)
+from hpc_core.bounds.reading import positions_of, step_seconds
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
-from hpc_core.physics.datasheet import datasheet
-from hpc_core.physics.floors import Floor, decode_floor, prefill_floor, train_floor
-from hpc_core.physics.reading import positions_of, step_seconds
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
 from hpc_core.store.over_time import moment

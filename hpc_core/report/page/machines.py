@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_core.physics.reading import flops_text
+from hpc_core.bounds.reading import flops_text
 from hpc_core.record import units as sizes
 from hpc_core.record.record import MemoryTimeline, Record
 from hpc_core.report.entry import BUSY, WALL, Entry

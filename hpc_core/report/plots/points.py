@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from hpc_core.physics.reading import flops_text
+from hpc_core.bounds.reading import flops_text
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_unit import peak_unit
 from hpc_core.report.plots.style import INK, colour_of, legend_of, most, plain_log, settle

@@ -10,11 +10,25 @@ from collections.abc import Iterator
 
 import msgspec
 
+from hpc_core.bounds.datasheet import Datasheet, datasheet
+from hpc_core.bounds.floors import (
+    Floor,
+    compute_dtypes,
+    decode_floor,
+    peak_rate,
+    prefill_floor,
+    train_floor,
+)
+from hpc_core.bounds.footprint import expected_bytes
+from hpc_core.bounds.reading import (
+    bytes_text,
+    flops_text,
+    positions_of,
+    seconds_text,
+    step_seconds,
+    value_of,
+)
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
-from hpc_core.physics.datasheet import Datasheet, datasheet
-from hpc_core.physics.floors import Floor, compute_dtypes, decode_floor, peak_rate, prefill_floor, train_floor
-from hpc_core.physics.footprint import expected_bytes
-from hpc_core.physics.reading import bytes_text, flops_text, positions_of, seconds_text, step_seconds, value_of
 from hpc_core.record.record import Record
 
 __all__ = ["impossible", "judged", "suspicious"]

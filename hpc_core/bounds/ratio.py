@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import msgspec
 
+from hpc_core.bounds.floors import Floor, train_floor
+from hpc_core.bounds.reading import (
+    bytes_text,
+    positions_of,
+    seconds_text,
+    step_seconds,
+    value_of,
+)
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
-from hpc_core.physics.floors import Floor, train_floor
-from hpc_core.physics.reading import bytes_text, positions_of, seconds_text, step_seconds, value_of
 from hpc_core.record.record import Record
 
 __all__ = ["BUSY_MARGIN", "WALL_MARGIN", "checkpointing_impossible", "four_bit_impossible", "ratio_impossible"]

@@ -1,4 +1,4 @@
-"""The original report's rows, typed in as records and judged by physics; `python -m hpc_core.physics.original` prints them.
+"""The original report's rows, typed in as records and judged by physics; `python -m hpc_core.bounds.original` prints them.
 
 Source: the course report this project grew from (Llama-3.2-3B-Instruct on one RTX 5090, torch 2.6, transformers 4.57).
 Its "GB" are bytes / 1024**3. Where it leaves something open, each reading is a record of its own.
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hpc_core.bounds.check import judged
 from hpc_core.case.case import (
     Case,
     DataSpec,
@@ -28,7 +29,6 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-from hpc_core.physics.check import judged
 from hpc_core.record.record import (
     Circumstances,
     Machine,
@@ -159,7 +159,7 @@ def _claim(case: Case, **claims: tuple[float | int, str]) -> Record:
 
 def main(folder: Path = _OURS) -> str:
     """The page docs/original-report.md: the report beside the committed baselines of `folder`."""
-    from hpc_core.physics.original_page import page
+    from hpc_core.bounds.original_page import page
 
     ours = {}
     for path in sorted(folder.glob("*.history.jsonl")):

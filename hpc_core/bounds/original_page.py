@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from hpc_core.bounds.artefacts import artefacts, device_bound_rows
+from hpc_core.bounds.datasheet import datasheet
+from hpc_core.bounds.floors import (
+    decode_floor,
+    expected_bytes,
+    peak_rate,
+    train_floor,
+)
+from hpc_core.bounds.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
+from hpc_core.bounds.reading import positions_of, value_of
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.limits import GiB
-from hpc_core.physics.artefacts import artefacts, device_bound_rows
-from hpc_core.physics.datasheet import datasheet
-from hpc_core.physics.floors import decode_floor, expected_bytes, peak_rate, train_floor
-from hpc_core.physics.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
-from hpc_core.physics.reading import positions_of, value_of
 from hpc_core.record.record import Record
 
 __all__ = ["page"]
@@ -59,7 +64,7 @@ def page(report: Mapping[str, Record], ours: Mapping[str, Record]) -> str:
 
 _HEAD = """# The original report, row by row
 
-Written by `python -m hpc_core.physics.original`: every number is typed in from the report, computed in closed form, or read from the committed
+Written by `python -m hpc_core.bounds.original`: every number is typed in from the report, computed in closed form, or read from the committed
 baselines of the H100. A test keeps this page equal to what the command prints."""
 
 _UNDER_TABLES = """The report's columns come from one RTX 5090, ours from one {machine}; only ratios and bytes compare. "At least" counts what the row

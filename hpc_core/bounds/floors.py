@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
-from hpc_core.case.shapes import Shape
-from hpc_core.physics.cost import decode_bytes, forward_flops, int8_head_bytes, train_flops
-from hpc_core.physics.datasheet import Datasheet
-from hpc_core.physics.footprint import (
+from hpc_core.bounds.cost import (
+    decode_bytes,
+    forward_flops,
+    int8_head_bytes,
+    train_flops,
+)
+from hpc_core.bounds.datasheet import Datasheet
+from hpc_core.bounds.footprint import (
     embedding_bytes,
     expected_bytes,
     kv_bytes_per_token,
     prompt_lengths,
     shape_of,
 )
+from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.shapes import Shape
 
 __all__ = ["Floor", "compute_dtypes", "decode_floor", "expected_bytes", "peak_rate", "prefill_floor", "train_floor"]
 

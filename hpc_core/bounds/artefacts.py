@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from hpc_core.bounds.ratio import checkpointing_impossible, four_bit_impossible, ratio_impossible
+from hpc_core.bounds.reading import value_of
 from hpc_core.case.limits import GiB
-from hpc_core.physics.ratio import checkpointing_impossible, four_bit_impossible, ratio_impossible
-from hpc_core.physics.reading import value_of
 from hpc_core.record.record import Record
 
 __all__ = ["DEVICE_BOUND_SHARE", "NEEDED", "Artefact", "artefacts", "device_bound_rows"]
