@@ -110,7 +110,7 @@ def main() -> None:
 def _measured(first: Case, others: list[Case], device_name: str) -> Any:
     import torch
 
-    from hpc_core.build import build
+    from hpc_core.builders import build
     from hpc_core.engine.train import training_program
     from hpc_core.run.finetune import fed_batches, resident_batches
 

@@ -86,7 +86,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     import torch
 
     from bench.decode_trial import seen_of
-    from hpc_core.build import build
+    from hpc_core.builders import build
     from hpc_core.case.errors import MeasureError
 
     assert isinstance(case.workload, GenerateSpec)

@@ -23,7 +23,7 @@ if str(_HERE) not in sys.path:
 
 import torch  # noqa: E402
 
-from hpc_core.build import Built, build  # noqa: E402
+from hpc_core.builders import Built, build  # noqa: E402
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 from hpc_core.catalogue import generate  # noqa: E402
 from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402

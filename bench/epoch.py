@@ -71,10 +71,10 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     """One row, in this process: first use, then an epoch or as many steps of it as the case holds."""
     import torch
 
-    from hpc_core.build import build
+    from hpc_core.builders import build
+    from hpc_core.builders.data.loader import Fed
     from hpc_core.engine.train import training_program
     from hpc_core.measure.clock import quiet, synchronize
-    from hpc_core.run.feeding import Fed
 
     device = torch.device(device_name)
     if device_name == "cpu":

@@ -120,7 +120,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     """One row: seconds, memory, kernels, losses, in this process."""
     import torch
 
-    from hpc_core.build import build
+    from hpc_core.builders import build
     from hpc_core.engine.train import TunedProgram, training_program
     from hpc_core.measure.clock import quiet, seconds_of
 

@@ -75,7 +75,7 @@ def _run(case: Case, *, count: bool) -> Real:
         return _run_callable(case.workload)
     import torch
 
-    from hpc_core.build import build, causal_lm
+    from hpc_core.builders import build, causal_lm
     from hpc_core.measure.clock import quiet
     from hpc_core.measure.counters import counting
     from hpc_core.measure.owners import optimizer_tensors, weight_tensors

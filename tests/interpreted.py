@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engine.by_eights import values_by_eights
 from hpc_core.engine.decoder import decoder_of

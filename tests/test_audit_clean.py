@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_core.audit.weights import linear_layers, quantized_bytes
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import (
     Case,
     DataSpec,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_core.audit.weights import linear_layers
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
 from hpc_core.case.case import Case, QuantSpec
 from hpc_core.catalogue import (
     TINY,
@@ -152,10 +152,10 @@ def test_a_float32_embedding_or_head_voids_the_run(fact: str, change: str, monke
 
 def test_fp4_for_nf4_and_lost_double_quantization_void_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quantizer that was told something else is found out in the layers."""
-    from hpc_core.build.quantization import quantize
+    from hpc_core.builders.quantization import quantize
 
     other = QuantSpec(kind="fp4", compute_dtype="bfloat16", double_quant=True)
-    monkeypatch.setattr("hpc_core.build.assemble.quantize", lambda model, _, device: quantize(model, other, device))
+    monkeypatch.setattr("hpc_core.builders.assemble.quantize", lambda model, _, device: quantize(model, other, device))
     record = _perform(NF4_ANSWER)
     _mismatch(record, "quantization", ["nf4"], ["fp4"])
     _mismatch(record, "double_quantization", [False], [True])
@@ -163,14 +163,14 @@ def test_fp4_for_nf4_and_lost_double_quantization_void_the_run(monkeypatch: pyte
 
 def test_a_silently_skipped_quantization_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer at all is quantized: the count says so."""
-    monkeypatch.setattr("hpc_core.build.assemble.quantize", lambda *_: None)
+    monkeypatch.setattr("hpc_core.builders.assemble.quantize", lambda *_: None)
     record = _perform(QLORA)
     _mismatch(record, "quantized_layers", 21, "0; base_model.model.model.layers.0.self_attn.q_proj is not")
 
 
 def test_a_prepare_that_casts_nothing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """After `prepare` norms, embeddings and head are float32, or it did not happen."""
-    monkeypatch.setattr("hpc_core.build.assemble.prepare_for_training", lambda model, _: model.requires_grad_(False))
+    monkeypatch.setattr("hpc_core.builders.assemble.prepare_for_training", lambda model, _: model.requires_grad_(False))
     record = _perform(QLORA.vary("qlora-prepare", prepare=True))
     _mismatch(record, "norm_dtype", ["float32"], ["bfloat16"])
     _mismatch(record, "embedding_dtype", "float32", "bfloat16")
@@ -178,10 +178,10 @@ def test_a_prepare_that_casts_nothing_voids_the_run(monkeypatch: pytest.MonkeyPa
 
 def test_the_other_kind_of_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reentrant and not recompute as often; the graph tells them apart."""
-    from hpc_core.build.checkpointing import enable_checkpointing
+    from hpc_core.builders.checkpointing import enable_checkpointing
 
     monkeypatch.setattr(
-        "hpc_core.build.assemble.enable_checkpointing",
+        "hpc_core.builders.assemble.enable_checkpointing",
         lambda model, _, **more: enable_checkpointing(model, "reentrant", **more),
     )
     record = _perform(LORA.vary("lora-gc", checkpointing="non-reentrant"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hpc_core.audit import module_facts
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.catalogue import catalogue
 from hpc_core.gate import Verdict, judge

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hpc_core.audit import value_facts
-from hpc_core.build import build
-from hpc_core.build.causal_lm import causal_lm
-from hpc_core.build.drawn import drawn
+from hpc_core.builders import build
+from hpc_core.builders.causal_lm import causal_lm
+from hpc_core.builders.drawn import drawn
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.catalogue import (
     TINY,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from hpc_core.audit.weights import int4_bytes
 from hpc_core.bounds.footprint import expected_bytes
-from hpc_core.build import Built, build
-from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.builders import Built, build
+from hpc_core.builders.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import (
     Case,
     GenerateSpec,
@@ -197,7 +197,7 @@ def test_rows_that_do_not_divide_into_groups_are_refused() -> None:
         build(narrow, _CPU)
     odd = QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=128)
     model = torch.nn.Sequential(torch.nn.Linear(192, 32, dtype=torch.bfloat16))
-    from hpc_core.build.packed_int4 import quantize_to_int4
+    from hpc_core.builders.packed_int4 import quantize_to_int4
 
     with pytest.raises(BuildError, match="rows of 192 weights"):
         quantize_to_int4(model, odd, _CPU)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import build
-from hpc_core.build.causal_lm import causal_lm
-from hpc_core.build.quantization import bitsandbytes_config, quantize, quantized_layers
+from hpc_core.builders import build
+from hpc_core.builders.causal_lm import causal_lm
+from hpc_core.builders.quantization import bitsandbytes_config, quantize, quantized_layers
 from hpc_core.case.case import ModelSpec, QuantSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.case.shapes import SHAPES

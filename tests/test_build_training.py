@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import build
-from hpc_core.build.adapter import adapter_parameters
+from hpc_core.builders import build
+from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.case.case import ModelSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.case.shapes import SHAPES

@@ -11,9 +11,14 @@ import pytest
 import torch
 
 from hpc_core.audit import value_facts
-from hpc_core.build import build
-from hpc_core.build.causal_lm import causal_lm, gguf_file, model_config, tokenizer_of
-from hpc_core.build.libraries import library
+from hpc_core.builders import build
+from hpc_core.builders.causal_lm import (
+    causal_lm,
+    gguf_file,
+    model_config,
+    tokenizer_of,
+)
+from hpc_core.builders.libraries import library
 from hpc_core.case.case import (
     CallableSpec,
     Case,
@@ -136,7 +141,7 @@ def test_a_folder_is_quantized_while_it_is_loaded_into_what_random_weights_becom
     folder = ModelSpec(weights="folder", path=str(saved))
     drawn = build(generate(tiny, quantization=quantization), CPU).model
     loaded = causal_lm(folder, CPU, quantization=quantization)
-    from hpc_core.build.quantization import quantize
+    from hpc_core.builders.quantization import quantize
 
     quantize(loaded, quantization, CPU)
     assert owned_bytes(weight_tensors(loaded)["weights"]) == owned_bytes(weight_tensors(drawn)["weights"])

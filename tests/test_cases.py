@@ -197,7 +197,7 @@ def test_true_weights_know_english_and_arithmetic() -> None:
     """The embedded SmolLM2 predicts an English sentence well and answers a sum in words with its digits."""
     import torch
 
-    from hpc_core.build import build
+    from hpc_core.builders import build
 
     built = build(catalogue()["smollm2-135m/generate"], torch.device("cpu"))
     assert built.tokenizer is not None

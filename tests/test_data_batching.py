@@ -9,10 +9,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from hpc_core.builders.data.batching import (
+    Batch,
+    EpochSize,
+    batches,
+    epoch_size,
+)
+from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import DataSpec, FinetuneSpec
 from hpc_core.case.errors import DataError
-from hpc_core.data.batching import Batch, EpochSize, batches, epoch_size
-from hpc_core.data.rows import token_rows
 
 Padding = Literal["longest", "max_length"]
 WIKITEXT = DataSpec(source="trace", name="wikitext2")

@@ -12,15 +12,21 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hpc_core.builders.data import collated
+from hpc_core.builders.data.batching import (
+    IGNORED_LABEL,
+    Batch,
+    EpochSize,
+    batches,
+    epoch_size,
+)
+from hpc_core.builders.data.blocks import BlockSource
+from hpc_core.builders.data.cache import cache_folder, cache_key, cached_epoch
+from hpc_core.builders.data.collated import CollatedEpoch, write_collated
+from hpc_core.builders.data.fetched import FetchedEpoch
+from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import DataSpec, FeedSpec, FinetuneSpec
 from hpc_core.case.errors import DataError, SpecError
-from hpc_core.data import collated
-from hpc_core.data.batching import IGNORED_LABEL, Batch, EpochSize, batches, epoch_size
-from hpc_core.data.blocks import BlockSource
-from hpc_core.data.cache import cache_folder, cache_key, cached_epoch
-from hpc_core.data.collated import CollatedEpoch, write_collated
-from hpc_core.data.fetched import FetchedEpoch
-from hpc_core.data.rows import token_rows
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 TRACE = DataSpec(source="trace", name="wikitext2", rows=200)

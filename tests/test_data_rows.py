@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.builders.data.rows import ByteTokenizer, prompt_batches, token_rows
+from hpc_core.builders.data.texts import texts
 from hpc_core.case.case import DataSpec, GenerateSpec
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
-from hpc_core.data.rows import ByteTokenizer, prompt_batches, token_rows
-from hpc_core.data.texts import texts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RANDOM = DataSpec()

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from hpc_core.builders.data.texts import Problem, problems, texts
 from hpc_core.case.case import DataSpec
 from hpc_core.case.errors import DataError, MissingLibraryError
-from hpc_core.data.texts import Problem, problems, texts
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PROBLEMS = problems()
@@ -258,7 +258,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
     """All data modules together, and reading embedded texts, load neither torch nor datasets nor numpy."""
     code = (
         "import sys\n"
-        "from hpc_core.data import batching, draw, lengths, rows, texts\n"
+        "from hpc_core.builders.data import batching, draw, lengths, rows, texts\n"
         "texts.problems(); lengths.recorded_lengths('gsm8k')\n"
         "print(sorted({'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules)))"
     )
@@ -281,6 +281,6 @@ def test_a_local_copy_stands_in_for_the_hub(
     (tmp_path / path).parent.mkdir()
     (tmp_path / path).write_text(content, encoding="utf-8")
     monkeypatch.setenv("HPC_CORE_DATA", str(tmp_path))
-    monkeypatch.setattr("hpc_core.data.texts._through_datasets", None)
+    monkeypatch.setattr("hpc_core.builders.data.texts._through_datasets", None)
 
     assert texts(DataSpec(source="hub", name=name)) in (["One and one?"], ["One."])

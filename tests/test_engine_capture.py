@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engine.block_constants import constants_of
 from hpc_core.engine.distances import distances

@@ -11,8 +11,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.build import Built, build
-from hpc_core.build.adapter import attach_adapter
+from hpc_core.builders import Built, build
+from hpc_core.builders.adapter import attach_adapter
+from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import (
     AdapterSpec,
     GenerateSpec,
@@ -21,7 +22,6 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.catalogue import generate, tiny
-from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of, int8_rows

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
+from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import generate
-from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import captured, forget_workspaces
 from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of

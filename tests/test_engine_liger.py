@@ -10,7 +10,7 @@ import transformers.models.llama.modeling_llama as llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import BuildError, PredictError, SpecError
 from hpc_core.catalogue import (

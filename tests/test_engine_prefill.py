@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from hpc_core.build import build
-from hpc_core.build.libraries import library
+from hpc_core.builders import build
+from hpc_core.builders.libraries import library
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import generate
 from hpc_core.engine.at_module import at_module

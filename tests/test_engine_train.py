@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import (
     Case,
     DataSpec,

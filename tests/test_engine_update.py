@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue import finetune, full, tiny

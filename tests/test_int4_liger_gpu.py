@@ -10,8 +10,8 @@ import transformers.models.llama.modeling_llama as llama
 
 from hpc_core.audit import tuned_facts
 from hpc_core.bounds.footprint import expected_bytes
-from hpc_core.build import Built, build
-from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.builders import Built, build
+from hpc_core.builders.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import (
     Case,
     FinetuneSpec,

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.build import build
+from hpc_core.builders import build
 from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.catalogue import (

@@ -14,7 +14,9 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.build.causal_lm import causal_lm
+from hpc_core.builders.causal_lm import causal_lm
+from hpc_core.builders.data.batching import batches
+from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import (
     Case,
     FinetuneSpec,
@@ -23,8 +25,6 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import TINY, TINY_DATA, catalogue
-from hpc_core.data.batching import batches
-from hpc_core.data.rows import token_rows
 from hpc_core.perform import perform
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record, record_from_json, record_to_json
@@ -176,7 +176,7 @@ def test_a_buffer_that_nobody_asked_for_is_unexplained_to_the_byte(monkeypatch: 
         model.register_buffer("forgotten", torch.zeros(250))
         return model
 
-    monkeypatch.setattr("hpc_core.build.assemble.causal_lm", with_a_buffer)
+    monkeypatch.setattr("hpc_core.builders.assemble.causal_lm", with_a_buffer)
     unexplained = _perform(CASES["tiny/full-bf16"])[0].metrics["unexplained_bytes"]
     assert (unexplained.value, unexplained.note) == (1000, "measured minus closed form: weights +1,000")
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import Built, build
-from hpc_core.build.quantization import quantized_layers
+from hpc_core.builders import Built, build
+from hpc_core.builders.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.measure.owners import owned_bytes, weight_tensors

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build.adapter import attach_adapter
-from hpc_core.build.checkpointing import enable_checkpointing
+from hpc_core.builders.adapter import attach_adapter
+from hpc_core.builders.checkpointing import enable_checkpointing
 from hpc_core.case.case import CallableSpec, Case, ModelSpec
 from hpc_core.catalogue import (
     catalogue,
@@ -203,7 +203,7 @@ def _tiny(checkpointing: Any, variant: str) -> Case:
 def test_a_model_that_checkpoints_unasked_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case that asks for no checkpointing and gets it is invalid, and the reason says both."""
     monkeypatch.setattr(
-        "hpc_core.build.assemble.enable_checkpointing",
+        "hpc_core.builders.assemble.enable_checkpointing",
         lambda model, _, **more: enable_checkpointing(model, "non-reentrant", **more),
     )
     record = perform(Job(case=_tiny("off", "lora")), lambda _: None)
@@ -214,7 +214,7 @@ def test_a_model_that_checkpoints_unasked_voids_the_run(monkeypatch: pytest.Monk
 
 def test_a_model_that_does_not_checkpoint_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A case that asks for checkpointing and does not get it is invalid too."""
-    monkeypatch.setattr("hpc_core.build.assemble.enable_checkpointing", lambda *_, **__: None)
+    monkeypatch.setattr("hpc_core.builders.assemble.enable_checkpointing", lambda *_, **__: None)
     record = perform(Job(case=_tiny("reentrant", "lora-gc")), lambda _: None)
     assert (record.status, record.reasons) == ("invalid", ("checkpointing: asked for 'on', saw 'off'.",))
 
@@ -222,7 +222,7 @@ def test_a_model_that_does_not_checkpoint_voids_the_run(monkeypatch: pytest.Monk
 def test_an_adapter_of_another_dtype_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Adapter weights that are not stored as asked are an invalid run."""
     monkeypatch.setattr(
-        "hpc_core.build.assemble.attach_adapter", lambda model, spec: attach_adapter(model, spec).to(torch.bfloat16)
+        "hpc_core.builders.assemble.attach_adapter", lambda model, spec: attach_adapter(model, spec).to(torch.bfloat16)
     )
     record = perform(Job(case=_tiny("off", "lora")), lambda _: None)
     assert record.reasons == ("adapter_dtype: asked for ['float32'], saw ['bfloat16'].",)

@@ -11,6 +11,8 @@ import msgspec
 import pytest
 import torch
 
+from hpc_core.builders.data.loader import Fed
+from hpc_core.builders.data.supply import HostBatch
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY_DATA, catalogue
@@ -19,8 +21,6 @@ from hpc_core.measure.ranges import named_ranges, shown
 from hpc_core.perform.trace import _table
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
-from hpc_core.run.feeding import Fed
-from hpc_core.run.supply import HostBatch
 from hpc_core.store import accept
 from hpc_core.worker import run_job
 

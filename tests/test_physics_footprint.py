@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hpc_core.bounds import expected_bytes
 from hpc_core.bounds.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
-from hpc_core.build import build
-from hpc_core.build.adapter import adapter_parameters
+from hpc_core.builders import build
+from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.case.case import (
     Case,
     FinetuneSpec,

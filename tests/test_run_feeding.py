@@ -16,7 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.audit import feed_facts
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
+from hpc_core.builders.data import supply
+from hpc_core.builders.data.blocks import Block, BlockSource
+from hpc_core.builders.data.device_batches import Resident
+from hpc_core.builders.data.loader import Fed
+from hpc_core.builders.data.supply import HostBatch, host_batch
 from hpc_core.case.case import (
     Case,
     DataSpec,
@@ -25,18 +30,13 @@ from hpc_core.case.case import (
     ModelSpec,
 )
 from hpc_core.catalogue import TINY_DATA, finetune, lora
-from hpc_core.data.blocks import Block, BlockSource
 from hpc_core.engine.train import training_program
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.run import supply
-from hpc_core.run.batches import Resident
-from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import fed_batches, resident_batches
-from hpc_core.run.supply import HostBatch, host_batch
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 torch.set_num_threads(1)

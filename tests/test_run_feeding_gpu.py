@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import build
+from hpc_core.builders import build
+from hpc_core.builders.data.loader import Fed
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.catalogue import finetune, lora, tiny
 from hpc_core.engine.train import TunedProgram, training_program
@@ -18,7 +19,6 @@ from hpc_core.measure.gaps import idle_while
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.record.job import Job
-from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import resident_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
@@ -127,7 +127,7 @@ def test_idle_time_of_a_slow_host_is_seen(device: torch.device) -> None:
 
 def test_a_starved_gpu_is_bound_by_what_starves_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader that takes 20 ms a batch starves a tiny step: the GPU idles about as long, and the sentence says reading."""
-    from hpc_core.run import supply
+    from hpc_core.builders.data import supply
 
     made = supply.host_batch
 

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import build
+from hpc_core.builders import build
+from hpc_core.builders.data.batching import batches
+from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import (
     Case,
     DataSpec,
@@ -22,8 +24,6 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.data.batching import batches
-from hpc_core.data.rows import token_rows
 from hpc_core.measure.owners import optimizer_tensors
 from hpc_core.run.finetune import FinetuneProgram, finetune_program, make_optimizer
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
+from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import DataSpec, GenerateSpec, ModelSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.catalogue import generate
-from hpc_core.data.rows import PromptBatch
 from hpc_core.perform.observe import watch_cache
 from hpc_core.run.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
 

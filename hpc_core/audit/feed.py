@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
+from hpc_core.builders.data.loader import Fed
 from hpc_core.case.case import FeedSpec
 from hpc_core.record.record import Fact
-from hpc_core.run.feeding import Fed
 
 __all__ = ["feed_facts"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit.looks import taken
-from hpc_core.data.batching import IGNORED_LABEL
+from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.record.record import Fact
 
 __all__ = ["LossSeen", "loss_facts", "watch_loss"]

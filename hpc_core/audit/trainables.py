@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.audit.looks import names, taken
 from hpc_core.audit.weights import linear_layers
-from hpc_core.build.adapter import adapter_parameters
+from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec
 from hpc_core.record.record import Fact
 

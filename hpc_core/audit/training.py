@@ -11,10 +11,10 @@ import torch
 
 from hpc_core.audit.forwards import ForwardsSeen, StepSeen
 from hpc_core.audit.looks import names, taken
+from hpc_core.builders.data.batching import IGNORED_LABEL
+from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.case.case import Case, FinetuneSpec
-from hpc_core.data.batching import IGNORED_LABEL
 from hpc_core.record.record import Fact
-from hpc_core.run.batches import DeviceBatch
 from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["Ran", "optimizer_kind", "training_facts"]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from hpc_core.audit.looks import taken
-from hpc_core.build.causal_lm import torch_dtype
-from hpc_core.build.drawn import STD, drawn
-from hpc_core.build.quantization import dequantized_weight, quantized_layers
+from hpc_core.builders.causal_lm import torch_dtype
+from hpc_core.builders.drawn import STD, drawn
+from hpc_core.builders.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
 from hpc_core.record.record import Fact
 

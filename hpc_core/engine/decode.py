@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import Built
+from hpc_core.builders import Built
+from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError, MissingLibraryError, SpecError
-from hpc_core.data.rows import PromptBatch
 from hpc_core.engine.capture import Captured, captured
 from hpc_core.engine.choosing import Chooser, Sampling
 from hpc_core.engine.decoder import Decoder, decoder_of, int8_rows

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.packed_int4 import packing_of
+from hpc_core.builders.packed_int4 import packing_of
 from hpc_core.case.errors import SpecError
 from hpc_core.engine.packed_linear import PackedLinear
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.engine.chunked_loss import chunked_cross_entropy

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engine.chunked_loss import IGNORED, next_tokens
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 
 __all__ = ["Joined", "Projection", "backward_of", "forward_of", "joined", "low_of", "projection_of", "tensors_of"]

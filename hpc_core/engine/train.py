@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import Built
+from hpc_core.builders import Built
+from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import BuildError
 from hpc_core.engine.capture_step import CapturedWork
@@ -22,7 +23,6 @@ from hpc_core.engine.recompute import Plan
 from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
 from hpc_core.engine.update_in_backward import AdamWInBackward
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.batches import DeviceBatch
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 
 __all__ = ["TunedProgram", "training_program"]

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import assemble
-from hpc_core.build.adapter import adapter_parameters
-from hpc_core.build.drawn import draw_weights
-from hpc_core.build.libraries import library
+from hpc_core.builders import assemble
+from hpc_core.builders.adapter import adapter_parameters
+from hpc_core.builders.drawn import draw_weights
+from hpc_core.builders.libraries import library
 from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
 

@@ -6,7 +6,7 @@ import inspect
 import time
 from typing import Any
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
 

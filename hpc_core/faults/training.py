@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
 from hpc_core.run import finetune

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit.attention import attention_families
-from hpc_core.build import Built
+from hpc_core.builders import Built
 from hpc_core.case.case import GenerateSpec
 from hpc_core.engine.capture import make_workspace
 from hpc_core.engine.decode import GraphProgram, graph_program

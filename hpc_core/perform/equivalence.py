@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hpc_core.bounds.reading import bytes_text
-from hpc_core.build.causal_lm import torch_dtype
+from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.engine.forward import restore
 from hpc_core.perform.decode_engine import compare_with_stock
 from hpc_core.perform.metrics import ratio, reported

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from hpc_core.audit import feed_facts
-from hpc_core.build import Built
+from hpc_core.builders import Built
+from hpc_core.builders.data.device_batches import Batches, Resident
+from hpc_core.builders.data.loader import Fed
+from hpc_core.builders.data.supply import PREFETCHED, host_batch
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.measure.clock import quiet, seconds_of
@@ -26,10 +29,7 @@ from hpc_core.perform.kept import kept
 from hpc_core.perform.metrics import reported, wall
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
-from hpc_core.run.batches import Batches, Resident
-from hpc_core.run.feeding import Fed
 from hpc_core.run.finetune import FinetuneProgram, resident_batches
-from hpc_core.run.supply import PREFETCHED, host_batch
 
 __all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
 

@@ -8,7 +8,7 @@ import statistics
 
 from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
 from hpc_core.bounds.cost import train_flops
-from hpc_core.build import Built
+from hpc_core.builders import Built
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.engine.train import training_program
 from hpc_core.measure.clock import seconds_of

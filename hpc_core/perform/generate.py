@@ -11,7 +11,7 @@ import torch
 
 from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards
 from hpc_core.audit.forwards import ForwardsSeen
-from hpc_core.build import Built
+from hpc_core.builders import Built
 from hpc_core.case.case import GenerateSpec
 from hpc_core.measure.clock import quiet, seconds_of, synchronize
 from hpc_core.measure.counters import Counts, counting

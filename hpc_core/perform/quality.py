@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import Built
-from hpc_core.build.causal_lm import causal_lm
+from hpc_core.builders import Built
+from hpc_core.builders.causal_lm import causal_lm
+from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import DataSpec
-from hpc_core.data.rows import token_rows
 from hpc_core.perform.metrics import reported
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Metric

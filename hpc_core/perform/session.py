@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.bounds.check import judged
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
 from hpc_core.case.errors import MeasureError, SpecError
 from hpc_core.faults import Injection
 from hpc_core.measure.busy import DeviceActivity, device_activity

@@ -17,8 +17,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpc_core.build import drawn
-from hpc_core.build.libraries import library
+from hpc_core.builders import drawn
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import PredictError
 from hpc_core.predict import shim
 from hpc_core.predict.answers import Answers

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hpc_core.build.drawn import STD
+from hpc_core.builders.drawn import STD
 
 __all__ = ["Outliers", "expected_columns", "share_beyond"]
 

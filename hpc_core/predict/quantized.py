@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from hpc_core.build import quantization
-from hpc_core.build.libraries import library
+from hpc_core.builders import quantization
+from hpc_core.builders.libraries import library
 from hpc_core.case.errors import PredictError
 from hpc_core.predict.outliers import Outliers
 from hpc_core.record.gpus import Gpu

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit import trainable_facts, weight_facts
-from hpc_core.build import Built, build
+from hpc_core.builders import Built, build
 from hpc_core.faults import Injection, inject
 from hpc_core.measure.clock import quiet
 from hpc_core.measure.owners import owned_bytes, weight_tensors

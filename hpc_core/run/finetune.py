@@ -12,18 +12,23 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import Built
-from hpc_core.build.libraries import library
+from hpc_core.builders import Built
+from hpc_core.builders.data.batching import (
+    Batch,
+    EpochSize,
+    batches,
+    epoch_size,
+)
+from hpc_core.builders.data.blocks import BlockSource
+from hpc_core.builders.data.cache import cached_epoch
+from hpc_core.builders.data.device_batches import Batches, DeviceBatch, Resident
+from hpc_core.builders.data.fetched import FetchedEpoch
+from hpc_core.builders.data.loader import Fed
+from hpc_core.builders.data.rows import token_rows
+from hpc_core.builders.libraries import library
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.case.errors import BuildError
-from hpc_core.data.batching import Batch, EpochSize, batches, epoch_size
-from hpc_core.data.blocks import BlockSource
-from hpc_core.data.cache import cached_epoch
-from hpc_core.data.fetched import FetchedEpoch
-from hpc_core.data.rows import token_rows
 from hpc_core.program import Mark, unmarked
-from hpc_core.run.batches import Batches, DeviceBatch, Resident
-from hpc_core.run.feeding import Fed
 
 __all__ = ["FinetuneProgram", "fed_batches", "finetune_program", "make_optimizer", "resident_batches"]
 

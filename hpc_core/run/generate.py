@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.build import Built
+from hpc_core.builders import Built
+from hpc_core.builders.data.rows import PromptBatch, prompt_batches
 from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError
-from hpc_core.data.rows import PromptBatch, prompt_batches
 from hpc_core.program import Mark, unmarked
 
 __all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program", "prompts_for"]

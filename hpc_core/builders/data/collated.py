@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_core.builders.data.batching import Batch, EpochSize
+from hpc_core.builders.data.blocks import Block, BlockSize
 from hpc_core.case.errors import DataError
-from hpc_core.data.batching import Batch, EpochSize
-from hpc_core.data.blocks import Block, BlockSize
 from hpc_core.record.files import write_whole
 
 __all__ = ["FORMAT", "CollatedEpoch", "write_collated"]

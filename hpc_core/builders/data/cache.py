@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from hpc_core.builders.data.batching import batches, epoch_size
+from hpc_core.builders.data.collated import FORMAT, CollatedEpoch, write_collated
+from hpc_core.builders.data.rows import token_rows
+from hpc_core.builders.data.texts import texts
 from hpc_core.case.case import DataSpec, FinetuneSpec
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
 from hpc_core.case.strict import essence
-from hpc_core.data.batching import batches, epoch_size
-from hpc_core.data.collated import FORMAT, CollatedEpoch, write_collated
-from hpc_core.data.rows import token_rows
-from hpc_core.data.texts import texts
 
 __all__ = ["cache_folder", "cache_key", "cached_epoch"]
 
@@ -81,7 +81,7 @@ def cache_key(workload: FinetuneSpec, *, count: int | None, vocab_size: int, tok
     Raises:
         DataError: the tokenizer cannot be told from others.
     """
-    folder = files("hpc_core.data")
+    folder = files("hpc_core.builders.data")
     said = {
         "format": FORMAT,
         "made by": {name: _digest(folder.joinpath(name).read_bytes()) for name in _MAKERS},

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
+from hpc_core.builders.libraries import library
 from hpc_core.case.case import AdapterSpec
 from hpc_core.case.errors import BuildError
 

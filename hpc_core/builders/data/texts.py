@@ -76,7 +76,7 @@ def problems() -> list[Problem]:
 
 
 def _packaged(name: str) -> str:
-    return files("hpc_core.data").joinpath("embedded", name).read_text(encoding="utf-8")
+    return files("hpc_core.builders.data").joinpath("embedded", name).read_text(encoding="utf-8")
 
 
 def _embedded(name: str) -> list[str]:

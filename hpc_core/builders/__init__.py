@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from hpc_core.build.assemble import Built, build
+from hpc_core.builders.assemble import Built, build
 
 __all__ = ["Built", "build"]

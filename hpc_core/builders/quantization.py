@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.libraries import library
-from hpc_core.build.packed_int4 import dequantized_int4, packed_layers, packing_of, quantize_to_int4
+from hpc_core.builders.libraries import library
+from hpc_core.builders.packed_int4 import (
+    dequantized_int4,
+    packed_layers,
+    packing_of,
+    quantize_to_int4,
+)
 from hpc_core.case.case import QuantSpec
 from hpc_core.case.errors import BuildError
 

@@ -9,13 +9,18 @@ import itertools
 
 import numpy as np
 
+from hpc_core.builders.data.batching import EpochSize, epoch_size
+from hpc_core.builders.data.blocks import Block, BlockSize
+from hpc_core.builders.data.draw import shuffled
+from hpc_core.builders.data.rows import (
+    PAD_ID,
+    ByteTokenizer,
+    Tokenizer,
+    token_rows,
+)
+from hpc_core.builders.data.texts import texts
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import DataError
-from hpc_core.data.batching import EpochSize, epoch_size
-from hpc_core.data.blocks import Block, BlockSize
-from hpc_core.data.draw import shuffled
-from hpc_core.data.rows import PAD_ID, ByteTokenizer, Tokenizer, token_rows
-from hpc_core.data.texts import texts
 
 __all__ = ["FetchedEpoch"]
 

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 
 import msgspec
 
+from hpc_core.builders.data.draw import shuffled
+from hpc_core.builders.data.rows import PAD_ID
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import DataError
-from hpc_core.data.draw import shuffled
-from hpc_core.data.rows import PAD_ID
 
 __all__ = ["IGNORED_LABEL", "Batch", "EpochSize", "batches", "epoch_size"]
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.adapter import attach_adapter, merged, prepare_for_training
-from hpc_core.build.causal_lm import causal_lm, tokenizer_of
-from hpc_core.build.checkpointing import enable_checkpointing
-from hpc_core.build.quantization import quantize
+from hpc_core.builders.adapter import attach_adapter, merged, prepare_for_training
+from hpc_core.builders.causal_lm import causal_lm, tokenizer_of
+from hpc_core.builders.checkpointing import enable_checkpointing
+from hpc_core.builders.quantization import quantize
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import SpecError
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_core.data.batching import EpochSize
+from hpc_core.builders.data.batching import EpochSize
 
 __all__ = ["Block", "BlockSize", "BlockSource", "Ids"]
 

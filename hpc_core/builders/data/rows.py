@@ -11,11 +11,11 @@ from typing import Protocol
 
 import msgspec
 
+from hpc_core.builders.data.draw import FIRST_FREE_ID, IdSource
+from hpc_core.builders.data.texts import texts
 from hpc_core.case.case import DataSpec, GenerateSpec
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
-from hpc_core.data.draw import FIRST_FREE_ID, IdSource
-from hpc_core.data.texts import texts
 
 __all__ = ["BOS_ID", "PAD_ID", "ByteTokenizer", "PromptBatch", "Tokenizer", "prompt_batches", "token_rows"]
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from hpc_core.build.drawn import draw_weights
-from hpc_core.build.libraries import library
-from hpc_core.build.quantization import bitsandbytes_config
+from hpc_core.builders.drawn import draw_weights
+from hpc_core.builders.libraries import library
+from hpc_core.builders.quantization import bitsandbytes_config
 from hpc_core.case.case import ModelSpec, QuantSpec
 from hpc_core.case.errors import BuildError, DataError, MissingLibraryError
 from hpc_core.case.shapes import Shape

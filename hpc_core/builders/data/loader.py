@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from hpc_core.builders.data.blocks import BlockSize, BlockSource
+from hpc_core.builders.data.device_batches import DeviceBatch
+from hpc_core.builders.data.supply import HostBatch, host_batch, supply
 from hpc_core.case.case import FeedSpec
-from hpc_core.data.blocks import BlockSize, BlockSource
-from hpc_core.run.batches import DeviceBatch
-from hpc_core.run.supply import HostBatch, host_batch, supply
 
 __all__ = ["Fed", "FeedSeen"]
 
