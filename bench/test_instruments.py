@@ -1,6 +1,6 @@
 """The instruments against work of known size, through the whole measuring path, and what the audit costs. On a GPU; seconds in all.
 
-Each test runs a factory of `hpc_core.measure.known` in a worker of its own, as any user's step, and passes on its own assertions: what is
+Each test runs a factory of `hpc_core.instruments.known` in a worker of its own, as any user's step, and passes on its own assertions: what is
 known needs no baseline. What the instrument says beside
 what is known stands in the assertion, and in JUnit's properties as `known.*` and `seen.*`.
 """
@@ -66,7 +66,7 @@ def test_a_known_duration_is_seen_within_one_percent(
 ) -> None:
     """Busy time is that of the sleeps by CUDA events: pauses do not count, and two streams at once count once."""
     record = perf(
-        "hpc_core.measure.known:sleeping",
+        "hpc_core.instruments.known:sleeping",
         seconds=_SECONDS,
         times=times,
         streams=streams,
@@ -89,7 +89,7 @@ def test_a_known_duration_is_seen_within_one_percent(
 def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, float, float], float]) -> None:
     """Peaks by phase from the allocator's counters, categories at the peak from its history, none off by a byte."""
     unit = 16 * MiB
-    record = perf("hpc_core.measure.known:scheduled", unit_bytes=unit, steps=3, device="cuda", judge=False)
+    record = perf("hpc_core.instruments.known:scheduled", unit_bytes=unit, steps=3, device="cuda", judge=False)
     known = {
         "peak_bytes": 7 * unit,
         "peak_first_bytes": 7 * unit,
@@ -107,7 +107,7 @@ def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, fl
 def test_known_launches_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
     """Every kernel, copy and fill is there, and operators are those that the step calls."""
     record = perf(
-        "hpc_core.measure.known:launching", kernels=37, copies=3, fills=2, steps=3, device="cuda", judge=False
+        "hpc_core.instruments.known:launching", kernels=37, copies=3, fills=2, steps=3, device="cuda", judge=False
     )
     # torch fills with zero by a kernel or by a memset, as it likes.
     launched = record.metrics["kernels"].value + record.metrics["memsets"].value
@@ -124,7 +124,7 @@ def test_known_flops_are_counted_exactly(perf: Perf, against: Callable[[str, flo
     """FLOPs are those of the products, each one kernel, and what they make of the busy time is what the card can do."""
     times, edge = 10, 4096
     record = perf(
-        "hpc_core.measure.known:multiplying",
+        "hpc_core.instruments.known:multiplying",
         rows=edge,
         inner=edge,
         columns=edge,

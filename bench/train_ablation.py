@@ -122,7 +122,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
 
     from hpc_core.builders import build
     from hpc_core.engine.train import TunedProgram, training_program
-    from hpc_core.measure.clock import quiet, seconds_of
+    from hpc_core.instruments.clock import quiet, seconds_of
 
     device = torch.device(device_name)
     assert isinstance(case.workload, FinetuneSpec)
@@ -159,7 +159,7 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
     import torch
 
     from hpc_core.case.errors import MeasureError
-    from hpc_core.measure.busy import device_activity
+    from hpc_core.instruments.busy import device_activity
 
     if tuned is not None and tuned.captured is not None:
         found["peak_gib"] = tuned.captured.peak_bytes() / _GIB
@@ -188,7 +188,7 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
 
 def _busy_of_what_was_seen(program: Any, device: Any) -> float:
     """Busy milliseconds a step by whatever the profiler recorded, where its reading is not sound; the row says so."""
-    from hpc_core.measure import busy
+    from hpc_core.instruments import busy
 
     seen, _ = busy._sort(busy._record(lambda: _steps(program, _PROFILED), device))
     return 1e3 * busy.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED

@@ -48,10 +48,10 @@ def _run_callable(workload: CallableSpec) -> Real:
     """A step of the user's own, with what its factory keeps alive."""
     import torch
 
-    from hpc_core.measure.clock import quiet
-    from hpc_core.measure.counters import counting
-    from hpc_core.measure.owners import Bystanders, living_tensors
-    from hpc_core.measure.storages import StorageWatch
+    from hpc_core.instruments.clock import quiet
+    from hpc_core.instruments.counters import counting
+    from hpc_core.instruments.owners import Bystanders, living_tensors
+    from hpc_core.instruments.storages import StorageWatch
     from hpc_core.run.callable import load_factory
 
     torch.set_num_threads(1)
@@ -76,10 +76,10 @@ def _run(case: Case, *, count: bool) -> Real:
     import torch
 
     from hpc_core.builders import build, causal_lm
-    from hpc_core.measure.clock import quiet
-    from hpc_core.measure.counters import counting
-    from hpc_core.measure.owners import optimizer_tensors, weight_tensors
-    from hpc_core.measure.storages import StorageWatch
+    from hpc_core.instruments.clock import quiet
+    from hpc_core.instruments.counters import counting
+    from hpc_core.instruments.owners import optimizer_tensors, weight_tensors
+    from hpc_core.instruments.storages import StorageWatch
     from hpc_core.run.finetune import finetune_program
 
     assert isinstance(case.workload, FinetuneSpec)

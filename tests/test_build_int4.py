@@ -33,8 +33,8 @@ from hpc_core.catalogue import (
 from hpc_core.engine.decode import graph_program
 from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.packed_linear import PackedLinear, times
+from hpc_core.instruments.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.launch import by_nvml
-from hpc_core.measure.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.run.generate import generate_program

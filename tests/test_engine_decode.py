@@ -27,8 +27,8 @@ from hpc_core.engine.decode import GraphProgram, graph_program
 from hpc_core.engine.decoder import decoder_of, int8_rows
 from hpc_core.engine.plain_step import attend
 from hpc_core.engine.static_cache import capacity_for
+from hpc_core.instruments.program import unmarked
 from hpc_core.predict.generate import predict_generate
-from hpc_core.program import unmarked
 from hpc_core.run.generate import GenerateProgram, generate_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

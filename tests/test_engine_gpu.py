@@ -19,7 +19,7 @@ from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.static_cache import StaticKeyValues
-from hpc_core.measure.counters import counting
+from hpc_core.instruments.counters import counting
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,8 +20,8 @@ from hpc_core.engine.decoder import decoder_of
 from hpc_core.engine.prefill import PlainBetween, Prefill
 from hpc_core.engine.prefill_products import FourBit, gated_product, pieces_of, prefill_product
 from hpc_core.engine.static_cache import StaticKeyValues
-from hpc_core.measure.places import following
-from hpc_core.measure.storages import StorageWatch
+from hpc_core.instruments.places import following
+from hpc_core.instruments.storages import StorageWatch
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from hpc_core.catalogue import finetune, full, tiny
 from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.train import TunedProgram, training_program
 from hpc_core.engine.update_in_backward import AdamWInBackward
-from hpc_core.measure.owners import optimizer_tensors, owned_bytes
+from hpc_core.instruments.owners import optimizer_tensors, owned_bytes
 from hpc_core.record.job import Job
 from hpc_core.worker import run_job
 

@@ -8,9 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.measure import busy
-from hpc_core.measure.busy import Interval, device_activity, summarize, union_s
-from hpc_core.measure.host_calls import HostCall
+from hpc_core.instruments import busy
+from hpc_core.instruments.busy import (
+    Interval,
+    device_activity,
+    summarize,
+    union_s,
+)
+from hpc_core.instruments.host_calls import HostCall
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 START = Interval("spin_kernel(long)", "kernel", 7, 0, 10)

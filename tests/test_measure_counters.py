@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.measure.canary import measure_canary
-from hpc_core.measure.ceilings import measure_ceilings
-from hpc_core.measure.clock import quiet, seconds_of, synchronize
-from hpc_core.measure.counters import counting
+from hpc_core.instruments.canary import measure_canary
+from hpc_core.instruments.ceilings import measure_ceilings
+from hpc_core.instruments.clock import quiet, seconds_of, synchronize
+from hpc_core.instruments.counters import counting
 
 CPU = torch.device("cpu")
 attention = torch.nn.functional.scaled_dot_product_attention

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.measure.host_calls import MARK, MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
+from hpc_core.instruments.host_calls import (
+    MARK,
+    MARKS,
+    HostCall,
+    kinds,
+    made_between,
+    steps_alike,
+    synchronizations,
+)
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 LAUNCH, WAIT = "cudaLaunchKernel", "cudaStreamSynchronize"

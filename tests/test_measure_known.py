@@ -14,7 +14,7 @@ from hpc_core.record.record import Record
 
 def _record(factory: str, **arguments: Any) -> Record:
     workload = CallableSpec(
-        factory=f"hpc_core.measure.known:{factory}", arguments=arguments | {"device": "cpu"}, steps=2
+        factory=f"hpc_core.instruments.known:{factory}", arguments=arguments | {"device": "cpu"}, steps=2
     )
     return perform(Job(case=Case(id=f"known/{factory}", scale="tiny", workload=workload), device="cpu"), lambda _: None)
 

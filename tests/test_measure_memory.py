@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.measure.history import AllocatorHistory
-from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
-from hpc_core.measure.storages import StorageWatch
+from hpc_core.instruments.history import AllocatorHistory
+from hpc_core.instruments.owners import (
+    gradient_tensors,
+    optimizer_tensors,
+    owned_bytes,
+    weight_tensors,
+)
+from hpc_core.instruments.storages import StorageWatch
 
 KIB = 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.measure.timeline import CATEGORIES, Allocation, Timeline
+from hpc_core.instruments.timeline import CATEGORIES, Allocation, Timeline
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 PHASES = ("forward", "backward", "optimizer")

@@ -13,7 +13,7 @@ from hpc_core.builders import Built, build
 from hpc_core.builders.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
-from hpc_core.measure.owners import owned_bytes, weight_tensors
+from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.perform import equivalence, perform
 from hpc_core.perform.equivalence import TOLERANCES, Given, coarsest, measure_equivalence
 from hpc_core.perform.reference import full_float32, reference_bytes, turn_into_reference

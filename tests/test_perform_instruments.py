@@ -19,12 +19,12 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
+from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.perform import perform
 from hpc_core.perform.callable import measure_program
 from hpc_core.perform.memory import Fixed
 from hpc_core.perform.observe import checkpointing_seen
 from hpc_core.perform.session import Session
-from hpc_core.program import Mark, unmarked
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hpc_core.catalogue import catalogue
-from hpc_core.measure.busy import DeviceActivity
+from hpc_core.instruments.busy import DeviceActivity
 from hpc_core.perform import perform
 from hpc_core.perform.profiled import note_compilations, profile_steps
 from hpc_core.perform.session import Session

@@ -19,8 +19,8 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-from hpc_core.measure.counters import counting
-from hpc_core.measure.owners import cache_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.counters import counting
+from hpc_core.instruments.owners import cache_tensors, owned_bytes, weight_tensors
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -32,7 +32,7 @@ from hpc_core.catalogue import (
     qlora,
 )
 from hpc_core.engine.static_cache import capacity_for
-from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.record.record import Record, record_from_json
 from hpc_core.run.finetune import make_optimizer
 from tests.strategies import adapters, cases

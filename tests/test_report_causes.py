@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
 from hpc_core.explain import stored_cause
-from hpc_core.garbage import uncollected
+from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.profile import (
     KernelUse,
     ModuleSeen,

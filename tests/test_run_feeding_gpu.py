@@ -15,7 +15,7 @@ from hpc_core.builders.data.loader import Fed
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.catalogue import finetune, lora, tiny
 from hpc_core.engine.train import TunedProgram, training_program
-from hpc_core.measure.gaps import idle_while
+from hpc_core.instruments.gaps import idle_while
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.record.job import Job

@@ -24,7 +24,7 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.measure.owners import optimizer_tensors
+from hpc_core.instruments.owners import optimizer_tensors
 from hpc_core.run.finetune import FinetuneProgram, finetune_program, make_optimizer
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

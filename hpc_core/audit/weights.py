@@ -9,7 +9,7 @@ import torch
 from hpc_core.audit.looks import dtype_name, names, taken
 from hpc_core.builders.packed_int4 import packing_for, packing_of
 from hpc_core.case.case import Case, FinetuneSpec, QuantSpec
-from hpc_core.measure.owners import owned_bytes
+from hpc_core.instruments.owners import owned_bytes
 from hpc_core.record.record import Fact
 
 __all__ = ["int4_bytes", "linear_layers", "quantized_bytes", "weight_facts"]

@@ -17,7 +17,7 @@ import typer
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.cli.console import say, tell
-from hpc_core.garbage import uncollected
+from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.files import write_whole
 from hpc_core.report import render
 from hpc_core.report.entry import Entry, entries_of

@@ -23,7 +23,7 @@ from hpc_core.engine.first_token import FirstTokens
 from hpc_core.engine.plain_step import PlainStep
 from hpc_core.engine.prefill import Prefill
 from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
-from hpc_core.program import Mark, unmarked
+from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.run.generate import GenerateProgram, prompts_for
 
 __all__ = ["GraphProgram", "graph_program"]

@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.engine.fused_blocks import Half
 from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
-from hpc_core.measure.owners import optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
 
 __all__ = ["fit", "sizes_of"]
 

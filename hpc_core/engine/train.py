@@ -22,7 +22,7 @@ from hpc_core.engine.pointwise import Pointwise
 from hpc_core.engine.recompute import Plan
 from hpc_core.engine.regional_compile import compile_layers, eager_where_counted, settled
 from hpc_core.engine.update_in_backward import AdamWInBackward
-from hpc_core.program import Mark, unmarked
+from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.run.finetune import FinetuneProgram, finetune_program
 
 __all__ = ["TunedProgram", "training_program"]

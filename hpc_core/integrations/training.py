@@ -11,11 +11,16 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.case.case import Case
+from hpc_core.instruments.owners import (
+    gradient_tensors,
+    optimizer_tensors,
+    owned_bytes,
+    weight_tensors,
+)
+from hpc_core.instruments.storages import StorageWatch
 from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
 from hpc_core.integrations.trained_tokens import TrainedTokens
-from hpc_core.measure.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
-from hpc_core.measure.storages import StorageWatch
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, reported, tensor_bytes, wall
 from hpc_core.record.environment import circumstances, gpu_state

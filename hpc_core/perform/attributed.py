@@ -10,16 +10,21 @@ from typing import Protocol
 
 import torch
 
-from hpc_core.measure.clock import quiet, synchronize
-from hpc_core.measure.kernel_places import kernel_uses
-from hpc_core.measure.owners import by_module, cache_tensors, optimizer_tensors, weight_tensors
-from hpc_core.measure.places import Places, following
-from hpc_core.measure.storages import StorageWatch
-from hpc_core.measure.timeline import Timeline
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.kernel_places import kernel_uses
+from hpc_core.instruments.owners import (
+    by_module,
+    cache_tensors,
+    optimizer_tensors,
+    weight_tensors,
+)
+from hpc_core.instruments.places import Places, following
+from hpc_core.instruments.program import Mark, Program
+from hpc_core.instruments.storages import StorageWatch
+from hpc_core.instruments.timeline import Timeline
 from hpc_core.perform.memory import Fixed, claim_before
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
-from hpc_core.program import Mark, Program
 from hpc_core.record.profile import OperatorUse, Profile
 from hpc_core.run.generate import GenerateProgram
 

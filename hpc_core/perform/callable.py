@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from hpc_core.case.case import CallableSpec
-from hpc_core.measure.clock import seconds_of
-from hpc_core.measure.counters import counting
+from hpc_core.instruments.clock import seconds_of
+from hpc_core.instruments.counters import counting
+from hpc_core.instruments.program import Program
 from hpc_core.perform.attributed import note_profile
 from hpc_core.perform.energy import note_step_energy
 from hpc_core.perform.memory import measure_memory
@@ -12,7 +13,6 @@ from hpc_core.perform.metrics import counted, ratio, wall
 from hpc_core.perform.profiled import note_compilations, profile_steps, wall_only
 from hpc_core.perform.session import Session
 from hpc_core.perform.trace import trace_program
-from hpc_core.program import Program
 from hpc_core.record.record import Record
 from hpc_core.run.callable import load_factory
 

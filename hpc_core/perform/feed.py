@@ -22,8 +22,8 @@ from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.supply import PREFETCHED, host_batch
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import MeasureError
-from hpc_core.measure.clock import quiet, seconds_of
-from hpc_core.measure.gaps import Idle, Window, idle_while
+from hpc_core.instruments.clock import quiet, seconds_of
+from hpc_core.instruments.gaps import Idle, Window, idle_while
 from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.perform.kept import kept
 from hpc_core.perform.metrics import reported, wall

@@ -11,9 +11,15 @@ from hpc_core.bounds.cost import train_flops
 from hpc_core.builders import Built
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.engine.train import training_program
-from hpc_core.measure.clock import seconds_of
-from hpc_core.measure.counters import counting
-from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.instruments.clock import seconds_of
+from hpc_core.instruments.counters import counting
+from hpc_core.instruments.owners import (
+    by_module,
+    gradient_tensors,
+    optimizer_tensors,
+    owned_bytes,
+)
+from hpc_core.instruments.program import Mark
 from hpc_core.perform.attributed import Owning, note_profile
 from hpc_core.perform.callable import measure_again
 from hpc_core.perform.energy import note_step_energy
@@ -28,7 +34,6 @@ from hpc_core.perform.session import Session
 from hpc_core.perform.soak import Soak
 from hpc_core.perform.trace import trace_program
 from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
-from hpc_core.program import Mark
 from hpc_core.record.record import Fact, Record
 from hpc_core.run.finetune import FinetuneProgram
 

@@ -13,10 +13,11 @@ from hpc_core.audit import attention_facts, generation_facts, trainable_facts, w
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.builders import Built
 from hpc_core.case.case import GenerateSpec
-from hpc_core.measure.clock import quiet, seconds_of, synchronize
-from hpc_core.measure.counters import Counts, counting
-from hpc_core.measure.owners import cache_tensors, owned_bytes
-from hpc_core.measure.phases import PhasePeaks
+from hpc_core.instruments.clock import quiet, seconds_of, synchronize
+from hpc_core.instruments.counters import Counts, counting
+from hpc_core.instruments.owners import cache_tensors, owned_bytes
+from hpc_core.instruments.phases import PhasePeaks
+from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.perform.attributed import note_query_profile
 from hpc_core.perform.decode_engine import (
     engine_facts,
@@ -37,7 +38,6 @@ from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unqu
 from hpc_core.perform.session import Session
 from hpc_core.perform.share_of_copy import share_of_copy
 from hpc_core.perform.trace import trace_program
-from hpc_core.program import Mark, unmarked
 from hpc_core.record.record import Fact, Record
 from hpc_core.run.generate import GenerateProgram
 

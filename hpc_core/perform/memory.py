@@ -11,15 +11,15 @@ from typing import Any, Protocol
 import torch
 
 from hpc_core.bounds.footprint import unexplained_bytes
-from hpc_core.measure.clock import quiet, synchronize
-from hpc_core.measure.history import AllocatorHistory
-from hpc_core.measure.owners import living_tensors, optimizer_tensors, weight_tensors
-from hpc_core.measure.phases import peaks_of
-from hpc_core.measure.storages import StorageWatch
-from hpc_core.measure.timeline import CATEGORIES, Timeline
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.history import AllocatorHistory
+from hpc_core.instruments.owners import living_tensors, optimizer_tensors, weight_tensors
+from hpc_core.instruments.phases import peaks_of
+from hpc_core.instruments.program import Mark, Program, unmarked
+from hpc_core.instruments.storages import StorageWatch
+from hpc_core.instruments.timeline import CATEGORIES, Timeline
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.perform.session import Session
-from hpc_core.program import Mark, Program, unmarked
 from hpc_core.record.record import Metric
 
 __all__ = ["Fixed", "Watch", "claim_before", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hpc_core.measure.busy import DeviceActivity, mark_step
-from hpc_core.measure.clock import seconds_of
-from hpc_core.measure.families import families_of
+from hpc_core.instruments.busy import DeviceActivity, mark_step
+from hpc_core.instruments.clock import seconds_of
+from hpc_core.instruments.families import families_of
+from hpc_core.instruments.program import Program
 from hpc_core.perform.metrics import busy, counted, wall
 from hpc_core.perform.session import Session
-from hpc_core.program import Program
 from hpc_core.record.record import KernelFamily
 
 __all__ = ["BUSY_STEPS", "note_compilations", "note_counts", "profile_steps", "wall_only"]

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from hpc_core.measure.owners import living_tensors, owned_bytes
+from hpc_core.instruments.owners import living_tensors, owned_bytes
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact

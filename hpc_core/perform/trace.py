@@ -12,12 +12,12 @@ import msgspec
 import torch
 
 from hpc_core.case.errors import SpecError
-from hpc_core.measure.busy import is_wait
-from hpc_core.measure.clock import quiet, synchronize
-from hpc_core.measure.one_cycle import one_cycle
-from hpc_core.measure.ranges import PREFIX, named_ranges
+from hpc_core.instruments.busy import is_wait
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.one_cycle import one_cycle
+from hpc_core.instruments.program import Program
+from hpc_core.instruments.ranges import PREFIX, named_ranges
 from hpc_core.perform.session import Session
-from hpc_core.program import Program
 from hpc_core.record.job import OperatorTime, Trace, TraceTable
 from hpc_core.record.record import Record
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import PredictError
+from hpc_core.instruments.program import Program
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes
 from hpc_core.predict.own_code import own_code
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import GpuWatch
-from hpc_core.program import Program
 from hpc_core.record.record import Record
 from hpc_core.run.callable import load_factory
 

@@ -9,7 +9,13 @@ from fractions import Fraction
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import PredictError
 from hpc_core.engine.train import training_program
-from hpc_core.measure.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.owners import (
+    by_module,
+    gradient_tensors,
+    optimizer_tensors,
+    owned_bytes,
+    weight_tensors,
+)
 from hpc_core.perform.memory import memory_metrics
 from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers

@@ -13,10 +13,10 @@ import torch
 from hpc_core.audit import trainable_facts, weight_facts
 from hpc_core.builders import Built, build
 from hpc_core.faults import Injection, inject
-from hpc_core.measure.clock import quiet
-from hpc_core.measure.owners import owned_bytes, weight_tensors
-from hpc_core.measure.places import Places, following
-from hpc_core.measure.timeline import Timeline
+from hpc_core.instruments.clock import quiet
+from hpc_core.instruments.owners import owned_bytes, weight_tensors
+from hpc_core.instruments.places import Places, following
+from hpc_core.instruments.timeline import Timeline
 from hpc_core.perform.attributed import profile_of
 from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers

@@ -9,7 +9,7 @@ from typing import Any
 
 from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import BuildError
-from hpc_core.program import Mark, Program, unmarked
+from hpc_core.instruments.program import Mark, Program, unmarked
 
 __all__ = ["CallableProgram", "load_factory"]
 

@@ -28,7 +28,7 @@ from hpc_core.builders.data.rows import token_rows
 from hpc_core.builders.libraries import library
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.case.errors import BuildError
-from hpc_core.program import Mark, unmarked
+from hpc_core.instruments.program import Mark, unmarked
 
 __all__ = ["FinetuneProgram", "fed_batches", "finetune_program", "make_optimizer", "resident_batches"]
 

@@ -10,7 +10,7 @@ from hpc_core.builders import Built
 from hpc_core.builders.data.rows import PromptBatch, prompt_batches
 from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError
-from hpc_core.program import Mark, unmarked
+from hpc_core.instruments.program import Mark, unmarked
 
 __all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program", "prompts_for"]
 

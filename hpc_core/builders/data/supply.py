@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.blocks import BlockSource
 from hpc_core.case.case import FeedSpec
-from hpc_core.garbage import uncollected
+from hpc_core.instruments.garbage import uncollected
 
 __all__ = ["PREFETCHED", "HostBatch", "host_batch", "supply"]
 

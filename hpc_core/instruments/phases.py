@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from hpc_core.program import Program
+from hpc_core.instruments.program import Program
 
 __all__ = ["PhasePeaks", "peaks_of"]
 

@@ -14,9 +14,16 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.measure.clock import quiet, synchronize
-from hpc_core.measure.host_calls import MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
-from hpc_core.measure.one_cycle import one_cycle
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.host_calls import (
+    MARKS,
+    HostCall,
+    kinds,
+    made_between,
+    steps_alike,
+    synchronizations,
+)
+from hpc_core.instruments.one_cycle import one_cycle
 
 __all__ = ["DeviceActivity", "device_activity", "is_wait", "mark_step", "summarize", "union_s"]
 

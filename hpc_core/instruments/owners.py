@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from hpc_core.measure.places import path_of
+from hpc_core.instruments.places import path_of
 
 __all__ = [
     "Bystanders",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from hpc_core.garbage import uncollected
+from hpc_core.instruments.garbage import uncollected
 
 __all__ = ["quiet", "seconds_of", "synchronize"]
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from hpc_core.measure.busy import device_activity
-from hpc_core.measure.clock import quiet, seconds_of, synchronize
+from hpc_core.instruments.busy import device_activity
+from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 
 __all__ = ["measure_canary"]
 

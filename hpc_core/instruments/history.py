@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.measure.timeline import Allocation, Timeline
+from hpc_core.instruments.timeline import Allocation, Timeline
 
 __all__ = ["AllocatorHistory"]
 

@@ -15,9 +15,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hpc_core.measure.counters import FREE
-from hpc_core.measure.places import nowhere
-from hpc_core.measure.timeline import Allocation, Timeline
+from hpc_core.instruments.counters import FREE
+from hpc_core.instruments.places import nowhere
+from hpc_core.instruments.timeline import Allocation, Timeline
 
 __all__ = ["StorageWatch"]
 

@@ -13,8 +13,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.measure.busy import Interval, _record, _sort, summarize, union_s
-from hpc_core.measure.host_calls import HostCall, kinds
+from hpc_core.instruments.busy import (
+    Interval,
+    _record,
+    _sort,
+    summarize,
+    union_s,
+)
+from hpc_core.instruments.host_calls import HostCall, kinds
 
 __all__ = ["Idle", "Window", "idle_while", "idle_within", "offset_ns"]
 

@@ -1,6 +1,6 @@
 """Work of known size, to hold the instruments against: a device that sleeps, allocations on a schedule, launches and products.
 
-Each function is a factory as users write them, `perf("hpc_core.measure.known:sleeping", seconds=0.02)`, so that what is
+Each function is a factory as users write them, `perf("hpc_core.instruments.known:sleeping", seconds=0.02)`, so that what is
 tested is the whole way from a step to a record.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.program import Mark, unmarked
+from hpc_core.instruments.program import Mark, unmarked
 
 __all__ = ["launching", "multiplying", "scheduled", "sleeping"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_core.measure.formulas import own_formulas
+from hpc_core.instruments.formulas import own_formulas
 
 __all__ = ["FREE", "Counts", "counting"]
 
