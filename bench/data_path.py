@@ -111,8 +111,8 @@ def _measured(first: Case, others: list[Case], device_name: str) -> Any:
     import torch
 
     from hpc_core.builders import build
-    from hpc_core.engine.train import training_program
-    from hpc_core.run.finetune import fed_batches, resident_batches
+    from hpc_core.engines.finetune import fed_batches, resident_batches
+    from hpc_core.engines.tuned.program import training_program
 
     device = torch.device(device_name)
     if device_name == "cpu":

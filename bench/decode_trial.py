@@ -26,10 +26,10 @@ import torch  # noqa: E402
 from hpc_core.builders import Built, build  # noqa: E402
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 from hpc_core.catalogue import generate  # noqa: E402
-from hpc_core.engine.decode import GraphProgram, graph_program  # noqa: E402
+from hpc_core.engines.decode.program import GraphProgram, graph_program  # noqa: E402
+from hpc_core.engines.generate import GenerateProgram, generate_program  # noqa: E402
 from hpc_core.instruments.busy import device_activity  # noqa: E402
 from hpc_core.instruments.clock import quiet, seconds_of  # noqa: E402
-from hpc_core.run.generate import GenerateProgram, generate_program  # noqa: E402
 
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3
@@ -145,7 +145,7 @@ def _program(built: Built, workload: GenerateSpec, *, late: bool) -> GeneratePro
         return generate_program(built, workload)
     if not late:
         return graph_program(built, workload)
-    from hpc_core.engine import kernel_step
+    from hpc_core.engines.decode import kernel_step
 
     begins, kernel_step._early_launches = kernel_step._early_launches, lambda device, batch: "none"
     try:

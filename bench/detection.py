@@ -32,7 +32,7 @@ _CALIBRATION_CYCLES = 100_000_000
 def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
     """One training step, and then a kernel that does nothing for so many seconds; none for 0."""
     from hpc_core.builders import build
-    from hpc_core.run.finetune import finetune_program
+    from hpc_core.engines.finetune import finetune_program
 
     torch: Any = importlib.import_module("torch")  # untyped in parts, and not imported where only the driver runs
     model = msgspec.structs.replace(llama_3b, layers=LAYERS)

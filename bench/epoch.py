@@ -73,7 +73,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
 
     from hpc_core.builders import build
     from hpc_core.builders.data.loader import Fed
-    from hpc_core.engine.train import training_program
+    from hpc_core.engines.tuned.program import training_program
     from hpc_core.instruments.clock import quiet, synchronize
 
     device = torch.device(device_name)

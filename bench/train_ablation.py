@@ -121,7 +121,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     import torch
 
     from hpc_core.builders import build
-    from hpc_core.engine.train import TunedProgram, training_program
+    from hpc_core.engines.tuned.program import TunedProgram, training_program
     from hpc_core.instruments.clock import quiet, seconds_of
 
     device = torch.device(device_name)

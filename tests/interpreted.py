@@ -13,12 +13,12 @@ from torch.nn import functional
 
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.by_eights import values_by_eights
-from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.prefill import Places, PlainBetween
-from hpc_core.engine.prefill_kernels import KernelBetween
-from hpc_core.engine.products import product_of
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.model import decoder_of
+from hpc_core.engines.decode.prefill import Places, PlainBetween
+from hpc_core.engines.decode.prefill_kernels import KernelBetween
+from hpc_core.engines.decode.products import product_of
+from hpc_core.engines.kernels.packed_layout import values_by_eights
 
 BATCHES = (1, 2, 8, 9, 17, 32)
 BATCHES_QUANTIZED_AGAIN = (1, 9)

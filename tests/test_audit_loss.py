@@ -15,10 +15,10 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
+from hpc_core.engines.finetune import finetune_program
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.run.finetune import finetune_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 LORA = finetune(tiny, lora(), batch=2, length=16, steps=2)

@@ -19,11 +19,11 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
+from hpc_core.engines.finetune import finetune_program, make_optimizer
+from hpc_core.engines.generate import generate_program
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.run.finetune import finetune_program, make_optimizer
-from hpc_core.run.generate import generate_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

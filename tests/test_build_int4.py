@@ -30,14 +30,14 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
-from hpc_core.engine.decode import graph_program
-from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.packed_linear import PackedLinear, times
+from hpc_core.engines.decode.model import decoder_of
+from hpc_core.engines.decode.packed_linear import PackedLinear, times
+from hpc_core.engines.decode.program import graph_program
+from hpc_core.engines.generate import generate_program
 from hpc_core.instruments.owners import living_tensors, owned_bytes, weight_tensors
 from hpc_core.launch import by_nvml
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.run.generate import generate_program
 from hpc_core.worker import run_job
 from tests.predicting import predicted, values
 

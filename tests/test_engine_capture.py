@@ -15,11 +15,11 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.engine.capture_step import CapturedWork
-from hpc_core.engine.pointwise import Pointwise
-from hpc_core.engine.projection import joined, projection_of
-from hpc_core.engine.train import TunedProgram, training_program
-from hpc_core.engine.update_in_backward import AdamWInBackward
+from hpc_core.engines.tuned.capture_step import CapturedWork
+from hpc_core.engines.tuned.optimizer import AdamWInBackward
+from hpc_core.engines.tuned.pointwise import Pointwise
+from hpc_core.engines.tuned.program import TunedProgram, training_program
+from hpc_core.engines.tuned.projection import joined, projection_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to capture on")]
 _GIB = 2**30

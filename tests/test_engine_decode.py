@@ -22,14 +22,14 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.catalogue import generate, tiny
-from hpc_core.engine.choosing import Chooser, Sampling
-from hpc_core.engine.decode import GraphProgram, graph_program
-from hpc_core.engine.decoder import decoder_of, int8_rows
-from hpc_core.engine.plain_step import attend
-from hpc_core.engine.static_cache import capacity_for
+from hpc_core.engines.decode.cache import capacity_for
+from hpc_core.engines.decode.choosing import Chooser, Sampling
+from hpc_core.engines.decode.model import decoder_of, int8_rows
+from hpc_core.engines.decode.plain_step import attend
+from hpc_core.engines.decode.program import GraphProgram, graph_program
+from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.program import unmarked
 from hpc_core.predict.generate import predict_generate
-from hpc_core.run.generate import GenerateProgram, generate_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

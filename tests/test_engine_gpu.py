@@ -13,12 +13,12 @@ from hpc_core.builders import Built, build
 from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import generate
-from hpc_core.engine.capture import captured, forget_workspaces
-from hpc_core.engine.decode import GraphProgram, graph_program
-from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.plain_step import PlainStep
-from hpc_core.engine.prefill import PlainBetween, Prefill
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engines.capture import captured, forget_workspaces
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.model import decoder_of
+from hpc_core.engines.decode.plain_step import PlainStep
+from hpc_core.engines.decode.prefill import PlainBetween, Prefill
+from hpc_core.engines.decode.program import GraphProgram, graph_program
 from hpc_core.instruments.counters import counting
 
 pytestmark = [
@@ -48,13 +48,13 @@ def first_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
 @functools.cache
 def _every_candidate() -> Any:
     """The method as it is; first called before anything is put in its place."""
-    from hpc_core.engine.products import Product
+    from hpc_core.engines.decode.products import Product
 
     return Product.candidates
 
 
 def _take_candidates(monkeypatch: pytest.MonkeyPatch, which: slice) -> None:
-    from hpc_core.engine.products import Product
+    from hpc_core.engines.decode.products import Product
 
     every = _every_candidate()
     monkeypatch.setattr(Product, "candidates", lambda product: every(product)[which])
@@ -109,7 +109,7 @@ def _plain_step(decoder: Any, cache: Any, turns: Any) -> PlainStep:
 )
 def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, batch: int, early: Any) -> None:
     """Whatever the weights' format and the batch, and which launches begin early: within what bfloat16 rounds."""
-    from hpc_core.engine.kernel_step import KernelStep
+    from hpc_core.engines.decode.kernel_step import KernelStep
 
     built = _built(device, kind)
     padded = batch > 1
@@ -121,7 +121,7 @@ def test_kernels_give_the_plain_paths_logits(device: torch.device, kind: str, ba
 @pytest.mark.parametrize(("kind", "tensors"), [("nf4", 0), ("nf4-dq", 4 * 3)])
 def test_kernels_keep_no_constants_of_their_own(device: torch.device, kind: str, tensors: int) -> None:
     """Those that are quantized again are read as they lie: of ours is an offset a matrix, for four launches of each of three layers."""
-    from hpc_core.engine.kernel_step import KernelStep
+    from hpc_core.engines.decode.kernel_step import KernelStep
 
     decoder = decoder_of(_built(device, kind).model)
     cache = StaticKeyValues(decoder, 1, 64)
@@ -160,7 +160,7 @@ def test_a_prefill_by_kernels_is_the_plain_one(
     device: torch.device, kind: str, shape: str, dtype: str, tolerance: float, batch: int, padded: bool
 ) -> None:
     """Norms, rotation, cache and gate by our launches, products and attention as they are: hidden states, keys and values."""
-    from hpc_core.engine.prefill_kernels import KernelBetween
+    from hpc_core.engines.decode.prefill_kernels import KernelBetween
 
     built = _built(device, kind, dtype, shape)
     plain = _prefilled(built, lambda *_: PlainBetween(), batch=batch, padded=padded)
@@ -177,7 +177,7 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
     """Of full width, few rows and many, computed in the model's type and in others: equal to the layer's within rounding, and never a whole matrix
     dequantized beside it.
     """
-    from hpc_core.engine.prefill_products import FourBit, prefill_product
+    from hpc_core.engines.decode.prefill_products import FourBit, prefill_product
 
     layer = decoder_of(_built(device, kind, shape="llama-3.2-3b", compute=compute).model).layers[0]
     for module in (layer.qkv[0], layer.gate_up[0], layer.down):
@@ -312,7 +312,7 @@ def test_other_block_sizes_compute_the_same(
     device: torch.device, kind: str, batch: int, which: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tuning may choose any candidate. The last one for 4 bits looks codes up in memory where the others permute bytes."""
-    from hpc_core.engine.kernel_step import KernelStep
+    from hpc_core.engines.decode.kernel_step import KernelStep
 
     _take_candidates(monkeypatch, slice(which, which + 1 or None))
     built = _built(device, kind)
@@ -323,7 +323,7 @@ def test_other_block_sizes_compute_the_same(
 
 def test_tuning_takes_one_of_the_candidates(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two candidates each kind of product gets one, the same in all layers, and the record can say which and how fast."""
-    from hpc_core.engine.kernel_step import KernelStep
+    from hpc_core.engines.decode.kernel_step import KernelStep
 
     _take_candidates(monkeypatch, slice(0, 2))
     decoder = decoder_of(_built(device, "plain").model)
@@ -353,7 +353,7 @@ def test_kernels_take_other_shapes_and_dtypes(
     device: torch.device, shape: str, dtype: str, kind: str, batch: int
 ) -> None:
     """Three heads a group, biases, widths that are no power of two; float32 to five digits."""
-    from hpc_core.engine.kernel_step import KernelStep
+    from hpc_core.engines.decode.kernel_step import KernelStep
 
     built = _built(device, kind, dtype, shape)
     plain = _logits(built, _plain_step, batch=batch, padded=False)

@@ -19,9 +19,9 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.engine.forward import restore
-from hpc_core.engine.liger import _rotating, chunk_rows, memory_constant
-from hpc_core.engine.train import training_program
+from hpc_core.engines.tuned.forward import restore
+from hpc_core.engines.tuned.liger import _rotating, chunk_rows, memory_constant
+from hpc_core.engines.tuned.program import training_program
 from hpc_core.predict.finetune import _refuse_unmodelled
 
 _CPU = torch.device("cpu")

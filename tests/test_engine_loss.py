@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpc_core.engine.chunked_loss import chunked_cross_entropy, next_tokens
-from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engines.tuned.loss import chunked_cross_entropy, next_tokens
+from hpc_core.engines.tuned.pointwise import Pointwise
 
 PLAIN = Pointwise(compiled=False)
 

@@ -13,13 +13,18 @@ from hpc_core.builders import build
 from hpc_core.builders.libraries import library
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import generate
-from hpc_core.engine.at_module import at_module
-from hpc_core.engine.capture import forget_workspaces, keep_workspaces
-from hpc_core.engine.decode import graph_program
-from hpc_core.engine.decoder import decoder_of
-from hpc_core.engine.prefill import PlainBetween, Prefill
-from hpc_core.engine.prefill_products import FourBit, gated_product, pieces_of, prefill_product
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engines.capture import forget_workspaces, keep_workspaces
+from hpc_core.engines.decode.at_module import at_module
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.model import decoder_of
+from hpc_core.engines.decode.prefill import PlainBetween, Prefill
+from hpc_core.engines.decode.prefill_products import (
+    FourBit,
+    gated_product,
+    pieces_of,
+    prefill_product,
+)
+from hpc_core.engines.decode.program import graph_program
 from hpc_core.instruments.places import following
 from hpc_core.instruments.storages import StorageWatch
 

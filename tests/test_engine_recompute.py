@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
+from hpc_core.engines.tuned.recompute import (
+    HalfCost,
+    Plan,
+    Sizes,
+    plan_for,
+)
 
 sizes = st.builds(
     Sizes,

@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.case.case import AdapterSpec, Case, QuantSpec
 from hpc_core.catalogue import generate, tiny
-from hpc_core.engine import plain_step
+from hpc_core.engines.decode import plain_step
 from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

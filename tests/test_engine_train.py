@@ -23,13 +23,13 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-from hpc_core.engine.forward import restore, tune
-from hpc_core.engine.pointwise import Pointwise
-from hpc_core.engine.projection import projection_of
-from hpc_core.engine.train import TunedProgram, training_program
+from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.engines.tuned.forward import restore, tune
+from hpc_core.engines.tuned.pointwise import Pointwise
+from hpc_core.engines.tuned.program import TunedProgram, training_program
+from hpc_core.engines.tuned.projection import projection_of
 from hpc_core.instruments.formulas import own_formulas
 from hpc_core.instruments.owners import owned_bytes
-from hpc_core.run.finetune import FinetuneProgram
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,9 @@ from hpc_core.builders import build
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue import finetune, full, tiny
-from hpc_core.engine.pointwise import Pointwise
-from hpc_core.engine.train import TunedProgram, training_program
-from hpc_core.engine.update_in_backward import AdamWInBackward
+from hpc_core.engines.tuned.optimizer import AdamWInBackward
+from hpc_core.engines.tuned.pointwise import Pointwise
+from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes
 from hpc_core.record.job import Job
 from hpc_core.worker import run_job

@@ -25,11 +25,11 @@ from hpc_core.catalogue import (
     generate,
     lora,
 )
-from hpc_core.engine.decode import graph_program
-from hpc_core.engine.train import TunedProgram, training_program
+from hpc_core.engines.decode.program import graph_program
+from hpc_core.engines.generate import generate_program
+from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
-from hpc_core.run.generate import generate_program
 
 pytestmark = [
     pytest.mark.gpu,

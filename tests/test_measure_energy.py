@@ -21,7 +21,8 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
-from hpc_core.engine.train import training_program
+from hpc_core.engines.generate import generate_program
+from hpc_core.engines.tuned.program import training_program
 from hpc_core.instruments.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.perform import energy as performing
@@ -31,7 +32,6 @@ from hpc_core.perform.session import Session
 from hpc_core.record.environment import gpu_energy_mj
 from hpc_core.record.gpu_state import other_processes
 from hpc_core.record.job import Job
-from hpc_core.run.generate import generate_program
 
 
 class Board:

@@ -31,10 +31,10 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-from hpc_core.engine.static_cache import capacity_for
+from hpc_core.engines.decode.cache import capacity_for
+from hpc_core.engines.finetune import make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.record.record import Record, record_from_json
-from hpc_core.run.finetune import make_optimizer
 from tests.strategies import adapters, cases
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

@@ -8,7 +8,7 @@ import pytest
 
 from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import BuildError
-from hpc_core.run.callable import load_factory
+from hpc_core.engines.callable import load_factory
 
 MODULE = """
 import json

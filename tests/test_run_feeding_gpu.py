@@ -14,12 +14,12 @@ from hpc_core.builders import build
 from hpc_core.builders.data.loader import Fed
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.catalogue import finetune, lora, tiny
-from hpc_core.engine.train import TunedProgram, training_program
+from hpc_core.engines.finetune import resident_batches
+from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.instruments.gaps import idle_while
 from hpc_core.perform import perform
 from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.record.job import Job
-from hpc_core.run.finetune import resident_batches
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
 _LONGEST_S = 240

@@ -24,8 +24,8 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
+from hpc_core.engines.finetune import FinetuneProgram, finetune_program, make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors
-from hpc_core.run.finetune import FinetuneProgram, finetune_program, make_optimizer
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

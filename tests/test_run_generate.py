@@ -13,8 +13,13 @@ from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import DataSpec, GenerateSpec, ModelSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.catalogue import generate
+from hpc_core.engines.generate import (
+    AskedInChat,
+    GenerateProgram,
+    TokenTimes,
+    generate_program,
+)
 from hpc_core.perform.observe import watch_cache
-from hpc_core.run.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

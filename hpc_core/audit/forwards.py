@@ -16,7 +16,7 @@ import torch
 
 from hpc_core.audit.looks import dtype_name
 from hpc_core.audit.loss import LossSeen, watch_loss
-from hpc_core.run.finetune import FinetuneProgram
+from hpc_core.engines.finetune import FinetuneProgram
 
 __all__ = ["Aside", "ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
 

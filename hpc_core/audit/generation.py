@@ -7,8 +7,8 @@ import torch
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.audit.looks import taken
 from hpc_core.case.case import GenerateSpec
+from hpc_core.engines.generate import GenerateProgram
 from hpc_core.record.record import Fact
-from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["generation_facts"]
 

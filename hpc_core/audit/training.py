@@ -14,8 +14,8 @@ from hpc_core.audit.looks import names, taken
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.record.record import Fact
-from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["Ran", "optimizer_kind", "training_facts"]
 

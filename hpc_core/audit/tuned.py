@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from hpc_core.audit.looks import taken
-from hpc_core.engine.forward import TunedForward
-from hpc_core.engine.liger import seen_of_liger
-from hpc_core.engine.regional_compile import compiled_layers
-from hpc_core.engine.train import TunedProgram
+from hpc_core.engines.tuned.compile import compiled_layers
+from hpc_core.engines.tuned.forward import TunedForward
+from hpc_core.engines.tuned.liger import seen_of_liger
+from hpc_core.engines.tuned.program import TunedProgram
 from hpc_core.record.record import Fact
 
 __all__ = ["tuned_facts"]

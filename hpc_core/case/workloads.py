@@ -65,7 +65,7 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
     compiled: bool = True
     """Where the cache is static, transformers compiles the forward on a GPU; False keeps it eager."""
     engine: Literal["stock", "graph"] = "stock"
-    """stock: transformers' `generate`. graph: a static cache and one CUDA graph a token (`hpc_core.engine`); eager without CUDA."""
+    """stock: transformers' `generate`. graph: a static cache and one CUDA graph a token (`hpc_core.engines`); eager without CUDA."""
     kernels: Literal["triton", "inductor", "torch"] = "triton"
     """What a token of the graph engine runs on a GPU: our own fused kernels, each layer compiled by Inductor, or torch's own. A CPU runs torch's."""
     head: Literal["plain", "int8"] = "plain"
@@ -155,7 +155,7 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     epoch_rows: int | None = None
     """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
     engine: Literal["stock", "tuned"] = "stock"
-    """stock: the libraries' own forward and loss. tuned: `hpc_core.engine`, whose switches are the fields below."""
+    """stock: the libraries' own forward and loss. tuned: `hpc_core.engines`, whose switches are the fields below."""
     loss: Literal["stock", "chunked", "liger"] = "stock"
     """chunked: head and cross-entropy in one, some rows at a time; the logits never exist as a whole. liger: the same by liger-kernel."""
     loss_chunk: int = 512

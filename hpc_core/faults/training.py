@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from hpc_core.builders.libraries import library
+from hpc_core.engines import finetune
 from hpc_core.faults.fault import Injection
 from hpc_core.faults.replacing import replace
-from hpc_core.run import finetune
 
 _RETAINED_BYTES = 64 * 2**20
 _GROWTH_BYTES = 4 * 2**20

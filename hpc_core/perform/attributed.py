@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from hpc_core.engines.generate import GenerateProgram
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.kernel_places import kernel_uses
 from hpc_core.instruments.owners import (
@@ -26,7 +27,6 @@ from hpc_core.perform.memory import Fixed, claim_before
 from hpc_core.perform.observe import watch_cache
 from hpc_core.perform.session import Session
 from hpc_core.record.profile import OperatorUse, Profile
-from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["Owning", "note_profile", "note_query_profile", "profile_of"]
 

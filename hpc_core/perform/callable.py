@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hpc_core.case.case import CallableSpec
+from hpc_core.engines.callable import load_factory
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.program import Program
@@ -14,7 +15,6 @@ from hpc_core.perform.profiled import note_compilations, profile_steps, wall_onl
 from hpc_core.perform.session import Session
 from hpc_core.perform.trace import trace_program
 from hpc_core.record.record import Record
-from hpc_core.run.callable import load_factory
 
 __all__ = ["measure_again", "measure_callable", "measure_program"]
 

@@ -11,12 +11,12 @@ import torch
 from hpc_core.audit.attention import attention_families
 from hpc_core.builders import Built
 from hpc_core.case.case import GenerateSpec
-from hpc_core.engine.capture import make_workspace
-from hpc_core.engine.decode import GraphProgram, graph_program
+from hpc_core.engines.capture import make_workspace
+from hpc_core.engines.decode.program import GraphProgram, graph_program
+from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.perform.metrics import measured_bytes, ratio, reported
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
-from hpc_core.run.generate import GenerateProgram, generate_program
 
 __all__ = [
     "compare_with_stock",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hpc_core.case.errors import MeasureError
+from hpc_core.engines.generate import GenerateProgram
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.energy import Energy, energy_of
 from hpc_core.instruments.program import Program
@@ -12,7 +13,6 @@ from hpc_core.perform.metrics import reported
 from hpc_core.perform.session import Session
 from hpc_core.record.environment import gpu_energy_mj, gpu_state
 from hpc_core.record.gpu_state import other_processes
-from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["note_step_energy", "note_token_energy", "taken"]
 

@@ -14,7 +14,7 @@ import torch
 
 from hpc_core.bounds.reading import bytes_text
 from hpc_core.builders.causal_lm import torch_dtype
-from hpc_core.engine.forward import restore
+from hpc_core.engines.tuned.forward import restore
 from hpc_core.perform.decode_engine import compare_with_stock
 from hpc_core.perform.metrics import ratio, reported
 from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference

@@ -22,6 +22,7 @@ from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.supply import PREFETCHED, host_batch
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import MeasureError
+from hpc_core.engines.finetune import FinetuneProgram, resident_batches
 from hpc_core.instruments.clock import quiet, seconds_of
 from hpc_core.instruments.gaps import Idle, Window, idle_while
 from hpc_core.perform.feed_words import Rates, what_bounds
@@ -29,7 +30,6 @@ from hpc_core.perform.kept import kept
 from hpc_core.perform.metrics import reported, wall
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
-from hpc_core.run.finetune import FinetuneProgram, resident_batches
 
 __all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
 

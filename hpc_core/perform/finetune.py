@@ -10,7 +10,8 @@ from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_fa
 from hpc_core.bounds.cost import train_flops
 from hpc_core.builders import Built
 from hpc_core.case.case import FinetuneSpec
-from hpc_core.engine.train import training_program
+from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.engines.tuned.program import training_program
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.owners import (
@@ -35,7 +36,6 @@ from hpc_core.perform.soak import Soak
 from hpc_core.perform.trace import trace_program
 from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.record.record import Fact, Record
-from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["measure_finetune"]
 

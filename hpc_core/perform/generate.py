@@ -13,6 +13,7 @@ from hpc_core.audit import attention_facts, generation_facts, trainable_facts, w
 from hpc_core.audit.forwards import ForwardsSeen
 from hpc_core.builders import Built
 from hpc_core.case.case import GenerateSpec
+from hpc_core.engines.generate import GenerateProgram
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.counters import Counts, counting
 from hpc_core.instruments.owners import cache_tensors, owned_bytes
@@ -39,7 +40,6 @@ from hpc_core.perform.session import Session
 from hpc_core.perform.share_of_copy import share_of_copy
 from hpc_core.perform.trace import trace_program
 from hpc_core.record.record import Fact, Record
-from hpc_core.run.generate import GenerateProgram
 
 __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 

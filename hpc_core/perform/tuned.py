@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hpc_core.audit import tuned_facts
-from hpc_core.engine.train import TunedProgram
+from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.engines.tuned.program import TunedProgram
 from hpc_core.perform.metrics import measured_bytes
 from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
-from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["audit_switches", "audit_tuned", "measure_graph_memory", "recomputed_attentions"]
 

@@ -44,7 +44,7 @@ def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], No
     # Named, not imported: the plugin must load, and collect, without torch.
     session_type = importlib.import_module("hpc_core.perform.session").Session
     measure_program = importlib.import_module("hpc_core.perform.callable").measure_program
-    program = importlib.import_module("hpc_core.run.callable").CallableProgram(step)
+    program = importlib.import_module("hpc_core.engines.callable").CallableProgram(step)
     assert isinstance(case.workload, CallableSpec)
     job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")
     session = session_type(job, emit, started=started, began=began)

@@ -8,7 +8,8 @@ from fractions import Fraction
 
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import PredictError
-from hpc_core.engine.train import training_program
+from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.engines.tuned.program import training_program
 from hpc_core.instruments.owners import (
     by_module,
     gradient_tensors,
@@ -22,7 +23,6 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
-from hpc_core.run.finetune import FinetuneProgram
 
 __all__ = ["between", "predict_finetune", "to_watch"]
 

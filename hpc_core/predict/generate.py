@@ -13,6 +13,7 @@ import torch
 
 from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import PredictError
+from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
@@ -24,7 +25,6 @@ from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
-from hpc_core.run.generate import GenerateProgram, generate_program
 
 __all__ = ["predict_generate"]
 

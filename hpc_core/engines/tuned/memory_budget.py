@@ -7,8 +7,13 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.fused_blocks import Half
-from hpc_core.engine.recompute import HalfCost, Plan, Sizes, plan_for
+from hpc_core.engines.tuned.fused_blocks import Half
+from hpc_core.engines.tuned.recompute import (
+    HalfCost,
+    Plan,
+    Sizes,
+    plan_for,
+)
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
 
 __all__ = ["fit", "sizes_of"]

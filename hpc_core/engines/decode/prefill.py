@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as functional
 
-from hpc_core.engine.decoder import Decoder, Layer
-from hpc_core.engine.prefill_products import PrefillProduct, gated_product, prefill_product
-from hpc_core.engine.static_cache import LayerKeyValues, StaticKeyValues
+from hpc_core.engines.decode.cache import LayerKeyValues, StaticKeyValues
+from hpc_core.engines.decode.model import Decoder, Layer
+from hpc_core.engines.decode.prefill_products import PrefillProduct, gated_product, prefill_product
 
 __all__ = ["Between", "Places", "PlainBetween", "Prefill"]
 

@@ -8,7 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.vector_kernels import by_eights, silu_times, start_of, wait_for_others
+from hpc_core.engines.kernels.vector import (
+    by_eights,
+    silu_times,
+    start_of,
+    wait_for_others,
+)
 
 __all__ = ["embed", "leave", "norm_rows", "plain_rows"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.vector_kernels import by_eights, wait_for_others
+from hpc_core.engines.kernels.vector import by_eights, wait_for_others
 
 __all__ = ["attend_part", "join_parts"]
 

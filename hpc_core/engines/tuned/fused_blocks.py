@@ -14,10 +14,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.attention_input import attention_input
-from hpc_core.engine.fused_linear import gated_linear, linears, normed_linears
-from hpc_core.engine.pointwise import Pointwise
-from hpc_core.engine.projection import joined, projection_of
+from hpc_core.engines.tuned.attention_input import attention_input
+from hpc_core.engines.tuned.fused_linear import gated_linear, linears, normed_linears
+from hpc_core.engines.tuned.pointwise import Pointwise
+from hpc_core.engines.tuned.projection import joined, projection_of
 
 __all__ = ["Half", "fuse_halves"]
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.nn.modules import module as hooks
 
-from hpc_core.engine.at_module import at_module
-from hpc_core.engine.capture import Captured, captured, forget_workspaces
-from hpc_core.engine.choosing import Chooser
-from hpc_core.engine.decoder import Decoder, kind_of
-from hpc_core.engine.prefill import Prefill
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engines.capture import Captured, captured, forget_workspaces
+from hpc_core.engines.decode.at_module import at_module
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.choosing import Chooser
+from hpc_core.engines.decode.model import Decoder, kind_of
+from hpc_core.engines.decode.prefill import Prefill
 
 __all__ = ["FirstTokens"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.distances import distances
+from hpc_core.engines.kernels.pointer_offsets import distances
 
 __all__ = ["BlockConstants", "constants_of"]
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 
-from hpc_core.engine.decoder import Decoder, Layer
-from hpc_core.engine.packed_linear import times
-from hpc_core.engine.prefill import Between, PlainBetween
-from hpc_core.engine.static_cache import StaticKeyValues
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.model import Decoder, Layer
+from hpc_core.engines.decode.packed_linear import times
+from hpc_core.engines.decode.prefill import Between, PlainBetween
 
 __all__ = ["PlainStep", "attend", "turned"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.capture import keep_workspaces
+from hpc_core.engines.capture import keep_workspaces
 
 __all__ = ["CapturedWork"]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hpc_core.engine.decoder import Decoder
+from hpc_core.engines.decode.model import Decoder
 
 __all__ = ["StaticKeyValues", "capacity_for"]
 

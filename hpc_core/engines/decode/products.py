@@ -12,15 +12,20 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.batch_kernels import plain_rows
-from hpc_core.engine.block_constants import BlockConstants, constants_of
-from hpc_core.engine.block_sizes import ANYWHERE, FOR_CPU, Blocks, tried
-from hpc_core.engine.code_lookup import byte_tables, copied_tables
-from hpc_core.engine.decoder import int8_rows, kind_of
-from hpc_core.engine.distances import distances
-from hpc_core.engine.four_bit_batch import four_bit_rows
-from hpc_core.engine.four_bit_kernels import four_bit_vector
-from hpc_core.engine.vector_kernels import plain_vector
+from hpc_core.engines.decode.model import int8_rows, kind_of
+from hpc_core.engines.kernels.batch import plain_rows
+from hpc_core.engines.kernels.block_constants import BlockConstants, constants_of
+from hpc_core.engines.kernels.block_sizes import (
+    ANYWHERE,
+    FOR_CPU,
+    Blocks,
+    tried,
+)
+from hpc_core.engines.kernels.code_lookup import byte_tables, copied_tables
+from hpc_core.engines.kernels.four_bit import four_bit_vector
+from hpc_core.engines.kernels.four_bit_batch import four_bit_rows
+from hpc_core.engines.kernels.pointer_offsets import distances
+from hpc_core.engines.kernels.vector import plain_vector
 
 __all__ = ["Early", "Product", "launched", "product_of"]
 

@@ -8,13 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from hpc_core.engine.at_module import at_module
-from hpc_core.engine.batch_kernels import norm_rows
-from hpc_core.engine.decoder import Decoder
-from hpc_core.engine.prefill import Places
-from hpc_core.engine.products import launched
-from hpc_core.engine.static_cache import LayerKeyValues
-from hpc_core.engine.vector_kernels import silu_times
+from hpc_core.engines.decode.at_module import at_module
+from hpc_core.engines.decode.cache import LayerKeyValues
+from hpc_core.engines.decode.model import Decoder
+from hpc_core.engines.decode.prefill import Places
+from hpc_core.engines.decode.products import launched
+from hpc_core.engines.kernels.batch import norm_rows
+from hpc_core.engines.kernels.vector import silu_times
 
 __all__ = ["KernelBetween", "gate_in_place", "turn_and_keep"]
 

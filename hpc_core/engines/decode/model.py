@@ -10,7 +10,7 @@ import torch
 
 from hpc_core.builders.packed_int4 import packing_of
 from hpc_core.case.errors import SpecError
-from hpc_core.engine.packed_linear import PackedLinear
+from hpc_core.engines.decode.packed_linear import PackedLinear
 
 __all__ = ["SUPPORTED", "Decoder", "Layer", "decoder_of", "int8_rows", "kind_of"]
 

@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.pointwise import Pointwise, sum_and_norm
-from hpc_core.engine.projection import PER, Joined, backward_of, forward_of, tensors_of
+from hpc_core.engines.tuned.pointwise import Pointwise, sum_and_norm
+from hpc_core.engines.tuned.projection import (
+    PER,
+    Joined,
+    backward_of,
+    forward_of,
+    tensors_of,
+)
 
 __all__ = ["attention_input"]
 

@@ -7,15 +7,20 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.attention_kernels import attend_part, join_parts
-from hpc_core.engine.batch_kernels import embed, norm_rows
-from hpc_core.engine.by_eights import values_by_eights
-from hpc_core.engine.decoder import Decoder, Layer
-from hpc_core.engine.prefill import Between
-from hpc_core.engine.prefill_kernels import KernelBetween
-from hpc_core.engine.products import Early, Product, launched, product_of
-from hpc_core.engine.static_cache import StaticKeyValues
-from hpc_core.engine.tuning import choose_blocks
+from hpc_core.engines.decode.cache import StaticKeyValues
+from hpc_core.engines.decode.model import Decoder, Layer
+from hpc_core.engines.decode.prefill import Between
+from hpc_core.engines.decode.prefill_kernels import KernelBetween
+from hpc_core.engines.decode.products import (
+    Early,
+    Product,
+    launched,
+    product_of,
+)
+from hpc_core.engines.decode.tuning import choose_blocks
+from hpc_core.engines.kernels.attention import attend_part, join_parts
+from hpc_core.engines.kernels.batch import embed, norm_rows
+from hpc_core.engines.kernels.packed_layout import values_by_eights
 
 __all__ = ["KernelStep"]
 

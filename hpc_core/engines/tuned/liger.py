@@ -14,7 +14,7 @@ import torch
 
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
-from hpc_core.engine.chunked_loss import IGNORED, next_tokens
+from hpc_core.engines.tuned.loss import IGNORED, next_tokens
 
 __all__ = [
     "chunk_rows",

@@ -8,8 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.code_lookup import EIGHT_PRODUCTS
-from hpc_core.engine.vector_kernels import leave_vector, start_of, wait_for_others
+from hpc_core.engines.kernels.code_lookup import EIGHT_PRODUCTS
+from hpc_core.engines.kernels.vector import leave_vector, start_of, wait_for_others
 
 __all__ = ["four_bit_vector", "starts_of_rows"]
 

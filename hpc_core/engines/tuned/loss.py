@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.pointwise import Pointwise
+from hpc_core.engines.tuned.pointwise import Pointwise
 
 __all__ = ["IGNORED", "chunked_cross_entropy", "next_tokens"]
 

@@ -10,10 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engine.batch_kernels import leave
-from hpc_core.engine.code_lookup import EIGHT_VALUES, TABLE_COPIES
-from hpc_core.engine.four_bit_kernels import constant, outer_at, outer_of_rows, starts_of_rows
-from hpc_core.engine.vector_kernels import start_of, wait_for_others
+from hpc_core.engines.kernels.batch import leave
+from hpc_core.engines.kernels.code_lookup import EIGHT_VALUES, TABLE_COPIES
+from hpc_core.engines.kernels.four_bit import (
+    constant,
+    outer_at,
+    outer_of_rows,
+    starts_of_rows,
+)
+from hpc_core.engines.kernels.vector import start_of, wait_for_others
 
 __all__ = ["four_bit_rows"]
 

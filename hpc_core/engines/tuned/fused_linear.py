@@ -10,8 +10,16 @@ from typing import Any
 
 import torch
 
-from hpc_core.engine.pointwise import Pointwise, sum_and_norm
-from hpc_core.engine.projection import PER, Projection, backward_of, forward_of, low_of, projection_of, tensors_of
+from hpc_core.engines.tuned.pointwise import Pointwise, sum_and_norm
+from hpc_core.engines.tuned.projection import (
+    PER,
+    Projection,
+    backward_of,
+    forward_of,
+    low_of,
+    projection_of,
+    tensors_of,
+)
 
 __all__ = ["added_norm", "gated_linear", "linears", "normed_linears", "patch_linears"]
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from hpc_core.engine.at_module import at_module
-from hpc_core.engine.decoder import kind_of
+from hpc_core.engines.decode.at_module import at_module
+from hpc_core.engines.decode.model import kind_of
 
 __all__ = ["FourBit", "PrefillProduct", "gated_product", "pieces_of", "prefill_product"]
 

@@ -16,15 +16,15 @@ from hpc_core.builders import Built
 from hpc_core.builders.data.rows import PromptBatch
 from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError, MissingLibraryError, SpecError
-from hpc_core.engine.capture import Captured, captured
-from hpc_core.engine.choosing import Chooser, Sampling
-from hpc_core.engine.decoder import Decoder, decoder_of, int8_rows
-from hpc_core.engine.first_token import FirstTokens
-from hpc_core.engine.plain_step import PlainStep
-from hpc_core.engine.prefill import Prefill
-from hpc_core.engine.static_cache import StaticKeyValues, capacity_for
+from hpc_core.engines.capture import Captured, captured
+from hpc_core.engines.decode.cache import StaticKeyValues, capacity_for
+from hpc_core.engines.decode.choosing import Chooser, Sampling
+from hpc_core.engines.decode.first_token import FirstTokens
+from hpc_core.engines.decode.model import Decoder, decoder_of, int8_rows
+from hpc_core.engines.decode.plain_step import PlainStep
+from hpc_core.engines.decode.prefill import Prefill
+from hpc_core.engines.generate import GenerateProgram, prompts_for
 from hpc_core.instruments.program import Mark, unmarked
-from hpc_core.run.generate import GenerateProgram, prompts_for
 
 __all__ = ["GraphProgram", "graph_program"]
 
@@ -89,7 +89,7 @@ class GraphProgram(GenerateProgram):
                     "engine='graph' with kernels='triton' needs the package triton, which comes with torch's CUDA builds. "
                     "Get it with: pip install triton, or say kernels='torch'."
                 )
-            from hpc_core.engine.kernel_step import KernelStep
+            from hpc_core.engines.decode.kernel_step import KernelStep
 
             return KernelStep(self.decoder, self.cache, self._turns, int8_head=self.workload.head == "int8")
         if kernels == "inductor" and self.decoder.four_bit:

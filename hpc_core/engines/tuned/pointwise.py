@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from hpc_core.engine.regional_compile import room_for_shapes
+from hpc_core.engines.tuned.compile import room_for_shapes
 
 __all__ = [
     "Pointwise",

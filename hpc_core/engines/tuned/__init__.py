@@ -1,0 +1,1 @@
+"""Who runs a workload: stock, the CUDA-graph decoder, the tuned trainer, a callable."""
