@@ -136,7 +136,7 @@ def _measured(first: Case, others: list[Case], device_name: str) -> Any:
 
 def _row(program: Any, fed: Any, resident: Any, feed: FeedSpec, device: Any) -> dict[str, Any]:
     from hpc_core.audit import feed_facts
-    from hpc_core.perform.feed import feed_cost, same_losses
+    from hpc_core.worker.feed import feed_cost, same_losses
 
     cost = feed_cost(program, fed, resident, device)
     apart = None if cost.idle is None else cost.idle.copies_apart

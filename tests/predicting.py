@@ -50,7 +50,7 @@ def _serve(first: str) -> None:
     from hpc_core.predict import shim
 
     shim.load()
-    from hpc_core.worker import run_job
+    from hpc_core.worker.main import run_job
 
     if first:
         from tests import odd_models

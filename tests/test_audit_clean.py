@@ -24,9 +24,9 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hpc_core.catalogue import catalogue
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

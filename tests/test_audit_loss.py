@@ -16,9 +16,9 @@ from hpc_core.catalogue import (
     tiny,
 )
 from hpc_core.engines.finetune import finetune_program
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 LORA = finetune(tiny, lora(), batch=2, length=16, steps=2)
@@ -30,7 +30,7 @@ def _perform(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any]
         change(made)
         return made
 
-    monkeypatch.setattr("hpc_core.perform.finetune.training_program", program)
+    monkeypatch.setattr("hpc_core.worker.finetune.training_program", program)
     return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
 
 

@@ -21,9 +21,9 @@ from hpc_core.catalogue import (
 )
 from hpc_core.engines.finetune import finetune_program, make_optimizer
 from hpc_core.engines.generate import generate_program
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
@@ -54,7 +54,7 @@ def _built_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
         change(made.model)
         return made
 
-    monkeypatch.setattr("hpc_core.perform.session.build", built)
+    monkeypatch.setattr("hpc_core.worker.session.build", built)
 
 
 def _layers(model: Any) -> list[Any]:
@@ -198,7 +198,7 @@ def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind:
         return made
 
     name = {"finetune": "finetune.training_program", "generate": "decode_engine.generate_program"}[kind]
-    monkeypatch.setattr(f"hpc_core.perform.{name}", program)
+    monkeypatch.setattr(f"hpc_core.worker.perform.{name}", program)
 
 
 def _asleep(program: Any) -> None:

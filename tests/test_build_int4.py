@@ -38,7 +38,7 @@ from hpc_core.instruments.owners import living_tensors, owned_bytes, weight_tens
 from hpc_core.launch import by_nvml
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.worker import run_job
+from hpc_core.worker.main import run_job
 from tests.predicting import predicted, values
 
 _CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.perform.observe import count_layer_forwards
+from hpc_core.worker.observe import count_layer_forwards
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

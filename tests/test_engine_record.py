@@ -10,9 +10,9 @@ import torch
 from hpc_core.case.case import AdapterSpec, Case, QuantSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.decode import plain_step
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

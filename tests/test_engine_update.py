@@ -18,7 +18,7 @@ from hpc_core.engines.tuned.pointwise import Pointwise
 from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes
 from hpc_core.record.job import Job
-from hpc_core.worker import run_job
+from hpc_core.worker.main import run_job
 
 
 def _pair(dtype: torch.dtype, seed: int) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:

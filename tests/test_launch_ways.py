@@ -234,7 +234,9 @@ def test_the_warm_parent_leaves_cuda_alone(warm: Launcher) -> None:
 
 def test_the_launcher_needs_no_torch() -> None:
     """A process that launches warm jobs has not imported torch itself."""
-    script = "import sys, hpc_core.launch.launcher; print('torch' in sys.modules, 'hpc_core.worker' in sys.modules)"
+    script = (
+        "import sys, hpc_core.launch.launcher; print('torch' in sys.modules, 'hpc_core.worker.main' in sys.modules)"
+    )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["False", "False"]
 

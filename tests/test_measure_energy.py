@@ -25,13 +25,13 @@ from hpc_core.engines.generate import generate_program
 from hpc_core.engines.tuned.program import training_program
 from hpc_core.instruments.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.instruments.program import Mark, unmarked
-from hpc_core.perform import energy as performing
-from hpc_core.perform.finetune import _energy
-from hpc_core.perform.metrics import wall
-from hpc_core.perform.session import Session
 from hpc_core.record.environment import gpu_energy_mj
 from hpc_core.record.gpu_state import other_processes
 from hpc_core.record.job import Job
+from hpc_core.worker import energy as performing
+from hpc_core.worker.finetune import _energy
+from hpc_core.worker.metrics import wall
+from hpc_core.worker.session import Session
 
 
 class Board:

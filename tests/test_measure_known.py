@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.perform import perform
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
 
 
 def _record(factory: str, **arguments: Any) -> Record:

@@ -25,10 +25,10 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import TINY, TINY_DATA, catalogue
-from hpc_core.perform import perform
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record, record_from_json, record_to_json
 from hpc_core.record.repeats import merged
+from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
@@ -194,7 +194,7 @@ def test_exact_metrics_are_equal_in_a_fresh_process(case_id: str, tmp_path: Path
     """A fresh interpreter gives the same bytes and counts as this one."""
     program = (
         "import sys; from pathlib import Path; from hpc_core.record.job import Job\n"
-        "from hpc_core.perform import perform\n"
+        "from hpc_core.worker.perform import perform\n"
         "from hpc_core.record.record import record_to_json; from hpc_core.case.case import case_from_json\n"
         "record = perform(Job(case=case_from_json(sys.argv[1])), lambda event: None)\n"
         "Path(sys.argv[2]).write_bytes(record_to_json(record))"

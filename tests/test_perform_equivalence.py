@@ -14,11 +14,17 @@ from hpc_core.builders.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
-from hpc_core.perform import equivalence, perform
-from hpc_core.perform.equivalence import TOLERANCES, Given, coarsest, measure_equivalence
-from hpc_core.perform.reference import full_float32, reference_bytes, turn_into_reference
-from hpc_core.perform.session import Session
 from hpc_core.record.job import Job
+from hpc_core.worker import equivalence
+from hpc_core.worker.equivalence import (
+    TOLERANCES,
+    Given,
+    coarsest,
+    measure_equivalence,
+)
+from hpc_core.worker.perform import perform
+from hpc_core.worker.reference import full_float32, reference_bytes, turn_into_reference
+from hpc_core.worker.session import Session
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

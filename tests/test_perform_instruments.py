@@ -20,13 +20,13 @@ from hpc_core.catalogue import (
     tiny,
 )
 from hpc_core.instruments.program import Mark, unmarked
-from hpc_core.perform import perform
-from hpc_core.perform.callable import measure_program
-from hpc_core.perform.memory import Fixed
-from hpc_core.perform.observe import checkpointing_seen
-from hpc_core.perform.session import Session
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record
+from hpc_core.worker.callable import measure_program
+from hpc_core.worker.memory import Fixed
+from hpc_core.worker.observe import checkpointing_seen
+from hpc_core.worker.perform import perform
+from hpc_core.worker.session import Session
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

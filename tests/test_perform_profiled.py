@@ -14,10 +14,10 @@ import pytest
 
 from hpc_core.catalogue import catalogue
 from hpc_core.instruments.busy import DeviceActivity
-from hpc_core.perform import perform
-from hpc_core.perform.profiled import note_compilations, profile_steps
-from hpc_core.perform.session import Session
 from hpc_core.record.job import Job
+from hpc_core.worker.perform import perform
+from hpc_core.worker.profiled import note_compilations, profile_steps
+from hpc_core.worker.session import Session
 
 
 class Profiler:

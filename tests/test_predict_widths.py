@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.catalogue import TINY
-from hpc_core.perform import perform
 from hpc_core.predict.finetune import between, to_watch
 from hpc_core.predict.watch import Counts
 from hpc_core.record.job import Job
+from hpc_core.worker.perform import perform
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 from tests.predicting import predicted
 

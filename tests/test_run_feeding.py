@@ -32,11 +32,11 @@ from hpc_core.case.case import (
 from hpc_core.catalogue import TINY_DATA, finetune, lora
 from hpc_core.engines.finetune import fed_batches, resident_batches
 from hpc_core.engines.tuned.program import training_program
-from hpc_core.perform import perform
-from hpc_core.perform.feed import feed_cost, same_losses
-from hpc_core.perform.feed_words import Rates, what_bounds
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.worker.feed import feed_cost, same_losses
+from hpc_core.worker.feed_words import Rates, what_bounds
+from hpc_core.worker.perform import perform
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 torch.set_num_threads(1)

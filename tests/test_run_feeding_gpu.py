@@ -17,9 +17,9 @@ from hpc_core.catalogue import finetune, lora, tiny
 from hpc_core.engines.finetune import resident_batches
 from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.instruments.gaps import idle_while
-from hpc_core.perform import perform
-from hpc_core.perform.feed import feed_cost, same_losses
 from hpc_core.record.job import Job
+from hpc_core.worker.feed import feed_cost, same_losses
+from hpc_core.worker.perform import perform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
 _LONGEST_S = 240

@@ -21,10 +21,16 @@ from hpc_core.instruments.storages import StorageWatch
 from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
 from hpc_core.integrations.trained_tokens import TrainedTokens
-from hpc_core.perform.memory import memory_metrics
-from hpc_core.perform.metrics import counted, measured_bytes, reported, tensor_bytes, wall
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.record import Failure, Metric, Record
+from hpc_core.worker.memory import memory_metrics
+from hpc_core.worker.metrics import (
+    counted,
+    measured_bytes,
+    reported,
+    tensor_bytes,
+    wall,
+)
 
 __all__ = ["Training"]
 

@@ -158,7 +158,7 @@ class Launcher:
 
     def _run_inline(self, job: Job) -> Record:
         # Named, not imported: a launcher that starts processes must load without what a worker needs.
-        run_job = importlib.import_module("hpc_core.worker").run_job
+        run_job = importlib.import_module("hpc_core.worker.main").run_job
         record: Record = run_job(job, lambda event: self._tell(job, event), debug=self._debug)
         if record.failure is not None and record.failure.kind == "interrupted":
             raise KeyboardInterrupt  # in this process it was meant for the whole session

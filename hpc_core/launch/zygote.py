@@ -40,10 +40,10 @@ _PRELOAD = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
-    "hpc_core.worker",
+    "hpc_core.worker.main",
     # A tiny case is measured in less time than these take to import.
-    "hpc_core.perform.finetune",
-    "hpc_core.perform.generate",
+    "hpc_core.worker.finetune",
+    "hpc_core.worker.generate",
 )
 _MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
 _PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
@@ -155,7 +155,7 @@ def _work(request: Request, job_fd: int, events_fd: int) -> None:
         sys.path[0] = request.folder  # what `python -m` put there was the folder of the warm parent
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    importlib.import_module("hpc_core.worker").serve(job_fd, events_fd)
+    importlib.import_module("hpc_core.worker.main").serve(job_fd, events_fd)
 
 
 if __name__ == "__main__":

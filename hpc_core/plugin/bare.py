@@ -29,7 +29,7 @@ def load_measuring_half() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("session", "callable", "generate", "finetune"):
-            importlib.import_module(f"hpc_core.perform.{name}")
+            importlib.import_module(f"hpc_core.worker.perform.{name}")
 
 
 def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], None]) -> Record:
@@ -42,8 +42,8 @@ def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], No
     started, began = datetime.datetime.now(datetime.UTC), time.perf_counter()
     load_measuring_half()
     # Named, not imported: the plugin must load, and collect, without torch.
-    session_type = importlib.import_module("hpc_core.perform.session").Session
-    measure_program = importlib.import_module("hpc_core.perform.callable").measure_program
+    session_type = importlib.import_module("hpc_core.worker.session").Session
+    measure_program = importlib.import_module("hpc_core.worker.callable").measure_program
     program = importlib.import_module("hpc_core.engines.callable").CallableProgram(step)
     assert isinstance(case.workload, CallableSpec)
     job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")

@@ -1,6 +1,6 @@
 """Predict a case without a GPU: the same build and run code on fake tensors, with a model of the GPU's allocator below it.
 
-Knows nothing of processes and judging, like `hpc_core.perform`, whose record it imitates. A process must load
+Knows nothing of processes and judging, like `hpc_core.worker.perform`, whose record it imitates. A process must load
 `predict.shim` before torch.
 """
 

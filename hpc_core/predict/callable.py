@@ -6,12 +6,12 @@ from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import PredictError
 from hpc_core.engines.callable import load_factory
 from hpc_core.instruments.program import Program
-from hpc_core.perform.memory import memory_metrics
-from hpc_core.perform.metrics import counted, measured_bytes
 from hpc_core.predict.own_code import own_code
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.record import Record
+from hpc_core.worker.memory import memory_metrics
+from hpc_core.worker.metrics import counted, measured_bytes
 
 __all__ = ["predict_callable"]
 

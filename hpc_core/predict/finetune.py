@@ -17,12 +17,12 @@ from hpc_core.instruments.owners import (
     owned_bytes,
     weight_tensors,
 )
-from hpc_core.perform.memory import memory_metrics
-from hpc_core.perform.metrics import counted, measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
+from hpc_core.worker.memory import memory_metrics
+from hpc_core.worker.metrics import counted, measured_bytes, tensor_bytes
 
 __all__ = ["between", "predict_finetune", "to_watch"]
 

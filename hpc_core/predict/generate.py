@@ -17,14 +17,14 @@ from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.perform.generate import BUSY_TOKENS, COUNTED_TOKENS
-from hpc_core.perform.memory import memory_metrics
-from hpc_core.perform.metrics import counted, measured_bytes
-from hpc_core.perform.observe import watch_cache
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
+from hpc_core.worker.generate import BUSY_TOKENS, COUNTED_TOKENS
+from hpc_core.worker.memory import memory_metrics
+from hpc_core.worker.metrics import counted, measured_bytes
+from hpc_core.worker.observe import watch_cache
 
 __all__ = ["predict_generate"]
 

@@ -17,8 +17,6 @@ from hpc_core.instruments.clock import quiet
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.perform.attributed import profile_of
-from hpc_core.perform.metrics import measured_bytes, tensor_bytes
 from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
 from hpc_core.predict.quantized import OUTLIERS
@@ -34,6 +32,8 @@ from hpc_core.record.record import (
     Metric,
     Record,
 )
+from hpc_core.worker.attributed import profile_of
+from hpc_core.worker.metrics import measured_bytes, tensor_bytes
 
 __all__ = ["MACHINE_KEY", "Prediction"]
 

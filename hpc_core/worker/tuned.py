@@ -5,9 +5,9 @@ from __future__ import annotations
 from hpc_core.audit import tuned_facts
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.engines.tuned.program import TunedProgram
-from hpc_core.perform.metrics import measured_bytes
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
+from hpc_core.worker.metrics import measured_bytes
+from hpc_core.worker.session import Session
 
 __all__ = ["audit_switches", "audit_tuned", "measure_graph_memory", "recomputed_attentions"]
 

@@ -14,9 +14,9 @@ from hpc_core.case.case import GenerateSpec
 from hpc_core.engines.capture import make_workspace
 from hpc_core.engines.decode.program import GraphProgram, graph_program
 from hpc_core.engines.generate import GenerateProgram, generate_program
-from hpc_core.perform.metrics import measured_bytes, ratio, reported
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
+from hpc_core.worker.metrics import measured_bytes, ratio, reported
+from hpc_core.worker.session import Session
 
 __all__ = [
     "compare_with_stock",

@@ -9,10 +9,10 @@ from hpc_core.engines.generate import GenerateProgram
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.energy import Energy, energy_of
 from hpc_core.instruments.program import Program
-from hpc_core.perform.metrics import reported
-from hpc_core.perform.session import Session
 from hpc_core.record.environment import gpu_energy_mj, gpu_state
 from hpc_core.record.gpu_state import other_processes
+from hpc_core.worker.metrics import reported
+from hpc_core.worker.session import Session
 
 __all__ = ["note_step_energy", "note_token_energy", "taken"]
 

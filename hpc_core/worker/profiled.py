@@ -9,9 +9,9 @@ from hpc_core.instruments.busy import DeviceActivity, mark_step
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.families import families_of
 from hpc_core.instruments.program import Program
-from hpc_core.perform.metrics import busy, counted, wall
-from hpc_core.perform.session import Session
 from hpc_core.record.record import KernelFamily
+from hpc_core.worker.metrics import busy, counted, wall
+from hpc_core.worker.session import Session
 
 __all__ = ["BUSY_STEPS", "note_compilations", "note_counts", "profile_steps", "wall_only"]
 

@@ -19,8 +19,9 @@ from hpc_core.instruments.counters import Counts, counting
 from hpc_core.instruments.owners import cache_tensors, owned_bytes
 from hpc_core.instruments.phases import PhasePeaks
 from hpc_core.instruments.program import Mark, unmarked
-from hpc_core.perform.attributed import note_query_profile
-from hpc_core.perform.decode_engine import (
+from hpc_core.record.record import Fact, Record
+from hpc_core.worker.attributed import note_query_profile
+from hpc_core.worker.decode_engine import (
     engine_facts,
     engine_itself,
     engine_logits,
@@ -28,18 +29,34 @@ from hpc_core.perform.decode_engine import (
     operator_by_operator,
     program_of,
 )
-from hpc_core.perform.energy import note_token_energy
-from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
-from hpc_core.perform.finetune import bound_by
-from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
-from hpc_core.perform.metrics import busy, counted, ratio, reported, tensor_bytes, wall
-from hpc_core.perform.observe import watch_cache
-from hpc_core.perform.profiled import note_compilations, note_counts
-from hpc_core.perform.quality import measure_perplexity, measure_perplexity_unquantized
-from hpc_core.perform.session import Session
-from hpc_core.perform.share_of_copy import share_of_copy
-from hpc_core.perform.trace import trace_program
-from hpc_core.record.record import Fact, Record
+from hpc_core.worker.energy import note_token_energy
+from hpc_core.worker.equivalence import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    Given,
+    measure_equivalence,
+)
+from hpc_core.worker.finetune import bound_by
+from hpc_core.worker.memory import (
+    Fixed,
+    Watch,
+    measure_memory,
+    note_unexplained,
+)
+from hpc_core.worker.metrics import (
+    busy,
+    counted,
+    ratio,
+    reported,
+    tensor_bytes,
+    wall,
+)
+from hpc_core.worker.observe import watch_cache
+from hpc_core.worker.profiled import note_compilations, note_counts
+from hpc_core.worker.quality import measure_perplexity, measure_perplexity_unquantized
+from hpc_core.worker.session import Session
+from hpc_core.worker.share_of_copy import share_of_copy
+from hpc_core.worker.trace import trace_program
 
 __all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
 

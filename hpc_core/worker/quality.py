@@ -12,9 +12,9 @@ from hpc_core.builders import Built
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import DataSpec
-from hpc_core.perform.metrics import reported
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Metric
+from hpc_core.worker.metrics import reported
+from hpc_core.worker.session import Session
 
 __all__ = ["measure_perplexity", "measure_perplexity_unquantized"]
 

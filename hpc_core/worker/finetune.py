@@ -21,21 +21,42 @@ from hpc_core.instruments.owners import (
     owned_bytes,
 )
 from hpc_core.instruments.program import Mark
-from hpc_core.perform.attributed import Owning, note_profile
-from hpc_core.perform.callable import measure_again
-from hpc_core.perform.energy import note_step_energy
-from hpc_core.perform.equivalence import MOST_ROWS, MOST_TOKENS, Given, measure_equivalence
-from hpc_core.perform.feed import measure_feed
-from hpc_core.perform.kept import weights_kept
-from hpc_core.perform.memory import Fixed, Watch, measure_memory, note_unexplained
-from hpc_core.perform.metrics import counted, ratio, reported, tensor_bytes, wall
-from hpc_core.perform.observe import LayerForwards, checkpointing_seen, count_layer_forwards
-from hpc_core.perform.profiled import BUSY_STEPS, note_compilations, profile_steps
-from hpc_core.perform.session import Session
-from hpc_core.perform.soak import Soak
-from hpc_core.perform.trace import trace_program
-from hpc_core.perform.tuned import audit_switches, audit_tuned, measure_graph_memory, recomputed_attentions
 from hpc_core.record.record import Fact, Record
+from hpc_core.worker.attributed import Owning, note_profile
+from hpc_core.worker.callable import measure_again
+from hpc_core.worker.energy import note_step_energy
+from hpc_core.worker.equivalence import (
+    MOST_ROWS,
+    MOST_TOKENS,
+    Given,
+    measure_equivalence,
+)
+from hpc_core.worker.feed import measure_feed
+from hpc_core.worker.kept import weights_kept
+from hpc_core.worker.memory import (
+    Fixed,
+    Watch,
+    measure_memory,
+    note_unexplained,
+)
+from hpc_core.worker.metrics import (
+    counted,
+    ratio,
+    reported,
+    tensor_bytes,
+    wall,
+)
+from hpc_core.worker.observe import LayerForwards, checkpointing_seen, count_layer_forwards
+from hpc_core.worker.profiled import BUSY_STEPS, note_compilations, profile_steps
+from hpc_core.worker.session import Session
+from hpc_core.worker.soak import Soak
+from hpc_core.worker.trace import trace_program
+from hpc_core.worker.tuned import (
+    audit_switches,
+    audit_tuned,
+    measure_graph_memory,
+    recomputed_attentions,
+)
 
 __all__ = ["measure_finetune"]
 

@@ -23,7 +23,6 @@ from hpc_core.instruments.ceilings import measure_ceilings
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.instruments.program import Program
-from hpc_core.perform.metrics import measured_bytes, reported, tensor_bytes
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.gpu_state import flags, setup_notes
 from hpc_core.record.job import Event, Job, Phase
@@ -35,6 +34,7 @@ from hpc_core.record.record import (
     Metric,
     Record,
 )
+from hpc_core.worker.metrics import measured_bytes, reported, tensor_bytes
 
 __all__ = ["Session", "choose_device"]
 

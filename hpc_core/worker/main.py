@@ -1,6 +1,6 @@
-"""One job in, one record out: `python -m hpc_core.worker --job-fd N --events-fd M`.
+"""One job in, one record out: `python -m hpc_core.worker.main --job-fd N --events-fd M`.
 
-Turns whatever happens while a case runs into a record. Knows neither models nor measuring (`hpc_core.perform` does),
+Turns whatever happens while a case runs into a record. Knows neither models nor measuring (`hpc_core.worker.perform` does),
 nor how it was started. Events go to their own descriptor, never to stdout, which belongs to the code under test.
 """
 
@@ -82,7 +82,7 @@ class _Progress:
 def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> Record:
     """Run a job; whatever goes wrong is a failed record. With `debug`, errors are raised instead, for a debugger.
 
-    Emits the phase "import" while `hpc_core.perform` is imported, "start" after it, and then what the run itself emits.
+    Emits the phase "import" while `hpc_core.worker.perform` is imported, "start" after it, and then what the run itself emits.
     The working directory becomes importable, unless Python runs in safe-path mode.
     """
     _make_folder_importable()
@@ -91,7 +91,7 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
         progress.emit(Phase("import"))
         if job.predict is not None:
             importlib.import_module("hpc_core.predict.shim").load()
-        half = "hpc_core.perform" if job.predict is None else "hpc_core.predict"
+        half = "hpc_core.worker.perform" if job.predict is None else "hpc_core.predict"
         perform = importlib.import_module(half).perform
         progress.emit(Phase("start"))
         record: Record = perform(job, progress.emit)
@@ -203,7 +203,7 @@ def _write_all(events: FileIO, line: bytes) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Serve the job of the given descriptors."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_core.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hpc_core.worker.main", description=__doc__)
     parser.add_argument("--job-fd", type=int, required=True, help="one Job as JSON")
     parser.add_argument("--events-fd", type=int, required=True, help="one event a line as JSON")
     chosen = parser.parse_args(arguments)

@@ -15,11 +15,16 @@ import torch
 from hpc_core.bounds.reading import bytes_text
 from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.engines.tuned.forward import restore
-from hpc_core.perform.decode_engine import compare_with_stock
-from hpc_core.perform.metrics import ratio, reported
-from hpc_core.perform.reference import full_float32, reference_bytes, room_bytes, turn_into_reference
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
+from hpc_core.worker.decode_engine import compare_with_stock
+from hpc_core.worker.metrics import ratio, reported
+from hpc_core.worker.reference import (
+    full_float32,
+    reference_bytes,
+    room_bytes,
+    turn_into_reference,
+)
+from hpc_core.worker.session import Session
 
 __all__ = ["MOST_ROWS", "MOST_TOKENS", "TOLERANCES", "Given", "coarsest", "measure_equivalence", "tolerance"]
 

@@ -7,9 +7,9 @@ import sys
 import torch
 
 from hpc_core.instruments.owners import living_tensors, owned_bytes
-from hpc_core.perform.metrics import measured_bytes, ratio, reported
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
+from hpc_core.worker.metrics import measured_bytes, ratio, reported
+from hpc_core.worker.session import Session
 
 __all__ = ["Soak"]
 

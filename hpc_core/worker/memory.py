@@ -18,9 +18,9 @@ from hpc_core.instruments.phases import peaks_of
 from hpc_core.instruments.program import Mark, Program, unmarked
 from hpc_core.instruments.storages import StorageWatch
 from hpc_core.instruments.timeline import CATEGORIES, Timeline
-from hpc_core.perform.metrics import measured_bytes, tensor_bytes
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Metric
+from hpc_core.worker.metrics import measured_bytes, tensor_bytes
+from hpc_core.worker.session import Session
 
 __all__ = ["Fixed", "Watch", "claim_before", "measure_memory", "memory_metrics", "note_unexplained", "peak_metrics"]
 

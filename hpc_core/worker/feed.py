@@ -25,11 +25,11 @@ from hpc_core.case.errors import MeasureError
 from hpc_core.engines.finetune import FinetuneProgram, resident_batches
 from hpc_core.instruments.clock import quiet, seconds_of
 from hpc_core.instruments.gaps import Idle, Window, idle_while
-from hpc_core.perform.feed_words import Rates, what_bounds
-from hpc_core.perform.kept import kept
-from hpc_core.perform.metrics import reported, wall
-from hpc_core.perform.session import Session
 from hpc_core.record.record import Fact
+from hpc_core.worker.feed_words import Rates, what_bounds
+from hpc_core.worker.kept import kept
+from hpc_core.worker.metrics import reported, wall
+from hpc_core.worker.session import Session
 
 __all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
 

@@ -26,7 +26,7 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     emit(Phase("import"))
     started = datetime.datetime.now(datetime.UTC)
     began = time.perf_counter()
-    from hpc_core.perform.session import Session  # torch and the rest: seconds, inside the phase that says so
+    from hpc_core.worker.session import Session  # torch and the rest: seconds, inside the phase that says so
 
     session = Session(job, emit, started=started, began=began)
     if job.measure_ceilings or job.canary:
@@ -41,14 +41,14 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
         session.injection = inject(job.fault)
     workload = job.case.workload
     if isinstance(workload, FinetuneSpec):
-        from hpc_core.perform.finetune import measure_finetune
+        from hpc_core.worker.finetune import measure_finetune
 
         return measure_finetune(session, workload)
     if isinstance(workload, GenerateSpec):
-        from hpc_core.perform.generate import measure_generate
+        from hpc_core.worker.generate import measure_generate
 
         return measure_generate(session, workload)
     assert isinstance(workload, CallableSpec)
-    from hpc_core.perform.callable import measure_callable
+    from hpc_core.worker.callable import measure_callable
 
     return measure_callable(session, workload)

@@ -6,8 +6,8 @@ import statistics
 
 from hpc_core.bounds.cost import decode_bytes, int8_head_bytes
 from hpc_core.engines.generate import GenerateProgram
-from hpc_core.perform.metrics import ratio
-from hpc_core.perform.session import Session
+from hpc_core.worker.metrics import ratio
+from hpc_core.worker.session import Session
 
 __all__ = ["share_of_copy"]
 

@@ -7,14 +7,14 @@ from hpc_core.engines.callable import load_factory
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.program import Program
-from hpc_core.perform.attributed import note_profile
-from hpc_core.perform.energy import note_step_energy
-from hpc_core.perform.memory import measure_memory
-from hpc_core.perform.metrics import counted, ratio, wall
-from hpc_core.perform.profiled import note_compilations, profile_steps, wall_only
-from hpc_core.perform.session import Session
-from hpc_core.perform.trace import trace_program
 from hpc_core.record.record import Record
+from hpc_core.worker.attributed import note_profile
+from hpc_core.worker.energy import note_step_energy
+from hpc_core.worker.memory import measure_memory
+from hpc_core.worker.metrics import counted, ratio, wall
+from hpc_core.worker.profiled import note_compilations, profile_steps, wall_only
+from hpc_core.worker.session import Session
+from hpc_core.worker.trace import trace_program
 
 __all__ = ["measure_again", "measure_callable", "measure_program"]
 

@@ -17,9 +17,9 @@ from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.one_cycle import one_cycle
 from hpc_core.instruments.program import Program
 from hpc_core.instruments.ranges import PREFIX, named_ranges
-from hpc_core.perform.session import Session
 from hpc_core.record.job import OperatorTime, Trace, TraceTable
 from hpc_core.record.record import Record
+from hpc_core.worker.session import Session
 
 __all__ = ["trace_program"]
 

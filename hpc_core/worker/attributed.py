@@ -23,10 +23,10 @@ from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.program import Mark, Program
 from hpc_core.instruments.storages import StorageWatch
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.perform.memory import Fixed, claim_before
-from hpc_core.perform.observe import watch_cache
-from hpc_core.perform.session import Session
 from hpc_core.record.profile import OperatorUse, Profile
+from hpc_core.worker.memory import Fixed, claim_before
+from hpc_core.worker.observe import watch_cache
+from hpc_core.worker.session import Session
 
 __all__ = ["Owning", "note_profile", "note_query_profile", "profile_of"]
 

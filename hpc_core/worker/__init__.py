@@ -1,0 +1,1 @@
+"""One process: job in, record out."""
