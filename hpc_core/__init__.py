@@ -20,9 +20,9 @@ if TYPE_CHECKING:
         QuantSpec,
     )
     from hpc_core.case.limits import GiB, Limits, MiB
+    from hpc_core.launch.predictions import predicted
     from hpc_core.plugin.cases import perf_cases
     from hpc_core.plugin.predicting import predicted_cases
-    from hpc_core.predicting import predicted
     from hpc_core.record.record import Metric, Record
 
 __version__ = "0.1.0"
@@ -31,7 +31,7 @@ _HOMES = {
     "hpc_core.case.limits": ("GiB", "Limits", "MiB"),
     "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.plugin.predicting": ("predicted_cases",),
-    "hpc_core.predicting": ("predicted",),
+    "hpc_core.launch.predictions": ("predicted",),
     "hpc_core.record.record": ("Metric", "Record"),
     "hpc_core.case.case": (
         "AdapterSpec",

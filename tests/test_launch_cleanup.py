@@ -119,7 +119,7 @@ def test_nothing_survives_a_warm_launcher_that_is_killed(marker: str) -> None:
     command = [sys.executable, "-c", script, msgspec.json.encode(job(marker, hang=True)).decode()]
     launcher = subprocess.Popen(command)
     assert wait_for(lambda: len(processes(marker)) == _CHILDREN, 60)
-    parent = next(pid for pid in _children(launcher.pid) if b"hpc_core.launch.zygote" in _command(pid))
+    parent = next(pid for pid in _children(launcher.pid) if b"hpc_core.launch.forkserver" in _command(pid))
     launcher.kill()
     launcher.wait()
     assert wait_for(lambda: not processes(marker) and b"zygote" not in _command(parent), _GONE_S)

@@ -17,7 +17,7 @@ from hpc_core.cli.known import Files, known_case
 from hpc_core.cli.own_model import Way, case_of_model, context_length
 from hpc_core.cli.running import read_record
 from hpc_core.launch.launcher import Launcher
-from hpc_core.predicting import predicting_launcher, prediction, why_not
+from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record import units as sizes
 from hpc_core.record.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.record.record import Record, record_to_json

@@ -17,11 +17,11 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.launch.channel import Channel
-from hpc_core.launch.cold import start_cold
+from hpc_core.launch.failures import record_of, with_notes
 from hpc_core.launch.follow import Seen, follow
+from hpc_core.launch.forkserver_client import NoWarmParent, WarmParent
+from hpc_core.launch.fresh import start_cold
 from hpc_core.launch.interpreter import executable
-from hpc_core.launch.trouble import record_of, with_notes
-from hpc_core.launch.warm import NoWarmParent, WarmParent
 from hpc_core.record.job import (
     Event,
     Finished,

@@ -51,7 +51,15 @@ class WarmParent:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fd = str(theirs.fileno())
-        command = (python, "-m", "hpc_core.launch.zygote", "--socket-fd", fd, "--preload-limit", str(preload_limit_s))
+        command = (
+            python,
+            "-m",
+            "hpc_core.launch.forkserver",
+            "--socket-fd",
+            fd,
+            "--preload-limit",
+            str(preload_limit_s),
+        )
         try:
             self._process = subprocess.Popen(
                 command,

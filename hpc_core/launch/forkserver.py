@@ -1,4 +1,4 @@
-"""The warm parent: `python -m hpc_core.launch.zygote …` imports torch and transformers once, then forks workers.
+"""The warm parent: `python -m hpc_core.launch.forkserver …` imports torch and transformers once, then forks workers.
 
 It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. A parent of predictions
 (HPC_CORE_FAKE_CUDA=1) loads the empty CUDA device before torch and has no such worry; nor has one on a machine without CUDA,
@@ -52,7 +52,7 @@ _REQUEST_BYTES = 1 << 20
 
 def main(arguments: list[str] | None = None) -> None:
     """Preload, say so on the socket, then fork a supervised worker for each request."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_core.launch.zygote", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hpc_core.launch.forkserver", description=__doc__)
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--preload-limit", type=float, required=True, help="seconds")
     chosen = parser.parse_args(arguments)
