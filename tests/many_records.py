@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines.reading import read_records
 from hpc_core.record.record import (
     Failure,
     Metric,
@@ -16,7 +17,6 @@ from hpc_core.record.record import (
 )
 from hpc_core.report.entry import Entry
 from hpc_core.report.plots import Drawing
-from hpc_core.store.reading import read_records
 
 H100 = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
 

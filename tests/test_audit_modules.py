@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from hpc_core.audit import module_facts
+from hpc_core.baselines import find
 from hpc_core.builders import build
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.catalogue import catalogue
 from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
-from hpc_core.store import find
 
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hpc_core.baselines import accept, profile_path
 from hpc_core.cli import main
 from hpc_core.record.record import record_from_json, record_to_json
-from hpc_core.store import accept, profile_path
 from tests.git_project import GitProject
 from tests.profiles import a_profile, weights
 from tests.strategies import a_case, a_record, around, failed_record, peak

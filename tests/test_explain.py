@@ -9,6 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.baselines import (
+    Baseline,
+    accept,
+    find,
+    profile_path,
+    profile_to_keep,
+    stored_profile,
+)
 from hpc_core.case.errors import BaselineError
 from hpc_core.cli import main
 from hpc_core.explain import before_of, explain, stored_cause
@@ -30,7 +38,6 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
-from hpc_core.store import Baseline, accept, find, profile_path, profile_to_keep, stored_profile
 from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
 from tests.strategies import H100, around, busy, counted, peak
 

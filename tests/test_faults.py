@@ -13,6 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    find,
+    unstored,
+)
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue import catalogue
 from hpc_core.cli import main
@@ -24,7 +30,6 @@ from hpc_core.gate import Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.store import Baseline, Damaged, find, unstored
 from tests.strategies import a_case, a_record, busy, counted, failed_record, peak
 
 pytestmark = pytest.mark.slow

@@ -8,10 +8,15 @@ from typing import Any
 import msgspec
 import pytest
 
+from hpc_core.baselines import (
+    Baseline,
+    Missing,
+    accept,
+    find,
+)
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.gate import Judgement, MetricVerdict, Verdict, judge
 from hpc_core.record.record import Machine, Metric, Record
-from hpc_core.store import Baseline, Missing, accept, find
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
 CPU_BYTES: dict[str, Any] = {"depends_on": ("case", "stack")}

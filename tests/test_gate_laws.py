@@ -13,13 +13,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from hpc_core.baselines import (
+    Accepted,
+    Baseline,
+    accept,
+    find,
+    gated_metrics,
+)
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.limits import Limits, MiB
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.gate.interval import busy_interval, paired_interval, three_way
 from hpc_core.gate.spread import SPREADS
 from hpc_core.record.record import Metric, Record
-from hpc_core.store import Accepted, Baseline, accept, find, gated_metrics
 from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
 
 GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]

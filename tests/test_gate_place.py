@@ -8,11 +8,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    Missing,
+    OlderSchema,
+    accept,
+    find,
+)
 from hpc_core.case.case import AdapterSpec
 from hpc_core.case.limits import Limits
 from hpc_core.gate import Verdict, judge
 from hpc_core.record.record import Record
-from hpc_core.store import Baseline, Damaged, Missing, OlderSchema, accept, find
 from tests.strategies import CPU, a_case, a_record, counted, peak
 
 CPU_BYTES: dict[str, Any] = {"depends_on": ("case", "stack")}

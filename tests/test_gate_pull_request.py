@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_core.baselines import Damaged, Lookup, Missing
 from hpc_core.case.limits import GiB, Limits
 from hpc_core.gate import Judgement, Side, Verdict, judge, judge_pull_request
 from hpc_core.record.record import Metric, Record
-from hpc_core.store import Damaged, Lookup, Missing
 from tests.strategies import STACK, a_record, busy, counted, failed_record, peak
 from tests.test_gate_laws import stored
 

@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from hpc_core.baselines import HISTORY_LENGTH, accept
+from hpc_core.baselines.over_time import over_time
 from hpc_core.cli import main
 from hpc_core.record.record import Record, record_to_json
-from hpc_core.store import HISTORY_LENGTH, accept
-from hpc_core.store.over_time import over_time
 from tests.git_project import GitProject
 from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, peak
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+from hpc_core.baselines import accept, find
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.gate import judge
@@ -20,7 +21,6 @@ from hpc_core.gate.verdict import Verdict
 from hpc_core.integrations import PerfCallback
 from hpc_core.integrations.training import Training
 from hpc_core.record.record import Record, record_from_json
-from hpc_core.store import accept, find
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.baselines import accept, find, last_accepted
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import (
     Metric,
@@ -18,7 +19,6 @@ from hpc_core.record.record import (
     record_to_json,
 )
 from hpc_core.record.repeats import busy_values, merged
-from hpc_core.store import accept, find, last_accepted
 from tests.strategies import a_case, a_record, around, counted, failed_record, peak, positive, records
 
 PER = "1 per 10 steps"

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 import torch
 
+from hpc_core.baselines import accept
 from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.supply import HostBatch
 from hpc_core.case.case import CallableSpec, Case
@@ -20,7 +21,6 @@ from hpc_core.cli.profile import nsight_commands
 from hpc_core.instruments.ranges import named_ranges, shown
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
-from hpc_core.store import accept
 from hpc_core.worker.main import run_job
 from hpc_core.worker.trace import _table
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from hpc_core.baselines.reading import read_records
 from hpc_core.report.entry import entries_of
 from hpc_core.report.records_csv import records_csv
-from hpc_core.store.reading import read_records
 from tests.told_launcher import SAMPLES
 from tests.told_project import Run, told_project
 

@@ -50,8 +50,8 @@ def lower(pytester: pytest.Pytester, run: Run, peak: int) -> None:
     """Accept a peak that is not what the suite gives; the case, and so its digest, stays the same."""
     import msgspec
 
+    from hpc_core.baselines import accept
     from hpc_core.record.record import record_from_json
-    from hpc_core.store import accept
 
     run("--perf-update", "--reason", "first")
     root = pytester.path / "baselines"

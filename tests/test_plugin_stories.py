@@ -9,8 +9,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from hpc_core.baselines import Baseline, accept, find
 from hpc_core.record.record import record_from_json
-from hpc_core.store import Baseline, accept, find
 from tests.told_launcher import SAMPLES
 from tests.told_project import Run, told_project
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_core.baselines import accept
 from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS
@@ -16,7 +17,6 @@ from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown, safe
 from hpc_core.report.page import page
-from hpc_core.store import accept
 from tests.predicting import GPU, predicted_jobs
 
 SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}

@@ -11,11 +11,11 @@ from unittest import mock
 
 import pytest
 
+from hpc_core.baselines import find
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.gate import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
-from hpc_core.store import find
 from tests import own_steps
 from tests.predicting import predicted, values
 

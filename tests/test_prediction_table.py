@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from hpc_core.baselines import last_accepted
 from hpc_core.case.case import Case
 from hpc_core.catalogue import FULL
 from hpc_core.catalogue.predicted import HELD_OUT, PREDICTED
 from hpc_core.cli.prediction import Miss, compare, machine_key, markdown, worst
 from hpc_core.record.gpus import DEFAULT
-from hpc_core.store import last_accepted
 
 BASELINES = Path(__file__).parents[1] / "baselines"
 H100 = machine_key(DEFAULT)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hpc_core.baselines.reading import read_records
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page import page
-from hpc_core.store.reading import read_records
 from tests.many_records import H100, failed, many, measured, with_metric, written
 
 if TYPE_CHECKING:

@@ -14,6 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_core.baselines import (
+    Baseline,
+    accept,
+    find,
+    stored_profile,
+)
+from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.explain import stored_cause
 from hpc_core.instruments.garbage import uncollected
@@ -30,8 +37,6 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
 from hpc_core.report.records_csv import records_csv
-from hpc_core.store import Baseline, accept, find, stored_profile
-from hpc_core.store.reading import read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.machine_speed import slowness
 from tests.many_records import H100, draw_all, failed, many, with_metric

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_core.baselines.reading import may_hold_longer, read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import record_to_json
 from hpc_core.report import render
@@ -22,7 +23,6 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
 from hpc_core.report.records_csv import COLUMNS, records_csv
-from hpc_core.store.reading import may_hold_longer, read_records
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.many_records import failed, measured
 

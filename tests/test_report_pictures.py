@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.launch.tree import descendants
 from hpc_core.record import units as sizes
@@ -27,7 +28,6 @@ from hpc_core.report.plots import PLOTS, Drawing
 from hpc_core.report.plots.points import draw_speed_memory
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
-from hpc_core.store.reading import read_records
 from tests.many_records import H100, draw_all, failed, many, measured, written
 
 ENTRIES = entries_of(measured())

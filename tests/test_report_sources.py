@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from hpc_core.baselines import accepted_records
+from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.entry import entries_of
-from hpc_core.store import accepted_records
-from hpc_core.store.reading import read_records
 from tests.many_records import H100, many, measured, written
 
 LORA = "llama-3.2-3b/lora"

@@ -8,13 +8,19 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
+from hpc_core.baselines import (
+    Baseline,
+    Lookup,
+    Missing,
+    accept,
+    find,
+)
 from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
 from hpc_core.gate import judge
 from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report import Row, render
 from hpc_core.report.row import accepted_line
-from hpc_core.store import Baseline, Lookup, Missing, accept, find
 from tests.strategies import a_record, busy, counted, peak, wall
 
 LORA = catalogue()["llama-3.2-3b/lora"]

@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpc_core.case.errors import BaselineError
-from hpc_core.record.record import Record, record_from_json
-from hpc_core.store import (
+from hpc_core.baselines import (
     HISTORY_LENGTH,
     Baseline,
     accept,
@@ -19,6 +17,8 @@ from hpc_core.store import (
     find,
     history_path,
 )
+from hpc_core.case.errors import BaselineError
+from hpc_core.record.record import Record, record_from_json
 from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
 AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from hpc_core.baselines import accept, baseline_path, find
 from hpc_core.gate import Verdict, judge
-from hpc_core.store import accept, baseline_path, find
 from tests.strategies import H100, a_record
 
 RECORD = a_record()

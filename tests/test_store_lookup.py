@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.case.errors import BaselineError
-from hpc_core.store import (
+from hpc_core.baselines import (
     Baseline,
     Damaged,
     Missing,
@@ -20,6 +19,7 @@ from hpc_core.store import (
     baseline_path,
     find,
 )
+from hpc_core.case.errors import BaselineError
 from tests.strategies import CPU, H100, a_record, around, wall
 
 CASE = "tiny/lora"

@@ -8,9 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.case.errors import BaselineError
-from hpc_core.record.record import Record, record_from_json
-from hpc_core.store import (
+from hpc_core.baselines import (
     HISTORY_BYTES,
     HISTORY_LENGTH,
     Baseline,
@@ -22,6 +20,8 @@ from hpc_core.store import (
     history_path,
     sessions,
 )
+from hpc_core.case.errors import BaselineError
+from hpc_core.record.record import Record, record_from_json
 from tests.git_project import GitProject
 from tests.strategies import CPU, H100, a_case, a_record, around, busy, counted, peak, wall
 

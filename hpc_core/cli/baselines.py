@@ -7,6 +7,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    Lookup,
+    Missing,
+    OlderSchema,
+    PastBaselines,
+    accept,
+    baseline_changes,
+    find,
+    profile_to_keep,
+)
+from hpc_core.baselines.acceptance import changes_between, refuse
+from hpc_core.baselines.lookup import parsed
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.baselines_json import baseline_told
@@ -20,20 +34,6 @@ from hpc_core.record.record import Metric
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line, changed_metric
 from hpc_core.report.row import accepted_line
-from hpc_core.store import (
-    Baseline,
-    Damaged,
-    Lookup,
-    Missing,
-    OlderSchema,
-    PastBaselines,
-    accept,
-    baseline_changes,
-    find,
-    profile_to_keep,
-)
-from hpc_core.store.acceptance import changes_between, refuse
-from hpc_core.store.lookup import parsed
 
 __all__ = ["baseline_app"]
 

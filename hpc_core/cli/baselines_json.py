@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.store import Baseline, Damaged, Lookup, OlderSchema
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    Lookup,
+    OlderSchema,
+)
 
 __all__ = ["baseline_told"]
 

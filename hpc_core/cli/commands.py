@@ -10,6 +10,7 @@ import msgspec
 import typer
 
 import hpc_core
+from hpc_core.baselines import Baseline, find
 from hpc_core.case.case import ModelSpec, case_to_json
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.aa import aa
@@ -35,7 +36,6 @@ from hpc_core.record.gpus import DEFAULT, gpu_named
 from hpc_core.record.record import record_to_json
 from hpc_core.report import Row
 from hpc_core.report.original import original_files
-from hpc_core.store import Baseline, find
 
 __all__ = ["app"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines import unstored
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, before_of, explain
@@ -19,7 +20,6 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.record.files import write_whole
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record, record_to_json
-from hpc_core.store import unstored
 
 __all__ = ["EXPLAINED", "TABLE_FILE", "Explained", "cause_table", "explained", "explained_faults"]
 

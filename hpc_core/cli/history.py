@@ -8,13 +8,13 @@ from typing import Annotated
 import msgspec
 import typer
 
+from hpc_core.baselines.over_time import OverTime, over_time
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.console import say, tell
 from hpc_core.report.memory_plot import check_plot
 from hpc_core.report.over_time import as_json, counted, lines, overview, series
 from hpc_core.report.over_time_plot import draw_series
-from hpc_core.store.over_time import OverTime, over_time
 
 __all__ = ["history"]
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines import Baseline, find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue.predicted import PREDICTED
 from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record.gpus import GPUS
 from hpc_core.record.record import Record
-from hpc_core.store import Baseline, find
 
 __all__ = ["Miss", "compare", "markdown", "predictions", "worst"]
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 import typer
 
+from hpc_core.baselines.reading import plain, read_records
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.cli.console import say, tell
 from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.files import write_whole
 from hpc_core.report import render
 from hpc_core.report.entry import Entry, entries_of
-from hpc_core.store.reading import plain, read_records
 
 if TYPE_CHECKING:
     from hpc_core.report.plots import Drawing

@@ -16,6 +16,13 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    Lookup,
+    find,
+    unstored,
+)
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY, TRIAL, WHOLE
@@ -24,7 +31,6 @@ from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import FAKE_CUDA, Event, Job
 from hpc_core.record.record import Metric, Record
-from hpc_core.store import Baseline, Damaged, Lookup, find, unstored
 
 __all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]
 

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines import (
+    Baseline,
+    Lookup,
+    last_accepted,
+    stored_profile,
+)
 from hpc_core.case.case import Case
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record
-from hpc_core.store import Baseline, Lookup, last_accepted, stored_profile
 
 __all__ = ["Before", "before_of", "stored_before"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines import find
 from hpc_core.explain.around import around, broken_facts
 from hpc_core.explain.before import Before, stored_before
 from hpc_core.explain.device import device_finding
@@ -15,7 +16,6 @@ from hpc_core.explain.work import module_changes, work_finding
 from hpc_core.gate import Judgement
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
-from hpc_core.store import find
 
 __all__ = ["Cause", "explain", "stored_cause"]
 

@@ -8,6 +8,14 @@ from __future__ import annotations
 
 import msgspec
 
+from hpc_core.baselines.baseline import (
+    Baseline,
+    Damaged,
+    Lookup,
+    Missing,
+    OlderSchema,
+    gated_metrics,
+)
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
 from hpc_core.gate.family import SUITE_ALPHA, share
@@ -16,7 +24,6 @@ from hpc_core.gate.moved import case_changes, packages_moved
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, worst
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Record
-from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, gated_metrics
 
 __all__ = ["judge"]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from hpc_core.baselines.baseline import Baseline, proves_nothing
 from hpc_core.case.limits import Limit
 from hpc_core.gate.busy import Evidence, judge_busy
 from hpc_core.gate.interval import Interval
@@ -15,7 +16,6 @@ from hpc_core.gate.tolerance import Tolerance, beyond, ceiling_text, exceeds, to
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric
-from hpc_core.store.baseline import Baseline, proves_nothing
 
 __all__ = ["Bench", "judge_metric", "update_command"]
 

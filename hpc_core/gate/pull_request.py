@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from hpc_core.baselines.baseline import Baseline, Lookup
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, worst
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric
-from hpc_core.store.baseline import Baseline, Lookup
 
 __all__ = ["Side", "judge_pull_request"]
 

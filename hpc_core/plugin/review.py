@@ -12,6 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    Lookup,
+    PastBaselines,
+    Session,
+    baseline_changes,
+    find,
+    sessions,
+)
 from hpc_core.case.errors import BaselineError, RepositoryError
 from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, sessions_of_level, waived
 from hpc_core.plugin.options import Settings
@@ -20,7 +30,6 @@ from hpc_core.record.record import Record
 from hpc_core.report import Row
 from hpc_core.report.baseline_change import change_line
 from hpc_core.report.waivers import waiver_line
-from hpc_core.store import Baseline, Damaged, Lookup, PastBaselines, Session, baseline_changes, find, sessions
 
 __all__ = ["Review"]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hpc_core.baselines import accept, last_accepted
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import stored_cause
@@ -34,7 +35,6 @@ from hpc_core.record.job import (
 from hpc_core.record.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
 from hpc_core.report.growth import grown
-from hpc_core.store import accept, last_accepted
 
 __all__ = ["Runner"]
 

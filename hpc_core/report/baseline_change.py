@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from hpc_core.baselines import (
+    Baseline,
+    BaselineChange,
+    Change,
+    Damaged,
+    Lookup,
+    Missing,
+)
 from hpc_core.record import units as sizes
-from hpc_core.store import Baseline, BaselineChange, Change, Damaged, Lookup, Missing
 
 __all__ = ["change_line", "changed_metric"]
 

@@ -10,6 +10,13 @@ from typing import NamedTuple
 
 import msgspec
 
+from hpc_core.baselines import (
+    Baseline,
+    Damaged,
+    find,
+    sessions,
+)
+from hpc_core.baselines.over_time import moment
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, explain, stored_before
 from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
@@ -17,8 +24,6 @@ from hpc_core.gate.family import share
 from hpc_core.record.record import Metric, Record
 from hpc_core.report.growth import grown
 from hpc_core.report.row import Row
-from hpc_core.store import Baseline, Damaged, find, sessions
-from hpc_core.store.over_time import moment
 
 __all__ = ["BUSY", "WALL", "Entry", "Spread", "entries_of"]
 

@@ -6,11 +6,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from hpc_core.baselines.reading import plain
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import Entry
 from hpc_core.report.terminal import caption
-from hpc_core.store.reading import plain
 
 __all__ = ["markdown", "safe"]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.baselines.over_time import Point
 from hpc_core.case.errors import SpecError
 from hpc_core.gate.change_points import ALPHA, ChangePoint, exact_changes, least_points, noisy_changes
 from hpc_core.gate.moved import packages_moved
 from hpc_core.record import units as sizes
-from hpc_core.store.over_time import Point
 
 __all__ = ["Series", "as_json", "counted", "lines", "overview", "said", "series", "summary"]
 

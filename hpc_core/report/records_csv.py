@@ -6,9 +6,9 @@ import csv
 import io
 from collections.abc import Iterable
 
+from hpc_core.baselines.reading import plain
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
-from hpc_core.store.reading import plain
 
 __all__ = ["COLUMNS", "records_csv"]
 

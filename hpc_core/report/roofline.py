@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.baselines.over_time import moment
 from hpc_core.bounds.datasheet import datasheet
 from hpc_core.bounds.floors import (
     Floor,
@@ -24,7 +25,6 @@ from hpc_core.bounds.reading import positions_of, step_seconds
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
-from hpc_core.store.over_time import moment
 
 __all__ = ["Roof", "RoofPoint", "newest_roofs", "points_of", "roofs_of"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines import Acceptance, Change
 from hpc_core.explain import Cause
 from hpc_core.gate import Judgement
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
-from hpc_core.store import Acceptance, Change
 
 __all__ = ["Row", "accepted_line"]
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.baselines.reading import plain
 from hpc_core.case.case import Case, case_to_json
 from hpc_core.report.entry import BUSY, WALL, Entry
-from hpc_core.store.reading import plain
 
 __all__ = ["Ablation", "Effect", "ablations_of", "comparable", "front", "speed_of"]
 

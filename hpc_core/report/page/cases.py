@@ -7,12 +7,12 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.baselines.reading import plain
 from hpc_core.case.case import case_to_json
 from hpc_core.gate.verdict import MetricVerdict
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import BUSY, WALL, Entry
 from hpc_core.report.terminal import caption
-from hpc_core.store.reading import plain
 
 __all__ = ["anchor", "columns_of", "details_of", "moved_of", "rows_of", "tone"]
 

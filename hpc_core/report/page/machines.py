@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from hpc_core.baselines.reading import plain
 from hpc_core.bounds.reading import flops_text
 from hpc_core.record import units as sizes
 from hpc_core.record.record import MemoryTimeline, Record
@@ -19,7 +20,6 @@ from hpc_core.report.page.scales import Axis, linear, log
 from hpc_core.report.roofline import RoofPoint, newest_roofs, points_of
 from hpc_core.report.terminal import caption
 from hpc_core.report.tradeoff import comparable, front, speed_of
-from hpc_core.store.reading import plain
 
 __all__ = ["machines_of"]
 

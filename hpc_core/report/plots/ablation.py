@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hpc_core.baselines.reading import plain
 from hpc_core.report.entry import Entry
 from hpc_core.report.plots.style import bars, beside, colour_of, name_rows
 from hpc_core.report.tradeoff import Ablation, ablations_of
-from hpc_core.store.reading import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

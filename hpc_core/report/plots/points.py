@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hpc_core.baselines.reading import plain
 from hpc_core.bounds.reading import flops_text
 from hpc_core.report.entry import Entry
 from hpc_core.report.memory_unit import peak_unit
 from hpc_core.report.plots.style import INK, colour_of, legend_of, most, plain_log, settle
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import comparable, front, speed_of
-from hpc_core.store.reading import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpc_core.baselines.reading import plain
 from hpc_core.case.errors import SpecError
 from hpc_core.record.files import write_whole
 from hpc_core.report.ladder import Ladder, Step, read_ladders
 from hpc_core.report.plots.style import DOTS_PER_INCH, INK, beside, rc
-from hpc_core.store.reading import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hpc_core.baselines.reading import plain
 from hpc_core.report.entry import Entry, Spread
 from hpc_core.report.terminal import caption
-from hpc_core.store.reading import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines.lookup import history_path
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.record import Record, record_from_json
-from hpc_core.store.lookup import history_path
 
 __all__ = [
     "HISTORY_BYTES",

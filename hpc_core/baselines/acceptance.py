@@ -15,13 +15,26 @@ from typing import Any, Literal
 
 import msgspec
 
+from hpc_core.baselines.baseline import (
+    Acceptance,
+    Accepted,
+    Baseline,
+    Change,
+    Missing,
+    gated_metrics,
+    proves_nothing,
+)
+from hpc_core.baselines.history_file import history_lines, lengthened
+from hpc_core.baselines.lookup import (
+    baseline_path,
+    find,
+    history_path,
+    render,
+)
+from hpc_core.baselines.profile_file import profile_bytes, profile_path
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Metric, Record, record_to_json
-from hpc_core.store.baseline import Acceptance, Accepted, Baseline, Change, Missing, gated_metrics, proves_nothing
-from hpc_core.store.history_file import history_lines, lengthened
-from hpc_core.store.lookup import baseline_path, find, history_path, render
-from hpc_core.store.profile_file import profile_bytes, profile_path
 
 __all__ = ["accept", "changes_between", "refuse", "unstored"]
 

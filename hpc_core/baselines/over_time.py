@@ -12,12 +12,12 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.baselines.baseline import Baseline, gated_metrics
+from hpc_core.baselines.lookup import baseline_path, history_path, parsed
+from hpc_core.baselines.sessions import accepted_records
 from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.record.git import contents, revisions_of
 from hpc_core.record.record import Metric, Record, record_from_json
-from hpc_core.store.baseline import Baseline, gated_metrics
-from hpc_core.store.lookup import baseline_path, history_path, parsed
-from hpc_core.store.sessions import accepted_records
 
 __all__ = ["OverTime", "Point", "moment", "over_time"]
 

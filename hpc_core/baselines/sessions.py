@@ -7,10 +7,10 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines.history_file import history_lines, record_of_line
+from hpc_core.baselines.lookup import history_path
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Metric, Record
-from hpc_core.store.history_file import history_lines, record_of_line
-from hpc_core.store.lookup import history_path
 
 __all__ = ["Session", "accepted_records", "session_of", "sessions", "sessions_of_lines"]
 

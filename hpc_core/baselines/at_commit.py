@@ -6,12 +6,22 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines.acceptance import changes_between
+from hpc_core.baselines.baseline import (
+    Baseline,
+    Change,
+    Lookup,
+    Missing,
+)
+from hpc_core.baselines.history_file import checked_lines
+from hpc_core.baselines.lookup import (
+    baseline_path,
+    find,
+    history_path,
+    parsed,
+)
+from hpc_core.baselines.sessions import Session, sessions_of_lines
 from hpc_core.record.git import contents, listing, resolved
-from hpc_core.store.acceptance import changes_between
-from hpc_core.store.baseline import Baseline, Change, Lookup, Missing
-from hpc_core.store.history_file import checked_lines
-from hpc_core.store.lookup import baseline_path, find, history_path, parsed
-from hpc_core.store.sessions import Session, sessions_of_lines
 
 __all__ = ["BaselineChange", "PastBaselines", "baseline_changes"]
 

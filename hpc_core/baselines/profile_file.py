@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
+from hpc_core.baselines.baseline import Baseline, gated_metrics
+from hpc_core.baselines.lookup import baseline_path, find
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record
-from hpc_core.store.baseline import Baseline, gated_metrics
-from hpc_core.store.lookup import baseline_path, find
 
 __all__ = [
     "StoredProfile",

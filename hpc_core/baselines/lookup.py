@@ -14,9 +14,16 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.baselines.baseline import (
+    Baseline,
+    Damaged,
+    Lookup,
+    Missing,
+    OlderSchema,
+    is_gated,
+)
 from hpc_core.case.case import SCHEMA, case_to_json
 from hpc_core.case.errors import BaselineError
-from hpc_core.store.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema, is_gated
 
 __all__ = ["baseline_path", "find", "history_path", "parsed", "render"]
 

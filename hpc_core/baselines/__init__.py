@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from hpc_core.store.acceptance import accept, unstored
-from hpc_core.store.baseline import (
+from hpc_core.baselines.acceptance import accept, unstored
+from hpc_core.baselines.at_commit import BaselineChange, PastBaselines, baseline_changes
+from hpc_core.baselines.baseline import (
     Acceptance,
     Accepted,
     Baseline,
@@ -19,11 +20,15 @@ from hpc_core.store.baseline import (
     gated_metrics,
     proves_nothing,
 )
-from hpc_core.store.history_file import HISTORY_BYTES, HISTORY_LENGTH, last_accepted
-from hpc_core.store.lookup import baseline_path, find, history_path
-from hpc_core.store.past import BaselineChange, PastBaselines, baseline_changes
-from hpc_core.store.profile_file import profile_path, profile_to_keep, stored_profile
-from hpc_core.store.sessions import Session, accepted_records, session_of, sessions
+from hpc_core.baselines.history_file import HISTORY_BYTES, HISTORY_LENGTH, last_accepted
+from hpc_core.baselines.lookup import baseline_path, find, history_path
+from hpc_core.baselines.profile_file import profile_path, profile_to_keep, stored_profile
+from hpc_core.baselines.sessions import (
+    Session,
+    accepted_records,
+    session_of,
+    sessions,
+)
 
 __all__ = [
     "HISTORY_BYTES",

@@ -14,12 +14,12 @@ from typing import Any
 
 import msgspec
 
+from hpc_core.baselines.baseline import Baseline, OlderSchema
+from hpc_core.baselines.history_file import schema_of
+from hpc_core.baselines.lookup import baseline_path, parsed
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.record import Circumstances, Record, record_from_json
-from hpc_core.store.baseline import Baseline, OlderSchema
-from hpc_core.store.history_file import schema_of
-from hpc_core.store.lookup import baseline_path, parsed
 
 __all__ = ["Reading", "may_hold_longer", "plain", "read_records"]
 
