@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hpc_core.doctor.checks import LIBRARIES
+from hpc_core.cli.doctor_checks.checks import LIBRARIES
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,8 @@ import msgspec
 import typer
 
 from hpc_core.cli.console import say, say_json
-from hpc_core.doctor.checks import Check
-from hpc_core.doctor.examination import Examination, examine
+from hpc_core.cli.doctor_checks.checks import Check
+from hpc_core.cli.doctor_checks.examination import Examination, examine
 from hpc_core.record import units as sizes
 from hpc_core.record.gpu_state import setup_notes, throttle_words
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.doctor.probe import MARKER
+from hpc_core.cli.doctor_checks.probe import MARKER
 from hpc_core.launch.interpreter import worker_environment
 
 __all__ = ["Told", "ask"]
@@ -42,7 +42,7 @@ def ask(names: Iterable[str], *, limit_s: float) -> dict[str, Told]:
 
 def _one(name: str, limit_s: float) -> Told:
     child = subprocess.Popen(
-        [sys.executable, "-m", "hpc_core.doctor.probe", name],
+        [sys.executable, "-m", "hpc_core.cli.doctor_checks.probe", name],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.doctor.children import Told
+from hpc_core.cli.doctor_checks.children import Told
 
 __all__ = ["LIBRARIES", "Check", "Library", "State", "check_bitsandbytes", "check_gpu", "check_library", "check_torch"]
 

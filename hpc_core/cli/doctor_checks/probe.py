@@ -1,4 +1,4 @@
-"""One question to one library, in a process of its own: `python -m hpc_core.doctor.probe NAME` prints a marker and JSON.
+"""One question to one library, in a process of its own: `python -m hpc_core.cli.doctor_checks.probe NAME` prints a marker and JSON.
 
 What a library prints while it is imported stands before the marker. Whatever it raises is told as its answer.
 """

@@ -15,8 +15,15 @@ import hpc_core
 from hpc_core.baselines import accepted_records
 from hpc_core.bounds.datasheet import datasheet
 from hpc_core.case.errors import BaselineError
-from hpc_core.doctor.checks import LIBRARIES, Check, check_bitsandbytes, check_gpu, check_library, check_torch
-from hpc_core.doctor.children import Told, ask
+from hpc_core.cli.doctor_checks.checks import (
+    LIBRARIES,
+    Check,
+    check_bitsandbytes,
+    check_gpu,
+    check_library,
+    check_torch,
+)
+from hpc_core.cli.doctor_checks.children import Told, ask
 from hpc_core.record.record import Machine
 
 __all__ = ["Examination", "examine"]
