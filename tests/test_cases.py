@@ -34,7 +34,7 @@ from hpc_core.catalogue import (
     smollm2,
     tiny,
 )
-from hpc_core.report.twins import are_twins
+from hpc_core.report.paired import are_twins
 
 
 def _engine(case: Case) -> str:

@@ -12,8 +12,8 @@ from hpc_core.gate.busy import sm_clock_mhz
 from hpc_core.gate.distance import Distance, stored_distance
 from hpc_core.gate.family import SUITE_ALPHA, expected_line
 from hpc_core.gate.interval import history_interval, interval_of, three_way
+from hpc_core.gate.sample_size import settled_by
 from hpc_core.gate.sequential import Sequential
-from hpc_core.gate.settling import settled_by
 from hpc_core.gate.spread import SPREADS
 from hpc_core.record.record import Metric
 from tests.strategies import a_record, around, busy, counted

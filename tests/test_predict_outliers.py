@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.builders.drawn import STD
-from hpc_core.predict.answers import Answers
 from hpc_core.predict.outliers import Outliers, expected_columns, share_beyond
+from hpc_core.predict.policy import Answers
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 

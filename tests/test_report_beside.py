@@ -15,9 +15,15 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.catalogue import ALL, SWEEP, catalogue
 from hpc_core.record.record import Metric, Record, record_to_json
-from hpc_core.report.beside import accepted_records, floor_s, losses_apart, main, page
-from hpc_core.report.beside_memory import memory_told
-from hpc_core.report.twins import are_twins, changed_work, work_of
+from hpc_core.report.comparison import (
+    accepted_records,
+    floor_s,
+    losses_apart,
+    main,
+    page,
+)
+from hpc_core.report.comparison_memory import memory_told
+from hpc_core.report.paired import are_twins, changed_work, work_of
 from tests.strategies import a_record, around, busy, cases, peak, wall
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +179,7 @@ def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    """docs/stock-beside-tuned.md comes from code and committed records: `python -m hpc_core.report.beside` writes it."""
+    """docs/stock-beside-tuned.md comes from code and committed records: `python -m hpc_core.report.comparison` writes it."""
     folder = ROOT / "baselines"
     assert (ROOT / "docs" / "stock-beside-tuned.md").read_text(encoding="utf-8") == main(folder)
 

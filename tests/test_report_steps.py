@@ -16,8 +16,8 @@ from bench import decode_ablation, train_ablation
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.report.ladder import ladders_of
+from hpc_core.report.paired import work_of
 from hpc_core.report.plots.steps import drawn_steps, main
-from hpc_core.report.twins import work_of
 
 pytest.importorskip("matplotlib")
 METHODS, WEIGHTS = ["lora", "qlora", "full"], ["bf16", "nf4"]

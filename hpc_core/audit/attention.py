@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hpc_core.audit.looks import taken
+from hpc_core.audit.facts import taken
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.record.record import Fact
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.looks import dtype_name
+from hpc_core.audit.facts import dtype_name
 from hpc_core.audit.loss import LossSeen, watch_loss
 from hpc_core.engines.finetune import FinetuneProgram
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from hpc_core.audit.facts import taken
 from hpc_core.audit.forwards import ForwardsSeen
-from hpc_core.audit.looks import taken
 from hpc_core.case.case import GenerateSpec
 from hpc_core.engines.generate import GenerateProgram
 from hpc_core.record.record import Fact

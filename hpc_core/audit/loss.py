@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.looks import taken
+from hpc_core.audit.facts import taken
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.record.record import Fact
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.looks import taken
+from hpc_core.audit.facts import taken
 from hpc_core.record.record import Fact
 
 __all__ = ["module_facts"]

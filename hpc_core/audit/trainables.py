@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.looks import names, taken
+from hpc_core.audit.facts import names, taken
 from hpc_core.audit.weights import linear_layers
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec

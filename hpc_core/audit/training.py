@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from hpc_core.audit.facts import names, taken
 from hpc_core.audit.forwards import ForwardsSeen, StepSeen
-from hpc_core.audit.looks import names, taken
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.case.case import Case, FinetuneSpec

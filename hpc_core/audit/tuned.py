@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.audit.looks import taken
+from hpc_core.audit.facts import taken
 from hpc_core.engines.tuned.compile import compiled_layers
 from hpc_core.engines.tuned.forward import TunedForward
 from hpc_core.engines.tuned.liger import seen_of_liger

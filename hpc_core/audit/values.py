@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.looks import taken
+from hpc_core.audit.facts import taken
 from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.builders.drawn import STD, drawn
 from hpc_core.builders.quantization import dequantized_weight, quantized_layers

@@ -11,7 +11,7 @@ import msgspec
 
 from hpc_core.gate.distance import Distance, stored_distance
 from hpc_core.gate.interval import Interval, interval_of, three_way
-from hpc_core.gate.settling import settled_by
+from hpc_core.gate.sample_size import settled_by
 from hpc_core.gate.spread import COMPUTE_BOUND, SPREADS, family_of
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes

@@ -21,8 +21,8 @@ from hpc_core.builders import drawn
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import PredictError
 from hpc_core.predict import shim
-from hpc_core.predict.answers import Answers
 from hpc_core.predict.attention import Attention
+from hpc_core.predict.policy import Answers
 from hpc_core.predict.quantized import fake_bitsandbytes
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.gpus import Gpu

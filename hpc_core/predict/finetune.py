@@ -17,7 +17,7 @@ from hpc_core.instruments.owners import (
     owned_bytes,
     weight_tensors,
 )
-from hpc_core.predict.answers import Answers
+from hpc_core.predict.policy import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record

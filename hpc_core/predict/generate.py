@@ -17,7 +17,7 @@ from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.predict.answers import Answers
+from hpc_core.predict.policy import Answers
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record

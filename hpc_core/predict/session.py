@@ -17,8 +17,8 @@ from hpc_core.instruments.clock import quiet
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.predict.answers import Answers
 from hpc_core.predict.fake import fake_gpu
+from hpc_core.predict.policy import Answers
 from hpc_core.predict.quantized import OUTLIERS
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.environment import circumstances

@@ -26,9 +26,9 @@ from hpc_core.instruments.formulas import own_formulas
 from hpc_core.instruments.places import nowhere
 from hpc_core.instruments.timeline import Allocation, Timeline
 from hpc_core.predict.allocator import Allocator
-from hpc_core.predict.answers import Answers
 from hpc_core.predict.kernels import Launches
 from hpc_core.predict.layout import laid_out
+from hpc_core.predict.policy import Answers
 from hpc_core.predict.quantized import CONSTANTS_FIRST, STAND_INS
 from hpc_core.record.gpus import Gpu
 

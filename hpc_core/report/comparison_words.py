@@ -6,7 +6,7 @@ __all__ = ["HEAD"]
 
 HEAD = """# Stock beside tuned
 
-Written by `python -m hpc_core.report.beside`: every number is read from the committed baselines of {machines}, or computed in closed form. A test keeps
+Written by `python -m hpc_core.report.comparison`: every number is read from the committed baselines of {machines}, or computed in closed form. A test keeps
 this page equal to what the command prints. A row and those below it run the same work: model, weights, adapter, data, batch and lengths are equal, only the
 engine and its switches differ. A machine is a model of GPU: a row and its twin may be of two cards and two calls, mostly of one. Random weights. What a record does not hold is shown as `-`. Times of two machines are not to be compared by their stock rows'
 walls: those are the host's.

@@ -1,6 +1,6 @@
 """docs/stock-beside-tuned.md from accepted records: each case by the libraries' own path and by our engines, with the distance to the floor.
 
-    python -m hpc_core.report.beside [BASELINES] > docs/stock-beside-tuned.md
+    python -m hpc_core.report.comparison [BASELINES] > docs/stock-beside-tuned.md
 
 Every number comes from the records or from the closed forms of `hpc_core.bounds`; what no record holds is shown as absent.
 """
@@ -23,9 +23,9 @@ from hpc_core.catalogue import (
     TUNED,
 )
 from hpc_core.record.record import Record, record_from_json
-from hpc_core.report.beside_memory import memory_told
-from hpc_core.report.beside_words import HEAD
-from hpc_core.report.twins import changed_work, twins_of
+from hpc_core.report.comparison_memory import memory_told
+from hpc_core.report.comparison_words import HEAD
+from hpc_core.report.paired import changed_work, twins_of
 
 __all__ = ["accepted_records", "floor_s", "losses_apart", "page"]
 
@@ -293,4 +293,4 @@ if __name__ == "__main__":
     try:
         sys.stdout.write(main(Path(sys.argv[1]) if len(sys.argv) > 1 else _OURS))
     except SpecError as error:
-        sys.exit(f"hpc_core.report.beside: {error}")
+        sys.exit(f"hpc_core.report.comparison: {error}")
