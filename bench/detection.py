@@ -3,7 +3,7 @@
     python bench/detection.py --out detection.json
 
 A step of full fine-tuning on eight layers of Llama-3.2-3B, in fresh processes, in turn as it is and with one kernel more, which spins for
-2 % of what the step takes. `tests/test_gate_evidence.py` draws processes from what it writes and judges them as an A/B does.
+2 % of what the step takes. `tests/gate/test_evidence.py` draws processes from what it writes and judges them as an A/B does.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 CASES = """\
-from hpc_core.spec import CallableSpec, Case
+from hpc_core import CallableSpec, Case
 
 CASES = [Case(id="own/step", scale="tiny", workload=CallableSpec(factory="work.step:make", steps=3))]
 """

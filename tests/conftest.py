@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -49,8 +50,8 @@ def no_worker_of_xdist(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-_PREDICT = ("test_predict_", "test_plugin_predicted", "test_cli_predict", "test_cli_fitting", "test_predicting")
-_NO_NEED = ("test_predict_allocator", "test_predict_shim")
+_PREDICT = ("predict/", "plugin/test_predicted", "cli/test_predict", "cli/test_fitting")
+_NO_NEED = ("predict/test_allocator", "predict/test_shim")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -58,5 +59,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is not None:
         return
     for item in items:
-        if item.path.stem.startswith(_PREDICT) and not item.path.stem.startswith(_NO_NEED):
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        if name.startswith(_PREDICT) and not name.startswith(_NO_NEED):
             item.add_marker(pytest.mark.skip(reason="prediction needs a C++ compiler, and there is none (CXX, c++)"))

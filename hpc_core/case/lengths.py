@@ -28,5 +28,5 @@ def recorded_lengths(name: str) -> tuple[int, ...]:
     """
     if name not in _KEYS:
         raise DataError(f"No recorded lengths of {name!r}; the package has {' and '.join(map(repr, _KEYS))}.")
-    text = files("hpc_core.builders.data").joinpath("traces", f"{name}.json").read_text(encoding="utf-8")
+    text = files("hpc_core.case").joinpath("traces", f"{name}.json").read_text(encoding="utf-8")
     return tuple(int(length) for length in json.loads(text)[_KEYS[name]])

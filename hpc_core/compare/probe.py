@@ -33,9 +33,9 @@ import importlib.metadata, importlib.util, json, os, sys
 asked = json.load(sys.stdin)
 import msgspec
 import hpc_core
-from hpc_core.launch.protocol import Job
-from hpc_core.record import Record
-from hpc_core.spec import SCHEMA, case_from_json
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
+from hpc_core.case.case import SCHEMA, case_from_json
 
 def spoken(kind):
     found = msgspec.json.schema(kind).get("$defs", {})

@@ -38,7 +38,7 @@ def start_cold(
     there = () if folder is None else ("--folder", os.fspath(folder))
     supervise = (sys.executable, "-m", "hpc_core.launch.supervisor", *descriptors, "--life-fd", str(life), *there)
     # -u: what the code under test printed is there even if it then crashes.
-    work = (python, "-u", "-m", "hpc_core.worker.main", *descriptors)
+    work = (python, "-u", "-m", "hpc_core.worker", *descriptors)
     carried = {ENVIRONMENT: json.dumps(worker_environment(environment))}
     try:
         process = subprocess.Popen(

@@ -29,7 +29,7 @@ def load_measuring_half() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("session", "callable", "generate", "finetune"):
-            importlib.import_module(f"hpc_core.worker.perform.{name}")
+            importlib.import_module(f"hpc_core.worker.{name}")
 
 
 def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], None]) -> Record:

@@ -1,4 +1,4 @@
-"""One job in, one record out: `python -m hpc_core.worker.main --job-fd N --events-fd M`.
+"""One job in, one record out: `python -m hpc_core.worker --job-fd N --events-fd M`.
 
 Turns whatever happens while a case runs into a record. Knows neither models nor measuring (`hpc_core.worker.perform` does),
 nor how it was started. Events go to their own descriptor, never to stdout, which belongs to the code under test.
@@ -203,12 +203,8 @@ def _write_all(events: FileIO, line: bytes) -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Serve the job of the given descriptors."""
-    parser = argparse.ArgumentParser(prog="python -m hpc_core.worker.main", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hpc_core.worker", description=__doc__)
     parser.add_argument("--job-fd", type=int, required=True, help="one Job as JSON")
     parser.add_argument("--events-fd", type=int, required=True, help="one event a line as JSON")
     chosen = parser.parse_args(arguments)
     serve(chosen.job_fd, chosen.events_fd)
-
-
-if __name__ == "__main__":
-    main()

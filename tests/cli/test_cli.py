@@ -1,0 +1,249 @@
+"""The command line: starts at once, answers mistakes in one line, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from hpc_core.baselines import accept, profile_path
+from hpc_core.cli import main
+from hpc_core.record.record import record_from_json, record_to_json
+from tests.git_project import GitProject
+from tests.profiles import a_profile, weights
+from tests.strategies import a_case, a_record, around, failed_record, peak
+
+ROOT = Path(__file__).parents[2]
+RECORD = a_record()
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Path:
+    path = tmp_path / "records" / "tiny" / "lora.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(record_to_json(RECORD))
+    return path
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "tiny/lroa"], "Near: tiny/lora"),
+        (["baseline", "list", "--baselines", "nowhere"], "no such folder"),
+        (["baseline", "accept", "nowhere.json", "--reason", "x"], "nowhere.json: No such file"),
+        (["baseline", "diff", __file__], "Not a record"),
+        (["baseline", "diff", __file__, "HEAD"], "compare two files, or two git revisions"),
+        (["baseline", "diff", "v1"], "baselines: no such folder"),
+        (["history", "tiny/lora"], "nothing is known of 'tiny/lora'"),
+        (["history", "tiny/lora", "--plot", "a.svg"], "--plot draws one metric"),
+        (["export", "nowhere", "--out", "out"], "no such folder"),
+        (["original-report", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
+        (["cases", "--cases", "nowhere.py"], "no such case file"),
+        (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
+        (["faults", "--out", "here"], "--out belongs to --explain"),
+        (["faults", "--explain", "--scale", "full", "--out", "there"], "needs a CUDA GPU"),
+        (["report", __file__, "--html", "."], ".: is a folder, and --html names the file"),
+        (["report", "nowhere"], "nowhere: no such file or folder"),
+        (["explain", "nowhere.json"], "nowhere.json: No such file"),
+        (["predict", "tiny/lora", "--gpu", "voodoo"], "No kind of GPU is called 'voodoo'"),
+    ],
+    ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Bad input: exit code 2, one line on stderr that names it, nothing on stdout, no traceback."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_it_starts_without_torch() -> None:
+    """Listing the cases loads neither torch nor pytest."""
+    code = "import sys; from hpc_core.cli import main\ntry: main(['cases', '--scale', 'tiny'])\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'pytest' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, cwd=ROOT)
+    assert ran.stdout.splitlines()[-1] == "False False"
+    assert any(line.startswith("tiny/lora ") for line in ran.stdout.splitlines())
+
+
+def test_cases_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is a case."""
+    assert run("cases", "--scale", "full", "--json") == 0
+    assert {json.loads(line)["scale"] for line in capsys.readouterr().out.splitlines()} == {"full"}
+
+
+def test_accept_show_diff(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A record from elsewhere is accepted, listed and shown; another one is judged against it without running."""
+    root = tmp_path / "baselines"
+    assert run("baseline", "diff", record, "--baselines", root) == 0  # nothing to compare with is no failure
+    assert run("baseline", "accept", record, "--baselines", root, "--reason", "from the H100") == 0
+    assert run("baseline", "list", "--baselines", root) == 0
+    assert "from the H100" in capsys.readouterr().out
+    assert run("baseline", "show", "tiny/lora", "--baselines", root) == 0
+    assert "peak_bytes" in capsys.readouterr().out
+    assert run("baseline", "diff", record, "--baselines", root) == 0
+    worse = tmp_path / "worse.json"
+    worse.write_bytes(record_to_json(a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})))
+    assert run("baseline", "diff", worse, "--baselines", root) == 1
+    assert "REGRESSED" in capsys.readouterr().out
+
+
+def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
+    """All records are read before the first is accepted."""
+    bad = tmp_path / "bad.json"
+    bad.write_text("{}")
+    assert run("baseline", "accept", record, bad, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert not (tmp_path / "b").exists()
+
+
+def test_profiles_are_lent_to_the_baselines_that_there_are_or_to_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --machine, cases without a baseline there are passed over and named; one record that cannot explain, and nothing is written."""
+    root, folder = tmp_path / "b", tmp_path / "records"
+    profile = a_profile(weights())
+    known = a_record(RECORD.metrics, profile=profile)
+    unknown = a_record(RECORD.metrics, case=a_case().vary("other", seed=7), profile=profile)
+    accept(root, msgspec.structs.replace(known, profile=None), reason="first", allow_dirty=True)
+    key = known.circumstances.machine.key
+    elsewhere = msgspec.structs.replace(known.circumstances.machine, key="nvidia-h200-140gib")
+    for number, record in enumerate((known, unknown)):
+        around_it = msgspec.structs.replace(record.circumstances, machine=elsewhere)
+        path = folder / f"{number}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=around_it)))
+    lies = profile_path(root, key, known.case.id)
+
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", "nowhere") == 2
+    assert f"Machines here: {key}" in capsys.readouterr().err
+    (folder / "2.json").write_bytes(record_to_json(msgspec.structs.replace(known, profile=None)))
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 2
+    assert not lies.exists()
+    (folder / "2.json").unlink()
+    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 0
+    assert lies.exists()
+    told = capsys.readouterr().out
+    assert f"passed over, since {key} has no baseline of them: {unknown.case.id}" in " ".join(told.split())
+
+
+def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepting a failed run is refused with its reason."""
+    path = tmp_path / "failed.json"
+    path.write_bytes(record_to_json(failed_record()))
+    assert run("baseline", "accept", path, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert "80.1 GiB" in capsys.readouterr().err
+
+
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without a record is a mistake, and said so."""
+    (tmp_path / "records").mkdir()
+    assert run("export", tmp_path / "records", "--out", tmp_path / "out") == 2
+    assert "holds no record" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven rows on a tiny model give the two files; run again after two records are gone or bad, just those run."""
+    out = tmp_path / "report"
+    assert run("original-report", "--out", out, "--short") == 0
+    inference = json.loads((out / "baseline_inference_metrics.json").read_text())["methods"]
+    assert set(inference) == {"original-fp16", "original-nf4"}
+    training = json.loads((out / "baseline_finetune_metrics.json").read_text())["methods"]
+    assert len(training) == 5
+    assert not any(method["extrapolated"] for method in training.values())
+    assert "[7/7]" in capsys.readouterr().err
+    (out / "records" / "tiny" / "original-lora.json").unlink()
+    other = out / "records" / "tiny" / "original-full.json"
+    changed = record_from_json(other.read_bytes())
+    other.write_bytes(
+        record_to_json(msgspec.structs.replace(changed, case=msgspec.structs.replace(changed.case, seed=7)))
+    )
+    assert run("original-report", "--out", out, "--short") == 0
+    said = capsys.readouterr().err
+    assert said.count("measured already") == 5
+    assert said.count(": running") == 2
+
+
+def test_what_changed_between_revisions_and_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Baselines of two revisions, of a revision and today, and two files of any kind are compared value by value."""
+    project = GitProject(tmp_path / "project")
+    monkeypatch.chdir(project.root)
+    records = {"old": RECORD, "new": a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})}
+    for name, each in records.items():
+        Path("records", name).mkdir(parents=True)
+        Path("records", name, "lora.json").write_bytes(record_to_json(each))
+        assert run("baseline", "accept", f"records/{name}", "--reason", f"the {name} one") == 0
+        project.commit(name)
+    capsys.readouterr()
+    line = "nvidia-h100-80gb-hbm3-80gib/tiny/lora: peak_bytes 2.00 GiB → 3.00 GiB (+50 %); reason: the new one"
+    for revisions in (["HEAD~1"], ["HEAD~1", "HEAD"]):
+        assert run("baseline", "diff", *revisions) == 0
+        assert capsys.readouterr().out == f"{line}\n"
+    assert run("baseline", "diff", "HEAD") == 0
+    assert "No baseline changed in" in capsys.readouterr().out
+    stored = "baselines/nvidia-h100-80gb-hbm3-80gib/tiny/lora.json"
+    assert run("baseline", "diff", "records/old/lora.json", stored) == 0
+    assert "peak_bytes 2.00 GiB → 3.00 GiB (+50 %)" in capsys.readouterr().out
+
+
+def test_uncommitted_code_is_accepted_only_if_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One dirty record among several accepts none of them, unless --allow-dirty says that it is meant."""
+    for name, dirty in (("a", False), ("b", True)):
+        case = a_case(f"tiny/{name}")
+        (tmp_path / f"{name}.json").write_bytes(record_to_json(a_record(case=case, circumstances=around(dirty=dirty))))
+    accept = (
+        "baseline",
+        "accept",
+        tmp_path / "a.json",
+        tmp_path / "b.json",
+        "--reason",
+        "x",
+        "--baselines",
+        tmp_path / "b",
+    )
+    assert run(*accept) == 2
+    assert "--allow-dirty" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    assert run(*accept, "--allow-dirty") == 0
+
+
+def test_baselines_are_told_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepting, listing, showing and comparing speak JSON too, with the exit codes that they have without it."""
+    folder = ("--baselines", tmp_path / "kept", "--json")
+    said = []
+    for command in (
+        ["accept", record, "--reason", "first", "--allow-dirty"],
+        ["list"],
+        ["show", "tiny/lora"],
+        ["diff", record],
+        ["diff", record, record],
+    ):
+        assert run("baseline", *command, *folder) == 0
+        said.append(json.loads(capsys.readouterr().out))
+
+    accepted, listed, shown, judged, alike = said
+    assert (accepted[0]["action"], listed[0]["state"], listed[0]["case"]) == ("created", "sound", "tiny/lora")
+    assert shown[0]["metrics"]["peak_bytes"]["value"] == RECORD.metrics["peak_bytes"].value
+    assert (judged["judgement"]["verdict"], judged["cause"], alike["changes"]) == ("PASS", None, [])
+    record.write_bytes(record_to_json(a_record({"peak_bytes": peak(4 * 2**30)})))
+    assert run("baseline", "diff", record, *folder) == 1
+    assert json.loads(capsys.readouterr().out)["cause"]["lines"][0].startswith("peak +2.00 GiB")

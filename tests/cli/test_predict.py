@@ -1,0 +1,267 @@
+"""`hpc-core predict` and `hpc_core.predicted`: will it fit, said in seconds and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import hpc_core
+from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
+from hpc_core.case.errors import PredictError, SpecError
+from hpc_core.case.shapes import SHAPES
+from hpc_core.catalogue import catalogue
+from hpc_core.cli import predict as command
+from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
+from hpc_core.cli.own_model import case_of_model, context_length
+from hpc_core.record.gpus import gpu_named
+from hpc_core.record.record import (
+    Failure,
+    Machine,
+    Record,
+    record_from_json,
+)
+from hpc_core.report.prediction import prediction_block, sweep_table
+from tests.cli.test_cli import run
+from tests.strategies import a_case, a_record, around, counted, peak
+
+GIB = 2**30
+COMPILER = (sysconfig.get_config_var("CXX") or "c++").split()[0]
+predicts = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="prediction compiles a small C++ file once")
+
+
+def predicted_record(case: Case, gpu: str, peak_bytes: int) -> Record:
+    """What a prediction of this peak looks like."""
+    card = gpu_named(gpu)
+    metrics = {"peak_bytes": peak(peak_bytes), "peak_backward_bytes": peak(peak_bytes), "peak_load_bytes": peak(GIB)}
+    metrics |= {"at_peak_weights_bytes": peak(GIB), "weights_bytes": peak(GIB)}
+    metrics |= {"flops": counted(10**12, unit="FLOP"), "kernels": counted(50, unit="1 per 10 steps")}
+    where = Machine(key="predicted", name=card.name, memory_bytes=card.memory_bytes)
+    return a_record(metrics, case=case, circumstances=around(where, gpu={"torch": "a CPU build"}))
+
+
+def tiny_config() -> dict[str, Any]:
+    """The configuration of the shape `tiny`, as a model's folder would hold it."""
+    said = msgspec.to_builtins(SHAPES["tiny"])
+    names: tuple[str, ...] = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    names += ("head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps", "rope_theta")
+    return {"model_type": said["architecture"]} | {name: said[name] for name in names}
+
+
+@pytest.fixture
+def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
+    """Predictions without workers: 2 GiB and one for each row of the batch. Holds the cases that were asked for."""
+    asked: list[Case] = []
+
+    def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False) -> Record:
+        asked.append(case)
+        assert isinstance(case.workload, FinetuneSpec)
+        return predicted_record(case, gpu, (2 + case.workload.batch) * GIB)
+
+    monkeypatch.setattr(command, "prediction", prediction)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny/lroa"], "Near: tiny/lora"),
+        (["tiny/lora", "--gpu", "RTX"], "2 kinds of GPU are called 'RTX' here. Say one of: H100 80GB HBM3, H200,"),
+        (["tiny/lora", "--gpu", "Voodoo"], "No kind of GPU is called 'Voodoo'"),
+        (["tiny/lora", "--set", "batc=8"], "has no field 'batc' to vary. It has: ahead, alpha, attention, batch,"),
+        (["tiny/lora", "--set", "batch"], "say --set batch=8"),
+        (["tiny/lora", "--set", "batch=x"], "batch='x'"),
+        (["tiny/lora", "--set", "batch=1", "--set", "batch=2"], "--set batch is said twice"),
+        (["tiny/lora", "--set", "dtype=float16"], "say one of model_dtype, adapter_dtype"),
+        (["tiny/lora", "--sweep", "batch"], "--sweep 'batch' says no field"),
+        (["tiny/lora", "--sweep", "batch="], "says no value"),
+        (["tiny/lora", "--sweep", "batch=1,0"], "batch must be at least 1, got 0"),
+        (["tiny/lora", "--sweep", "batch=1", "--fit", "batch"], "two questions"),
+        (["tiny/lora", "--fit", "dropout"], "that can be fitted: batch, length"),
+        (["tiny/lora-padded", "--fit", "length"], "bring their own lengths"),
+        (["tiny/generate-bf16", "--fit", "rank"], "that can be fitted: batch, prompt_length, new_tokens"),
+        (["tiny/lora", "--margin", "much"], "--margin 'much' is no size"),
+        (["tiny/lora", "--plot", "m.txt"], "say what to draw by its suffix: .svg, .png, .pdf"),
+        (["tiny/lora", "--plot", "m.svg", "--fit", "batch"], "--plot draws one prediction"),
+        (["tiny/lora", "--over", "m.json"], "say --plot memory.svg too"),
+        (["tiny/lora", "--plot", "m.svg", "--over", "nowhere.json"], "nowhere.json: No such file"),
+        ([], "Say either a case"),
+        (["tiny/lora", "--model", "x"], "Say either a case"),
+        (["tiny/lora", "--method", "full"], "--method belongs to --model"),
+        (["--model", "./nowhere"], "no such folder or file, and no hub id"),
+        (["--model", "/"], "the folder holds no config.json"),
+        (["tiny/lora", "--batch", "2", "--set", "batch=3"], "batch is said twice"),
+        (["tiny/lora", "--margin", "90GiB"], "leaves nothing of H100 80GB HBM3's 79.65 GiB"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad input: exit code 2, one line that names it and what to say instead, and nothing is predicted."""
+    assert run("predict", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_values_are_json_or_text() -> None:
+    """Numbers, lists and null as in JSON; whatever is none of it is text."""
+    said = changes_said(["batch=8", 'targets=["q_proj"]', "quantization=null", "model_dtype=float16", "prepare=true"])
+    assert said == {
+        "batch": 8,
+        "targets": ["q_proj"],
+        "quantization": None,
+        "model_dtype": "float16",
+        "prepare": True,
+    }
+    assert sweep_said("batch=1, 2,4") == ("batch", [1, 2, 4])
+    assert sweep_said("optimizer=adamw-fused,adamw-8bit") == ("optimizer", ["adamw-fused", "adamw-8bit"])
+    assert sweep_said('targets=[["q_proj"],["v_proj"]]') == ("targets", [["q_proj"], ["v_proj"]])
+
+
+def test_a_changed_case_says_so_in_its_id() -> None:
+    """What is predicted never carries the name of another case; saying what is so already changes nothing."""
+    case = a_case()
+    assert with_changes(case, {"batch": 8, "model_dtype": "float16"}).id == "tiny/lora+batch-8+model_dtype-float16"
+    assert with_changes(case, {"batch": 4}) == case
+    assert with_changes(case, {"targets": ["q_proj", "v_proj"]}).id == "tiny/lora+targets-q_proj-v_proj"
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1GiB", GIB), ("1.5 GiB", 3 * GIB // 2), ("512mib", 2**29), ("0", 0), ("2GB", 2 * 10**9)]
+)
+def test_sizes_with_units(text: str, size: int) -> None:
+    """Powers of 1024 and of 1000, with or without a space."""
+    assert bytes_said("--margin", text) == size
+
+
+def test_a_size_without_sense_is_refused() -> None:
+    """A unit that is none."""
+    with pytest.raises(SpecError, match="no size"):
+        bytes_said("--margin", "1 furlong")
+
+
+def test_fit_gives_the_largest_and_what_it_kept(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """24 GiB less the margin of 1 and the 2 that are held: 21 rows; the margin and its reason are said."""
+    assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090") == 0
+    out, err = capsys.readouterr()
+    assert "largest batch that fits: 21 (batch=22 would take 24.00 GiB" in out
+    assert "kept free: 1.00 GiB of 24.00 GiB for the CUDA context (about 0.5 GiB)" in out
+    assert "23.00 GiB of 24.00 GiB; 0 B left beyond the margin of 1.00 GiB" in out
+    assert len(err.splitlines()) == len(a_gib_a_row) <= 6
+
+
+def test_fit_says_when_nothing_fits(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the least value: an error with the numbers."""
+    assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090", "--margin", "22GiB") == 2
+    assert (
+        "does not fit one RTX 4090 with any batch: batch=1 takes 3.00 GiB, and 2.00 GiB are left"
+        in capsys.readouterr().err
+    )
+    assert a_gib_a_row
+
+
+def test_sweep_is_a_row_a_value(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """The case's own value is a row like any other; what does not fit says by how much."""
+    assert run("predict", "tiny/lora", "--sweep", "batch=1,2,40", "--gpu", "4090") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["batch", "peak"]
+    assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "40"]
+    assert "NO: 19.00 GiB too much" in lines[4]
+    assert [case.id for case in a_gib_a_row] == ["tiny/lora+batch-1", "tiny/lora", "tiny/lora+batch-40"]
+
+
+def test_a_row_that_fails_says_why_and_the_others_stand() -> None:
+    """A table keeps its row for it."""
+    case = a_case()
+    good = predicted_record(case, "4090", 3 * GIB)
+    failure = Failure(kind="refused", message="No model of it.", phase="build")
+    bad = Record(case=case, status="failed", failure=failure, circumstances=good.circumstances)
+    table = sweep_table("batch", [("1", good), ("2", bad)], GIB).splitlines()
+    assert table[2].split() == ["2", "-", "-", "-", "-", "-"]
+    assert table[-1] == "batch=2: No model of it."
+
+
+def test_what_does_not_fit_is_said_first() -> None:
+    """The first line of the block is the answer; an audit's complaint is its last."""
+    record = predicted_record(a_case(), "4090", 30 * GIB)
+    lines = prediction_block(record, GIB).splitlines()
+    assert lines[1].split("  ")[1].strip() == "DOES NOT FIT"
+    assert "7.00 GiB too much with the margin of 1.00 GiB" in lines[1]
+    invalid = msgspec.structs.replace(record, status="invalid", reasons=("quantized: asked for 1, saw 0.",))
+    assert prediction_block(invalid, GIB).splitlines()[-1].endswith("INVALID: quantized: asked for 1, saw 0.")
+
+
+@predicts
+@pytest.mark.slow
+def test_three_lines_of_python_and_the_command_agree(capsys: pytest.CaptureFixture[str]) -> None:
+    """`hpc_core.predicted` gives the record that `hpc-core predict --json` prints, with the peak where the README says."""
+    record = hpc_core.predicted(catalogue()["tiny/lora"], gpu="RTX 4090")
+    assert run("predict", "tiny/lora", "--gpu", "RTX 4090", "--json", "--timeline") == 0
+    printed = capsys.readouterr().out
+    assert json.loads(printed)["metrics"]["peak_bytes"]["value"] == record.metrics["peak_bytes"].value > 10 * 2**20
+    assert record_from_json(printed).metrics == record.metrics
+    assert record.circumstances.machine.name == "RTX 4090"
+    over_the_step = record_from_json(printed).timeline
+    assert record.timeline is None
+    assert over_the_step is not None
+    assert over_the_step.phases == ("forward", "backward", "optimizer")
+    assert max(over_the_step.totals) == record.metrics["peak_requested_bytes"].value
+
+
+@predicts
+@pytest.mark.slow
+def test_what_has_no_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """A static cache: one line from the worker, no traceback, and the same words as an exception from Python."""
+    assert run("predict", "tiny/generate-bf16", "--set", "cache=static") == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "static cache" in err
+    assert err.count("\n") == 1
+    with pytest.raises(PredictError, match="static cache"):
+        hpc_core.predicted(catalogue()["tiny/generate-bf16"].vary("static", cache="static"))
+
+
+@predicts
+@pytest.mark.slow
+def test_any_model_by_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with nothing but a config.json of a known shape is predicted as that shape is, to the byte and the kernel."""
+    (tmp_path / "My Model").mkdir()
+    (tmp_path / "My Model" / "config.json").write_text(json.dumps(tiny_config()))
+    asked = ["--batch", "2", "--length", "64", "--set", "steps=5", "--json"]
+    assert run("predict", "--model", tmp_path / "My Model", "--method", "lora", *asked) == 0
+    own = record_from_json(capsys.readouterr().out)
+    assert own.case.id == "my-model/lora+batch-2+length-64+steps-5"
+    assert own.case.model == ModelSpec(weights="config", path=str(tmp_path / "My Model"))
+    assert own.metrics == hpc_core.predicted(catalogue()["tiny/lora"]).metrics
+
+
+def test_the_case_of_a_model(tmp_path: Path) -> None:
+    """A hub id need not be here; the context that a local configuration says bounds --fit length."""
+    hub = case_of_model("some-owner/Some-Model-8B", "qlora")
+    assert (hub.id, hub.quantization is not None) == ("some-model-8b/qlora", True)
+    assert hub.model == ModelSpec(weights="config", path="some-owner/Some-Model-8B")
+    assert context_length(hub.model) is None
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(tiny_config()))
+    local = case_of_model(str(file), "generate")
+    assert local.kind == "generate"
+    assert local.model is not None
+    assert context_length(local.model) == 2048
+
+
+def test_a_wrong_gpu_in_python_starts_no_process() -> None:
+    """The list of kinds comes at once."""
+    with pytest.raises(PredictError, match="RTX 5090"):
+        hpc_core.predicted(a_case(), gpu="RTX")

@@ -1,0 +1,184 @@
+"""GPU-busy time against accepted sessions: each verdict by example, what would settle it, and what is not compared at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpc_core.case.limits import Limits
+from hpc_core.gate import MetricVerdict, Verdict, judge
+from hpc_core.gate.busy import sm_clock_mhz
+from hpc_core.gate.distance import Distance, stored_distance
+from hpc_core.gate.family import SUITE_ALPHA, expected_line
+from hpc_core.gate.interval import history_interval, interval_of, three_way
+from hpc_core.gate.sample_size import settled_by
+from hpc_core.gate.sequential import Sequential
+from hpc_core.gate.spread import SPREADS
+from hpc_core.record.record import Metric
+from tests.gate.test_laws import stored
+from tests.strategies import a_record, around, busy, counted
+
+STEADY = [
+    (0.1999, 0.2, 0.2001),
+    (0.2001, 0.2002, 0.2003),
+    (0.1997, 0.1998, 0.1999),
+    (0.2, 0.2, 0.2001),
+    (0.1999, 0.2, 0.2),
+]
+ROUGH = [(0.19,), (0.21,), (0.2,), (0.205,), (0.195,)]
+
+
+def judged(
+    *processes: float, sessions: Any = None, name: str = "busy_s", alpha: float | None = None, **changes: Any
+) -> MetricVerdict:
+    """The verdict on a busy time of 0.2 s that these processes saw anew."""
+    middle = sorted(processes)[len(processes) // 2]
+    record = a_record({name: busy(middle, samples=processes)}, **changes)
+    held = sessions if sessions is None or isinstance(sessions, dict) else {name: sessions}
+    lookup = stored({name: busy(0.2)})
+    (row,) = judge(record, lookup, Limits(), sessions=held, alpha=alpha).metrics
+    return row
+
+
+@pytest.mark.parametrize(
+    ("processes", "sessions", "verdict", "said"),
+    [
+        ((0.2, 0.2002, 0.2001), STEADY, "PASS", "by 3 processes against 5 sessions"),
+        ((0.2, 0.2002, 0.2001), None, "PASS", "by 3 processes against 1 session, between sessions 0.3 % assumed"),
+        ((0.206, 0.2061, 0.2062), STEADY, "REGRESSED", "limit +2 %: +2.75 % to +3.35 %"),
+        ((0.194, 0.1941, 0.1942), STEADY, "IMPROVED", "limit +2 %: -3.23 % to -2.67 %"),
+        ((0.206, 0.2061, 0.2062), ROUGH, "INCONCLUSIVE", "it lies on both sides of the limit"),
+        ((0.2, 0.21, 0.22), STEADY[:1], "INCONCLUSIVE", "it lies on both sides of the limit"),
+        ((0.2, 0.2, -0.1), STEADY, "INVALID", "holds a busy_s that is not above 0"),
+        ((0.2, 0.2, 0.2), [*STEADY, (0.0,)], "INVALID", "holds a busy_s that is not above 0"),
+    ],
+)
+def test_against_sessions(processes: tuple[float, ...], sessions: Any, verdict: str, said: str) -> None:
+    """The interval decides, and the reason says what it is and what it rests on; sessions that differ widely decide nothing."""
+    row = judged(*processes, sessions=sessions)
+    assert row.verdict.value == verdict
+    assert said in row.reason
+    assert (row.interval is None) == (row.alpha is None) == (verdict == "INVALID")
+
+
+def test_what_would_settle_it_does() -> None:
+    """As many processes, or sessions, as were said decide it if they are like those seen; one less does not."""
+    spread = SPREADS["train"]
+    for new, old, said in (
+        ((0.2052,), [(0.2, 0.2, 0.2001)] * 5, "2 more processes"),
+        ((0.207, 0.207, 0.207), [(0.2, 0.2, 0.2001)], "2 more accepted sessions, or an A/B"),
+    ):
+        distance = stored_distance(new, old, spread)
+        text = settled_by(distance, 0.001, 0.02, "lower")
+        assert said in text
+        count, kind = int(text.split()[0]), "new" if "process" in text else "sessions"
+        verdicts = [
+            three_way(interval_of(distance.grown(**{kind: more}), 0.001), 0.02, "lower") for more in (count - 1, count)
+        ]
+        assert (verdicts[0], verdicts[1] is Verdict.INCONCLUSIVE) == (Verdict.INCONCLUSIVE, False)
+    row = judged(0.2039, 0.204, 0.2041)
+    assert row.settled_by
+    assert row.settled_by in row.next_step
+
+
+@pytest.mark.parametrize(("new", "sessions"), [(1, 5), (3, 5), (1, 1), (2, 8)])
+def test_the_deviation_is_the_stated_one(new: int, sessions: int) -> None:
+    """between * (1 + 1/K) + within * (1/n_new + 1/n_old), where 1/n is the variance of a median: 1, 1/2, 0.449."""
+    between, within, of_median = 0.02**2, 0.01**2, {1: 1.0, 2: 0.5, 3: 0.44867}
+    distance = Distance(
+        centre=0.0,
+        session_variance=between + within * of_median[3],
+        process_variance=within,
+        new=new,
+        sessions=sessions,
+        stored=of_median[3],
+        text="",
+    )
+    expected = between * (1 + 1 / sessions) + within * (of_median[new] + of_median[3] / sessions)
+    assert distance.deviation**2 == pytest.approx(expected)
+
+
+def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
+    """Two busy metrics have half the case's level each, exact ones none; the line at the end adds up what was judged."""
+    held = {"busy_prefill_s": busy(), "busy_decode_token_s": busy(0.01), "kernels": counted()}
+    rows = judge(a_record(held), stored(held), alpha=0.004).metrics
+    assert {row.metric: row.alpha for row in rows} == {
+        "busy_prefill_s": 0.002, "busy_decode_token_s": 0.002, "kernels": None,
+    }  # fmt: skip
+    line = expected_line(rows)
+    assert line is not None
+    assert line.startswith("expected false alarms in this run: 0.004 (2 tests of GPU-busy time")
+    assert expected_line(row for row in rows if row.alpha is None) is None
+    assert judged(0.2).alpha == SUITE_ALPHA
+
+
+def test_a_stricter_share_alarms_later() -> None:
+    """What regresses alone is undecided as one of a thousand tests."""
+    verdicts = [judged(0.2075, 0.2075, 0.2075, alpha=alpha).verdict for alpha in (0.01, 0.00001)]
+    assert verdicts == [Verdict.REGRESSED, Verdict.INCONCLUSIVE]
+
+
+@pytest.mark.parametrize(
+    ("name", "mhz", "slower", "verdict"),
+    [
+        ("busy_s", 1900, 1980 / 1900, "INCONCLUSIVE"),
+        ("busy_s", 1980, 1980 / 1900, "REGRESSED"),
+        ("busy_s", 1900, 1.1, "REGRESSED"),
+        ("busy_s", 1980 * 1.05, 1 / 1.05, "INCONCLUSIVE"),
+        ("busy_decode_token_s", 1700, 1980 / 1700, "REGRESSED"),
+    ],
+)
+def test_a_difference_of_the_clock(name: str, mhz: float, slower: float, verdict: str) -> None:
+    """What vanishes in cycles is no change of compute-bound work, either way; decoding follows the memory's clock."""
+    gpu = {"busy": {"during": {"sm_clock_mhz": mhz}}, "after": {"sm_clock_mhz": 345}}
+    sessions = {name: [list(each) for each in STEADY] * 2, "sm_clock_mhz": [[1980.0]] * 5}
+    processes = [0.2 * slower] * 3
+    row = judged(*processes, name=name, sessions=sessions, circumstances=around(gpu=gpu))
+    assert row.verdict.value == verdict
+    assert ("clock: the SM ran at" in row.reason) == (verdict == "INCONCLUSIVE")
+
+
+def test_where_the_clock_is_read() -> None:
+    """The clock of the busy device counts before the one after the work; without either there is none."""
+    during, after = {"during": {"sm_clock_mhz": 1755}}, {"sm_clock_mhz": 1980}
+    assert sm_clock_mhz({"busy": during, "after": after}) == 1755
+    assert sm_clock_mhz({"before": {"sm_clock_mhz": 300}, "after": after}) == 1980
+    assert sm_clock_mhz({"busy": {}, "after": {}}) is None
+
+
+@pytest.mark.parametrize(
+    ("share", "slower", "verdict"),
+    [(0.4, 1.0, "PASS"), (0.2, 1.0, "INCONCLUSIVE"), (0.99, 1.0, "INCONCLUSIVE"), (0.99, 2.5, "REGRESSED")],
+)
+def test_a_share_of_wall_time_that_is_unlike(share: float, slower: float, verdict: str) -> None:
+    """More than twice apart, busy time is not compared; a share that moved because busy time did is no excuse."""
+    shown = Metric(value=share, unit="ratio", noise="wall", better="higher", depends_on=("case",), gated=False)
+    metrics = {"busy_s": busy(0.2 * slower), "busy_share": shown}
+    sessions: dict[str, Any] = {"busy_s": STEADY, "busy_share": [(0.45,), (0.41,)]}
+    judgement = judge(a_record(metrics), stored({"busy_s": busy(0.2)}), sessions=sessions)
+    assert judgement.verdict.value == verdict
+    assert ("more than 2 times apart" in judgement.reason) == (verdict == "INCONCLUSIVE")
+
+
+def test_wall_time_needs_five_sessions() -> None:
+    """Fewer leave an interval without bounds, which decides nothing and says how many there are."""
+    few, enough = (history_interval([1.5], [[1.0]] * count, 0.01) for count in (4, 5))
+    assert three_way(few, 0.05, "lower") is Verdict.INCONCLUSIVE
+    assert few.text == "4 of the 5 stored sessions that wall time needs"
+    assert three_way(enough, 0.05, "lower") is Verdict.REGRESSED
+
+
+def test_looks_end_at_the_cap_and_say_what_would_settle_it() -> None:
+    """No verdict before the first look, none while pairs are left, INCONCLUSIVE at the cap; alpha is spent look by look."""
+    rule = Sequential(0.05, 0.005, most_pairs=5)
+    base, head = [1.0, 1.01, 0.99, 1.0, 1.01], [1.0, 1.03, 1.01, 0.99, 1.02]
+    looks = [rule.look(base[:count], head[:count]) for count in range(2, 6)]
+    assert [look.verdict for look in looks] == [None, None, None, Verdict.INCONCLUSIVE]
+    assert [look.alpha_spent for look in looks] == pytest.approx([0, 0.05 / 3, 0.1 / 3, 0.05])
+    assert looks[0].interval is None
+    assert "pairs like these" in looks[-1].settles
+    with pytest.raises(ValueError, match="No rule"):
+        Sequential(0.05, 0.005, least_pairs=1)
+    with pytest.raises(ValueError, match="got 3 and 4"):
+        rule.look(base[:3], head[:4])

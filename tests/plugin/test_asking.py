@@ -1,0 +1,167 @@
+"""What may be asked of the plugin, and how it answers what makes no sense: one line, exit code 4. No case runs here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hpc_core.catalogue import ALL
+from hpc_core.faults import FAULTS
+from hpc_core.plugin import fixture, options, runner, suite
+from hpc_core.plugin.lock import GpuInUseError, GpuLocks
+from tests.machine_speed import slowness
+
+ROOT = Path(__file__).parents[2]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(pytester: pytest.Pytester) -> Refused:
+    """What pytest says when it refuses these arguments in a project with a suite."""
+    folder = pytester.mkdir("bench")
+    (folder / "test_all.py").write_text(
+        "from hpc_core import perf_cases\nfrom hpc_core.catalogue import ALL\n\n"
+        "@perf_cases(ALL)\ndef test_all(case, perf):\n    perf(case)\n"
+    )
+
+    def said(*arguments: str) -> str:
+        result = pytester.runpytest_inprocess("--benchmark", *arguments)
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        text = str(result.stderr) + str(result.stdout)
+        assert "INTERNALERROR" not in text
+        assert "Traceback" not in text
+        return text
+
+    return said
+
+
+def test_a_mistyped_case_names_its_neighbours(refused: Refused) -> None:
+    """An id that matches nothing is an error that says what was probably meant."""
+    assert "Near: tiny/lora, " in refused("--case", "tiny/lroa")
+
+
+def test_an_update_needs_a_reason(refused: Refused) -> None:
+    """Numbers are accepted with a reason or not at all; a reason alone does nothing and says so."""
+    assert "needs --reason" in refused("--perf-update")
+    assert "needs --reason" in refused("--perf-update", "--reason", "  ")
+    assert "belongs to --perf-update" in refused("--reason", "because")
+
+
+def test_a_fault_is_never_accepted(refused: Refused) -> None:
+    """An injected fault and an update exclude each other; an unknown fault is told the known ones."""
+    fault = next(iter(FAULTS))
+    assert "no baseline" in refused("--perf-fault", fault, "--perf-update", "--reason", "x")
+    assert fault in refused("--perf-fault", "unheard-of")
+
+
+def test_cases_do_not_run_in_parallel(refused: Refused) -> None:
+    """-n is refused: cases would disturb each other."""
+    pytest.importorskip("xdist")
+    assert "Drop -n" in refused("-n", "2")
+
+
+def test_pytest_benchmark_must_be_there(refused: Refused) -> None:
+    """Without pytest-benchmark there is no table to fill."""
+    assert "drop -p no:benchmark" in refused("-p", "no:benchmark")
+
+
+def test_a_suite_that_is_not_there(pytester: pytest.Pytester) -> None:
+    """Without bench/ and without a path there is nothing to run, and that is said."""
+    result = pytester.runpytest_inprocess("--benchmark")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*nothing to run*perf_paths*"])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "no such case file"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("CASES = 3", "must be a list"),
+        ("from hpc_core.catalogue import TINY\nCASES = [TINY[0], TINY[0]]", "two cases are called"),
+    ],
+    ids=["missing", "raises", "no list", "twins"],
+)
+def test_a_case_file_that_is_wrong(refused: Refused, tmp_path: Path, text: str | None, said: str) -> None:
+    """What is wrong with a file of cases is one line with its name."""
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text)
+    answer = refused(f"--perf-cases={path}")
+    assert said in answer
+    assert "mine.py" in answer
+
+
+def test_two_tests_cannot_share_a_baseline(pytester: pytest.Pytester, refused: Refused) -> None:
+    """Two tests with one case would overwrite each other's baseline."""
+    (pytester.path / "bench" / "test_again.py").write_text((pytester.path / "bench" / "test_all.py").read_text())
+    assert "Rename one" in refused()
+
+
+def test_own_cases_are_collected_beside_the_suite(pytester: pytest.Pytester, refused: Refused) -> None:
+    """Each case of a user's file is a test of that file, with the case's id."""
+    (pytester.path / "mine.py").write_text(
+        "from hpc_core.catalogue import tiny, finetune, lora\nCASES = [finetune(tiny, lora(rank=2), variant='lora-r2')]\n"
+    )
+    result = pytester.runpytest_inprocess(
+        "--benchmark", "--cases=mine.py", "--collect-only", "-q", "--case", "tiny/lora*"
+    )
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["mine.py::test_case[[]tiny/lora-r2]"])
+    result.stdout.fnmatch_lines(["bench/test_all.py::test_all[[]tiny/lora]"])
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU, wherever this runs."""
+    for module in (options, suite, runner, fixture):
+        monkeypatch.setattr(module, "visible_gpus", tuple)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_what_runs_where_there_is_no_gpu(pytester: pytest.Pytester, refused: Refused) -> None:
+    """By itself the tiny scale is chosen; -m gpu chooses the full one, whose cases are skipped with the reason."""
+    listed = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q").outlines
+    ids = [line for line in listed if "::" in line]
+    assert ids
+    assert all("[tiny/" in line for line in ids)
+    on_gpu = pytester.runpytest_inprocess("--benchmark", "-m", "gpu", "-rs")
+    assert on_gpu.ret == 0
+    whole = sum(case.scale == "full" for case in ALL)
+    on_gpu.assert_outcomes(skipped=whole, deselected=len(ALL) - whole)
+    on_gpu.stdout.fnmatch_lines(["SKIPPED*needs a CUDA GPU: none is visible"])
+
+
+def test_collecting_is_quick_and_loads_no_torch(pytester: pytest.Pytester) -> None:
+    """`pytest --benchmark --collect-only` of our own bench/ takes under 3 s (best of three, on a machine of usual speed) and never imports torch."""
+    pytester.makepyfile(
+        no_torch="import sys\n\ndef pytest_unconfigure():\n    print('TORCH', 'torch' in sys.modules, 'rich' in sys.modules)\n"
+    )
+    seconds = []
+    for _ in range(3):
+        slow = slowness()
+        began = time.monotonic()
+        result = pytester.runpytest_subprocess(
+            "--benchmark", "--collect-only", "-q", "-p", "no_torch", "--rootdir", str(ROOT), str(ROOT / "bench")
+        )
+        seconds.append((time.monotonic() - began) / slow)
+        assert result.ret == 0
+        result.stdout.fnmatch_lines(["*tiny/lora*", "TORCH False *"])
+        if seconds[-1] < 3:
+            break
+    assert min(seconds) < 3
+
+
+def test_one_run_a_gpu(tmp_path: Path) -> None:
+    """A second run on a GPU is refused with the first one's process id; it may start once the first has ended."""
+    gpu = {"uuid": "GPU-1/../x", "name": "some GPU"}
+    first, second = GpuLocks(tmp_path), GpuLocks(tmp_path)
+    first.take([gpu])
+    with pytest.raises(GpuInUseError, match=r"pid \d+\) is using some GPU"):
+        second.take([{"uuid": "GPU-2", "name": "free"}, gpu])
+    first.release()
+    second.take([gpu])
+    second.release()

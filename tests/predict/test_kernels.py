@@ -1,0 +1,243 @@
+"""How many kernels are launched and which attention is taken, against ATen's own rules written down a second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.case.errors import PredictError
+from hpc_core.predict.attention import chosen
+from hpc_core.predict.kernels import Launches, multi_tensor_launches
+from hpc_core.predict.layout import laid_out
+from hpc_core.predict.products import product_kernels
+from hpc_core.record.gpus import GPUS, Gpu
+from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+
+CUDNN = "_scaled_dot_product_cudnn_attention"
+CHUNK, BLOCKS = 65536, 320
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+SIZES = st.lists(
+    st.one_of(st.integers(0, 3 * CHUNK), st.integers(0, 400 * CHUNK), st.sampled_from([CHUNK, BLOCKS * CHUNK])),
+    max_size=130,
+)
+DEPTHS = st.integers(1, 5)
+
+
+def _simulated(sizes: list[int], depth: int) -> int:
+    """`multi_tensor_apply` of ATen/native/cuda/MultiTensorApply.cuh, line by line."""
+    launches = 0
+    n_tensors = len(sizes)
+    loc_block_info = loc_tensor_info = 0
+    numel_for_tensor: dict[int, int] = {}
+    for t in range(n_tensors):
+        if sizes[t] == 0:
+            continue
+        numel_for_tensor[loc_tensor_info] = sizes[t]
+        loc_tensor_info += 1
+        chunks = (sizes[t] + CHUNK - 1) // CHUNK
+        for chunk in range(chunks):
+            loc_block_info += 1
+            tensors_full = loc_tensor_info == TENSORS[depth] and chunk == chunks - 1
+            blocks_full = loc_block_info == BLOCKS
+            if tensors_full or blocks_full:
+                launches += 1
+                loc_block_info = 0
+                if chunk == chunks - 1:
+                    loc_tensor_info = 0
+                else:
+                    numel_for_tensor[0] = numel_for_tensor[loc_tensor_info - 1]
+                    loc_tensor_info = 1
+    if loc_block_info != 0:
+        launches += 1
+    return launches
+
+
+@given(SIZES, DEPTHS)
+def test_launches_over_lists_are_those_of_atens_loop(sizes: list[int], depth: int) -> None:
+    """The count is the same for any sizes, empty tensors and tensors of more chunks than a launch has blocks included."""
+    assert multi_tensor_launches(sizes, depth) == _simulated(sizes, depth)
+
+
+@given(SIZES, DEPTHS)
+def test_launches_are_enough_and_not_many(sizes: list[int], depth: int) -> None:
+    """At least as many as the blocks need, at least as many as the tensors need, and no more than both together."""
+    chunks = sum(-(-size // CHUNK) for size in sizes)
+    tensors = sum(size > 0 for size in sizes)
+    by_blocks, by_tensors = -(-chunks // BLOCKS), -(-tensors // TENSORS[depth])
+    assert max(by_blocks, by_tensors) <= multi_tensor_launches(sizes, depth) <= by_blocks + by_tensors
+
+
+@given(SIZES, DEPTHS, st.integers(0, 129), st.integers(0, 50 * CHUNK))
+def test_launches_grow_with_the_last_tensor(sizes: list[int], depth: int, which: int, more: int) -> None:
+    """More numbers behind what is there are no fewer launches, be it another tensor or a longer last one."""
+    before = multi_tensor_launches(sizes, depth)
+    assert multi_tensor_launches([*sizes, more], depth) >= before
+    if sizes:
+        assert multi_tensor_launches([*sizes[:-1], sizes[-1] + more], depth) >= before
+
+
+def test_examples_of_launches() -> None:
+    """Nothing launches nothing; 36 tensors fit in a launch of a fused Adam; 320 chunks fill one."""
+    assert multi_tensor_launches([], 4) == multi_tensor_launches([0, 0], 4) == 0
+    assert multi_tensor_launches([1] * 36, 4) == 1
+    assert multi_tensor_launches([1] * 37, 4) == 2
+    assert multi_tensor_launches([BLOCKS * CHUNK], 4) == 1
+    assert multi_tensor_launches([BLOCKS * CHUNK + 1], 4) == 2
+
+
+SHAPES = st.lists(st.sampled_from([1, 1, 2, 3, 4]), min_size=1, max_size=5)
+
+
+@given(SHAPES, st.randoms(use_true_random=False))
+def test_views_have_the_strides_of_real_ones(shape: list[int], random: Any) -> None:
+    """A view onto a shape with dimensions of one has the strides that a tensor of numbers would have, whatever a fake says."""
+    order = random.sample(range(len(shape)), len(shape))
+    source = torch.arange(torch.Size(shape).numel()).view(shape).permute(order)
+    wanted = [size for size in source.shape if size != 1 or random.random() < 0.5]
+    for _ in range(random.randint(0, 2)):
+        wanted.insert(random.randint(0, len(wanted)), 1)
+    expected = source.view(wanted)  # only ones come and go, so it is always a view
+    odd = expected.as_strided(expected.shape, [7 if size == 1 else step for size, step in _steps(expected)])
+    out = laid_out("view", [source], odd)
+    assert (out.shape, out.stride(), out.data_ptr()) == (expected.shape, expected.stride(), source.data_ptr())
+    assert torch.equal(out, expected)
+
+
+def _steps(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    return list(zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def test_other_operators_keep_their_outputs() -> None:
+    """What is no view, or has no dimension of one, comes back as it is."""
+    source, out = torch.ones(2, 3), torch.ones(1, 6)
+    assert laid_out("mm", [source], out) is out
+    whole = source.view(6)
+    assert laid_out("view", [source], whole) is whole
+
+
+def test_cudnns_attention_answers_in_the_layout_of_its_query() -> None:
+    """A query that is a transposed view gets an output of the same strides; an output of another width keeps its own."""
+    query = torch.ones(2, 5, 3, 8).transpose(1, 2)
+    out, rest = torch.ones(2, 3, 5, 8), torch.ones(1)
+    name = "_scaled_dot_product_cudnn_attention"
+    assert laid_out(name, [query], (out, rest))[0].stride() == query.stride()
+    narrow = torch.ones(2, 3, 5, 4)
+    assert laid_out(name, [query], (narrow, rest))[0] is narrow
+
+
+HOPPER, ADA, BLACKWELL = GPUS["H100 80GB HBM3"], GPUS["RTX 4090"], GPUS["RTX 5090"]
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+TABLE = [
+    # gpu, dtype, width, mask, grouped, what is taken
+    (HOPPER, BF16, 128, None, False, "cudnn"),
+    (HOPPER, BF16, 128, None, True, "cudnn"),
+    (HOPPER, F16, 128, "bool", True, "cudnn"),
+    (HOPPER, BF16, 128, "trained", False, "efficient"),
+    (HOPPER, BF16, 128, "trained", True, "math"),
+    (HOPPER, BF16, 264, None, False, "efficient"),
+    (HOPPER, F32, 128, None, False, "efficient"),
+    (HOPPER, F32, 128, None, True, "math"),
+    (HOPPER, F32, 100, None, False, "efficient"),
+    (HOPPER, F32, 102, None, False, "math"),
+    (ADA, BF16, 128, None, False, "flash"),
+    (ADA, BF16, 128, None, True, "flash"),
+    (ADA, BF16, 128, "bool", False, "efficient"),
+    (ADA, F16, 128, "bool", True, "math"),
+    (ADA, F32, 128, None, False, "efficient"),
+    (ADA, F32, 128, None, True, "math"),
+    (BLACKWELL, BF16, 128, None, True, "flash"),
+    (BLACKWELL, BF16, 128, "bool", False, "efficient"),
+]
+
+
+@pytest.mark.parametrize(("gpu", "dtype", "width", "mask", "grouped", "taken"), TABLE)
+def test_which_attention_is_taken(
+    gpu: Gpu, dtype: torch.dtype, width: int, mask: str | None, grouped: bool, taken: str
+) -> None:
+    """By kind of GPU, dtype, head width, mask and grouped heads: Hopper's data centre cards take cuDNN's kernels first."""
+    assert chosen(gpu, *_heads(dtype, width, grouped), _mask(mask, dtype), grouped=grouped) == taken
+
+
+def test_heads_that_flash_attention_pads_are_refused() -> None:
+    """A width that is no multiple of 8 would be padded inside, in copies that are not modelled."""
+    with pytest.raises(PredictError, match="Heads of 100 numbers"):
+        chosen(ADA, *_heads(BF16, 100, False), None, grouped=False)
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("mask", [None, "bool", "trained"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_choice_keeps_its_kernels_conditions(gpu: Gpu, dtype: torch.dtype, mask: str | None, grouped: bool) -> None:
+    """Half precision for flash and cuDNN, no mask for flash, no grouped heads for the memory-efficient kernels."""
+    taken = chosen(gpu, *_heads(dtype, 128, grouped), _mask(mask, dtype), grouped=grouped)
+    assert taken not in ("flash", "cudnn") or dtype != F32
+    assert taken != "flash" or mask is None
+    assert taken != "efficient" or not grouped
+    assert (taken == "cudnn") == (gpu.capability in ((9, 0), (10, 0)) and dtype != F32 and mask != "trained")
+
+
+def _heads(dtype: torch.dtype, width: int, grouped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keys = torch.empty(2, 2 if grouped else 4, 16, width, dtype=dtype)
+    return torch.empty(2, 4, 16, width, dtype=dtype), keys, keys.clone()
+
+
+def _mask(kind: str | None, dtype: torch.dtype) -> torch.Tensor | None:
+    if kind is None:
+        return None
+    return (
+        torch.ones(16, 16, dtype=torch.bool) if kind == "bool" else torch.ones(16, 16, dtype=dtype, requires_grad=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "kernels"),
+    [
+        ((1, 3072, 3072), "nt", 2),  # a decoded token: split
+        ((1, 3072, 8192), "nt", 1),
+        ((1024, 3072, 3072), "nt", 1),
+        ((2048, 3072, 8), "nt", 2),  # LoRA's A
+        ((2048, 8, 3072), "nt", 1),  # and its B
+        ((8192, 4096, 8192), "tn", 1),  # a full weight's gradient, which is not in the table
+    ],
+)
+def test_a_product_takes_the_kernels_that_an_h100_launched(
+    shape: tuple[int, int, int], layout: str, kernels: int
+) -> None:
+    """The table is looked up by sizes and layout, in bfloat16 as in float16."""
+    rows, inner, columns = shape
+    for dtype in (torch.bfloat16, torch.float16):
+        left = torch.empty(rows, inner, dtype=dtype, device="meta")
+        right = torch.empty(inner, columns, dtype=dtype, device="meta")
+        if layout[0] == "t":
+            left = left.t().contiguous().t()
+        if layout[1] == "t":
+            right = right.t().contiguous().t()
+        assert product_kernels(left, right) == kernels
+
+
+@given(st.integers(1, 5000), st.integers(1, 20000), st.integers(1, 200000))
+def test_any_product_has_kernels(rows: int, inner: int, columns: int) -> None:
+    """A size that was never seen takes after its nearest neighbour: one kernel, or two with the sum, three with a scaling before."""
+    left = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
+    assert product_kernels(left, torch.empty(columns, inner, dtype=torch.bfloat16, device="meta").t()) in (1, 2, 3)
+
+
+def test_cudnn_attention_of_one_query_launches_what_an_h100_launched() -> None:
+    """For each shape that was tried there without a mask, the rule gives the kernels that were seen."""
+    seen = json.loads((Path(__file__).parents[2] / "docs" / "data" / "attention-h100.json").read_bytes())
+    rows = [dict(zip(seen["columns"], row, strict=True)) for row in seen["rows"]]
+    plain = [row for row in rows if not row["mask"]]
+    assert len(plain) > 200
+    for row in plain:
+        query = torch.empty(row["batch"], row["query_heads"], row["queries"], row["width"], device="meta")
+        key = torch.empty(row["batch"], row["key_heads"], row["keys"], row["width"], device="meta")
+        launches = Launches()
+        launches.add(torch.ops.aten._scaled_dot_product_cudnn_attention.default, CUDNN, (query, key), [query, key], [])
+        assert launches.kernels == row["kernels"], row

@@ -1,0 +1,109 @@
+"""Steps of the user's own on the fake GPU: what they find there, and what of them cannot be faked, by name and place."""
+
+from __future__ import annotations
+
+import functools
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from hpc_core.baselines import find
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.gate import judge
+from hpc_core.gate.verdict import Verdict
+from hpc_core.record.record import Record
+from tests import own_steps
+from tests.predicting import predicted, values
+
+pytestmark = pytest.mark.slow
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_code"
+
+
+def _case(name: str, factory: str, **arguments: Any) -> Case:
+    return Case(
+        id=f"own/{name}",
+        scale="tiny",
+        workload=CallableSpec(factory=f"tests.own_steps:{factory}", arguments=arguments),
+    )
+
+
+ASKED = {
+    "branch on a tensor": "decides by the value of a tensor",
+    "branch on a number": "decides by the value of a tensor",
+    "branch on a sum of numbers": "decides by the value of a tensor",
+    "best so far": "decides by the value of a tensor",
+    "range": "makes an integer of the value of a tensor",
+    "number of rows": "makes an integer of the value of a tensor",
+    "list": "makes a list of the values of a tensor",
+    "numpy": "takes a tensor to NumPy",
+    "membership": "looks for a value in a tensor",
+    "key of a dict": "uses the value of a tensor as a key",
+    "rows of a mask": "the shape or value of aten.nonzero.default depends on data",
+    "equal": "the shape or value of aten.equal.default depends on data",
+    "raise": "raised IndexError on fake tensors",
+}
+"""What a step does, and what the refusal says of it."""
+LARGE: Case = runpy.run_path(str(EXAMPLE / "perf" / "test_predicted.py"))["LARGE"]
+CASES = [
+    *(_case(what.replace(" ", "-"), "does", what=what) for what in ASKED),
+    _case("cpu", "stays_on_the_cpu"),
+    _case("optimizer", "optimizer_first"),
+    _case("given", "train"),
+    _case("found", "picks_its_device"),
+    LARGE,
+]
+
+
+@functools.cache
+def _records() -> dict[str, Record]:
+    with mock.patch.dict(os.environ, PYTHONPATH=str(EXAMPLE)):
+        return {record.case.id: record for record in predicted(CASES)}
+
+
+def _refusal(name: str) -> str:
+    failure = _records()[f"own/{name}"].failure
+    assert failure is not None
+    assert failure.kind == "refused", failure.detail
+    assert "\n" not in failure.message
+    return failure.message
+
+
+@pytest.mark.parametrize(("what", "said"), ASKED.items())
+def test_a_step_that_depends_on_values_is_refused(what: str, said: str) -> None:
+    """No value is guessed: a step that chooses its way by one is refused, with what it did and the line of its own file."""
+    message = _refusal(what.replace(" ", "-"))
+    assert said in message
+    if what != "list":  # whose method is called by us, not by a line of the file
+        assert f"{own_steps.__file__}:" in message
+
+
+def test_a_step_that_stays_on_the_cpu_is_refused() -> None:
+    """Nothing on the GPU is no prediction of nothing; the message says how to be given the device."""
+    assert "made no tensor on the GPU" in _refusal("cpu")
+
+
+def test_an_optimizer_that_was_made_too_early_is_refused() -> None:
+    """Its parameters cannot be followed to the GPU here, and its state would be missing in silence."""
+    assert "The AdamW was made before its model was moved" in _refusal("optimizer")
+
+
+def test_a_step_finds_the_gpu_either_way() -> None:
+    """Given as `device`, or found by torch.cuda.is_available(): the same step takes the same bytes, FLOPs and kernels."""
+    given, found = (values(_records()[f"own/{name}"]) for name in ("given", "found"))
+    assert given == found
+    assert {"peak_bytes", "flops", "kernels", "operators", "copies"} <= set(given)
+    assert given["copies"] == 20  # the loss goes to the host twice a step, once to be shown and once to be kept
+
+
+def test_the_prediction_of_the_example_meets_its_baseline() -> None:
+    """The training of 23 GiB that examples/own_code predicts takes no byte, FLOP or kernel more than was accepted there."""
+    record = _records()[LARGE.id]
+    assert record.failure is None, record.failure
+    judged = judge(record, find(EXAMPLE / "baselines", "predicted", LARGE.id))
+    assert judged.verdict is Verdict.PASS, judged.reason

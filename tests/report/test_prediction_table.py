@@ -1,0 +1,83 @@
+"""What was predicted stands beside what was measured: the committed predictions against the committed H100 baselines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc_core.baselines import last_accepted
+from hpc_core.case.case import Case
+from hpc_core.catalogue import FULL
+from hpc_core.catalogue.predicted import HELD_OUT, PREDICTED
+from hpc_core.cli.prediction import Miss, compare, machine_key, markdown, worst
+from hpc_core.record.gpus import DEFAULT
+
+BASELINES = Path(__file__).parents[2] / "baselines"
+H100 = machine_key(DEFAULT)
+BY_DATA = "llama-3.2-3b/generate-int8"
+"""LLM.int8 multiplies large activations apart, and a prediction has none."""
+
+
+def misses_of(case: Case) -> list[Miss]:
+    predicted = last_accepted(BASELINES, "predicted", case.id)
+    assert predicted is not None
+    return compare([predicted], BASELINES, H100)
+
+
+def miss(case: Case, kind: str) -> float:
+    found = worst(misses_of(case), kind)
+    assert found is not None
+    return abs(found.ratio)
+
+
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.id)
+def test_peaks_are_those_that_the_h100_measured(case: Case) -> None:
+    """A fine-tuning peak is within 0.1 %, a generation's within 0.5 %, and each phase within 1 %."""
+    assert miss(case, "peak") < (0.001 if case.kind == "finetune" else 0.005)
+    assert miss(case, "phase") < 0.01
+
+
+@pytest.mark.parametrize("case", [case for case in FULL if case.id != BY_DATA], ids=lambda case: case.id)
+def test_categories_are_those_that_the_h100_measured(case: Case) -> None:
+    """Weights, adapter, gradients, optimizer state, cache, activations and temporaries at the peak: each within 1 %."""
+    assert miss(case, "category") < 0.01
+
+
+@pytest.mark.parametrize("case", FULL, ids=lambda case: case.id)
+def test_flops_are_equal(case: Case) -> None:
+    """Two versions of transformers and torch count the same products, but for the rotary table's 65,536 FLOP."""
+    assert miss(case, "flops") < 1e-6
+
+
+@pytest.mark.parametrize("case", [case for case in FULL if case.kind == "finetune"], ids=lambda case: case.id)
+def test_kernels_of_a_step_are_within_two_percent(case: Case) -> None:
+    """Which products cuBLAS splits is known as far as it was seen."""
+    assert miss(case, "kernels") < 0.02
+
+
+def test_what_was_held_out_is_predicted_and_marked() -> None:
+    """At least six configurations were predicted before they ran; none of them is one of the cases that rules were made by."""
+    assert len(HELD_OUT) >= 6
+    assert not {case.digest for case in HELD_OUT} & {case.digest for case in FULL}
+    for case in HELD_OUT:
+        record = last_accepted(BASELINES, "predicted", case.id)
+        assert record is not None
+        assert record.case.digest == case.digest
+
+
+def test_every_predicted_case_has_a_baseline_of_its_digest() -> None:
+    """A case that is predicted in CI cannot lack a baseline, or have one of other work."""
+    for case in PREDICTED:
+        record = last_accepted(BASELINES, "predicted", case.id)
+        assert record is not None, case.id
+        assert record.case.digest == case.digest
+
+
+def test_the_table_says_exact_only_of_what_is_equal() -> None:
+    """Equal numbers read "exact"; a miss of one byte in a GiB does not."""
+    equal = Miss(case="a/b", metric="peak_bytes", predicted=2**30, measured=2**30)
+    near = Miss(case="a/c", metric="peak_bytes", predicted=2**30 + 1, measured=2**30)
+    text = markdown([equal, near])
+    assert "| `a/b` | 1,073,741,824 | 1,073,741,824 | exact |" in text
+    assert "| `a/c` | 1,073,741,825 | 1,073,741,824 | +0.0000% |" in text
