@@ -28,10 +28,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench predict test faults lint clean
+.PHONY: help bench predict test test-all faults lint clean
 
 help: ## say what there is
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Stack: $(STACK) ($(CONSTRAINTS)). Variables: ARGS, JOBS, SCALE=tiny|small|full, STACK=cpu|gpu, PYTHON, PIP_ARGS."
 
 bench: export HPC_CORE_DATA ?= $(abspath $(DATA))
@@ -42,7 +42,10 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 	$(BIN)/python -m pytest --benchmark bench/test_predicted.py --perf-predict all $(ARGS)
 
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not nightly" $(ARGS)
+
+test-all: $(INSTALLED) ## the same, with the long tests that `make test` leaves out
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile thorough $(ARGS)
 
 faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it? Then the memory faults by prediction, and one that takes an A/B
 	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)

@@ -12,8 +12,21 @@ import pytest
 
 # A story in this process forgets the modules that it was the first to import, and numpy refuses to be loaded twice.
 import scipy.special  # noqa: F401
+from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["pytester"]
+
+# The same examples on every machine: a red build must be reproducible from its commit alone.
+for _profile, _examples in (("quick", 50), ("thorough", 500)):
+    settings.register_profile(
+        _profile,
+        max_examples=_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+settings.load_profile("quick")  # `make test-all` takes the other, by --hypothesis-profile
 
 _MANY_OBJECTS = 50_000
 

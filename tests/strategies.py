@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from hpc_core.case.case import (
@@ -27,12 +26,6 @@ from hpc_core.record.record import (
     Metric,
     Record,
 )
-
-# The same examples on every machine: a red build must be reproducible from its commit alone.
-settings.register_profile(
-    "hpc-core", derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("hpc-core")
 
 CPU = Machine(key="cpu", name="some CPU", memory_bytes=2**34)
 H100 = Machine(key="nvidia-h100-80gb-hbm3-80gib", name="NVIDIA H100 80GB HBM3", memory_bytes=80 * 2**30)

@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hpc_core.baselines import accept, baseline_path, find
@@ -56,7 +56,6 @@ places = st.floats(0, 1, exclude_max=True)
 
 
 @given(places, st.integers(1, 255))
-@settings(max_examples=600)
 def test_flipped_bits_are_refused(file: Path, where: float, mask: int) -> None:
     """A byte with any bits flipped is INVALID."""
     text = bytearray(intact(file))
@@ -67,7 +66,6 @@ def test_flipped_bits_are_refused(file: Path, where: float, mask: int) -> None:
 @given(places, st.binary(min_size=1, max_size=4))
 @example(0.99999, b"\n")
 @example(0.0, b"\xef\xbb\xbf")
-@settings(max_examples=600)
 def test_inserted_bytes_are_refused(file: Path, where: float, more: bytes) -> None:
     """Bytes too many, white space and byte-order marks included, are INVALID."""
     text = intact(file)
@@ -76,7 +74,6 @@ def test_inserted_bytes_are_refused(file: Path, where: float, more: bytes) -> No
 
 
 @given(places, st.integers(1, 200))
-@settings(max_examples=500)
 def test_deleted_bytes_are_refused(file: Path, where: float, count: int) -> None:
     """Bytes too few are INVALID."""
     text = intact(file)
@@ -85,7 +82,6 @@ def test_deleted_bytes_are_refused(file: Path, where: float, count: int) -> None
 
 
 @given(places, places)
-@settings(max_examples=400)
 def test_swapped_lines_are_refused(file: Path, one: float, other: float) -> None:
     """Lines that changed places, as a merge may leave them, are INVALID."""
     lines = intact(file).splitlines(keepends=True)
@@ -95,7 +91,6 @@ def test_swapped_lines_are_refused(file: Path, one: float, other: float) -> None
 
 
 @given(places, st.sampled_from(b"0123456789"))
-@settings(max_examples=300)
 def test_edited_digits_are_refused(file: Path, where: float, digit: int) -> None:
     """A digit changed by hand, the most tempting edit, is INVALID."""
     text = bytearray(intact(file))

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.case import (
@@ -127,7 +127,6 @@ def test_digests_are_pinned() -> None:
 
 
 @given(cases())
-@settings(max_examples=150)
 def test_round_trip(case: Case) -> None:
     """A case equals its JSON, canonical to the byte, and keeps its digest on the way."""
     text = case_to_json(case)
@@ -138,7 +137,6 @@ def test_round_trip(case: Case) -> None:
 
 
 @given(cases(), st.floats(min_value=1, max_value=1000))
-@settings(max_examples=60)
 def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
     """Id, timeout and limits are not what runs; the seed is."""
     values = {name: getattr(case, name) for name in case.__struct_fields__}
@@ -148,7 +146,6 @@ def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
 
 
 @given(cases(), st.integers(1, 10_000))
-@settings(max_examples=60)
 def test_vary_laws(case: Case, by: int) -> None:
     """A variant differs in id and field, varying back restores the case, and varying nothing is refused."""
     steps = getattr(case.workload, "steps", None)

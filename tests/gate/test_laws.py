@@ -60,7 +60,6 @@ def judged(old: Metric, new: Metric, limits: Limits | None = None) -> Judgement:
 
 
 @given(values, shifts, directions, st.booleans())
-@settings(max_examples=400)
 def test_exact_never_passes_beyond_its_tolerance(old: int, shift: int, better: Any, allocator: bool) -> None:
     """Bytes beyond max(2 MiB, 0.05 %) of an allocator, or 0.05 % of counted bytes, never pass, and within always do."""
     assume(old + shift > 0)
@@ -75,7 +74,6 @@ def test_exact_never_passes_beyond_its_tolerance(old: int, shift: int, better: A
 
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.sampled_from(["1", "FLOP"]))
-@settings(max_examples=200)
 def test_counts_pass_only_if_equal(old: int, new: int, unit: str) -> None:
     """A count or FLOPs differ by one, and that is no pass."""
     for value in (new, old, old + 1):
@@ -84,7 +82,6 @@ def test_counts_pass_only_if_equal(old: int, new: int, unit: str) -> None:
 
 
 @given(values, values, values, percentages, st.sampled_from([peak, counted, busy]))
-@settings(max_examples=300)
 def test_worse_is_never_judged_better(old: int, one: int, other: int, percentage: str, make: Any) -> None:
     """A worse value never gets a better verdict, with the default tolerance, a relative limit or a ceiling."""
     good, bad = sorted((one, other))
@@ -96,7 +93,6 @@ def test_worse_is_never_judged_better(old: int, one: int, other: int, percentage
 
 
 @given(st.dictionaries(names, metrics(), min_size=1, max_size=6), st.randoms(use_true_random=False), st.data())
-@settings(max_examples=100)
 def test_order_does_not_matter(held: dict[str, Metric], random: Any, data: st.DataObject) -> None:
     """The order of metrics, in the record or in the baseline, changes nothing."""
     seen = dict(data.draw(st.permutations(list(held.items()))))
@@ -122,7 +118,6 @@ def test_what_was_accepted_passes(record: Record) -> None:
 
 
 @given(records(), st.dictionaries(names, metrics(), max_size=4))
-@settings(max_examples=100)
 def test_judging_never_raises_and_always_explains(record: Record, held: dict[str, Metric]) -> None:
     """Any record against any baseline gives a verdict, and all but PASS say why and what to do."""
     judgement = judge(record, stored(held))
@@ -135,7 +130,6 @@ def test_judging_never_raises_and_always_explains(record: Record, held: dict[str
 @given(
     processes, stored_sessions, families, levels, tolerances, st.floats(1.0, 1.2), st.sampled_from(["lower", "higher"])
 )
-@settings(max_examples=200)
 def test_busy_time_that_is_worse_is_never_judged_better(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, better: Any
 ) -> None:
@@ -147,7 +141,6 @@ def test_busy_time_that_is_worse_is_never_judged_better(
 
 
 @given(processes, stored_sessions, families, levels, st.floats(0.001, 1000.0))
-@settings(max_examples=100)
 def test_the_unit_of_time_does_not_matter(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, scale: float
 ) -> None:
@@ -158,7 +151,6 @@ def test_the_unit_of_time_does_not_matter(
 
 
 @given(processes, stored_sessions, families, levels, tolerances)
-@settings(max_examples=200)
 def test_directions_mirror_each_other(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, allowed: float
 ) -> None:
@@ -175,7 +167,6 @@ def test_directions_mirror_each_other(
 
 
 @given(processes, stored_sessions, families, levels, st.floats(0.0, 1.0), tolerances)
-@settings(max_examples=200)
 def test_a_tighter_level_decides_no_more(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, share: float, allowed: float
 ) -> None:
@@ -188,7 +179,6 @@ def test_a_tighter_level_decides_no_more(
 
 
 @given(st.lists(processes, min_size=2, max_size=7), families, levels, tolerances, st.floats(1.0, 4.0), st.booleans())
-@settings(max_examples=200)
 def test_more_spread_decides_no_more(
     held: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, within: bool
 ) -> None:
@@ -213,7 +203,6 @@ def test_more_spread_decides_no_more(
 
 
 @given(st.lists(st.tuples(st.floats(0.9, 1.1), st.floats(0.9, 1.1)), min_size=2, max_size=12), st.floats(0.01, 0.2))
-@settings(max_examples=100)
 def test_an_ab_reads_the_same_backwards(pairs: list[tuple[float, float]], alpha: float) -> None:
     """Base and head exchanged give the inverse interval, in any order of the pairs."""
     base, head = ([pair[side] for pair in pairs] for side in (0, 1))

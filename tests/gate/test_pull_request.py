@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.baselines import Damaged, Lookup, Missing
@@ -32,14 +32,12 @@ def judged(base: int | Lookup, head: int | Lookup, new: int, **more: Any) -> Jud
 
 
 @given(values, values)
-@settings(max_examples=100)
 def test_an_untouched_baseline_is_judged_as_ever(base: int, new: int) -> None:
     """Where the pull request leaves the baseline alone, it is the plain judgement."""
     assert judged(base, base, new) == judge(a_record({"peak_bytes": peak(new)}), stored({"peak_bytes": peak(base)}))
 
 
 @given(values, values, values)
-@settings(max_examples=300)
 def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, new: int) -> None:
     """It passes if nothing is worse than the pull request's own baseline, that was not made worse than what is measured, and
     what is worse than the merge base's was accepted as what it is now; the verdict says REGRESSED whenever the merge base does.

@@ -6,7 +6,7 @@ import datetime
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
@@ -57,7 +57,6 @@ def test_beyond_its_limit_it_hides_nothing() -> None:
     percents | values,
     st.sampled_from([peak, busy, counted]),
 )
-@settings(max_examples=300)
 def test_it_never_hides_more_than_its_limit(old: int, new: int, better: Any, limit: int, make: Any) -> None:
     """A test that passes only for a waiver has a value within the waiver's limit, in the direction that is worse."""
     relative = limit <= 40
@@ -79,7 +78,6 @@ def test_it_never_hides_more_than_its_limit(old: int, new: int, better: Any, lim
     values,
     st.booleans(),
 )
-@settings(max_examples=200)
 def test_it_never_makes_anything_worse(entries: Any, old: int, new: int, strict: bool) -> None:
     """Whatever is waived: no verdict changes, no value, and the outcome is the same or better."""
     given_waivers = [

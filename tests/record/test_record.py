@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import (
@@ -21,7 +21,6 @@ from tests.strategies import a_record, counted, failed_record, records, wall
 
 
 @given(records())
-@settings(max_examples=80)
 def test_round_trip(record: Record) -> None:
     """A record equals its JSON, compact or indented, and its case keeps its digest."""
     again = record_from_json(record_to_json(record))

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.baselines import (
@@ -191,7 +191,6 @@ profiles = st.builds(
 )
 
 
-@settings(max_examples=100)
 @given(profiles, numbers.filter(lambda value: not isinstance(value, int) or abs(value) < 2**63))
 def test_any_profile_gives_a_safe_cause(baselines: Path, profile: Profile, peak_bytes: float) -> None:
     """Names of modules, operators and kernels are a stranger's texts too: the cause that is made of them stays text."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.baselines.reading import may_hold_longer, read_records
@@ -112,7 +112,6 @@ def hostile(draw: st.DrawFn) -> dict[str, Any]:
     return record
 
 
-@settings(max_examples=500)
 @given(hostile())
 def test_any_record_gives_a_safe_report_or_one_clear_error(record: dict[str, Any]) -> None:
     """No tag, link, handler or script but the page's own; one table in Markdown; no formula, no escape sequence."""
@@ -144,7 +143,6 @@ def _check_csv(text: str) -> None:
         ]
 
 
-@settings(max_examples=100)
 @given(
     st.binary(max_size=60)
     | st.sampled_from([b"[" * 100_000, b'{"benchmarks":' + b"[" * 100_000, b'{"accepted":{}}', b"null", b""])

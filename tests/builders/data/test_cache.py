@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hpc_core.builders.data import collated
@@ -137,7 +137,6 @@ def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=100)
 def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
     """Any other byte anywhere is an error, or it changes nothing that is read (spaces around JSON)."""
     rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]

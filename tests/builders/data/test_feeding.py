@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.audit import feed_facts
@@ -90,7 +90,6 @@ actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]
     st.sampled_from(["packed", "padded"]),
     st.sampled_from(["cached", "fetch"]),
 )
-@settings(max_examples=60)
 def test_a_step_gets_the_batch_of_its_number(
     did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
 ) -> None:
