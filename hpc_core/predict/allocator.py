@@ -1,8 +1,8 @@
-"""A model of torch's CUDA caching allocator: which bytes count as allocated and reserved for a sequence of requests.
+"""A model of torch's CUDA caching allocator: allocated and reserved bytes for a sequence of requests.
 
-Pure: no torch, no clock. The native backend with its default configuration and one stream, as in
-`c10/cuda/CUDACachingAllocator.cpp` of torch 2.11 to 2.13: requests are rounded to 512 bytes, served best fit from free
-blocks, and what is left of a block is split off and merged again when its neighbour is freed.
+It imports no torch. It models the native backend with its default configuration and one stream, as in
+`c10/cuda/CUDACachingAllocator.cpp` of torch 2.11 to 2.13. Requests are rounded up to 512 bytes and served best fit from free blocks.
+The rest of a block is split off, and merged again when its neighbour is freed.
 """
 
 from __future__ import annotations
@@ -10,22 +10,20 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
 
-__all__ = ["Allocator"]
-
 _ROUND = 512
 """`kMinBlockSize`."""
 _SMALL = 1 << 20
-"""`kSmallSize`: requests up to here come from the small pool."""
+"""`kSmallSize`: the largest request that the small pool serves."""
 _SMALL_SEGMENT = 2 << 20
-"""`kSmallBuffer`: what the small pool asks the driver for."""
+"""`kSmallBuffer`: the segment size of the small pool."""
 _LARGE_SEGMENT = 20 << 20
-"""`kLargeBuffer`: what is asked for requests from 1 to 10 MiB."""
+"""`kLargeBuffer`: the segment size for requests from 1 to 10 MiB."""
 _MIN_LARGE = 10 << 20
-"""`kMinLargeAlloc`: from here a request gets a segment of its own."""
+"""`kMinLargeAlloc`: the smallest request that gets its own segment."""
 _ROUND_LARGE = 2 << 20
-"""`kRoundLarge`: to which such a segment is rounded."""
+"""`kRoundLarge`: such a segment is rounded up to a multiple of this."""
 _ADDRESS_GAP = 1 << 30
-"""Between two segments, so that blocks of different segments are never neighbours."""
+"""Space between two segments, so that their blocks are never neighbours."""
 
 
 @dataclass(slots=True)
@@ -39,7 +37,7 @@ class _Block:
 
 @dataclass
 class Allocator:
-    """Blocks by address; `allocated` and `reserved` are bytes as `torch.cuda.memory_stats` counts them."""
+    """Blocks by address. `allocated` and `reserved` are bytes as `torch.cuda.memory_stats` counts them."""
 
     allocated: int = 0
     reserved: int = 0
@@ -51,13 +49,13 @@ class Allocator:
     _next_address: int = _ADDRESS_GAP
 
     def malloc(self, requested: int) -> int | None:
-        """Take `requested` bytes; their address, or None for an empty request.
+        """Allocate `requested` bytes and return their address, or None for an empty request.
 
         Raises:
             ValueError: a negative request.
         """
         if requested < 0:
-            raise ValueError(f"An allocation of {requested} bytes makes no sense.")
+            raise ValueError(f"Cannot allocate {requested} bytes.")
         if requested == 0:
             return None
         size = -(-requested // _ROUND) * _ROUND
@@ -86,7 +84,7 @@ class Allocator:
         return address
 
     def _split(self, address: int, block: _Block, size: int) -> None:
-        """`should_split`: the small pool splits off any whole unit, the large one only what is above 1 MiB."""
+        """Split off the rest as `should_split` says: any whole unit in the small pool, more than 1 MiB in the large one."""
         rest = block.size - size
         if rest < _ROUND or (not block.small and rest <= _SMALL):
             return
@@ -98,7 +96,7 @@ class Allocator:
         insort(self._free[block.small], (rest, behind))
 
     def free(self, address: int | None) -> None:
-        """Give a block back; it merges with free neighbours of its segment.
+        """Free a block and merge it with free neighbours in its segment.
 
         Raises:
             ValueError: nothing was allocated at this address.
@@ -137,9 +135,9 @@ class Allocator:
         pool.pop(bisect_left(pool, (block.size, address)))
 
     def size_of(self, address: int | None) -> int:
-        """Bytes that the block at this address counts as allocated; 0 for None."""
+        """Return the allocated bytes of the block at this address, or 0 for None."""
         return 0 if address is None else self._blocks[address].size
 
     def reset_peaks(self) -> None:
-        """As `torch.cuda.reset_peak_memory_stats`."""
+        """Do what `torch.cuda.reset_peak_memory_stats` does."""
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved

@@ -1,7 +1,7 @@
-"""Which kernels torch's scaled dot product attention takes on a GPU, and the operator it then dispatches.
+"""Which kernels torch's scaled dot product attention uses on a GPU, and the operator it then dispatches.
 
-A CPU build has no CUDA side of `_fused_sdp_choice`, so the choice of ATen/native/transformers/cuda/sdp_utils.cpp is made here:
-in the order of `priority_order`, each backend's own conditions as far as dense decoder attention can meet or break them.
+A CPU build lacks the CUDA half of `_fused_sdp_choice`, so this module makes the choice of ATen/native/transformers/cuda/sdp_utils.cpp:
+in the order of `priority_order`, with each backend's conditions as far as dense decoder attention can meet or fail them.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ import torch
 from hpc_core.case.errors import PredictError
 from hpc_core.record.gpus import Gpu
 
-__all__ = ["Attention", "chosen"]
-
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_WIDTH = 256
-"""Head width above which flash and cuDNN's kernels are not taken (`check_head_dim_size_flash`, `check_cudnn_tensor_shapes`)."""
+"""Largest head width of the flash and cuDNN kernels (`check_head_dim_size_flash`, `check_cudnn_tensor_shapes`)."""
 
 
 def chosen(
     gpu: Gpu, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, *, grouped: bool
 ) -> str:
-    """One of "cudnn", "flash", "efficient" and "math", for (batch, heads, length, width) tensors.
+    """Return "cudnn", "flash", "efficient" or "math" for (batch, heads, length, width) tensors.
 
-    `grouped`: `enable_gqa` with fewer key heads than query heads. Flash and cuDNN's kernels take that, the memory-efficient ones
-    do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`), as measured with torch 2.11: grouped float32
-    attention runs by explicit products there.
+    `grouped` is `enable_gqa` with fewer key heads than query heads. The flash and cuDNN kernels support it. The memory-efficient
+    ones do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`): with torch 2.11, grouped float32 attention
+    was measured to use explicit matrix products.
 
     Raises:
-        PredictError: heads whose width flash attention would pad.
+        PredictError: flash attention would pad the head width.
     """
     width, same_width = query.shape[-1], query.shape[-1] == value.shape[-1]
     half = query.dtype in _HALF
     fits = half and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
-    allowed = torch.backends.cuda  # what `torch.nn.attention.sdpa_kernel` and its kind leave on
+    allowed = torch.backends.cuda  # what `torch.nn.attention.sdpa_kernel` leaves enabled
     if (
         fits
         and gpu.prefers_cudnn_attention
@@ -48,7 +46,7 @@ def chosen(
         return "flash"
     if half and allowed.flash_sdp_enabled() and mask is None and same_width and width % 8 and width <= _MOST_WIDTH:
         raise PredictError(
-            f"Heads of {width} numbers have no model here: flash attention pads them to a multiple of 8. Measure the case on a GPU."
+            f"A head width of {width} cannot be predicted: flash attention pads it to a multiple of 8. Measure the case on a GPU."
         )
     alignment = 8 if half else 4
     aligned = width % alignment == 0 and value.shape[-1] % alignment == 0
@@ -58,7 +56,7 @@ def chosen(
 
 
 class Attention:
-    """Stands in for `torch.nn.functional.scaled_dot_product_attention`."""
+    """Replacement for `torch.nn.functional.scaled_dot_product_attention`."""
 
     def __init__(self, gpu: Gpu):
         self._gpu = gpu
@@ -74,7 +72,7 @@ class Attention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """As in ATen/native/transformers/attention.cpp: `(batch, heads, length, width)` in and out."""
+        """Dispatch the operator that ATen/native/transformers/attention.cpp would, for (batch, heads, length, width) tensors."""
         grouped = enable_gqa and key.shape[-3] != query.shape[-3]
         how = chosen(self._gpu, query, key, value, attn_mask, grouped=grouped)
         aten: Any = torch.ops.aten
@@ -101,7 +99,7 @@ class Attention:
 
 
 def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
-    """`convert_boolean_attn_mask`: a mask of truths becomes one that is added to the scores."""
+    """Convert a boolean mask to one that is added to the scores, as `convert_boolean_attn_mask` does."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     zeros = torch.zeros((), dtype=query.dtype, device=query.device)
@@ -110,7 +108,7 @@ def _added(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | Non
 
 
 def _padded(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-    """`preprocess_mask`: the memory-efficient kernels want rows aligned to 16 numbers, and the mask as large as the scores."""
+    """Align the mask's rows to 16 numbers and expand it to the scores, as `preprocess_mask` does for the memory-efficient kernels."""
     if mask is None:
         return None
     length = mask.shape[-1]

@@ -17,7 +17,7 @@ from hpc_core.instruments.owners import (
     owned_bytes,
     weight_tensors,
 )
-from hpc_core.predict.policy import Answers
+from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
@@ -39,7 +39,7 @@ def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
         PredictError: a switch of the tuned engine has no model here.
     """
     _refuse_unmodelled(prediction.case.id, workload)
-    with prediction.fake() as (watch, answers):
+    with prediction.fake() as (watch, policy):
         built = prediction.build(watch)
         prediction.phase("data")
         program = training_program(built, prediction.case, workload)
@@ -48,12 +48,12 @@ def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
         prediction.metrics["tokens"] = counted(program.tokens_of(workload.steps), better="same", case_only=True)
         prediction.metrics["padded_tokens"] = counted(program.padded_of(workload.steps), better="same", case_only=True)
         prediction.phase("warm-up")
-        _step(program, answers, program.widest)
+        _step(program, policy, program.widest)
         prediction.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
         prediction.phase("memory")
-        _memory(prediction, program, watch, answers)
+        _memory(prediction, program, watch, policy)
         prediction.phase("counters")
-        _counts(prediction, program, watch, answers)
+        _counts(prediction, program, watch, policy)
         prediction.look(built)
         return prediction.record(watch)
 
@@ -74,10 +74,10 @@ def _refuse_unmodelled(case_id: str, workload: FinetuneSpec) -> None:
             )
 
 
-def _step(program: FinetuneProgram, answers: Answers, index: int, watch: GpuWatch | None = None) -> None:
+def _step(program: FinetuneProgram, policy: ValuePolicy, index: int, watch: GpuWatch | None = None) -> None:
     batch = program.batches[index]
     # The program leaves out a mask that would be full, so one that is there is not.
-    answers.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
+    policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
     program.steps_done = index
     if watch is None:
         program.step()
@@ -94,7 +94,7 @@ def _step(program: FinetuneProgram, answers: Answers, index: int, watch: GpuWatc
     watch.end_phase()
 
 
-def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, answers: Answers) -> None:
+def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, policy: ValuePolicy) -> None:
     watch.begin(program.phases)
     for category, tensors in weight_tensors(program.model).items():
         watch.own_now(category, tensors)
@@ -103,7 +103,7 @@ def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
         watch.name(module, tensors)
     prediction.places.learn(program.model)
     prediction.places.begin()
-    _step(program, answers, program.widest, watch)
+    _step(program, policy, program.widest, watch)
     prediction.metrics |= memory_metrics(watch.peaks, watch.timeline, on_gpu=True)
     prediction.keep(watch.timeline, program.phases, watch, "one step on the widest batch")
     _, requested = watch.timeline.peak()
@@ -111,7 +111,7 @@ def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
     prediction.metrics["peak_requested_bytes"] = measured_bytes(requested, machine=True, gated=False, note=note)
 
 
-def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, answers: Answers) -> None:
+def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, policy: ValuePolicy) -> None:
     """Operators and FLOPs over a period, kernels and copies over ten steps; steps of equal shape count alike."""
     launched = [index % len(program.batches) for index in range(_STEPS)]
     by_width: dict[int, int] = {_width(program, program.widest): program.widest}
@@ -121,7 +121,7 @@ def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, a
     for width in to_watch(sorted(by_width)):
         if width not in known:
             watch.begin(program.phases)
-            _step(program, answers, by_width[width], watch)
+            _step(program, policy, by_width[width], watch)
             known[width] = watch.counts()
     if len(known) < len(by_width):
         prediction.notes.append(

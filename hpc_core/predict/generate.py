@@ -17,7 +17,7 @@ from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.owners import by_module, cache_tensors, weight_tensors
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.predict.policy import Answers
+from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.record import Record
@@ -35,12 +35,12 @@ _LAST_TOKENS = 2
 class _Generation:
     """One program's queries on the fake GPU."""
 
-    def __init__(self, program: GenerateProgram, watch: GpuWatch, answers: Answers):
+    def __init__(self, program: GenerateProgram, watch: GpuWatch, policy: ValuePolicy):
         self.program = program
         self.watch = watch
-        self.answers = answers
+        self.policy = policy
         self._left = 0
-        # `generate` asks the device whether every sequence has ended; on fake tensors the count of tokens answers.
+        # `generate` asks the device whether every sequence has ended; here the number of tokens decides.
         program.model._has_unfinished_sequences = self._unfinished
 
     def _unfinished(self, this_peer_finished: torch.Tensor, *_: object, **__: object) -> bool:
@@ -56,7 +56,7 @@ class _Generation:
         gc.collect()  # what the query before left in reference cycles
         program = self.program
         prompt = program.prompts[index]
-        self.answers.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
+        self.policy.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
         kept, program.new_tokens, program.steps_done = program.new_tokens, room or new_tokens, index
         program.ended_after = new_tokens
         self._left = new_tokens
@@ -68,18 +68,18 @@ def predict_generate(prediction: Prediction, workload: GenerateSpec) -> Record:
     """A warm query, the counts of a short one, then memory of the longest prompt's first and last tokens."""
     if workload.engine == "graph":
         raise PredictError(
-            f"{prediction.case.id}: engine='graph' runs kernels of its own inside a CUDA graph, which have no model here. Predict it "
+            f"{prediction.case.id}: engine='graph' runs kernels of its own inside a CUDA graph, which cannot be predicted. Predict it "
             "with engine='stock', whose weights and cache a token are the same."
         )
     if workload.cache == "static" and workload.compiled:
         raise PredictError(
-            f"{prediction.case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile has no "
-            "model here. Predict it with compiled=False, or with cache='dynamic', whose memory is that of the same tokens."
+            f"{prediction.case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile cannot "
+            "be predicted. Predict it with compiled=False, or with cache='dynamic', whose memory is that of the same tokens."
         )
-    with prediction.fake() as (watch, answers):
+    with prediction.fake() as (watch, policy):
         built = prediction.build(watch)
         prediction.phase("data")
-        generation = _Generation(generate_program(built, workload), watch, answers)
+        generation = _Generation(generate_program(built, workload), watch, policy)
         program = generation.program
         _tokens(prediction, program, workload)
         prediction.phase("warm-up")

@@ -1,7 +1,7 @@
-"""What a fake tensor answers when Python asks for its value: the code under test must take the way that it takes on real data.
+"""The policy for values of fake tensors: what one answers when Python asks for its value.
 
-Only two questions are asked on the way of a step: whether a mask leaves everything in, and whether generation is done. The
-program knows the first, and `fake.generation` counts for the second.
+The code under test must take the branch that it takes on real data. On the way of a step only two questions are asked: whether a
+mask hides anything, and whether generation is finished. The program knows the first; `predict.generate` counts for the second.
 """
 
 from __future__ import annotations
@@ -12,35 +12,33 @@ from typing import Any
 
 import torch
 
-__all__ = ["Answers"]
-
 _CARRIES = {
     *("_to_copy", "cat", "eq", "ne", "sum", "all", "ones_like", "clone"),
     *("bitwise_and", "logical_and", "bitwise_not", "constant_pad_nd"),
 }
-"""Operators through which what is known of a mask goes on; views share its storage."""
+"""Operators whose output is a mask if an input is one. Views share the storage of the mask."""
 _WIDENS = "constant_pad_nd"
 """transformers pads a static cache's mask with zeros up to the cache's length."""
 
 
-class Answers:
-    """Knows which storages stem from a padding mask, and whether that mask is full."""
+class ValuePolicy:
+    """Track which storages come from a padding mask, and whether that mask is full."""
 
     def __init__(self) -> None:
         self.mask_is_full = True
         self._masks: dict[int, weakref.ref[Any]] = {}
         self._alls: dict[int, weakref.ref[Any]] = {}
         self._open: dict[int, weakref.ref[Any]] = {}
-        """Masks widened by zeros, and what was made of such a mask as a whole: never full, though their parts are alike."""
+        """Masks padded with zeros, and masks derived from a whole padded mask. They are never full."""
 
     def know(self, masks: Iterable[torch.Tensor], *, full: bool) -> None:
-        """These tensors are padding masks; `full`: nothing in them is padding."""
+        """Register padding masks. `full` means that they hide nothing."""
         self.mask_is_full = full
         for mask in masks:
             _note(self._masks, mask)
 
     def follow(self, name: str, inputs: Iterable[Any], outputs: Iterable[torch.Tensor]) -> None:
-        """An operator has run: what came from a mask is of a mask, and the outcome of `all` is remembered."""
+        """Record an operator: outputs of a mask are masks, and results of `all` are remembered."""
         if name not in _CARRIES:
             return
         masks = [value for value in inputs if isinstance(value, torch.Tensor) and _noted(self._masks, value)]
@@ -54,7 +52,7 @@ class Answers:
                 _note(self._alls, output)
 
     def scalar(self, tensor: torch.Tensor) -> bool | int | float:
-        """The value that Python gets: of a mask the truth; of any other `all` yes, as for positions that are in order."""
+        """Return the value of a scalar: the truth for masks, True for any other `all` (positions are in order), else zero or one."""
         if tensor.dtype == torch.bool:
             if _noted(self._open, tensor):
                 return False
@@ -63,7 +61,7 @@ class Answers:
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
-    """Whether it shows all of its storage."""
+    """Return whether the tensor covers its whole storage."""
     return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
 
 

@@ -17,9 +17,9 @@ from hpc_core.instruments.clock import quiet
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.timeline import Timeline
-from hpc_core.predict.fake import fake_gpu
-from hpc_core.predict.policy import Answers
-from hpc_core.predict.quantized import OUTLIERS
+from hpc_core.predict.fake_bitsandbytes import OUTLIERS
+from hpc_core.predict.fake_gpu import fake_gpu
+from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.environment import circumstances
 from hpc_core.record.gpus import Gpu, gpu_named
@@ -73,11 +73,11 @@ class Prediction:
         self._emit(Phase(name))
 
     @contextlib.contextmanager
-    def fake(self) -> Iterator[tuple[GpuWatch, Answers]]:
+    def fake(self) -> Iterator[tuple[GpuWatch, ValuePolicy]]:
         """The fake GPU of this prediction, with garbage collected by reference counts alone, as in a timed step."""
-        with fake_gpu(self.gpu) as (watch, answers), following() as self.places, quiet():
+        with fake_gpu(self.gpu) as (watch, policy), following() as self.places, quiet():
             watch.place = self.places.here
-            yield watch, answers
+            yield watch, policy
 
     def build(self, watch: GpuWatch) -> Built:
         """Build the case's module; its bytes, and the peak while loading, become metrics."""

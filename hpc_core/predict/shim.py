@@ -1,6 +1,7 @@
-"""A CUDA device that holds nothing, for torch's autograd: a small C++ library, compiled once a torch and kept in a cache.
+"""A CUDA device without memory or kernels, as far as torch's autograd needs one to run fake CUDA tensors.
 
-Must be loaded before torch is imported, so this module imports none: paths come from where torch lies on disk.
+It is a small C++ library, compiled once per torch version and cached. It must be loaded before torch is imported, so this module
+does not import torch: it finds torch's folder on disk.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ from pathlib import Path
 
 from hpc_core.case.errors import MissingCompilerError, PredictError
 
-__all__ = ["compiled", "install_guard", "load", "loaded"]
-
 _SOURCE = Path(__file__).with_name("fakecuda.cpp")
 _TORCH_LIBRARIES = ("libc10.so", "libtorch_cpu.so")
 _COMPILE_LIMIT_S = 300.0
@@ -27,17 +26,17 @@ _library: ctypes.CDLL | None = None
 
 
 def loaded() -> bool:
-    """Whether this process has the device."""
+    """Return whether this process has loaded the device."""
     return _library is not None
 
 
 def load() -> None:
-    """Load the library into this process, compiling it first where the cache has none for this torch.
+    """Load the library into this process. Compile it first if the cache has none for this torch.
 
     Raises:
-        PredictError: torch is imported already or absent, or there is no compiler that can make the library.
+        PredictError: torch is already imported or not installed, or the library cannot be compiled.
     """
-    global _library  # a process loads it once, for good
+    global _library  # a process loads it once and never unloads it
     if _library is not None:
         return
     if "torch" in sys.modules:
@@ -47,18 +46,18 @@ def load() -> None:
         )
     torch = _torch_folder()
     path = compiled()
-    for name in _TORCH_LIBRARIES:  # the library's symbols are torch's; Python loads torch's own files later by itself
+    for name in _TORCH_LIBRARIES:  # the library needs torch's symbols
         ctypes.CDLL(str(torch / "lib" / name), mode=ctypes.RTLD_GLOBAL)
     try:
         _library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise PredictError(
-            f"The compiled device {path} cannot be loaded ({error}). Remove it: it is made anew."
+            f"The compiled device {path} cannot be loaded ({error}). Delete it; the next prediction compiles it again."
         ) from error
 
 
 def install_guard() -> None:
-    """After `import torch`: put the guard of the empty device in place of the one that a CUDA build has brought.
+    """Replace the device guard that a CUDA build of torch installed. Call it after `import torch`.
 
     Raises:
         PredictError: `load` was not called before torch was imported.
@@ -69,11 +68,11 @@ def install_guard() -> None:
 
 
 def compiled() -> Path:
-    """The compiled library for this torch, made now if need be.
+    """Return the path of the compiled library for this torch. Compile it if necessary.
 
     Raises:
-        MissingCompilerError: there is no compiler.
-        PredictError: torch is absent, or the compiler fails.
+        MissingCompilerError: no compiler is installed.
+        PredictError: torch is not installed, or the compiler fails.
     """
     torch = _torch_folder()
     version = (torch / "version.py").read_bytes()
@@ -98,13 +97,13 @@ def _cache() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PredictError(
-            f"{folder}, which keeps a compiled file, cannot be made ({error.strerror}): name another folder in XDG_CACHE_HOME."
+            f"The cache folder {folder} cannot be created ({error.strerror}). Set XDG_CACHE_HOME to a folder that can be written."
         ) from error
     return folder
 
 
 def _compile(torch: Path, path: Path) -> None:
-    """Compile to a file of another name first, so that two processes at once, or a broken one, leave no half library."""
+    """Compile to a temporary file first, so that parallel or interrupted processes never leave a partial library."""
     compiler = os.environ.get("CXX") or (sysconfig.get_config_var("CXX") or "c++").split()[0]
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".so")
     os.close(handle)
@@ -126,15 +125,15 @@ def _compile(torch: Path, path: Path) -> None:
         half.replace(path)
     except OSError as error:
         raise MissingCompilerError(
-            f"Prediction compiles a small C++ file once, and there is no compiler {compiler!r} ({error.strerror}). Install one "
+            f"Prediction compiles a small C++ file once, but the compiler {compiler!r} cannot be run ({error.strerror}). Install one "
             "(Debian: apt-get install g++), or name one in the environment variable CXX."
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise PredictError(f"{compiler} took longer than {_COMPILE_LIMIT_S:g} s over {_SOURCE.name}.") from error
+        raise PredictError(f"{compiler} did not finish {_SOURCE.name} within {_COMPILE_LIMIT_S:g} s.") from error
     finally:
         half.unlink(missing_ok=True)
 
 
 def _first_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "it said nothing").rstrip(".")
+    return next((line for line in lines if "error" in line), lines[-1] if lines else "no output").rstrip(".")

@@ -1,7 +1,7 @@
-"""Every operator of a step on fake tensors: what the GPU's allocator would be asked for, and when it would be given back.
+"""Watch every operator of a step on fake tensors: what a GPU's allocator would be asked for, and when it would get it back.
 
-Sits below autograd, so it sees what autograd saves, frees and recomputes. Knows no model; what an operator takes beyond the
-tensors that it returns, and how many kernels it launches, other modules say.
+The watch sits below autograd, so it sees what autograd saves, frees and recomputes. It knows no model. Other modules say what an
+operator allocates beyond the tensors it returns (`fake_bitsandbytes`) and how many kernels it launches (`kernels`).
 """
 
 from __future__ import annotations
@@ -26,27 +26,25 @@ from hpc_core.instruments.formulas import own_formulas
 from hpc_core.instruments.places import nowhere
 from hpc_core.instruments.timeline import Allocation, Timeline
 from hpc_core.predict.allocator import Allocator
+from hpc_core.predict.fake_bitsandbytes import CONSTANTS_FIRST, STAND_INS
 from hpc_core.predict.kernels import Launches
-from hpc_core.predict.layout import laid_out
-from hpc_core.predict.policy import Answers
-from hpc_core.predict.quantized import CONSTANTS_FIRST, STAND_INS
+from hpc_core.predict.policy import ValuePolicy
+from hpc_core.predict.strides import with_real_strides
 from hpc_core.record.gpus import Gpu
-
-__all__ = ["Counts", "GpuWatch"]
 
 aten: Any = torch.ops.aten
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmv", "mv", "dot"}
-"""Operators that go through cuBLAS, whose handle has a workspace for each thread."""
+"""Operators that use cuBLAS, whose handle has one workspace per thread."""
 _LT_APART = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
-"""Whether cuBLASLt has a workspace of its own; later it shares that of cuBLAS."""
+"""Whether cuBLASLt has its own workspace. Since torch 2.13 it shares that of cuBLAS."""
 _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
-"""Namespaces of operators whose memory is known: that of what they return, and what `quantized` adds."""
+"""Namespaces of operators whose memory is known: their outputs, and what `fake_bitsandbytes` adds."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was dispatched, computed and launched since the watch's `begin`."""
+    """What was dispatched, computed and launched since `GpuWatch.begin`."""
 
     operators: int
     flops: int
@@ -55,29 +53,29 @@ class Counts:
 
 
 class GpuWatch(TorchDispatchMode):
-    """While active, feeds birth and death of each CUDA storage to the allocator; it is also the mark of a step's phases."""
+    """Pass the creation and end of each CUDA storage to the allocator model. Called with a name, it begins a phase of the step."""
 
-    def __init__(self, gpu: Gpu, answers: Answers):
+    def __init__(self, gpu: Gpu, policy: ValuePolicy):
         super().__init__()
         self.gpu = gpu
         self.allocator = Allocator()
         self.timeline = Timeline()
         self.peaks: dict[str, int] = {}
-        """Allocated bytes by phase, as `max_memory_allocated` would give them."""
+        """Peak bytes by phase, as `max_memory_allocated` would report them."""
         self.launches = Launches()
         self.operators: Counter[str] = Counter()
-        """Operators as they were dispatched, views included: the same count as `measure.counters`."""
+        """Dispatched operators, views included: the same count as that of the `counters` instrument."""
         self.flops = 0
         self._formulas = _formulas()
         self._within = 0
-        """How deep in parts of an operator that was counted whole."""
+        """Depth inside an operator that was counted as one."""
         self._inside = 0
-        """How deep in a stand-in, whose FLOPs were counted whole."""
+        """Depth inside a stand-in, whose FLOPs were counted as one."""
         self.place = nowhere
-        """Says for which module an operator runs."""
+        """Returns the module for which an operator runs."""
         self.uses: Counter[tuple[str, str, str]] = Counter()
         """Operators by module, phase and name, since `begin`."""
-        self._answers = answers
+        self._policy = policy
         self._phases: list[str] = []
         self._phase = -1
         self._clock = 0
@@ -86,34 +84,34 @@ class GpuWatch(TorchDispatchMode):
         self._threads: set[tuple[int, str]] = set()
 
     def begin(self, phases: Sequence[str]) -> None:
-        """A step begins: what lives now was there before it, and the peaks start from it."""
+        """Begin a step: what is alive now existed before it, and peaks start from there."""
         self._phases, self._phase, self._clock = list(phases), -1, 0
         for piece in self._living.values():
             piece.born, piece.phase = 0, -1
         self.timeline = Timeline(list(self._living.values()))
         self.peaks = {}
         self.launches, self.operators, self.uses, self.flops = Launches(), Counter(), Counter(), 0
-        self._formulas = _formulas()  # bitsandbytes' operators are there by now
+        self._formulas = _formulas()  # bitsandbytes has registered its operators by now
         self.allocator.reset_peaks()
 
     def __call__(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self.end_phase()
         self._phase = self._phases.index(phase)
 
     def end_phase(self) -> None:
-        """The phase that runs ends, and its peak is kept."""
+        """End the current phase and keep its peak."""
         if self._phase >= 0:
             name = self._phases[self._phase]
             self.peaks[name] = max(self.allocator.peak_allocated, self.peaks.get(name, 0))
         self.allocator.reset_peaks()
 
     def counts(self) -> Counts:
-        """What has run since `begin`."""
+        """Return what has run since `begin`."""
         return Counts(self.operators.total(), self.flops, self.launches.kernels, self.launches.copies)
 
     def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say who owns these tensors."""
+        """Set the category of these tensors."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             known = self._known.get(id(storage))
@@ -121,14 +119,14 @@ class GpuWatch(TorchDispatchMode):
                 known[1].category = category
 
     def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say which module these tensors belong to."""
+        """Set the module that these tensors belong to."""
         for tensor in tensors:
             known = self._known.get(id(tensor.untyped_storage()))
             if known is not None and known[0]() is tensor.untyped_storage():
                 known[1].module = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator on fake tensors, and note what a GPU would take and give back."""
+        """Run the operator on fake tensors, and record what a GPU would allocate, free and launch."""
         kwargs = kwargs or {}
         if func.namespace == "prim" or _without_tensors(func):
             return func(*args, **kwargs)
@@ -144,13 +142,13 @@ class GpuWatch(TorchDispatchMode):
         return self._leaf(func, args, kwargs)
 
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """An operator that a GPU has code for."""
+        """Record an operator that has a kernel on a GPU."""
         name = func._schema.name.partition("::")[2]
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         on_gpu = any(map(_on_gpu, inputs))
         if func is aten._local_scalar_dense.default:
             self.launches.copies += on_gpu
-            return self._answers.scalar(inputs[0])
+            return self._policy.scalar(inputs[0])
         if on_gpu and name in STAND_INS:
             return self._stand_in(func, name, args, kwargs)
         if on_gpu and name in _PRODUCTS:
@@ -158,11 +156,11 @@ class GpuWatch(TorchDispatchMode):
         if self._accumulates(func, args, kwargs):
             self.launches.add(func, name, args, inputs, [])
             return args[0]
-        out = laid_out(name, inputs, func(*args, **kwargs))
+        out = with_real_strides(name, inputs, func(*args, **kwargs))
         outputs = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
         for value in reversed(outputs) if name in CONSTANTS_FIRST else outputs:
             self._add(value, str(func))
-        self._answers.follow(name, inputs, outputs)
+        self._policy.follow(name, inputs, outputs)
         if on_gpu or any(map(_on_gpu, outputs)):
             self._launched(func, name, args, inputs, outputs)
         return out
@@ -171,14 +169,14 @@ class GpuWatch(TorchDispatchMode):
         self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]
     ) -> None:
         if name == "_to_copy" and inputs and not _on_gpu(inputs[0]):
-            # A tensor that is made of numbers on the GPU: a real run dispatches nothing for it, and an empty one copies nothing.
+            # A GPU tensor made from Python numbers: a real run dispatches nothing, and copies nothing if it is empty.
             self.operators[str(func)] -= 1
             if inputs[0].numel() == 0:
                 return
         self.launches.add(func, name, args, inputs, outputs)
 
     def _stand_in(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """What the operator does inside: its parts take memory and launch kernels, but are no operators of the step."""
+        """Run what the operator does internally. Its parts allocate and launch, but are not operators of the step."""
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
         self._within += 1
         self._inside += 1
@@ -190,7 +188,7 @@ class GpuWatch(TorchDispatchMode):
             self._inside -= 1
 
     def _in_parts(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """A composite operator arrives whole where autograd is off; its parts are what runs, and what has FLOPs."""
+        """Run the parts of a composite operator, which arrives as one where autograd is off. The parts have kernels and FLOPs."""
         self._within += 1
         try:
             with self:
@@ -199,13 +197,15 @@ class GpuWatch(TorchDispatchMode):
             self._within -= 1
 
     def _accumulates(self, func: Any, args: Any, kwargs: Any) -> bool:
-        """Autograd's InputBuffer adds a second gradient into the first where nobody else holds it; under a dispatch mode it never does.
+        """Return whether autograd would add this gradient in place. Under a dispatch mode it never does.
+
+        Autograd's InputBuffer adds a second gradient into the first if nothing else refers to it. See
 
         `InputBuffer::accumulate` and `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
         if func is not aten.add.Tensor or kwargs or torch.is_grad_enabled() or self._phase < 0:
             return False
-        if torch._C._current_graph_task_id() < 0:  # the engine is not at work: this is somebody's sum
+        if torch._C._current_graph_task_id() < 0:  # autograd is not running: the model adds two tensors
             return False
         first, second = args
         if not isinstance(first, torch.Tensor) or not isinstance(second, torch.Tensor):
@@ -218,7 +218,7 @@ class GpuWatch(TorchDispatchMode):
         return whole and dense and torch._C._storage_Use_Count(storage._cdata) <= 2
 
     def _workspace(self, *, added: bool) -> None:
-        """A thread's first product takes its workspace; `added`: to a bias or a matrix, which is cuBLASLt's work and takes another."""
+        """Allocate the workspace at a thread's first product. `added`: a bias or matrix is added, which uses cuBLASLt and its workspace."""
         wanted = [("cuBLAS workspace", self.gpu.workspace_bytes)]
         if added and _LT_APART:
             wanted.append(("cuBLASLt workspace", self.gpu.lt_workspace_bytes))
@@ -263,7 +263,7 @@ class GpuWatch(TorchDispatchMode):
 
 @functools.cache
 def _without_tensors(func: Any) -> bool:
-    """Whether an operator neither takes nor gives a tensor, as `torchvision::_cuda_version`, which its import calls."""
+    """Return whether an operator neither takes nor returns a tensor, such as `torchvision::_cuda_version`."""
     schema = func._schema
     return not any("Tensor" in str(part.type) for part in (*schema.arguments, *schema.returns))
 
@@ -271,20 +271,22 @@ def _without_tensors(func: Any) -> bool:
 def _refuse_unknown(func: Any) -> None:
     if func.namespace not in _KNOWN:
         raise PredictError(
-            f"The operator {func._schema.name} has no model here: what it takes and launches on a GPU is not known. "
+            f"The operator {func._schema.name} cannot be predicted: its memory and kernels on a GPU are unknown. "
             "Predict the case without it, or measure it on a GPU."
         )
 
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
-    # `tensor.device` of a fake tensor is an operator of its own, and would come through the watch again.
+    # `tensor.device` of a fake tensor is an operator and would enter the watch again.
     return isinstance(tensor, FakeTensor) and tensor.fake_device.type == "cuda"
 
 
 @functools.cache
 def _composite(func: Any) -> bool:
-    """Whether a GPU runs its parts too. Some composite operators have kernels of their own as well; those that have one on a CPU
-    have one on CUDA (native_functions.yaml: `silu_backward` and its kind).
+    """Return whether a GPU runs the parts of this operator.
+
+    Some composite operators have kernels too. Those that have one on a CPU have one on CUDA (native_functions.yaml, for example
+    `silu_backward`).
     """
     if func.namespace != "aten":
         return False
@@ -292,5 +294,5 @@ def _composite(func: Any) -> bool:
 
 
 def _formulas() -> dict[Any, Any]:
-    """FLOPs by operator, of tensors: torch's own, and those of `measure.formulas`, which take shapes."""
+    """Return FLOP formulas by operator: torch's, and those of `own_formulas`, which take shapes."""
     return flop_registry | {operator: shape_wrapper(formula) for operator, formula in own_formulas().items()}

@@ -28,7 +28,7 @@ _GONE_S = 15.0
 _LAUNCH = """
 import sys, msgspec
 from hpc_core.launch.launcher import Launcher
-from hpc_core.launch.protocol import Job
+from hpc_core.record.job import Job
 with Launcher("exec") as launcher:
     launcher.run(msgspec.json.decode(sys.argv[1], type=Job))
 """

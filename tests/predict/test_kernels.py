@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from hpc_core.case.errors import PredictError
 from hpc_core.predict.attention import chosen
-from hpc_core.predict.kernels import Launches, multi_tensor_launches
-from hpc_core.predict.layout import laid_out
-from hpc_core.predict.products import product_kernels
+from hpc_core.predict.kernels import Launches, multi_tensor_launches, product_kernels
+from hpc_core.predict.strides import with_real_strides
 from hpc_core.record.gpus import GPUS, Gpu
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
@@ -104,7 +103,7 @@ def test_views_have_the_strides_of_real_ones(shape: list[int], random: Any) -> N
         wanted.insert(random.randint(0, len(wanted)), 1)
     expected = source.view(wanted)  # only ones come and go, so it is always a view
     odd = expected.as_strided(expected.shape, [7 if size == 1 else step for size, step in _steps(expected)])
-    out = laid_out("view", [source], odd)
+    out = with_real_strides("view", [source], odd)
     assert (out.shape, out.stride(), out.data_ptr()) == (expected.shape, expected.stride(), source.data_ptr())
     assert torch.equal(out, expected)
 
@@ -116,9 +115,9 @@ def _steps(tensor: torch.Tensor) -> list[tuple[int, int]]:
 def test_other_operators_keep_their_outputs() -> None:
     """What is no view, or has no dimension of one, comes back as it is."""
     source, out = torch.ones(2, 3), torch.ones(1, 6)
-    assert laid_out("mm", [source], out) is out
+    assert with_real_strides("mm", [source], out) is out
     whole = source.view(6)
-    assert laid_out("view", [source], whole) is whole
+    assert with_real_strides("view", [source], whole) is whole
 
 
 def test_cudnns_attention_answers_in_the_layout_of_its_query() -> None:
@@ -126,9 +125,9 @@ def test_cudnns_attention_answers_in_the_layout_of_its_query() -> None:
     query = torch.ones(2, 5, 3, 8).transpose(1, 2)
     out, rest = torch.ones(2, 3, 5, 8), torch.ones(1)
     name = "_scaled_dot_product_cudnn_attention"
-    assert laid_out(name, [query], (out, rest))[0].stride() == query.stride()
+    assert with_real_strides(name, [query], (out, rest))[0].stride() == query.stride()
     narrow = torch.ones(2, 3, 5, 4)
-    assert laid_out(name, [query], (narrow, rest))[0] is narrow
+    assert with_real_strides(name, [query], (narrow, rest))[0] is narrow
 
 
 HOPPER, ADA, BLACKWELL = GPUS["H100 80GB HBM3"], GPUS["RTX 4090"], GPUS["RTX 5090"]
@@ -166,7 +165,7 @@ def test_which_attention_is_taken(
 
 def test_heads_that_flash_attention_pads_are_refused() -> None:
     """A width that is no multiple of 8 would be padded inside, in copies that are not modelled."""
-    with pytest.raises(PredictError, match="Heads of 100 numbers"):
+    with pytest.raises(PredictError, match="A head width of 100"):
         chosen(ADA, *_heads(BF16, 100, False), None, grouped=False)
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.builders.drawn import STD
-from hpc_core.predict.outliers import Outliers, expected_columns, share_beyond
-from hpc_core.predict.policy import Answers
+from hpc_core.predict.fake_bitsandbytes import Outliers, expected_columns, share_beyond
+from hpc_core.predict.policy import ValuePolicy
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 
@@ -54,7 +54,7 @@ def test_only_down_proj_has_outliers_where_weights_are_drawn() -> None:
 
 def test_a_mask_widened_by_zeros_is_full_in_its_parts_and_never_as_a_whole() -> None:
     """Of a static cache's mask the prompt's part is full and the rest empty, so its prefill needs no mask; the whole is not full."""
-    answers = Answers()
+    answers = ValuePolicy()
     mask = torch.ones(1, 4, dtype=torch.bool)
     answers.know([mask], full=True)
     widened = torch.nn.functional.pad(mask, (0, 3))

@@ -90,7 +90,7 @@ def test_a_step_that_stays_on_the_cpu_is_refused() -> None:
 
 def test_an_optimizer_that_was_made_too_early_is_refused() -> None:
     """Its parameters cannot be followed to the GPU here, and its state would be missing in silence."""
-    assert "The AdamW was made before its model was moved" in _refusal("optimizer")
+    assert "The AdamW was created before its model was moved" in _refusal("optimizer")
 
 
 def test_a_step_finds_the_gpu_either_way() -> None:

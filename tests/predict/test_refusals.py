@@ -35,21 +35,21 @@ def test_a_static_cache_is_refused() -> None:
     """Its forward is compiled on a GPU; the message says what to predict instead."""
     case = generate(tiny, variant="generate-static", prompts=1, prompt_length=8, new_tokens=4, cache="static")
     message = _refusal(predicted([case])[0])
-    assert "torch.compile has no model here" in message
+    assert "torch.compile cannot be predicted" in message
     assert "cache='dynamic'" in message
 
 
 def test_an_unknown_operator_is_refused() -> None:
     """An operator of another library is named, even if it has a fake: a fake says nothing of what it takes inside."""
     message = _refusal(predicted([LORA], first="custom_operator")[0])
-    assert message.startswith("The operator odd_models::doubled has no model here")
+    assert message.startswith("The operator odd_models::doubled cannot be predicted")
 
 
 @pytest.mark.parametrize("first", ["compiled_late", "compiled_module"])
 def test_a_compiled_model_is_refused(first: str) -> None:
     """torch.compile fuses operators and plans memory: what runs is not what would be watched."""
     message = _refusal(predicted([LORA], first=first)[0])
-    assert message.startswith("torch.compile has no model here")
+    assert message.startswith("torch.compile cannot be predicted")
 
 
 def test_an_unknown_gpu_is_refused() -> None:

@@ -82,7 +82,7 @@ def test_rows_of_different_widths_are_all_profiled() -> None:
 COMPILED = """
 import torch
 from hpc_core.catalogue import catalogue
-from tests.test_perform_profiled import compilations
+from tests.worker.test_profiled import compilations
 
 def step(x):
     y = x + 1

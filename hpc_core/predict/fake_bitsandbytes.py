@@ -1,5 +1,12 @@
-"""bitsandbytes on fake tensors: what cannot be made of them is made of plain parameters with the same bytes, and what its
-registered fakes hide is brought to light.
+"""bitsandbytes on fake tensors.
+
+`Params4bit` and `Int8Params` cannot wrap fake tensors, so plain parameters with the same bytes stand in for them. The fake
+versions of bitsandbytes' operators hide memory and kernels; the stand-ins here allocate and launch what the real ones do.
+
+LLM.int8 multiplies every column that holds an activation of 6 or more outside the int8 product (Dettmers et al., LLM.int8(),
+2022). How many columns that is depends on the data. With weights drawn from a normal distribution it can be computed: a norm's
+output is standard normal and reaches 6 once in 5e8 numbers, so no column is affected. The input of `down_proj` is silu(gate)
+times up, each normal with deviation STD * sqrt(hidden size), and often reaches 6.
 """
 
 from __future__ import annotations
@@ -8,47 +15,99 @@ import ast
 import contextlib
 import functools
 import importlib.util
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hpc_core.builders import quantization
+from hpc_core.builders.drawn import STD
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import PredictError
-from hpc_core.predict.outliers import Outliers
 from hpc_core.record.gpus import Gpu
 
-__all__ = ["CONSTANTS_FIRST", "OUTLIERS", "STAND_INS", "Launch", "fake_bitsandbytes"]
-
 Launch = Callable[[str, int], None]
-"""Called with what is launched, and in how many kernels."""
-
+"""Called with a name and the number of kernels launched."""
 
 _MOST_ROWS = 1536
-"""`_gemm_4bit_custom_max_m`: above so many rows bitsandbytes dequantizes and calls a plain product."""
+"""`_gemm_4bit_custom_max_m`: with more rows bitsandbytes dequantizes and calls a plain matrix product."""
 _RULE = "_gemm_4bit_use_custom_cuda"
 _NONZERO_KERNELS = 4
-"""Two to count, one scan, one to select; seen on an H100 (CUB, torch 2.11)."""
+"""Two count, one scans, one selects. Measured on an H100 (CUB, torch 2.11)."""
+
+
+_QUANTILES = 2000
+"""Quantiles per factor, which makes four million equally likely pairs of a gate and an up value."""
+
+
+def share_beyond(threshold: float, deviation: float) -> float:
+    """Return the share of silu(gate) * up with a magnitude of at least `threshold`, for normal gate and up of this standard deviation."""
+    normal = NormalDist(0, deviation)
+    values = np.array([normal.inv_cdf((number + 0.5) / _QUANTILES) for number in range(_QUANTILES)])
+    gate = values / (1 + np.exp(-values))
+    return float(np.mean(np.abs(np.outer(gate, values)) >= threshold))
+
+
+def expected_columns(rows: int, columns: int, share: float) -> int:
+    """Return how many of the columns are expected to hold at least one outlier, if each number is one with probability `share`."""
+    return round(columns * -math.expm1(rows * math.log1p(-share)))
+
+
+class Outliers:
+    """Track which layer is running and how many outlier columns its input has."""
+
+    def __init__(self) -> None:
+        self._deviation: float | None = None
+        self._shares: dict[tuple[float, float], float] = {}
+
+    def watch(self, model: torch.nn.Module, hidden_size: int) -> None:
+        """Register hooks that notice when a `down_proj` of this model, with its drawn weights, is running."""
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == "down_proj":
+                module.register_forward_pre_hook(self._entered(STD * math.sqrt(hidden_size)))
+                module.register_forward_hook(self._left)
+
+    def columns(self, rows: int, columns: int, threshold: float) -> int:
+        """Return how many columns of the running layer's (rows, columns) input are outliers."""
+        if self._deviation is None:
+            return 0
+        key = (threshold, self._deviation)
+        if key not in self._shares:
+            self._shares[key] = share_beyond(*key)
+        return expected_columns(rows, columns, self._shares[key])
+
+    def _entered(self, deviation: float) -> Any:
+        def enter(*_: Any) -> None:
+            self._deviation = deviation
+
+        return enter
+
+    def _left(self, *_: Any) -> None:
+        self._deviation = None
+
+
 OUTLIERS = Outliers()
-"""Of the one model that a prediction's process builds."""
+"""The outliers of the one model that a prediction process builds."""
 
 
 @contextlib.contextmanager
 def fake_bitsandbytes() -> Iterator[None]:
-    """Let `build.quantization` quantize fake weights.
+    """Let `builders.quantization` quantize fake weights.
 
-    A `Params4bit` or `Int8Params` is made by `Tensor._make_subclass`, which refuses fake tensors. Its storage is what matters
-    here: the packed weight, and a quantization state of fake tensors, on a plain parameter that carries the same attributes.
+    `Params4bit` and `Int8Params` are made by `Tensor._make_subclass`, which refuses fake tensors. Only their storage matters
+    here: the packed weight and the quantization state, on a plain parameter with the same attributes.
     """
     bnb = library("bitsandbytes", "Predicting a quantized case")
     made = bnb.nn.Linear4bit.__init__
 
     def make_real(self: Any, *args: Any, **kwargs: Any) -> None:
-        with unset_fake_temporarily():  # a placeholder on the meta device, whose subclass cannot wrap a fake tensor
+        with unset_fake_temporarily():  # its placeholder on the meta device cannot wrap a fake tensor
             made(self, *args, **kwargs)
 
     made_8bit = bnb.nn.Linear8bitLt.__init__
@@ -62,10 +121,10 @@ def fake_bitsandbytes() -> Iterator[None]:
         patches.enter_context(mock.patch.object(bnb.nn.Linear8bitLt, "__init__", make_real_8bit))
         patches.enter_context(mock.patch.object(quantization, "_four_bit", _four_bit))
         patches.enter_context(mock.patch.object(quantization, "_int8", _int8))
-        # The code book of double quantization is computed on the host, value by value; only its size matters.
+        # Double quantization computes its code book on the host, value by value. Only its size matters.
         patches.enter_context(mock.patch.object(bnb.functional, "create_dynamic_map", _code_book))
         patches.enter_context(mock.patch.dict(bnb.functional.name2qmap, clear=True))
-        # Paged state: managed memory, by the driver and not by torch's allocator; torch sees a tensor of the host.
+        # Paged state lives in managed memory, outside torch's allocator; torch sees a host tensor.
         patches.enter_context(mock.patch.object(bnb.functional, "get_paged", _paged))
         patches.enter_context(mock.patch.object(bnb.functional, "fill", _nothing))
         patches.enter_context(mock.patch.object(bnb.functional, "prefetch_tensor", _nothing))
@@ -79,7 +138,7 @@ def _paged(*shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Calls into the CUDA library that no tensor comes of."""
+    """Stand in for CUDA library calls that return no tensor."""
 
 
 def _code_book(*_: object, **__: object) -> torch.Tensor:
@@ -113,8 +172,10 @@ def _int8(weight: torch.Tensor) -> torch.nn.Parameter:
 
 
 def _gemm_4bit(gpu: Gpu, launch: Launch, **given: Any) -> torch.Tensor:
-    """`gemm_4bit` of bitsandbytes 0.50 (backends/cuda/ops.py): one fused kernel where its rule says so, otherwise the block constants
-    are dequantized if they are quantized too, then the weight, and a plain product follows.
+    """Do what `gemm_4bit` of bitsandbytes 0.50 does (backends/cuda/ops.py).
+
+    Where its rule allows, that is one fused kernel. Otherwise it dequantizes the block constants (if they are quantized too),
+    then the weight, and calls a plain matrix product.
     """
     a, shape, bias = given["A"], given["shapeB"], given.get("bias")
     rows, inner = a.numel() // a.shape[-1], a.shape[-1]
@@ -132,7 +193,7 @@ def _gemm_4bit(gpu: Gpu, launch: Launch, **given: Any) -> torch.Tensor:
 
 
 def _int8_vectorwise_quant(gpu: Gpu, launch: Launch, **given: Any) -> tuple[torch.Tensor, ...]:
-    """As backends/cuda/ops.py does it. How many columns hold outliers depends on the data: `OUTLIERS` knows what drawn weights give."""
+    """Do what backends/cuda/ops.py does, with the expected number of outlier columns."""
     a, threshold = given["A"], given.get("threshold", 0.0)
     rows = a.numel() // a.shape[-1]
     row_stats = torch.empty(rows, device=a.device, dtype=torch.float32)
@@ -149,17 +210,17 @@ def _int8_vectorwise_quant(gpu: Gpu, launch: Launch, **given: Any) -> tuple[torc
 
 
 def _outlier_columns(outliers: torch.Tensor, count: int, launch: Launch) -> torch.Tensor:
-    """`argwhere(outliers.any(dim=0)).view(-1)`, with so many found."""
+    """Do what `argwhere(outliers.any(dim=0)).view(-1)` does when it finds `count` columns."""
     if not count:
         return torch.empty(0, device=outliers.device, dtype=torch.int64)
     hit = outliers.any(dim=0)
-    hit[0].item()  # nonzero waits for their number
+    hit[0].item()  # nonzero waits for the count
     launch("nonzero", _NONZERO_KERNELS)
     return torch.empty((count, 1), device=outliers.device, dtype=torch.int64).view(-1)
 
 
 def _int8_mixed_scaled_mm(gpu: Gpu, launch: Launch, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As backends/default/ops.py and backends/cuda/ops.py do it: an integer product, its scaling, and the outliers' columns apart."""
+    """Do what backends/default/ops.py and backends/cuda/ops.py do: an int8 product, its scaling, and a product of the outlier columns."""
     a, weight, columns = given["A"], given["CB"], given.get("outlier_cols")
     apart, dequantized = torch.empty(0, device=a.device, dtype=a.dtype), None
     if columns is not None and columns.numel():
@@ -179,15 +240,15 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "int8_vectorwise_quant": _int8_vectorwise_quant,
     "int8_mixed_scaled_mm": _int8_mixed_scaled_mm,
 }
-"""What these operators do inside, where their registered fakes say less: they hide memory, or cannot be without data."""
+"""Operators whose registered fake versions hide memory or need data, and what they really do."""
 
 CONSTANTS_FIRST = {"quantize_4bit", "quantize_blockwise"}
-"""Operators that take memory for their constants before that for their first output."""
+"""Operators that allocate their constants before their first output."""
 
 
 @functools.cache
 def _rule(gpu: Gpu) -> Any:
-    """bitsandbytes' own rule, lifted from its source: its module cannot be imported where its CUDA library is not."""
+    """Take bitsandbytes' own rule from its source: the module cannot be imported without its CUDA library."""
     found = importlib.util.find_spec("bitsandbytes")
     assert found is not None
     assert found.origin is not None
@@ -196,8 +257,8 @@ def _rule(gpu: Gpu) -> Any:
     rule = next((function for function in functions if function.name == _RULE), None)
     if rule is None:
         raise PredictError(
-            f"bitsandbytes has no {_RULE} in {path.name} any more: which of its 4-bit kernels runs cannot be told. "
-            "Prediction knows 0.50; install that, or predict unquantized cases only."
+            f"bitsandbytes no longer has {_RULE} in {path.name}, so the 4-bit kernel that would run is unknown. "
+            "Prediction supports 0.50: install that version, or predict unquantized cases only."
         )
     rule.decorator_list = []
     names: dict[str, Any] = {

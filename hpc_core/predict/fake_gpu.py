@@ -1,6 +1,6 @@
-"""The fake GPU that the code under test runs on: fake tensors of device "cuda", and what must be told or taken from it for that.
+"""The fake GPU that the code under test runs on: fake tensors of device "cuda", and patches for what fake tensors cannot do.
 
-Every patch here stands in for something that fake tensors cannot do; none changes what a model computes or keeps.
+No patch changes what a model computes or keeps.
 """
 
 from __future__ import annotations
@@ -22,39 +22,37 @@ from hpc_core.builders.libraries import library
 from hpc_core.case.errors import PredictError
 from hpc_core.predict import shim
 from hpc_core.predict.attention import Attention
-from hpc_core.predict.policy import Answers
-from hpc_core.predict.quantized import fake_bitsandbytes
+from hpc_core.predict.fake_bitsandbytes import fake_bitsandbytes
+from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.gpus import Gpu
 
-__all__ = ["fake_gpu", "was_moved"]
-
 _OWN_KERNELS = ("silu_backward", "mish_backward", "native_channel_shuffle", "_fused_rms_norm")
-"""Composite operators that CUDA has kernels of its own for (native_functions.yaml). A CPU build lacks them, and autograd would take
-the parts instead, in more operators and more memory.
+"""Composite operators for which CUDA has kernels (native_functions.yaml). A CPU build lacks them, so autograd would run their
+parts instead, with more operators and more memory.
 """
 
 
 @contextlib.contextmanager
-def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
-    """While active, tensors of device "cuda" are fake, and what they would do to a GPU's memory is watched.
+def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, ValuePolicy]]:
+    """Make tensors of device "cuda" fake, and watch what they would do to the memory of a GPU.
 
     Raises:
-        PredictError: this process did not load the empty CUDA device before torch.
+        PredictError: this process did not load the fake CUDA device before torch.
     """
     shim.install_guard()
     _claim_kernels()
-    answers = Answers()
-    watch = GpuWatch(gpu, answers)
+    policy = ValuePolicy()
+    watch = GpuWatch(gpu, policy)
     masking: Any = library("transformers.masking_utils", "Prediction")
     with contextlib.ExitStack() as stack:
-        # transformers takes fake tensors for a trace and would build a mask that a real run leaves out.
+        # transformers mistakes fake tensors for tracing and would build a mask that a real run omits.
         stack.enter_context(mock.patch.object(masking, "is_tracing", _no))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", Attention(gpu)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
-        # Values do not matter, and a generator of random numbers on a GPU cannot be had without one.
+        # Values do not matter, and a CUDA random number generator needs a GPU.
         stack.enter_context(mock.patch.object(drawn, "_fill", _filled))
-        # autocast asks for a GPU that is not there and would switch itself off.
+        # autocast finds no GPU and would disable itself.
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
         stack.enter_context(mock.patch("torch.cuda.get_device_capability", _always(gpu.capability)))
@@ -66,10 +64,10 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, Answers]]:
         stack.enter_context(watch)
         if importlib.util.find_spec("bitsandbytes") is not None:
             stack.enter_context(fake_bitsandbytes())
-        yield watch, answers
+        yield watch, policy
 
 
-# Functions, and no mocks' `return_value`: a mock remembers what it was called with, and so keeps tensors alive.
+# Plain functions instead of mocks: a mock keeps the arguments of its calls, and with them the tensors, alive.
 
 
 def _no(*_: object, **__: object) -> bool:
@@ -85,18 +83,19 @@ def _always(value: object) -> Callable[..., object]:
 
 
 def _nothing(*_: object, **__: object) -> None:
-    """Nothing to wait for."""
+    """Replace `torch.cuda.synchronize`: there is nothing to wait for."""
 
 
 def _compile(model: Any = None, **_: object) -> Any:
-    """In place of `torch.compile`, as a call and as a decorator: what it is given cannot be called. Dynamo would pass by a
-    function under a dispatch mode, and the watch would see operators that a real run fuses.
+    """Replace `torch.compile`, as a call and as a decorator, by a function that refuses to run.
+
+    Dynamo skips functions under a dispatch mode, so the watch would see operators that a real run fuses.
     """
 
     def refused(*_: object, **__: object) -> None:
         name = getattr(model, "__qualname__", type(model).__name__)
         raise PredictError(
-            f"torch.compile has no model here: which kernels {name} would be compiled to, and what they take, is not known. "
+            f"torch.compile cannot be predicted: the kernels that {name} would compile to, and their memory, are unknown. "
             "Predict the case without it, or measure it on a GPU."
         )
 
@@ -110,7 +109,7 @@ def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """`Module._apply` for fake parameters: `swap_tensors` refuses them, so they are bound anew, as `.data =` would leave them."""
+    """Replace `Module._apply`. `swap_tensors` refuses fake parameters, so new parameters take their place."""
     if recurse:
         for child in self.children():
             child._apply(fn)
@@ -120,7 +119,7 @@ def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Mod
             for name, held in store.items():
                 if held is None:
                     continue
-                value = store[name] = _where_it_is_now(held)
+                value = store[name] = _latest(held)
                 changed = fn(value)
                 if changed is not value and (changed.dtype, changed.device) != (value.dtype, value.device):
                     if isinstance(value, torch.nn.Parameter):
@@ -133,20 +132,20 @@ def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Mod
 _MOVED_TO = "_hpc_core_moved_to"
 
 
-def _where_it_is_now(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that two modules share, such as tied embeddings, is moved once and stays shared."""
+def _latest(tensor: torch.Tensor) -> torch.Tensor:
+    """Follow a tensor that was moved. A tensor that two modules share, such as tied embeddings, moves once and stays shared."""
     moved: Callable[[], torch.Tensor | None] = getattr(tensor, _MOVED_TO, lambda: None)
-    return tensor if (found := moved()) is None else _where_it_is_now(found)
+    return tensor if (found := moved()) is None else _latest(found)
 
 
 def was_moved(tensor: torch.Tensor) -> bool:
-    """Whether a module has bound another tensor in this one's place, when it was moved or cast."""
+    """Return whether a module replaced this tensor when it was moved or cast."""
     return hasattr(tensor, _MOVED_TO)
 
 
 @functools.cache
 def _claim_kernels() -> torch.library.Library:
-    """Say that CUDA has the kernels, for as long as the process lives: fake tensors never call them."""
+    """Register the missing CUDA kernels for the life of the process. Fake tensors never call them."""
     library_of_claims = torch.library.Library("aten", "IMPL")
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in _OWN_KERNELS:

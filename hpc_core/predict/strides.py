@@ -1,4 +1,4 @@
-"""Strides that a GPU's kernels give and torch's fakes do not: later operators choose by them which product or copy they are."""
+"""Strides that GPU kernels produce and torch's fake versions do not. Later operators choose their kernels by them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-__all__ = ["laid_out"]
-
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 
 
-def laid_out(name: str, inputs: list[torch.Tensor], out: Any) -> Any:
-    """The outputs of an operator with the strides of the real one.
+def with_real_strides(name: str, inputs: list[torch.Tensor], out: Any) -> Any:
+    """Return the outputs of an operator with the strides of the real one.
 
-    cuDNN's attention answers in the query's layout: `alloc_with_matching_layout` in ATen/native/cudnn/MHA.cpp. A view that gains or keeps
-    dimensions of one gets strides by `computeStride` in ATen/TensorUtils.cpp, of which the fake view is another version.
+    cuDNN's attention returns its output in the query's layout: `alloc_with_matching_layout` in ATen/native/cudnn/MHA.cpp. The strides of
+    a view with dimensions of size one come from `computeStride` in ATen/TensorUtils.cpp, which the fake view implements differently.
     """
     if name == "_scaled_dot_product_cudnn_attention" and out[0].shape == inputs[0].shape:
         return (torch.empty_like(inputs[0]), *out[1:])
@@ -31,7 +29,7 @@ def laid_out(name: str, inputs: list[torch.Tensor], out: Any) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _viewed(shape: tuple[int, ...], strides: tuple[int, ...], wanted: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Strides of a view, by torch itself on a tensor without storage; None where it is none and copies."""
+    """Return the strides of a view, from torch on a tensor without storage, or None if no view exists and torch would copy."""
     with unset_fake_temporarily():
         real = torch.empty_strided(shape, strides, device="meta")
         try:
