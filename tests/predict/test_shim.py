@@ -41,9 +41,7 @@ def _left(cache: Path) -> list[str]:
 def test_without_a_compiler_it_says_how_to_get_one(tmp_path: Path) -> None:
     """The compiler that was looked for is named, and so is the variable to name another one by; no file is left."""
     printed = _printed(_start(tmp_path, CXX="/nonexistent"))
-    assert printed.startswith(
-        "refused: Prediction compiles a small C++ file once, but the compiler '/nonexistent'"
-    )
+    assert printed.startswith("refused: Prediction compiles a small C++ file once, but the compiler '/nonexistent'")
     assert "environment variable CXX" in printed
     assert _left(tmp_path) == []
 
