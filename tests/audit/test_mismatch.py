@@ -198,7 +198,7 @@ def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind:
         return made
 
     name = {"finetune": "finetune.training_program", "generate": "decode_engine.generate_program"}[kind]
-    monkeypatch.setattr(f"hpc_core.worker.perform.{name}", program)
+    monkeypatch.setattr(f"hpc_core.worker.{name}", program)
 
 
 def _asleep(program: Any) -> None:

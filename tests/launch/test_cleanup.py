@@ -140,7 +140,7 @@ def test_a_worker_does_not_survive_its_supervisor() -> None:
     record = Launcher("exec", on_event=kill_supervisor).run(hanging)
     assert record.failure is not None
     assert (record.failure.kind, "without a word" in record.failure.message) == ("crash", True)
-    assert wait_for(lambda: b"hpc_core.worker.main" not in _command(workers[0]), _GONE_S)
+    assert wait_for(lambda: b"hpc_core.worker" not in _command(workers[0]), _GONE_S)
 
 
 def _children(pid: int) -> list[int]:

@@ -138,7 +138,7 @@ def _wait_for_worker(parent: int) -> list[int]:
     for _ in range(300):
         pids = _below(parent)
         lines = [_command_line(pid) for pid in pids]
-        if any("hpc_core.worker.main" in line and "supervisor" not in line for line in lines):
+        if any("hpc_core.worker" in line and "supervisor" not in line for line in lines):
             return pids
         time.sleep(0.1)
     raise AssertionError("no worker was started within 30 s")
