@@ -8,11 +8,9 @@ from __future__ import annotations
 import sys
 
 from hpc_core.case.errors import HpcCoreError
+from hpc_core.gate.exit_code import ExitCode
 
 __all__ = ["main"]
-
-EXIT_REFUSED = 2
-EXIT_INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -23,10 +21,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments, prog_name="hpc-core")
     except (HpcCoreError, OSError) as error:
         print(f"hpc-core: {' '.join(_said(error).split())}", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_REFUSED)
+        sys.exit(ExitCode.REFUSED)
     except KeyboardInterrupt:
         print("hpc-core: interrupted; no worker is left.", file=sys.stderr)  # noqa: T201
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _said(error: HpcCoreError | OSError) -> str:

@@ -28,6 +28,7 @@ from hpc_core.cli.console import say, say_json, show
 from hpc_core.cli.running import read_record
 from hpc_core.explain import stored_cause
 from hpc_core.gate import judge
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record import units as sizes
 from hpc_core.record.files import write_whole
 from hpc_core.record.record import Metric
@@ -214,7 +215,7 @@ def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
         for row in judgement.metrics:
             if row.change:
                 say(f"  {row.verdict:<12} {row.reason}")
-    raise typer.Exit(1 if judgement.outcome() == "failed" else 0)
+    raise typer.Exit(ExitCode.FAILED if judgement.outcome() == "failed" else ExitCode.OK)
 
 
 def _of_files(one: Path, other: Path, *, as_json: bool) -> None:

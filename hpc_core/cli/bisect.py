@@ -14,13 +14,13 @@ from hpc_core.case.errors import SpecError
 from hpc_core.cli.ab import Device, duration_s, ratio_said
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files, known_case
-from hpc_core.compare.ab import EXIT_UNDECIDED
 from hpc_core.compare.arrange import place_of
 from hpc_core.compare.bench import Bench
 from hpc_core.compare.bisect import Answer, Found, Question, search
 from hpc_core.compare.candidates import Candidates, Commits, Versions, versions_said
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
+from hpc_core.gate.exit_code import ExitCode
 
 __all__ = ["bisect"]
 
@@ -74,7 +74,7 @@ def bisect(
             tell(note)
         found, first = _searched(candidates, chosen, metric, rule, launch, device, deadline)
     _show(candidates, found, first, metric, as_json=as_json)
-    raise typer.Exit(EXIT_UNDECIDED if found.suspects else 0)
+    raise typer.Exit(ExitCode.NOT_COMPARABLE if found.suspects else ExitCode.OK)
 
 
 def _searched(

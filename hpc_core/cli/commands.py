@@ -30,6 +30,7 @@ from hpc_core.cli.profile import profile
 from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.report import report
 from hpc_core.cli.running import read_record, run_case
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.original_protocol import protocol
 from hpc_core.record.files import write_whole
 from hpc_core.record.gpus import DEFAULT, gpu_named
@@ -57,8 +58,6 @@ app.command("profile")(profile)
 app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)
-
-EXIT_BROKEN = 11
 
 
 @app.callback(invoke_without_command=True)
@@ -102,7 +101,7 @@ def run_one(
         say(record_to_json(record, indent=2).decode())
     else:
         show([Row(record=record)])
-    raise typer.Exit({"ok": 0, "invalid": 1, "failed": EXIT_BROKEN}[record.status])
+    raise typer.Exit({"ok": ExitCode.OK, "invalid": ExitCode.FAILED, "failed": ExitCode.BROKEN}[record.status])
 
 
 @app.command()
@@ -152,7 +151,7 @@ def original_report(
         tell(
             f"{len(broken)} of {len(records)} cases gave no numbers: {', '.join(broken)}. Run again to try just those."
         )
-        raise typer.Exit(EXIT_BROKEN)
+        raise typer.Exit(ExitCode.BROKEN)
 
 
 @app.command("prediction-table")

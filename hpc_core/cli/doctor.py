@@ -12,12 +12,11 @@ import typer
 from hpc_core.cli.console import say, say_json
 from hpc_core.cli.doctor_checks.checks import Check
 from hpc_core.cli.doctor_checks.examination import Examination, examine
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record import units as sizes
 from hpc_core.record.gpu_state import setup_notes, throttle_words
 
 __all__ = ["doctor"]
-
-EXIT_NOT_WELL = 1
 
 
 def doctor(
@@ -36,7 +35,7 @@ def doctor(
         for line in _lines(found):
             say(line)
     if not found.good:
-        raise typer.Exit(EXIT_NOT_WELL)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _lines(found: Examination) -> list[str]:

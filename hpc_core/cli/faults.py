@@ -16,6 +16,7 @@ from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, run_trials, trial_cases
 from hpc_core.faults import FAULTS
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.gpus import DEFAULT
@@ -97,7 +98,7 @@ def faults(
     )
     _show(trials, time.monotonic() - began, as_markdown=as_markdown, as_json=as_json)
     if not all(trial.good for trial in trials):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _show(trials: list[Trial], seconds: float, *, as_markdown: bool, as_json: bool) -> None:
@@ -130,7 +131,7 @@ def _explain_faults(
     else:
         say(cause_table(found))
     if not all(each.good for each in found):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:

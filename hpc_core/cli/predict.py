@@ -16,6 +16,7 @@ from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.known import Files, known_case
 from hpc_core.cli.own_model import Way, case_of_model, context_length
 from hpc_core.cli.running import read_record
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record import units as sizes
@@ -26,8 +27,6 @@ from hpc_core.report.prediction import fits, prediction_block, sweep_table
 
 __all__ = ["predict"]
 
-EXIT_NOT = 1
-EXIT_BROKEN = 11
 _MOST = 4096
 """Where --fit stops, unless the model's context ends before."""
 _LONGEST = 1 << 20
@@ -136,12 +135,12 @@ def _one(record: Record, kept: int, *, as_json: bool) -> None:
     if as_json:
         say(record_to_json(record, indent=2).decode())
         if record.failure is not None:
-            raise typer.Exit(EXIT_BROKEN)
+            raise typer.Exit(ExitCode.BROKEN)
     else:
         _answered(record)
         say(prediction_block(record, kept))
     if record.status == "invalid" or not fits(record, kept):
-        raise typer.Exit(EXIT_NOT)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _answered(record: Record) -> Record:
@@ -169,9 +168,9 @@ def _sweep(case: Case, said: str, gpu: str, kept: int, *, as_json: bool) -> None
         say(f"{case.id} on one {gpu}, predicted; left: beyond the margin of {_bytes(kept)}")
         say(sweep_table(field, rows, kept))
     if any(record.failure is not None for _, record in rows):
-        raise typer.Exit(EXIT_BROKEN)
+        raise typer.Exit(ExitCode.BROKEN)
     if any(record.status == "invalid" for _, record in rows):
-        raise typer.Exit(EXIT_NOT)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:

@@ -16,14 +16,14 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.known import Files, known_case
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record import units as sizes
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
 
-__all__ = ["EXIT_BROKEN", "nsight_commands", "profile"]
+__all__ = ["nsight_commands", "profile"]
 
-EXIT_BROKEN = 11
 _NAME_WIDTH = 60
 _MEMORY_VIEWER = "https://pytorch.org/memory_viz"
 _TRACE_VIEWER = "https://ui.perfetto.dev"
@@ -52,7 +52,7 @@ def profile(
     record = _run(chosen, device, trace)
     if record.failure is not None:
         tell(f"{chosen.id}: {record.failure.kind} in {record.failure.phase}: {record.failure.message}")
-        raise typer.Exit(2 if record.failure.kind == "refused" else EXIT_BROKEN)
+        raise typer.Exit(ExitCode.REFUSED if record.failure.kind == "refused" else ExitCode.BROKEN)
     if ranges:
         return
     table = _table(folder)

@@ -16,12 +16,10 @@ from hpc_core.case.case import Case
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import CaseResult, SideName, Trial
 from hpc_core.gate import Verdict
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record.record import Circumstances, Record
 
-__all__ = ["EXIT_BROKEN", "EXIT_UNDECIDED", "Comparison", "Plan", "compare"]
-
-EXIT_BROKEN = 11
-EXIT_UNDECIDED = 10
+__all__ = ["Comparison", "Plan", "compare"]
 
 Run = Callable[[SideName, Case, bool], Record]
 """Runs a case on a side, in a fresh process; true: in one that takes times only, since the side has measured it in full."""
@@ -53,16 +51,16 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     around: dict[SideName, Circumstances]
     """Of the first record of each side."""
 
-    def exit_code(self, *, strict: bool = False) -> int:
+    def exit_code(self, *, strict: bool = False) -> ExitCode:
         """1: something is worse or not what was asked; 11: a run broke; 10, under strict: something is undecided; 0 otherwise."""
         troubles = {result.trouble for result in self.results}
         verdicts = {row.verdict for result in self.results for row in result.rows}
         if Verdict.REGRESSED in verdicts or "invalid" in troubles:
-            return 1
+            return ExitCode.FAILED
         if "broken" in troubles:
-            return EXIT_BROKEN
+            return ExitCode.BROKEN
         undecided = {"missing", "unmeasured"} & troubles or {Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE} & verdicts
-        return EXIT_UNDECIDED if strict and undecided else 0
+        return ExitCode.NOT_COMPARABLE if strict and undecided else ExitCode.OK
 
 
 class _Progress:

@@ -12,14 +12,12 @@ import msgspec
 import pytest
 
 from hpc_core.gate import Judgement
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.report import Row
 
-__all__ = ["EXIT_BROKEN", "EXIT_NOT_COMPARABLE", "Blame", "Ending", "ending", "exit_code", "properties"]
-
-EXIT_NOT_COMPARABLE = 10
-EXIT_BROKEN = 11
+__all__ = ["Blame", "Ending", "ending", "exit_code", "properties"]
 
 Blame = Literal["worse", "broken", "not comparable", "other"]
 """What made a test fail: a number, the run itself, nothing to compare with, or something that is not ours."""
@@ -134,5 +132,5 @@ def properties(row: Row) -> list[tuple[str, object]]:
 def exit_code(blames: Collection[Blame]) -> int:
     """1 if anything got worse or another test failed, else 11 if a run broke, else 10."""
     if set(blames) <= {"not comparable"}:
-        return EXIT_NOT_COMPARABLE
-    return EXIT_BROKEN if set(blames) <= {"not comparable", "broken"} else int(pytest.ExitCode.TESTS_FAILED)
+        return ExitCode.NOT_COMPARABLE
+    return ExitCode.BROKEN if set(blames) <= {"not comparable", "broken"} else ExitCode.FAILED
