@@ -18,7 +18,7 @@ from hpc_core.case.limits import MiB
 from hpc_core.catalogue import finetune, generate, lora
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
 
@@ -167,7 +167,7 @@ def test_the_audit_changes_no_exact_number(case: Case, perf_session: PerfSession
     seen = [
         {
             name: metric.value
-            for name, metric in perf_session.run(Job(case=case, audit=audit)).metrics.items()
+            for name, metric in perf_session.run(Job(case=case, kind=Measure(audit=audit))).metrics.items()
             if metric.noise == "exact" and metric.gated
         }
         for audit in (True, False)
@@ -181,7 +181,7 @@ def test_a_further_process_counts_the_same_and_is_short(
     case: Case, perf_session: PerfSession, request: pytest.FixtureRequest
 ) -> None:
     """Five steps say what ten say: counts are equal to the full process's, busy times lie within 1 %, and it takes less time."""
-    full, short = (perf_session.run(Job(case=case, replicate=replicate)) for replicate in (False, True))
+    full, short = (perf_session.run(Job(case=case, kind=kind)) for kind in (Measure(), Repeat()))
     both = merged(full, [short])
     assert both.status == "ok", both.reasons
     seconds = [process.seconds for process in both.processes]
@@ -196,7 +196,7 @@ def test_the_canary_is_as_fast_as_the_ceilings(
     perf_session: PerfSession, against: Callable[[str, float, float], float]
 ) -> None:
     """Its product and its copy are those of the ceilings, so both say the same of this card, within 10 %."""
-    seen = perf_session.run(Job(case=_AUDITED[0], canary=True, measure_ceilings=True)).circumstances
+    seen = perf_session.run(Job(case=_AUDITED[0], kind=MeasureCeilings(canary=True))).circumstances
     product = 2 * 8192**3 / seen.ceilings["matmul_bfloat16_flop_per_s"]
     copy = 2 * 2**31 / seen.ceilings["copy_bytes_per_s"]
     assert abs(against("canary.compute", seen.canary["compute"], product)) < 0.1

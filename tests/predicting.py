@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
 
 __all__ = ["GPU", "predicted", "predicted_jobs", "values"]
@@ -28,7 +28,7 @@ def predicted(cases: Sequence[Case], gpu: str = GPU, *, first: str = "", timeout
 
     `first`: a function of `tests.odd_models` to call before.
     """
-    return predicted_jobs([Job(case=case, predict=gpu) for case in cases], first=first, timeout_s=timeout_s)
+    return predicted_jobs([Job(case=case, kind=Predict(gpu=gpu)) for case in cases], first=first, timeout_s=timeout_s)
 
 
 def predicted_jobs(asked: Sequence[Job], *, first: str = "", timeout_s: float = 300.0) -> list[Record]:

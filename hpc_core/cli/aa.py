@@ -21,7 +21,7 @@ from hpc_core.gate.error_rates import error_rates
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.files import write_whole
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure
 from hpc_core.record.record import Metric, Record, record_from_json
 
 __all__ = ["aa"]
@@ -134,7 +134,7 @@ def _measured(held: Samples, cases: list[Case], processes: int, name: str | None
             records = []
             for each in cases:
                 tell(f"{each.id}: process {turn} of {processes} ({time.monotonic() - began:.0f} s)")
-                job = Job(case=each, profile=False)
+                job = Job(case=each, kind=Measure(profile=False))
                 records.append(_sound(launcher.run(job), f"process {turn} of {processes}"))
             held = merged([held, *(_sample(record, name) for record in records)])
             if out is not None:

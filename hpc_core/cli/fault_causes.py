@@ -18,7 +18,7 @@ from hpc_core.faults import FAULTS
 from hpc_core.gate import Judgement, judge
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.files import write_whole
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure, Predict
 from hpc_core.record.record import Record, record_to_json
 
 __all__ = ["EXPLAINED", "TABLE_FILE", "Explained", "cause_table", "explained", "explained_faults"]
@@ -74,15 +74,16 @@ def explained_faults(
     Raises:
         LaunchError: no worker can be started at all.
     """
+    kind = Measure() if predict is None else Predict(gpu=predict)
     clean: dict[str, Record] = {}
     found: list[Explained] = []
     for name in names:
         case = cases[FAULTS[name].variant]
         if case.id not in clean:
-            clean[case.id] = _kept(launcher.run(Job(case=case, predict=predict)), out)
+            clean[case.id] = _kept(launcher.run(Job(case=case, kind=kind)), out)
         before = clean[case.id]
         broke = before.failure is not None
-        now = before if broke else _kept(launcher.run(Job(case=case, fault=name, predict=predict)), out)
+        now = before if broke else _kept(launcher.run(Job(case=case, kind=kind, fault=name)), out)
         found.append(explained(name, before, now))
         if out is not None:
             write_whole(out / TABLE_FILE, f"{cause_table(found)}\n".encode())

@@ -72,7 +72,7 @@ _FILES = ("operators.json", "trace.json.gz", "memory.pickle")
 def _run(case: Case, device: Literal["auto", "cpu", "cuda"], trace: Trace) -> Record:
     # Inline where another program watches this very process.
     with Launcher("inline" if trace.ranges else "exec") as launcher:
-        return launcher.run(Job(case=case, device=device, trace=trace, profile=False))
+        return launcher.run(Job(case=case, device=device, kind=trace))
 
 
 def _table(folder: Path) -> TraceTable:

@@ -13,7 +13,7 @@ from hpc_core.cli.console import tell
 from hpc_core.cli.running import read_record, write_record
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, MeasureCeilings
 from hpc_core.record.record import Record
 
 __all__ = ["run_protocol"]
@@ -41,7 +41,7 @@ def run_protocol(cases: Sequence[Case], out: Path, *, device: Literal["auto", "c
                 records.append(found)
                 continue
             if ceilings is None and case.needs_gpu:
-                ceilings = launcher.run(Job(case=case, measure_ceilings=True)).circumstances.ceilings
+                ceilings = launcher.run(Job(case=case, kind=MeasureCeilings())).circumstances.ceilings
             tell(f"{label}: running, at most {case.timeout_s / 3600:.1f} h")
             began = time.monotonic()
             record = launcher.run(Job(case=case, device=device, ceilings=ceilings or {}))

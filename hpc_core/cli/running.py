@@ -11,7 +11,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import tell
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.files import write_whole
-from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Phase
 from hpc_core.record.record import Record, record_from_json, record_to_json
 
 __all__ = ["read_record", "run_case", "write_record"]
@@ -40,8 +40,8 @@ def run_case(
     with Launcher(launcher_way, on_event=heard) as launcher:
         ceilings = {}
         if device == "cuda" or (device == "auto" and case.needs_gpu):
-            ceilings = launcher.run(Job(case=case, device=device, measure_ceilings=True)).circumstances.ceilings
-        return launcher.run(Job(case=case, device=device, ceilings=ceilings, timeline=timeline))
+            ceilings = launcher.run(Job(case=case, device=device, kind=MeasureCeilings())).circumstances.ceilings
+        return launcher.run(Job(case=case, device=device, ceilings=ceilings, kind=Measure(timeline=timeline)))
 
 
 def read_record(path: Path) -> Record:

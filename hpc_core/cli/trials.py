@@ -29,7 +29,7 @@ from hpc_core.catalogue import TINY, TRIAL, WHOLE
 from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate import Judgement, Verdict, judge
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import FAKE_CUDA, Event, Job
+from hpc_core.record.job import FAKE_CUDA, Event, Job, Kind, Measure, Predict
 from hpc_core.record.record import Metric, Record
 
 __all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]
@@ -175,14 +175,14 @@ class _Bench:
     ):
         self._launcher = launcher
         self._memory = memory
-        self._predict = predict
+        self._kind: Kind = Measure(profile=False) if predict is None else Predict(gpu=predict, profile=False)
         self._baselines = baselines
         self._alone = alone
         self.clean: dict[str, Future[Lookup]] = {}
 
     def run_clean(self, case: Case) -> Lookup:
         """A run without a fault, in a baseline's place."""
-        record = self._launcher.run(Job(case=case, predict=self._predict, profile=False))
+        record = self._launcher.run(Job(case=case, kind=self._kind))
         try:
             return unstored(record, reason="a clean run of the same session")
         except BaselineError as error:
@@ -204,7 +204,7 @@ class _Bench:
         return Trial(
             fault=fault,
             case=case.id,
-            predicted=self._predict is not None,
+            predicted=isinstance(self._kind, Predict),
             memory=self._memory,
             red=_red(record, judgement),
             verdict=str(judgement.verdict),
@@ -214,7 +214,7 @@ class _Bench:
         )
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
-        record = self._launcher.run(Job(case=case, fault=fault, predict=self._predict, profile=False))
+        record = self._launcher.run(Job(case=case, kind=self._kind, fault=fault))
         lookup = self._lookup(case, record)
         if not self._alone:
             record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))

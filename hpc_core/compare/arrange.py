@@ -15,6 +15,7 @@ from hpc_core.compare.probe import Told, check_origin, check_protocol, probe
 from hpc_core.compare.revisions import fingerprint, repository, resolve, uncommitted
 from hpc_core.compare.side import Side, side_of
 from hpc_core.compare.trial import SideName
+from hpc_core.record.job import Measure, Retime
 
 __all__ = ["Arranged", "Asked", "arrange", "ask", "in_place", "of_revision", "place_of"]
 
@@ -162,7 +163,7 @@ def ask(
     told = {name: probe(side, cases) for name, side in sides.items()}
     refused: dict[str, dict[SideName, str]] = {}
     for name, side in sides.items():
-        check_protocol(side, told[name], uses=("fault",) if side.fault else ())
+        check_protocol(side, told[name], uses=(Measure.__name__, Retime.__name__, *(("fault",) if side.fault else ())))
         if by_revision:
             check_origin(side, told[name], cases)
         for case, digest in zip(cases, told[name].digests, strict=True):

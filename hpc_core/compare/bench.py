@@ -12,7 +12,7 @@ from hpc_core.compare.side import Side
 from hpc_core.compare.trial import SideName
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
-from hpc_core.record.job import PRELOAD_MORE, Job, Way
+from hpc_core.record.job import PRELOAD_MORE, Job, Measure, Retime, Way
 from hpc_core.record.record import Failure, Record
 
 __all__ = ["Bench", "Device"]
@@ -95,7 +95,8 @@ class Bench:
             KeyboardInterrupt: after the worker is gone.
         """
         side = self._sides[name]
-        job = Job(case=case, device=self._device, fault=side.fault, profile=False, timed_again=again)
+        kind = Retime() if again else Measure(profile=False)
+        job = Job(case=case, kind=kind, device=self._device, fault=side.fault)
         record = self._launchers[name].run(job)
         seen = record.circumstances.commit
         if side.commit is None or seen == side.commit or record.status != "ok":

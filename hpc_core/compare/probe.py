@@ -144,10 +144,10 @@ def check_protocol(side: Side, told: Told, *, uses: Sequence[str] = ()) -> None:
     Args:
         side: whose workers.
         told: what it said.
-        uses: fields of the job beyond the case that will be used.
+        uses: kinds of job, and fields of a job beyond its case, that will be used.
 
     Raises:
-        SpecError: another schema, records with fields that are unknown here, or jobs without a field that is used.
+        SpecError: another schema, records with fields that are unknown here, or jobs without a kind or field that is used.
     """
     if told.schema != SCHEMA:
         raise SpecError(
@@ -165,7 +165,7 @@ def check_protocol(side: Side, told: Told, *, uses: Sequence[str] = ()) -> None:
             f"{side.name}, {side.label}, has its own hpc-core, whose records hold {', '.join(unknown[:4])}, unknown to this one "
             f"({Path(__file__).parent.parent}). Give the command from the newer of the two revisions."
         )
-    lacking = sorted(set(uses) - set(told.job.get(Job.__name__, [])))
+    lacking = sorted(set(uses) - {*told.job, *told.job.get(Job.__name__, [])})
     if lacking:
         raise SpecError(f"{side.name}, {side.label}, has its own hpc-core, whose jobs know no {', '.join(lacking)}.")
 

@@ -9,7 +9,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.gpus import DEFAULT, gpu_named
-from hpc_core.record.job import FAKE_CUDA, Job
+from hpc_core.record.job import FAKE_CUDA, Job, Predict
 from hpc_core.record.record import Record
 
 __all__ = ["predicted", "predicting_launcher", "prediction", "why_not"]
@@ -37,7 +37,7 @@ def prediction(launcher: Launcher, case: Case, *, gpu: str, timeline: bool = Fal
     Raises:
         PredictError: no kind of GPU, or several, are called so.
     """
-    return launcher.run(Job(case=case, predict=gpu_named(gpu).name, timeline=timeline))
+    return launcher.run(Job(case=case, kind=Predict(gpu=gpu_named(gpu).name, timeline=timeline)))
 
 
 def predicting_launcher(*, several: bool = False) -> Launcher:

@@ -30,7 +30,10 @@ from hpc_core.record.job import (
     FAKE_CUDA,
     Event,
     Job,
+    MeasureCeilings,
     Phase,
+    Predict,
+    Repeat,
 )
 from hpc_core.record.record import Circumstances, Record, record_to_json
 from hpc_core.report import Row
@@ -107,7 +110,7 @@ class Runner:
     def _replicated(self, case: Case, first: Record) -> Record:
         if self._settings.way == "inline":
             return first  # a further process is what this way does not have
-        job = Job(case=case, device=_device(case), fault=self._settings.fault, replicate=True)
+        job = Job(case=case, device=_device(case), fault=self._settings.fault, kind=Repeat())
 
         def further(number: int, total: int) -> Record:
             self._process = f"process {number}{f' of {total}' if total else ''}, "
@@ -129,7 +132,7 @@ class Runner:
             self._progress.phase("preload")
             launcher = self._predicting_launcher()
             launcher.prepare()
-            record = launcher.run(Job(case=case, predict=gpu, fault=self._settings.fault))
+            record = launcher.run(Job(case=case, kind=Predict(gpu=gpu), fault=self._settings.fault))
         return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def _predicting_launcher(self) -> Launcher:
@@ -160,7 +163,7 @@ class Runner:
     def _measured_machine(self, case: Case) -> Circumstances:
         """Once a session; a failure leaves the numbers without ceilings and canary, and the next case says why it fails."""
         if self._machine is None:
-            job = Job(case=case, device="cuda", measure_ceilings=True, canary=True)
+            job = Job(case=case, device="cuda", kind=MeasureCeilings(canary=True))
             self._machine = self._launcher.run(job).circumstances
         return self._machine
 

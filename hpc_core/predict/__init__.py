@@ -17,7 +17,7 @@ __all__ = ["perform"]
 
 
 def perform(job: Job, emit: Callable[[Event], None]) -> Record:
-    """The record that this job's case would give on the GPU named in `job.predict`: bytes, counts and FLOPs, no times.
+    """The record that this job's case would give on the GPU named in `job.kind`: bytes, counts and FLOPs, no times.
 
     Raises:
         PredictError: something in the case has no model here; of a step of the user's own, with the place in its code.

@@ -23,7 +23,7 @@ from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.environment import circumstances
 from hpc_core.record.gpus import Gpu, gpu_named
-from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.job import Event, Job, Phase, Predict
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import (
     Fact,
@@ -45,9 +45,10 @@ class Prediction:
     """One job being predicted. Collects metrics and audit; `record()` closes it."""
 
     def __init__(self, job: Job, emit: Callable[[Event], None], *, started: datetime.datetime):
-        assert job.predict is not None
+        assert isinstance(job.kind, Predict)
+        self._kind = job.kind
         self.case = job.case
-        self.gpu: Gpu = gpu_named(job.predict)
+        self.gpu: Gpu = gpu_named(job.kind.gpu)
         self.device = torch.device("cuda", 0)
         self.metrics: dict[str, Metric] = {}
         self.audit: dict[str, Fact] = {}
@@ -97,9 +98,9 @@ class Prediction:
     def keep(self, timeline: Timeline, phases: Sequence[str], watch: GpuWatch, work: str = "one step") -> None:
         """What filled the step's highest point, and how it came to be where the job asks for that."""
         self.makers_at_peak = timeline.makers_at_peak()
-        if self._job.profile:
+        if self._kind.profile:
             self.profile = profile_of(work, phases, timeline, watch.uses, self.places)
-        if self._job.timeline:
+        if self._kind.timeline:
             self.timeline = timeline.sampled(phases)
 
     def look(self, built: Built) -> None:

@@ -12,24 +12,6 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.record.record import Record
 
-__all__ = [
-    "FAKE_CUDA",
-    "PRELOAD_MORE",
-    "Event",
-    "Exited",
-    "Finished",
-    "Job",
-    "OperatorTime",
-    "Phase",
-    "Preloaded",
-    "Request",
-    "Trace",
-    "TraceTable",
-    "Way",
-    "decode_event",
-    "encode_event",
-]
-
 FAKE_CUDA = "HPC_CORE_FAKE_CUDA"
 """Environment variable of a warm parent whose workers predict: "1" loads the empty CUDA device before torch."""
 
@@ -38,18 +20,6 @@ PRELOAD_MORE = "HPC_CORE_PRELOAD_MORE"
 
 Way = Literal["warm", "exec", "inline"]
 """How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""
-
-
-class Trace(msgspec.Struct, frozen=True, kw_only=True):
-    """A profile for the eye is wanted, not a measurement."""
-
-    folder: str
-    """Where trace, table and memory snapshot go."""
-    phase: str | None = None
-    """Only this phase of the step."""
-    ranges: bool = False
-    """Only NVTX ranges around `steps` steps, for a profiler of NVIDIA's that watches from outside; nothing is written."""
-    steps: int = 3
 
 
 class OperatorTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,36 +43,73 @@ class TraceTable(msgspec.Struct, frozen=True, kw_only=True):
     operators: tuple[OperatorTime, ...]
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What one worker is asked to do."""
+class _Kind(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind"):
+    """Base of the kinds of job."""
 
-    case: Case
-    launched: Way = "exec"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    ceilings: dict[str, float] = {}
-    """Ceilings measured earlier in this session, to stand beside the numbers."""
-    fault: str | None = None
-    """Name of a fault from `hpc_core.faults` to inject before building."""
-    predict: str | None = None
-    """Name of a GPU from `hpc_core.record.gpus`: predict the case for it on fake tensors, instead of running it."""
+
+class Measure(_Kind, frozen=True, kw_only=True, tag="measure"):
+    """Measure a case in full: time, memory, counters, the audit, the reference and what explains them."""
+
     timeline: bool = False
     """Also keep the memory over the step, in the record's `timeline`."""
-    trace: Trace | None = None
-    """Only build, warm up and profile for the eye; the record is then INVALID, and says so."""
     profile: bool = True
-    """Also take one unit of the work apart by module, and its energy on a GPU, in passes of their own after all that is gated."""
+    """Also attribute one step to its modules, and measure energy on a GPU, in passes of their own after all that is gated."""
     audit: bool = True
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
-    measure_ceilings: bool = False
-    """Measure the machine's ceilings instead of the case; the record's circumstances hold them."""
+
+
+class Repeat(_Kind, frozen=True, tag="repeat"):
+    """Measure only busy time and launches (on a CPU: wall time) of a case that another process measured in full."""
+
+
+class Retime(_Kind, frozen=True, tag="retime"):
+    """Measure every time, of the host and of the device, and no more, of a case that another process measured in full: for an A/B."""
+
+
+class Trace(_Kind, frozen=True, kw_only=True, tag="trace"):
+    """Write a profile of one warm step for the eye; the record is INVALID, and says so."""
+
+    folder: str
+    """Where trace, table and memory snapshot go."""
+    phase: str | None = None
+    """Only this phase of the step."""
+    ranges: bool = False
+    """Only NVTX ranges around `steps` steps, for one of NVIDIA's profilers that watches from outside; nothing is written."""
+    steps: int = 3
+
+
+class Predict(_Kind, frozen=True, kw_only=True, tag="predict"):
+    """Predict a case on fake tensors for a GPU that need not be there."""
+
+    gpu: str
+    """Its name in `hpc_core.record.gpus`."""
+    timeline: bool = False
+    """Also keep the memory over the step."""
+    profile: bool = True
+    """Also attribute the step to its modules."""
+
+
+class MeasureCeilings(_Kind, frozen=True, kw_only=True, tag="ceilings"):
+    """Measure the machine instead of the case; the record's circumstances hold what it reached."""
+
     canary: bool = False
-    """Time work that no change of the code under test can move, instead of the case; the record's circumstances hold it."""
-    replicate: bool = False
-    """Another process of a case that was measured in full: only build, warm up, and measure busy time and launches (on a CPU: wall time)."""
-    timed_again: bool = False
-    """Another process of a case that was measured in full, to be compared with one of other code: build, warm up, and take every time
-    that the full one takes, by the clock and of the device; and look whether its engine is the one asked for. A worker of an older
-    revision does not know the word, and measures in full."""
+    """Also time work that no change of the code under test can move."""
+
+
+Kind = Measure | Repeat | Retime | Trace | Predict | MeasureCeilings
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """What one worker is asked to do: one kind of job, on one case."""
+
+    case: Case
+    kind: Kind = Measure()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    launched: Way = "exec"
+    ceilings: dict[str, float] = {}
+    """What this machine reaches, as measured earlier in the session: the numbers are shown as shares of it."""
+    fault: str | None = None
+    """Name of a fault from `hpc_core.faults` to inject before building."""
 
 
 class Phase(msgspec.Struct, frozen=True, tag="phase", tag_field="event"):

@@ -60,7 +60,7 @@ def note_profile(
 
     `marking` may wrap the watch, to name owners that live for a while. What cannot be taken apart leaves a note.
     """
-    if not session.job.profile:
+    if not session.options.profile:
         return
     session.note_process_memory()
     session.phase("profile")

@@ -7,6 +7,7 @@ from hpc_core.engines.callable import load_factory
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.program import Program
+from hpc_core.record.job import Repeat, Retime, Trace
 from hpc_core.record.record import Record
 from hpc_core.worker.attributed import note_profile
 from hpc_core.worker.energy import note_step_energy
@@ -28,14 +29,14 @@ def measure_callable(session: Session, workload: CallableSpec) -> Record:
 def measure_program(session: Session, program: Program, steps: int) -> Record:
     """Warm up, time `steps` steps, and take each instrument in turn, the profiler last."""
     session.warm_up(program)
-    if session.job.trace is not None:
-        return trace_program(session, program, session.job.trace)
-    if session.job.replicate:
+    if isinstance(session.kind, Trace):
+        return trace_program(session, program, session.kind)
+    if isinstance(session.kind, Repeat):
         return measure_again(session, program, steps)
     with session.timing():
         samples = [seconds_of(program.step, session.device) for _ in range(steps)]
     session.metrics["step_s"] = wall(samples)
-    if session.job.timed_again:
+    if isinstance(session.kind, Retime):
         profile_steps(session, program)
         return session.record()
     measure_memory(session, program, None, None)

@@ -124,7 +124,7 @@ def engine_logits(session: Session, program: GenerateProgram, index: int, given:
 
     Run before the model is turned into the reference, since the engine reads the model's weights.
     """
-    if not isinstance(program, GraphProgram) or not session.job.audit:
+    if not isinstance(program, GraphProgram) or not session.options.audit:
         return None
     rows, count = given.answers.shape
     fed = given.answers.new_zeros(program.workload.batch, count)

@@ -71,7 +71,7 @@ def _measured(session: Session, step: Callable[[], None], whole: int) -> Energy 
 
     A job that only compares (A/B, A/A, faults) has no use for it and is spared the seconds.
     """
-    if not session.on_gpu or not session.job.profile:
+    if not session.on_gpu or not session.options.profile:
         return None
     session.phase("energy")
     if gpu_state().get("mig_mode"):

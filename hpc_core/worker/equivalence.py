@@ -94,7 +94,7 @@ def measure_equivalence(
     `engine` are the logits (rows, answers, vocabulary) that an engine other than the model's own forward chose the answers by: they are
     held against the reference in the forward's place, and against the forward itself (`logits_error_to_stock`, `stock_agreement`). On a GPU only where the float32 reference fits; a note says by how much it does not.
     """
-    if not session.job.audit or any(not fact.holds for fact in session.audit.values()):
+    if not session.options.audit or any(not fact.holds for fact in session.audit.values()):
         return  # what did not run as asked is INVALID already, and may not run as a reference at all
     session.note_process_memory()  # the reference's memory is not the case's
     session.phase("equivalence")

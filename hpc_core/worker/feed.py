@@ -77,7 +77,7 @@ def measure_feed(session: Session, built: Built, program: FinetuneProgram, workl
     except MeasureError as error:
         session.reasons.append(str(error))
         return
-    if session.job.audit:
+    if session.options.audit:
         apart = None if cost.idle is None else cost.idle.copies_apart
         session.audit |= feed_facts(workload.feed, fed, on_gpu=session.on_gpu, copies_apart=apart)
         session.audit["feed_losses"] = same_losses(program, fed, resident, session.case.seed)

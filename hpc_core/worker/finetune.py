@@ -21,6 +21,7 @@ from hpc_core.instruments.owners import (
     owned_bytes,
 )
 from hpc_core.instruments.program import Mark
+from hpc_core.record.job import Repeat, Retime, Trace
 from hpc_core.record.record import Fact, Record
 from hpc_core.worker.attributed import Owning, note_profile
 from hpc_core.worker.callable import measure_again
@@ -76,16 +77,16 @@ def _measured(session: Session, built: Built, program: FinetuneProgram, workload
     trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
     session.metrics["trainable_parameters"] = counted(trainable, better="same")
     session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
-    if session.job.trace is not None:
+    if isinstance(session.kind, Trace):
         with program.batches.by_index():  # the same batch again: a loader would bring all others in between
-            return trace_program(session, Fixed(program, program.widest), session.job.trace)
-    if session.job.replicate or session.job.timed_again:
+            return trace_program(session, Fixed(program, program.widest), session.kind)
+    if isinstance(session.kind, Repeat | Retime):
         audit_switches(session, program)  # an engine that fell back here would be timed as if it had not
-    if session.job.replicate:
+    if isinstance(session.kind, Repeat):
         program.go_to(0)  # the batches that the first process measured
         return measure_again(session, program, workload.steps)
     _time_steps(session, program, workload)
-    if session.job.timed_again:
+    if isinstance(session.kind, Retime):
         _busy(session, program)
         measure_feed(session, built, program, workload)
         return session.record()
@@ -195,11 +196,11 @@ def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | 
     session.phase("counters")
     steps = min(program.period, BUSY_STEPS)
     seen = None
-    watched = count_layer_forwards(program.model) if session.job.audit else contextlib.nullcontext(LayerForwards())
+    watched = count_layer_forwards(program.model) if session.options.audit else contextlib.nullcontext(LayerForwards())
     with counting() as counts, watched as forwards:
         for index in range(steps):
             program.steps_done = index
-            if session.job.audit and index == program.widest:
+            if session.options.audit and index == program.widest:
                 seen = audited_step(program, session.aside)
             else:
                 program.step()
@@ -213,7 +214,7 @@ def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | 
 
 def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:
     """After everything that is gated exactly; with a step more where the counted ones did not hold the widest batch."""
-    if not session.job.audit:
+    if not session.options.audit:
         return
     session.phase("audit")
     case, notes = session.case, session.notes
@@ -238,7 +239,7 @@ def _busy(session: Session, program: FinetuneProgram) -> None:
 
 def _energy(session: Session, program: FinetuneProgram) -> None:
     """It takes as many steps as two seconds hold: what comes after must not depend on how many those were."""
-    with weights_kept(program.model) if session.on_gpu and session.job.profile else contextlib.nullcontext():
+    with weights_kept(program.model) if session.on_gpu and session.options.profile else contextlib.nullcontext():
         note_step_energy(session, program)
 
 

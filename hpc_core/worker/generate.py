@@ -19,6 +19,7 @@ from hpc_core.instruments.counters import Counts, counting
 from hpc_core.instruments.owners import cache_tensors, owned_bytes
 from hpc_core.instruments.phases import PhasePeaks
 from hpc_core.instruments.program import Mark, unmarked
+from hpc_core.record.job import Repeat, Retime, Trace
 from hpc_core.record.record import Fact, Record
 from hpc_core.worker.attributed import note_query_profile
 from hpc_core.worker.decode_engine import (
@@ -73,15 +74,15 @@ def measure_generate(session: Session, workload: GenerateSpec) -> Record:
     session.phase("data")
     program = program_of(session, built, workload)
     _warm_up(session, program)
-    if session.job.trace is not None:
-        return trace_program(session, Fixed(program, _longest(program)), session.job.trace)
-    if session.job.replicate or session.job.timed_again:
+    if isinstance(session.kind, Trace):
+        return trace_program(session, Fixed(program, _longest(program)), session.kind)
+    if isinstance(session.kind, Repeat | Retime):
         session.audit |= engine_itself(session, program)  # one that fell back here would be timed as if it had not
-    if session.job.replicate:
+    if isinstance(session.kind, Repeat):
         return _again(session, program)
     answered: list[list[list[int]]] = []
     peaks = _time_queries(session, program, built, answered)
-    if session.job.timed_again:
+    if isinstance(session.kind, Retime):
         _busy(session, program)
         return session.record()
     _memory(session, program, built, peaks)
@@ -242,7 +243,9 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
     for new in (1, 1 + COUNTED_TOKENS):
         program.new_tokens, program.steps_done = new, 0
         kind = session.device.type
-        watched = watch_forwards(program.model, kind) if session.job.audit else contextlib.nullcontext(ForwardsSeen())
+        watched = (
+            watch_forwards(program.model, kind) if session.options.audit else contextlib.nullcontext(ForwardsSeen())
+        )
         with watched as forwards, counting() as counts:
             program.step()
         seen[new] = counts
@@ -267,7 +270,7 @@ def _count(session: Session, program: GenerateProgram) -> tuple[Counts, Forwards
 
 
 def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
-    if not session.job.audit:
+    if not session.options.audit:
         return
     session.phase("audit")
     case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS

@@ -28,6 +28,7 @@ from hpc_core.record.job import (
     Finished,
     Job,
     Phase,
+    Predict,
     encode_event,
 )
 from hpc_core.record.record import (
@@ -89,9 +90,10 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
     progress = _Progress(emit)
     try:
         progress.emit(Phase("import"))
-        if job.predict is not None:
+        predicts = isinstance(job.kind, Predict)
+        if predicts:
             importlib.import_module("hpc_core.predict.shim").load()
-        half = "hpc_core.worker.perform" if job.predict is None else "hpc_core.predict"
+        half = "hpc_core.predict" if predicts else "hpc_core.worker.perform"
         perform = importlib.import_module(half).perform
         progress.emit(Phase("start"))
         record: Record = perform(job, progress.emit)

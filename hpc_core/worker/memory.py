@@ -101,7 +101,7 @@ def measure_memory(
         timeline = _from_storages(session, program, owners, marking)
         peaks = timeline.peaks_by_phase(program.phases)
     session.metrics |= memory_metrics(peaks, timeline, on_gpu=session.on_gpu)
-    if session.job.timeline:
+    if session.options.timeline:
         session.timeline = timeline.sampled(program.phases)
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from hpc_core.case.case import CallableSpec, FinetuneSpec, GenerateSpec
-from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.job import Event, Job, MeasureCeilings, Phase
 from hpc_core.record.record import Record
 
 __all__ = ["perform"]
@@ -29,8 +29,8 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     from hpc_core.worker.session import Session  # torch and the rest: seconds, inside the phase that says so
 
     session = Session(job, emit, started=started, began=began)
-    if job.measure_ceilings or job.canary:
-        return session.machine()
+    if isinstance(job.kind, MeasureCeilings):
+        return session.machine(job.kind)
     from hpc_core.faults import in_place, inject
 
     if left := in_place():

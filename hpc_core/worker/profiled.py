@@ -9,6 +9,7 @@ from hpc_core.instruments.busy import DeviceActivity, mark_step
 from hpc_core.instruments.clock import seconds_of
 from hpc_core.instruments.families import families_of
 from hpc_core.instruments.program import Program
+from hpc_core.record.job import Repeat
 from hpc_core.record.record import KernelFamily
 from hpc_core.worker.metrics import busy, counted, wall
 from hpc_core.worker.session import Session
@@ -29,7 +30,7 @@ def profile_steps(session: Session, program: Program) -> float | None:
     further process five steps do where all five are alike, which is checked; their counts are then doubled.
     """
     session.phase("busy")
-    if session.job.replicate and program.period == 1 and session.on_gpu:
+    if isinstance(session.kind, Repeat) and program.period == 1 and session.on_gpu:
         activity = _profile(session, program, _SHORT_STEPS, marked=True)
         if activity is None or activity.steps_alike:
             return _noted(session, activity, _SHORT_STEPS)

@@ -25,7 +25,7 @@ from hpc_core.instruments.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.instruments.program import Program
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.gpu_state import flags, setup_notes
-from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Phase
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import (
     Fact,
@@ -66,6 +66,8 @@ class Session:
 
     def __init__(self, job: Job, emit: Callable[[Event], None], *, started: datetime.datetime, began: float):
         self.job = job
+        self.kind = job.kind
+        self.options = job.kind if isinstance(job.kind, Measure) else Measure(profile=False)
         self.case = job.case
         self.device = choose_device(job)
         self.on_gpu = self.device.type == "cuda"
@@ -204,13 +206,13 @@ class Session:
         tuned = getattr(self.case.workload, "engine", "stock") != "stock"
         self.audit |= module_facts(model, self.notes, own_code=tuned or self.injection is not None)
 
-    def machine(self) -> Record:
-        """Measure the machine instead of the case: its ceilings, the canary, or both."""
+    def machine(self, kind: MeasureCeilings) -> Record:
+        """Measure the machine instead of the case: its ceilings, and the canary where it is asked for."""
         self.phase("ceilings")
-        ceilings = measure_ceilings(self.device) if self.job.measure_ceilings else {}
+        ceilings = measure_ceilings(self.device)
         canary = {}
         try:
-            canary = measure_canary(self.device) if self.job.canary else {}
+            canary = measure_canary(self.device) if kind.canary else {}
         except MeasureError as error:
             self.notes.append(f"no canary: {error}")
         return self._close(ceilings=ceilings, canary=canary)
@@ -250,7 +252,7 @@ class Session:
         for name, fact in self.audit.items():
             if not fact.holds:
                 self.reasons.append(f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}.")
-        if not self.job.audit:
+        if not self.options.audit:
             self.reasons.append("The audit was switched off: what ran was not checked, so its numbers prove nothing.")
         self._prove_fault()
         self.phase("done")

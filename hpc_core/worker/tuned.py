@@ -29,13 +29,13 @@ def measure_graph_memory(session: Session, program: FinetuneProgram) -> None:
 
 def audit_switches(session: Session, program: FinetuneProgram) -> None:
     """Facts of the engine and its switches: what was called and captured so far. Runs nothing."""
-    if isinstance(program, TunedProgram) and session.job.audit:
+    if isinstance(program, TunedProgram) and session.options.audit:
         session.audit |= tuned_facts(program, session.notes)
 
 
 def audit_tuned(session: Session, program: FinetuneProgram) -> None:
     """Facts of the engine and its switches, of the budget, and of a replay against the same step without a graph. Still in the phase audit."""
-    if not isinstance(program, TunedProgram) or not session.job.audit:
+    if not isinstance(program, TunedProgram) or not session.options.audit:
         return
     audit_switches(session, program)
     budget = program.workload.budget_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_core.catalogue import catalogue
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure
 from hpc_core.worker.perform import perform
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
@@ -19,7 +19,7 @@ _OF_THE_RUN = {"new_tokens", "losses_finite"}
 def test_peaks_and_operators_are_the_same_without_the_audit(case_id: str) -> None:
     """Everything that is gated exactly is equal with and without; without it the record is INVALID and says why."""
     case = catalogue()[case_id]
-    checked, unchecked = (perform(Job(case=case, audit=audit), lambda _: None) for audit in (True, False))
+    checked, unchecked = (perform(Job(case=case, kind=Measure(audit=audit)), lambda _: None) for audit in (True, False))
     exact = [
         {name: metric.value for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
         for record in (checked, unchecked)

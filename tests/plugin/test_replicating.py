@@ -17,7 +17,7 @@ from hpc_core.plugin import resuming, runner
 from hpc_core.plugin.replicating import MOST, Plan, narrow, replicated
 from hpc_core.plugin.resuming import Earlier, code_state
 from hpc_core.record import environment
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Repeat
 from hpc_core.record.record import (
     Metric,
     Record,
@@ -224,7 +224,7 @@ class BusyLauncher(ToldLauncher):
         if record.status != "ok":
             return record
         arguments: dict[str, Any] = job.case.workload.arguments  # type: ignore[union-attr]
-        kernels = arguments.get("kernels", 100) if job.replicate else 100
+        kernels = arguments.get("kernels", 100) if isinstance(job.kind, Repeat) else 100
         count = msgspec.structs.replace(record.metrics["operators"], value=kernels)
         busy = timed(1.0 + len(BusyLauncher.jobs) / 1000).metrics["busy_s"]
         return msgspec.structs.replace(record, metrics=record.metrics | {"busy_s": busy, "kernels": count})
@@ -252,7 +252,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.Pytester, run: Run) -> None:
     """Three by default where there is busy time: one in full, two short; the history keeps every sample."""
     run("--perf-update", "--reason", "first").assert_outcomes(passed=1)
-    assert [job.replicate for job in BusyLauncher.jobs] == [False, True, True]
+    assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True]
     history = pytester.path / "baselines" / "cpu" / "test_own" / "test_step.history.jsonl"
     record = record_from_json(history.read_text())
     assert record.metrics["busy_s"].samples == (1.001, 1.002, 1.003)
@@ -275,7 +275,7 @@ def test_a_second_call_takes_what_the_first_left(
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")
-    assert [job.replicate for job in BusyLauncher.jobs] == [False, True, True, True]
+    assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True, True]
     result.stdout.fnmatch_lines(["*= resumed =*", "test_own/test_step taken from *left/test_own/test_step.json, of *"])
     record = record_from_json((pytester.path / "left" / "test_own" / "test_step.json").read_text())
     assert len(record.processes) == 4

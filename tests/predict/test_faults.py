@@ -11,7 +11,7 @@ from hpc_core.baselines import accept
 from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
 from hpc_core.report import render
 from hpc_core.report.entry import entries_of
@@ -44,7 +44,9 @@ def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
 def recomputed_and_not() -> tuple[Record, Record]:
     """A case with checkpointing as predicted, and with checkpointing that is silently off."""
     case = trial_cases("tiny")["lora-gc"]
-    before, now = predicted_jobs([Job(case=case, predict=GPU), Job(case=case, predict=GPU, fault="gc-off")])
+    before, now = predicted_jobs(
+        [Job(case=case, kind=Predict(gpu=GPU)), Job(case=case, kind=Predict(gpu=GPU), fault="gc-off")]
+    )
     return before, now
 
 

@@ -14,7 +14,7 @@ from hpc_core.catalogue import (
     tiny,
 )
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
 from tests.predicting import GPU, predicted, values
 
@@ -62,14 +62,14 @@ def test_an_unknown_gpu_is_refused() -> None:
 def test_a_process_with_torch_is_refused() -> None:
     """In a process that has imported torch, such as a warm parent's fork, the way to predict is said."""
     with Launcher("warm") as launcher:
-        message = _refusal(launcher.run(Job(case=LORA, predict=GPU)))
+        message = _refusal(launcher.run(Job(case=LORA, kind=Predict(gpu=GPU))))
     assert "has not imported torch yet" in message
 
 
 def test_a_case_can_be_predicted_through_the_launcher() -> None:
     """A fresh interpreter loads the empty device before torch, and its record says for which GPU it speaks."""
     with Launcher("exec") as launcher:
-        record = launcher.run(Job(case=LORA, predict="h100"))
+        record = launcher.run(Job(case=LORA, kind=Predict(gpu="h100")))
     assert record.status == "ok", record.failure
     assert record.circumstances.machine.name == GPU
     assert record.circumstances.machine.key == "predicted"

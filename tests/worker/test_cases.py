@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
@@ -25,7 +24,7 @@ from hpc_core.case.case import (
 )
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import TINY, TINY_DATA, catalogue
-from hpc_core.record.job import Event, Job, Phase
+from hpc_core.record.job import Event, Job, Kind, Measure, Phase, Repeat, Retime
 from hpc_core.record.record import Record, record_from_json, record_to_json
 from hpc_core.record.repeats import merged
 from hpc_core.worker.perform import perform
@@ -87,7 +86,7 @@ def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str)
     """Without a GPU it times steps or queries and leaves out all other instruments; its sizes are the first process's."""
     first = _once(case_id)[0]
     events: list[Event] = []
-    record = perform(Job(case=CASES[case_id], launched="inline", replicate=True), events.append)
+    record = perform(Job(case=CASES[case_id], launched="inline", kind=Repeat()), events.append)
     phases = [event.name for event in events if isinstance(event, Phase)]
     assert phases == ["import", "build", "data", "warm-up", "measure", "record", "done"]
     assert "peak_bytes" not in record.metrics
@@ -103,9 +102,9 @@ FED = next(case for case in TINY_DATA if case.id == "tiny/data-w0").vary("data-f
 @pytest.mark.parametrize("case", [CASES["tiny/qlora-gc"], CASES["tiny/generate-nf4"], FED], ids=lambda case: case.id)
 def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case: Case) -> None:
     """By the same code and over as many steps or queries: what is compared in pairs is all there; no memory, no operators."""
-    first = perform(Job(case=case, launched="inline", profile=False), lambda _: None)
+    first = perform(Job(case=case, launched="inline", kind=Measure(profile=False)), lambda _: None)
     events: list[Event] = []
-    record = perform(Job(case=case, launched="inline", timed_again=True), events.append)
+    record = perform(Job(case=case, launched="inline", kind=Retime()), events.append)
     assert (first.status, record.status) == ("ok", "ok"), record.reasons
     phases = [event.name for event in events if isinstance(event, Phase)]
     feed = ["feed"] if case is FED else []
@@ -126,10 +125,10 @@ def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case: Ca
     ],
     ids=["fallen", "sound"],
 )
-@pytest.mark.parametrize("further", ["timed_again", "replicate"])
-def test_an_engine_that_fell_back_is_never_timed_as_itself(case: Case, seen: tuple[str, str], further: str) -> None:
+@pytest.mark.parametrize("further", [Retime(), Repeat()], ids=["retime", "repeat"])
+def test_an_engine_that_fell_back_is_never_timed_as_itself(case: Case, seen: tuple[str, str], further: Kind) -> None:
     """Any further process looks whether each switch is on, as the full one does: else its time would be another program's."""
-    record = perform(msgspec.structs.replace(Job(case=case, launched="inline"), **{further: True}), lambda _: None)
+    record = perform(Job(case=case, kind=further, launched="inline"), lambda _: None)
     name, said = seen
     assert said in str(record.audit[name].seen)
     assert record.status == ("ok" if record.audit[name].holds else "invalid")

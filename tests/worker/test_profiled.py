@@ -14,7 +14,7 @@ import pytest
 
 from hpc_core.catalogue import catalogue
 from hpc_core.instruments.busy import DeviceActivity
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.worker.perform import perform
 from hpc_core.worker.profiled import note_compilations, profile_steps
 from hpc_core.worker.session import Session
@@ -24,7 +24,7 @@ class Profiler:
     """A session on a GPU that launches nothing: a step takes a tenth of a second and 100 kernels, every second one 101."""
 
     def __init__(self, *, replicate: bool, alike: bool = True) -> None:
-        self.job = SimpleNamespace(replicate=replicate)
+        self.kind = Repeat() if replicate else Measure()
         self.on_gpu = True
         self.device = None
         self.metrics: dict[str, Any] = {}
@@ -119,6 +119,8 @@ def test_graph_breaks_and_recompilations_are_counted() -> None:
 
 def test_a_canary_stands_in_the_circumstances() -> None:
     """The worker that is asked for it runs no case, and its record holds the canary's seconds."""
-    record = perform(Job(case=catalogue()["tiny/lora"], launched="inline", canary=True), lambda _: None)
+    record = perform(
+        Job(case=catalogue()["tiny/lora"], launched="inline", kind=MeasureCeilings(canary=True)), lambda _: None
+    )
     assert (record.status, record.metrics) == ("ok", {})
     assert set(record.circumstances.canary) == {"compute", "memory"}

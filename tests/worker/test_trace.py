@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 def traced(folder: Path, phase: str | None = None, *, ranges: bool = False) -> Record:
     trace = Trace(folder=str(folder), phase=phase, ranges=ranges)
-    return run_job(Job(case=catalogue()["tiny/lora"], launched="inline", trace=trace), lambda _: None)
+    return run_job(Job(case=catalogue()["tiny/lora"], launched="inline", kind=trace), lambda _: None)
 
 
 def table_of(folder: Path) -> TraceTable:
@@ -77,7 +77,7 @@ def test_a_profile_of_a_fed_case_holds_no_other_batches(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Fed, "_fetch", seen)
     [case] = [case for case in TINY_DATA if case.id == "tiny/data-w0"]
-    job = Job(case=case, launched="inline", trace=Trace(folder=str(tmp_path)))
+    job = Job(case=case, launched="inline", kind=Trace(folder=str(tmp_path)))
     record = run_job(job, lambda event: phases.append(getattr(event, "name", phases[-1])))
     assert record.failure is None
     assert "profile" in phases
