@@ -28,8 +28,8 @@ from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec  # noqa: E402
 from hpc_core.catalogue import generate  # noqa: E402
 from hpc_core.engines.decode.program import GraphProgram, graph_program  # noqa: E402
 from hpc_core.engines.generate import GenerateProgram, generate_program  # noqa: E402
-from hpc_core.instruments.busy import device_activity  # noqa: E402
 from hpc_core.instruments.clock import quiet, seconds_of  # noqa: E402
+from hpc_core.instruments.kernels import device_activity  # noqa: E402
 
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3

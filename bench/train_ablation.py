@@ -159,7 +159,7 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
     import torch
 
     from hpc_core.case.errors import MeasureError
-    from hpc_core.instruments.busy import device_activity
+    from hpc_core.instruments.kernels import device_activity
 
     if tuned is not None and tuned.captured is not None:
         found["peak_gib"] = tuned.captured.peak_bytes() / _GIB
@@ -188,10 +188,10 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
 
 def _busy_of_what_was_seen(program: Any, device: Any) -> float:
     """Busy milliseconds a step by whatever the profiler recorded, where its reading is not sound; the row says so."""
-    from hpc_core.instruments import busy
+    from hpc_core.instruments import kernels
 
-    seen, _ = busy._sort(busy._record(lambda: _steps(program, _PROFILED), device))
-    return 1e3 * busy.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
+    seen, _ = kernels._sort(kernels._record(lambda: _steps(program, _PROFILED), device))
+    return 1e3 * kernels.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
 
 
 def _off(found: dict[str, Any], stock: dict[str, Any] | None) -> float | None:

@@ -49,10 +49,10 @@ def _run_callable(workload: CallableSpec) -> Real:
     import torch
 
     from hpc_core.engines.callable import load_factory
+    from hpc_core.instruments.allocations import StorageWatch
     from hpc_core.instruments.clock import quiet
     from hpc_core.instruments.counters import counting
     from hpc_core.instruments.owners import Bystanders, living_tensors
-    from hpc_core.instruments.storages import StorageWatch
 
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -77,10 +77,10 @@ def _run(case: Case, *, count: bool) -> Real:
 
     from hpc_core.builders import build, causal_lm
     from hpc_core.engines.finetune import finetune_program
+    from hpc_core.instruments.allocations import StorageWatch
     from hpc_core.instruments.clock import quiet
     from hpc_core.instruments.counters import counting
     from hpc_core.instruments.owners import optimizer_tensors, weight_tensors
-    from hpc_core.instruments.storages import StorageWatch
 
     assert isinstance(case.workload, FinetuneSpec)
     torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works

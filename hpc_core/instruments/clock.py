@@ -1,4 +1,4 @@
-"""Wall time of steps, synchronized at both ends, with garbage collection out of the way."""
+"""Wall time of steps, synchronized at both ends, without garbage collections in it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hpc_core.instruments.garbage import uncollected
-
-__all__ = ["quiet", "seconds_of", "synchronize"]
 
 
 def synchronize(device: torch.device) -> None:

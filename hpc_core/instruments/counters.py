@@ -1,18 +1,103 @@
-"""What can be counted exactly: operators dispatched below autograd, and the FLOPs of their matrix products."""
+"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention, products added in place, int4 and bitsandbytes.
+
+Every formula takes shapes, as FlopCounterMode hands them over, and counts 2 FLOP a multiply-add.
+
+
+What can be counted exactly: operators dispatched below autograd, and the FLOPs of their matrix products.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_core.instruments.formulas import own_formulas
+_FORWARD = (
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 
-__all__ = ["FREE", "Counts", "counting"]
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Scores and weighted values: two products a query head, over (batch, heads, length, width) shapes.
+
+    torch 2.11's own formula refuses fewer key heads than query heads, which is how grouped-query attention arrives.
+    """
+    batch, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * batch * heads * queries * keys * (width + value_width))
+
+
+def attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
+    """Five products a query head: scores again, and the gradients of values, weights, queries and keys.
+
+    The same as torch's `sdpa_backward_flop_count`, for any number of key heads.
+    """
+    batch, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * batch * heads * queries * keys * (3 * width + 2 * value_width))
+
+
+def _gemm_4bit(a: Any, b: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return int(2 * prod(a[:-1]) * shape[0] * shape[1])
+
+
+def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return int(2 * prod(a[:-1]) * a[-1] * b[0])
+
+
+def _int8_mixed(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """The int8 product alone: how many outlier columns are multiplied again depends on the data."""
+    return _int8(a, b)
+
+
+_BITSANDBYTES = {
+    "gemm_4bit": _gemm_4bit,
+    "gemv_4bit": _gemm_4bit,
+    "int8_linear_matmul": _int8,
+    "int8_scaled_mm": _int8,
+    "int8_mixed_scaled_mm": _int8_mixed,
+}
+
+
+def _int8_with_outliers(a: Any, _: Any, quantized: Any, *__: Any, **___: Any) -> int:
+    return int(2 * prod(a[:-1]) * a[-1] * quantized[0])
+
+
+def _int4pack(a: Any, _: Any, __: Any, scale_and_zero: Any, *___: Any, **____: Any) -> int:
+    """tinygemm's product: `a` is (rows, columns), scales and zeros are (groups, rows of the weight, 2)."""
+    return int(2 * a[0] * a[1] * scale_and_zero[1])
+
+
+def _addmm_in_place(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
+    """torch 2.13 counts `addmm` and `mm`, and passes over the one that adds in place."""
+    return int(2 * a[0] * a[1] * b[1])
+
+
+_INT4 = ("_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
+
+
+def own_formulas() -> dict[Any, Any]:
+    """Formula by operator, for FlopCounterMode's `custom_mapping`; bitsandbytes' only when the package was imported."""
+    formulas: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_in_place}
+    for name in _FORWARD:
+        formulas[getattr(torch.ops.aten, name)] = attention_flops
+        formulas[getattr(torch.ops.aten, f"{name}_backward")] = attention_backward_flops
+    for name in _INT4:
+        formulas[getattr(torch.ops.aten, name)] = _int4pack
+    for name, formula in _BITSANDBYTES.items():
+        with contextlib.suppress(AttributeError):
+            formulas[getattr(torch.ops.bitsandbytes, name)] = formula
+    return formulas
+
 
 FREE = {"prim", "profiler"}
 """Operator namespaces that do no work."""
@@ -46,7 +131,7 @@ class Counts:
 def counting() -> Iterator[Counts]:
     """Count while the block runs: operators as they are dispatched, FLOPs as torch's FlopCounterMode counts them.
 
-    Products that torch does not know are added (`measure.formulas`).
+    Products that torch does not know are added (`own_formulas`).
     """
     counts = Counts()
     operators = _Operators()

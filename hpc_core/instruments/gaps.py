@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 import torch
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.instruments.busy import (
+from hpc_core.instruments.kernels import (
+    HostCall,
     Interval,
     _record,
     _sort,
+    kinds,
     summarize,
     union_s,
 )
-from hpc_core.instruments.host_calls import HostCall, kinds
 
 __all__ = ["Idle", "Window", "idle_while", "idle_within", "offset_ns"]
 

@@ -1,4 +1,4 @@
-"""Python's garbage collector out of the way for a while. Imports nothing of ours."""
+"""Keep Python's garbage collector out of the way for a while. Imports no torch: reports and loader workers use it too."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-__all__ = ["uncollected"]
-
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """In the block garbage is not collected: nothing is timed that is not the work's, or thousands of objects that stay are not walked again and again."""
+    """Collect no garbage in the block, so that a collection is not timed as part of the work."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.case.case import Case
+from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.owners import (
     gradient_tensors,
     optimizer_tensors,
     owned_bytes,
     weight_tensors,
 )
-from hpc_core.instruments.storages import StorageWatch
 from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
 from hpc_core.integrations.trained_tokens import TrainedTokens

@@ -21,8 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hpc_core.case.errors import PredictError
-from hpc_core.instruments.counters import FREE
-from hpc_core.instruments.formulas import own_formulas
+from hpc_core.instruments.counters import FREE, own_formulas
 from hpc_core.instruments.places import nowhere
 from hpc_core.instruments.timeline import Allocation, Timeline
 from hpc_core.predict.allocator import Allocator

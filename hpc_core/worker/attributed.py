@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from hpc_core.engines.generate import GenerateProgram
+from hpc_core.instruments.allocations import StorageWatch
+from hpc_core.instruments.attribution import kernel_uses
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.kernel_places import kernel_uses
 from hpc_core.instruments.owners import (
     by_module,
     cache_tensors,
@@ -21,7 +22,6 @@ from hpc_core.instruments.owners import (
 )
 from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.program import Mark, Program
-from hpc_core.instruments.storages import StorageWatch
 from hpc_core.instruments.timeline import Timeline
 from hpc_core.record.profile import OperatorUse, Profile
 from hpc_core.worker.memory import Fixed, claim_before

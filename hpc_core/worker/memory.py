@@ -11,12 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from hpc_core.bounds.footprint import unexplained_bytes
+from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.history import AllocatorHistory
 from hpc_core.instruments.owners import living_tensors, optimizer_tensors, weight_tensors
 from hpc_core.instruments.phases import peaks_of
 from hpc_core.instruments.program import Mark, Program, unmarked
-from hpc_core.instruments.storages import StorageWatch
 from hpc_core.instruments.timeline import CATEGORIES, Timeline
 from hpc_core.record.record import Metric
 from hpc_core.worker.metrics import measured_bytes, tensor_bytes

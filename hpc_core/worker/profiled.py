@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hpc_core.instruments.busy import DeviceActivity, mark_step
 from hpc_core.instruments.clock import seconds_of
-from hpc_core.instruments.families import families_of
+from hpc_core.instruments.kernels import DeviceActivity, families_of, mark_step
 from hpc_core.instruments.program import Program
 from hpc_core.record.job import Repeat
 from hpc_core.record.record import KernelFamily

@@ -17,10 +17,9 @@ from hpc_core.bounds.check import judged
 from hpc_core.builders import Built, build
 from hpc_core.case.errors import MeasureError, SpecError
 from hpc_core.faults import Injection
-from hpc_core.instruments.busy import DeviceActivity, device_activity
-from hpc_core.instruments.canary import measure_canary
-from hpc_core.instruments.ceilings import measure_ceilings
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
+from hpc_core.instruments.kernels import DeviceActivity, device_activity
+from hpc_core.instruments.machine import measure_canary, measure_ceilings
 from hpc_core.instruments.owners import Bystanders, owned_bytes, weight_tensors
 from hpc_core.instruments.program import Program
 from hpc_core.record.environment import circumstances, gpu_state

@@ -12,11 +12,10 @@ import msgspec
 import torch
 
 from hpc_core.case.errors import SpecError
-from hpc_core.instruments.busy import is_wait
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.one_cycle import one_cycle
+from hpc_core.instruments.kernels import is_wait, one_cycle
 from hpc_core.instruments.program import Program
-from hpc_core.instruments.ranges import PREFIX, named_ranges
+from hpc_core.instruments.trace import PREFIX, named_ranges
 from hpc_core.record.job import OperatorTime, Trace, TraceTable
 from hpc_core.record.record import Record
 from hpc_core.worker.session import Session

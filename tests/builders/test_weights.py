@@ -39,8 +39,8 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
+from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
-from hpc_core.instruments.storages import StorageWatch
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -25,8 +25,8 @@ from hpc_core.engines.decode.prefill_products import (
     prefill_product,
 )
 from hpc_core.engines.decode.program import graph_program
+from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.places import following
-from hpc_core.instruments.storages import StorageWatch
 
 CPU = torch.device("cpu")
 

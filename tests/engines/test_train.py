@@ -28,7 +28,7 @@ from hpc_core.engines.tuned.forward import restore, tune
 from hpc_core.engines.tuned.pointwise import Pointwise
 from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.engines.tuned.projection import projection_of
-from hpc_core.instruments.formulas import own_formulas
+from hpc_core.instruments.counters import own_formulas
 from hpc_core.instruments.owners import owned_bytes
 
 torch.set_num_threads(1)

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.instruments import busy
-from hpc_core.instruments.busy import (
+from hpc_core.instruments import kernels
+from hpc_core.instruments.kernels import (
+    HostCall,
     Interval,
     device_activity,
     summarize,
     union_s,
 )
-from hpc_core.instruments.host_calls import HostCall
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 START = Interval("spin_kernel(long)", "kernel", 7, 0, 10)
@@ -136,7 +136,7 @@ def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyP
         tries.append(work)
         return []
 
-    monkeypatch.setattr(busy, "_record", nothing)
+    monkeypatch.setattr(kernels, "_record", nothing)
     with pytest.raises(MeasureError, match="Tried 3 times; busy time and kernel counts of this run are void"):
         device_activity(lambda: None, torch.device("cpu"))
     assert len(tries) == 3
@@ -146,7 +146,7 @@ def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: py
     """A complete reading after an incomplete one is the one that is told."""
     calls = [HostCall("cudaLaunchKernel", number, number) for number in range(3)]
     readings = iter([([START], calls[:1]), ([START, Interval("gemm", "kernel", 7, 20, 50), END], calls)])
-    monkeypatch.setattr(busy, "_record", lambda work, device: [])
-    monkeypatch.setattr(busy, "_sort", lambda events: next(readings))
+    monkeypatch.setattr(kernels, "_record", lambda work, device: [])
+    monkeypatch.setattr(kernels, "_sort", lambda events: next(readings))
     seen = device_activity(lambda: None, torch.device("cpu"))
     assert (seen.kernels, seen.busy_s, seen.kernel_counts) == (1, 30e-9, {"gemm": 1})

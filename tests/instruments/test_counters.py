@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.instruments.canary import measure_canary
-from hpc_core.instruments.ceilings import measure_ceilings
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.counters import counting
+from hpc_core.instruments.machine import measure_canary, measure_ceilings
 
 CPU = torch.device("cpu")
 attention = torch.nn.functional.scaled_dot_product_attention

@@ -6,7 +6,6 @@ import datetime
 import functools
 import time
 
-import msgspec
 import pytest
 import torch
 from hypothesis import given
@@ -27,7 +26,7 @@ from hpc_core.instruments.energy import LEAST_S, RENEWED_S, energy_of
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.environment import gpu_energy_mj
 from hpc_core.record.gpu_state import other_processes
-from hpc_core.record.job import Job
+from hpc_core.record.job import Job, Measure
 from hpc_core.worker import energy as performing
 from hpc_core.worker.finetune import _energy
 from hpc_core.worker.metrics import wall
@@ -171,7 +170,7 @@ def test_a_training_cases_energy_leaves_its_weights(monkeypatch: pytest.MonkeyPa
 def test_a_job_that_only_compares_takes_no_energy(monkeypatch: pytest.MonkeyPatch, profile: bool) -> None:
     """An A/B has no use for joules: it is spared the seconds."""
     session = _session(monkeypatch, _ANSWERS, [{}, {}])
-    session.job = msgspec.structs.replace(session.job, profile=profile)
+    session.options = Measure(profile=profile)
     performing.note_step_energy(session, Step())
     assert ("energy_step_j" in session.metrics) is profile
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.instruments.families import FAMILIES, families_of, family
+from hpc_core.instruments.kernels import FAMILIES, families_of, family
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 NAMES = {

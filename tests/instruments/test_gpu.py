@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 
+from hpc_core.instruments.allocations import AllocatorHistory
+from hpc_core.instruments.attribution import kernel_uses
 from hpc_core.instruments.clock import synchronize
-from hpc_core.instruments.history import AllocatorHistory
-from hpc_core.instruments.kernel_places import kernel_uses
 from hpc_core.instruments.phases import PhasePeaks
 from hpc_core.instruments.places import following
-from hpc_core.instruments.ranges import named_ranges
+from hpc_core.instruments.trace import named_ranges
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to measure")]
 _MIB = 2**20

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.instruments.host_calls import (
+from hpc_core.instruments.kernels import (
     MARK,
     MARKS,
     HostCall,

@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.instruments.history import AllocatorHistory
+from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
 from hpc_core.instruments.owners import (
     gradient_tensors,
     optimizer_tensors,
     owned_bytes,
     weight_tensors,
 )
-from hpc_core.instruments.storages import StorageWatch
 
 KIB = 1024
 

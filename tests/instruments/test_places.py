@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from hpc_core.instruments.kernel_places import NamedRanges, sorted_events
+from hpc_core.instruments.allocations import StorageWatch
+from hpc_core.instruments.attribution import NamedRanges, sorted_events
 from hpc_core.instruments.owners import by_module
 from hpc_core.instruments.places import following, path_of
-from hpc_core.instruments.storages import StorageWatch
 
 pytestmark = pytest.mark.slow
 

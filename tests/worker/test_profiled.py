@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hpc_core.catalogue import catalogue
-from hpc_core.instruments.busy import DeviceActivity
+from hpc_core.instruments.kernels import DeviceActivity
 from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.worker.perform import perform
 from hpc_core.worker.profiled import note_compilations, profile_steps

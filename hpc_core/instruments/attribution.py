@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpc_core.instruments.busy import is_wait
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.families import family
-from hpc_core.instruments.one_cycle import one_cycle
+from hpc_core.instruments.kernels import family, is_wait, one_cycle
 from hpc_core.record.profile import KernelUse
 
 __all__ = ["DeviceWork", "NamedRanges", "Range", "attributed", "kernel_uses"]

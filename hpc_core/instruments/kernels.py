@@ -1,4 +1,13 @@
-"""GPU-busy time: the union of the intervals in which a kernel, copy or memset ran, seen by the profiler.
+"""Families of kernels by their names: gemm, attention, elementwise … For the eye and for explanations; nothing is gated by it.
+
+What the host asked of the CUDA runtime while it was profiled: launches, copies, fills and waits, from the profiler's own records.
+
+Host cost in seconds is noise; how often the host launches and waits is not. Pure: calls in, counts out.
+
+
+torch's profiler over one piece of work, without the warning that is about schedules.
+
+GPU-busy time: the union of the intervals in which a kernel, copy or memset ran, seen by the profiler.
 
 Only device activity is recorded, no operators, no annotations, no synchronization events. A reading counts only when
 sentinel kernels are seen at both ends and every launch has its kernel: the profiler can drop early records in silence.
@@ -6,8 +15,11 @@ sentinel kernels are seen at both ends and every launch has its kernel: the prof
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
+import functools
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,17 +27,123 @@ import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.host_calls import (
-    MARKS,
-    HostCall,
-    kinds,
-    made_between,
-    steps_alike,
-    synchronizations,
-)
-from hpc_core.instruments.one_cycle import one_cycle
 
-__all__ = ["DeviceActivity", "device_activity", "is_wait", "mark_step", "summarize", "union_s"]
+_RULES = (
+    # The first that matches decides, so names that hold two words stand where the rarer one is: a 4-bit product dequantizes too.
+    ("optimizer", r"multi_tensor_apply|[Oo]ptimizer|Adam|\bsgd|lion_"),
+    ("attention", r"sdpa|fmha|flash|[Aa]ttention"),
+    ("gemm", r"gemm|nvjet|cutlass|gemv|splitKreduce|\bscal_kernel|wgmma|triton_tem_|_mm_kernel|tinygemm"),
+    ("quantization", r"[Qq]uant"),
+    ("copy", r"copy_kernel|CatArray|[Cc]opy_?[Bb]atched|copy_device_to_device"),
+    ("norm", r"layer_?norm|rms_?norm|GammaBeta|batch_?norm|group_?norm", re.IGNORECASE),
+    ("softmax", r"softmax|nll_loss|cross_entropy", re.IGNORECASE),
+    (
+        "indexing",
+        r"index|gather|scatter|embedding|compute_grad_weight|radix_?sort|krn_partial|write_num_of_segments",
+        re.I,
+    ),
+    ("reduction", r"reduce|scan|triton_(red|per)_|\bdot_kernel|ReduceOp"),
+    ("elementwise", r"elementwise|pointwise|dropout|distribution|fill|triton_poi_|arange", re.IGNORECASE),
+)
+_PATTERNS = tuple((name, re.compile(pattern, *flags)) for name, pattern, *flags in _RULES)
+FAMILIES = (*(name for name, _ in _PATTERNS), "other")
+"""Every family there is, in the order in which names are asked."""
+
+
+def family(kernel: str) -> str:
+    """The family of a kernel, by the name that the profiler gives it; "other" for names that no rule knows."""
+    return next((name for name, pattern in _PATTERNS if pattern.search(kernel)), "other")
+
+
+def families_of(seconds: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, tuple[float, int]]:
+    """Seconds and launches by family, the families with the most seconds first, from those by kernel name."""
+    total: defaultdict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
+    for name, value in seconds.items():
+        key = family(name)
+        before = total[key]
+        total[key] = (before[0] + value, before[1] + counts[name])
+    return dict(sorted(total.items(), key=lambda item: -item[1][0]))
+
+
+MARK = "cudaStreamQuery"
+"""Asks a stream whether it is idle: waits for nothing, and torch asks it nowhere in a step."""
+MARKS = 3
+"""So many of them in a row end a step; one or two may be the case's own."""
+_KINDS = (
+    ("launch", re.compile(r"Launch(Cooperative)?Kernel")),
+    ("graph", re.compile(r"GraphLaunch")),
+    ("wait", re.compile(r"^cu(da)?(Device|Ctx|Stream|Event)Synchronize")),
+    ("copy", re.compile(r"^cu(da)?Memcpy")),
+    ("fill", re.compile(r"^cu(da)?Memset")),
+    ("mark", re.compile(MARK)),
+)
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """One call of the CUDA runtime or driver."""
+
+    name: str
+    correlation: int
+    """One call can appear as a runtime call and as the driver call beneath it, with the same number."""
+    start_ns: int
+
+
+@functools.cache
+def _call_kind(name: str) -> str | None:
+    return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
+
+
+def kinds(calls: Iterable[HostCall]) -> list[str]:
+    """launch, graph, wait, copy, fill or mark for each call that is one, in the host's order, each call once."""
+    seen: set[tuple[str, int]] = set()
+    ordered = []
+    for call in sorted(calls, key=lambda one: one.start_ns):
+        kind = _call_kind(call.name)
+        if kind is not None and (kind, call.correlation) not in seen:
+            seen.add((kind, call.correlation))
+            ordered.append(kind)
+    return ordered
+
+
+def made_between(ordered: Sequence[str]) -> list[str]:
+    """The calls between the first launch and the last, which are the sentinels', without our wait for the first of them."""
+    ends = [at for at, kind in enumerate(ordered) if kind == "launch"]
+    inner = list(ordered[ends[0] + 1 : ends[-1]]) if len(ends) > 1 else []
+    if "wait" in inner:
+        inner.remove("wait")  # removes the first: we wait for the sentinel before the work begins
+    return inner
+
+
+def synchronizations(between: Sequence[str]) -> int:
+    """How often the host waited for the device: for a stream, an event or all of it."""
+    return sum(kind == "wait" for kind in between)
+
+
+def steps_alike(between: Sequence[str], steps: int) -> bool:
+    """Whether `steps` marked steps were seen and each launched, copied, filled and waited as often as the others."""
+    counts: list[Counter[str]] = [Counter()]
+    marks = 0
+    for kind in between:
+        marks = marks + 1 if kind == "mark" else 0
+        if marks == MARKS:
+            counts.append(Counter())
+            marks = 0
+        elif kind != "mark":
+            counts[-1][kind] += 1
+    *whole, rest = counts
+    return len(whole) == steps and not rest and all(each == whole[0] for each in whole)
+
+
+def one_cycle(activities: Sequence[torch.profiler.ProfilerActivity], **options: Any) -> torch.profiler.profile:
+    """A profiler that records from its start to its stop; `options` are torch.profiler.profile's.
+
+    Without acc_events torch (2.11) warns that it keeps one cycle only, which is all there is; with it, it builds its event tree, and ten steps of
+    five thousand kernels take seven seconds more.
+    """
+    warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
+    return torch.profiler.profile(activities=activities, **options)
+
 
 _SENTINEL = "spin_kernel"
 """The kernel behind torch.cuda._sleep."""
