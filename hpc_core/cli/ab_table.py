@@ -9,8 +9,8 @@ from rich.cells import cell_len
 from hpc_core.compare.ab import Comparison
 from hpc_core.compare.arrange import Arranged
 from hpc_core.compare.differences import Difference
-from hpc_core.gate import Verdict
-from hpc_core.gate.moved import packages_moved
+from hpc_core.gate.comparability import packages_moved
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 
 __all__ = ["cases_text", "heading", "interval_text", "lines", "rounded", "summary", "value_text"]

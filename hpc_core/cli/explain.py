@@ -12,7 +12,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json
 from hpc_core.cli.running import read_record
 from hpc_core.explain import Cause, before_of, explain, stored_before
-from hpc_core.gate import judge
+from hpc_core.gate.judge import judge
 from hpc_core.record.record import Record
 
 __all__ = ["explain_record"]

@@ -15,7 +15,8 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, before_of, explain
 from hpc_core.faults import FAULTS
-from hpc_core.gate import Judgement, judge
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.files import write_whole
 from hpc_core.record.job import Job, Measure, Predict

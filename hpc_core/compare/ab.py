@@ -15,8 +15,8 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import CaseResult, SideName, Trial
-from hpc_core.gate import Verdict
 from hpc_core.gate.exit_code import ExitCode
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Circumstances, Record
 
 __all__ = ["Comparison", "Plan", "compare"]

@@ -15,9 +15,9 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.compare.differences import Rule, is_judged_in_pairs
+from hpc_core.compare.sequential import Check, Sequential
 from hpc_core.compare.trial import SideName
-from hpc_core.gate import Verdict
-from hpc_core.gate.sequential import Look, Sequential
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
 
@@ -120,7 +120,7 @@ class Question:
         befores, afters, look, trouble = self._timed(tolerance, (base, head), swap=False)
         old, new = statistics.median(befores), statistics.median(afters)
         if trouble or look is None or look.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
-            why = " ".join(filter(None, (trouble, "" if look is None else look.settles, "Nothing to bisect.")))
+            why = " ".join(filter(None, (trouble, "" if look is None else look.required, "Nothing to bisect.")))
             raise SpecError(
                 f"{good} and {bad} do not differ beyond noise: {self._text(old, new, metric)} of {self._case.id} over {len(befores)} "
                 f"pairs, limit {sizes.percent(tolerance)}. {why}"
@@ -182,7 +182,7 @@ class Question:
 
     def _timed(
         self, tolerance: float, first: tuple[Record, Record], *, swap: bool
-    ) -> tuple[list[float], list[float], Look | None, str]:
+    ) -> tuple[list[float], list[float], Check | None, str]:
         """Values of base and of head, pair after pair until it is decided; the last look, and what went wrong.
 
         With `swap` base is judged against head, for changes towards less.
@@ -203,7 +203,7 @@ class Question:
                 return befores, afters, None, trouble
             befores.append(float(self._of(base).value))
             afters.append(float(self._of(head).value))
-            look = rule.look(afters, befores) if swap else rule.look(befores, afters)
+            look = rule.check(afters, befores) if swap else rule.check(befores, afters)
         return befores, afters, look, ""
 
 

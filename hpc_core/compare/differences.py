@@ -1,7 +1,7 @@
-"""From the records of both sides to one row a metric: what differs, by how much, and what that means. Pure.
+"""From the records of both sides to one row per metric: what differs, by how much, and what that means.
 
 Exact metrics are compared exactly, from one process a side. Busy and wall time are decided by the sequential three-way rule over
-pairs of processes, each process one value. What has no such rule is shown and not judged.
+pairs of processes, each process one value. Metrics without such a rule are shown and not judged.
 """
 
 from __future__ import annotations
@@ -12,24 +12,20 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.case.limits import relative_limit
-from hpc_core.gate import Verdict
-from hpc_core.gate.interval import Interval
-from hpc_core.gate.sequential import Look, Sequential
-from hpc_core.gate.spread import SPREADS, family_of
+from hpc_core.compare.sequential import Check, Sequential
+from hpc_core.gate.comparability import incomparable
+from hpc_core.gate.intervals import SPREADS, Interval, family_of
+from hpc_core.gate.tolerance import allowed_ratio, beyond, tolerance
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
 
-__all__ = ["Difference", "Rule", "decided", "exact_rows", "is_judged_in_pairs", "timed_row", "unjudged_rows"]
-
-_MUST_AGREE = ("unit", "noise", "better")
-
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run of comparisons allows."""
+    """What a run of comparisons allows, and how often it may be wrong."""
 
     wall: float = 0.05
-    """Ratio by which wall time may differ. A tenth more must be found, so the limit lies halfway."""
+    """Ratio by which wall time may differ: half of the 10 % that must be found."""
     busy: float = 0.005
     alpha: float = 0.05
     """Chance of a false alarm in the whole run: all timed metrics of all cases together."""
@@ -37,14 +33,12 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     most_pairs: int = 24
 
     def tolerance(self, case: Case, name: str, metric: Metric) -> float:
-        """The ratio allowed: a percentage that the case's limits name, else this rule's."""
-        named = relative_limit(case.limits.named().get(name))
-        if named is not None:
-            return named
-        return self.busy if metric.noise == "busy" else self.wall
+        """Return the allowed ratio of a timed metric: the percentage in the case's limits, else this rule's."""
+        ratio = self.busy if metric.noise == "busy" else self.wall
+        return allowed_ratio(name, metric, case.limits.named().get(name), ratio=ratio)
 
     def sequential(self, case: Case, name: str, metric: Metric, metrics_judged: int) -> Sequential:
-        """The rule for one of so many timed metrics."""
+        """Return the rule for one of so many timed metrics."""
         return Sequential(
             alpha=self.alpha / max(1, metrics_judged),
             tolerance=self.tolerance(case, name, metric),
@@ -67,18 +61,18 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     ratio: float | None
     """head / base - 1; of timed metrics the geometric mean over the pairs."""
     interval: tuple[float, float] | None = None
-    """Where the ratio lies, of timed metrics: at the level that the verdict was taken at."""
+    """Of timed metrics: where the ratio lies, at the level of the verdict."""
     pairs: int = 0
-    """Processes a side that it rests on."""
+    """Processes per side that it rests on."""
     verdict: Verdict | None
-    """None: shown, not judged."""
+    """None: shown and not judged."""
     differs: bool
     """Beyond noise."""
     reason: str
 
 
 def is_judged_in_pairs(metric: Metric) -> bool:
-    """Whether the three-way rule decides it: a time with samples, of which less is better."""
+    """Return whether the three-way rule decides it: a time with samples, where less is better."""
     timed = metric.noise == "busy" or (metric.noise == "wall" and metric.samples is not None)
     return timed and metric.better == "lower" and metric.value > 0
 
@@ -92,7 +86,7 @@ def _ratio(base: float, head: float) -> float | None:
 
 
 def exact_rows(case: Case, base: Sequence[Record], head: Sequence[Record]) -> list[Difference]:
-    """The gated exact metrics of both sides; at least one good record each."""
+    """Return the gated exact metrics of both sides, each of which has at least one record that is ok."""
     first, other = base[0].metrics, head[0].metrics
     names = sorted({*first, *other})
     rows = []
@@ -102,8 +96,8 @@ def exact_rows(case: Case, base: Sequence[Record], head: Sequence[Record]) -> li
             continue
         if len(known) < 2:
             rows.append(_one_sided(name, known[0], in_base=name in first))
-        elif any(getattr(first[name], field) != getattr(other[name], field) for field in _MUST_AGREE):
-            rows.append(_another_quantity(name, first[name], other[name]))
+        elif (obstacle := incomparable(name, first[name], other[name])) is not None:
+            rows.append(_incomparable(name, first[name], other[name], obstacle.reason))
         else:
             rows.append(_exact_row(case, name, base, head))
     return rows
@@ -125,12 +119,7 @@ def _one_sided(name: str, metric: Metric, *, in_base: bool) -> Difference:
     )
 
 
-def _another_quantity(name: str, base: Metric, head: Metric) -> Difference:
-    changed = [
-        f"{field} {getattr(base, field)} → {getattr(head, field)}"
-        for field in _MUST_AGREE
-        if getattr(base, field) != getattr(head, field)
-    ]
+def _incomparable(name: str, base: Metric, head: Metric, reason: str) -> Difference:
     return Difference(
         metric=name,
         unit=head.unit,
@@ -141,7 +130,7 @@ def _another_quantity(name: str, base: Metric, head: Metric) -> Difference:
         pairs=1,
         verdict=Verdict.INCOMPATIBLE,
         differs=True,
-        reason=f"another quantity on each side: {', '.join(changed)}.",
+        reason=reason,
     )
 
 
@@ -153,24 +142,23 @@ def _exact_row(case: Case, name: str, base: Sequence[Record], head: Sequence[Rec
     before, after = _values(base, name), _values(head, name)
     metric = base[0].metrics[name]
     old, new = before[0], after[0]
-    verdict, reason = Verdict.PASS, "equal."
-    restless = [
+    unequal = [
         f"{side} gave {sizes.pair(min(values), max(values), metric.unit)} in {len(values)} processes"
         for side, values in (("base", before), ("head", after))
         if len(set(values)) > 1
     ]
-    if restless:
-        verdict, reason = Verdict.INCONCLUSIVE, f"not the same in each process of one side: {'; '.join(restless)}."
-    elif old != new:
-        better = {"lower": new < old, "higher": new > old, "same": False}[metric.better]
-        allowed = relative_limit(case.limits.named().get(name))
-        size = sizes.change(new - old, metric.unit)
-        verdict, reason = (
-            (Verdict.IMPROVED if better else Verdict.REGRESSED),
-            f"{size}.",
-        )
-        if allowed is not None and abs(new - old) <= allowed * abs(old):
-            verdict, reason = Verdict.PASS, f"{size}, within the case's limit of {sizes.percent(allowed)}."
+    allowed = tolerance(name, metric, case.limits.named().get(name), ratio=0.0)
+    verdict = beyond(metric, new, allowed)
+    size = sizes.change(new - old, metric.unit)
+    if unequal:
+        verdict = Verdict.INCONCLUSIVE
+        reason = f"not the same in each process of one side: {'; '.join(unequal)}."
+    elif old == new:
+        reason = "equal."
+    elif verdict is Verdict.PASS:
+        reason = f"{size}, within the case's limit of {allowed.text}."
+    else:
+        reason = f"{size}."
     return Difference(
         metric=name,
         unit=metric.unit,
@@ -180,14 +168,14 @@ def _exact_row(case: Case, name: str, base: Sequence[Record], head: Sequence[Rec
         ratio=_ratio(old, new),
         pairs=min(len(before), len(after)),
         verdict=verdict,
-        differs=bool(restless) or old != new,
+        differs=bool(unequal) or old != new,
         reason=reason,
     )
 
 
-def decided(look: Look | None) -> bool:
-    """Whether no further pair is needed."""
-    return look is not None and look.verdict is not None
+def decided(check: Check | None) -> bool:
+    """Return whether no further pair is needed."""
+    return check is not None and check.verdict is not None
 
 
 def timed_row(
@@ -195,58 +183,59 @@ def timed_row(
     metric: Metric,
     base: Sequence[float],
     head: Sequence[float],
-    look: Look | None,
-    tolerance: float,
+    check: Check | None,
+    ratio: float,
     why: str,
 ) -> Difference:
-    """A metric that pairs decide.
+    """Return the row of a metric that pairs decide.
 
     Args:
         name: of the metric.
         metric: of either side.
-        base: one value a process.
-        head: the same.
-        look: the last one taken.
-        tolerance: ratio.
+        base: one value per process.
+        head: likewise.
+        check: the last one made; None if there was none.
+        ratio: by which it may differ.
         why: why there were no more pairs, if it is undecided.
     """
-    interval = None if look is None else look.interval
-    verdict = Verdict.INCONCLUSIVE if look is None or look.verdict is None else look.verdict
-    limit = f"limit {sizes.percent(tolerance)}"
-    if verdict is Verdict.INCONCLUSIVE:
-        reason = f"{limit}; {why}" if look is None or look.verdict is None else f"{limit}; {look.settles}"
+    interval = None if check is None else check.interval
+    outside = interval is not None and _excludes_zero(interval)
+    limit = f"limit {sizes.percent(ratio)}"
+    if check is None or check.verdict is None:
+        verdict, reason = Verdict.INCONCLUSIVE, f"{limit}; {why}"
+    elif check.verdict is Verdict.INCONCLUSIVE:
+        verdict, reason = Verdict.INCONCLUSIVE, f"{limit}; {check.required}"
     else:
-        reason = f"{limit}, {len(base)} pairs."
-    mean = statistics.geometric_mean(head) / statistics.geometric_mean(base) - 1
+        verdict, reason = check.verdict, f"{limit}, {len(base)} pairs."
+    if verdict is Verdict.PASS and outside:
+        reason = f"differs, within the {reason}"
     return Difference(
         metric=name,
         unit=metric.unit,
         noise=metric.noise,
         base=statistics.median(base),
         head=statistics.median(head),
-        ratio=mean,
+        ratio=statistics.geometric_mean(head) / statistics.geometric_mean(base) - 1,
         interval=None if interval is None else _shown(interval, verdict),
         pairs=len(base),
         verdict=verdict,
-        differs=verdict in (Verdict.REGRESSED, Verdict.IMPROVED) or (interval is not None and _beyond_zero(interval)),
-        reason=reason
-        if not look or verdict is not Verdict.PASS or not _beyond_zero(interval)
-        else f"differs, within the {reason}",
+        differs=verdict in (Verdict.REGRESSED, Verdict.IMPROVED) or outside,
+        reason=reason,
     )
 
 
 def _shown(interval: Interval, verdict: Verdict) -> tuple[float, float]:
-    """REGRESSED rests on the wide bounds, PASS and IMPROVED on the narrow ones."""
+    """Return the bounds that the verdict rests on: the wide ones for REGRESSED, the narrow ones for PASS and IMPROVED."""
     return (interval.low, interval.high) if verdict is Verdict.REGRESSED else (interval.pass_low, interval.pass_high)
 
 
-def _beyond_zero(interval: Interval | None) -> bool:
-    """At the run's own level of false alarms, so that a run of equal sides shows nothing."""
-    return interval is not None and (interval.low > 0 or interval.high < 0)
+def _excludes_zero(interval: Interval) -> bool:
+    """Return whether the sides differ, at the run's own level of false alarms: a run of equal sides then shows nothing."""
+    return interval.low > 0 or interval.high < 0
 
 
 def unjudged_rows(base: Sequence[Record], head: Sequence[Record], timed: Collection[str]) -> list[Difference]:
-    """Everything that both sides have, but what is exact or `timed`: derived numbers, memory of the process, shares of a ceiling."""
+    """Return what both sides have and no rule decides: derived numbers, memory of the process, shares of a ceiling."""
     rows = []
     first, other = base[0].metrics, head[0].metrics
     for name in sorted(first.keys() & other.keys()):

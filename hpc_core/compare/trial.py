@@ -16,8 +16,8 @@ from hpc_core.compare.differences import (
     timed_row,
     unjudged_rows,
 )
-from hpc_core.gate import Verdict
-from hpc_core.gate.sequential import Look
+from hpc_core.compare.sequential import Check
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
 
 __all__ = ["CaseResult", "SideName", "Trial"]
@@ -44,7 +44,7 @@ class Trial:
     def __init__(self, case: Case, rule: Rule) -> None:
         self.case = case
         self._rule = rule
-        self._looks: dict[str, tuple[Look, int]] = {}
+        self._looks: dict[str, tuple[Check, int]] = {}
         """By metric: the last look, and the pairs it saw."""
         self.records: dict[SideName, list[Record]] = {"base": [], "head": []}
         self.refused: dict[SideName, str] = {}
@@ -94,7 +94,7 @@ class Trial:
             if name in self._looks and decided(self._looks[name][0]):
                 continue
             rule = self._rule.sequential(self.case, name, self.records["base"][0].metrics[name], metrics_judged)
-            self._looks[name] = rule.look(self.values("base", name), self.values("head", name)), self.pairs
+            self._looks[name] = rule.check(self.values("base", name), self.values("head", name)), self.pairs
 
     @property
     def finished(self) -> bool:

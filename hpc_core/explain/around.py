@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_core.explain.before import Before
-from hpc_core.gate.moved import case_changes, packages_moved
+from hpc_core.gate.comparability import case_changes, packages_moved
 from hpc_core.record.record import Record
 
 __all__ = ["around", "broken_facts"]

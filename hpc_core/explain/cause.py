@@ -13,8 +13,7 @@ from hpc_core.explain.device import device_finding
 from hpc_core.explain.finding import Resource
 from hpc_core.explain.memory import memory_finding
 from hpc_core.explain.work import module_changes, work_finding
-from hpc_core.gate import Judgement
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Record
 
 __all__ = ["Cause", "explain", "stored_cause"]

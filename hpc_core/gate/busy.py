@@ -1,4 +1,4 @@
-"""Judge GPU-busy time against accepted sessions: by interval and tolerance, at like clocks and a like share of wall time. Pure."""
+"""Judge GPU-busy time against accepted sessions: by an interval, at like clocks and a like share of wall time."""
 
 from __future__ import annotations
 
@@ -9,29 +9,35 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.gate.distance import Distance, stored_distance
-from hpc_core.gate.interval import Interval, interval_of, three_way
-from hpc_core.gate.sample_size import settled_by
-from hpc_core.gate.spread import COMPUTE_BOUND, SPREADS, family_of
+from hpc_core.gate.intervals import (
+    COMPUTE_BOUND,
+    SPREADS,
+    Distance,
+    Interval,
+    family_of,
+    interval_of,
+    required_sample_size,
+    stored_distance,
+    three_way,
+)
+from hpc_core.gate.tolerance import allowed_ratio
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Better, Metric
 
-__all__ = ["CLOCK", "SHARE_FACTOR", "BusyFinding", "Evidence", "Sessions", "judge_busy", "sm_clock_mhz"]
-
 Sessions = Mapping[str, Sequence[Sequence[float]]]
-"""Values of the accepted sessions by metric, the oldest first, one value a process each."""
+"""Values of the accepted sessions by metric, the oldest first, one value per process."""
 CLOCK = "sm_clock_mhz"
 """The name under which sessions may also hold their SM clock."""
 SHARE_FACTOR = 2.0
-"""Busy time is compared while its share of wall time differs by no more. Wall time of like work was seen to differ by 1.68 times
-between two machine starts, and that moved busy time by no more than its spread."""
+"""Busy time is compared while its share of wall time differs by no more. Wall time of like work differed by 1.68 times
+between two machine starts, which moved busy time by no more than its spread."""
 _CLOCK_STEP = 0.003
 """Clocks within 0.3 %, less than one step of an H100's (15 of 1980 MHz), count as equal."""
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """What judging a busy metric takes beside its own values."""
+    """What a busy metric is judged by, in addition to its own values."""
 
     sessions: Sessions = {}
     alpha: float
@@ -53,7 +59,7 @@ class BusyFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def sm_clock_mhz(gpu: Mapping[str, Any]) -> float | None:
-    """The SM clock that a record's circumstances hold: the one seen while the device was busy, else the one after it."""
+    """Return the SM clock of a record's circumstances: the one while the device was busy, else the one after it."""
     busy = gpu.get("busy")
     states = (busy.get("during") if isinstance(busy, Mapping) else None, gpu.get("after"))
     clocks = [state[CLOCK] for state in states if isinstance(state, Mapping) and CLOCK in state]
@@ -61,9 +67,9 @@ def sm_clock_mhz(gpu: Mapping[str, Any]) -> float | None:
 
 
 def judge_busy(name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence) -> BusyFinding:
-    """The verdict on one busy metric; `ratio` is its tolerance.
+    """Return the verdict on one busy metric; `ratio` is its tolerance.
 
-    Sessions that hold it count; where none does, the accepted value is the only one.
+    It is compared with the sessions that hold the metric; where none does, the accepted value is the only one.
     """
     values = _values(new)
     sessions = tuple(evidence.sessions.get(name, ())) or (_values(old),)
@@ -74,15 +80,15 @@ def judge_busy(name: str, new: Metric, old: Metric, ratio: float, evidence: Evid
     distance = stored_distance(values, sessions, SPREADS[family_of(name)])
     interval = interval_of(distance, evidence.alpha)
     verdict = three_way(interval, ratio, new.better)
-    seen = f": {_range(interval)} by {interval.text}"
+    observed = f": {_range(interval)} by {interval.text}"
     obstacle = _unlike_share(name, distance, evidence) or _clock(name, distance, verdict, ratio, new.better, evidence)
     if obstacle:
-        return BusyFinding(verdict=Verdict.INCONCLUSIVE, text=f"{seen}; {obstacle}.", interval=interval)
+        return BusyFinding(verdict=Verdict.INCONCLUSIVE, text=f"{observed}; {obstacle}.", interval=interval)
     if verdict is Verdict.INCONCLUSIVE:
-        settled = settled_by(distance, evidence.alpha, ratio, new.better)
-        text = f"{seen}; it lies on both sides of the limit."
-        return BusyFinding(verdict=verdict, text=text, interval=interval, settled_by=settled)
-    return BusyFinding(verdict=verdict, text=f"{seen}.", interval=interval)
+        required = required_sample_size(distance, evidence.alpha, ratio, new.better)
+        text = f"{observed}; it lies on both sides of the limit."
+        return BusyFinding(verdict=verdict, text=text, interval=interval, settled_by=required)
+    return BusyFinding(verdict=verdict, text=f"{observed}.", interval=interval)
 
 
 def _values(metric: Metric) -> tuple[float, ...]:
@@ -98,14 +104,14 @@ def _range(interval: Interval) -> str:
 
 
 def _rounded(ratio: float) -> float:
-    """To a hundredth of a percent; more digits than an interval has."""
+    """Return the ratio to a hundredth of a percent: an interval has no more digits."""
     return round(ratio, 4)
 
 
 def _unlike_share(name: str, distance: Distance, evidence: Evidence) -> str | None:
-    """Why busy time of so different a share of wall time is not compared.
+    """Return why busy time is not compared across so different a share of wall time; None if it can be.
 
-    A share also moves because busy time itself did; that is no obstacle, and is left out.
+    A share also moves because busy time itself did. That is no obstacle.
     """
     share = "busy_share_prefill" if family_of(name) == "prefill" else "busy_share"
     stored = [value for session in evidence.sessions.get(share, ()) for value in session if value > 0]
@@ -124,7 +130,7 @@ def _unlike_share(name: str, distance: Distance, evidence: Evidence) -> str | No
 def _clock(
     name: str, distance: Distance, verdict: Verdict, ratio: float, better: Better, evidence: Evidence
 ) -> str | None:
-    """Why a difference is one of the clock: it is gone when cycles are compared instead of seconds."""
+    """Return why a difference is the clock's: it is gone when cycles are compared in place of seconds. None if it is not."""
     clocks = [value for session in evidence.sessions.get(CLOCK, ()) for value in session if value > 0]
     if family_of(name) not in COMPUTE_BOUND or evidence.clock_mhz is None or not clocks:
         return None
@@ -139,3 +145,31 @@ def _clock(
         return None
     by = sizes.percent(_rounded(math.expm1(cycles.centre)))
     return f"clock: the SM ran at {evidence.clock_mhz:.0f} MHz, before at {old:.0f} MHz, and in cycles it is {by}"
+
+
+def sessions_of_regime(sessions: Sequence[Mapping[str, Sequence[float]]], accepted: Mapping[str, Metric]) -> Sessions:
+    """Return the values, by metric, of the newest sessions that agree with what is accepted now, the oldest of them first.
+
+    A change that was accepted on purpose is no noise: it begins a new regime. Looking back, the regime ends at the first
+    session whose counts are not the accepted ones, or whose busy time lies beyond the tolerance from the accepted one. So
+    sessions that differ by more than the tolerance never widen an interval.
+
+    Args:
+        sessions: the accepted ones, values by metric, the oldest first.
+        accepted: the baseline's metrics.
+    """
+    regime: list[Mapping[str, Sequence[float]]] = []
+    for session in reversed(sessions):
+        if not all(_agrees(name, metric, session.get(name)) for name, metric in accepted.items()):
+            break
+        regime.insert(0, session)
+    names = {name for session in regime for name in session}
+    return {name: [session[name] for session in regime if name in session] for name in names}
+
+
+def _agrees(name: str, accepted: Metric, values: Sequence[float] | None) -> bool:
+    if not values or not accepted.value:
+        return True  # a metric that was not measured then proves nothing
+    if accepted.noise == "exact":
+        return accepted.unit == "bytes" or all(value == accepted.value for value in values)
+    return abs(statistics.median(values) / accepted.value - 1) <= allowed_ratio(name, accepted, None)

@@ -13,11 +13,11 @@ from itertools import permutations
 import msgspec
 
 from hpc_core.gate.aa_samples import Samples
-from hpc_core.gate.family import SUITE_ALPHA, share
+from hpc_core.gate.intervals import family_of
 from hpc_core.gate.metric_rates import Rate, against_stored, processes, rate
 from hpc_core.gate.other_rules import OTHER_RULES
-from hpc_core.gate.spread import family_of
 from hpc_core.gate.tolerance import BUSY_RATIOS
+from hpc_core.gate.verdict import SUITE_ALPHA, share
 
 __all__ = ["RESAMPLES", "ErrorRates", "binomial_bound", "error_rates"]
 

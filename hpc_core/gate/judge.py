@@ -1,7 +1,6 @@
-"""Judge a record against the baseline that was found for it, or against what was found in its place.
+"""Judge a record against the baseline of its case, or against what was found in its place.
 
-Knows every rule that turns values into verdicts; reads no file, launches nothing, prints nothing. A missing, damaged,
-foreign or older baseline is never a PASS.
+Values in, verdicts out: nothing here reads a file. A missing, damaged, foreign or older baseline is never a PASS.
 """
 
 from __future__ import annotations
@@ -18,18 +17,24 @@ from hpc_core.baselines.baseline import (
 )
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
-from hpc_core.gate.family import SUITE_ALPHA, share
+from hpc_core.gate.comparability import Place, case_changes, packages_moved
 from hpc_core.gate.metric import Bench, judge_metric, update_command
-from hpc_core.gate.moved import case_changes, packages_moved
-from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, worst
+from hpc_core.gate.verdict import (
+    SUITE_ALPHA,
+    Judgement,
+    MetricVerdict,
+    Verdict,
+    gravest_first,
+    share,
+    worst,
+    worst_metric,
+)
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Record
 
-__all__ = ["judge"]
-
 
 class _Obstacle(msgspec.Struct, frozen=True):
-    """Why no metric can be compared with the baseline, and the verdict that this alone gives."""
+    """Why no metric can be compared with the baseline, and the verdict that follows."""
 
     verdict: Verdict
     reason: str
@@ -44,14 +49,20 @@ def judge(
     sessions: Sessions | None = None,
     alpha: float | None = None,
 ) -> Judgement:
-    """The verdict on a record, given what the store found for its case and machine.
+    """Return the verdict on a record.
 
-    `sessions` are the accepted sessions' values by metric, one a process, as far as they are of the level that is accepted now;
-    without them the baseline's value is the only session. They may also hold shares of wall time and `sm_clock_mhz`.
-    `alpha` is the case's share of the suite's false alarms; by default the case is all there is.
-    `limits` defaults to those of the record's case. An absolute limit is judged even without a baseline, but a case
-    without one is NO_BASELINE at best. A limit on a metric that the record lacks or does not gate is INCOMPATIBLE:
-    it was asked for and cannot be kept. A record whose run failed is INVALID and `broken`.
+    The worst metric decides. A new metric, which the baseline does not hold yet, is not judged: the case keeps its verdict, and
+    a remark says how to accept the metric. A metric that the baseline holds and the record lacks is INCOMPATIBLE. An absolute
+    limit is judged even without a baseline, but a case without one is NO_BASELINE at best. A limit on a metric that the record
+    lacks or does not gate is INCOMPATIBLE. A record whose run failed is INVALID and `broken`.
+
+    Args:
+        record: what was observed.
+        lookup: the baseline of its case and machine, or what was found in its place.
+        limits: of the case; by default those in the record.
+        sessions: values by metric of the accepted sessions, as far as they agree with the baseline; without them the
+            baseline's value is the only session. They may also hold shares of wall time and `sm_clock_mhz`.
+        alpha: the case's share of the suite's false alarms; by default the case is the whole suite.
     """
     if record.status != "ok":
         return _unjudged(record)
@@ -60,8 +71,7 @@ def judge(
     obstacle = _obstacle(record, lookup)
     bench = Bench(
         case=record.case.id,
-        machine=record.circumstances.machine.key,
-        stack=record.circumstances.stack,
+        place=Place(record.circumstances.machine.key, record.circumstances.stack),
         baseline=baseline if obstacle is None else None,
         evidence=_evidence(record, sessions or {}, SUITE_ALPHA if alpha is None else alpha),
     )
@@ -72,13 +82,13 @@ def judge(
         without = None if obstacle is None else (obstacle.verdict, obstacle.reason, obstacle.next_step)
         shown = record.metrics.get(name)
         rows.append(judge_metric(bench, name, gated.get(name), shown, limit=named.get(name), without=without))
-    rows.sort(key=_gravest_first)
-    moved = () if baseline is None else packages_moved(baseline.stack, bench.stack)
+    rows.sort(key=gravest_first)
+    moved = () if baseline is None else packages_moved(baseline.stack, bench.place.stack)
     return _judgement(record, tuple(rows), obstacle, moved)
 
 
 def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:
-    """What busy metrics are judged by; they divide the case's share of false alarms among themselves."""
+    """Return what busy metrics are judged by. They divide the case's share of false alarms among themselves."""
     tests = sum(metric.noise == "busy" for metric in gated_metrics(record).values())
     return Evidence(
         sessions=sessions,
@@ -89,7 +99,7 @@ def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:
 
 
 def _unjudged(record: Record) -> Judgement:
-    """A run that failed, or that was not what was asked: no number of it is looked at."""
+    """Return the judgement of a run that failed, or that was not what the case asks for: its numbers do not count."""
     failure = record.failure
     if failure is not None:
         reason = f"{failure.kind} in {failure.phase}: {failure.message}"
@@ -149,17 +159,13 @@ def _of_another_case(record: Record, baseline: Baseline, accept: str) -> _Obstac
     return None
 
 
-def _gravest_first(row: MetricVerdict) -> tuple[int, float, str]:
-    return -row.verdict.severity, -abs(row.ratio or 0.0), row.metric
-
-
 def _judgement(
     record: Record, rows: tuple[MetricVerdict, ...], obstacle: _Obstacle | None, moved: tuple[str, ...]
 ) -> Judgement:
-    verdict = worst(row.verdict for row in rows)
+    verdict = worst_metric(rows)
     if obstacle is not None:
         verdict = worst((verdict, obstacle.verdict))
-    leading = next((row for row in rows if row.verdict is verdict), None)
+    leading = next((row for row in rows if row.judged and row.verdict is verdict), None)
     if obstacle is not None and verdict is obstacle.verdict:
         headline = reason = obstacle.reason
         step = obstacle.next_step
@@ -178,11 +184,20 @@ def _judgement(
         reason=reason,
         next_step=step,
         baseline_path=_path(record),
+        remarks=_new_metrics(record, rows),
     )
 
 
+def _new_metrics(record: Record, rows: tuple[MetricVerdict, ...]) -> tuple[str, ...]:
+    """Return a sentence on the metrics that the baseline does not hold yet; none if it holds all."""
+    names = [row.metric for row in rows if not row.judged]
+    if not names:
+        return ()
+    return (f"new, not judged: {', '.join(names)}. To have them judged: {update_command(record.case.id)}",)
+
+
 def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:
-    alike = sum(row.verdict is leading.verdict for row in rows) - 1
+    alike = sum(row.judged and row.verdict is leading.verdict for row in rows) - 1
     more = f" (and {alike} more {leading.verdict.value})" if alike and leading.verdict is not Verdict.PASS else ""
     if leading.limit == "none":
         return f"{leading.reason}{more}"

@@ -1,40 +1,37 @@
-"""Judge one metric: against its absolute limit, and against its accepted value. Knows no other metric of the case."""
+"""Judge one metric: against its absolute limit, and against its accepted value."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, proves_nothing
 from hpc_core.case.limits import Limit
 from hpc_core.gate.busy import Evidence, judge_busy
-from hpc_core.gate.interval import Interval
-from hpc_core.gate.moved import packages_moved, time_incomparable
-from hpc_core.gate.spread import family_of
-from hpc_core.gate.tolerance import Tolerance, beyond, ceiling_text, exceeds, tolerance
+from hpc_core.gate.comparability import Incomparable, Place, incomparable, packages_moved
+from hpc_core.gate.intervals import Interval
+from hpc_core.gate.tolerance import Tolerance, allowed_ratio, beyond, ceiling_text, exceeds, tolerance
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import definition_of
 from hpc_core.record.record import Metric
-
-__all__ = ["Bench", "judge_metric", "update_command"]
-
-_ONLY_ON_A_GPU = ("busy_", "kernels", "copies", "memsets", "synchronizations")
-_MUST_AGREE = ("unit", "noise", "better", "depends_on")
 
 
 class Bench(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for every metric of a judgement."""
 
     case: str
-    machine: str
-    stack: Mapping[str, str]
+    place: Place
     baseline: Baseline | None
     evidence: Evidence
 
+    @property
+    def update(self) -> str:
+        """The command that accepts what the case gives now."""
+        return update_command(self.case)
+
 
 class _Finding(msgspec.Struct, frozen=True):
-    """One of the checks that a metric goes through; the gravest becomes its verdict."""
+    """The result of one of the checks on a metric; the gravest becomes its verdict."""
 
     verdict: Verdict
     limit: str
@@ -42,10 +39,11 @@ class _Finding(msgspec.Struct, frozen=True):
     next_step: str = ""
     interval: Interval | None = None
     settled_by: str = ""
+    judged: bool = True
 
 
 def update_command(case: str) -> str:
-    """The command that accepts what a case gives now."""
+    """Return the command that accepts what a case gives now."""
     return f'pytest --benchmark --case {case} --perf-update --reason "…"'
 
 
@@ -58,10 +56,15 @@ def judge_metric(
     limit: Limit,
     without: tuple[Verdict, str, str] | None,
 ) -> MetricVerdict:
-    """The verdict on one metric.
+    """Return the verdict on one metric.
 
-    `new` is None if the record does not gate it, `shown` if the record lacks it. `without` is the verdict, reason and
-    next step that hold for all metrics if there is no comparable baseline.
+    Args:
+        bench: what is the same for all metrics.
+        name: of the metric.
+        new: its value; None if the record does not gate it.
+        shown: its value, gated or not; None if the record lacks it.
+        limit: of the case for this metric.
+        without: verdict, reason and next step of every metric where there is no comparable baseline.
     """
     old = None if bench.baseline is None else bench.baseline.metrics.get(name)
     if new is None:
@@ -87,6 +90,7 @@ def judge_metric(
         limit=gravest.limit,
         reason=" ".join(reasons),
         next_step=gravest.next_step,
+        judged=gravest.judged,
         interval=None if interval is None else (interval.low, interval.high),
         alpha=None if interval is None else interval.alpha,
         settled_by=gravest.settled_by,
@@ -101,39 +105,49 @@ def _findings(
     limit: Limit,
     without: tuple[Verdict, str, str] | None,
 ) -> list[_Finding]:
-    findings = []
     absolute = None if limit is None or isinstance(limit, str) else _absolute(name, new, limit)
     if without is not None:
         verdict, reason, step = without
-        findings.append(_Finding(verdict, "none", reason, step))
         if absolute is not None and verdict is Verdict.NO_BASELINE:
-            return [absolute]  # the case stays NO_BASELINE, but this metric has a limit of its own and was judged by it
+            return [absolute]  # the case stays NO_BASELINE, but this metric was judged by a limit of its own
+        found = _Finding(verdict, "none", reason, step)
     elif old is None or bench.baseline is None:
-        reason = f"{name} is {sizes.quantity(new.value, new.unit)}; the baseline does not hold it."
-        findings.append(_Finding(Verdict.NO_BASELINE, "none", reason, update_command(bench.case)))
+        if absolute is not None:
+            return [absolute]
+        found = _new(bench, name, new)
     else:
-        findings.append(_against(bench, bench.baseline, name, new, old, limit))
-    return findings if absolute is None else [*findings, absolute]
+        found = _against(bench, bench.baseline, name, new, old, limit)
+    return [found] if absolute is None else [found, absolute]
+
+
+def _new(bench: Bench, name: str, new: Metric) -> _Finding:
+    """Return the finding on a metric that the baseline does not hold: accepting the case adds it."""
+    value = sizes.quantity(new.value, new.unit)
+    reason = f"{name} is {value}; it is new and not judged, since the baseline does not hold it yet."
+    return _Finding(Verdict.NO_BASELINE, "none", reason, f"To have it judged: {bench.update}", judged=False)
 
 
 def _vanished(bench: Bench, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
-    if limited and shown is None and (lack := _what_it_takes(bench.machine, name)):
+    if limited and shown is None and (lack := _why_never(bench.place.machine, name)):
         return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
     if limited:
         return _Finding(
             Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
         )
     reason = f"{name} vanished: the baseline holds it, but {state}."
-    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {update_command(bench.case)}")
+    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {bench.update}")
 
 
-def _what_it_takes(machine: str, name: str) -> tuple[str, str] | None:
-    """Why a machine can never have this metric, and where a limit on it belongs."""
-    if machine == "cpu" and name.startswith(_ONLY_ON_A_GPU):
+def _why_never(machine: str, name: str) -> tuple[str, str] | None:
+    """Return why a machine can never have this metric, and where a limit on it belongs."""
+    definition = definition_of(name)
+    if definition is None:
+        return None
+    if machine == "cpu" and definition.gpu_only:
         step = f"Limit {name} in a test that needs a GPU: perf(…, device='cuda') is skipped elsewhere."
         return f"only a GPU has {name}, and this ran on a CPU", step
-    if machine == "predicted" and name.startswith("busy_"):
+    if machine == "predicted" and definition.noise == "busy":
         return "a prediction has no times", f"Limit {name} where the case runs on a GPU."
     return None
 
@@ -149,47 +163,46 @@ def _absolute(name: str, new: Metric, limit: float) -> _Finding:
 
 
 def _against(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
-    """Compare with the accepted value, if the two can be compared at all."""
-    accept = f"Accept anew: {update_command(bench.case)}"
-    differing = [field for field in _MUST_AGREE if getattr(old, field) != getattr(new, field)]
-    if differing:
-        pairs = ", ".join(f"{field} {getattr(old, field)} → {getattr(new, field)}" for field in differing)
-        return _Finding(Verdict.INCOMPATIBLE, "none", f"{name} is another quantity than accepted: {pairs}.", accept)
-    if "machine" in new.depends_on and baseline.machine.key != bench.machine:
-        reason = f"{name} depends on the machine; the baseline is of {baseline.machine.key}, this is {bench.machine}."
-        return _Finding(Verdict.INCOMPATIBLE, "none", reason, accept)
+    """Compare with the accepted value, if the two can be compared."""
+    accept = f"Accept anew: {bench.update}"
+    obstacle = incomparable(name, old, new, (Place(baseline.machine.key, baseline.stack), bench.place))
+    if obstacle is not None and obstacle.verdict is Verdict.INCOMPATIBLE:
+        return _obstructed(obstacle, accept)
     if (text := proves_nothing(name, old)) is not None:
         return _Finding(Verdict.INVALID, "none", f"in the baseline, {text}.", accept)
-    below = time_incomparable(baseline.stack, bench.stack) if new.noise == "busy" else ()
-    if below:
-        reason = f"{name} {sizes.pair(old.value, new.value, new.unit)}, but no time compares across {', '.join(below)}."
-        return _Finding(Verdict.INCONCLUSIVE, "none", reason, accept)
+    if obstacle is not None:
+        return _obstructed(obstacle, accept)
     return _compared(bench, baseline, name, new, old, limit)
 
 
+def _obstructed(obstacle: Incomparable, accept: str) -> _Finding:
+    return _Finding(obstacle.verdict, "none", obstacle.reason, accept)
+
+
 def _compared(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
-    allowed = tolerance(old, limit, family_of(name))
+    allowed = tolerance(name, old, limit)
     difference = new.value - old.value
     size = sizes.change(difference, new.unit)
     relative = f", {sizes.percent(difference / old.value)}" if old.value and difference else ""
     reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {allowed.text}"
     if new.noise == "busy":
-        found = _busy(bench, name, new, old, allowed, reason)
+        ratio = allowed_ratio(name, old, limit)
+        found = _busy(bench, name, new, old, allowed, ratio, reason)
     else:
         found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
     if found.verdict is Verdict.IMPROVED:
-        return msgspec.structs.replace(found, next_step=f"Keep the gain: {update_command(bench.case)}")
+        return msgspec.structs.replace(found, next_step=f"Keep the gain: {bench.update}")
     if found.verdict is not Verdict.REGRESSED:
         return found
-    moved = packages_moved(baseline.stack, bench.stack) if "stack" in new.depends_on else ()
+    moved = packages_moved(baseline.stack, bench.place.stack) if "stack" in new.depends_on else ()
     suspects = f" Moved since the baseline: {', '.join(moved)}." if moved else ""
-    step = f"Find the cause; if it is meant: {update_command(bench.case)}"
+    step = f"Find the cause; if it is meant: {bench.update}"
     return msgspec.structs.replace(found, reason=found.reason + suspects, next_step=step)
 
 
-def _busy(bench: Bench, name: str, new: Metric, old: Metric, allowed: Tolerance, reason: str) -> _Finding:
-    seen = judge_busy(name, new, old, allowed.distance / abs(old.value), bench.evidence)
-    step = "Measure again." if seen.verdict is Verdict.INVALID else ""
-    if seen.verdict is Verdict.INCONCLUSIVE:
-        step = f"To settle it: {seen.settled_by}." if seen.settled_by else "Measure again under like conditions."
-    return _Finding(seen.verdict, allowed.text, reason + seen.text, step, seen.interval, seen.settled_by)
+def _busy(bench: Bench, name: str, new: Metric, old: Metric, allowed: Tolerance, ratio: float, reason: str) -> _Finding:
+    found = judge_busy(name, new, old, ratio, bench.evidence)
+    step = "Measure again." if found.verdict is Verdict.INVALID else ""
+    if found.verdict is Verdict.INCONCLUSIVE:
+        step = f"To settle it: {found.settled_by}." if found.settled_by else "Measure again under like conditions."
+    return _Finding(found.verdict, allowed.text, reason + found.text, step, found.interval, found.settled_by)

@@ -16,10 +16,16 @@ from itertools import permutations
 import msgspec
 
 from hpc_core.gate.aa_samples import Declared
-from hpc_core.gate.distance import LEAST_SESSIONS, paired_distance, stored_distance
-from hpc_core.gate.interval import Interval, history_interval, interval_of
+from hpc_core.gate.intervals import (
+    LEAST_SESSIONS,
+    SPREADS,
+    Interval,
+    family_of,
+    interval_of,
+    paired_distance,
+    stored_distance,
+)
 from hpc_core.gate.other_rules import OTHER_RULES
-from hpc_core.gate.spread import SPREADS, family_of
 from hpc_core.gate.tolerance import BUSY_RATIOS, PAIRED_RATIO, beyond, tolerance
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Metric
@@ -33,6 +39,8 @@ BUSY_PAIRS = PROCESSES
 WALL_PAIRS = 24
 """Wall time is noisier, and an A/B of it goes on to the most pairs that its rule allows."""
 WALL_RATIO = 0.05
+_WALL_FLOOR = 0.003
+"""0.3 %: the least standard deviation between sessions of wall time that is believed."""
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +89,7 @@ def rate(
     paired = stored = None
     if exact:
         every = [value for values in held for value in values]
-        paired = stored = _exact(every, declared) if len(every) > 1 else None
+        paired = stored = _exact(name, every, declared) if len(every) > 1 else None
     else:
         if several:
             about = residuals(several)
@@ -115,17 +123,17 @@ def _spreads(held: list[tuple[float, ...]]) -> tuple[float, float | None]:
     return within, statistics.stdev(medians) / abs(mean) if len(medians) > 1 else None
 
 
-def _exact(values: list[float], declared: Declared) -> Side:
+def _exact(name: str, values: list[float], declared: Declared) -> Side:
     """Every process against every other: exact metrics alarm only where they are not exact, and detect by their tolerance."""
     counts = Counter(values)
     made = {value: _metric(value, declared) for value in counts}
     alarms = sum(
         counts[old] * counts[new]
         for old, new in permutations(counts, 2)
-        if beyond(made[old], new, tolerance(made[old])) is Verdict.REGRESSED
+        if beyond(made[old], new, tolerance(name, made[old])) is Verdict.REGRESSED
     )
     least = min(abs(value) for value in counts)
-    step = tolerance(made[values[0]]).distance or 1.0
+    step = tolerance(name, made[values[0]]).distance or 1.0
     return Side(alarms=alarms / (len(values) * (len(values) - 1)), detects=step / least if least else math.inf)
 
 
@@ -193,3 +201,34 @@ def _others(held: list[tuple[float, ...]]) -> dict[str, float]:
     if not pairs:
         return {}
     return {rule: sum(judge(old, new) for old, new in pairs) / len(pairs) for rule, judge in OTHER_RULES.items()}
+
+
+def history_interval(
+    new: Sequence[float],
+    sessions: Sequence[Sequence[float]],
+    alpha: float,
+    *,
+    canary: Sequence[float] = (),
+    canaries: Sequence[Sequence[float]] = (),
+) -> Interval:
+    """Return the interval of wall time against at least five stored sessions, whose drift a canary can take out.
+
+    `canary` is the time of work that no code changes, in this session; `canaries` are those of the stored sessions, in order.
+    Fewer than five sessions give an interval without bounds, and its text says so.
+    """
+    steady = bool(canary) and len(canaries) == len(sessions) and all(canaries)
+    if steady:
+        new = _relative_to(new, canary)
+        sessions = [_relative_to(one, other) for one, other in zip(sessions, canaries, strict=True)]
+    distance = stored_distance(new, sessions, None, floor=_WALL_FLOOR)
+    drift = ", drift by the canary taken out" if steady else ", no canary in each of them"
+    if len(sessions) < LEAST_SESSIONS:
+        text = f"{len(sessions)} of the {LEAST_SESSIONS} stored sessions that wall time needs"
+        distance = msgspec.structs.replace(distance, session_variance=math.inf, text=text)
+        return interval_of(distance, alpha)
+    return interval_of(msgspec.structs.replace(distance, text=distance.text + drift), alpha)
+
+
+def _relative_to(values: Sequence[float], canary: Sequence[float]) -> list[float]:
+    middle = statistics.median(canary)
+    return [value / middle for value in values]

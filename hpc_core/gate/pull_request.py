@@ -1,6 +1,6 @@
-"""Judge a record of a pull request: against the baselines of its merge base, knowing those that the pull request brings.
+"""Judge a record of a pull request: by the baseline of its merge base, and by the one that the pull request brings.
 
-A baseline that a pull request changes is no free pass: the change is judged too. Pure, like all of the gate.
+Changing a baseline is no free pass: the change is judged too.
 """
 
 from __future__ import annotations
@@ -10,11 +10,9 @@ from collections.abc import Sequence
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, Lookup
-from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, worst
+from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, gravest_first, worst, worst_metric
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric
-
-__all__ = ["Side", "judge_pull_request"]
 
 _FAILING = (Verdict.REGRESSED, Verdict.INVALID)
 _DECIDED = (Verdict.PASS, Verdict.IMPROVED, Verdict.REGRESSED)
@@ -28,7 +26,7 @@ class Side(msgspec.Struct, frozen=True):
 
 
 def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:
-    """The verdict on a record against the merge base's baseline, given the baseline of the pull request.
+    """Return the verdict on a record against the merge base's baseline, given the baseline of the pull request.
 
     Where the pull request leaves the baseline alone, this is the judgement against the merge base's. Where it changes it:
 
@@ -55,20 +53,22 @@ def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:
         _row(row, here.pop(row.metric, None), base, head) for row in against_base.metrics if row.metric not in dropped
     ]
     rows = [row for row, _ in judged] + list(here.values())
-    rows.sort(key=lambda row: (-row.verdict.severity, -abs(row.ratio or 0.0), row.metric))
-    verdict = worst(row.verdict for row in rows)
+    rows.sort(key=gravest_first)
+    verdict = worst_metric(rows)
     if not isinstance(head, Baseline) and against_head.verdict in _FAILING:
         verdict = worst((verdict, against_head.verdict))
     model = against_base if against_base.verdict is verdict else _in_words(against_head, rows, verdict)
     excuses = tuple(excuse for _, excuse in judged if excuse is not None)
-    remarks = (f"dropped by this pull request: {', '.join(dropped)}",) if dropped else ()
+    remarks = against_head.remarks
+    if dropped:
+        remarks = (f"dropped by this pull request: {', '.join(dropped)}", *remarks)
     return msgspec.structs.replace(model, verdict=verdict, metrics=tuple(rows), excuses=excuses, remarks=remarks)
 
 
 def _row(
     was: MetricVerdict, now: MetricVerdict | None, base: Baseline, head: Lookup
 ) -> tuple[MetricVerdict, Excuse | None]:
-    """Of the verdicts on one metric against both baselines, the one that counts; and what excuses it."""
+    """Return which of the two verdicts on a metric counts, and what excuses it."""
     if now is None:
         return was, None
     if was.verdict is Verdict.REGRESSED:
@@ -83,7 +83,7 @@ def _row(
 
 
 def _is_looser(old: Metric | None, new: Metric | None) -> bool:
-    """Whether a worse value is accepted than before."""
+    """Return whether a worse value is accepted than before."""
     if old is None or new is None or old.unit != new.unit:
         return False
     return {"lower": new.value > old.value, "higher": new.value < old.value, "same": False}[new.better]
@@ -104,14 +104,14 @@ def _regressed(
         return was, None
     moved = f"{was.metric} {sizes.pair(old.value, new.value, new.unit)}"
     if now.verdict is Verdict.INCONCLUSIVE:
-        told = f"REGRESSED against the merge base; this pull request accepts {moved}, and whether this run gives that"
-        return msgspec.structs.replace(now, reason=f"{told} is undecided: {now.reason}"), None
+        claim = f"REGRESSED against the merge base; this pull request accepts {moved}, and whether this run gives that"
+        return msgspec.structs.replace(now, reason=f"{claim} is undecided: {now.reason}"), None
     if now.verdict is Verdict.PASS:
         return was, Excuse(
             metric=was.metric, text=f"accepted in this pull request: {moved}, reason: {head.accepted.reason}"
         )
-    told = f"This pull request accepts {moved}, but that is not what this run gives: {now.reason}"
-    return msgspec.structs.replace(was, reason=f"{was.reason} {told}"), None
+    claim = f"This pull request accepts {moved}, but that is not what this run gives: {now.reason}"
+    return msgspec.structs.replace(was, reason=f"{was.reason} {claim}"), None
 
 
 def _with_remark(judgement: Judgement, head: Lookup, against_base: Judgement) -> Judgement:
@@ -124,8 +124,8 @@ def _with_remark(judgement: Judgement, head: Lookup, against_base: Judgement) ->
 
 
 def _in_words(against_head: Judgement, rows: Sequence[MetricVerdict], verdict: Verdict) -> Judgement:
-    """The pull request's judgement as the case's, led by the metric that decides."""
-    leading = next((row for row in rows if row.verdict is verdict), None)
+    """Return the pull request's judgement as the case's, with the deciding metric in the headline."""
+    leading = next((row for row in rows if row.judged and row.verdict is verdict), None)
     where = "(against the baseline of this pull request)"
     headline, reason, step = (
         f"{against_head.headline} {where}",

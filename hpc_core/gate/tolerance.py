@@ -1,6 +1,6 @@
-"""How far a metric may lie from its accepted value, and on which side. Knows noise classes and limits, no record.
+"""How far a metric may lie from its accepted value, and on which side. The gate and A/B both ask here.
 
-Tolerances count from the accepted value, so that small steps cannot accumulate unseen.
+Tolerances count from the accepted value, so that small steps cannot accumulate unnoticed.
 """
 
 from __future__ import annotations
@@ -8,30 +8,15 @@ from __future__ import annotations
 import msgspec
 
 from hpc_core.case.limits import Limit, MiB, relative_limit
-from hpc_core.gate.spread import Family
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import BYTES_RATIO, METRICS, Family, definition_of
 from hpc_core.record.record import Metric
 
-__all__ = [
-    "BUSY_RATIOS",
-    "BYTES_FLOOR",
-    "BYTES_RATIO",
-    "PAIRED_RATIO",
-    "Tolerance",
-    "beyond",
-    "ceiling_text",
-    "exceeds",
-    "tolerance",
-]
-
-BYTES_RATIO = 0.0005
-"""0.05 %: exact bytes."""
 BYTES_FLOOR = 2 * MiB
-"""What a real allocator rounds to; counted tensor bytes are deterministic and get no floor."""
-BUSY_RATIOS: dict[Family, float] = {"train": 0.02, "prefill": 0.03, "decode": 0.05}
-"""GPU-busy time against stored sessions. An interval that lies on both sides of it is INCONCLUSIVE, so the tolerance leaves room
-for what two machine starts differ by (`hpc_core.gate.spread`): a clean run passes although its interval is not narrow."""
+"""What a real allocator rounds to. Tensor bytes are deterministic and get no floor."""
+BUSY_RATIOS: dict[Family, float] = {each.family: each.tolerance for each in METRICS.values() if each.family is not None}
+"""Tolerance of GPU-busy time against stored sessions."""
 PAIRED_RATIO = 0.005
 """0.5 %: GPU-busy time in an A/B of one session, where machine starts play no part."""
 
@@ -43,32 +28,49 @@ class Tolerance(msgspec.Struct, frozen=True):
     text: str
 
 
-def tolerance(accepted: Metric, limit: Limit = None, family: Family = "train") -> Tolerance:
-    """The tolerance of a gated metric. A percentage replaces the default, floor included; a number leaves it alone.
+def tolerance(name: str, accepted: Metric, limit: Limit = None, *, ratio: float | None = None) -> Tolerance:
+    """Return the tolerance of a gated metric.
 
-    `family` is the noise family of a busy metric.
+    A percentage in `limit` replaces the default, its floor included; an absolute limit leaves the default alone. `ratio`
+    replaces the registry's tolerance, as in A/B.
     """
-    relative = relative_limit(limit)
-    sign = {"lower": "+", "higher": "-", "same": "±"}[accepted.better]
-    if relative is not None:
-        return _relative(accepted, relative, sign)
+    allowed = _relative(accepted, allowed_ratio(name, accepted, limit, ratio=ratio))
+    is_default = ratio is None and relative_limit(limit) is None
+    is_measured = accepted.unit == "bytes" and "machine" in accepted.depends_on
+    if is_default and is_measured and allowed.distance < BYTES_FLOOR:
+        return Tolerance(float(BYTES_FLOOR), f"{_sign(accepted)}{sizes.quantity(BYTES_FLOOR, 'bytes')}")
+    return allowed
+
+
+def allowed_ratio(name: str, accepted: Metric, limit: Limit, *, ratio: float | None = None) -> float:
+    """Return the share of the accepted value by which a metric may be worse: of its limit, else `ratio`, else the registry's."""
+    named = relative_limit(limit)
+    if named is not None:
+        return named
+    if ratio is not None:
+        return ratio
+    definition = definition_of(name)
+    if definition is not None and (definition.noise, definition.unit) == (
+        accepted.noise,
+        accepted.unit.partition(" per ")[0],
+    ):
+        return definition.tolerance
     if accepted.noise == "busy":
-        return _relative(accepted, BUSY_RATIOS[family], sign)
-    if accepted.unit != "bytes":
-        return Tolerance(0.0, "equal")
-    default = _relative(accepted, BYTES_RATIO, sign)
-    if "machine" in accepted.depends_on and default.distance < BYTES_FLOOR:
-        return Tolerance(float(BYTES_FLOOR), f"{sign}{sizes.quantity(BYTES_FLOOR, 'bytes')}")
-    return default
+        return BUSY_RATIOS["train"]
+    return BYTES_RATIO if accepted.unit == "bytes" else 0.0
 
 
-def _relative(accepted: Metric, ratio: float, sign: str) -> Tolerance:
-    text = "equal" if ratio == 0 else f"{sign}{sizes.percent(ratio).removeprefix('+')}"
+def _relative(accepted: Metric, ratio: float) -> Tolerance:
+    text = "equal" if ratio == 0 else f"{_sign(accepted)}{sizes.percent(ratio).removeprefix('+')}"
     return Tolerance(ratio * abs(accepted.value), text)
 
 
+def _sign(metric: Metric) -> str:
+    return {"lower": "+", "higher": "-", "same": "±"}[metric.better]
+
+
 def beyond(accepted: Metric, new: float, allowed: Tolerance) -> Verdict:
-    """REGRESSED or IMPROVED beyond the tolerance, else PASS. Where neither side is better, both are REGRESSED."""
+    """Return REGRESSED or IMPROVED beyond the tolerance, else PASS. Where neither side is better, both are REGRESSED."""
     difference = new - accepted.value
     if abs(difference) <= allowed.distance:
         return Verdict.PASS
@@ -77,11 +79,11 @@ def beyond(accepted: Metric, new: float, allowed: Tolerance) -> Verdict:
 
 
 def exceeds(metric: Metric, limit: float) -> bool:
-    """Whether a value breaks an absolute limit: a ceiling, or a floor where higher is better."""
+    """Return whether a value breaks an absolute limit: a ceiling, or a floor where higher is better."""
     return metric.value < limit if metric.better == "higher" else metric.value > limit
 
 
 def ceiling_text(metric: Metric, limit: float) -> str:
-    """An absolute limit in words: "at most 8.00 GiB"."""
+    """Return an absolute limit in words: "at most 8.00 GiB"."""
     side = "at least" if metric.better == "higher" else "at most"
     return f"{side} {sizes.quantity(limit, metric.unit)}"

@@ -13,7 +13,7 @@ import pytest
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
-from hpc_core.gate import Waiver
+from hpc_core.gate.waivers import Waiver
 from hpc_core.plugin.predicting import Extent
 from hpc_core.plugin.replicating import MOST
 from hpc_core.plugin.waiver_file import WAIVERS, read_waivers

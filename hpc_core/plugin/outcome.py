@@ -11,9 +11,8 @@ from typing import Literal, NoReturn
 import msgspec
 import pytest
 
-from hpc_core.gate import Judgement
 from hpc_core.gate.exit_code import ExitCode
-from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.report import Row
 

@@ -23,7 +23,11 @@ from hpc_core.baselines import (
     sessions,
 )
 from hpc_core.case.errors import BaselineError, RepositoryError
-from hpc_core.gate import Judgement, Side, expired, judge, judge_pull_request, sessions_of_level, waived
+from hpc_core.gate.busy import sessions_of_regime
+from hpc_core.gate.judge import judge
+from hpc_core.gate.pull_request import Side, judge_pull_request
+from hpc_core.gate.verdict import Judgement
+from hpc_core.gate.waivers import expired, waived
 from hpc_core.plugin.options import Settings
 from hpc_core.record.git import merge_base
 from hpc_core.record.record import Record
@@ -83,7 +87,7 @@ def _against(record: Record, lookup: Lookup, kept: Callable[[], tuple[Session, .
     if not isinstance(lookup, Baseline):
         return judge(record, lookup, alpha=alpha)
     try:
-        found = sessions_of_level([session.metrics for session in kept()], lookup.metrics)
+        found = sessions_of_regime([session.metrics for session in kept()], lookup.metrics)
     except BaselineError as error:
         return judge(record, Damaged(path=f"the history of {record.case.id}", reason=str(error)), alpha=alpha)
     return judge(record, lookup, sessions=found, alpha=alpha)

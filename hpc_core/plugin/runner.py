@@ -15,8 +15,7 @@ from hpc_core.baselines import accept, last_accepted
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import stored_cause
-from hpc_core.gate import Judgement
-from hpc_core.gate.family import SUITE_ALPHA
+from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
 from hpc_core.launch.launcher import Launcher
 from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
@@ -27,6 +26,7 @@ from hpc_core.plugin.review import Review
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.files import write_whole
 from hpc_core.record.job import (
+    FAKE_CUDA,
     Event,
     Job,
     MeasureCeilings,
@@ -138,7 +138,7 @@ class Runner:
         if self._predicting is None:
             # Never inline: the empty CUDA device must be there before torch is imported.
             way = "warm" if self._settings.way == "inline" else self._settings.way
-            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), predicting=True)
+            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), environment={FAKE_CUDA: "1"})
         return self._predicting
 
     def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:

@@ -16,7 +16,7 @@ import pytest
 
 import hpc_core
 from hpc_core.case.select import matches, unknown_glob
-from hpc_core.gate.family import share
+from hpc_core.gate.verdict import share
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
 from hpc_core.plugin.fixture import ENDING, Perf
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hpc_core.case.errors import SpecError
-from hpc_core.gate import Waiver, waivers_from_toml
+from hpc_core.gate.waivers import Waiver, waivers_from_toml
 
 __all__ = ["WAIVERS", "read_waivers"]
 

@@ -29,6 +29,6 @@ def memory_told(pairs: Iterable[tuple[Record, Record]]) -> str:
 def _excess(stock: Record, mine: Record) -> str:
     accepted = stock.metrics[_PEAK]
     over = mine.metrics[_PEAK].value - accepted.value
-    if over <= tolerance(accepted).distance:
+    if over <= tolerance(_PEAK, accepted).distance:
         return ""
     return f"`{mine.case.id}` by {over / MiB:,.1f} MiB ({over / accepted.value:.2%}), measured {mine.circumstances.started_at[:10]}"

@@ -19,8 +19,9 @@ from hpc_core.baselines import (
 from hpc_core.baselines.over_time import moment
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, explain, stored_before
-from hpc_core.gate import Judgement, Verdict, judge, sessions_of_level
-from hpc_core.gate.family import share
+from hpc_core.gate.busy import sessions_of_regime
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement, Verdict, share
 from hpc_core.record.record import Metric, Record
 from hpc_core.report.growth import grown
 from hpc_core.report.row import Row
@@ -156,7 +157,7 @@ def _judged(baselines: Path, alpha: float, record: Record) -> _Judged:
     except BaselineError as error:
         damaged = Damaged(path=f"the history of {case_id}", reason=str(error))
         return _Judged(judge(record, damaged, alpha=alpha))
-    found = sessions_of_level([session.metrics for session in kept], lookup.metrics)
+    found = sessions_of_regime([session.metrics for session in kept], lookup.metrics)
     judgement = judge(record, lookup, sessions=found, alpha=alpha)
     if record.failure is not None or judgement.verdict is Verdict.PASS:
         return _Judged(judgement)

@@ -10,7 +10,7 @@ import msgspec
 from hpc_core.baselines.over_time import Point
 from hpc_core.case.errors import SpecError
 from hpc_core.gate.change_points import ALPHA, ChangePoint, exact_changes, least_points, noisy_changes
-from hpc_core.gate.moved import packages_moved
+from hpc_core.gate.comparability import packages_moved
 from hpc_core.record import units as sizes
 
 __all__ = ["Series", "as_json", "counted", "lines", "overview", "said", "series", "summary"]

@@ -11,8 +11,7 @@ import msgspec
 
 from hpc_core.baselines import Acceptance, Change
 from hpc_core.explain import Cause
-from hpc_core.gate import Judgement
-from hpc_core.gate.verdict import MetricVerdict, Verdict
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
 

@@ -15,10 +15,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hpc_core.gate.family import expected_line
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import Verdict, expected_line
 from hpc_core.record.record import Record
-from hpc_core.report.ratchet import keep_gains
+from hpc_core.report.ratchet import accept_new, keep_gains
 from hpc_core.report.row import Row, accepted_line
 
 __all__ = ["caption", "render", "summary"]
@@ -228,7 +227,8 @@ def summary(rows: Sequence[Row], width: int) -> Group:
     written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
     notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
     gains = [_unbroken(line) for line in keep_gains(rows)]
-    for block in (problems, gains, written, [Text(f"note: {note}", style="dim") for note in notes]):
+    new = [_unbroken(line) for line in accept_new(rows)]
+    for block in (problems, gains, new, written, [Text(f"note: {note}", style="dim") for note in notes]):
         if block:
             parts += [Text(), *block]
     captions = dict.fromkeys(caption(row.record) for row in rows)

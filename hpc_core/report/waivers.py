@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 
-from hpc_core.gate import Verdict, Waiver
+from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.waivers import Waiver
 from hpc_core.report.row import Row
 
 __all__ = ["waiver_line"]

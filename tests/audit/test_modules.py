@@ -15,7 +15,8 @@ from hpc_core.baselines import find
 from hpc_core.builders import build
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.catalogue import catalogue
-from hpc_core.gate import Verdict, judge
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Verdict
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 

@@ -21,13 +21,12 @@ from hpc_core.cli import main
 from hpc_core.cli.aa import _chosen
 from hpc_core.gate.aa_samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
 from hpc_core.gate.error_rates import binomial_bound, error_rates
-from hpc_core.gate.family import share
-from hpc_core.gate.interval import busy_interval, three_way
+from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.metric_rates import residuals
-from hpc_core.gate.spread import SPREADS
 from hpc_core.gate.tolerance import BUSY_RATIOS
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import Verdict, share
 from hpc_core.record.record import Metric, record_to_json
+from tests.intervals import busy_interval
 from tests.strategies import a_record, counted
 
 ROOT = Path(__file__).parents[2]

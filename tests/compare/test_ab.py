@@ -25,7 +25,7 @@ from hpc_core.cli.ab import default_budget_s
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows
 from hpc_core.compare.trial import SideName
-from hpc_core.gate import Verdict
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Metric, Record
 from tests.strategies import a_case, a_record, counted, failed_record, peak
 
@@ -89,7 +89,7 @@ def test_noise_is_not_decided_and_says_what_would_settle_it() -> None:
     comparison, order = compared(timed(itertools.repeat(1.0), itertools.cycle((0.7, 1.5))))
     found = row(comparison, "step_s")
     assert (len(order), found.verdict) == (48, Verdict.INCONCLUSIVE)
-    assert "would settle it" in found.reason
+    assert "would decide it" in found.reason
     assert (comparison.exit_code(), comparison.exit_code(strict=True)) == (0, 10)
 
 
@@ -228,6 +228,6 @@ def test_false_alarms_are_shared_by_all_timed_metrics() -> None:
     """The more timed metrics a run judges, the less alpha each has: a limit case is REGRESSED alone and not among fifty."""
     base, head = [1.0, 1.0, 1.0, 1.0], [1.22, 1.2, 1.24, 1.21]
     metric = step(1.0)
-    alone = Rule().sequential(CASE, "step_s", metric, 1).look(base, head)
-    among = Rule().sequential(CASE, "step_s", metric, 2000).look(base, head)
+    alone = Rule().sequential(CASE, "step_s", metric, 1).check(base, head)
+    among = Rule().sequential(CASE, "step_s", metric, 2000).check(base, head)
     assert (alone.verdict, among.verdict) == (Verdict.REGRESSED, None)

@@ -22,7 +22,7 @@ from hpc_core.cli import main
 from hpc_core.explain import before_of, explain, stored_cause
 from hpc_core.explain.memory import _changes
 from hpc_core.explain.naming import block
-from hpc_core.gate import judge
+from hpc_core.gate.judge import judge
 from hpc_core.instruments.attribution import DeviceWork, Range, attributed
 from hpc_core.record.profile import (
     KernelUse,

@@ -26,7 +26,8 @@ from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explai
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
 from hpc_core.faults import FAULTS, Fault, inject
-from hpc_core.gate import Verdict, judge
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Verdict
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record

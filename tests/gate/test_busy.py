@@ -7,14 +7,12 @@ from typing import Any
 import pytest
 
 from hpc_core.case.limits import Limits
-from hpc_core.gate import MetricVerdict, Verdict, judge
+from hpc_core.compare.sequential import Sequential
 from hpc_core.gate.busy import sm_clock_mhz
-from hpc_core.gate.distance import Distance, stored_distance
-from hpc_core.gate.family import SUITE_ALPHA, expected_line
-from hpc_core.gate.interval import history_interval, interval_of, three_way
-from hpc_core.gate.sample_size import settled_by
-from hpc_core.gate.sequential import Sequential
-from hpc_core.gate.spread import SPREADS
+from hpc_core.gate.intervals import SPREADS, Distance, interval_of, required_sample_size, stored_distance, three_way
+from hpc_core.gate.judge import judge
+from hpc_core.gate.metric_rates import history_interval
+from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
 from hpc_core.record.record import Metric
 from tests.gate.test_laws import stored
 from tests.strategies import a_record, around, busy, counted
@@ -70,7 +68,7 @@ def test_what_would_settle_it_does() -> None:
         ((0.207, 0.207, 0.207), [(0.2, 0.2, 0.2001)], "2 more accepted sessions, or an A/B"),
     ):
         distance = stored_distance(new, old, spread)
-        text = settled_by(distance, 0.001, 0.02, "lower")
+        text = required_sample_size(distance, 0.001, 0.02, "lower")
         assert said in text
         count, kind = int(text.split()[0]), "new" if "process" in text else "sessions"
         verdicts = [
@@ -169,16 +167,16 @@ def test_wall_time_needs_five_sessions() -> None:
     assert three_way(enough, 0.05, "lower") is Verdict.REGRESSED
 
 
-def test_looks_end_at_the_cap_and_say_what_would_settle_it() -> None:
-    """No verdict before the first look, none while pairs are left, INCONCLUSIVE at the cap; alpha is spent look by look."""
+def test_checks_end_at_the_cap_and_say_what_would_decide() -> None:
+    """No verdict before the first check, none while pairs are left, INCONCLUSIVE at the cap; alpha is spent check by check."""
     rule = Sequential(0.05, 0.005, most_pairs=5)
     base, head = [1.0, 1.01, 0.99, 1.0, 1.01], [1.0, 1.03, 1.01, 0.99, 1.02]
-    looks = [rule.look(base[:count], head[:count]) for count in range(2, 6)]
-    assert [look.verdict for look in looks] == [None, None, None, Verdict.INCONCLUSIVE]
-    assert [look.alpha_spent for look in looks] == pytest.approx([0, 0.05 / 3, 0.1 / 3, 0.05])
-    assert looks[0].interval is None
-    assert "pairs like these" in looks[-1].settles
-    with pytest.raises(ValueError, match="No rule"):
+    checks = [rule.check(base[:count], head[:count]) for count in range(2, 6)]
+    assert [check.verdict for check in checks] == [None, None, None, Verdict.INCONCLUSIVE]
+    assert [check.alpha_spent for check in checks] == pytest.approx([0, 0.05 / 3, 0.1 / 3, 0.05])
+    assert checks[0].interval is None
+    assert "pairs like these" in checks[-1].required
+    with pytest.raises(ValueError, match="Not a rule"):
         Sequential(0.05, 0.005, least_pairs=1)
     with pytest.raises(ValueError, match="got 3 and 4"):
-        rule.look(base[:3], head[:4])
+        rule.check(base[:3], head[:4])

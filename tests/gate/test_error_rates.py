@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from scipy.special import bdtrc
 
-from hpc_core.gate.family import SUITE_ALPHA, share
-from hpc_core.gate.interval import Interval, busy_interval, history_interval, paired_interval, three_way
+from hpc_core.compare.sequential import Sequential
+from hpc_core.gate.intervals import SPREADS, Interval, three_way
+from hpc_core.gate.metric_rates import history_interval
 from hpc_core.gate.other_rules import OTHER_RULES
-from hpc_core.gate.sequential import Sequential
-from hpc_core.gate.spread import SPREADS, Family
 from hpc_core.gate.tolerance import BUSY_RATIOS, PAIRED_RATIO
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import SUITE_ALPHA, Verdict, share
+from hpc_core.record.metrics import Family
+from tests.intervals import busy_interval, paired_interval
 
 ALPHA = 0.05
 RUNS = 1500
@@ -127,7 +128,7 @@ def test_an_ab_with_the_known_spread_of_processes_keeps_the_level() -> None:
 
 @pytest.mark.parametrize("alpha", [0.05, 0.005])
 def test_looking_after_each_pair_keeps_the_level(alpha: float) -> None:
-    """With a true change at the tolerance, all looks together regress at most alpha; and at most 5 % pass, as is stated."""
+    """With a true change at the tolerance, all checks together regress at most alpha; and at most 5 % pass, as is stated."""
     rule = Sequential(alpha, PAIRED_RATIO)
     verdicts = [decided(rule, base, head) for base, head in pairs(6, rule.most_pairs, PAIRED_RATIO)]
     assert verdicts.count(Verdict.REGRESSED) <= most(RUNS, alpha)
@@ -136,14 +137,14 @@ def test_looking_after_each_pair_keeps_the_level(alpha: float) -> None:
 
 def decided(rule: Sequential, base: list[float], head: list[float]) -> Verdict:
     """The verdict at the first look that has one."""
-    looks = (rule.look(base[:count], head[:count]).verdict for count in range(rule.least_pairs, rule.most_pairs + 1))
-    return next(verdict for verdict in looks if verdict is not None)
+    checks = (rule.check(base[:count], head[:count]).verdict for count in range(rule.least_pairs, rule.most_pairs + 1))
+    return next(verdict for verdict in checks if verdict is not None)
 
 
 def test_an_ab_of_three_pairs_sees_one_and_a_half_percent() -> None:
     """At a suite's level and with the known spread of processes, +1.5 % regresses at once in 95 of 100; no change passes."""
     rule = Sequential(share(28), PAIRED_RATIO, spread=SPREADS["train"])
-    worse = [rule.look(*pair).verdict for pair in pairs(7, 3, 0.015)]
+    worse = [rule.check(*pair).verdict for pair in pairs(7, 3, 0.015)]
     same = [decided(rule, *pair) for pair in pairs(7, rule.most_pairs, 0.0)]
     assert RUNS - worse.count(Verdict.REGRESSED) <= most(RUNS, 0.03)
     assert RUNS - same.count(Verdict.PASS) <= most(RUNS, 0.03)

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
+from hpc_core.compare.sequential import Sequential
 from hpc_core.gate.aa_samples import Samples, samples_from_json
 from hpc_core.gate.error_rates import ErrorRates, error_rates
-from hpc_core.gate.family import share
+from hpc_core.gate.intervals import SPREADS
 from hpc_core.gate.metric_rates import PROCESSES
-from hpc_core.gate.sequential import Sequential
-from hpc_core.gate.spread import SPREADS
 from hpc_core.gate.tolerance import PAIRED_RATIO
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import Verdict, share
 
 DATA = Path(__file__).parents[2] / "docs" / "data"
 SUITE_TESTS = 28
@@ -75,9 +74,9 @@ def test_two_percent_of_device_time_is_caught_and_no_change_passes() -> None:
     regressed = passed = 0
     for _ in range(runs):
         base, head = _threes(clean, generator), _threes(slowed, generator)
-        regressed += rule.look(base, head).verdict is Verdict.REGRESSED
+        regressed += rule.check(base, head).verdict is Verdict.REGRESSED
         both = generator.sample(clean, 2 * PROCESSES)
-        passed += rule.look(both[:PROCESSES], both[PROCESSES:]).verdict is Verdict.PASS
+        passed += rule.check(both[:PROCESSES], both[PROCESSES:]).verdict is Verdict.PASS
     assert regressed / runs >= 0.95
     assert passed / runs >= 0.95
 

@@ -15,7 +15,8 @@ from hpc_core.baselines import (
     find,
 )
 from hpc_core.case.limits import GiB, Limits, MiB
-from hpc_core.gate import Judgement, MetricVerdict, Verdict, judge
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record.record import Machine, Metric, Record
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
@@ -200,7 +201,7 @@ def test_time_is_inconclusive_across_drivers(against: Any, change: dict[str, str
     for value in (0.1, 0.25, 9.0):
         judgement = against("busy_s", busy(0.25), busy(value), stack=STACK | change)
         assert judgement.verdict is Verdict.INCONCLUSIVE
-        assert "no time compares across" in judgement.headline
+        assert "time cannot be compared across" in judgement.headline
     assert against("peak_bytes", peak(), peak(), stack=STACK | change).verdict is Verdict.PASS
     assert against("busy_s", busy(), busy(), stack=STACK | {"torch": "2.12.0+cu130"}).verdict is Verdict.PASS
 
@@ -229,7 +230,7 @@ def test_values_that_prove_nothing(
 
 
 def test_metrics_that_come_and_go(tmp_path: Path) -> None:
-    """A gated metric that vanished, also by losing its gate, is INCOMPATIBLE; a new one has no baseline."""
+    """A gated metric that vanished, also by losing its gate, is INCOMPATIBLE, whatever is new beside it."""
     lookup = baseline(a_record({"operators": counted(), "kernels": counted()}), tmp_path)
     judgement = judge(a_record({"operators": counted(gated=False), "copies": counted(3)}), lookup)
     verdicts = {row.metric: row.verdict.value for row in judgement.metrics}
@@ -276,16 +277,33 @@ def test_outcomes() -> None:
     }
 
 
-def test_a_metric_that_the_baseline_lacks_is_skipped_and_hides_no_regression(tmp_path: Path) -> None:
-    """A newly gated metric alone is NO_BASELINE, skipped unless strict; beside it something worse still fails."""
+def test_a_new_metric_is_not_judged_and_hides_no_regression(tmp_path: Path) -> None:
+    """Beside a new metric the case keeps its verdict, under strict too, and says how to accept it; accepting has it judged."""
     accepted = baseline(a_record({"peak_bytes": peak(GiB)}), tmp_path)
     new = Metric(value=0, unit="bytes", noise="exact", better="lower", **CPU_BYTES)
     good = judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), accepted)
     worse = judge(a_record({"peak_bytes": peak(2 * GiB), "unexplained_bytes": new}), accepted)
-    assert (good.verdict, good.verdict.outcome(), good.verdict.outcome(strict=True)) == (
-        Verdict.NO_BASELINE, "skipped", "failed",
-    )  # fmt: skip
-    assert worse.verdict is Verdict.REGRESSED
+    assert (good.verdict, good.outcome(strict=True), worse.verdict) == (Verdict.PASS, "passed", Verdict.REGRESSED)
+    for judgement in (good, worse):
+        row = judgement.metrics[-1]
+        assert (row.metric, row.verdict, row.judged) == ("unexplained_bytes", Verdict.NO_BASELINE, False)
+        assert (row.reason, row.next_step) == (
+            "unexplained_bytes is 0 B; it is new and not judged, since the baseline does not hold it yet.",
+            f"To have it judged: {UPDATE}",
+        )
+        assert judgement.remarks == (f"new, not judged: unexplained_bytes. To have them judged: {UPDATE}",)
+    more = msgspec.structs.replace(new, value=1)
+    updated = baseline(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), tmp_path)
+    assert judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": more}), updated).verdict is Verdict.REGRESSED
+
+
+def test_a_new_metric_keeps_an_absolute_limit(tmp_path: Path) -> None:
+    """A limit that needs no baseline is judged on a new metric as on any other."""
+    accepted = baseline(a_record({"peak_bytes": peak(GiB)}), tmp_path)
+    record = a_record({"peak_bytes": peak(GiB), "kernels": counted(7)})
+    assert judge(record, accepted, Limits(kernels=6)).verdict is Verdict.REGRESSED
+    assert judge(record, accepted, Limits(kernels=7)).verdict is Verdict.PASS
+    assert judge(record, accepted, Limits(kernels="1%")).metrics[-1].judged is False
 
 
 def test_an_accepted_zero_leaves_no_slack(tmp_path: Path) -> None:

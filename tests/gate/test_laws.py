@@ -22,10 +22,11 @@ from hpc_core.baselines import (
 )
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.limits import Limits, MiB
-from hpc_core.gate import Judgement, Verdict, judge
-from hpc_core.gate.interval import busy_interval, paired_interval, three_way
-from hpc_core.gate.spread import SPREADS
+from hpc_core.gate.intervals import SPREADS, three_way
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Metric, Record
+from tests.intervals import busy_interval, paired_interval
 from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
 
 GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]

@@ -18,7 +18,8 @@ from hpc_core.baselines import (
 )
 from hpc_core.case.case import AdapterSpec
 from hpc_core.case.limits import Limits
-from hpc_core.gate import Verdict, judge
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
 from tests.strategies import CPU, a_case, a_record, counted, peak
 

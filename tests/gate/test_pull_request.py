@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from hpc_core.baselines import Damaged, Lookup, Missing
 from hpc_core.case.limits import GiB, Limits
-from hpc_core.gate import Judgement, Side, Verdict, judge, judge_pull_request
+from hpc_core.gate.judge import judge
+from hpc_core.gate.pull_request import Side, judge_pull_request
+from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Metric, Record
 from tests.gate.test_laws import stored
 from tests.strategies import STACK, a_record, busy, counted, failed_record, peak
@@ -112,6 +114,17 @@ def test_metrics_come_and_go_as_accepted() -> None:
     assert judgement.outcome(strict=True) == "passed"
     assert judgement.remarks == ("dropped by this pull request: operators",)
     assert of_record(record, stored(old), stored(old)).outcome(strict=True) == "failed"
+
+
+def test_a_new_metric_is_judged_by_the_baseline_that_brings_it() -> None:
+    """What neither side's baseline holds is new and not judged; what the pull request accepts is judged by that."""
+    old: dict[str, Metric] = {"peak_bytes": peak()}
+    record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
+    neither = of_record(record, stored(old), stored({"peak_bytes": peak(1)}))
+    assert [row.metric for row in neither.metrics if not row.judged] == ["kernels"]
+    brought = of_record(record, stored(old), stored(old | {"kernels": counted(4)}))
+    assert brought.outcome() == "failed"
+    assert all(row.judged for row in brought.metrics)
 
 
 def test_what_cannot_be_decided_is_not_excused() -> None:

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import SpecError
-from hpc_core.gate import Judgement, Verdict, Waiver, expired, judge, waived, waivers_from_toml
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement, Verdict
+from hpc_core.gate.waivers import Waiver, expired, waived, waivers_from_toml
 from hpc_core.record.record import Metric, Record
 from tests.gate.test_laws import stored
 from tests.strategies import a_record, busy, counted, peak
@@ -130,7 +132,7 @@ def test_the_file_is_read() -> None:
         (GOOD.replace('"jane"', '" "'), "owner is empty"),
         (GOOD.replace("2026-11-24", '"soon"'), r"waiver 1: .*expires"),
         (GOOD.replace("2026-11-24", "2026-11-24T12:00:00"), "without a time"),
-        (GOOD.replace("2026-11-24", "2026-13-24"), "no TOML"),
+        (GOOD.replace("2026-11-24", "2026-13-24"), "not TOML"),
         (GOOD.replace("+5 %", "-5 %"), "percentage"),
         (GOOD.replace('"+5 %"', "0"), "above 0"),
         (GOOD.replace('"+5 %"', "true"), "waiver 1"),

@@ -16,7 +16,7 @@ import transformers
 from hpc_core.baselines import accept, find
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
-from hpc_core.gate import judge
+from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.integrations import PerfCallback
 from hpc_core.integrations.training import Training

@@ -88,14 +88,31 @@ def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -
     ratchet.stdout.fnmatch_lines(["updated *test_step.json: peak_bytes 512.00 MiB → 1.00 GiB"])
 
 
-def lower(pytester: pytest.Pytester, peak: int) -> None:
-    """Accept a smaller peak than what runs gives."""
+def lower(pytester: pytest.Pytester, peak: int, without: str = "") -> None:
+    """Accept another peak than what runs gives, and leave out a metric."""
     import msgspec
 
     history = baseline(pytester).with_suffix(".history.jsonl")
     record = record_from_json(history.read_text().splitlines()[-1])
     metrics = record.metrics | {"peak_bytes": msgspec.structs.replace(record.metrics["peak_bytes"], value=peak)}
+    metrics.pop(without, None)
     accept(pytester.path / "baselines", msgspec.structs.replace(record, metrics=metrics), reason="doctored")
+
+
+def test_a_new_metric_fails_nothing_under_strict(pytester: pytest.Pytester, run: Run) -> None:
+    """A metric that the baseline does not hold yet leaves its case passing, and the run says how to have it judged."""
+    bench(pytester)
+    run("--benchmark", "--perf-update", "--reason", "the first one")
+    lower(pytester, GIB, without="operators")
+    result = run("--benchmark", "--perf-strict")
+    assert result.ret == 0
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "New, not judged in test_own/test_step: operators.*",
+            "*--case *test_own/test_step* --perf-update --reason *",
+        ]
+    )
 
 
 def test_a_limit_needs_no_baseline(pytester: pytest.Pytester, run: Run) -> None:

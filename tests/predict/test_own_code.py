@@ -13,7 +13,7 @@ import pytest
 
 from hpc_core.baselines import find
 from hpc_core.case.case import CallableSpec, Case
-from hpc_core.gate import judge
+from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
 from tests import own_steps

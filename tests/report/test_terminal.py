@@ -17,7 +17,7 @@ from hpc_core.baselines import (
 )
 from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
-from hpc_core.gate import judge
+from hpc_core.gate.judge import judge
 from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report import Row, render
 from hpc_core.report.row import accepted_line

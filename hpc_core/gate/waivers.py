@@ -1,6 +1,6 @@
-"""Waivers: a regression that somebody answers for, up to a limit and until a day. Pure: text and verdicts in, verdicts out.
+"""Waivers: a known regression that somebody owns, up to a limit and until a day.
 
-A waiver changes what a REGRESSED metric does to its test, never the verdict itself: the report goes on calling it REGRESSED.
+A waiver changes what a REGRESSED metric does to its test, never the verdict: the report still calls it REGRESSED.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
 
-__all__ = ["Waiver", "expired", "waived", "waivers_from_toml"]
-
 
 class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One entry of the file of waivers."""
@@ -38,14 +36,14 @@ class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """The last day on which it holds, in UTC."""
 
     def __post_init__(self) -> None:
-        """Refuse what says too little.
+        """Check the entry.
 
         Raises:
-            SpecError: an empty text, or a limit that is none.
+            SpecError: an empty text, or a malformed limit.
         """
         for name in ("case", "metric", "reason", "owner"):
             if not getattr(self, name).strip():
-                raise SpecError(f"{name} is empty: a waiver says whose it is, of what, and why.")
+                raise SpecError(f"{name} is empty: a waiver names its owner, its case, its metric and its reason.")
         if isinstance(self.limit, str):
             self._ratio()
         elif isinstance(self.limit, bool) or not math.isfinite(self.limit) or self.limit <= 0:
@@ -57,15 +55,15 @@ class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return relative_limit(self.limit.removeprefix("+")) if isinstance(self.limit, str) else None
 
     def covers(self, case_id: str) -> bool:
-        """Whether the glob matches a case."""
+        """Return whether the glob matches a case."""
         return matches(case_id, [self.case])
 
     def is_over(self, today: datetime.date) -> bool:
-        """Whether its last day has passed."""
+        """Return whether its last day has passed."""
         return today > self.expires
 
     def allows(self, metric: Metric, accepted: float | None) -> bool:
-        """Whether the metric's value is no worse than the waiver's limit; `accepted` is that of the baseline, if there is one."""
+        """Return whether a value is no worse than the waiver's limit; `accepted` is the baseline's value, if there is one."""
         ratio = self._ratio()
         if ratio is not None:
             return accepted is not None and _worse_by(metric, accepted) <= ratio * abs(accepted)
@@ -76,7 +74,7 @@ class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return not exceeds(metric, self.limit)
 
     def limit_text(self, unit: str) -> str:
-        """The limit in words: "+5 %" or "8.00 GiB"."""
+        """Return the limit in words: "+5 %" or "8.00 GiB"."""
         if isinstance(self.limit, str):
             return f"+{self.limit.removeprefix('+')}"
         return sizes.quantity(self.limit, unit)
@@ -88,19 +86,19 @@ def _worse_by(metric: Metric, accepted: float) -> float:
 
 
 def waivers_from_toml(text: str, where: str) -> tuple[Waiver, ...]:
-    """The entries `[[waiver]]` of a file's text; `where` is what the file is called in errors.
+    """Return the entries `[[waiver]]` of a file's text; `where` names the file in errors.
 
     Raises:
-        SpecError: no TOML, an unknown key, an entry that lacks something, a bad date, or two entries of one case and metric.
+        SpecError: not TOML, an unknown key, an entry that lacks something, a bad date, or two entries of one case and metric.
     """
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise SpecError(f"{where}: no TOML: {error}.") from error
+        raise SpecError(f"{where}: not TOML: {error}.") from error
     entries = content.pop("waiver", [])
     if content or not isinstance(entries, list):
-        strange = ", ".join(sorted(content)) or "waiver"
-        raise SpecError(f"{where}: holds {strange}; it holds entries [[waiver]] and nothing else.")
+        unknown = ", ".join(sorted(content)) or "waiver"
+        raise SpecError(f"{where}: holds {unknown}; it may hold entries [[waiver]] and nothing else.")
     found = tuple(_entry(entry, f"{where}, waiver {number}") for number, entry in enumerate(entries, start=1))
     named = [(waiver.case, waiver.metric) for waiver in found]
     twice = next((each for each in named if named.count(each) > 1), None)
@@ -111,7 +109,7 @@ def waivers_from_toml(text: str, where: str) -> tuple[Waiver, ...]:
 
 def _entry(entry: Any, where: str) -> Waiver:
     if isinstance(entry, dict) and isinstance(entry.get("expires"), datetime.datetime):
-        raise SpecError(f"{where}: expires {entry['expires']}: say a day, as 2027-01-31, without a time.")
+        raise SpecError(f"{where}: expires {entry['expires']}: give a day such as 2027-01-31, without a time.")
     try:
         return msgspec.convert(entry, Waiver, builtin_types=(datetime.date,))
     except (msgspec.ValidationError, SpecError) as error:
@@ -119,7 +117,7 @@ def _entry(entry: Any, where: str) -> Waiver:
 
 
 def waived(judgement: Judgement, record: Record, waivers: Iterable[Waiver], today: datetime.date) -> Judgement:
-    """The judgement with an excuse for each REGRESSED metric that a waiver allows today; nothing else of it changes.
+    """Return the judgement with an excuse for each REGRESSED metric that a waiver allows today; nothing else of it changes.
 
     Where a waiver names the metric but the value is beyond its limit, the metric's reason says so.
     """
@@ -152,7 +150,7 @@ def _text(waiver: Waiver, unit: str, today: datetime.date) -> str:
 
 
 def expired(waivers: Iterable[Waiver], today: datetime.date, case_id: str | None = None) -> tuple[str, ...]:
-    """A sentence on each waiver whose day has passed, of one case or of all."""
+    """Return a sentence on each waiver whose last day has passed, of one case or of all."""
     return tuple(
         f"waiver of {waiver.metric} of {waiver.case} by {waiver.owner} expired on {waiver.expires} "
         f"({(today - waiver.expires).days} days ago): remove it or renew it"
