@@ -27,7 +27,7 @@ from hpc_core.case.case import (  # noqa: E402
     QuantSpec,
 )
 from hpc_core.catalogue import generate  # noqa: E402
-from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
+from hpc_core.launch.forkserver import gpus_by_nvml  # noqa: E402
 
 _WEIGHTS = {"bf16": None, "nf4": QuantSpec(kind="nf4", compute_dtype="bfloat16")}
 ROWS: dict[str, dict[str, Any]] = {

@@ -36,7 +36,7 @@ from hpc_core.case.case import (  # noqa: E402
 )
 from hpc_core.case.errors import SpecError  # noqa: E402
 from hpc_core.catalogue import finetune, lora  # noqa: E402
-from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
+from hpc_core.launch.forkserver import gpus_by_nvml  # noqa: E402
 
 ROWS = ("tuned-fed", "tuned-resident", "stock-packed", "stock-padded")
 _EVERY_STEP = 1_000_000

@@ -30,7 +30,7 @@ from hpc_core.catalogue import (  # noqa: E402
     lora,
     qlora,
 )
-from hpc_core.launch.by_nvml import gpus_by_nvml  # noqa: E402
+from hpc_core.launch.forkserver import gpus_by_nvml  # noqa: E402
 
 _ALL: dict[str, Any] = {"loss": "chunked", "fusion": "blocks", "graph": True}
 SWITCHES: dict[str, dict[str, Any]] = {

@@ -20,7 +20,6 @@ from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.gpus import DEFAULT
-from hpc_core.record.job import FAKE_CUDA
 
 __all__ = ["faults"]
 
@@ -120,9 +119,8 @@ def _explain_faults(
     names = list(EXPLAINED) if only == "*" else _faults_here(only, "predicted" if predicted else scale)
     if out is not None and out.exists() and not out.is_dir():
         raise SpecError(f"{out}: records go into a folder, and this is a file.")
-    environment = {FAKE_CUDA: "1"} if predicted else None
     scale = "full" if predicted else scale
-    with Launcher("warm", environment=environment) as launcher:
+    with Launcher("warm", predicting=predicted) as launcher:
         found = explained_faults(
             names, launcher, cases=trial_cases(scale), tell=tell, predict=DEFAULT if predicted else None, out=out
         )

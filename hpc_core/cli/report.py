@@ -125,7 +125,7 @@ def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:
 
 def _drawing(entries: Sequence[Entry], folder: Path, kind: Literal["svg", "png", "both"]) -> Drawing:
     """Pictures that other processes draw, where there is a second core, while this one writes texts. They end with this one, however it ends."""
-    from hpc_core.launch.tree import die_with
+    from hpc_core.launch.supervisor import die_with
     from hpc_core.report.plots import Drawing
 
     processes = min(_MOST_PROCESSES, len(os.sched_getaffinity(0)))

@@ -30,7 +30,7 @@ from hpc_core.faults import FAULTS, TWIN, Fault
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import FAKE_CUDA, Event, Job, Kind, Measure, Predict
+from hpc_core.record.job import Event, Job, Kind, Measure, Predict
 from hpc_core.record.record import Metric, Record
 
 __all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]
@@ -147,9 +147,7 @@ def run_trials(
         if stop.is_set():
             raise KeyboardInterrupt  # ends this thread's worker
 
-    # A prediction must load its empty device before torch: its parent is one that did.
-    environment = None if predict is None else {FAKE_CUDA: "1"}
-    with Launcher("warm", environment=environment, on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
+    with Launcher("warm", predicting=predict is not None, on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
         launcher.prepare()
         try:
             bench = _Bench(launcher, baselines, alone=jobs == 1, predict=predict, memory=memory)

@@ -12,7 +12,7 @@ from hpc_core.compare.side import Side
 from hpc_core.compare.trial import SideName
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
-from hpc_core.record.job import PRELOAD_MORE, Job, Measure, Retime, Way
+from hpc_core.record.job import Job, Measure, Retime, Way
 from hpc_core.record.record import Failure, Record
 
 __all__ = ["Bench", "Device"]
@@ -37,10 +37,7 @@ class Bench:
         }
 
     def _launcher(self, side: Side, way: Way) -> Launcher:
-        environment = dict(side.environment)
-        if self._more:
-            environment[PRELOAD_MORE] = ",".join(self._more)
-        return Launcher(way, python=side.python, environment=environment, folder=side.folder)
+        return Launcher(way, python=side.python, environment=side.environment, folder=side.folder, preload=self._more)
 
     def __enter__(self) -> Self:
         return self

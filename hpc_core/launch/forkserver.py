@@ -1,10 +1,13 @@
-"""The warm parent: `python -m hpc_core.launch.forkserver …` imports torch and transformers once, then forks workers.
+"""The forkserver: `python -m hpc_core.launch.forkserver …` imports torch and transformers once, then forks supervised workers.
 
-It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could not use. A parent of predictions
-(HPC_CORE_FAKE_CUDA=1) loads the empty CUDA device before torch and has no such worry; nor has one on a machine without CUDA,
-which may be asked for more (HPC_CORE_PRELOAD_MORE=peft,bitsandbytes): a tiny case spends most of its time importing them. It runs no job
-itself, sets no thread count and computes nothing: a pool of torch's threads would not survive the fork. (The threads it
-has are OpenBLAS's, numpy's and scipy's, which OpenBLAS starts again in a child by itself.) It ends with its socket.
+multiprocessing's forkserver cannot replace it: there is one a process, it runs the launcher's own interpreter and environment, ignores
+a preload that fails, and gives a child neither a working directory, nor output of its own, nor a supervisor that outlives the worker.
+
+It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could then not use. With --predicting it loads
+the fake CUDA device before torch and need not care; nor need a forkserver on a machine without CUDA, which may preload more
+(--preload peft,bitsandbytes): a tiny case spends most of its time importing them. It runs no job itself, sets no thread count and
+computes nothing: a pool of torch's threads would not survive the fork. (The threads it has are OpenBLAS's, numpy's and scipy's, which
+OpenBLAS starts again in a child by itself.) It ends when its socket closes.
 """
 
 from __future__ import annotations
@@ -13,30 +16,26 @@ import argparse
 import contextlib
 import gc
 import importlib
+import importlib.util
 import math
 import os
 import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 
-from hpc_core.launch.by_nvml import gpus_by_nvml
 from hpc_core.launch.supervisor import supervise
-from hpc_core.record.job import (
-    FAKE_CUDA,
-    PRELOAD_MORE,
-    Preloaded,
-    Request,
-)
-
-__all__ = ["main"]
+from hpc_core.record.environment import compute_capability
 
 _PRELOAD = (
     "torch",
     "transformers",
-    # transformers imports its parts when they are first named; these are what a Llama costs.
+    # transformers imports its parts when they are first named; these are what a Llama needs.
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
     "transformers.generation",
@@ -45,20 +44,43 @@ _PRELOAD = (
     "hpc_core.worker.finetune",
     "hpc_core.worker.generate",
 )
-_MUST_NOT_BE_LOADED = ("peft", "bitsandbytes")
-_PRELOAD_FAKE = ("peft", "bitsandbytes", "hpc_core.predict.session")
+_INITIALIZE_CUDA = ("peft", "bitsandbytes")
+_PRELOAD_PREDICTING = ("peft", "bitsandbytes", "hpc_core.predict.session")
 _REQUEST_BYTES = 1 << 20
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+
+class Preloaded(msgspec.Struct, frozen=True, kw_only=True):
+    """What the forkserver reports once, when it is ready to fork workers."""
+
+    pid: int
+    seconds: float
+    """What importing torch and transformers took."""
+    modules: tuple[str, ...]
+    """Every module it has imported."""
+    cuda_initialized: bool
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks the forkserver for one worker; the descriptors of job, events, life and output travel with it."""
+
+    folder: str
+    """Working directory."""
+    environment: dict[str, str | None] = {}
+    """What changed in the launcher's environment since the forkserver started; None unsets."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Preload, say so on the socket, then fork a supervised worker for each request."""
+    """Preload, report it on the socket, then fork a supervised worker for each request."""
     parser = argparse.ArgumentParser(prog="python -m hpc_core.launch.forkserver", description=__doc__)
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--preload-limit", type=float, required=True, help="seconds")
+    parser.add_argument("--predicting", action="store_true", help="load the fake CUDA device before torch")
+    parser.add_argument("--preload", default="", help="further packages, by commas; only without CUDA")
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.alarm(math.ceil(chosen.preload_limit))  # ends a preload that hangs, even if nobody is left to end it
-    ready = _preload()
+    ready = _preload(predicting=chosen.predicting, more=tuple(filter(None, chosen.preload.split(","))))
     signal.alarm(0)
     with socket.socket(fileno=chosen.socket_fd) as line:
         line.set_inheritable(False)
@@ -67,28 +89,29 @@ def main(arguments: list[str] | None = None) -> None:
         _serve(line)
 
 
-def _preload() -> Preloaded:
+def _preload(*, predicting: bool, more: tuple[str, ...]) -> Preloaded:
     """Import what every case needs.
 
     Raises:
         RuntimeError: this initialized CUDA, or imported peft or bitsandbytes: children could not use the GPU.
     """
     began = time.monotonic()
-    fake = os.environ.get(FAKE_CUDA) == "1"
-    if fake:
+    if predicting:
         importlib.import_module("hpc_core.predict.shim").load()
     with gpus_by_nvml():
         for name in _PRELOAD:
             importlib.import_module(name)
-        if fake:
-            _import_what_is_there(_PRELOAD_FAKE)
-        more = _asked_for()
-    initialized = bool(sys.modules["torch"].cuda.is_initialized())
+        if predicting:
+            _import_installed(_PRELOAD_PREDICTING)
+        cuda = sys.modules["torch"].cuda
+        if more and cuda.is_available():
+            raise RuntimeError("--preload is for machines without CUDA; a forked worker could not use it.")
+    initialized = bool(cuda.is_initialized())
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
-    _import_what_is_there(more)
-    for name in _MUST_NOT_BE_LOADED:
-        if name in sys.modules and not fake and not more:
+    _import_installed(more)
+    for name in _INITIALIZE_CUDA:
+        if name in sys.modules and not predicting and not more:
             raise RuntimeError(f"Preloading imported {name}, which initializes CUDA; a forked worker could not use it.")
     gc.collect()
     gc.freeze()  # children do not walk, and so do not copy, what is shared
@@ -100,22 +123,48 @@ def _preload() -> Preloaded:
     )
 
 
-def _asked_for() -> tuple[str, ...]:
-    """Further packages to import, by PRELOAD_MORE.
-
-    Raises:
-        RuntimeError: CUDA can be had, and importing them could initialize it.
-    """
-    names = tuple(filter(None, os.environ.get(PRELOAD_MORE, "").split(",")))
-    if names and sys.modules["torch"].cuda.is_available():
-        raise RuntimeError(f"{PRELOAD_MORE} is for machines without CUDA; a forked worker could not use it.")
-    return names
-
-
-def _import_what_is_there(names: tuple[str, ...]) -> None:
+def _import_installed(names: tuple[str, ...]) -> None:
     for name in names:
-        with contextlib.suppress(ModuleNotFoundError):  # a case that needs it will say so
+        with contextlib.suppress(ModuleNotFoundError):  # a case that needs it will fail with its name
             importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def gpus_by_nvml() -> Iterator[None]:
+    """Let NVML answer, in the block, whether there is a GPU and of which compute capability, where torch would ask CUDA.
+
+    `torch.cuda.is_available()` through the CUDA runtime would spoil every fork. And transformers imports torchao where that is installed,
+    which asks on import (0.18, `prototype.mx_formats.kernels`) for the capability, and whether the GPU can run triton, for which torch asks
+    for the device's properties: both initialize CUDA.
+    """
+    before = os.environ.get(_NVML_CHECK)
+    os.environ[_NVML_CHECK] = "1"
+    try:
+        with _capability_by_nvml():
+            yield
+    finally:
+        if before is None:
+            os.environ.pop(_NVML_CHECK, None)
+        else:
+            os.environ[_NVML_CHECK] = before
+
+
+@contextlib.contextmanager
+def _capability_by_nvml() -> Iterator[None]:
+    capability = None if importlib.util.find_spec("torchao") is None else compute_capability()
+    if capability is None:
+        yield
+        return
+    cuda: Any = importlib.import_module("torch").cuda
+    worker: Any = importlib.import_module("torch._dynamo.device_interface").CudaInterface.Worker
+    originals = cuda.get_device_capability, worker.get_device_properties
+    properties = SimpleNamespace(major=capability[0], minor=capability[1])
+    cuda.get_device_capability = lambda device=None: capability
+    worker.get_device_properties = staticmethod(lambda device=None: properties)
+    try:
+        yield
+    finally:
+        cuda.get_device_capability, worker.get_device_properties = originals[0], staticmethod(originals[1])
 
 
 def _serve(line: socket.socket) -> None:
@@ -144,7 +193,7 @@ def _supervise(request: Request, job_fd: int, events_fd: int, life_fd: int, outp
 
 
 def _work(request: Request, job_fd: int, events_fd: int) -> None:
-    """In the worker: look like a freshly started interpreter as far as environment and folder go, and serve the job."""
+    """In the worker: take the environment and folder of a freshly started interpreter, and serve the job."""
     for name, value in request.environment.items():
         if value is None:
             os.environ.pop(name, None)
@@ -152,7 +201,7 @@ def _work(request: Request, job_fd: int, events_fd: int) -> None:
             os.environ[name] = value
     os.chdir(request.folder)
     if not sys.flags.safe_path:
-        sys.path[0] = request.folder  # what `python -m` put there was the folder of the warm parent
+        sys.path[0] = request.folder  # what `python -m` put there was the folder of the forkserver
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     importlib.import_module("hpc_core.worker.main").serve(job_fd, events_fd)

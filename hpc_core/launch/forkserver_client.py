@@ -1,4 +1,4 @@
-"""The way "warm": keeping a preloaded parent, and asking it for workers. The parent's own side is `zygote`."""
+"""Starting a forkserver, waiting until it has preloaded, and asking it for workers. Its own side is `forkserver`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,36 @@ import select
 import socket
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from hpc_core.launch.channel import Channel
+from hpc_core.launch.forkserver import Preloaded, Request
 from hpc_core.launch.interpreter import worker_environment
-from hpc_core.record.job import Preloaded, Request
-
-__all__ = ["NoWarmParent", "WarmParent"]
 
 _MESSAGE_BYTES = 1 << 20
 _CLOSE_S = 5.0
 
 
-class NoWarmParent(Exception):  # noqa: N818 - an outcome that the launcher answers with another way, not an error
-    """The warm parent could not preload, or is gone; the text says why in a sentence."""
+class NoForkserver(Exception):  # noqa: N818 - the launcher starts fresh interpreters instead
+    """The forkserver could not preload, or has ended; the text says why in a sentence."""
 
 
-class WarmParent:
+class Forkserver:
     """A process with torch and transformers imported, which forks a worker whenever it is asked to.
 
-    It and its workers have `folder` as working directory; without one it starts in this process's, and a worker has
-    whatever that is when it is asked for.
+    Args:
+        python: its interpreter, a program that exists.
+        environment: variables that it and its workers have beyond this process's.
+        preload_limit_s: seconds that its imports may take.
+        folder: its workers' working directory and its own; without one, this process's at the time of the request.
+        predicting: whether its workers predict, and so need the fake CUDA device.
+        preload: further packages to import, on a machine without CUDA.
 
     Raises:
-        NoWarmParent: it did not get ready within `preload_limit_s` seconds.
+        NoForkserver: it did not get ready within `preload_limit_s` seconds.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class WarmParent:
         *,
         preload_limit_s: float,
         folder: Path | None = None,
+        predicting: bool = False,
+        preload: Sequence[str] = (),
     ) -> None:
         extra = worker_environment(environment)
         self._folder = folder
@@ -59,6 +65,8 @@ class WarmParent:
             fd,
             "--preload-limit",
             str(preload_limit_s),
+            *(("--predicting",) if predicting else ()),
+            *(("--preload", ",".join(preload)) if preload else ()),
         )
         try:
             self._process = subprocess.Popen(
@@ -74,7 +82,7 @@ class WarmParent:
         except OSError as error:
             self._line.close()
             self._log.close()
-            raise NoWarmParent(f"{python} could not be started: {error}.") from error
+            raise NoForkserver(f"{python} could not be started: {error}.") from error
         finally:
             theirs.close()
         try:
@@ -86,34 +94,34 @@ class WarmParent:
     def _await_preload(self, limit_s: float) -> Preloaded:
         readable, _, _ = select.select([self._line], [], [], limit_s)
         if not readable:
-            raise NoWarmParent(f"Preloading torch and transformers took longer than its limit of {limit_s:g} s.")
+            raise NoForkserver(f"Preloading torch and transformers took longer than its limit of {limit_s:g} s.")
         message = self._line.recv(_MESSAGE_BYTES)
         if not message:
             code = self._process.wait()
-            raise NoWarmParent(f"Preloading torch and transformers ended with exit code {code}: {self._last_line()}")
+            raise NoForkserver(f"Preloading torch and transformers ended with exit code {code}: {self._last_line()}")
         return msgspec.json.decode(message, type=Preloaded)
 
     def _last_line(self) -> str:
         size = os.fstat(self._log.fileno()).st_size
         text = os.pread(self._log.fileno(), 4000, max(0, size - 4000)).decode("utf-8", "replace")
-        return (text.strip().splitlines() or ["it said nothing"])[-1]
+        return (text.strip().splitlines() or ["it printed nothing"])[-1]
 
     def start(self, channel: Channel) -> None:
         """Fork a supervisor and a worker on the channel's descriptors, and hand those over.
 
         Raises:
-            NoWarmParent: the parent has ended.
+            NoForkserver: the forkserver has ended.
         """
         folder = os.fspath(self._folder or Path.cwd())
         request = Request(folder=folder, environment=self._changed_environment())
         try:
             socket.send_fds(self._line, [msgspec.json.encode(request)], channel.for_supervisor)
         except OSError as error:
-            raise NoWarmParent(f"The warm parent has ended with exit code {self._process.poll()}: {error}.") from error
-        channel.handed_over()
+            raise NoForkserver(f"The forkserver has ended with exit code {self._process.poll()}: {error}.") from error
+        channel.hand_over()
 
     def _changed_environment(self) -> dict[str, str | None]:
-        """What changed in this process's environment since the parent started; what was chosen for workers stays."""
+        """Return what changed in this process's environment since the forkserver started; variables chosen for workers stay."""
         now = dict(os.environ)
         changed: dict[str, str | None] = {name: now.get(name) for name in self._base.keys() | now.keys()}
         return {
@@ -121,7 +129,7 @@ class WarmParent:
         }
 
     def close(self, *, wait_s: float = _CLOSE_S) -> None:
-        """End the parent; its workers, if any, end through their own supervisors. May be called again."""
+        """End the forkserver; its workers, if any, end through their own supervisors. May be called again."""
         self._line.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(wait_s)

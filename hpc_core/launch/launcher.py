@@ -1,4 +1,4 @@
-"""One launcher, three ways: a job goes in, a record comes out, no process stays. Knows nothing of what a job does."""
+"""Run jobs: a job goes in, a record comes out, no process stays. Knows nothing of what a job does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,42 +18,39 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.failures import record_of, with_notes
-from hpc_core.launch.follow import Seen, follow
-from hpc_core.launch.forkserver_client import NoWarmParent, WarmParent
-from hpc_core.launch.fresh import start_cold
-from hpc_core.launch.interpreter import executable
+from hpc_core.launch.forkserver import Preloaded
+from hpc_core.launch.forkserver_client import Forkserver, NoForkserver
+from hpc_core.launch.interpreter import executable, start_fresh
 from hpc_core.record.job import (
     Event,
     Finished,
     Job,
-    Preloaded,
     Way,
 )
 from hpc_core.record.record import Record
 
-__all__ = ["PRELOAD_LIMIT_S", "Launcher"]
-
 PRELOAD_LIMIT_S = 180.0
-"""Seconds that imports may take, of the warm parent or of a cold worker. No part of a case's timeout."""
+"""Seconds that imports may take, in the forkserver or in a fresh worker. Not part of a case's timeout."""
 _SUPERVISOR_ENDS_S = 10.0
 
 
 class Launcher:
     """Runs jobs, each in a process of its own; a context manager that leaves none behind.
 
-    Several threads may run jobs at a time, except "inline": all they share is the warm parent, which forks one worker after
-    the other, and each worker has descriptors of its own.
+    Several threads may run jobs at a time, except "inline": all they share is the forkserver, and each worker has descriptors of its own.
 
     Args:
-        way: "warm" forks from a parent that has torch and transformers imported, "exec" starts a fresh interpreter,
-            "inline" runs in this process. If the parent cannot preload, "warm" becomes "exec" and a note says so.
+        way: "warm" forks from a forkserver that has torch and transformers imported, "exec" starts a fresh interpreter,
+            "inline" runs in this process. If the forkserver cannot preload, "warm" becomes "exec" and a note says so.
         python: the workers' interpreter; this one by default. Not for "inline".
-        on_event: hears every event as it comes, in the thread that runs the job. What it raises ends the worker and leaves `run`.
+        on_event: called with every event as it comes, in the thread that runs the job. What it raises ends the worker and leaves `run`.
         environment: variables that workers have beyond this process's. Not for "inline".
         folder: the workers' working directory, importable before anything that is installed; this process's by default.
             A checkout of hpc_core there is what its workers run. Not for "inline".
         debug: "inline" raises a case's error instead of recording it, for `--pdb`.
         preload_limit_s: seconds that imports may take.
+        predicting: whether the jobs are predictions, so that a forkserver loads the fake CUDA device.
+        preload: further packages for a forkserver to import, on a machine without CUDA.
     """
 
     def __init__(
@@ -66,6 +63,8 @@ class Launcher:
         folder: Path | None = None,
         debug: bool = False,
         preload_limit_s: float = PRELOAD_LIMIT_S,
+        predicting: bool = False,
+        preload: Sequence[str] = (),
     ) -> None:
         self._way: Way = way
         self._python = python
@@ -74,10 +73,12 @@ class Launcher:
         self._folder = folder
         self._debug = debug
         self._preload_limit_s = preload_limit_s
-        self._parent: WarmParent | None = None
+        self._predicting = predicting
+        self._preload = tuple(preload)
+        self._forkserver: Forkserver | None = None
         self._notes: tuple[str, ...] = ()
         self._starting = threading.RLock()
-        """Held while the warm parent comes and goes."""
+        """Held while the forkserver starts and ends."""
 
     def __enter__(self) -> Self:
         return self
@@ -99,29 +100,31 @@ class Launcher:
 
     @property
     def preloaded(self) -> Preloaded | None:
-        """What the warm parent said of itself; None before the first warm job and in other ways."""
-        return None if self._parent is None else self._parent.preloaded
+        """What the forkserver reported of itself; None before the first warm job and in other ways."""
+        return None if self._forkserver is None else self._forkserver.preloaded
 
     def prepare(self) -> None:
-        """Start and preload the warm parent now rather than with the first job. Does nothing in other ways.
+        """Start the forkserver now rather than with the first job. Does nothing in other ways.
 
         Raises:
             LaunchError: the interpreter does not exist.
         """
         with self._starting:
-            if self._way != "warm" or self._parent is not None:
+            if self._way != "warm" or self._forkserver is not None:
                 return
             try:
-                self._parent = WarmParent(
+                self._forkserver = Forkserver(
                     executable(self._python),
                     self._environment,
                     preload_limit_s=self._preload_limit_s,
                     folder=self._folder,
+                    predicting=self._predicting,
+                    preload=self._preload,
                 )
-            except NoWarmParent as reason:
+            except NoForkserver as reason:
                 self._fall_back(reason)
 
-    def _fall_back(self, reason: NoWarmParent) -> None:
+    def _fall_back(self, reason: NoForkserver) -> None:
         with self._starting:
             if self._way != "warm":
                 return  # another thread found out first
@@ -141,56 +144,52 @@ class Launcher:
         self.prepare()
         try:
             return self._run_process(msgspec.structs.replace(job, launched=self._way))
-        except NoWarmParent as reason:  # it ended between two jobs; nothing has run yet
+        except NoForkserver as reason:  # it ended between two jobs; nothing has run yet
             self._fall_back(reason)
             return self._run_process(msgspec.structs.replace(job, launched=self._way))
 
     def close(self) -> None:
-        """End the warm parent. May be called again; a later job starts another one."""
+        """End the forkserver. May be called again; a later job starts another one."""
         with self._starting:
-            parent, self._parent = self._parent, None
-            if parent is not None:
-                parent.close()
+            forkserver, self._forkserver = self._forkserver, None
+            if forkserver is not None:
+                forkserver.close()
 
-    def _tell(self, job: Job, event: Event) -> None:
+    def _report(self, job: Job, event: Event) -> None:
         if self._on_event is not None:
             self._on_event(job.case, event)
 
     def _run_inline(self, job: Job) -> Record:
         # Named, not imported: a launcher that starts processes must load without what a worker needs.
         run_job = importlib.import_module("hpc_core.worker.main").run_job
-        record: Record = run_job(job, lambda event: self._tell(job, event), debug=self._debug)
+        record: Record = run_job(job, lambda event: self._report(job, event), debug=self._debug)
         if record.failure is not None and record.failure.kind == "interrupted":
             raise KeyboardInterrupt  # in this process it was meant for the whole session
-        self._tell(job, Finished(record))
+        self._report(job, Finished(record))
         return with_notes(record, self._notes)
 
     def _run_process(self, job: Job) -> Record:
         with Channel(job) as channel:
             supervisor = self._start(channel)
             try:
-                seen = self._follow(channel, job)
+                observed = channel.follow(
+                    timeout_s=job.case.timeout_s,
+                    import_limit_s=self._preload_limit_s,
+                    on_event=lambda event: self._report(job, event),
+                )
             finally:
                 if supervisor is not None:
                     _reap(supervisor)
             foreign = self._python is not None and executable(self._python) != sys.executable
-            return record_of(job, seen, channel.output_tail(), self._notes, foreign=foreign)
+            return record_of(job, observed, channel.output_tail(), self._notes, foreign=foreign)
 
     def _start(self, channel: Channel) -> subprocess.Popen[bytes] | None:
-        """The supervisor, where it is this process's child."""
-        with self._starting:  # one request at a time on the warm parent's line
-            if self._parent is not None:
-                self._parent.start(channel)
+        """Start a worker; return the supervisor where it is this process's child."""
+        with self._starting:  # one request at a time on the forkserver's socket
+            if self._forkserver is not None:
+                self._forkserver.start(channel)
                 return None
-        return start_cold(channel, executable(self._python), self._environment, self._folder)
-
-    def _follow(self, channel: Channel, job: Job) -> Seen:
-        return follow(
-            channel,
-            timeout_s=job.case.timeout_s,
-            import_limit_s=self._preload_limit_s,
-            tell=lambda event: self._tell(job, event),
-        )
+        return start_fresh(channel, executable(self._python), self._environment, self._folder)
 
 
 def _reap(supervisor: subprocess.Popen[bytes]) -> None:

@@ -1,13 +1,15 @@
-"""Leaves nothing behind: the process between launcher and worker, `python -m hpc_core.launch.supervisor … -- COMMAND`.
+"""The process between launcher and worker, which leaves nothing behind: `python -m hpc_core.launch.supervisor … -- COMMAND`.
 
-It starts the worker, waits for its end or for the launcher's, ends every process below itself, writes one Exited event.
-It knows neither jobs nor records, and imports no torch of its own (forked from a warm parent, it finds torch loaded).
+It starts the worker, waits for its end or for the launcher's, ends every process below itself, and writes one Exited event.
+It knows neither cases nor records, and imports no torch of its own (forked from a forkserver, it finds torch loaded).
+Linux only: it relies on prctl and pidfd.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import select
@@ -18,31 +20,34 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from hpc_core.launch import tree
+import psutil
+
 from hpc_core.record.job import Exited, encode_event
 
-__all__ = ["ENVIRONMENT", "TIMED_OUT", "main", "supervise"]
-
 ENVIRONMENT = "HPC_CORE_WORKER_ENVIRONMENT"
-"""Variable with the worker's extra environment as JSON: not the supervisor's, nor shown by a process list."""
+"""Variable with the worker's extra environment as JSON: not the supervisor's own, and not shown by a process list."""
 TIMED_OUT = b"t"
-"""On the life pipe: end the worker, but first let it say where it hangs. End of file says: end it now."""
+"""On the life pipe: end the worker, but first let it print where it hangs. End of file means: end it now."""
 
 _TRACEBACK_S = 0.3
 _SIGTERM_POLL_MS = 200
 _END_S = 30.0
+_PAUSE_S = 0.01
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(become_worker: Callable[[], object], *, events_fd: int, life_fd: int) -> None:
-    """Fork a worker, wait for its end or for a word on the life pipe, end all processes below, write an Exited event.
+    """Fork a worker, wait for its end or for the life pipe, end all processes below, write an Exited event.
 
     Args:
         become_worker: called in the child; it execs or runs the job, and the child ends if it returns.
         events_fd: where Exited goes; the worker has it too.
         life_fd: read end of a pipe that only the launcher can write to, so that even its SIGKILL shows as end of file.
     """
-    tree.become_subreaper()
-    asked_to_end = _take_signals()
+    # Orphans below this process become its children, even those that called setsid: none can escape.
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    terminated = _take_signals()
     supervisor = os.getpid()
     worker = os.fork()
     if worker == 0:
@@ -53,17 +58,35 @@ def supervise(become_worker: Callable[[], object], *, events_fd: int, life_fd: i
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
             os._exit(1)  # whatever happened, never fall back into the supervisor's code
-    status = _wait(worker, asked_to_end, life_fd)
-    killed, statuses = tree.end_descendants(limit_s=_END_S)
+    status = _wait(worker, terminated, life_fd)
+    killed, statuses = _end_descendants()
     code = os.waitstatus_to_exitcode(statuses.get(worker, signal.SIGKILL) if status is None else status)
     exited = Exited(code if code >= 0 else None, -code if code < 0 else None, leftovers=len(killed - {worker}))
-    with contextlib.suppress(BrokenPipeError):  # the launcher is gone
+    with contextlib.suppress(BrokenPipeError):  # the launcher has ended
         # The newline ends a line that the worker was killed in the middle of.
         os.write(events_fd, b"\n" + encode_event(exited))
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel send SIGKILL to this process when `parent`, its parent, ends; at once, if that happened already.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _prctl(option: int, argument: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, argument, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"prctl({option}, {argument}) failed: {os.strerror(code)}")
+
+
 def _take_signals() -> list[int]:
-    """SIGTERM is noted in the returned list. Ctrl-C is the launcher's business; children must be left to reap."""
+    """Note SIGTERM in the returned list, ignore Ctrl-C, which is the launcher's, and leave children to be reaped."""
     noted: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -73,18 +96,18 @@ def _take_signals() -> list[int]:
 
 def _leave_supervision(supervisor: int, life_fd: int) -> None:
     """In the child: a session of its own, default signals, none of the supervisor's descriptors, no life after it."""
-    tree.die_with(supervisor)
+    die_with(supervisor)
     os.setsid()
     os.close(life_fd)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # becomes the default action on exec
 
 
-def _wait(worker: int, asked_to_end: list[int], life_fd: int) -> int | None:
-    """The worker's wait status; None if it is to be ended.
+def _wait(worker: int, terminated: list[int], life_fd: int) -> int | None:
+    """Return the worker's wait status; None if it is to be ended.
 
     Polls a descriptor of the worker itself. Python's wakeup descriptor would do without the poll's timeout, but
-    libraries in a warm parent may take it away at a fork (seen with Python 3.12).
+    libraries in a forkserver may take it away at a fork (seen with Python 3.12).
     """
     worker_fd = os.pidfd_open(worker)
     poll = select.poll()
@@ -93,10 +116,10 @@ def _wait(worker: int, asked_to_end: list[int], life_fd: int) -> int | None:
     try:
         while True:
             ready = {fd for fd, _ in poll.poll(_SIGTERM_POLL_MS)}
-            status = tree.reap().get(worker)
+            status = _reap().get(worker)
             if status is not None:
                 return status
-            if asked_to_end:
+            if terminated:
                 return None
             if life_fd in ready:
                 if os.read(life_fd, 1) == TIMED_OUT:
@@ -105,6 +128,43 @@ def _wait(worker: int, asked_to_end: list[int], life_fd: int) -> int | None:
                 return None
     finally:
         os.close(worker_fd)
+
+
+def _reap() -> dict[int, int]:
+    """Return the wait statuses, by process id, of all children that have ended, without waiting for others."""
+    statuses: dict[int, int] = {}
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            statuses[ended[0]] = ended[1]
+    return statuses
+
+
+def _end_descendants() -> tuple[set[int], dict[int, int]]:
+    """Kill everything below this process until nothing is left, and reap it; return killed ids and wait statuses.
+
+    Gives up after 30 s: a process stuck in a driver dies when the driver lets go.
+    """
+    killed: set[int] = set()
+    statuses: dict[int, int] = {}
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        alive = [child for child in psutil.Process().children(recursive=True) if _runs(child)]
+        if not alive:
+            break
+        for child in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+                killed.add(child.pid)
+        time.sleep(_PAUSE_S)
+        statuses |= _reap()
+    return killed, statuses | _reap()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _exec(

@@ -26,7 +26,6 @@ from hpc_core.plugin.review import Review
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.files import write_whole
 from hpc_core.record.job import (
-    FAKE_CUDA,
     Event,
     Job,
     MeasureCeilings,
@@ -138,7 +137,7 @@ class Runner:
         if self._predicting is None:
             # Never inline: the empty CUDA device must be there before torch is imported.
             way = "warm" if self._settings.way == "inline" else self._settings.way
-            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), environment={FAKE_CUDA: "1"})
+            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), predicting=True)
         return self._predicting
 
     def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:

@@ -12,12 +12,6 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.record.record import Record
 
-FAKE_CUDA = "HPC_CORE_FAKE_CUDA"
-"""Environment variable of a warm parent whose workers predict: "1" loads the empty CUDA device before torch."""
-
-PRELOAD_MORE = "HPC_CORE_PRELOAD_MORE"
-"""Environment variable of a warm parent: packages, by commas, that it imports too. Refused where CUDA can be had: see `zygote`."""
-
 Way = Literal["warm", "exec", "inline"]
 """How a worker is started: forked from a preloaded parent, as a fresh interpreter, or in this very process."""
 
@@ -134,26 +128,6 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", tag_field="event"):
 
 
 Event = Phase | Finished | Exited
-
-
-class Preloaded(msgspec.Struct, frozen=True, kw_only=True):
-    """The warm parent is ready to fork workers; said once, by itself, about itself."""
-
-    pid: int
-    seconds: float
-    """What importing torch and transformers took."""
-    modules: tuple[str, ...]
-    """Every module it has imported."""
-    cuda_initialized: bool
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Asks the warm parent for one worker; the descriptors of job, events, life and output travel with it."""
-
-    folder: str
-    """Working directory."""
-    environment: dict[str, str | None] = {}
-    """What changed in the launcher's environment since the parent started; None unsets."""
 
 
 def encode_event(event: Event) -> bytes:

@@ -10,14 +10,15 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import Job, Phase
+from hpc_core.record.job import Event, Job, Phase
+from tests.launch.conftest import Listening
 
 pytestmark = pytest.mark.slow
 
@@ -29,22 +30,14 @@ _LAUNCH = """
 import sys, msgspec
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
-with Launcher("exec") as launcher:
-    launcher.run(msgspec.json.decode(sys.argv[1], type=Job))
+with Launcher(sys.argv[1]) as launcher:
+    launcher.run(msgspec.json.decode(sys.argv[2], type=Job))
 """
 
 
 def processes(marker: str) -> list[int]:
     """Process ids that have the marker as an argument of its own: what the worker started, and nothing else."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if marker.encode() in arguments:
-            found.append(int(entry.name))
-    return found
+    return [each.pid for each in psutil.process_iter(["cmdline"]) if marker in (each.info["cmdline"] or ())]
 
 
 def wait_for(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
@@ -69,86 +62,76 @@ def job(marker: str, *, hang: bool, timeout_s: float = 60.0) -> Job:
     return Job(case=Case(id="own/family", scale="tiny", workload=workload, timeout_s=timeout_s), device="cpu")
 
 
-def test_nothing_survives_a_timeout(marker: str) -> None:
+def test_nothing_survives_a_timeout(marker: str, warm: Launcher) -> None:
     """When the run returns, the worker's descendants are gone."""
     with ThreadPoolExecutor() as pool:
         were_there = pool.submit(wait_for, lambda: len(processes(marker)) == _CHILDREN)
-        record = Launcher("exec").run(job(marker, hang=True, timeout_s=3))
+        record = warm.run(job(marker, hang=True, timeout_s=3))
     assert record.failure is not None
     assert (record.failure.kind, were_there.result(), processes(marker)) == ("timeout", True, [])
 
 
-def test_nothing_survives_a_good_run(marker: str) -> None:
+def test_nothing_survives_a_good_run(marker: str, warm: Launcher) -> None:
     """Children that a case leaves behind are ended, and the record says how many."""
-    record = Launcher("exec").run(job(marker, hang=False))
+    record = warm.run(job(marker, hang=False))
     assert (record.status, processes(marker)) == ("ok", [])
     assert any(f"{_CHILDREN} processes" in note for note in record.circumstances.notes)
 
 
-def test_a_listener_that_raises_ends_the_worker(marker: str) -> None:
+def test_a_listener_that_raises_ends_the_worker(marker: str, warm: Launcher, listening: Listening) -> None:
     """An error of the launcher's own leaves no process either."""
 
-    def refuse(_: Case, event: object) -> None:
+    def refuse(_: Case, event: Event) -> None:
         if isinstance(event, Phase) and len(processes(marker)) == _CHILDREN:
             raise RuntimeError("enough")
 
+    listening.listener = refuse
     with pytest.raises(RuntimeError, match="enough"):
-        Launcher("exec", on_event=refuse).run(job(marker, hang=True, timeout_s=20))
+        warm.run(job(marker, hang=True, timeout_s=20))
     assert processes(marker) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
-def test_nothing_survives_a_launcher_that_is_ended(marker: str, number: signal.Signals) -> None:
-    """Ctrl-C, SIGTERM and SIGKILL of the launcher leave no process."""
-    command = [sys.executable, "-c", _LAUNCH, msgspec.json.encode(job(marker, hang=True)).decode()]
+def test_nothing_survives_ctrl_c(marker: str) -> None:
+    """A launcher that is interrupted waits until its worker has ended."""
+    with launching("exec", marker) as launcher:
+        launcher.send_signal(signal.SIGINT)
+        _, printed = launcher.communicate(timeout=_GONE_S)
+        assert ("KeyboardInterrupt" in printed, processes(marker)) == (True, [])
+
+
+def test_nothing_survives_a_launcher_that_is_killed(marker: str) -> None:
+    """The forkserver and its workers end with a launcher that gets SIGKILL, which it cannot handle."""
+    with launching("warm", marker) as launcher:
+        (forkserver,) = psutil.Process(launcher.pid).children()
+        assert "hpc_core.launch.forkserver" in forkserver.cmdline()
+        launcher.kill()
+    assert wait_for(lambda: not processes(marker) and not forkserver.is_running(), _GONE_S)
+
+
+def launching(way: str, marker: str) -> subprocess.Popen[str]:
+    """A launcher in a process of its own, once its worker hangs and has started its children."""
+    command = [sys.executable, "-c", _LAUNCH, way, msgspec.json.encode(job(marker, hang=True)).decode()]
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert wait_for(lambda: len(processes(marker)) == _CHILDREN)
-    launcher.send_signal(number)
-    _, said = launcher.communicate(timeout=_GONE_S)
-    if number == signal.SIGINT:
-        assert "KeyboardInterrupt" in said
-        assert processes(marker) == []  # the launcher waited for it
-    else:
-        assert launcher.returncode == -number
-    assert wait_for(lambda: not processes(marker), _GONE_S)
-
-
-def test_nothing_survives_a_warm_launcher_that_is_killed(marker: str) -> None:
-    """The warm parent and its workers end with a launcher that gets SIGKILL."""
-    script = _LAUNCH.replace('"exec"', '"warm"')
-    command = [sys.executable, "-c", script, msgspec.json.encode(job(marker, hang=True)).decode()]
-    launcher = subprocess.Popen(command)
     assert wait_for(lambda: len(processes(marker)) == _CHILDREN, 60)
-    parent = next(pid for pid in _children(launcher.pid) if b"hpc_core.launch.forkserver" in _command(pid))
-    launcher.kill()
-    launcher.wait()
-    assert wait_for(lambda: not processes(marker) and b"zygote" not in _command(parent), _GONE_S)
+    return launcher
 
 
-def test_a_worker_does_not_survive_its_supervisor() -> None:
-    """If the supervisor itself is killed, the kernel ends the worker, and the record says that neither said a word."""
-    workers: list[int] = []
+def test_a_worker_does_not_survive_its_supervisor(warm: Launcher, listening: Listening) -> None:
+    """If the supervisor itself is killed, the kernel ends the worker, and the record says that neither reported its end."""
+    workers: list[psutil.Process] = []
+    assert warm.preloaded is not None
+    forkserver = psutil.Process(warm.preloaded.pid)
 
-    def kill_supervisor(_: Case, event: object) -> None:
+    def kill_supervisor(_: Case, event: Event) -> None:
         if event == Phase("start"):
-            supervisor = next(pid for pid in _children(os.getpid()) if b"hpc_core.launch.supervisor" in _command(pid))
-            workers.extend(_children(supervisor))
-            os.kill(supervisor, signal.SIGKILL)
+            (supervisor,) = (child for child in forkserver.children() if child.children())
+            workers.extend(supervisor.children())
+            supervisor.kill()
 
     workload = CallableSpec(factory="tests.launch_factories:hangs", steps=1)
     hanging = Job(case=Case(id="own/hangs", scale="tiny", workload=workload, timeout_s=20), device="cpu")
-    record = Launcher("exec", on_event=kill_supervisor).run(hanging)
+    listening.listener = kill_supervisor
+    record = warm.run(hanging)
     assert record.failure is not None
-    assert (record.failure.kind, "without a word" in record.failure.message) == ("crash", True)
-    assert wait_for(lambda: b"hpc_core.worker" not in _command(workers[0]), _GONE_S)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def _command(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
+    assert (record.failure.kind, "without a report" in record.failure.message) == ("crash", True)
+    assert wait_for(lambda: not workers[0].is_running(), _GONE_S)

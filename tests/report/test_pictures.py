@@ -14,13 +14,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import LaunchError, SpecError
-from hpc_core.launch.tree import descendants
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page.scales import linear, log
@@ -160,7 +160,7 @@ def test_a_report_that_is_killed_leaves_no_process_that_draws(tmp_path: Path) ->
     command = [sys.executable, "-m", "hpc_core.cli", "report", str(folder), "--plots", str(tmp_path / "plots")]
     report = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     ends = time.monotonic() + 60
-    while not (drawing := descendants(report.pid)):
+    while not (drawing := [child.pid for child in psutil.Process(report.pid).children(recursive=True)]):
         assert report.poll() is None, report.communicate()[0]
         assert time.monotonic() < ends
         time.sleep(0.005)
