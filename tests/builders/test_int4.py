@@ -35,7 +35,7 @@ from hpc_core.engines.decode.packed_linear import PackedLinear, times
 from hpc_core.engines.decode.program import graph_program
 from hpc_core.engines.generate import generate_program
 from hpc_core.instruments.owners import living_tensors, owned_bytes, weight_tensors
-from hpc_core.launch import by_nvml
+from hpc_core.launch import forkserver
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.main import run_job
@@ -211,14 +211,14 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         build(_case(), _CPU)
 
 
-def test_a_warm_parent_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forkserver_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """torchao asks for it on import, by two ways; both are answered while the parent imports, and are torch's own again after it."""
     pytest.importorskip("torchao", reason="without it nobody asks")
     from torch._dynamo.device_interface import CudaInterface
 
     own = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
-    monkeypatch.setattr(by_nvml, "compute_capability", lambda: (9, 0))
-    with by_nvml.gpus_by_nvml():
+    monkeypatch.setattr(forkserver, "compute_capability", lambda: (9, 0))
+    with forkserver.gpus_by_nvml():
         assert torch.cuda.get_device_capability() == (9, 0)
         assert CudaInterface.Worker.get_device_properties().major == 9
     assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own

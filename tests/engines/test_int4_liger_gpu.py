@@ -108,7 +108,7 @@ def test_int4_answers_are_the_best_of_the_stock_forward(packed: Built, by: str) 
 
 
 def test_int4_cases_are_sound_in_forked_workers() -> None:
-    """torchao asks for the GPU's capability when transformers imports it: the warm parent must not initialize CUDA for that."""
+    """torchao asks for the GPU's capability when transformers imports it: the forkserver must not initialize CUDA for that."""
     pytest.importorskip("torchao")
     with Launcher("warm") as launcher:
         for engine in ({}, {"engine": "graph", "kernels": "inductor"}):

@@ -41,7 +41,7 @@ TINY = trial_cases("tiny")
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    """One warm parent for all."""
+    """One forkserver for all."""
     with Launcher("warm") as warm:
         yield warm
 
@@ -275,7 +275,7 @@ def test_ctrl_c_ends_all_workers() -> None:
     program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     family: set[psutil.Process] = set()
     deadline = time.monotonic() + 60
-    while len(family) < 5 and time.monotonic() < deadline:  # warm parent, two supervisors, two workers
+    while len(family) < 5 and time.monotonic() < deadline:  # forkserver, two supervisors, two workers
         family |= set(psutil.Process(program.pid).children(recursive=True))
         time.sleep(0.05)
     assert len(family) >= 5

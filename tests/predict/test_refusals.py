@@ -60,7 +60,7 @@ def test_an_unknown_gpu_is_refused() -> None:
 
 
 def test_a_process_with_torch_is_refused() -> None:
-    """In a process that has imported torch, such as a warm parent's fork, the way to predict is said."""
+    """In a process that has imported torch, such as a worker of a forkserver, the way to predict is said."""
     with Launcher("warm") as launcher:
         message = _refusal(launcher.run(Job(case=LORA, kind=Predict(gpu=GPU))))
     assert "has not imported torch yet" in message
