@@ -1,4 +1,4 @@
-"""Baselines as they were at a commit, and what changed since: reads them from git, writes nothing, judges nothing."""
+"""Read baselines as they were at a commit, and find what changed since."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.baselines.acceptance import changes_between
+from hpc_core.baselines.accept import changes_between
 from hpc_core.baselines.baseline import (
     Baseline,
     Change,
     Lookup,
     Missing,
 )
-from hpc_core.baselines.history_file import checked_lines
+from hpc_core.baselines.history import Session, checked_lines, sessions_of_lines
 from hpc_core.baselines.lookup import (
     baseline_path,
     find,
     history_path,
     parsed,
 )
-from hpc_core.baselines.sessions import Session, sessions_of_lines
 from hpc_core.record.git import contents, listing, resolved
-
-__all__ = ["BaselineChange", "PastBaselines", "baseline_changes"]
 
 
 class PastBaselines:
-    """All baselines of a commit, read at once."""
+    """All baselines of a commit."""
 
     def __init__(self, root: Path, revision: str) -> None:
-        """Read what lay in the folder `root` at a revision; nothing, if it was not there.
+        """Read the folder `root` at a revision; without the folder there are no baselines.
 
         Raises:
-            RepositoryError: no such revision, or `root` lies in no repository.
+            RepositoryError: there is no such revision, or `root` is not in a repository.
         """
         self._root = root
         self._folder = folder = next(each for each in (root, *root.resolve().parents) if each.is_dir())
@@ -44,7 +41,7 @@ class PastBaselines:
         self._raw = {path.resolve().relative_to(whole): raw for path, raw in zip(paths, raws, strict=True)}
 
     def find(self, key: str, case_id: str) -> Lookup:
-        """As `lookup.find`, at the commit.
+        """Return what `lookup.find` would have returned at the commit.
 
         Raises:
             BaselineError: as `baseline_path`.
@@ -58,7 +55,7 @@ class PastBaselines:
         return parsed(label, raw)
 
     def sessions(self, key: str, case_id: str, *, digest: str | None = None) -> tuple[Session, ...]:
-        """As `sessions.sessions`, at the commit.
+        """Return what `history.sessions` would have returned at the commit.
 
         Raises:
             BaselineError: the history was damaged then; or as `baseline_path`.
@@ -68,13 +65,13 @@ class PastBaselines:
         return sessions_of_lines(checked_lines(raw.splitlines(), f"{self.commit[:10]}:{path}"), digest)
 
     def known(self) -> tuple[tuple[str, str], ...]:
-        """Machine and case id of every file that could be a baseline."""
+        """Return machine and case id of every file that could be a baseline."""
         paths = sorted(path for path in self._raw if len(path.parts) == 3)
         return tuple((path.parts[0], f"{path.parts[1]}/{path.stem}") for path in paths)
 
 
 class BaselineChange(msgspec.Struct, frozen=True, kw_only=True):
-    """A baseline that is not what it was."""
+    """A baseline that differs between two points in time."""
 
     machine: str
     case: str
@@ -83,24 +80,24 @@ class BaselineChange(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def path(self) -> str:
-        """Where it lies, below the folder of baselines."""
+        """Its path below the folder of baselines."""
         return f"{self.machine}/{self.case}.json"
 
     @property
     def metrics(self) -> tuple[Change, ...]:
-        """Old and new values of those that differ; every metric where the file came or went."""
+        """Old and new values of the metrics that differ; all metrics where the file was added or removed."""
         old, new = (lookup.metrics if isinstance(lookup, Baseline) else {} for lookup in (self.old, self.new))
         return changes_between(old, new)
 
     @property
     def reason(self) -> str | None:
-        """Why the new one was accepted; None if it is no sound baseline."""
+        """Why the new one was accepted; None if it is not a sound baseline."""
         return self.new.accepted.reason if isinstance(self.new, Baseline) else None
 
 
 def baseline_changes(root: Path, old: PastBaselines, new: PastBaselines | None = None) -> tuple[BaselineChange, ...]:
-    """Every baseline that differs between two commits, or between a commit and the files of today."""
-    now = new.known() if new is not None else _known_today(root)
+    """Return every baseline that differs between two commits, or between a commit and the files on disk."""
+    now = new.known() if new is not None else _known_on_disk(root)
     found = []
     for machine, case_id in sorted({*old.known(), *now}):
         before = old.find(machine, case_id)
@@ -110,7 +107,7 @@ def baseline_changes(root: Path, old: PastBaselines, new: PastBaselines | None =
     return tuple(found)
 
 
-def _known_today(root: Path) -> tuple[tuple[str, str], ...]:
+def _known_on_disk(root: Path) -> tuple[tuple[str, str], ...]:
     paths = [path.relative_to(root) for path in root.glob("*/*/*.json")]
     return tuple((path.parts[0], f"{path.parts[1]}/{path.stem}") for path in paths if not path.name.startswith("."))
 

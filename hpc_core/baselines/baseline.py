@@ -1,4 +1,4 @@
-"""What a baseline is, and what can stand in its place. Pure values: no file is touched here, and nothing is judged."""
+"""What a baseline is, and what may be found in its place."""
 
 from __future__ import annotations
 
@@ -9,27 +9,13 @@ import msgspec
 from hpc_core.case.case import SCHEMA, Case
 from hpc_core.record.record import Machine, Metric, Record
 
-__all__ = [
-    "Acceptance",
-    "Accepted",
-    "Baseline",
-    "Change",
-    "Damaged",
-    "Lookup",
-    "Missing",
-    "OlderSchema",
-    "gated_metrics",
-    "is_gated",
-    "proves_nothing",
-]
-
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of what is stored or found: immutable, every field written out."""
+    """Base of what is stored or found: immutable, with every field written out."""
 
 
 class Accepted(Stored, frozen=True, kw_only=True):
-    """Who may be asked why these numbers are right: the reason given, and the code they were seen with."""
+    """Why these numbers were accepted, when, and for which code."""
 
     reason: str
     at: str
@@ -62,7 +48,7 @@ class Missing(Stored, frozen=True, kw_only=True):
 
 
 class Damaged(Stored, frozen=True, kw_only=True):
-    """There is a file, but not one that `accept` wrote."""
+    """There is a file, but `accept` did not write it."""
 
     path: str
     reason: str
@@ -80,7 +66,7 @@ Lookup = Baseline | Missing | Damaged | OlderSchema
 
 
 class Change(Stored, frozen=True, kw_only=True):
-    """One metric before and after an acceptance, in `unit`; None where it was or is absent."""
+    """One metric before and after an acceptance, in `unit`; None where it is absent."""
 
     metric: str
     old: float | int | None
@@ -97,17 +83,17 @@ class Acceptance(Stored, frozen=True, kw_only=True):
 
 
 def gated_metrics(record: Record) -> dict[str, Metric]:
-    """The metrics of a record that a baseline holds and the gate judges, by name."""
+    """Return the metrics of a record that a baseline holds and the gate judges, by name."""
     return {name: metric for name, metric in sorted(record.metrics.items()) if is_gated(metric)}
 
 
 def is_gated(metric: Metric) -> bool:
-    """Whether it is judged at all: what a clock on the host sees never is."""
+    """Return whether a metric is judged at all. Wall time never is."""
     return metric.gated and metric.noise != "wall"
 
 
 def proves_nothing(name: str, metric: Metric) -> str | None:
-    """Why this value cannot be a measurement, or None: nothing is negative, and no time or memory peak is zero.
+    """Return why this value cannot be a measurement, or None: nothing is negative, and no time or memory peak is zero.
 
     A zero count (no copies) or a zero category (no KV cache) is a legitimate value.
     """

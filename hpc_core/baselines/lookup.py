@@ -1,7 +1,6 @@
 """Find a baseline on disk: `<root>/<machine>/<shape>/<variant>.json`.
 
-Reading fails closed: a file that is not, byte for byte, what `render` writes is `Damaged`, whatever it holds, and no
-content raises. Knows the format and the places; writes nothing and judges nothing.
+Reading fails closed: a file that differs by a byte from what `render` writes is `Damaged`. No content of a file raises.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from hpc_core.baselines.baseline import (
 from hpc_core.case.case import SCHEMA, case_to_json
 from hpc_core.case.errors import BaselineError
 
-__all__ = ["baseline_path", "find", "history_path", "parsed", "render"]
-
 _LARGEST_BYTES = 4 * 2**20
 _NAME = r"[a-z0-9][a-z0-9.+_-]*"
 _KEY = re.compile(_NAME)
@@ -34,10 +31,10 @@ _CASE_ID = re.compile(f"{_NAME}/{_NAME}")
 
 
 def baseline_path(root: Path, key: str, case_id: str) -> Path:
-    """Where the baseline of a case lies for the machine `key`.
+    """Return the path of the baseline of a case for the machine `key`.
 
     Raises:
-        BaselineError: a key or an id that is no plain name, and could lead out of `root`.
+        BaselineError: a key or an id that is not a plain name, and could lead out of `root`.
     """
     if not _KEY.fullmatch(key):
         raise BaselineError(f"A machine's key is a plain lower-case name such as 'cpu', got {key!r}.")
@@ -48,7 +45,7 @@ def baseline_path(root: Path, key: str, case_id: str) -> Path:
 
 
 def history_path(root: Path, key: str, case_id: str) -> Path:
-    """Where the accepted records lie, one a line, oldest first.
+    """Return the path of the history of accepted records.
 
     Raises:
         BaselineError: as `baseline_path`.
@@ -57,7 +54,7 @@ def history_path(root: Path, key: str, case_id: str) -> Path:
 
 
 def find(root: Path, key: str, case_id: str) -> Lookup:
-    """The baseline of a case for the machine `key`, or what stands in its place. No content of a file raises.
+    """Return the baseline of a case for the machine `key`, or what was found in its place. No content of a file raises.
 
     Raises:
         BaselineError: as `baseline_path`.
@@ -73,7 +70,7 @@ def find(root: Path, key: str, case_id: str) -> Lookup:
 
 
 def parsed(path: str, raw: bytes) -> Baseline | Damaged | OlderSchema:
-    """What the bytes of a file are; `path` is only what it is called. No content raises."""
+    """Return what the bytes of a file are; `path` only names it. No content raises."""
     try:
         return _parse(path, raw)
     except _DamageError as damage:
@@ -81,11 +78,11 @@ def parsed(path: str, raw: bytes) -> Baseline | Damaged | OlderSchema:
 
 
 class _DamageError(Exception):
-    """Never leaves this module: the reason of a `Damaged`."""
+    """Carries the reason of a `Damaged`; never leaves this module."""
 
 
 def _read(path: Path) -> bytes:
-    # A pipe in the file's place would block, a device never end.
+    # A pipe would block, and a device would never end.
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
         raise OSError("not a regular file")
@@ -112,16 +109,16 @@ def _parse(path: str, raw: bytes) -> Baseline | OlderSchema:
         baseline = msgspec.convert(content, Baseline)
         contradiction = _contradiction(baseline)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _DamageError(f"it is no baseline: {error}") from error
+        raise _DamageError(f"it is not a baseline: {error}") from error
     if contradiction is not None:
         raise _DamageError(contradiction)
     return baseline
 
 
 def _intact_content(raw: bytes) -> dict[str, Any]:
-    """What the file says, without its checksum, if these are exactly the bytes that `render` writes for it."""
+    """Return the content of the file without its checksum, if these are exactly the bytes that `render` writes for it."""
     if len(raw) > _LARGEST_BYTES:
-        raise _DamageError(f"it is larger than {_LARGEST_BYTES:,} bytes; a baseline takes some thousand")
+        raise _DamageError(f"it is larger than {_LARGEST_BYTES:,} bytes; a baseline takes a few thousand")
     try:
         content = msgspec.json.decode(raw)
         if not isinstance(content, dict):
@@ -129,21 +126,21 @@ def _intact_content(raw: bytes) -> dict[str, Any]:
         stated = content.pop("checksum", None)
         rendered = _rendered(content)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise _DamageError(f"it is no JSON that hpc-core writes ({len(raw):,} bytes): {error}") from error
+        raise _DamageError(f"it is not JSON that hpc-core writes ({len(raw):,} bytes): {error}") from error
     if stated != _checksum(content):
         raise _DamageError(
             f"its checksum is {stated!r}, its content has {_checksum(content)!r} (edited by hand, or a merge)"
         )
     if rendered != raw:
         raise _DamageError(
-            "its content is intact but its bytes are not those hpc-core writes (spacing, order or line ends)"
+            "its content is intact but its bytes are not those that hpc-core writes (spacing, order or line ends)"
         )
     return content
 
 
 def _contradiction(baseline: Baseline) -> str | None:
     if baseline.spec.id != baseline.case:
-        return f"it is of {baseline.case} by name and of {baseline.spec.id} by content"
+        return f"its name says {baseline.case}, its content {baseline.spec.id}"
     if baseline.spec.digest != baseline.digest:
         return f"it states digest {baseline.digest}, its case has {baseline.spec.digest}"
     if not baseline.metrics:
@@ -157,12 +154,12 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _rendered(content: dict[str, Any]) -> bytes:
-    """Sorted keys, two spaces a level, the checksum among them, a newline at the end."""
+    """Return JSON with sorted keys, the checksum among them, two spaces per level, and a newline at the end."""
     text = msgspec.json.encode(content | {"checksum": _checksum(content)}, order="sorted")
     return msgspec.json.format(text, indent=2) + b"\n"
 
 
 def render(baseline: Baseline) -> bytes:
-    """The one text of a baseline: sorted keys, two spaces a level, a checksum over the rest, a newline at the end."""
+    """Return the text of a baseline: the only one that is read as sound."""
     spec = msgspec.json.decode(case_to_json(baseline.spec))
     return _rendered(msgspec.to_builtins(baseline) | {"spec": spec})

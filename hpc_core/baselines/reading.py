@@ -1,7 +1,7 @@
-"""Records wherever they lie: files, folders, a run's `--benchmark-json`, folders of baselines. For reports, not for verdicts.
+"""Read records from files, folders, a run's `--benchmark-json` and folders of baselines. For reports, not for verdicts.
 
-What is read here may come from strangers (a pull request's artifact), so nothing of it is believed: sizes, names and keys are checked,
-control characters are taken out, and a file that is no record is refused by name. Judges nothing.
+What is read here may come from strangers (a pull request's artifact), so nothing is trusted: sizes, names and keys are checked,
+control characters are removed, and a file that is not a record is refused by name.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ from typing import Any
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, OlderSchema
-from hpc_core.baselines.history_file import schema_of
+from hpc_core.baselines.history import schema_of
 from hpc_core.baselines.lookup import baseline_path, parsed
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.record import Circumstances, Record, record_from_json
 
-__all__ = ["Reading", "may_hold_longer", "plain", "read_records"]
-
 LARGEST_BYTES = 64 * 2**20
-"""Of one file. A record takes 4 to 30 KB, a run's `--benchmark-json` some megabytes."""
+"""Of one file. A record takes 4 to 30 KB, a run's `--benchmark-json` a few megabytes."""
 LONGEST_NAME = 160
-"""Characters of a case's id or a machine's key: file names on every system that we run on."""
+"""Characters of a case's id or a machine's key, which become file names."""
 LONGEST_TEXT = 4000
-"""Characters that are kept of any text of a record but its case."""
+"""Characters that are kept of any text of a record, except in its case."""
 _SUFFIXES = (".json", ".jsonl")
 _HISTORY = ".history.jsonl"
 _BASELINE = b'"accepted"'
 _RUN = b'"benchmarks"'
-# What a terminal obeys or an eye is deceived by: C0 but tab and newline, DEL, C1, marks of direction, lone surrogates.
+# What controls a terminal or deceives the eye: C0 except tab and newline, DEL, C1, marks of direction, lone surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
 _SUSPECT = re.compile(
     rb"\\u00[01789]|\\u20[026]|\\u[dD][89a-fA-F]|\\u[fF][eE][fF]{2}|\\[bfr]|\x7f|\xc2[\x80-\x9f]|\xe2\x80[\x8e-\xae]|\xe2\x81[\xa6-\xa9]|\xef\xbb\xbf"
@@ -48,7 +46,7 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Bench(msgspec.Struct):
-    """A benchmark of pytest-benchmark's file: of ours, what the plugin put beside the statistics."""
+    """A benchmark in pytest-benchmark's file, with the extra information that the plugin adds."""
 
     extra_info: dict[str, msgspec.Raw] = {}
 
@@ -62,12 +60,12 @@ class _Extra(msgspec.Struct):
 
 
 def read_records(paths: Iterable[Path]) -> Reading:
-    """The records of these files and folders, each once, in the order in which they were found.
+    """Return the records of these files and folders, each once, in the order in which they were found.
 
-    A file that is named must hold records. What a folder holds besides them is counted and named in the notes.
+    A named file must hold records. Other files in a folder are named in the notes.
 
     Raises:
-        SpecError: no such path; a named file that is no record; nothing found at all.
+        SpecError: no such path; a named file that is not a record; no record at all.
     """
     chosen = list(paths)
     found: dict[bytes, Record] = {}
@@ -95,10 +93,10 @@ def _nothing(paths: list[Path], notes: list[str]) -> str:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The file, or those below the folder; a baseline stands for the history beside it.
+    """Return the file, or those below the folder; a baseline stands for its history.
 
     Raises:
-        SpecError: neither.
+        SpecError: there is no such file or folder.
     """
     if path.is_dir():
         yield from sorted(
@@ -116,15 +114,15 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def _has_baseline(path: Path) -> bool:
-    """Whether it is a history that is read with the baseline beside it."""
+    """Return whether it is a history that is read with its baseline."""
     return path.name.endswith(_HISTORY) and path.with_name(path.name.replace(_HISTORY, ".json")).exists()
 
 
 def _read(path: Path) -> list[Record]:
-    """The records of one file.
+    """Return the records of one file.
 
     Raises:
-        SpecError: it holds none, or one that is not to be shown; the message names the file and holds nothing of its content.
+        SpecError: it holds none, or one that is unsafe to show; the message names the file and repeats nothing unsafe of it.
     """
     raw = _content(path)
     try:
@@ -141,7 +139,7 @@ def _read(path: Path) -> list[Record]:
 
 def _content(path: Path) -> bytes:
     try:
-        # A pipe would block, a device never end.
+        # A pipe would block, and a device would never end.
         if not stat.S_ISREG(path.stat().st_mode):
             raise SpecError(f"{path}: not a regular file.")
         with path.open("rb") as file:
@@ -149,12 +147,12 @@ def _content(path: Path) -> bytes:
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror or error}.") from error
     if len(raw) > LARGEST_BYTES:
-        raise SpecError(f"{path}: larger than {LARGEST_BYTES // 2**20} MiB, which is the most that a report reads.")
+        raise SpecError(f"{path}: larger than {LARGEST_BYTES // 2**20} MiB, the most that a report reads.")
     return raw
 
 
 def _of_baseline(path: Path, lookup: Baseline | OlderSchema) -> list[Record]:
-    """The accepted records beside it; without any, the gated values as a record of its own."""
+    """Return the accepted records of a baseline; without any, its gated values as a record of their own."""
     if isinstance(lookup, OlderSchema):
         raise SpecError(f"a baseline of schema {lookup.found}, this hpc-core reads {lookup.known}.")
     history = path.with_suffix(_HISTORY)
@@ -176,10 +174,10 @@ def _of_baseline(path: Path, lookup: Baseline | OlderSchema) -> list[Record]:
 
 
 def _of_lines(raw: bytes) -> list[Record]:
-    """The records of a history. Lines of another schema were proof when they were written, and are left out.
+    """Return the records of a history. Lines of another schema are left out.
 
     Raises:
-        SpecError: a line is neither.
+        SpecError: a line is not a record of any schema.
     """
     found = []
     for line in filter(None, raw.splitlines()):
@@ -189,10 +187,10 @@ def _of_lines(raw: bytes) -> list[Record]:
 
 
 def _of_run(raw: bytes) -> list[bytes] | None:
-    """The records in pytest-benchmark's file; None where it is none of its files.
+    """Return the records in pytest-benchmark's file; None where it is another file.
 
     Raises:
-        SpecError: it is one, without a record of ours.
+        SpecError: it is one, without a record of hpc-core.
     """
     try:
         benchmarks = msgspec.json.decode(raw, type=_Run).benchmarks
@@ -212,10 +210,10 @@ def _of_run(raw: bytes) -> list[bytes] | None:
 
 
 def _checked(raw: bytes) -> Record:
-    """A record that is safe to show.
+    """Return a record that is safe to show.
 
     Raises:
-        SpecError: no record, or names that no record of ours has.
+        SpecError: it is not a record, or has names that no record of hpc-core has.
     """
     record = record_from_json(raw)
     machine = record.circumstances.machine
@@ -226,7 +224,7 @@ def _checked(raw: bytes) -> Record:
         baseline_path(Path(), machine.key, record.case.id)
     except BaselineError as error:
         raise SpecError(plain(str(error), 200)) from error
-    # Every text of a usual record is short and plain, so that looking at each of them would be work for nothing.
+    # The texts of nearly all records are short and plain: two searches in the bytes save a visit to each of them.
     if not _SUSPECT.search(raw) and not may_hold_longer(raw, LONGEST_TEXT):
         return record
     content = msgspec.to_builtins(record)
@@ -235,9 +233,10 @@ def _checked(raw: bytes) -> Record:
 
 
 def may_hold_longer(raw: bytes, most: int) -> bool:
-    """Whether a text of this JSON could have more than so many characters. True may be wrong, False never is.
+    """Return whether a text of this JSON could have more than so many characters. True may be wrong, False never is.
 
-    Escaped quotes end no text, so they go first; a quote after an escaped backslash does, and then two pieces count as one.
+    Escaped quotes do not end a text, so they are removed first. A quote after an escaped backslash does end one; then two texts
+    count as one.
     """
     return max(map(len, raw.replace(b'\\"', b"  ").split(b'"'))) > most
 
@@ -253,6 +252,6 @@ def _clean(value: Any) -> Any:
 
 
 def plain(text: str, most: int) -> str:
-    """The text without what a terminal would obey, and no longer than that."""
+    """Return the text without control characters, and cut to so many characters."""
     cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
     return _UNSEEN.sub("\ufffd", cut)

@@ -7,20 +7,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Lookup,
-    Missing,
-    OlderSchema,
-    PastBaselines,
-    accept,
-    baseline_changes,
-    find,
-    profile_to_keep,
-)
-from hpc_core.baselines.acceptance import changes_between, refuse
-from hpc_core.baselines.lookup import parsed
+from hpc_core.baselines.accept import accept, changes_between, refuse
+from hpc_core.baselines.at_commit import PastBaselines, baseline_changes
+from hpc_core.baselines.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema
+from hpc_core.baselines.lookup import find, parsed
+from hpc_core.baselines.profiles import profile_to_keep
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.baselines_json import baseline_told

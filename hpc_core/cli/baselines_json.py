@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Lookup,
-    OlderSchema,
-)
+from hpc_core.baselines.baseline import Baseline, Damaged, Lookup, OlderSchema
 
 __all__ = ["baseline_told"]
 

@@ -10,7 +10,8 @@ import msgspec
 import typer
 
 import hpc_core
-from hpc_core.baselines import Baseline, find
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import ModelSpec, case_to_json
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.aa import aa

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hpc_core.baselines import find
+from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json
 from hpc_core.cli.running import read_record

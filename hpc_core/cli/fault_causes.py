@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.baselines import unstored
+from hpc_core.baselines.accept import unstored
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, before_of, explain

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.baselines import Baseline, find
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue.predicted import PREDICTED

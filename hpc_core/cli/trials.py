@@ -16,13 +16,9 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Lookup,
-    find,
-    unstored,
-)
+from hpc_core.baselines.accept import unstored
+from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY, TRIAL, WHOLE

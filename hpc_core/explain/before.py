@@ -6,12 +6,9 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.baselines import (
-    Baseline,
-    Lookup,
-    last_accepted,
-    stored_profile,
-)
+from hpc_core.baselines.baseline import Baseline, Lookup
+from hpc_core.baselines.history import last_accepted
+from hpc_core.baselines.profiles import stored_profile
 from hpc_core.case.case import Case
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record

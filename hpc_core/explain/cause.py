@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.baselines import find
+from hpc_core.baselines.lookup import find
 from hpc_core.explain.around import around, broken_facts
 from hpc_core.explain.before import Before, stored_before
 from hpc_core.explain.device import device_finding

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Lookup,
-    PastBaselines,
-    Session,
-    baseline_changes,
-    find,
-    sessions,
-)
+from hpc_core.baselines.at_commit import PastBaselines, baseline_changes
+from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
+from hpc_core.baselines.history import Session, sessions
+from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import BaselineError, RepositoryError
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.judge import judge

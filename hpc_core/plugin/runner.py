@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.baselines import accept, last_accepted
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.history import last_accepted
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import stored_cause

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_core.baselines import (
-    Baseline,
-    BaselineChange,
-    Change,
-    Damaged,
-    Lookup,
-    Missing,
-)
+from hpc_core.baselines.at_commit import BaselineChange
+from hpc_core.baselines.baseline import Baseline, Change, Damaged, Lookup, Missing
 from hpc_core.record import units as sizes
 
 __all__ = ["change_line", "changed_metric"]

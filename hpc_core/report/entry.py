@@ -10,12 +10,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    find,
-    sessions,
-)
+from hpc_core.baselines.baseline import Baseline, Damaged
+from hpc_core.baselines.history import sessions
+from hpc_core.baselines.lookup import find
 from hpc_core.baselines.over_time import moment
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain import Cause, explain, stored_before

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hpc_core.audit import module_facts
-from hpc_core.baselines import find
+from hpc_core.baselines.lookup import find
 from hpc_core.builders import build
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.catalogue import catalogue

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hpc_core.baselines import accept, baseline_path, find
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.lookup import baseline_path, find
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from tests.strategies import H100, a_record

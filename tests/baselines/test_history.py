@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.baselines import HISTORY_LENGTH, accept
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.history import HISTORY_LENGTH
 from hpc_core.baselines.over_time import over_time
 from hpc_core.cli import main
 from hpc_core.record.record import Record, record_to_json
@@ -90,8 +91,8 @@ def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> N
     assert [point.commit for point in found.points[-2:]] == ["0000000012", "0000000025"]
     assert len(found.points) == 13
     assert found.notes == (
-        "1 files of the folders are no records of this schema",
-        "1 records are invalid or of runs that failed, and left out",
+        "1 files in the folders are not records of this schema",
+        "1 records are invalid or of runs that failed, and are left out",
     )
 
 
@@ -101,7 +102,7 @@ def test_a_changed_case_begins_anew(project: GitProject) -> None:
     accept(root, msgspec.structs.replace(of_day(20), case=a_case(seed=3)), reason="another seed")
     found = over_time(root, H100.key, CASE)
     assert [point.commit for point in found.points] == ["0000000020"]
-    assert found.notes == ("12 older points are of another case by its digest, and left out",)
+    assert found.notes == ("12 older points have another digest of the case, and are left out",)
 
 
 def test_the_table_tells_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:

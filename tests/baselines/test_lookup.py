@@ -10,15 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Missing,
-    OlderSchema,
-    accept,
-    baseline_path,
-    find,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline, Damaged, Missing, OlderSchema
+from hpc_core.baselines.lookup import baseline_path, find
 from hpc_core.case.errors import BaselineError
 from tests.strategies import CPU, H100, a_record, around, wall
 
@@ -64,20 +58,20 @@ def test_ids_that_lead_out_are_refused(tmp_path: Path, case_id: str) -> None:
 
 
 JUNK: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "no JSON"),
-    "no JSON": (b"{", "no JSON"),
-    "not UTF-8": (b'"\xff\xfe"', "no JSON"),
+    "empty": (b"", "not JSON"),
+    "no JSON": (b"{", "not JSON"),
+    "not UTF-8": (b'"\xff\xfe"', "not JSON"),
     "a list": (b"[]\n", "a list, not an object"),
     "null": (b"null", "a NoneType, not an object"),
     "no checksum": (b"{}\n", "its checksum is None"),
-    "NaN": (b'{"metrics": NaN}', "no JSON"),
-    "deep nesting": (b"[" * 200_000, "no JSON"),
-    "a deep tree": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "no JSON"),
+    "NaN": (b'{"metrics": NaN}', "not JSON"),
+    "deep nesting": (b"[" * 200_000, "not JSON"),
+    "a deep tree": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "not JSON"),
     "10 MB": (b" " * 10_000_000, "larger than 4,194,304 bytes"),
-    "a lone surrogate": (b'{"a": "\\ud800"}', "no JSON"),
+    "a lone surrogate": (b'{"a": "\\ud800"}', "not JSON"),
     "no schema": (sealed({"a": 1}), "its schema is None"),
     "a true schema": (sealed({"schema": True}), "its schema is True"),
-    "no fields": (sealed({"schema": 1}), "it is no baseline"),
+    "no fields": (sealed({"schema": 1}), "it is not a baseline"),
 }
 
 
@@ -124,13 +118,13 @@ def test_another_schema_is_told_apart(tmp_path: Path, schema: int) -> None:
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"case": "tiny/other"}, "is of tiny/other by name and of tiny/lora by content"),
+        ({"case": "tiny/other"}, "its name says tiny/other, its content tiny/lora"),
         ({"digest": "0" * 12}, "states digest 000000000000"),
         ({"metrics": {}}, "it holds no metric"),
         ({"metrics": {"step_s": msgspec.to_builtins(wall())}}, "it holds step_s, never gated"),
-        ({"metrics": {"busy_s": {"value": None}}}, "it is no baseline"),
+        ({"metrics": {"busy_s": {"value": None}}}, "it is not a baseline"),
         ({"colour": 3}, "unknown field"),
-        ({"accepted": None}, "it is no baseline"),
+        ({"accepted": None}, "it is not a baseline"),
     ],
 )
 def test_sealed_contradictions_are_damaged(tmp_path: Path, change: dict[str, Any], fragment: str) -> None:
@@ -147,6 +141,6 @@ def test_other_line_ends_are_damaged(tmp_path: Path) -> None:
     """The bytes must be those that were written, even if the content is intact."""
     accept(tmp_path, a_record(), reason="r")
     place(tmp_path).write_bytes(place(tmp_path).read_bytes().replace(b"\n", b"\r\n"))
-    assert "bytes are not those hpc-core writes" in look(tmp_path).reason
+    assert "bytes are not those that hpc-core writes" in look(tmp_path).reason
     assert accept(tmp_path, a_record(), reason="anew").action == "updated"
     assert isinstance(look(tmp_path), Baseline)

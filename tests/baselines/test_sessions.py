@@ -8,18 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.baselines import (
-    HISTORY_BYTES,
-    HISTORY_LENGTH,
-    Baseline,
-    Damaged,
-    Missing,
-    PastBaselines,
-    accept,
-    baseline_changes,
-    history_path,
-    sessions,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.at_commit import PastBaselines, baseline_changes
+from hpc_core.baselines.baseline import Baseline, Damaged, Missing
+from hpc_core.baselines.history import HISTORY_BYTES, HISTORY_LENGTH, sessions
+from hpc_core.baselines.lookup import history_path
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Record, record_from_json
 from tests.git_project import GitProject

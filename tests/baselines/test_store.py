@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 
-from hpc_core.baselines import (
-    HISTORY_LENGTH,
-    Baseline,
-    accept,
-    baseline_path,
-    find,
-    history_path,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.history import HISTORY_LENGTH
+from hpc_core.baselines.lookup import baseline_path, find, history_path
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Record, record_from_json
 from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, wall
@@ -133,11 +129,11 @@ def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
     ("record", "reason", "fragment"),
     [
         (a_record(), "  ", "a baseline needs a reason"),
-        (failed_record(), "r", "the record is failed, so it is no baseline: 80.1 GiB"),
+        (failed_record(), "r", "the record is failed, so it cannot be a baseline: 80.1 GiB"),
         (
             a_record(status="invalid", reasons=("too fast",)),
             "r",
-            "the record is invalid, so it is no baseline: too fast",
+            "the record is invalid, so it cannot be a baseline: too fast",
         ),
         (a_record(circumstances=around(fault="no-cache")), "r", "fault 'no-cache' was injected"),
         (a_record({"step_s": wall()}), "r", "none of 1 metrics is gated"),
@@ -145,8 +141,8 @@ def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
         (a_record({"busy_s": busy(0.0)}), "r", "busy_s is 0 s, and zero proves nothing"),
         (a_record({"peak_bytes": peak(0)}), "r", "peak_bytes is 0 bytes, and zero proves nothing"),
         (a_record({"operators": counted(-1)}), "r", "operators is -1 1, below zero"),
-        (a_record(answers=("\ud800",)), "r", "the record or the reason is no valid text"),
-        (a_record(), "\ud800", "the record or the reason is no valid text"),
+        (a_record(answers=("\ud800",)), "r", "the record or the reason is not valid text"),
+        (a_record(), "\ud800", "the record or the reason is not valid text"),
     ],
 )
 def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: str) -> None:

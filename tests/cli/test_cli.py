@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hpc_core.baselines import accept, profile_path
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.profiles import profile_path
 from hpc_core.cli import main
 from hpc_core.record.record import record_from_json, record_to_json
 from tests.git_project import GitProject

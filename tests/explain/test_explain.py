@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.baselines import (
-    Baseline,
-    accept,
-    find,
-    profile_path,
-    profile_to_keep,
-    stored_profile,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
+from hpc_core.baselines.profiles import profile_path, profile_to_keep, stored_profile
 from hpc_core.case.errors import BaselineError
 from hpc_core.cli import main
 from hpc_core.explain import before_of, explain, stored_cause
@@ -253,7 +249,7 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
         keep_profile(tmp_path, there)
     with pytest.raises(BaselineError, match=f"nvidia-h300. Machines here: {here}"):
         keep_profile(tmp_path, there, "nvidia-h300")
-    with pytest.raises(BaselineError, match="peak_bytes of the record are not the baseline's"):
+    with pytest.raises(BaselineError, match="peak_bytes of the record differ from the baseline's"):
         keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here)
 
     keep_profile(tmp_path, there, here)

@@ -13,12 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    find,
-    unstored,
-)
+from hpc_core.baselines.accept import unstored
+from hpc_core.baselines.baseline import Baseline, Damaged
+from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue import catalogue
 from hpc_core.cli import main

@@ -8,12 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.baselines import (
-    Baseline,
-    Missing,
-    accept,
-    find,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline, Missing
+from hpc_core.baselines.lookup import find
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict

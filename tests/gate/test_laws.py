@@ -13,13 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hpc_core.baselines import (
-    Accepted,
-    Baseline,
-    accept,
-    find,
-    gated_metrics,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Accepted, Baseline, gated_metrics
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.limits import Limits, MiB
 from hpc_core.gate.intervals import SPREADS, three_way

@@ -8,14 +8,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.baselines import (
-    Baseline,
-    Damaged,
-    Missing,
-    OlderSchema,
-    accept,
-    find,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline, Damaged, Missing, OlderSchema
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import AdapterSpec
 from hpc_core.case.limits import Limits
 from hpc_core.gate.judge import judge

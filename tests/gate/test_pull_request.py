@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.baselines import Damaged, Lookup, Missing
+from hpc_core.baselines.baseline import Damaged, Lookup, Missing
 from hpc_core.case.limits import GiB, Limits
 from hpc_core.gate.judge import judge
 from hpc_core.gate.pull_request import Side, judge_pull_request

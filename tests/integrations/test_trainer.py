@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from hpc_core.baselines import accept, find
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.gate.judge import judge

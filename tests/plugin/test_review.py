@@ -50,7 +50,7 @@ def lower(pytester: pytest.Pytester, run: Run, peak: int) -> None:
     """Accept a peak that is not what the suite gives; the case, and so its digest, stays the same."""
     import msgspec
 
-    from hpc_core.baselines import accept
+    from hpc_core.baselines.accept import accept
     from hpc_core.record.record import record_from_json
 
     run("--perf-update", "--reason", "first")
@@ -170,6 +170,6 @@ def test_gains_are_kept_by_one_command(pytester: pytest.Pytester, run: Run) -> N
     result = run()
     assert result.ret == 0
     result.stdout.fnmatch_lines([
-        "2 cases are better than accepted. Keep the gain, so that it cannot be lost unseen:",
+        "2 cases are better than accepted. Keep the gain, so that it cannot be lost unnoticed:",
         "*pytest --benchmark --case 'test_own/test_step' --case 'test_own/test_other' --perf-update --reason \"…\"",
     ])  # fmt: skip

@@ -9,7 +9,9 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from hpc_core.baselines import Baseline, accept, find
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
 from hpc_core.record.record import record_from_json
 from tests.told_launcher import SAMPLES
 from tests.told_project import Run, told_project

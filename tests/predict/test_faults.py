@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.baselines import accept
+from hpc_core.baselines.accept import accept
 from hpc_core.cli.fault_causes import explained
 from hpc_core.cli.trials import run_trials, trial_cases
 from hpc_core.faults import FAULTS

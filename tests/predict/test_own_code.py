@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from hpc_core.baselines import find
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.baselines import accept, find, last_accepted
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.history import last_accepted
+from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import (
     Metric,

@@ -14,12 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.baselines import (
-    Baseline,
-    accept,
-    find,
-    stored_profile,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
+from hpc_core.baselines.profiles import stored_profile
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.explain import stored_cause

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.baselines import last_accepted
+from hpc_core.baselines.history import last_accepted
 from hpc_core.case.case import Case
 from hpc_core.catalogue import FULL
 from hpc_core.catalogue.predicted import HELD_OUT, PREDICTED

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from hpc_core.baselines import accepted_records
+from hpc_core.baselines.history import accepted_records
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Record, record_to_json

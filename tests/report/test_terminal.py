@@ -8,13 +8,9 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from hpc_core.baselines import (
-    Baseline,
-    Lookup,
-    Missing,
-    accept,
-    find,
-)
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.baseline import Baseline, Lookup, Missing
+from hpc_core.baselines.lookup import find
 from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.baselines import accept
+from hpc_core.baselines.accept import accept
 from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.supply import HostBatch
 from hpc_core.case.case import CallableSpec, Case

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 import hpc_core
-from hpc_core.baselines import accepted_records
+from hpc_core.baselines.history import accepted_records
 from hpc_core.bounds.datasheet import datasheet
 from hpc_core.case.errors import BaselineError
 from hpc_core.cli.doctor_checks.checks import (

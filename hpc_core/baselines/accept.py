@@ -1,6 +1,6 @@
-"""Make a record the baseline of its case, and keep the record beside it as the proof.
+"""Make a record the baseline of its case, and keep the record in the history next to it.
 
-Knows which records must never become a baseline, and how both files are replaced whole or not at all. Judges nothing.
+Refuses what must never become a baseline. The files are replaced whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,44 +24,42 @@ from hpc_core.baselines.baseline import (
     gated_metrics,
     proves_nothing,
 )
-from hpc_core.baselines.history_file import history_lines, lengthened
+from hpc_core.baselines.history import history_lines, lengthened
 from hpc_core.baselines.lookup import (
     baseline_path,
     find,
     history_path,
     render,
 )
-from hpc_core.baselines.profile_file import profile_bytes, profile_path
+from hpc_core.baselines.profiles import profile_bytes, profile_path
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Metric, Record, record_to_json
-
-__all__ = ["accept", "changes_between", "refuse", "unstored"]
 
 
 def accept(
     root: Path, record: Record, *, reason: str, allow_dirty: bool = False, at: datetime.datetime | None = None
 ) -> Acceptance:
-    """Make this record the baseline of its case on its machine, and add it to the history beside it.
+    """Make this record the baseline of its case on its machine, and add it to the history.
 
-    The baseline is rewritten only if metrics, stack, digest or machine differ; the history always grows by one line,
-    within the bounds of `history_file`, and the profile is that of this record. All files are replaced whole or not at all. A record from a tree with uncommitted
-    changes is refused unless `allow_dirty`; one of which that is unknown is not.
+    The baseline is rewritten only if metrics, stack, digest or machine differ. The history grows by one line, within the bounds
+    of `history`, and the profile becomes that of this record. A record from a tree with uncommitted changes is refused unless
+    `allow_dirty`; a record that does not know is not.
 
     Raises:
-        BaselineError: the record must not be a baseline, the history is damaged, or the files cannot be written.
+        BaselineError: the record must not become a baseline, the history is damaged, or the files cannot be written.
     """
     circumstances = record.circumstances
     path = baseline_path(root, circumstances.machine.key, record.case.id)
     refuse(record, reason, allow_dirty)
     new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
-    beside = profile_path(root, circumstances.machine.key, record.case.id)
+    profile_file = profile_path(root, circumstances.machine.key, record.case.id)
     kept = history_lines(history)
     found = find(root, circumstances.machine.key, record.case.id)
     old = found if isinstance(found, Baseline) else None
     try:
-        # The history is read for every judgement, so what only explanations need lies in a file of its own.
+        # The history is read for every judgement; the profile is only for explanations, so it has its own file.
         plain = msgspec.structs.replace(record, profile=None)
         lines = lengthened(kept, record_to_json(plain), record.case.id)
         texts = {history: b"".join(line + b"\n" for line in lines)}
@@ -69,14 +67,12 @@ def accept(
             texts[path] = render(new)
         profile = profile_bytes(record)
         if profile is not None:
-            texts[beside] = profile
+            texts[profile_file] = profile
     except UnicodeEncodeError as error:
-        raise BaselineError(f"{record.case.id}: the record or the reason is no valid text: {error}.") from error
+        raise BaselineError(f"{record.case.id}: the record or the reason is not valid text: {error}.") from error
     _replace_all(texts)
     if profile is None:
-        beside.unlink(
-            missing_ok=True
-        )  # that of an earlier record would explain with numbers that are not the baseline's
+        profile_file.unlink(missing_ok=True)  # an earlier record's profile does not explain this baseline
     action: Literal["created", "updated", "unchanged"] = "updated" if path in texts else "unchanged"
     if isinstance(found, Missing):
         action = "created"
@@ -86,35 +82,35 @@ def accept(
 
 
 def unstored(record: Record, *, reason: str) -> Baseline:
-    """The baseline that this record would become, for a judgement in the same session; nothing is written.
+    """Return the baseline that this record would become, for a judgement in the same session; nothing is written.
 
     Raises:
-        BaselineError: the record must not be a baseline.
+        BaselineError: the record must not become a baseline.
     """
     refuse(record, reason, allow_dirty=True)
     return _baseline(record, reason, datetime.datetime.now(datetime.UTC))
 
 
 def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
-    """Refuse what must not be a baseline, before anything is written.
+    """Refuse what must not become a baseline.
 
     Raises:
-        BaselineError: the record is no proof, has no reason, or is of uncommitted code without `allow_dirty`.
+        BaselineError: the record is not sound, has no reason, or is of uncommitted code without `allow_dirty`.
     """
     case, circumstances = record.case.id, record.circumstances
     if not reason.strip():
         raise BaselineError(f'{case}: a baseline needs a reason, such as --reason "checkpointing is off on purpose".')
     if record.status != "ok":
         why = record.failure.message if record.failure is not None else " ".join(record.reasons)
-        raise BaselineError(f"{case}: the record is {record.status}, so it is no baseline: {why}")
+        raise BaselineError(f"{case}: the record is {record.status}, so it cannot be a baseline: {why}")
     if circumstances.fault is not None:
         raise BaselineError(
-            f"{case}: fault {circumstances.fault!r} was injected; run without --perf-fault and accept that."
+            f"{case}: fault {circumstances.fault!r} was injected; run without --perf-fault, and accept that record."
         )
     if circumstances.dirty and not allow_dirty:
         raise BaselineError(
             f"{case}: the tree has uncommitted changes on {(circumstances.commit or 'an unknown commit')[:10]}, so nobody "
-            "could measure this again. Commit them and run again; or say that it is meant: --perf-dirty with "
+            "could measure this again. Commit them and run again, or allow it: --perf-dirty with "
             "--perf-update, --allow-dirty with hpc-core baseline accept."
         )
     gated = gated_metrics(record)
@@ -148,12 +144,12 @@ def _baseline(record: Record, reason: str, at: datetime.datetime) -> Baseline:
 
 
 def _substance(baseline: Baseline) -> tuple[Any, ...]:
-    # The key, not the whole machine: any CPU is "cpu", and its name must not rewrite every file.
+    # The key, not the whole machine: any CPU is "cpu", and another CPU's name must not rewrite every file.
     return baseline.digest, baseline.machine.key, baseline.stack, baseline.metrics
 
 
 def changes_between(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[Change, ...]:
-    """The metrics that differ in anything, by name, with the value before and after."""
+    """Return the metrics that differ in anything, by name, with the value before and after."""
     changes = []
     for name in sorted({*old, *new}):
         was, now = old.get(name), new.get(name)
@@ -165,14 +161,14 @@ def changes_between(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tup
 
 
 def _replace_all(texts: dict[Path, bytes]) -> None:
-    """Write and flush every text beside its file before any is put in place, so that a full disk changes nothing."""
+    """Write and flush every text to a temporary file before any is put in place, so that a full disk changes nothing."""
     try:
         with _drafts(texts) as drafts:
             for path, draft in drafts.items():
                 draft.replace(path)
     except OSError as error:
         raise BaselineError(
-            f"{', '.join(map(str, texts))}: cannot be written: {error}. Nothing old was lost."
+            f"{', '.join(map(str, texts))}: cannot be written: {error}. The old files are intact."
         ) from error
 
 

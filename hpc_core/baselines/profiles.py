@@ -1,4 +1,4 @@
-"""The profile beside a baseline, `<case>.profile.json.gz`: what the accepted record did, by module. For explanations, never for a verdict.
+"""The profile of a baseline, `<case>.profile.json.gz`: what the accepted record did, by module. For explanations, never for a verdict.
 
 The same record gives the same bytes, so that accepting it again changes no file.
 """
@@ -19,33 +19,25 @@ from hpc_core.case.errors import BaselineError
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record
 
-__all__ = [
-    "StoredProfile",
-    "profile_bytes",
-    "profile_path",
-    "profile_to_keep",
-    "stored_profile",
-]
-
 _LARGEST_BYTES = 32 * 2**20
-"""Unpacked; one of a 28-layer model takes some hundred kB. What unpacks to more was not written here."""
+"""Unpacked. The profile of a 28-layer model takes a few hundred kB; a larger file was not written here."""
 
 
 class StoredProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A profile, and which record it is of."""
+    """A profile, and which record it belongs to."""
 
     case: str
     digest: str
     exact: dict[str, float | int]
-    """The record's gated bytes and counts, by metric: a profile explains the baseline that has the same. Without kernels' counts where the
-    profile holds no kernels."""
+    """The record's gated bytes and counts, by metric: a profile explains the baseline that has the same ones. Without the counts of
+    kernels where the profile holds no kernels."""
     measured_on: str = ""
-    """The machine, where the baseline is another one's."""
+    """The machine, where it is not the baseline's."""
     profile: Profile
 
 
 def profile_path(root: Path, key: str, case_id: str) -> Path:
-    """Where it lies.
+    """Return the path of a profile.
 
     Raises:
         BaselineError: as `baseline_path`.
@@ -54,7 +46,7 @@ def profile_path(root: Path, key: str, case_id: str) -> Path:
 
 
 def profile_bytes(record: Record) -> bytes | None:
-    """The file of this record's profile; None if it has none."""
+    """Return the content of the profile's file; None if the record has no profile."""
     return None if record.profile is None else _packed(record, record.profile, "")
 
 
@@ -75,28 +67,28 @@ def _exact(metrics: Mapping[str, Metric]) -> dict[str, float | int]:
 
 
 def _counts_kernels(name: str) -> bool:
-    """Which kernels run is the one thing exact in which two GPU models of one chip were seen to differ: libraries choose by the device."""
+    """Return whether a metric counts kernels: the only exact one that differs between two GPU models of one chip."""
     return name.startswith("kernels")
 
 
 def profile_to_keep(root: Path, record: Record, machine: str = "") -> tuple[Path, bytes]:
-    """The file that lays this record's profile beside the baseline that is there, which stays as it is: where, and what is in it.
+    """Return path and content of the file that adds this record's profile to an accepted baseline, which stays as it is.
 
     Args:
         root: folder of baselines.
         record: a sound one, with a profile.
-        machine: key of the baseline's machine, where it is not the record's. Its memory and operators are the same if every byte and count is; how
-            long kernels take is not, so of another machine's profile they are left out.
+        machine: key of the baseline's machine, where it is not the record's. If every byte and count agrees, memory and operators
+            are the same; times of kernels are not, so another machine's kernels are left out.
 
     Raises:
-        BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, the two differ, or the baseline
-            has a profile of its own that another machine's would replace.
+        BaselineError: the record has no profile or is not sound, there is no sound baseline of its case, the two differ, or the
+            baseline has a profile of its own that another machine's would replace.
     """
     own = record.circumstances.machine
     case, key, profile = record.case.id, machine or own.key, record.profile
     if record.status != "ok" or record.circumstances.fault is not None or profile is None:
         raise BaselineError(
-            f"{case}: the record is {record.status} and has {'a' if profile else 'no'} profile; only a sound one with a profile can explain."
+            f"{case}: the record is {record.status} and has {'a' if profile else 'no'} profile; only a sound record with a profile can explain."
         )
     baseline = _baseline_of(root, key, record, named=bool(machine))
     was, now = _exact(baseline.metrics), _exact(gated_metrics(record))
@@ -107,34 +99,36 @@ def profile_to_keep(root: Path, record: Record, machine: str = "") -> tuple[Path
         other = [name for name in other if not _counts_kernels(name)]
     if other:
         raise BaselineError(
-            f"{case}: {', '.join(other[:3])} of the record are not the baseline's, so its profile would explain another one."
+            f"{case}: {', '.join(other[:3])} of the record differ from the baseline's, so its profile would explain another baseline."
         )
     there = stored_profile(root, key, baseline)
     if lent and there is not None and not there.measured_on:
         raise BaselineError(
-            f"{case}: the baseline in {root / key} has its own profile, and one of {own.name} knows less."
+            f"{case}: the baseline in {root / key} has its own profile, which holds more than one of {own.name}."
         )
     return profile_path(root, key, case), _packed(record, profile, own.name if lent else "")
 
 
 def _baseline_of(root: Path, key: str, record: Record, *, named: bool) -> Baseline:
-    """The sound baseline of the record's very case.
+    """Return the sound baseline of the record's case, of the same digest.
 
     Raises:
-        BaselineError: there is none; with the machines that there are, where one was named.
+        BaselineError: there is none; the message lists the machines that have baselines, where one was named.
     """
     lookup = find(root, key, record.case.id)
     if isinstance(lookup, Baseline) and lookup.digest == record.case.digest:
         return lookup
     there = ", ".join(sorted(each.name for each in root.iterdir() if each.is_dir())) if root.is_dir() else ""
     advice = f"Machines here: {there or 'none'}" if named else "Accept the record: hpc-core baseline accept"
-    raise BaselineError(f"{record.case.id}: there is no sound baseline of this very case in {root / key}. {advice}.")
+    raise BaselineError(
+        f"{record.case.id}: there is no sound baseline with the digest of this case in {root / key}. {advice}."
+    )
 
 
 def stored_profile(root: Path, key: str, baseline: Baseline) -> StoredProfile | None:
-    """The profile of a baseline, and whose it is; None where there is none of it.
+    """Return the profile of a baseline, and the machine it was taken on; None where there is none.
 
-    A file that cannot be read, or is of a record with other bytes or counts, counts as none: an explanation is then shorter.
+    A file that cannot be read, or belongs to a record with other bytes or counts, is ignored: an explanation is then shorter.
 
     Raises:
         BaselineError: as `baseline_path`.
@@ -151,6 +145,6 @@ def stored_profile(root: Path, key: str, baseline: Baseline) -> StoredProfile | 
 
 
 def _is_of(stored: StoredProfile, exact: Mapping[str, float | int]) -> bool:
-    """Whether these are the profile's bytes and counts. Kernels' counts may be missing from one that holds no kernels, and nothing else."""
+    """Return whether these are the profile's bytes and counts. Only counts of kernels may be missing, where it holds no kernels."""
     known = {name for name in exact if stored.profile.kernels or not _counts_kernels(name)}
     return known <= stored.exact.keys() and stored.exact.items() <= exact.items()
