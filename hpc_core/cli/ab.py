@@ -26,52 +26,49 @@ from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.arrange import Arranged, Asked, arrange, place_of
-from hpc_core.compare.bench import Bench
+from hpc_core.compare.bench import Bench, Device
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
 from hpc_core.faults import FAULTS
 from hpc_core.record.environment import visible_gpus
 
-__all__ = ["Device", "ab", "chosen_cases", "default_budget_s", "duration_s", "ratio_said", "warned_of"]
-
 Scale = Literal["tiny", "small", "full"]
-Device = Literal["auto", "cpu", "cuda"]
 _DURATION = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?) ?(?P<unit>s|m|h|)")
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def duration_s(option: str, text: str) -> float:
-    """Seconds, from "10m", "90s" or "1.5h".
+    """Return seconds, from "10m", "90s" or "1.5h".
 
     Raises:
-        SpecError: a text that is no duration, or none above 0.
+        SpecError: the text is not a duration above 0.
     """
     match = _DURATION.fullmatch(text.strip())
     seconds = 0.0 if match is None else float(match["number"]) * _SECONDS[match["unit"]]
     if not seconds > 0:
-        raise SpecError(f"{option} {text!r} is no time: say 10m, 90s or 1.5h.")
+        raise SpecError(f"{option} {text!r} is not a duration: write 10m, 90s or 1.5h.")
     return seconds
 
 
-def ratio_said(option: str, text: str) -> float:
-    """A ratio, from "10%".
+def ratio_of(option: str, text: str) -> float:
+    """Return a ratio, from "10%".
 
     Raises:
-        SpecError: a text that is no percentage.
+        SpecError: the text is not a percentage.
     """
     try:
         return relative_limit(text) or 0.0
     except SpecError as error:
-        raise SpecError(f"{option} {text!r} is no percentage: say {option} 5%.") from error
+        raise SpecError(f"{option} {text!r} is not a percentage: write {option} 5%.") from error
 
 
 def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | None) -> tuple[Case, ...]:
-    """The cases to compare: those of the files, or the built-in ones of a scale.
+    """Return the cases to compare: those of the files, or the built-in ones of a scale.
 
     Without a scale, the built-in ones are the full-size ones on a machine with a GPU, the tiny ones elsewhere.
 
     Raises:
-        SpecError: a file that is none, a glob that matches nothing, or nothing left.
+        SpecError: a file that cannot be read, a glob that matches nothing, or no case left.
     """
     known = [case for path in files or [] for case in load_case_file(path)] if files else list(ALL)
     if twice := {case.id for case in known if [other.id for other in known].count(case.id) > 1}:
@@ -90,19 +87,19 @@ def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | 
 
 
 def default_budget_s(cases: Sequence[Case]) -> float:
-    """Ten minutes; under three where all cases are tiny, for CI: what noise leaves undecided then is said, and exact metrics are done in the first minute."""
+    """Return ten minutes; under three where all cases are tiny, for CI. Exact metrics are decided in the first minute."""
     return 170.0 if all(case.scale == "tiny" for case in cases) else 600.0
 
 
-def warned_of(fault: str | None) -> str | None:
-    """The fault, if there is one of this name.
+def checked_fault(fault: str | None) -> str | None:
+    """Return the fault's name.
 
     Raises:
-        SpecError: there is none.
+        SpecError: there is no such fault.
     """
     if fault is not None and fault not in FAULTS:
-        close = ", ".join(near(fault, FAULTS)) or f"one of {', '.join(FAULTS)}"
-        raise SpecError(f"No fault is called {fault!r}. Near: {close}.")
+        known = ", ".join(near(fault, FAULTS)) or f"one of {', '.join(FAULTS)}"
+        raise SpecError(f"No fault is called {fault!r}. Near: {known}.")
     return fault
 
 
@@ -120,7 +117,7 @@ def ab(
     scale: Annotated[Scale | None, typer.Option(help="Which built-in cases; full with a GPU, else tiny.")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="No pair is begun that would end after it. By default 10m; 170s if all cases are tiny."),
+        typer.Option(help="No pair starts that would end after it. By default 10m; 170s if all cases are tiny."),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One process a side, exact metrics only: bytes, counts, FLOPs.")
@@ -129,11 +126,12 @@ def ab(
     busy: Annotated[str, typer.Option("--busy-tolerance", help="What GPU-busy time may differ.")] = "0.5%",
     paths: Annotated[
         list[str] | None,
-        typer.Option("--path", help="A folder of the repository to import from, beside its top and src."),
+        typer.Option("--path", help="A folder of the repository to import from, besides its top and src."),
     ] = None,
     device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
     launch: Annotated[
-        Literal["warm", "exec"], typer.Option(help="Forked from a parent that has torch, or each from scratch.")
+        Literal["warm", "exec"],
+        typer.Option(help="Fork workers from a process that has imported torch, or start each from scratch."),
     ] = "warm",
     everything: Annotated[bool, typer.Option("--all", help="Show every metric, not only what differs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, instead of a table.")] = False,
@@ -150,10 +148,10 @@ def ab(
         head=head,
         base_python=base_python,
         head_python=head_python,
-        head_fault=warned_of(head_fault),
+        head_fault=checked_fault(head_fault),
         paths=tuple(paths or ()),
     )
-    rule = Rule(wall=ratio_said("--wall-tolerance", wall), busy=ratio_said("--busy-tolerance", busy))
+    rule = Rule(wall=ratio_of("--wall-tolerance", wall), busy=ratio_of("--busy-tolerance", busy))
     cases = chosen_cases(files, case or [], scale)
     budget_s = default_budget_s(cases) if budget is None else duration_s("--budget", budget)
     here = Path.cwd().resolve()

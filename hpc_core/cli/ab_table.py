@@ -13,8 +13,6 @@ from hpc_core.gate.comparability import packages_moved
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 
-__all__ = ["cases_text", "heading", "interval_text", "lines", "rounded", "summary", "value_text"]
-
 _HEAD = ("case", "metric", "base", "head", "change", "interval", "verdict", "")
 _RIGHT = {"base", "head", "change"}
 _MISSING = "-"
@@ -73,8 +71,8 @@ def lines(comparison: Comparison, *, everything: bool) -> list[str]:
     """The table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
     cells: list[tuple[str, ...]] = []
     for result in comparison.results:
-        if result.trouble is not None:
-            cells.append((result.case, "", "", "", "", "", result.trouble.upper(), result.reason))
+        if result.failure is not None:
+            cells.append((result.case, "", "", "", "", "", result.failure.upper(), result.reason))
         cells += [_cells(result.case, row) for row in result.rows if everything or row.differs]
     return _aligned([_HEAD, *cells]) if cells else []
 
@@ -95,19 +93,19 @@ def summary(comparison: Comparison, seconds: float) -> list[str]:
     """How many differ, what is undecided, the chance of a false alarm, what moved around the code, how long it took."""
     rows = [(result.case, row) for result in comparison.results for row in result.rows if row.verdict is not None]
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
-    said = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
-    troubled = [result for result in comparison.results if result.trouble is not None]
-    told = [f"{cases_text(len(comparison.results))}, {len(rows)} metrics judged: {said or 'none'}; {seconds:.0f} s"]
-    if troubled:
-        told[0] += f"; {cases_text(len(troubled))} without numbers"
-    if not any(row.differs for _, row in rows) and not troubled:
-        told.append("Nothing differs beyond noise.")
-    unsettled = [f"{case} {row.metric}" for case, row in rows if row.verdict is Verdict.INCONCLUSIVE]
-    if unsettled:
-        more = f" and {len(unsettled) - 3} more" if len(unsettled) > 3 else ""
-        told.append(f"Undecided: {', '.join(unsettled[:3])}{more}; --all shows why, and what would settle it.")
+    counts = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
+    failed = [result for result in comparison.results if result.failure is not None]
+    text = [f"{cases_text(len(comparison.results))}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"]
+    if failed:
+        text[0] += f"; {cases_text(len(failed))} without numbers"
+    if not any(row.differs for _, row in rows) and not failed:
+        text.append("Nothing differs beyond noise.")
+    undecided = [f"{case} {row.metric}" for case, row in rows if row.verdict is Verdict.INCONCLUSIVE]
+    if undecided:
+        more = f" and {len(undecided) - 3} more" if len(undecided) > 3 else ""
+        text.append(f"Undecided: {', '.join(undecided[:3])}{more}; --all shows why, and what would decide it.")
     if comparison.metrics_judged:
-        told.append(
+        text.append(
             f"Expected false alarms in this run: at most {comparison.alpha:g}, over {comparison.metrics_judged} timed metrics together."
         )
     around = comparison.around
@@ -116,5 +114,5 @@ def summary(comparison: Comparison, seconds: float) -> list[str]:
         if around["base"].python != around["head"].python:
             moved += (f"Python {around['base'].python} → {around['head'].python}",)
         if moved:
-            told.append(f"Moved between the sides: {', '.join(moved)}.")
-    return told
+            text.append(f"Moved between the sides: {', '.join(moved)}.")
+    return text

@@ -1,4 +1,4 @@
-"""Measuring both sides of a comparison: pairs of fresh processes in ABBA order, within a budget of time.
+"""Measure both sides of a comparison: pairs of fresh processes in ABBA order, within a budget of time.
 
 Every case gets its first pair before any gets its second, and the next pair goes to the case that has cost least so far: so exact
 metrics, and most of the timed ones, are decided even where the budget ends early. The first pair measures everything; further ones
@@ -19,10 +19,8 @@ from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Circumstances, Record
 
-__all__ = ["Comparison", "Plan", "compare"]
-
 Run = Callable[[SideName, Case, bool], Record]
-"""Runs a case on a side, in a fresh process; true: in one that takes times only, since the side has measured it in full."""
+"""Runs a case on a side, in a fresh process. True: times only, since the side has measured the case in full."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,7 +39,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """What came out of it."""
+    """The outcome of a comparison."""
 
     results: tuple[CaseResult, ...]
     alpha: float
@@ -53,13 +51,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     def exit_code(self, *, strict: bool = False) -> ExitCode:
         """1: something is worse or not what was asked; 11: a run broke; 10, under strict: something is undecided; 0 otherwise."""
-        troubles = {result.trouble for result in self.results}
+        failures = {result.failure for result in self.results}
         verdicts = {row.verdict for result in self.results for row in result.rows}
-        if Verdict.REGRESSED in verdicts or "invalid" in troubles:
+        if Verdict.REGRESSED in verdicts or "invalid" in failures:
             return ExitCode.FAILED
-        if "broken" in troubles:
+        if "broken" in failures:
             return ExitCode.BROKEN
-        undecided = {"missing", "unmeasured"} & troubles or {Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE} & verdicts
+        undecided = {"missing", "unmeasured"} & failures or {Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE} & verdicts
         return ExitCode.NOT_COMPARABLE if strict and undecided else ExitCode.OK
 
 
@@ -68,7 +66,7 @@ class _Progress:
         self._tell = tell
         self._number = {case.id: number for number, case in enumerate(cases, start=1)}
 
-    def say(self, trial: Trial, text: str) -> None:
+    def report(self, trial: Trial, text: str) -> None:
         number = self._number[trial.case.id]
         self._tell(f"[{number}/{len(self._number)}] {trial.case.id}: {text}")
 
@@ -81,7 +79,7 @@ def compare(
     Args:
         plan: cases, rule and budget.
         run: runs a case on a side.
-        tell: hears a line of progress after each pair.
+        tell: called with a line of progress after each pair.
         check: called after each pair; raises if what is measured has changed meanwhile.
 
     Raises:
@@ -95,7 +93,7 @@ def compare(
     for trial in trials:
         trial.refused = dict(plan.refused.get(trial.case.id, {}))
         if trial.refused:
-            progress.say(trial, "not run, a side does not know it")
+            progress.report(trial, "not run: one side does not know it")
         elif time.monotonic() < deadline:
             _pair(trial, run, progress)
             check()
@@ -114,7 +112,7 @@ def compare(
 
 
 def _next(trials: Sequence[Trial], deadline: float) -> Trial | None:
-    """Of what is undecided and would end in time, the case that has cost least so far: a long one does not starve the others."""
+    """Return the undecided case that has cost least so far and would end in time: a long one does not starve the others."""
     now = time.monotonic()
     fit = [trial for trial in trials if trial.pairs and not trial.finished and now + trial.seconds <= deadline]
     return min(fit, key=lambda trial: trial.spent_s + trial.seconds, default=None)
@@ -129,24 +127,24 @@ def _pair(trial: Trial, run: Run, progress: _Progress, judged: int = 1) -> None:
     trial.seconds = time.monotonic() - began
     trial.spent_s += trial.seconds
     if trial.failed:
-        progress.say(trial, "gave no numbers on a side")
+        progress.report(trial, "no numbers on one side")
         return
     before = trial.verdicts()
     if trial.pairs > 1:
         trial.look(judged)
     new = [f"{name} {verdict}" for name, verdict in trial.verdicts().items() if name not in before]
-    progress.say(trial, f"pair {trial.pairs}, {trial.seconds:.1f} s{'; ' if new else ''}{', '.join(new)}")
+    progress.report(trial, f"pair {trial.pairs}, {trial.seconds:.1f} s{'; ' if new else ''}{', '.join(new)}")
 
 
 def _without_times(result: CaseResult) -> CaseResult:
-    kept = tuple(row for row in result.rows if row.noise == "exact" and row.verdict is not None)
-    return msgspec.structs.replace(result, rows=kept)
+    rows = tuple(row for row in result.rows if row.noise == "exact" and row.verdict is not None)
+    return msgspec.structs.replace(result, rows=rows)
 
 
 def _around(trials: Sequence[Trial]) -> dict[SideName, Circumstances]:
-    seen: dict[SideName, Circumstances] = {}
+    found: dict[SideName, Circumstances] = {}
     for trial in trials:
         for side, records in trial.records.items():
             for record in records:
-                seen.setdefault(side, record.circumstances)
-    return seen
+                found.setdefault(side, record.circumstances)
+    return found

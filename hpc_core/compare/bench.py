@@ -1,4 +1,4 @@
-"""Two launchers, one a side: each runs a side's cases in fresh processes, forked from a warm parent of that side's own."""
+"""Two launchers, one a side: each runs a side's cases in fresh processes, forked from a forkserver of that side's own."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from types import TracebackType
 from typing import Literal, Self
 
 from hpc_core.case.case import CallableSpec, Case, FinetuneSpec
-from hpc_core.compare.side import Side
+from hpc_core.compare.environments import Side
 from hpc_core.compare.trial import SideName
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Job, Measure, Retime, Way
 from hpc_core.record.record import Failure, Record
-
-__all__ = ["Bench", "Device"]
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -54,7 +52,7 @@ class Bench:
         return tuple(note for launcher in self._launchers.values() for note in launcher.notes)
 
     def prepare(self) -> None:
-        """Start the warm parents, both at once. Takes what importing torch takes.
+        """Start both forkservers at once. Takes as long as importing torch.
 
         Raises:
             LaunchError: an interpreter does not exist.
@@ -68,24 +66,18 @@ class Bench:
                     self._launchers[name] = self._launcher(side, "exec")
 
     def replace_head(self, side: Side) -> None:
-        """Run another head from now on.
-
-        Its parent is started anew, unless it holds nothing of the tree: same interpreter, same folder, no hpc_core there.
-        """
-        before, self._sides["head"] = self._sides["head"], side
-        ways = [(one.python, one.folder, one.environment) for one in (before, side)]
-        if ways[0] == ways[1] and not (side.root / "hpc_core").is_dir():
-            return
+        """Run another head from now on, from a forkserver of its own."""
+        self._sides["head"] = side
         self._launchers["head"].close()
         self._launchers["head"] = self._launcher(side, self._launchers["base"].way)
 
     def run(self, name: SideName, case: Case, again: bool = False) -> Record:
-        """The record of a case on a side. One that ran other code than the side's is a failed record.
+        """Run a case on a side and return its record; a failed one if it ran other code than the side's.
 
         Args:
             name: which side.
             case: what to run.
-            again: the side has measured it in full, and now takes its times only.
+            again: the side has measured it in full, and now measures times only.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -95,27 +87,24 @@ class Bench:
         kind = Retime() if again else Measure(profile=False)
         job = Job(case=case, kind=kind, device=self._device, fault=side.fault)
         record = self._launchers[name].run(job)
-        seen = record.circumstances.commit
-        if side.commit is None or seen == side.commit or record.status != "ok":
+        commit = record.circumstances.commit
+        if side.commit is None or commit == side.commit or record.status != "ok":
             return record
-        message = f"{name} is {side.label}, but the worker found itself at {seen or 'no commit at all'}."
+        message = f"{name} is {side.label}, but the worker ran {commit or 'no commit at all'}."
         failure = Failure(kind="refused", message=message, phase="record")
         return Record(case=case, status="failed", failure=failure, circumstances=record.circumstances)
 
 
 def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Packages that every worker of these cases would import, and a parent may, where CUDA cannot be had."""
+    """Return packages that every worker of these cases would import, and a forkserver may, where there is no CUDA."""
     if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
         return ()
     names = ["peft"] if any(case.adapter is not None for case in cases) else []
-    if any(_is_by_bitsandbytes(case) or _is_8bit(case) for case in cases):
+    if any(_uses_bitsandbytes(case) for case in cases):
         names.append("bitsandbytes")
     return tuple(names)
 
 
-def _is_by_bitsandbytes(case: Case) -> bool:
-    return case.quantization is not None and case.quantization.kind != "int4"
-
-
-def _is_8bit(case: Case) -> bool:
-    return isinstance(case.workload, FinetuneSpec) and "8bit" in case.workload.optimizer
+def _uses_bitsandbytes(case: Case) -> bool:
+    quantizes = case.quantization is not None and case.quantization.kind != "int4"
+    return quantizes or (isinstance(case.workload, FinetuneSpec) and "8bit" in case.workload.optimizer)

@@ -1,27 +1,30 @@
-"""Which of several candidates, in order, first moved a metric: binary search, each step an A/B against the good end.
+"""Which version of a package first moved a metric: binary search, each step an A/B against the good version.
 
-A candidate counts as bad when it lies nearer to the bad end than to the good one: beyond half of the change between them. So small
-drift on the way is not mistaken for the jump. Candidates that give no number are skipped, as `git bisect skip` does.
+A version is bad when its value lies nearer to the bad end than to the good one: beyond half of the change between them. So small
+drift on the way is not mistaken for the jump. Versions that give no number are skipped, as `git bisect skip` does.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from hpc_core.compare.arrange import ask
+from hpc_core.compare.describe import described
 from hpc_core.compare.differences import Rule, is_judged_in_pairs
+from hpc_core.compare.environments import Side, python_with, side_of
 from hpc_core.compare.sequential import Check, Sequential
 from hpc_core.compare.trial import SideName
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
-
-__all__ = ["Answer", "Found", "Question", "Step", "search"]
 
 Run = Callable[[SideName, Case, bool], Record]
 Word = Literal["good", "bad", "skip"]
@@ -29,11 +32,11 @@ _SHOWN = 12
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What an A/B of one candidate against the good end said of the metric."""
+    """What an A/B of one candidate against the good end says of the metric."""
 
     word: Word
     base: float | None = None
-    """The good end's value, measured beside the candidate's; medians of processes."""
+    """The good end's value, measured together with the candidate's; medians of processes."""
     head: float | None = None
     text: str
     """With the numbers."""
@@ -47,17 +50,17 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True):
-    """The end of a search."""
+    """The result of a search."""
 
     first: int
     """The first candidate known to be bad."""
     suspects: tuple[int, ...]
-    """Candidates before it that gave no number: the change may have come with any of them. Empty: `first` it is."""
+    """Candidates before it that gave no number: the change may have come with any of them. Empty if `first` is certain."""
     steps: tuple[Step, ...]
 
 
 def search(count: int, classify: Callable[[int], Answer]) -> Found:
-    """The first bad one of `count` candidates, oldest first, of which the last is known to be bad.
+    """Return the first bad one of `count` candidates, oldest first, of which the last is known to be bad.
 
     Before the first one lies what is known to be good. The candidate nearest to the middle is asked next.
 
@@ -69,9 +72,9 @@ def search(count: int, classify: Callable[[int], Answer]) -> Found:
     good, bad = -1, count - 1
     skipped: set[int] = set()
     steps: list[Step] = []
-    while open_ones := [index for index in range(good + 1, bad) if index not in skipped]:
+    while untried := [index for index in range(good + 1, bad) if index not in skipped]:
         middle = (good + bad) / 2
-        index = min(open_ones, key=lambda one: (abs(one - middle), one))
+        index = min(untried, key=lambda one: (abs(one - middle), one))
         answer = classify(index)
         steps.append(Step(index=index, answer=answer))
         if answer.word == "skip":
@@ -84,7 +87,7 @@ def search(count: int, classify: Callable[[int], Answer]) -> Found:
 
 
 class Question:
-    """One metric of one case, asked of pairs of processes."""
+    """Compares one metric of one case on both sides, by pairs of processes."""
 
     def __init__(self, case: Case, metric: str, rule: Rule, run: Run) -> None:
         self._case = case
@@ -95,32 +98,32 @@ class Question:
         """The metric at the good and at the bad end."""
 
     def ends(self, good: str, bad: str) -> Answer:
-        """Measure the bad end as head; afterwards candidates can be asked about.
+        """Measure the bad end as head; afterwards `ask` can judge candidates.
 
         Raises:
             SpecError: an end gives no number, the metric is not judged, or good and bad do not differ beyond noise.
         """
-        base, head, trouble = self._pair()
-        if trouble:
-            raise SpecError(f"Nothing to bisect: {trouble}")
+        base, head, problem = self._pair()
+        if problem:
+            raise SpecError(f"Nothing to bisect: {problem}")
         self._check_metric(base)
         self._check_metric(head)
         metric = self._of(base)
         if metric.noise == "exact":
             old, new = float(metric.value), float(self._of(head).value)
             if old == new:
-                said = sizes.quantity(metric.value, metric.unit)
+                value = sizes.quantity(metric.value, metric.unit)
                 raise SpecError(
-                    f"{good} and {bad} do not differ: {self._metric} of {self._case.id} is {said} at both ends. "
+                    f"{good} and {bad} do not differ: {self._metric} of {self._case.id} is {value} at both ends. "
                     "Nothing to bisect; choose ends or a metric that differ: hpc-core ab shows them."
                 )
             self._ends = old, new
             return Answer(word="bad", base=metric.value, head=self._of(head).value, text=self._text(old, new, metric))
         tolerance = self._rule.tolerance(self._case, self._metric, metric)
-        befores, afters, look, trouble = self._timed(tolerance, (base, head), swap=False)
+        befores, afters, look, problem = self._timed(tolerance, (base, head), swap=False)
         old, new = statistics.median(befores), statistics.median(afters)
-        if trouble or look is None or look.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
-            why = " ".join(filter(None, (trouble, "" if look is None else look.required, "Nothing to bisect.")))
+        if problem or look is None or look.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
+            why = " ".join(filter(None, (problem, "" if look is None else look.required, "Nothing to bisect.")))
             raise SpecError(
                 f"{good} and {bad} do not differ beyond noise: {self._text(old, new, metric)} of {self._case.id} over {len(befores)} "
                 f"pairs, limit {sizes.percent(tolerance)}. {why}"
@@ -130,11 +133,11 @@ class Question:
         return Answer(word="bad", base=old, head=new, text=f"{self._text(old, new, metric)}, {len(befores)} pairs")
 
     def ask(self) -> Answer:
-        """Whether the present head lies beyond half of the change between the ends."""
-        assert self._ends is not None, "the ends come first"
-        base, head, trouble = self._pair()
-        if trouble:
-            return Answer(word="skip", text=trouble)
+        """Judge whether the present head lies beyond half of the change between the ends."""
+        assert self._ends is not None, "call ends first"
+        base, head, problem = self._pair()
+        if problem:
+            return Answer(word="skip", text=problem)
         if self._metric not in base.metrics or self._metric not in head.metrics:
             return Answer(word="skip", text=f"it has no {self._metric}")
         metric = self._of(base)
@@ -145,11 +148,11 @@ class Question:
             return Answer(word="bad" if beyond else "good", base=old, head=new, text=self._text(old, new, metric))
         worse = bad > good
         half = (max(good, bad) / min(good, bad) - 1) / 2
-        befores, afters, look, trouble = self._timed(half, (base, head), swap=not worse)
+        befores, afters, look, problem = self._timed(half, (base, head), swap=not worse)
         old, new = statistics.median(befores), statistics.median(afters)
         text = f"{self._text(old, new, metric)}, {len(befores)} pairs"
-        if trouble or look is None or look.verdict in (None, Verdict.INCONCLUSIVE):
-            return Answer(word="skip", base=old, head=new, text=f"undecided: {trouble or text}")
+        if problem or look is None or look.verdict in (None, Verdict.INCONCLUSIVE):
+            return Answer(word="skip", base=old, head=new, text=f"undecided: {problem or text}")
         word: Word = "bad" if look.verdict is Verdict.REGRESSED else "good"
         return Answer(word=word, base=old, head=new, text=text)
 
@@ -177,13 +180,17 @@ class Question:
 
     def _pair(self, *, head_first: bool = False, again: bool = False) -> tuple[Record, Record, str]:
         order: Sequence[SideName] = ("head", "base") if head_first else ("base", "head")
-        got = {side: self._run(side, self._case, again) for side in order}
-        return got["base"], got["head"], "; ".join(filter(None, (_bad(side, got[side]) for side in ("base", "head"))))
+        records = {side: self._run(side, self._case, again) for side in order}
+        return (
+            records["base"],
+            records["head"],
+            "; ".join(filter(None, (_problem(side, records[side]) for side in ("base", "head")))),
+        )
 
     def _timed(
         self, tolerance: float, first: tuple[Record, Record], *, swap: bool
     ) -> tuple[list[float], list[float], Check | None, str]:
-        """Values of base and of head, pair after pair until it is decided; the last look, and what went wrong.
+        """Return values of base and of head, pair after pair until it is decided; the last analysis, and what went wrong.
 
         With `swap` base is judged against head, for changes towards less.
         """
@@ -196,18 +203,111 @@ class Question:
         befores, afters = [float(self._of(first[0]).value)], [float(self._of(first[1]).value)]
         look = None
         while look is None or look.verdict is None:
-            base, head, trouble = self._pair(head_first=len(befores) % 2 == 1, again=True)
-            if not trouble and not (self._metric in base.metrics and self._metric in head.metrics):
-                trouble = f"a further process has no {self._metric}"
-            if trouble:
-                return befores, afters, None, trouble
+            base, head, problem = self._pair(head_first=len(befores) % 2 == 1, again=True)
+            if not problem and not (self._metric in base.metrics and self._metric in head.metrics):
+                problem = f"a further process has no {self._metric}"
+            if problem:
+                return befores, afters, None, problem
             befores.append(float(self._of(base).value))
             afters.append(float(self._of(head).value))
             look = rule.check(afters, befores) if swap else rule.check(befores, afters)
         return befores, afters, look, ""
 
 
-def _bad(side: str, record: Record) -> str:
+def _problem(side: str, record: Record) -> str:
     if record.failure is not None:
         return f"{side}: {record.failure.kind} in {record.failure.phase}: {record.failure.message}"
     return f"{side}: invalid: {' '.join(record.reasons)}" if record.reasons else ""
+
+
+class Versions(msgspec.Struct, frozen=True, kw_only=True):
+    """Versions of one package in order, the good one first, and the interpreters that were named for some of them."""
+
+    package: str
+    versions: tuple[str, ...]
+    pythons: dict[str, str]
+
+    @classmethod
+    def parse(cls, package: str, versions: str | None, ends: str | None, pythons: Sequence[str]) -> Versions:
+        """Read "5.17,5.20,5.24", or the ends "5.17..5.24" of such a list, and "5.17=PATH" for each interpreter.
+
+        Raises:
+            SpecError: fewer than two versions, one that is named twice, ends that are not in the list, or an interpreter for another version.
+        """
+        listed = [part.strip() for part in (versions or "").split(",") if part.strip()]
+        if ends is not None:
+            first, dots, last = ends.partition("..")
+            if not dots or not first or not last:
+                raise SpecError(f"{ends!r} is not a range of versions: write GOOD..BAD, such as 5.17..5.24.")
+            listed = listed or [first, last]
+            for end in (first, last):
+                if end not in listed:
+                    raise SpecError(f"{ends}: {end} is not in --versions {','.join(listed)}.")
+            listed = listed[listed.index(first) : listed.index(last) + 1]
+        if len(set(listed)) != len(listed):
+            raise SpecError(f"--versions {','.join(listed)}: one is named twice.")
+        if len(listed) < 2:
+            raise SpecError(
+                "A bisection needs two versions or more, the good one first: --versions 5.17,5.20,5.24, or 5.17..5.24."
+            )
+        named: dict[str, str] = {}
+        for text in pythons:
+            version, equals, path = text.partition("=")
+            if not equals or not path:
+                raise SpecError(f"--python-for {text!r}: write --python-for {version or 'VERSION'}=PATH.")
+            if version not in listed:
+                raise SpecError(f"--python-for {version}: it is not among the versions {', '.join(listed)}.")
+            named[version] = path
+        return cls(package=package, versions=tuple(listed), pythons=named)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The candidates: every version after the good one."""
+        return tuple(f"{self.package} {version}" for version in self.versions[1:])
+
+
+class VersionSides:
+    """Makes a side of each version: the same code under an interpreter that has that version."""
+
+    def __init__(
+        self, versions: Versions, case: Case, scratch: Path, *, place: Path, here: Path, tell: Callable[[str], None]
+    ) -> None:
+        self._versions = versions
+        self._case = case
+        self._build = functools.partial(side_of, place=place, here=here, scratch=scratch)
+        pythons: Mapping[str, str] = versions.pythons
+        self._python = functools.partial(python_with, versions.package, pythons=pythons, scratch=scratch, tell=tell)
+
+    @functools.cached_property
+    def good(self) -> Side:
+        """The first version, as base."""
+        return self._side("base", self._versions.versions[0])
+
+    def candidate(self, index: int) -> Side:
+        """Return a later version, as head; 0 is the one after the good one.
+
+        Raises:
+            SpecError: it cannot be installed, or cannot be compared with the good one.
+        """
+        side = self._side("head", self._versions.versions[index + 1])
+        ask(self.good, side, [self._case], by_revision=False)
+        return side
+
+    def _side(self, name: str, version: str) -> Side:
+        package = self._versions.package
+        side = self._build(name, label=f"{package} {version}", python=self._python(version))
+        found = described(side, [self._case], versions=[package]).versions[package]
+        if _release(found) != _release(version):
+            raise SpecError(
+                f"{side.python} has {package} {found or 'not at all'}, not {version}. "
+                f"Name another one: --python-for {version}=PATH."
+            )
+        return side
+
+
+def _release(version: str) -> tuple[str, ...]:
+    """Return the parts of a version: 5.17 is 5.17.0, and a local label as in 2.13.0+cpu does not count."""
+    parts = version.partition("+")[0].split(".")
+    while len(parts) > 1 and parts[-1] == "0":
+        parts.pop()
+    return tuple(parts)

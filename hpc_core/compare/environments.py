@@ -1,4 +1,8 @@
-"""An interpreter that has one package in another version, and everything else as this one has it."""
+"""The environment of one side of a comparison: whose code, under which interpreter, in which folder.
+
+The measuring code is that of the running installation on both sides; only the code under test differs. In a repository that
+holds hpc_core itself, the code under test is hpc_core, and each side measures with its own.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,123 @@ import site
 import subprocess
 import sys
 import venv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
+
+import hpc_core
 from hpc_core.case.errors import SpecError
+from hpc_core.launch.interpreter import executable
 
-__all__ = ["python_with"]
-
+_DATA = "HPC_CORE_DATA"
+_COMMIT = "HPC_CORE_COMMIT"
 _INSTALL_S = 1800
 
 
+class Side(msgspec.Struct, frozen=True, kw_only=True):
+    """One side: everything that its workers need to run this side's code."""
+
+    name: str
+    """Which one: "base" or "head"."""
+    label: str
+    """What it is, for the reader: "main~1 (3eb4cd44b)", "the working tree (3eb4cd44b, 2 files changed)"."""
+    python: str
+    root: Path
+    """Top of the tree with the code under test."""
+    folder: Path
+    """Where workers run: the root, or what corresponds to the folder of the command below it."""
+    environment: dict[str, str]
+    commit: str | None
+    fault: str | None = None
+
+
+def side_of(
+    name: str,
+    *,
+    label: str,
+    place: Path,
+    here: Path,
+    scratch: Path,
+    tree: Path | None = None,
+    commit: str | None = None,
+    python: str | None = None,
+    paths: Sequence[str] = (),
+    fault: str | None = None,
+) -> Side:
+    """Return a side whose code lies in `tree`, a worktree of the repository at `place`; without one in `place` itself.
+
+    Args:
+        name: "base" or "head".
+        label: shown to the reader.
+        place: top of the user's working tree.
+        here: the folder that the command was given in, below `place`.
+        scratch: a temporary folder, for a link to the measuring code where another interpreter needs it.
+        tree: the worktree.
+        commit: what is checked out there.
+        python: another interpreter than this one.
+        paths: folders below the root to import from, besides the root and `src`.
+        fault: injected on this side.
+
+    Raises:
+        SpecError: the revision has no such folder.
+        LaunchError: there is no such interpreter.
+    """
+    root = tree or place
+    folder = root / here.relative_to(place)
+    if not folder.is_dir():
+        raise SpecError(
+            f"{label} has no folder {here.relative_to(place)}, in which the command was given: start at the top."
+        )
+    for part in paths:
+        if not (root / part).is_dir():
+            raise SpecError(f"--path {part}: {label} has no such folder.")
+    first = [root / part for part in (*paths, "src") if part != "src" or (root / "src").is_dir()]
+    chosen = executable(python)
+    chosen = chosen if os.path.isabs(chosen) else os.path.abspath(chosen)  # noqa: PTH100, PTH117 - links to a venv's Python must stay
+    measuring = [] if chosen == sys.executable else [_link_to_hpc_core(scratch / "measuring")]
+    # Measuring code comes first, unless the tree itself is hpc_core: then the tree does.
+    holds_us = (root / "hpc_core" / "__init__.py").is_file()
+    order = [root, *first, *measuring] if holds_us else [*measuring, root, *first]
+    inherited = [_in_tree(part, place, root) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    environment = {"PYTHONPATH": os.pathsep.join([*map(os.fspath, order), *inherited])}
+    if data := os.environ.get(_DATA):
+        environment[_DATA] = os.path.abspath(data)  # noqa: PTH100 - as the user's folder has it
+    if commit is not None:
+        environment[_COMMIT] = ""  # whatever names the user's copy does not name a worktree, which has its own commit
+    return Side(
+        name=name,
+        label=label,
+        python=chosen,
+        root=root,
+        folder=folder,
+        environment=environment,
+        commit=commit,
+        fault=fault,
+    )
+
+
+def _in_tree(part: str, place: Path, root: Path) -> str:
+    """Return an entry of PYTHONPATH; one inside the user's tree becomes the same one in the side's tree."""
+    try:
+        return os.fspath(root / Path(part).resolve().relative_to(place))
+    except ValueError:
+        return part
+
+
+def _link_to_hpc_core(folder: Path) -> Path:
+    """Make a folder that holds a link to the running hpc_core and nothing else: none of its neighbours reaches another interpreter."""
+    link = folder / "hpc_core"
+    if not link.is_symlink():
+        folder.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path(hpc_core.__file__).resolve().parent)
+    return folder
+
+
 def python_with(
-    package: str, version: str, *, pythons: Mapping[str, str], folder: Path, tell: Callable[[str], None]
+    package: str, version: str, *, pythons: Mapping[str, str], scratch: Path, tell: Callable[[str], None]
 ) -> str:
-    """The path of an interpreter with that version: the one that was named for it, else a virtual environment made now.
+    """Return an interpreter with that version of a package: the one named for it, else a virtual environment made now.
 
     The environment sees this interpreter's packages behind its own, so pip fetches only what differs.
 
@@ -29,21 +136,17 @@ def python_with(
     """
     if version in pythons:
         return pythons[version]
-    home = folder / f"{package}-{version}"
+    home = scratch / "environments" / f"{package}-{version}"
     python = home / "bin" / "python"
     if not python.exists():
         tell(f"{package} {version}: making an environment (pip install {package}=={version})")
         venv.create(home, with_pip=False, symlinks=True)
-        _inherit(home)
+        own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+        # Python runs the import lines of a .pth file when it starts.
+        lines = [f"import site; site.addsitedir({found!r})" for found in site.getsitepackages()]
+        (own / "inherited.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
         _install(python, package, version)
     return os.fspath(python)
-
-
-def _inherit(home: Path) -> None:
-    """Let the environment see our packages, after its own; a .pth file's import line is run when Python starts."""
-    own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    lines = [f"import site; site.addsitedir({found!r})" for found in site.getsitepackages()]
-    (own / "inherited.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _install(python: Path, package: str, version: str) -> None:
@@ -59,7 +162,7 @@ def _install(python: Path, package: str, version: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise SpecError(f"pip install {package}=={version} took longer than {_INSTALL_S} s.") from error
     if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        last = (ran.stderr.strip().splitlines() or ["it printed nothing"])[-1]
         raise SpecError(
             f"pip cannot install {package} {version}: {last}. Name an interpreter that has it: --python-for {version}=PATH."
         )

@@ -1,4 +1,4 @@
-"""One case measured on both sides, pair after pair: its records, what is decided, what went wrong. Launches nothing."""
+"""One case measured on both sides, pair after pair: its records, what is decided, what went wrong."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from hpc_core.compare.sequential import Check
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
 
-__all__ = ["CaseResult", "SideName", "Trial"]
-
 SideName = Literal["base", "head"]
 _SIDES: tuple[SideName, SideName] = ("base", "head")
 _NOT_HERE = ("missing_library", "missing_data")
@@ -32,20 +30,20 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     case: str
     pairs: int
-    trouble: Literal["broken", "invalid", "missing", "unmeasured"] | None = None
+    failure: Literal["broken", "invalid", "missing", "unmeasured"] | None = None
     """Why it has no rows: a run broke, ran something else than asked, lacks a package or data on both sides, or never began."""
     reason: str = ""
     rows: tuple[Difference, ...] = ()
 
 
 class Trial:
-    """Collects records of a case in pairs, and decides each timed metric at the first look that can."""
+    """Collects records of a case in pairs, and decides each timed metric as soon as the pairs allow it."""
 
     def __init__(self, case: Case, rule: Rule) -> None:
         self.case = case
         self._rule = rule
         self._looks: dict[str, tuple[Check, int]] = {}
-        """By metric: the last look, and the pairs it saw."""
+        """By metric: the last interim analysis, and the pairs it rests on."""
         self.records: dict[SideName, list[Record]] = {"base": [], "head": []}
         self.refused: dict[SideName, str] = {}
         """Why a side cannot run this case at all, before anything was launched."""
@@ -71,7 +69,7 @@ class Trial:
 
     @property
     def timed(self) -> tuple[str, ...]:
-        """Metrics that pairs decide, once there is one pair. Not a soak's wall time: it asks about memory, and pairs of it take minutes."""
+        """Metrics that pairs decide, once there is one pair. Not a soak's wall time: a soak is about memory, and its pairs take minutes."""
         if self.failed or not self.pairs:
             return ()
         base, head = self.records["base"][0].metrics, self.records["head"][0].metrics
@@ -89,7 +87,7 @@ class Trial:
         return [float(record.metrics[name].value) for record in self.records[side][: self.pairs]]
 
     def look(self, metrics_judged: int) -> None:
-        """Judge what is still undecided by the pairs so far, as one of so many metrics of the run."""
+        """Judge what is still undecided by the pairs so far; `metrics_judged` in the whole run share alpha."""
         for name in self.timed:
             if name in self._looks and decided(self._looks[name][0]):
                 continue
@@ -98,52 +96,52 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether another pair would tell nothing."""
+        """Whether another pair would decide nothing more."""
         if self.failed:
             return True
         return self.pairs > 0 and all(name in self._looks and decided(self._looks[name][0]) for name in self.timed)
 
     def result(self, why: str) -> CaseResult:
-        """What is known. `why` says why there were no more pairs, for what is undecided."""
+        """Return what is known; `why` explains, for what is undecided, why there were no more pairs."""
         if self.failed:
-            return self._trouble()
+            return self._failed_result()
         if not self.pairs:
-            return CaseResult(case=self.case.id, pairs=0, trouble="unmeasured", reason=why)
+            return CaseResult(case=self.case.id, pairs=0, failure="unmeasured", reason=why)
         base, head = (self.records[side][: self.pairs] for side in _SIDES)
         rows = exact_rows(self.case, base, head)
         rows += [self._timed_row(name, why) for name in self.timed]
         return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head, self.timed)))
 
     def _timed_row(self, name: str, why: str) -> Difference:
-        look, seen = self._looks.get(name, (None, self.pairs))
+        look, pairs = self._looks.get(name, (None, self.pairs))
         metric = self.records["base"][0].metrics[name]
         tolerance = self._rule.tolerance(self.case, name, metric)
-        values = [self.values(side, name)[:seen] for side in _SIDES]
+        values = [self.values(side, name)[:pairs] for side in _SIDES]
         return timed_row(name, metric, values[0], values[1], look, tolerance, why)
 
-    def _trouble(self) -> CaseResult:
-        """The gravest of what happened, with the side it happened on."""
-        said: list[str] = []
+    def _failed_result(self) -> CaseResult:
+        """Return the gravest of what happened, with the side it happened on."""
+        reasons: list[str] = []
         kinds: list[str] = []
         for side in _SIDES:
             bad = next((record for record in self.records[side] if record.status != "ok"), None)
             if side in self.refused:
                 kinds.append("broken")
-                said.append(f"{side}: {self.refused[side]}")
+                reasons.append(f"{side}: {self.refused[side]}")
             elif bad is not None and bad.failure is not None:
                 kinds.append("missing" if bad.failure.kind in _NOT_HERE else "broken")
-                said.append(f"{side}: {bad.failure.kind} in {bad.failure.phase}: {bad.failure.message}")
+                reasons.append(f"{side}: {bad.failure.kind} in {bad.failure.phase}: {bad.failure.message}")
             elif bad is not None:
                 kinds.append("invalid")
-                said.append(f"{side}: invalid: {' '.join(bad.reasons)}")
+                reasons.append(f"{side}: invalid: {' '.join(bad.reasons)}")
         if len(kinds) == 1:
-            said.append("The other side ran." if self.pairs or self._other_ran() else "")
+            reasons.append("The other side ran." if self.pairs or self._other_ran() else "")
         lacking = kinds == ["missing", "missing"]
         kind: Literal["broken", "invalid", "missing"] = (
             "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
         )
-        reason = " ".join(f"{text.rstrip('.')}." for text in said if text)
-        return CaseResult(case=self.case.id, pairs=self.pairs, trouble=kind, reason=reason)
+        reason = " ".join(f"{text.rstrip('.')}." for text in reasons if text)
+        return CaseResult(case=self.case.id, pairs=self.pairs, failure=kind, reason=reason)
 
     def _other_ran(self) -> bool:
         return any(record.status == "ok" for side in self.records.values() for record in side)

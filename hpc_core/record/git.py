@@ -1,10 +1,11 @@
-"""What git says of a tree: its commit, whether the code differs from it, files of other commits. Only reads.
+"""Read a git repository: its commit, whether the code differs from it, files of other commits.
 
-Every call starts git, so nothing here works without it; each function says what happens then.
+Every call starts git; each function says what happens without it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -14,27 +15,13 @@ import msgspec
 
 from hpc_core.case.errors import RepositoryError
 
-__all__ = [
-    "CODE_SUFFIXES",
-    "Revision",
-    "contents",
-    "git",
-    "head",
-    "is_dirty",
-    "listing",
-    "merge_base",
-    "resolved",
-    "revisions_of",
-    "top",
-]
-
 _SECONDS = 120
-_OF_ANOTHER = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
+_OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Set inside git's hooks; they would point every command at the hook's repository."""
 CODE_SUFFIXES = frozenset(
     {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"}
 )
-"""Files that git does not know count as changes only if they can be code: a report or a record that lies around is none."""
+"""Untracked files count as changes only if they can be code: a report or a record does not."""
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,7 +34,7 @@ class Revision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def head(folder: Path) -> str | None:
-    """The commit that is checked out; None outside a repository, before its first commit, or without git."""
+    """Return the commit that is checked out; None outside a repository, before its first commit, or without git."""
     try:
         return git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}").decode().strip()
     except RepositoryError:
@@ -55,18 +42,17 @@ def head(folder: Path) -> str | None:
 
 
 def is_dirty(folder: Path) -> bool:
-    """Whether the code of the whole tree around `folder` differs from its commit.
+    """Return whether the code of the whole tree around `folder` differs from its commit.
 
     What hpc-core itself writes does not count, or the first baseline that a run accepts would make the tree dirty for all
-    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside one. Files that git does not know count only
+    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside one. Untracked files count only
     where they can be code.
 
     Raises:
         RepositoryError: not a repository, or no git.
     """
     root = top(folder)
-    said = git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(errors="replace")
-    entries = [(entry[:2], entry[3:]) for entry in said.split("\0") if entry]
+    entries = _status(root)
     written = {path for _, path in entries if path.endswith(".history.jsonl")}
     return any(_counts(root, state, path, written) for state, path in entries)
 
@@ -76,12 +62,47 @@ def _counts(root: Path, state: str, path: str, written: set[str]) -> bool:
         return False
     if state == "??" and PurePosixPath(path).suffix not in CODE_SUFFIXES:
         return False
-    beside = f"{path.removesuffix('.json')}.history.jsonl"
-    return not (path.endswith(".json") and (beside in written or (root / beside).exists()))
+    history = f"{path.removesuffix('.json')}.history.jsonl"
+    return not (path.endswith(".json") and (history in written or (root / history).exists()))
+
+
+def uncommitted(folder: Path) -> tuple[str, ...]:
+    """Return the paths that differ from the last commit, untracked ones included and ignored ones not.
+
+    Raises:
+        RepositoryError: not a repository, or no git.
+    """
+    return tuple(path for _, path in _status(folder))
+
+
+def fingerprint(folder: Path) -> str:
+    """Return what changes with the working tree: a hash of its commit, and path, size and time of each file that differs from it.
+
+    Raises:
+        RepositoryError: not a repository, or no git.
+    """
+    root = top(folder)
+    parts = [head(root) or ""]
+    for name in uncommitted(root):
+        try:
+            facts = (root / name).lstat()
+        except OSError:
+            parts.append(f"{name} is gone")
+        else:
+            parts.append(f"{name} {facts.st_size} {facts.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()
+
+
+def _status(folder: Path) -> list[tuple[str, str]]:
+    """Return state and path of every file that differs from the last commit."""
+    text = git(folder, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(
+        errors="replace"
+    )
+    return [(entry[:2], entry[3:]) for entry in text.split("\0") if entry]
 
 
 def top(folder: Path) -> Path:
-    """The root of the tree that `folder` lies in.
+    """Return the root of the tree that `folder` lies in.
 
     Raises:
         RepositoryError: not a repository, or no git.
@@ -90,13 +111,13 @@ def top(folder: Path) -> Path:
 
 
 def merge_base(folder: Path, revision: str) -> str:
-    """The newest commit that HEAD and a revision share: what a pull request against it started from.
+    """Return the newest commit that HEAD and a revision share: what a pull request against it started from.
 
     Raises:
         RepositoryError: no such revision, no common commit, or a clone too shallow to tell.
     """
     fetch = "In a workflow, give actions/checkout `fetch-depth: 0`; by hand: git fetch --unshallow origin."
-    shallow = git(folder, "rev-parse", "--is-shallow-repository").decode().strip() == "true"
+    shallow = _is_shallow(folder)
     try:
         commit = resolved(folder, revision)
     except RepositoryError as error:
@@ -110,8 +131,12 @@ def merge_base(folder: Path, revision: str) -> str:
         raise RepositoryError(f"HEAD and {revision} have no merge base here. {why}") from error
 
 
+def _is_shallow(folder: Path) -> bool:
+    return git(folder, "rev-parse", "--is-shallow-repository").decode().strip() == "true"
+
+
 def resolved(folder: Path, revision: str) -> str:
-    """The whole name of a commit.
+    """Return the full hash of a revision: a branch, a tag or a commit.
 
     Raises:
         RepositoryError: there is none, not a repository, or no git.
@@ -119,47 +144,50 @@ def resolved(folder: Path, revision: str) -> str:
     top(folder)
     try:
         # A revision that begins with a dash is no option.
-        said = git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
+        output = git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     except RepositoryError as error:
-        raise RepositoryError(f"git knows no revision {revision!r} in {folder}.") from error
-    return said.decode().strip()
+        shallow = " The clone is shallow: git fetch --unshallow." if _is_shallow(folder) else ""
+        raise RepositoryError(
+            f"The repository {folder} has no revision {revision!r}.{shallow} Known ones: git branch -a, git tag, git log."
+        ) from error
+    return output.decode().strip()
 
 
-def contents(folder: Path, asked: Sequence[tuple[str, Path]]) -> tuple[bytes | None, ...]:
-    """What files held at commits, for each (commit, path), by one call of git; None where a file was not there.
+def contents(folder: Path, wanted: Sequence[tuple[str, Path]]) -> tuple[bytes | None, ...]:
+    """Return what files held at commits, for each (commit, path), by one call of git; None where a file was not there.
 
     Raises:
         RepositoryError: a path lies outside the repository, or git fails.
     """
     root = top(folder)
-    names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in asked)
-    said = git(root, "cat-file", "--batch", given=names.encode(errors="surrogateescape"))
+    names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in wanted)
+    output = git(root, "cat-file", "--batch", stdin=names.encode(errors="surrogateescape"))
     found: list[bytes | None] = []
-    for _ in asked:
-        line, _, said = said.partition(b"\n")
+    for _ in wanted:
+        line, _, output = output.partition(b"\n")
         if line.endswith((b" missing", b" ambiguous")):
             found.append(None)
             continue
         size = int(line.rsplit(b" ", 1)[1])
-        found.append(said[:size])
-        said = said[size + 1 :]
+        found.append(output[:size])
+        output = output[size + 1 :]
     return tuple(found)
 
 
 def listing(folder: Path, commit: str, path: Path) -> tuple[Path, ...]:
-    """The files below a folder at a commit, as paths of today; none if it was not there.
+    """Return the files below a folder at a commit, as paths of today; none if it was not there.
 
     Raises:
         RepositoryError: the path lies outside the repository, or git fails.
     """
     root = top(folder)
     name = _inside(root, path)
-    said = git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", f"{name}/" if name else ".")
-    return tuple(root / each for each in said.decode(errors="surrogateescape").split("\0") if each)
+    output = git(root, "ls-tree", "-r", "-z", "--name-only", "--full-tree", commit, "--", f"{name}/" if name else ".")
+    return tuple(root / each for each in output.decode(errors="surrogateescape").split("\0") if each)
 
 
 def revisions_of(folder: Path, paths: Iterable[Path]) -> tuple[Revision, ...]:
-    """The commits up to HEAD that changed one of these files, oldest first; none before the first commit.
+    """Return the commits up to HEAD that changed one of these files, oldest first; none before the first commit.
 
     Raises:
         RepositoryError: a path lies outside the repository, or git fails.
@@ -168,35 +196,35 @@ def revisions_of(folder: Path, paths: Iterable[Path]) -> tuple[Revision, ...]:
         return ()
     root = top(folder)
     names = [_inside(root, path) for path in paths]
-    said = git(root, "log", "--reverse", "--format=%H%x1f%cI%x1f%s%x1e", "HEAD", "--", *names)
-    parts = [line.strip("\n").split("\x1f") for line in said.decode(errors="replace").split("\x1e") if line.strip()]
+    output = git(root, "log", "--reverse", "--format=%H%x1f%cI%x1f%s%x1e", "HEAD", "--", *names)
+    parts = [line.strip("\n").split("\x1f") for line in output.decode(errors="replace").split("\x1e") if line.strip()]
     return tuple(Revision(commit=commit, at=at, subject=subject) for commit, at, subject in parts)
 
 
 def _inside(root: Path, path: Path) -> str:
-    """The path as git names it, from the root of the tree."""
+    """Return the path as git names it, from the root of the tree."""
     root, whole = root.resolve(), path.resolve()
     if not whole.is_relative_to(root):
-        raise RepositoryError(f"{path} lies outside the repository {root}, so git knows nothing of it.")
+        raise RepositoryError(f"{path} lies outside the repository {root}, so git cannot read it.")
     relative = whole.relative_to(root).as_posix()
     return "" if relative == "." else relative
 
 
-def git(folder: Path, *arguments: str, given: bytes | None = None) -> bytes:
-    """What a git command says about the repository around `folder`; no hook runs.
+def git(folder: Path, *arguments: str, stdin: bytes | None = None) -> bytes:
+    """Run a git command in the repository around `folder`, without hooks, and return its output.
 
     Raises:
         RepositoryError: git is not installed, takes too long, or fails; the message holds its own words.
     """
     command = ["git", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *arguments]
-    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY}
     try:
-        ran = subprocess.run(command, input=given, capture_output=True, timeout=_SECONDS, check=False, env=environment)
+        ran = subprocess.run(command, input=stdin, capture_output=True, timeout=_SECONDS, check=False, env=environment)
     except FileNotFoundError as error:
         raise RepositoryError("git is not installed.") from error
     except (OSError, subprocess.SubprocessError) as error:
         raise RepositoryError(f"git cannot be run in {folder}: {error}") from error
     if ran.returncode:
-        said = " ".join(ran.stderr.decode(errors="replace").split()) or f"exit code {ran.returncode}"
-        raise RepositoryError(f"git {arguments[0]} in {folder}: {said}")
+        output = " ".join(ran.stderr.decode(errors="replace").split()) or f"exit code {ran.returncode}"
+        raise RepositoryError(f"git {arguments[0]} in {folder}: {output}")
     return ran.stdout

@@ -1,7 +1,12 @@
-"""`python -m hpc_core.worker` serves one job."""
+"""`python -m hpc_core.worker` serves one job; with `--describe` it says what its workers would run."""
 
 from __future__ import annotations
 
-from hpc_core.worker.main import main
+import sys
 
-main()
+from hpc_core.worker import describe, main
+
+if sys.argv[1:] == ["--describe"]:
+    describe.main()
+else:
+    main.main()

@@ -126,7 +126,7 @@ def test_a_soaks_wall_time_is_shown_and_takes_no_further_pair() -> None:
 def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
     """Without time for three pairs, time is undecided with its reason; what never began says so."""
     comparison, order = compared(timed(itertools.repeat(1.0), itertools.repeat(1.0)), budget_s=1e-9)
-    assert (order, comparison.results[0].trouble) == ([], "unmeasured")
+    assert (order, comparison.results[0].failure) == ([], "unmeasured")
     plan = Plan(cases=(CASE, OTHER), budget_s=1e-3)
     slow = iter([0.002] * 4)
 
@@ -135,7 +135,7 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
         return a_record({"peak_bytes": peak(), "step_s": step(1.0)}, case=case)
 
     first, second = compare(plan, run, lambda _: None).results
-    assert (first.pairs, second.trouble) == (1, "unmeasured")
+    assert (first.pairs, second.failure) == (1, "unmeasured")
     assert {one.metric: one.verdict for one in first.rows} == {
         "peak_bytes": Verdict.PASS,
         "step_s": Verdict.INCONCLUSIVE,
@@ -195,7 +195,7 @@ def test_a_metric_of_one_side_only_is_incompatible() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "head", "trouble", "codes"),
+    ("base", "head", "kind", "codes"),
     [
         (a_record(), failed_record(), "broken", (11, 11)),
         (failed_record("missing_library"), failed_record("missing_library"), "missing", (0, 10)),
@@ -204,11 +204,11 @@ def test_a_metric_of_one_side_only_is_incompatible() -> None:
     ],
     ids=["head breaks", "missing on both sides", "missing on one side", "head is invalid"],
 )
-def test_a_side_without_numbers_is_a_row(base: Record, head: Record, trouble: str, codes: tuple[int, int]) -> None:
+def test_a_side_without_numbers_is_a_row(base: Record, head: Record, kind: str, codes: tuple[int, int]) -> None:
     """It is told with its side and reason, no number is compared, and the other cases go on."""
     comparison, order = compared(lambda side, _: base if side == "base" else head, (CASE, OTHER), exact_only=True)
     assert order == ["base", "head"] * 2
-    assert {result.trouble for result in comparison.results} == {trouble if codes[0] != 11 else "broken"}
+    assert {result.failure for result in comparison.results} == {kind if codes[0] != 11 else "broken"}
     assert "head: " in comparison.results[0].reason
     assert (comparison.exit_code(), comparison.exit_code(strict=True)) == codes
 

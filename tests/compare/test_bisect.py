@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.compare.bisect import Answer, Question, search
-from hpc_core.compare.candidates import versions_said
+from hpc_core.compare.bisect import Answer, Question, Versions, search
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import SideName
 from hpc_core.record.record import Metric, Record
@@ -110,9 +109,9 @@ def test_ends_that_do_not_differ_are_refused(base: Metric, head: Metric | Record
 
 def test_versions_keep_their_order() -> None:
     """The ends cut the list, and each named interpreter belongs to a version."""
-    said = versions_said("5.17,5.20,5.23,5.24", "5.20..5.24", ["5.23=/opt/v23/bin/python"])
-    assert (said.versions, said.pythons) == (("5.20", "5.23", "5.24"), {"5.23": "/opt/v23/bin/python"})
-    assert versions_said(None, "5.17..5.24", []).versions == ("5.17", "5.24")
+    parsed = Versions.parse("transformers", "5.17,5.20,5.23,5.24", "5.20..5.24", ["5.23=/opt/v23/bin/python"])
+    assert (parsed.versions, parsed.pythons) == (("5.20", "5.23", "5.24"), {"5.23": "/opt/v23/bin/python"})
+    assert Versions.parse("transformers", None, "5.17..5.24", []).versions == ("5.17", "5.24")
 
 
 @pytest.mark.parametrize(
@@ -123,8 +122,8 @@ def test_versions_keep_their_order() -> None:
         ("5.17,5.20,5.17", None, [], "named twice"),
         ("5.17,5.20", "5.17..5.24", [], "5.24 is not in --versions"),
         ("5.17,5.20", "5.20..5.17", [], "two versions or more"),
-        ("5.17,5.20", "5.17", [], "no range of versions"),
-        ("5.17,5.20", None, ["5.20"], "say --python-for 5.20=PATH"),
+        ("5.17,5.20", "5.17", [], "not a range of versions"),
+        ("5.17,5.20", None, ["5.20"], "write --python-for 5.20=PATH"),
         ("5.17,5.20", None, ["5.19=python"], "not among the versions"),
     ],
 )
@@ -133,4 +132,4 @@ def test_versions_that_make_no_sense_are_refused(
 ) -> None:
     """Each mistake has a message of its own."""
     with pytest.raises(SpecError, match=said):
-        versions_said(versions, ends, pythons)
+        Versions.parse("transformers", versions, ends, pythons)

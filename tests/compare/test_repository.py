@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,9 +15,11 @@ from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.cli import main
-from hpc_core.compare.arrange import Asked, arrange
+from hpc_core.compare.arrange import KINDS, Asked, arrange
 from hpc_core.compare.checkouts import Checkouts
-from tests.compare_repository import STEP, commit, git, repository
+from hpc_core.compare.describe import check_protocol, described
+from hpc_core.compare.environments import side_of
+from tests.compare_repository import STEP, git, repository
 
 ROOT = Path(__file__).parents[2]
 FILE = ("--cases", "perf_cases.py")
@@ -35,7 +36,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a refused command says: exit code 2, one line, nothing on stdout."""
     with pytest.raises(SystemExit) as end:
         main([*arguments])
@@ -52,25 +53,24 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["ab", "nowhere", *FILE], "has no revision 'nowhere'"),
         (["ab", "HEAD", "nowhere", *FILE], "has no revision 'nowhere'"),
         (["ab", "HEAD", "--base-python", "python", *FILE], "Two revisions and two interpreters at once"),
-        (["ab", "--base-python", "no/such/python", *FILE], "no program that can be run"),
+        (["ab", "--base-python", "no/such/python", *FILE], "not a program that can be run"),
         (["ab", "HEAD", *FILE, "--case", "own/stop"], "Near: own/step"),
-        (["ab", "HEAD", *FILE, "--budget", "soon"], "say 10m, 90s or 1.5h"),
-        (["ab", "HEAD", *FILE, "--wall-tolerance", "0.1"], "say --wall-tolerance 5%"),
+        (["ab", "HEAD", *FILE, "--budget", "soon"], "write 10m, 90s or 1.5h"),
+        (["ab", "HEAD", *FILE, "--wall-tolerance", "0.1"], "write --wall-tolerance 5%"),
         (["ab", "HEAD", *FILE, "--path", "lib"], "no such folder"),
         (["ab", "HEAD", *FILE, "--head-fault", "decode-slep"], "Near: decode-sleep"),
-        (["bisect", "own/step", "peak_bytes", "nowhere..HEAD", *FILE], "has no revision 'nowhere'"),
-        (["bisect", "own/step", "peak_bytes", "HEAD..HEAD~1", *FILE], "the good end comes first"),
-        (["bisect", "own/step", "peak_bytes", "HEAD..main", *FILE], "are the same commit"),
-        (["bisect", "own/step", "peak_bytes", "HEAD~1", *FILE], "say GOOD..BAD"),
-        (["bisect", "own/step", "peak_bytes", *FILE], "Nothing to bisect"),
-        (["bisect", "own/stop", "peak_bytes", "HEAD~1..HEAD", *FILE], "Near: own/step"),
-        (["bisect", "own/step", "peak_bytes", "HEAD~1..HEAD", "--versions", "1,2", *FILE], "say which, with --package"),
+        (
+            ["bisect", "own/step", "peak_bytes", *FILE],
+            "git bisect run pytest --benchmark --perf-bisect --case own/step",
+        ),
+        (["bisect", "own/stop", "peak_bytes", "--package", "rich", *FILE], "Near: own/step"),
+        (["bisect", "own/step", "peak_bytes", "--package", "rich", *FILE], "two versions or more"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(arguments: list[str], text: str, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bad input is refused before anything runs, in one line, and leaves no worktree."""
-    assert text in said(capsys, *arguments)
+    assert text in refusal(capsys, *arguments)
     assert git(repo, "worktree", "list").count("\n") == 0
 
 
@@ -82,18 +82,9 @@ def test_without_a_repository_there_are_no_revisions(
     plain.mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     monkeypatch.chdir(plain)
-    assert "in no git repository" in said(capsys, "ab", "HEAD", "--scale", "tiny")
+    assert "not a git repository" in refusal(capsys, "ab", "HEAD", "--scale", "tiny")
     monkeypatch.setenv("PATH", str(plain))
-    assert "git is not installed" in said(capsys, "ab", "HEAD", "--scale", "tiny")
-
-
-def test_histories_that_parted_are_refused(repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bad end that does not descend from the good one: the answer names where they parted."""
-    parted = git(repo, "rev-parse", "HEAD~1")
-    git(repo, "checkout", "-q", "-b", "side", parted)
-    commit(repo, "elsewhere", STEP.format(kib=32))
-    text = said(capsys, "bisect", "own/step", "peak_bytes", "side..main", *FILE)
-    assert f"Start where they parted: {parted[:9]}..main" in text
+    assert "git is not installed" in refusal(capsys, "ab", "HEAD", "--scale", "tiny")
 
 
 def arranged(repo: Path, base: str, *cases: Case) -> tuple[str, str, tuple[str, ...], str]:
@@ -135,24 +126,47 @@ def test_code_from_elsewhere_is_refused(repo: Path) -> None:
         arranged(repo, "main", case)
 
 
-def test_another_protocol_is_refused(repo: Path) -> None:
-    """A repository that holds an hpc_core of another schema cannot be base: its records could not be read."""
-    stub = repo / "hpc_core"
-    (stub / "launch").mkdir(parents=True)
-    for name in ("__init__", "launch/__init__"):
-        (stub / f"{name}.py").write_text("")
-    (stub / "record.py").write_text("import msgspec\nclass Record(msgspec.Struct):\n    shiny: int = 0\n")
-    (stub / "launch" / "protocol.py").write_text("import msgspec\nclass Job(msgspec.Struct):\n    case: int\n")
-    (stub / "spec.py").write_text("SCHEMA = 99\ndef case_from_json(text): raise ValueError(text)\n")
+DESCRIBE = """\
+import json, sys
+
+spoken = {{"home": ".", "job_fields": ["case"], "job_kinds": {kinds}, "cases": [{{"digest": ""}}]}}
+json.dump(spoken | {{"schema": {schema}, "record_fields": {{"Record": {fields}}}}}, sys.stdout)
+"""
+TOO_OLD = "import argparse; parser = argparse.ArgumentParser(); parser.add_argument('--job-fd', required=True); parser.parse_args()"
+
+
+@pytest.mark.parametrize(
+    ("worker", "text"),
+    [
+        (TOO_OLD, "too old to be compared with this one"),
+        (DESCRIBE.format(schema=99, fields=[], kinds=[]), "own hpc-core with schema 99; this one has 1"),
+        (DESCRIBE.format(schema=1, fields=["shiny"], kinds=[]), "records hold Record.shiny, unknown to this one"),
+        (DESCRIBE.format(schema=1, fields=["case"], kinds=["measure"]), "jobs have no retime"),
+        ("raise ModuleNotFoundError('no msgspec here')", "cannot run hpc-core's workers: .*no msgspec here"),
+    ],
+    ids=["too old", "another schema", "a newer record", "no such job", "no dependencies"],
+)
+def test_another_protocol_is_refused(worker: str, text: str, repo: Path) -> None:
+    """A repository that holds another hpc_core can be a side only if its own worker describes what this launcher understands."""
+    (repo / "hpc_core" / "worker").mkdir(parents=True)
+    (repo / "hpc_core" / "__init__.py").write_text("")
+    (repo / "hpc_core" / "worker" / "__init__.py").write_text("")
+    (repo / "hpc_core" / "worker" / "__main__.py").write_text(worker)
     git(repo, "add", "-A")
     git(repo, "commit", "-q", "-m", "its own hpc_core")
-    cases = load_case_file(repo / "perf_cases.py")
-    with pytest.raises(SpecError, match="own hpc-core with schema 99; this one speaks 1"):
-        arranged(repo, "main", *cases)
-    (stub / "spec.py").write_text("SCHEMA = 1\ndef case_from_json(text): raise ValueError(text)\n")
-    git(repo, "commit", "-q", "-a", "-m", "the same schema")
-    with pytest.raises(SpecError, match=r"records hold Record.shiny, unknown to this one"):
-        arranged(repo, "main", *cases)
+    with pytest.raises(SpecError, match=text):
+        arranged(repo, "main", *load_case_file(repo / "perf_cases.py"))
+
+
+def test_a_worker_describes_itself() -> None:
+    """Its answer names its home, its protocol, the digest of each case and where code under test lies."""
+    case = Case(id="own/json", scale="tiny", workload=CallableSpec(factory="msgspec.json:encode"))
+    side = side_of("base", label="here", place=ROOT, here=ROOT, scratch=ROOT)
+    found = described(side, [case], versions=["msgspec", "no-such-thing"])
+    assert (found.home, found.cases[0].digest) == (str(ROOT / "hpc_core"), case.digest)
+    assert {"measure", "retime", "predict"} <= set(found.job_kinds)
+    assert (set(found.places), found.versions["no-such-thing"]) == ({"msgspec"}, "")
+    check_protocol(side, found, kinds=KINDS, fields=("fault",))
 
 
 HOLDS = """
@@ -179,33 +193,3 @@ def test_a_killed_comparison_leaves_no_worktree(repo: Path) -> None:
         time.sleep(0.02)
     assert not tree.parent.parent.exists()
     assert git(repo, "worktree", "list").count("\n") == 0
-
-
-@pytest.mark.slow
-def test_the_commit_that_made_it_bigger_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Real workers: the search passes a commit that drifts and one that does not import, ignores what is uncommitted, ends with both numbers.
-
-    Commits speak for themselves, whatever HPC_CORE_COMMIT says of the tree that the command was given in.
-    """
-    root = tmp_path / "repo"
-    commits = repository(root, 64, 65, None, 65, 128, 128)
-    (root / "work" / "step.py").write_text("raise RuntimeError('uncommitted')\n")
-    monkeypatch.chdir(root)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HPC_CORE_COMMIT", "of-a-copy")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(SystemExit) as end:
-        main(["bisect", "own/step", "peak_bytes", f"{commits[0]}..main", *FILE, "--json"])
-    out, err = capsys.readouterr()
-    assert end.value.code == 0, err
-    found = json.loads(out)
-    assert found["first_bad"][0] == f"{commits[4]} number 4"
-    assert found["first_bad"][1].endswith("2 files changed")
-    assert (found["before"] // 1024, found["after"] // 1024) == (65, 128)
-    assert [step["word"] for step in found["steps"]] == ["skip", "good", "bad"]
-    assert found["suspects"] == []
-    assert "1 uncommitted changes" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["repo"]
-    assert git(root, "worktree", "list").count("\n") == 0
