@@ -51,7 +51,7 @@ _full = finetune(
     **_tuned,
 )
 DATA: tuple[Case, ...] = (_full, *_feeds(_full, [(False, 0), (True, 0), (True, 2)], [(False, 0), (True, 2)]))
-"""Full-size LoRA by the tuned engine, a captured step: 15 feeds beside the resident batches. Not in ALL; `bench/data_path.py` runs them."""
+"""Full-size LoRA by the tuned engine, a captured step: 15 feeds beside the resident batches. Not in ALL; `bench/studies/data_path/feeds.py` runs them."""
 
 _small = finetune(
     tiny, lora(), variant="data-resident", batch=2, length=32, packing=True, data=_TEXTS, steps=4, timeout_s=120

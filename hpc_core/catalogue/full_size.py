@@ -29,4 +29,4 @@ DEVICE_BOUND: tuple[Case, ...] = (
         _half, variant="generate-nf4-fp16-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float16"), **_filled
     ),
 )
-"""INT4 against FP16 where the device is what one waits for: a prefill of 32 x 512 tokens. In no suite but `bench/original_report.py`."""
+"""INT4 against FP16 where the device is what one waits for: a prefill of 32 x 512 tokens. In no suite but `bench/studies/original_report/original_report.py`."""

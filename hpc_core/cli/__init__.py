@@ -1,36 +1,43 @@
-"""The command line `hpc-core`. Starts without torch; what measures runs in workers.
+"""The command line `hpc-core`. It starts without torch: what needs torch runs in workers.
 
-Here are the program's entry and what ends it; each group of commands has a module of its own.
+This module holds the entry point and the handling of errors. Each group of commands has its own module.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from hpc_core.case.errors import HpcCoreError
 from hpc_core.gate.exit_code import ExitCode
 
-__all__ = ["main"]
+if TYPE_CHECKING:
+    import typer
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command. What the user got wrong is one line on stderr and exit code 2, never a traceback."""
+    """Run one command of `hpc-core`."""
     from hpc_core.cli.commands import app
 
+    run_app(app, "hpc-core", arguments)
+
+
+def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
+    """Run a command. A user's mistake becomes one line on stderr and exit code 2, never a traceback."""
     try:
-        app(args=arguments, prog_name="hpc-core")
+        app(args=arguments, prog_name=name)
     except (HpcCoreError, OSError) as error:
-        print(f"hpc-core: {' '.join(_said(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"{name}: {' '.join(_message(error).split())}", file=sys.stderr)  # noqa: T201
         sys.exit(ExitCode.REFUSED)
     except KeyboardInterrupt:
-        print("hpc-core: interrupted; no worker is left.", file=sys.stderr)  # noqa: T201
+        print(f"{name}: interrupted. All workers have ended.", file=sys.stderr)  # noqa: T201
         sys.exit(ExitCode.INTERRUPTED)
 
 
-def _said(error: HpcCoreError | OSError) -> str:
-    """Our own words; of the system's, the file that was meant and what is wrong with it."""
+def _message(error: HpcCoreError | OSError) -> str:
+    """Return our own message, or the file and the reason of an operating system error."""
     if isinstance(error, OSError) and error.strerror:
-        # A file is written beside its place and then renamed: the second name is the one that was asked for.
+        # A file is written under a temporary name and then renamed: the second name is the one that the user gave.
         name = error.filename2 or error.filename
         return f"{error.strerror}." if name is None else f"{name}: {error.strerror}."
     return str(error)

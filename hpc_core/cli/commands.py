@@ -6,15 +6,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
-import msgspec
 import typer
 
 import hpc_core
 from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.lookup import find
-from hpc_core.case.case import ModelSpec, case_to_json
+from hpc_core.case.case import case_to_json
 from hpc_core.case.errors import SpecError
-from hpc_core.cli.aa import aa
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.bisect import bisect
@@ -28,16 +26,12 @@ from hpc_core.cli.predict import predict
 from hpc_core.cli.prediction import chosen, compare, machine_key, predictions
 from hpc_core.cli.prediction import markdown as beside
 from hpc_core.cli.profile import profile
-from hpc_core.cli.protocol import run_protocol
 from hpc_core.cli.report import report
-from hpc_core.cli.running import read_record, run_case
+from hpc_core.cli.running import run_case
 from hpc_core.gate.exit_code import ExitCode
-from hpc_core.original_protocol import protocol
-from hpc_core.record.files import write_whole
 from hpc_core.record.gpus import DEFAULT, gpu_named
 from hpc_core.record.record import record_to_json
 from hpc_core.report import Row
-from hpc_core.report.original import original_files
 
 __all__ = ["app"]
 
@@ -56,7 +50,6 @@ app.command("explain")(explain_record)
 app.command("doctor")(doctor)
 app.command("faults")(faults)
 app.command("profile")(profile)
-app.command("aa")(aa)
 app.command("ab")(ab)
 app.command("bisect")(bisect)
 
@@ -103,56 +96,6 @@ def run_one(
     else:
         show([Row(record=record)])
     raise typer.Exit({"ok": ExitCode.OK, "invalid": ExitCode.FAILED, "failed": ExitCode.BROKEN}[record.status])
-
-
-@app.command()
-def export(
-    records: Annotated[Path, typer.Argument(help="A folder that --perf-records wrote.")],
-    out: Annotated[Path, typer.Option(help="Where the two files go.")],
-) -> None:
-    """Write the original report's two JSON files from records."""
-    if not records.is_dir():
-        raise SpecError(f"{records}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
-    paths = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
-    if not paths:
-        raise SpecError(f"{records}: holds no record (*.json).")
-    _write_original(out, [read_record(path) for path in paths])
-
-
-def _write_original(out: Path, records: list[hpc_core.Record]) -> None:
-    files = original_files(records)
-    if not files:
-        raise SpecError(
-            f"None of {len(records)} records is of generation or fine-tuning, so there is nothing to export."
-        )
-    for name, content in files.items():
-        write_whole(out / name, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
-        say(f"wrote {out / name}: {', '.join(content['methods'])}")
-
-
-@app.command("original-report")
-def original_report(
-    out: Annotated[Path, typer.Option(help="Records and the two JSON files go here; run again to go on.")],
-    model: Annotated[str | None, typer.Option(help="True weights: a local folder or a hub id.")] = None,
-    short: Annotated[
-        bool, typer.Option("--short", help="A tiny model and a handful of steps, to try it on a CPU.")
-    ] = False,
-) -> None:
-    """Run the original report's whole protocol: 500 questions x 512 tokens, 2 epochs of 4000 rows. Takes hours; resumable."""
-    if model is not None and short:
-        raise SpecError("--short runs a tiny random model: drop --model or --short.")
-    weights = None
-    if model is not None:
-        weights = ModelSpec(weights="folder" if Path(model).is_dir() else "hub", path=model)
-    records = run_protocol(protocol(weights, short=short), out, device="cpu" if short else "auto")
-    show([Row(record=record) for record in records])
-    _write_original(out, records)
-    broken = [record.case.id for record in records if record.status != "ok"]
-    if broken:
-        tell(
-            f"{len(broken)} of {len(records)} cases gave no numbers: {', '.join(broken)}. Run again to try just those."
-        )
-        raise typer.Exit(ExitCode.BROKEN)
 
 
 @app.command("prediction-table")

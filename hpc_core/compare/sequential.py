@@ -2,7 +2,7 @@
 
 A check is made whenever the pairs have grown by a third, so that many pairs cost few checks. Each check is judged at `alpha`
 divided by the number of checks, so that together they stay within `alpha` whatever they have in common (union bound). The
-passing side is judged at 5 %, where a fifth for each check is enough: simulated in tests/gate/test_error_rates.py.
+passing side is judged at 5 %, where a fifth for each check is enough: simulated in tests/studies/test_error_rates.py.
 """
 
 from __future__ import annotations

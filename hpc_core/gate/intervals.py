@@ -52,7 +52,7 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _WITHIN = 0.0015
-"""Four cases on four H100 starts, four processes each (docs/data/aa-h100.json): 0.13 % for training and decoding, 0.16 % for prefill, pooled."""
+"""Four cases on four H100 starts, four processes each (bench/studies/error_rates/aa-h100.json): 0.13 % for training and decoding, 0.16 % for prefill, pooled."""
 _DEGREES = 10.0
 """A choice, well below what was observed: the spreads below are those of the case that moved most."""
 

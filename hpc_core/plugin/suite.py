@@ -65,7 +65,7 @@ class Suite:
 
     def _command(self, item: pytest.Item) -> str:
         """The one line that runs just this case."""
-        # A file that pytest only collects when it is named, such as bench/original_report.py, must be named.
+        # A file that pytest only collects when it is named, such as bench/studies/original_report/original_report.py, must be named.
         own = self._is_found(item.path) and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "

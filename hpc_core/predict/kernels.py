@@ -137,7 +137,7 @@ def _kernels(name: str, args: tuple[Any, ...], inputs: list[torch.Tensor]) -> in
 def _splits_keys(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Return whether cuDNN splits a head's keys over several blocks and combines them in a second kernel.
 
-    Measured on an H100 (torch 2.11, docs/data/attention-h100.json): it splits for one query per head, more than 512 keys, and up to
+    Measured on an H100 (torch 2.11, bench/studies/prediction/attention-h100.json): it splits for one query per head, more than 512 keys, and up to
     64 key heads in the batch, and not for 256 heads. The threshold between was not measured. 128 is assumed, since that many heads
     fill 132 multiprocessors.
     """

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from bench.studies.stock_and_tuned.paired import are_twins
 from hpc_core.case.case import (
     Case,
     FeedSpec,
@@ -34,7 +35,6 @@ from hpc_core.catalogue import (
     smollm2,
     tiny,
 )
-from hpc_core.report.paired import are_twins
 
 
 def _engine(case: Case) -> str:

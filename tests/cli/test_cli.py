@@ -13,7 +13,7 @@ import pytest
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.profiles import profile_path
 from hpc_core.cli import main
-from hpc_core.record.record import record_from_json, record_to_json
+from hpc_core.record.record import record_to_json
 from tests.git_project import GitProject
 from tests.profiles import a_profile, weights
 from tests.strategies import a_case, a_record, around, failed_record, peak
@@ -50,8 +50,6 @@ def run(*arguments: str | Path) -> int:
         (["baseline", "diff", "v1"], "baselines: no such folder"),
         (["history", "tiny/lora"], "nothing is known of 'tiny/lora'"),
         (["history", "tiny/lora", "--plot", "a.svg"], "--plot draws one metric"),
-        (["export", "nowhere", "--out", "out"], "no such folder"),
-        (["original-report", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
         (["cases", "--cases", "nowhere.py"], "no such case file"),
         (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
         (["faults", "--out", "here"], "--out belongs to --explain"),
@@ -150,36 +148,6 @@ def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFi
     path.write_bytes(record_to_json(failed_record()))
     assert run("baseline", "accept", path, "--baselines", tmp_path / "b", "--reason", "x") == 2
     assert "80.1 GiB" in capsys.readouterr().err
-
-
-def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder without a record is a mistake, and said so."""
-    (tmp_path / "records").mkdir()
-    assert run("export", tmp_path / "records", "--out", tmp_path / "out") == 2
-    assert "holds no record" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven rows on a tiny model give the two files; run again after two records are gone or bad, just those run."""
-    out = tmp_path / "report"
-    assert run("original-report", "--out", out, "--short") == 0
-    inference = json.loads((out / "baseline_inference_metrics.json").read_text())["methods"]
-    assert set(inference) == {"original-fp16", "original-nf4"}
-    training = json.loads((out / "baseline_finetune_metrics.json").read_text())["methods"]
-    assert len(training) == 5
-    assert not any(method["extrapolated"] for method in training.values())
-    assert "[7/7]" in capsys.readouterr().err
-    (out / "records" / "tiny" / "original-lora.json").unlink()
-    other = out / "records" / "tiny" / "original-full.json"
-    changed = record_from_json(other.read_bytes())
-    other.write_bytes(
-        record_to_json(msgspec.structs.replace(changed, case=msgspec.structs.replace(changed.case, seed=7)))
-    )
-    assert run("original-report", "--out", out, "--short") == 0
-    said = capsys.readouterr().err
-    assert said.count("measured already") == 5
-    assert said.count(": running") == 2
 
 
 def test_what_changed_between_revisions_and_files(

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from bench.studies.error_rates.metric_rates import history_interval
 from hpc_core.case.limits import Limits
 from hpc_core.compare.sequential import Sequential
 from hpc_core.gate.busy import sm_clock_mhz
 from hpc_core.gate.intervals import SPREADS, Distance, interval_of, required_sample_size, stored_distance, three_way
 from hpc_core.gate.judge import judge
-from hpc_core.gate.metric_rates import history_interval
 from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
 from hpc_core.record.record import Metric
 from tests.gate.test_laws import stored

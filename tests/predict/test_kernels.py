@@ -230,7 +230,9 @@ def test_any_product_has_kernels(rows: int, inner: int, columns: int) -> None:
 
 def test_cudnn_attention_of_one_query_launches_what_an_h100_launched() -> None:
     """For each shape that was tried there without a mask, the rule gives the kernels that were seen."""
-    seen = json.loads((Path(__file__).parents[2] / "docs" / "data" / "attention-h100.json").read_bytes())
+    seen = json.loads(
+        (Path(__file__).parents[2] / "bench" / "studies" / "prediction" / "attention-h100.json").read_bytes()
+    )
     rows = [dict(zip(seen["columns"], row, strict=True)) for row in seen["rows"]]
     plain = [row for row in rows if not row["mask"]]
     assert len(plain) > 200

@@ -1,4 +1,4 @@
-"""The epoch of `bench/epoch.py`, on a tiny model: really run through, or extrapolated and said so."""
+"""The epoch of `bench/studies/data_path/epoch.py`, on a tiny model: really run through, or extrapolated and said so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bench import epoch
+from bench.studies.data_path import epoch
 from hpc_core.case.lengths import recorded_lengths
 
 OPTIONS = argparse.Namespace(

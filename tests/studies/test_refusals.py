@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
-from bench import data_path, decode_ablation, epoch, refusals, train_ablation
+from bench.studies import refusals
+from bench.studies.ablations import decode as decode_ablation
+from bench.studies.ablations import train as train_ablation
+from bench.studies.data_path import epoch
+from bench.studies.data_path import feeds as data_path
 
 TINY = ["--shape", "tiny", "--device", "cpu"]
 ABLATIONS = (train_ablation, decode_ablation)

@@ -194,7 +194,7 @@ def _early_launches(device: torch.device, batch: int) -> Early:
     """Programmatic dependent launch is Hopper's.
 
     A product at batch 1 takes in its first weights while the launch before it ends. Under a batch it has few programs and took
-    up to twice as long so (docs/data/first-token-h200.json): it seems that they begin wherever there is room while the one before still runs,
+    up to twice as long so (bench/studies/ablations/first-token-h200.json): it seems that they begin wherever there is room while the one before still runs,
     several on one multiprocessor and none on others.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):

@@ -1,0 +1,85 @@
+"""The error rates of the gate on stored H100 samples of unchanged and of slowed work."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.studies.error_rates.metric_rates import PROCESSES
+from bench.studies.error_rates.rates import ErrorRates, error_rates
+from bench.studies.error_rates.samples import Samples, samples_from_json
+from hpc_core.compare.sequential import Sequential
+from hpc_core.gate.intervals import SPREADS
+from hpc_core.gate.tolerance import PAIRED_RATIO
+from hpc_core.gate.verdict import Verdict, share
+
+STUDIES = Path(__file__).parents[2] / "bench" / "studies"
+SUITE_TESTS = 28
+"""Tests of busy time in a run of the whole H100 suite, about: each has its share of the suite's alpha."""
+
+
+@pytest.fixture(scope="module")
+def samples() -> Samples:
+    """The same code on several machine starts."""
+    return samples_from_json((STUDIES / "error_rates" / "aa-h100.json").read_bytes(), "aa-h100.json")
+
+
+@pytest.fixture(scope="module")
+def rates(samples: Samples) -> ErrorRates:
+    """What the gate does with them."""
+    return error_rates(samples)
+
+
+def test_the_samples_are_four_starts_of_four_processes_of_four_cases(samples: Samples) -> None:
+    """Each start ran on a card that is named, and each busy metric has a value a process."""
+    assert len(samples.starts) == 4
+    for start in samples.starts:
+        assert start.gpu_uuid.startswith("GPU-")
+        assert len(start.cases) == 4
+        for metrics in start.cases.values():
+            busy = [values for name, values in metrics.items() if samples.metrics[name].noise == "busy"]
+            assert busy
+            assert {len(values) for values in busy} == {4}
+
+
+def test_the_suite_gives_no_false_alarm_on_unchanged_work(rates: ErrorRates) -> None:
+    """Drawn by start, at most 1 in 100 runs of the suite calls unchanged work REGRESSED; exact metrics never do."""
+    assert rates.suite is not None
+    assert rates.suite <= 0.01
+    assert [rate.metric for rate in rates.rates if rate.noise == "exact" and rate.paired and rate.paired.alarms] == []
+
+
+def test_an_ab_of_three_processes_a_side_sees_one_and_a_half_percent(rates: ErrorRates) -> None:
+    """In one session, +1.5 % of busy time is REGRESSED in 95 of 100, for each case and metric."""
+    sees = {
+        (rate.case, rate.metric): rate.paired.detects for rate in rates.rates if rate.noise == "busy" and rate.paired
+    }
+    assert len(sees) == 5
+    assert max(sees.values()) <= 0.015, sees
+
+
+def test_two_percent_of_device_time_is_caught_and_no_change_passes() -> None:
+    """Of twenty clean and twenty slowed processes drawn in threes, 95 of 100 A/Bs are REGRESSED, and 95 of 100 of clean ones PASS."""
+    found: dict[str, Any] = json.loads((STUDIES / "detection" / "detection-h100.json").read_bytes())
+    clean, slowed = found["clean_busy_s"], found["spinning_busy_s"]
+    assert (len(clean), len(slowed)) == (20, 20)
+    assert found["spin_s"] == pytest.approx(0.02 * found["unchanged_busy_s"])
+    rule = Sequential(share(SUITE_TESTS), PAIRED_RATIO, most_pairs=PROCESSES, spread=SPREADS["train"])
+    generator = random.Random(0)
+    runs = 1000
+    regressed = passed = 0
+    for _ in range(runs):
+        base, head = _threes(clean, generator), _threes(slowed, generator)
+        regressed += rule.check(base, head).verdict is Verdict.REGRESSED
+        both = generator.sample(clean, 2 * PROCESSES)
+        passed += rule.check(both[:PROCESSES], both[PROCESSES:]).verdict is Verdict.PASS
+    assert regressed / runs >= 0.95
+    assert passed / runs >= 0.95
+
+
+def _threes(values: list[float], generator: random.Random) -> list[float]:
+    return generator.sample(values, PROCESSES)

@@ -1,0 +1,142 @@
+"""The original report's two files, from records: its words, its units, and no number that was not measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench.studies.original_report.__main__ import main
+from bench.studies.original_report.export import FINETUNE_FILE, INFERENCE_FILE, original_files
+from bench.studies.original_report.protocol import protocol
+from hpc_core.case.case import (
+    Case,
+    DataSpec,
+    FinetuneSpec,
+    GenerateSpec,
+    ModelSpec,
+)
+from hpc_core.case.limits import GiB
+from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
+from tests.strategies import a_record, failed_record, peak, wall
+
+
+def seconds(*samples: float) -> Metric:
+    return Metric(
+        value=sorted(samples)[len(samples) // 2], samples=samples, unit="s", noise="wall", better="lower",
+        depends_on=("case",), gated=False,
+    )  # fmt: skip
+
+
+def of(variant: str) -> Case:
+    return next(case for case in protocol() if case.id.endswith(f"/{variant}"))
+
+
+def generated() -> Record:
+    metrics = {"query_s": seconds(4.0, 4.0, 7.0), "tokens_per_s": wall(102.4), "peak_bytes": peak(6 * GiB)}
+    return a_record(metrics, case=of("original-fp16"))
+
+
+def trained(steps: int) -> Record:
+    metrics = {"step_s": seconds(*[0.25] * steps), "epoch_s": wall(250.0), "peak_bytes": peak(16 * GiB)}
+    return a_record(metrics, case=of("original-lora"))
+
+
+def test_a_latency_is_the_mean_of_all_queries() -> None:
+    """The report's name is an average, so the value is one: of 4, 4 and 7 s it is 5 s; GB are bytes / 1024**3."""
+    method = original_files([generated()])[INFERENCE_FILE]["methods"]["original-fp16"]
+    assert (method["avg_latency"], method["throughput_tokens_per_sec"], method["peak_memory_gb"]) == (5.0, 102.4, 6.0)
+    assert method["extrapolated"] is False
+
+
+def test_whole_epochs_are_summed_and_fewer_steps_extrapolated() -> None:
+    """2000 measured steps are two epochs; 10 are two epochs only by extrapolation, which the file says."""
+    whole = original_files([trained(2000)])[FINETUNE_FILE]["methods"]["original-lora"]
+    assert (whole["total_time"], whole["time_per_epoch"], whole["extrapolated"]) == (500.0, 250.0, False)
+    part = original_files([trained(10)])[FINETUNE_FILE]["methods"]["original-lora"]
+    assert (part["total_time"], part["time_per_epoch"], part["extrapolated"]) == (500.0, 250.0, True)
+
+
+def test_what_failed_says_why() -> None:
+    """A row that ran out of memory is a row with its reason and without a number."""
+    [method] = original_files([failed_record()])[FINETUNE_FILE]["methods"].values()
+    assert method["status"] == "failed"
+    assert "80.1 GiB" in method["reason"]
+    assert "peak_memory_gb" not in method
+
+
+def test_the_file_states_its_units() -> None:
+    """Whoever reads GB finds out which."""
+    assert "1024**3" in original_files([generated()])[INFERENCE_FILE]["units"]["peak_memory_gb"]
+
+
+def test_the_protocol_is_the_reports() -> None:
+    """500 questions of 512 tokens two ways; two epochs of 4000 rows in batches of 4, padded to 512, five ways."""
+    answers = [case.workload for case in protocol() if isinstance(case.workload, GenerateSpec)]
+    assert [(each.prompts, each.new_tokens, each.batch) for each in answers] == [(500, 512, 1)] * 2
+    training = [case.workload for case in protocol() if isinstance(case.workload, FinetuneSpec)]
+    assert {(each.batch, each.length, each.padding, each.steps, each.data.rows) for each in training} == {
+        (4, 512, "max_length", 2000, 4000)
+    }
+    assert len(training) == 5
+
+
+@pytest.mark.parametrize("weights", [None, ModelSpec(weights="hub", path="meta-llama/Llama-3.2-3B-Instruct")])
+def test_true_weights_bring_true_texts(weights: ModelSpec | None) -> None:
+    """Random weights go with recorded lengths, true ones with the data sets themselves."""
+    sources = {case.workload.data.source for case in protocol(weights) if isinstance(case.workload, GenerateSpec)}
+    assert sources == {DataSpec(source="trace" if weights is None else "hub", name="gsm8k").source}
+
+
+def run(*arguments: str | Path) -> int:
+    """The exit code of a command."""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "nowhere", "--out", "out"], "no such folder"),
+        (["run", "--out", "out", "--short", "--model", "x"], "drop --model or --short"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command says what is wrong and exits with 2."""
+    assert run(*arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder without a record is a mistake, and said so."""
+    (tmp_path / "records").mkdir()
+    assert run("export", tmp_path / "records", "--out", tmp_path / "out") == 2
+    assert "holds no record" in capsys.readouterr().err
+
+
+@pytest.mark.nightly
+def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven rows on a tiny model give the two files; run again after two records are gone or bad, just those run."""
+    out = tmp_path / "report"
+    assert run("run", "--out", out, "--short") == 0
+    inference = json.loads((out / "baseline_inference_metrics.json").read_text())["methods"]
+    assert set(inference) == {"original-fp16", "original-nf4"}
+    training = json.loads((out / "baseline_finetune_metrics.json").read_text())["methods"]
+    assert len(training) == 5
+    assert not any(method["extrapolated"] for method in training.values())
+    assert "[7/7]" in capsys.readouterr().err
+    (out / "records" / "tiny" / "original-lora.json").unlink()
+    other = out / "records" / "tiny" / "original-full.json"
+    changed = record_from_json(other.read_bytes())
+    other.write_bytes(
+        record_to_json(msgspec.structs.replace(changed, case=msgspec.structs.replace(changed.case, seed=7)))
+    )
+    assert run("run", "--out", out, "--short") == 0
+    said = capsys.readouterr().err
+    assert said.count("measured already") == 5
+    assert said.count(": running") == 2
