@@ -73,7 +73,9 @@ def _read(path: Path) -> Samples:
     try:
         return samples_from_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise SpecError(f"{path}: {error.strerror}. A/A samples are what python -m bench.studies.error_rates --out writes.") from error
+        raise SpecError(
+            f"{path}: {error.strerror}. A/A samples are what python -m bench.studies.error_rates --out writes."
+        ) from error
 
 
 def _recorded(held: Samples, folders: list[Path], globs: list[str], name: str | None, out: Path | None) -> Samples:

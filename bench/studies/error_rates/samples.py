@@ -111,7 +111,9 @@ def samples_from_json(text: bytes, where: str) -> Samples:
     try:
         return msgspec.json.decode(text, type=Samples)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise SpecError(f"{where}: no A/A samples: {error}. They are what python -m bench.studies.error_rates --out writes.") from error
+        raise SpecError(
+            f"{where}: no A/A samples: {error}. They are what python -m bench.studies.error_rates --out writes."
+        ) from error
 
 
 def samples_to_json(samples: Samples) -> bytes:
