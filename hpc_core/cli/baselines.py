@@ -17,7 +17,7 @@ from hpc_core.case.select import near
 from hpc_core.cli.baselines_json import baseline_told
 from hpc_core.cli.console import say, say_json, show
 from hpc_core.cli.running import read_record
-from hpc_core.explain import stored_cause
+from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.judge import judge
 from hpc_core.record import units as sizes

@@ -11,7 +11,8 @@ from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json
 from hpc_core.cli.running import read_record
-from hpc_core.explain import Cause, before_of, explain, stored_before
+from hpc_core.explain.before import before_of, stored_before
+from hpc_core.explain.explain import Cause, explain
 from hpc_core.gate.judge import judge
 from hpc_core.record.record import Record
 

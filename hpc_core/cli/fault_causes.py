@@ -13,7 +13,8 @@ import msgspec
 from hpc_core.baselines.accept import unstored
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
-from hpc_core.explain import Cause, before_of, explain
+from hpc_core.explain.before import before_of
+from hpc_core.explain.explain import Cause, explain
 from hpc_core.faults import FAULTS
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement

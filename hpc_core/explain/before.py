@@ -1,4 +1,4 @@
-"""What a record is compared with: the baseline's numbers, and what is kept beside them for explanations."""
+"""Read what a record is compared with: the baseline's numbers, and what is stored next to them for explanations."""
 
 from __future__ import annotations
 
@@ -13,25 +13,23 @@ from hpc_core.case.case import Case
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record
 
-__all__ = ["Before", "before_of", "stored_before"]
-
 
 class Before(msgspec.Struct, frozen=True, kw_only=True):
-    """How it was."""
+    """The earlier side of an explanation."""
 
     case: Case
     stack: dict[str, str]
     commit: str | None
     metrics: dict[str, Metric]
-    """The accepted values, and below them those that are shown and not gated, of the record that was accepted last."""
+    """The accepted values; and those that are shown and not gated, of the record that was accepted last."""
     record: Record | None = None
     profile: Profile | None = None
     profile_of: str = ""
-    """The machine that the profile was taken on, where the numbers are another one's; it then holds no kernels."""
+    """The machine that the profile was taken on, where it is not the baseline's; the profile then holds no kernels."""
 
 
 def before_of(record: Record) -> Before:
-    """A record in a baseline's place, with its own profile."""
+    """Return a record as the earlier side, with its own profile."""
     return Before(
         case=record.case,
         stack=record.circumstances.stack,
@@ -43,10 +41,10 @@ def before_of(record: Record) -> Before:
 
 
 def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
-    """What the store keeps of a baseline; None where there is no sound one.
+    """Return what is stored of a baseline; None where there is no sound one.
 
     Raises:
-        BaselineError: as `store.baseline_path`.
+        BaselineError: as `baseline_path`.
     """
     if not isinstance(lookup, Baseline):
         return None

@@ -1,43 +1,41 @@
-"""What the GPU did longer or more often: busy time, gaps, families of kernels, and kernels by module where both sides know them."""
+"""Find what the GPU did longer or more often: busy time, gaps, families of kernels, and kernels by module where both sides know them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
 from hpc_core.explain.before import Before
-from hpc_core.explain.finding import Finding, leading
-from hpc_core.explain.naming import block, label
+from hpc_core.explain.findings import Finding, block, changed_counts, label, leading
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import METRICS
 from hpc_core.record.profile import KernelUse, Profile
 from hpc_core.record.record import Metric, Record
 
-__all__ = ["device_finding"]
-
-_BUSY = ("busy_s", "busy_decode_token_s", "busy_prefill_s")
+_BUSY = tuple(name for name, each in METRICS.items() if each.noise == "busy")
 _COUNTS = ("kernels", "copies", "memsets", "synchronizations")
 _WORTH = 0.005
-"""Of busy time; less is the noise of one process."""
+"""Share of busy time; less is the noise of one process."""
 _NOTABLE = 0.001
-"""Of the time of all kernels: a change of time alone below it is no cause of anything."""
+"""Share of the time of all kernels: a smaller change of time alone is not a cause."""
 _SLOWER = 0.05
-_PLAINLY_SLOWER = 0.25
-"""Of its own time: with as many launches as before, no kernel on a GPU is so much slower by noise alone."""
+_CERTAINLY_SLOWER = 0.25
+"""Share of a kernel's own time: with as many launches as before, noise alone does not make a kernel so much slower."""
 _SHOWN_SHARE = 0.2
 _MOST_DETAILS = 12
 _Sums = dict[str, tuple[int, float]]
 
 
 def device_finding(before: Before, now: Record) -> Finding | None:
-    """The difference in time on the device and in launches; None if there is none, or no GPU."""
+    """Return the difference in time on the device and in launches; None if there is none, or no GPU."""
     times = _times(before.metrics, now.metrics)
     counts = _counts(before.metrics, now.metrics)
     if not times and not counts:
         return None
     by_module = _by_module(before.profile, now.profile)
-    told = by_module or _by_family(before.record, now)
+    places = by_module or _by_family(before.record, now)
     heads = [text for _, text in (*times[:1], *counts[:2])]
-    line = ", ".join(heads) + (f": {'; '.join(told[:2])}" if told else "")
-    details = (*told[2:_MOST_DETAILS], *_kernels(before.profile, now.profile), *_gaps(before.metrics, now.metrics))
+    line = ", ".join(heads) + (f": {'; '.join(places[:2])}" if places else "")
+    details = (*places[2:_MOST_DETAILS], *_kernels(before.profile, now.profile), *_gaps(before.metrics, now.metrics))
     share = max((share for share, _ in (*times[:1], *counts)), key=abs)
     return Finding(
         resource="device", share=abs(share), worse=share > 0, line=line, placed=bool(by_module), details=details
@@ -45,7 +43,7 @@ def device_finding(before: Before, now: Record) -> Finding | None:
 
 
 def _times(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[float, str]]:
-    """Busy times that changed, the most first: by which share of what was, and in words."""
+    """Return the busy times that changed, the most first: the share, and its text."""
     found = []
     for name in _BUSY:
         if name in old and name in new and old[name].value > 0:
@@ -57,18 +55,13 @@ def _times(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[f
 
 
 def _counts(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[float, str]]:
-    found = []
-    for name in _COUNTS:
-        if name in old and name in new and old[name].unit == new[name].unit:
-            change = new[name].value - old[name].value
-            if change:
-                share = change / old[name].value if old[name].value else 1.0
-                found.append((share, f"{name} {sizes.change(change, old[name].unit)}"))
-    return found
+    """Return the counts that changed: the share, and its text."""
+    changed = changed_counts(old, new, "device", _COUNTS)
+    return [(share, f"{name} {sizes.change(change, old[name].unit)}") for name, change, share in changed]
 
 
 def _by_family(old: Record | None, new: Record) -> list[str]:
-    """Families of kernels that changed, the most seconds first; from totals, where no module is known."""
+    """Return the families of kernels that changed, the most seconds first: from totals, where no module is known."""
     if old is None or not old.kernel_families or not new.kernel_families:
         return []
     before: _Sums = {name: (each.kernels, each.seconds) for name, each in old.kernel_families.items()}
@@ -77,20 +70,20 @@ def _by_family(old: Record | None, new: Record) -> list[str]:
 
 
 def _by_module(old: Profile | None, new: Profile | None) -> list[str]:
-    """Blocks of the model whose kernels changed, each with the families that did."""
+    """Return the blocks of the model whose kernels changed, each with the families that did."""
     if old is None or new is None or not old.kernels or not new.kernels:
         return []
     before, after = (_sums(profile.kernels, _place) for profile in (old, new))
-    said = []
+    texts = []
     for key in _moved(before, after):
         module, _, family = key.rpartition("\t")
         text = _difference(family, before.get(key), after.get(key))
-        said.append(f"{text} in {label(module, '', new, old)}")
-    return said
+        texts.append(f"{text} in {label(module, '', new, old)}")
+    return texts
 
 
 def _kernels(old: Profile | None, new: Profile | None) -> list[str]:
-    """Single kernels: new, gone, slower for a launch, or launched otherwise."""
+    """Return the single kernels that are new, gone, slower per launch, or launched more or less often."""
     if old is None or new is None or not old.kernels or not new.kernels:
         return []
     before, after = (_sums(profile.kernels, lambda use: use.kernel) for profile in (old, new))
@@ -111,7 +104,7 @@ def _sums(uses: Iterable[KernelUse], key: object) -> _Sums:
 
 
 def _moved(before: _Sums, after: _Sums) -> list[str]:
-    """Those that changed: the most seconds first, and with the same launches only beyond what time alone varies by."""
+    """Return those that changed, the most seconds first; with the same launches only beyond what time alone varies by."""
     whole_s = sum(seconds for _, seconds in before.values())
 
     def launches(name: str) -> int:
@@ -123,18 +116,18 @@ def _moved(before: _Sums, after: _Sums) -> list[str]:
     def slower(name: str, share: float) -> bool:
         return abs(seconds(name)) > share * max(before.get(name, (0, 0.0))[1], after.get(name, (0, 0.0))[1])
 
-    # What is launched otherwise is certain, and so is what takes a plain part of the whole; else time alone may be noise, and comes after it.
-    surely = [
+    # Another number of launches is certain, and so is a large part of the whole time. Other changes of time may be noise: they come last.
+    certain = [
         name
         for name in {*before, *after}
-        if launches(name) or (slower(name, _PLAINLY_SLOWER) and abs(seconds(name)) > _WORTH * whole_s)
+        if launches(name) or (slower(name, _CERTAINLY_SLOWER) and abs(seconds(name)) > _WORTH * whole_s)
     ]
     rest = [
         name
         for name in {*before, *after}
-        if name not in surely and slower(name, _SLOWER) and abs(seconds(name)) > _NOTABLE * whole_s
+        if name not in certain and slower(name, _SLOWER) and abs(seconds(name)) > _NOTABLE * whole_s
     ]
-    return sorted(surely, key=lambda name: (-abs(seconds(name)), name)) + leading(
+    return sorted(certain, key=lambda name: (-abs(seconds(name)), name)) + leading(
         sorted(rest), seconds, share=_SHOWN_SHARE, most=3
     )
 
@@ -159,7 +152,7 @@ def _kind(name: str, was: tuple[int, float] | None, now: tuple[int, float] | Non
 
 
 def _gaps(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[str]:
-    """Wall time in which the device waited, of a step."""
+    """Return how long the device waited in a step."""
     if not all(name in metrics for name in ("step_s", "busy_s") for metrics in (old, new)):
         return []
     before, after = (metrics["step_s"].value - metrics["busy_s"].value for metrics in (old, new))

@@ -1,4 +1,4 @@
-"""What holds more or less memory at the peak: by category, then by module and operator where both sides have a profile."""
+"""Find what holds more or less memory at the peak: by category, and by module and operator where both sides have a profile."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from collections.abc import Mapping
 import msgspec
 
 from hpc_core.explain.before import Before
-from hpc_core.explain.finding import Finding, leading
-from hpc_core.explain.naming import block, computes, label, operator, parts
+from hpc_core.explain.findings import Finding, block, computes, label, leading, operator, parts
 from hpc_core.record import units as sizes
 from hpc_core.record.profile import Piece, Profile
 from hpc_core.record.record import Metric, Record
-
-__all__ = ["memory_finding"]
 
 _PREFIX, _SUFFIX = "at_peak_", "_bytes"
 _ROUNDING = "rounding"
 _HELD = "held "
 _MOST_DETAILS = 12
 _SHOWN_SHARE = 0.25
-"""Of all that changed; a smaller change is not in the first lines."""
+"""Share of everything that changed; a smaller change is not in the first lines."""
 
 
 class _Change(msgspec.Struct, frozen=True):
@@ -37,21 +34,21 @@ class _Change(msgspec.Struct, frozen=True):
 
 
 def memory_finding(before: Before, now: Record) -> Finding | None:
-    """The difference in memory; None if there is none."""
+    """Return the difference in memory; None if there is none."""
     phase, change, old = _moved_peak(before.metrics, now.metrics)
     if change == 0 or old <= 0:
         return None
     what = "peak" if phase == "" else f"peak in {phase}"
     changes = _changes(before.profile, now.profile)
     if changes:
-        told = _told(changes, change, before.profile, now.profile)
+        places = _places(changes, change, before.profile, now.profile)
         rest = _untouched(before.profile, now.profile)
         details = [_detail(each, before.profile, now.profile) for each in changes[:_MOST_DETAILS]]
     else:
         by_category = _by_metrics(before.metrics, now.metrics)
-        told = ", ".join(f"{name} {sizes.change(value, 'bytes')}" for name, value in by_category[:3])
+        places = ", ".join(f"{name} {sizes.change(value, 'bytes')}" for name, value in by_category[:3])
         rest, details = "", []
-    line = f"{what} {sizes.change(change, 'bytes')}{': ' if told else ''}{told}{rest if told else ''}"
+    line = f"{what} {sizes.change(change, 'bytes')}{': ' if places else ''}{places}{rest if places else ''}"
     return Finding(
         resource="memory",
         share=abs(change) / old,
@@ -63,7 +60,7 @@ def memory_finding(before: Before, now: Record) -> Finding | None:
 
 
 def _moved_peak(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[str, int, int]:
-    """The step's peak if it moved, else the phase's that moved most: the phase, by how many bytes, and from which."""
+    """Return the step's peak if it moved, else that of the phase that moved most: the phase, the change and the old value in bytes."""
     found = []
     for name in sorted({*old} & {*new}):
         if name.startswith("peak_") and name.endswith(_SUFFIX) and "load" not in name and "requested" not in name:
@@ -74,7 +71,7 @@ def _moved_peak(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[s
 
 
 def _by_metrics(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[str, int]]:
-    """Changes by category from the metrics alone, the largest first."""
+    """Return the changes by category from the metrics alone, the largest first."""
     names = sorted(name for name in {*old, *new} if name.startswith(_PREFIX) and _ROUNDING not in name)
     changes = [
         (name.removeprefix(_PREFIX).removesuffix(_SUFFIX), _value(new, name) - _value(old, name)) for name in names
@@ -87,13 +84,13 @@ def _value(metrics: Mapping[str, Metric], name: str) -> int:
 
 
 def _changes(old: Profile | None, new: Profile | None) -> list[_Change]:
-    """Every block's change, the largest first; [] where a side has no profile."""
+    """Return the change of every block, the largest first; [] where a side has no profile."""
     if old is None or new is None:
         return []
     grouped: dict[tuple[str, str, str], list[tuple[str, str, int]]] = {}
     for key, size in _difference(old, new).items():
         category, module, phase, maker = key
-        # Who owns memory that was there before is a question of its owner, not of when it was made.
+        # Memory with a module is grouped by its owner, whatever the phase it was made in.
         at = (category, block(module), "" if module else phase)
         grouped.setdefault(at, []).append((maker, parts(module), size))
     changes = [
@@ -127,13 +124,11 @@ def _totals(items: object) -> list[tuple[str, int]]:
     return sorted(((name, size) for name, size in sums.items() if size), key=lambda each: -abs(each[1]))
 
 
-def _told(changes: list[_Change], change: int, old: Profile | None, new: Profile | None) -> str:
-    """The largest changes of the peak's own direction, by category: "activations +1.79 GiB in LlamaMLP (…) by mul, silu"."""
+def _places(changes: list[_Change], change: int, old: Profile | None, new: Profile | None) -> str:
+    """Return the largest changes in the direction of the peak, by category: "activations +1.79 GiB in LlamaMLP (…) by mul, silu"."""
     same = [each for each in changes if (each.size_bytes > 0) == (change > 0)] or changes
-    said = []
-    for each in leading(same, lambda one: one.size_bytes, share=_SHOWN_SHARE, most=2):
-        said.append(_detail(each, old, new, most=2))
-    return "; ".join(said)
+    largest = leading(same, lambda one: one.size_bytes, share=_SHOWN_SHARE, most=2)
+    return "; ".join(_detail(each, old, new, most=2) for each in largest)
 
 
 def _detail(each: _Change, old: Profile | None, new: Profile | None, most: int = 5) -> str:
@@ -144,7 +139,7 @@ def _detail(each: _Change, old: Profile | None, new: Profile | None, most: int =
 
 
 def _makers(each: _Change, most: int) -> str:
-    """Who made it: operators by name; of what is held, what it is and what it was."""
+    """Return which operators made it; for a held tensor, what it is and what it was."""
     more = [name for name, size in each.operators if (size > 0) == (each.size_bytes > 0) and name]
     less = [name for name, size in each.operators if (size > 0) != (each.size_bytes > 0) and name]
     if more and more[0].startswith(_HELD):
@@ -156,7 +151,7 @@ def _makers(each: _Change, most: int) -> str:
 
 
 def _untouched(old: Profile | None, new: Profile | None) -> str:
-    """The large categories that are as they were."""
+    """Return the large categories that did not change."""
     assert old is not None
     assert new is not None
     totals = [_categories(profile) for profile in (old, new)]

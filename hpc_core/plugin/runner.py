@@ -15,7 +15,7 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import last_accepted
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
-from hpc_core.explain import stored_cause
+from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
 from hpc_core.launch.launcher import Launcher
 from hpc_core.plugin.bare import load_measuring_half, measure_here

@@ -15,7 +15,8 @@ from hpc_core.baselines.history import sessions
 from hpc_core.baselines.lookup import find
 from hpc_core.baselines.over_time import moment
 from hpc_core.case.errors import BaselineError
-from hpc_core.explain import Cause, explain, stored_before
+from hpc_core.explain.before import stored_before
+from hpc_core.explain.explain import Cause, explain
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict, share

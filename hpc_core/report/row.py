@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.baselines.baseline import Acceptance, Change
-from hpc_core.explain import Cause
+from hpc_core.explain.explain import Cause
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record

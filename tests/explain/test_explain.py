@@ -15,9 +15,10 @@ from hpc_core.baselines.lookup import find
 from hpc_core.baselines.profiles import profile_path, profile_to_keep, stored_profile
 from hpc_core.case.errors import BaselineError
 from hpc_core.cli import main
-from hpc_core.explain import before_of, explain, stored_cause
+from hpc_core.explain.before import before_of
+from hpc_core.explain.explain import explain, stored_cause
+from hpc_core.explain.findings import block
 from hpc_core.explain.memory import _changes
-from hpc_core.explain.naming import block
 from hpc_core.gate.judge import judge
 from hpc_core.instruments.attribution import DeviceWork, Range, attributed
 from hpc_core.record.profile import (
@@ -266,7 +267,7 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     assert without is not None
     assert not any("profile is of" in text for text in without.details), "nothing is compared by module, lent or not"
     keep_profile(tmp_path, seen(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here)
-    with pytest.raises(BaselineError, match="has its own profile, and one of NVIDIA H200 knows less"):
+    with pytest.raises(BaselineError, match="has its own profile, which holds more than one of NVIDIA H200"):
         keep_profile(tmp_path, there, here)
     own = last_profile(tmp_path, here, baseline)
     assert own is not None

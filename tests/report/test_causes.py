@@ -20,7 +20,7 @@ from hpc_core.baselines.lookup import find
 from hpc_core.baselines.profiles import stored_profile
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
-from hpc_core.explain import stored_cause
+from hpc_core.explain.explain import stored_cause
 from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.profile import (
     KernelUse,
