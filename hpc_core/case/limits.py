@@ -1,7 +1,4 @@
-"""How much worse a metric may get, as the person who owns a case states it.
-
-Knows nothing of records: `gate` applies these. A percentage counts from the accepted baseline; a number is absolute.
-"""
+"""How much worse a metric may get, as the owner of a case states it. The gate applies these limits."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 
-__all__ = ["GiB", "Limit", "Limits", "MiB", "relative_limit"]
-
 MiB = 2**20
 GiB = 2**30
 
@@ -22,10 +17,10 @@ _PERCENT = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,12})?) ?%")
 
 
 def relative_limit(limit: Limit) -> float | None:
-    """The ratio that a percentage such as "1.5%" allows (0.015), or None when the limit is an absolute number.
+    """Return the ratio that a percentage such as "1.5%" allows (0.015); None for an absolute number.
 
     Raises:
-        SpecError: a text that is no percentage.
+        SpecError: a text that is not a percentage.
     """
     if not isinstance(limit, str):
         return None
@@ -39,7 +34,7 @@ def relative_limit(limit: Limit) -> float | None:
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Limits of one case, by metric: `"1%"` against the baseline, or an absolute number in the metric's unit.
 
-    A metric that is not named keeps the gate's default. An absolute limit is checked beside the relative default.
+    A metric without a limit keeps the gate's default. An absolute limit is checked in addition to the default.
     """
 
     peak_bytes: Limit = None
@@ -77,7 +72,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     trainable_parameters: Limit = None
 
     def __post_init__(self) -> None:
-        """Refuse what could never be compared.
+        """Check the limits.
 
         Raises:
             SpecError: a malformed percentage or a number that is not above zero.
@@ -90,5 +85,5 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                 raise SpecError(msg)
 
     def named(self) -> dict[str, Limit]:
-        """The limits that were set, by metric."""
+        """Return the limits that were set, by metric."""
         return {name: getattr(self, name) for name in self.__struct_fields__ if getattr(self, name) is not None}

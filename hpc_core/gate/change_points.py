@@ -1,10 +1,10 @@
-"""Where a series moved: change points of a metric over sessions. Pure: numbers in, positions out.
+"""Find where a series moved: change points of a metric over sessions.
 
-Exact metrics change where their value changes. Noisy ones are divided as E-divisive does (Matteson and James 2014): the best
+An exact metric changes where its value changes. A noisy one is divided as E-divisive does (Matteson and James 2014): the best
 split of the whole, tested by permutation, then the best split of each half, until no split is significant. The statistic is
-the between-group sum of squares of mid-ranks (the normalised form of Pettitt 1979), so that a spike moves it as little as any
-other largest value, and no scale of the noise is assumed. If nothing ever moved, the first test alone decides: the chance
-that any change point is told is `alpha`, whatever the noise, as long as sessions are exchangeable.
+the between-group sum of squares of mid-ranks (the normalised form of Pettitt 1979), so that a spike counts no more than any
+other largest value, and no scale of the noise is assumed. If the series never moved, the first test alone decides: a change
+point is reported with probability `alpha`, whatever the noise, as long as sessions are exchangeable.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import statistics
 from collections.abc import Sequence
 
 import msgspec
 
-__all__ = ["ALPHA", "ChangePoint", "exact_changes", "least_points", "noisy_changes"]
-
 ALPHA = 0.05
-"""Chance of telling any change in a noisy metric that did not move."""
+"""Probability of a change point in a noisy metric that did not move."""
 _LEAST_SEGMENT = 2
-"""One value alone is a spike, not a level."""
+"""One value alone is a spike, not a new level."""
 _PERMUTATIONS = 1999
 _SEED = 20140
 
 
 class ChangePoint(msgspec.Struct, frozen=True, kw_only=True):
-    """The series moved before the point `index`: there the new level begins."""
+    """The series moved before the point `index`, where the new level begins."""
 
     index: int
     before: float
     """The level before: the value, or the median of the segment."""
     after: float
     p: float | None = None
-    """Chance of so clear a split in a segment that did not move; None for an exact metric."""
+    """Probability of so clear a split in a segment that did not move; None for an exact metric."""
 
 
 def least_points(alpha: float = ALPHA) -> int:
-    """How many points a noisy series needs before any order of them is rarer than `alpha`: eight for 5 %.
+    """Return how many points a noisy series needs before any order of them is rarer than `alpha`: eight for 5 %.
 
     A clean step in the middle of n distinct values is one of binomial(n, n/2) divisions, and counts in both directions.
     """
@@ -46,15 +45,15 @@ def least_points(alpha: float = ALPHA) -> int:
 
 
 def exact_changes(values: Sequence[float]) -> tuple[ChangePoint, ...]:
-    """Every place where the value is another than before."""
+    """Return every place where the value differs from the one before."""
     pairs = enumerate(itertools.pairwise(values), start=1)
     return tuple(ChangePoint(index=index, before=old, after=new) for index, (old, new) in pairs if old != new)
 
 
 def noisy_changes(values: Sequence[float], alpha: float = ALPHA) -> tuple[ChangePoint, ...]:
-    """The significant divisions of a noisy series, in order; none where there are fewer than `least_points`.
+    """Return the significant divisions of a noisy series, in order; none where there are fewer than `least_points`.
 
-    The same series gives the same answer: permutations are drawn from a fixed seed.
+    The same series gives the same result: permutations are drawn from a fixed seed.
     """
     cuts: dict[int, float] = {}
     todo = [(0, len(values))]
@@ -66,7 +65,7 @@ def noisy_changes(values: Sequence[float], alpha: float = ALPHA) -> tuple[Change
             cuts[cut] = found[1]
             todo += [(begin, cut), (cut, end)]
     edges = [0, *sorted(cuts), len(values)]
-    levels = [_median(values[begin:end]) for begin, end in itertools.pairwise(edges) if begin < end]
+    levels = [statistics.median(values[begin:end]) for begin, end in itertools.pairwise(edges) if begin < end]
     return tuple(
         ChangePoint(index=cut, before=levels[number], after=levels[number + 1], p=cuts[cut])
         for number, cut in enumerate(sorted(cuts))
@@ -74,31 +73,31 @@ def noisy_changes(values: Sequence[float], alpha: float = ALPHA) -> tuple[Change
 
 
 def _division(values: Sequence[float], alpha: float) -> tuple[int, float] | None:
-    """The best split of a segment and its p-value, if it is significant."""
+    """Return the best split of a segment and its p-value, if it is significant."""
     if len(values) < least_points(alpha):
         return None
-    ranks = _mid_ranks(values)
+    ranks = _centred_ranks(values)
     best, cut = _best_split(ranks)
     if best <= 0:
         return None
-    # A sum of squares is a float: what differs by rounding alone is equal.
-    p = _chance(ranks, best * (1 - 1e-9), alpha)
+    # Sums of squares that differ only by rounding are equal.
+    p = _p_value(ranks, best * (1 - 1e-9), alpha)
     return None if p is None else (cut, p)
 
 
-def _chance(ranks: Sequence[float], reached: float, alpha: float) -> float | None:
-    """The share of orders whose best split is as clear, of orders drawn at random and the one seen; None beyond `alpha`."""
+def _p_value(ranks: Sequence[float], reached: float, alpha: float) -> float | None:
+    """Return the share of orders whose best split is as clear, of random orders and the observed one; None above `alpha`."""
     generator, order, hits = random.Random(_SEED), list(ranks), 1
     for _ in range(_PERMUTATIONS):
         generator.shuffle(order)
         hits += _best_split(order)[0] >= reached
         if hits > alpha * (1 + _PERMUTATIONS):
-            return None  # whatever the rest would give
+            return None  # whatever the remaining orders give
     return hits / (1 + _PERMUTATIONS)
 
 
 def _best_split(ranks: Sequence[float]) -> tuple[float, int]:
-    """The largest between-group sum of squares over all splits, and where it lies. Ranks must sum to zero."""
+    """Return the largest between-group sum of squares over all splits, and its position. Ranks must sum to zero."""
     best, cut, total, n = -1.0, 0, 0.0, len(ranks)
     for index, rank in enumerate(ranks, start=1):
         total += rank
@@ -109,18 +108,9 @@ def _best_split(ranks: Sequence[float]) -> tuple[float, int]:
     return best, cut
 
 
-def _mid_ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from their mean on, equal values sharing theirs: [3, 1, 1] gives [1, -0.5, -0.5]."""
-    ordered = sorted(values)
-    first: dict[float, int] = {}
-    for index, value in enumerate(ordered):
-        first.setdefault(value, index)
-    many = {value: ordered.count(value) for value in first}
-    middle = (len(values) - 1) / 2
-    return [first[value] + (many[value] - 1) / 2 - middle for value in values]
+def _centred_ranks(values: Sequence[float]) -> list[float]:
+    """Return ranks less their mean; equal values share theirs: [3, 1, 1] gives [1, -0.5, -0.5]."""
+    from scipy.stats import rankdata  # takes a second to import, and most reports have no noisy series
 
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    middle = (len(values) + 1) / 2
+    return [float(rank) - middle for rank in rankdata(values)]

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bench.studies.error_rates.metric_rates import history_interval
 from hpc_core.case.limits import Limits
 from hpc_core.compare.sequential import Sequential
 from hpc_core.gate.busy import sm_clock_mhz
-from hpc_core.gate.intervals import SPREADS, Distance, interval_of, required_sample_size, stored_distance, three_way
+from hpc_core.gate.intervals import (
+    _MEDIAN_VARIANCE,
+    SPREADS,
+    Distance,
+    interval_of,
+    required_sample_size,
+    stored_distance,
+    three_way,
+)
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
 from hpc_core.record.record import Metric
@@ -159,12 +167,12 @@ def test_a_share_of_wall_time_that_is_unlike(share: float, slower: float, verdic
     assert ("more than 2 times apart" in judgement.reason) == (verdict == "INCONCLUSIVE")
 
 
-def test_wall_time_needs_five_sessions() -> None:
-    """Fewer leave an interval without bounds, which decides nothing and says how many there are."""
-    few, enough = (history_interval([1.5], [[1.0]] * count, 0.01) for count in (4, 5))
-    assert three_way(few, 0.05, "lower") is Verdict.INCONCLUSIVE
-    assert few.text == "4 of the 5 stored sessions that wall time needs"
-    assert three_way(enough, 0.05, "lower") is Verdict.REGRESSED
+def test_the_variance_of_a_median_of_few_values() -> None:
+    """The tabulated variances are those of medians of normal values, drawn 40,000 times."""
+    random = np.random.default_rng(0)
+    for count, variance in enumerate(_MEDIAN_VARIANCE, start=1):
+        drawn = np.median(random.normal(size=(40_000, count)), axis=1).var()
+        assert drawn == pytest.approx(variance, rel=0.05)
 
 
 def test_checks_end_at_the_cap_and_say_what_would_decide() -> None:

@@ -182,3 +182,11 @@ def test_a_test_that_knows_no_sessions_breaks_its_own_level() -> None:
     rule = OTHER_RULES["Mann-Whitney p<0.05"]
     # One-sided: half of the stated level belongs to slower.
     assert sum(rule(old, new) for old, new in np.exp(logs).tolist()) > most(200, 0.05)
+
+
+def test_wall_time_needs_five_sessions() -> None:
+    """Fewer leave an interval without bounds, which decides nothing and says how many there are."""
+    few, enough = (history_interval([1.5], [[1.0]] * count, 0.01) for count in (4, 5))
+    assert three_way(few, 0.05, "lower") is Verdict.INCONCLUSIVE
+    assert few.text == "4 of the 5 stored sessions that wall time needs"
+    assert three_way(enough, 0.05, "lower") is Verdict.REGRESSED
