@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from hpc_core.case.limits import Limits
-from hpc_core.compare.sequential import Sequential
 from hpc_core.gate.busy import sm_clock_mhz
 from hpc_core.gate.intervals import (
     _MEDIAN_VARIANCE,
@@ -22,7 +21,7 @@ from hpc_core.gate.intervals import (
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
 from hpc_core.record.record import Metric
-from tests.gate.test_laws import stored
+from tests.judging import stored
 from tests.strategies import a_record, around, busy, counted
 
 STEADY = [
@@ -173,18 +172,3 @@ def test_the_variance_of_a_median_of_few_values() -> None:
     for count, variance in enumerate(_MEDIAN_VARIANCE, start=1):
         drawn = np.median(random.normal(size=(40_000, count)), axis=1).var()
         assert drawn == pytest.approx(variance, rel=0.05)
-
-
-def test_checks_end_at_the_cap_and_say_what_would_decide() -> None:
-    """No verdict before the first check, none while pairs are left, INCONCLUSIVE at the cap; alpha is spent check by check."""
-    rule = Sequential(0.05, 0.005, most_pairs=5)
-    base, head = [1.0, 1.01, 0.99, 1.0, 1.01], [1.0, 1.03, 1.01, 0.99, 1.02]
-    checks = [rule.check(base[:count], head[:count]) for count in range(2, 6)]
-    assert [check.verdict for check in checks] == [None, None, None, Verdict.INCONCLUSIVE]
-    assert [check.alpha_spent for check in checks] == pytest.approx([0, 0.05 / 3, 0.1 / 3, 0.05])
-    assert checks[0].interval is None
-    assert "pairs like these" in checks[-1].required
-    with pytest.raises(ValueError, match="Not a rule"):
-        Sequential(0.05, 0.005, least_pairs=1)
-    with pytest.raises(ValueError, match="got 3 and 4"):
-        rule.check(base[:3], head[:4])

@@ -14,16 +14,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hpc_core.baselines.accept import accept
-from hpc_core.baselines.baseline import Accepted, Baseline, gated_metrics
+from hpc_core.baselines.baseline import Baseline, gated_metrics
 from hpc_core.baselines.lookup import find
-from hpc_core.case.case import SCHEMA
 from hpc_core.case.limits import Limits, MiB
 from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Metric, Record
-from tests.intervals import busy_interval, paired_interval
-from tests.strategies import H100, STACK, a_case, a_record, busy, counted, metrics, names, peak, percentages, records
+from tests.judging import busy_interval, paired_interval, stored
+from tests.strategies import a_record, busy, counted, metrics, names, peak, percentages, records
 
 GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]
 values = st.integers(1, 2**45)
@@ -34,22 +33,6 @@ families = st.sampled_from(list(SPREADS.values()))
 processes = st.lists(st.floats(0.9, 1.1), min_size=1, max_size=4)
 stored_sessions = st.lists(processes, min_size=1, max_size=7)
 shifts = st.integers(-(2**33), 2**33) | st.integers(-3, 3) | st.integers(-3 * MiB, 3 * MiB)
-
-
-def stored(held: dict[str, Metric]) -> Baseline:
-    """A baseline of the default record, without the disk."""
-    case = a_case()
-    return Baseline(
-        schema=SCHEMA,
-        case=case.id,
-        digest=case.digest,
-        spec=case,
-        machine=H100,
-        stack=STACK,
-        python="3.11.9",
-        accepted=Accepted(reason="r", at="2026-11-23T12:00:00+00:00", commit=None, dirty=None),
-        metrics=held,
-    )
 
 
 def judged(old: Metric, new: Metric, limits: Limits | None = None) -> Judgement:

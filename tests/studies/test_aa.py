@@ -33,7 +33,7 @@ from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict, share
 from hpc_core.record.record import Metric, record_to_json
-from tests.intervals import busy_interval
+from tests.judging import busy_interval
 from tests.strategies import a_record, counted
 
 ROOT = Path(__file__).parents[2]

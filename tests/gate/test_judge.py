@@ -1,39 +1,28 @@
-"""The gate: each verdict by example, with the text that a reader gets."""
+"""Each verdict of the gate by example, with the text that a reader gets."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from hpc_core.baselines.accept import accept
-from hpc_core.baselines.baseline import Baseline, Missing
-from hpc_core.baselines.lookup import find
+from hpc_core.baselines.baseline import Damaged, Missing, OlderSchema
+from hpc_core.case.case import AdapterSpec
 from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
-from hpc_core.record.record import Machine, Metric, Record
+from hpc_core.record.record import Machine, Metric
+from tests.judging import CPU_BYTES, UPDATE, baseline
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
-
-CPU_BYTES: dict[str, Any] = {"depends_on": ("case", "stack")}
-UPDATE = 'pytest --benchmark --case tiny/lora --perf-update --reason "…"'
-
-
-def baseline(record: Record, root: Path, **changes: Any) -> Baseline:
-    accept(root, record, reason="r")
-    found = find(root, record.circumstances.machine.key, record.case.id)
-    assert isinstance(found, Baseline)
-    return msgspec.structs.replace(found, **changes)
 
 
 @pytest.fixture
-def against(tmp_path: Path) -> Any:
+def against() -> Any:
     """Judge a metric against its accepted value."""
 
     def judged(name: str, old: Metric, new: Metric, limits: Limits | None = None, **around_new: Any) -> Judgement:
-        lookup = baseline(a_record({name: old}), tmp_path)
+        lookup = baseline(a_record({name: old}))
         return judge(a_record({name: new}, circumstances=around(**around_new)), lookup, limits)
 
     return judged
@@ -44,9 +33,9 @@ def only(judgement: Judgement) -> MetricVerdict:
     return row
 
 
-def test_what_was_accepted_passes(tmp_path: Path) -> None:
+def test_what_was_accepted_passes() -> None:
     """The very record that was accepted passes in every gated metric; wall time is not among them."""
-    judgement = judge(a_record(), baseline(a_record(), tmp_path))
+    judgement = judge(a_record(), baseline(a_record()))
     assert judgement.verdict is Verdict.PASS
     assert [row.metric for row in judgement.metrics] == ["busy_s", "operators", "peak_bytes"]
     assert {row.verdict for row in judgement.metrics} == {Verdict.PASS}
@@ -125,10 +114,10 @@ def test_limits(against: Any, limits: Limits, verdict: str, limit: str) -> None:
     assert (row.verdict.value, row.limit) == (verdict, limit)
 
 
-def test_limits_come_from_the_case(tmp_path: Path) -> None:
+def test_limits_come_from_the_case() -> None:
     """Without limits given, those of the record's case count."""
     case = a_case(limits=Limits(operators="1%"))
-    lookup = baseline(a_record({"operators": counted(1000)}, case=case), tmp_path)
+    lookup = baseline(a_record({"operators": counted(1000)}, case=case))
     assert judge(a_record({"operators": counted(1005)}, case=case), lookup).verdict is Verdict.PASS
     assert judge(a_record({"operators": counted(1005)}, case=case), lookup, Limits()).verdict is Verdict.REGRESSED
 
@@ -152,9 +141,9 @@ def test_an_absolute_limit_needs_no_baseline() -> None:
         ),
     ],
 )
-def test_a_limit_that_cannot_be_kept(tmp_path: Path, metrics: dict[str, Metric], fragment: str) -> None:
+def test_a_limit_that_cannot_be_kept(metrics: dict[str, Metric], fragment: str) -> None:
     """A limit on what was not measured is no pass."""
-    judgement = judge(a_record(metrics), baseline(a_record(metrics), tmp_path), Limits(busy_s=1.0))
+    judgement = judge(a_record(metrics), baseline(a_record(metrics)), Limits(busy_s=1.0))
     assert judgement.verdict is Verdict.INCOMPATIBLE
     assert fragment in judgement.headline
 
@@ -216,28 +205,26 @@ def test_time_is_inconclusive_across_drivers(against: Any, change: dict[str, str
         ("operators", counted(), counted(depends_on=("case",)), "INCOMPATIBLE", "depends_on"),
     ],
 )
-def test_values_that_prove_nothing(
-    tmp_path: Path, name: str, old: Metric, new: Metric, verdict: str, fragment: str
-) -> None:
+def test_values_that_prove_nothing(name: str, old: Metric, new: Metric, verdict: str, fragment: str) -> None:
     """A zero or negative measurement is INVALID on either side, another quantity INCOMPATIBLE."""
-    lookup = baseline(a_record(), tmp_path, metrics={name: old})
+    lookup = baseline(a_record(), metrics={name: old})
     judgement = judge(a_record({name: new}), lookup)
     assert judgement.verdict.value == verdict
     assert fragment in judgement.headline
 
 
-def test_metrics_that_come_and_go(tmp_path: Path) -> None:
+def test_metrics_that_come_and_go() -> None:
     """A gated metric that vanished, also by losing its gate, is INCOMPATIBLE, whatever is new beside it."""
-    lookup = baseline(a_record({"operators": counted(), "kernels": counted()}), tmp_path)
+    lookup = baseline(a_record({"operators": counted(), "kernels": counted()}))
     judgement = judge(a_record({"operators": counted(gated=False), "copies": counted(3)}), lookup)
     verdicts = {row.metric: row.verdict.value for row in judgement.metrics}
     assert verdicts == {"kernels": "INCOMPATIBLE", "operators": "INCOMPATIBLE", "copies": "NO_BASELINE"}
     assert "vanished" in judgement.headline
 
 
-def test_runs_that_gave_nothing_to_judge(tmp_path: Path) -> None:
+def test_runs_that_gave_nothing_to_judge() -> None:
     """An invalid record and a broken run are INVALID for their own reasons, whatever their numbers."""
-    lookup = baseline(a_record(), tmp_path)
+    lookup = baseline(a_record())
     invalid = judge(a_record(status="invalid", reasons=("half the rows were padding.",)), lookup)
     assert (invalid.verdict, invalid.metrics, invalid.broken) == (Verdict.INVALID, (), False)
     assert invalid.headline == "invalid: half the rows were padding."
@@ -251,9 +238,9 @@ def test_nothing_gated_is_no_pass() -> None:
     assert judge(a_record({"step_s": wall()}), Missing(path="p")).verdict is Verdict.NO_BASELINE
 
 
-def test_the_gravest_leads(tmp_path: Path) -> None:
+def test_the_gravest_leads() -> None:
     """The worst metric decides, the largest of its kind is named first, and the others are counted."""
-    lookup = baseline(a_record({"kernels": counted(100), "operators": counted(100), "copies": counted(9)}), tmp_path)
+    lookup = baseline(a_record({"kernels": counted(100), "operators": counted(100), "copies": counted(9)}))
     judgement = judge(a_record({"kernels": counted(101), "operators": counted(150), "copies": counted(8)}), lookup)
     assert judgement.headline == "operators +50, limit equal (and 1 more REGRESSED)"
     assert [row.metric for row in judgement.metrics] == ["operators", "kernels", "copies"]
@@ -274,9 +261,9 @@ def test_outcomes() -> None:
     }
 
 
-def test_a_new_metric_is_not_judged_and_hides_no_regression(tmp_path: Path) -> None:
+def test_a_new_metric_is_not_judged_and_hides_no_regression() -> None:
     """Beside a new metric the case keeps its verdict, under strict too, and says how to accept it; accepting has it judged."""
-    accepted = baseline(a_record({"peak_bytes": peak(GiB)}), tmp_path)
+    accepted = baseline(a_record({"peak_bytes": peak(GiB)}))
     new = Metric(value=0, unit="bytes", noise="exact", better="lower", **CPU_BYTES)
     good = judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), accepted)
     worse = judge(a_record({"peak_bytes": peak(2 * GiB), "unexplained_bytes": new}), accepted)
@@ -290,22 +277,78 @@ def test_a_new_metric_is_not_judged_and_hides_no_regression(tmp_path: Path) -> N
         )
         assert judgement.remarks == (f"new, not judged: unexplained_bytes. To have them judged: {UPDATE}",)
     more = msgspec.structs.replace(new, value=1)
-    updated = baseline(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), tmp_path)
+    updated = baseline(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}))
     assert judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": more}), updated).verdict is Verdict.REGRESSED
 
 
-def test_a_new_metric_keeps_an_absolute_limit(tmp_path: Path) -> None:
+def test_a_new_metric_keeps_an_absolute_limit() -> None:
     """A limit that needs no baseline is judged on a new metric as on any other."""
-    accepted = baseline(a_record({"peak_bytes": peak(GiB)}), tmp_path)
+    accepted = baseline(a_record({"peak_bytes": peak(GiB)}))
     record = a_record({"peak_bytes": peak(GiB), "kernels": counted(7)})
     assert judge(record, accepted, Limits(kernels=6)).verdict is Verdict.REGRESSED
     assert judge(record, accepted, Limits(kernels=7)).verdict is Verdict.PASS
     assert judge(record, accepted, Limits(kernels="1%")).metrics[-1].judged is False
 
 
-def test_an_accepted_zero_leaves_no_slack(tmp_path: Path) -> None:
+def test_an_accepted_zero_leaves_no_slack() -> None:
     """Where nothing was unexplained, one byte is a regression; and zero itself is a value like any other."""
     none, one = (Metric(value=value, unit="bytes", noise="exact", better="lower", **CPU_BYTES) for value in (0, 1))
-    accepted = baseline(a_record({"unexplained_bytes": none}), tmp_path)
+    accepted = baseline(a_record({"unexplained_bytes": none}))
     assert judge(a_record({"unexplained_bytes": none}), accepted).verdict is Verdict.PASS
     assert judge(a_record({"unexplained_bytes": one}), accepted).verdict is Verdict.REGRESSED
+
+
+@pytest.mark.parametrize(
+    ("lookup", "verdict", "fragments"),
+    [
+        (
+            Missing(path="p", elsewhere=("cpu",)),
+            "NO_BASELINE",
+            ("no baseline of tiny/lora for nvidia", "one for cpu", UPDATE),
+        ),
+        (
+            Damaged(path="p/q.json", reason="cut"),
+            "INVALID",
+            ("baseline damaged: cut", "git checkout -- p/q.json", UPDATE),
+        ),
+        (OlderSchema(path="p", found=0), "INCOMPATIBLE", ("older schema 0, this hpc-core reads 1", UPDATE)),
+        (OlderSchema(path="p", found=7), "INCOMPATIBLE", ("newer schema 7", "Upgrade hpc-core")),
+    ],
+)
+def test_what_stands_in_a_baselines_place(lookup: Any, verdict: str, fragments: tuple[str, ...]) -> None:
+    """Each has its own verdict, text and next step, for the case and for every metric."""
+    judgement = judge(a_record(), lookup)
+    assert {judgement.verdict.value, *(row.verdict.value for row in judgement.metrics)} == {verdict}
+    assert len(judgement.metrics) == 3
+    for fragment in fragments:
+        assert fragment in f"{judgement.headline} {judgement.next_step}"
+
+
+def test_a_changed_case_is_stale() -> None:
+    """A baseline of another digest is STALE and says which fields changed; id, limits and timeout are none."""
+    lookup = baseline(a_record())
+    case = a_case(adapter=AdapterSpec(rank=16), seed=3, timeout_s=9, limits=Limits(operators="1%"))
+    judgement = judge(a_record(case=case), lookup)
+    assert judgement.verdict is Verdict.INCOMPATIBLE
+    assert judgement.headline.startswith(
+        "STALE: the case changed since this baseline (adapter.rank default → 16, seed default → 3)"
+    )
+    assert judge(a_record(case=a_case(timeout_s=9)), lookup).verdict is Verdict.PASS
+
+
+def test_a_copied_baseline() -> None:
+    """A baseline of another id, even of the same work, is not taken."""
+    judgement = judge(a_record(case=a_case("tiny/other")), baseline(a_record()))
+    assert judgement.verdict is Verdict.INCOMPATIBLE
+    assert "the baseline is of tiny/lora, not of tiny/other" in judgement.headline
+
+
+def test_a_foreign_machine() -> None:
+    """What depends on the machine is not compared with another's; what does not is."""
+    record = a_record({"peak_bytes": peak(), "operators": counted()})
+    judgement = judge(record, baseline(record, machine=CPU))
+    assert [(row.metric, row.verdict.value) for row in judgement.metrics] == [
+        ("peak_bytes", "INCOMPATIBLE"),
+        ("operators", "PASS"),
+    ]
+    assert "the baseline is of cpu, this is nvidia-h100" in judgement.headline
