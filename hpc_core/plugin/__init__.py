@@ -6,6 +6,8 @@ Here is what is always there: options, markers, the fixture `perf`, and the skip
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,14 @@ if TYPE_CHECKING:
     from hpc_core.plugin.fixture import Perf
     from hpc_core.plugin.session import PerfSession
 
-__all__ = ["perf", "perf_session", "pytest_addoption", "pytest_collection_modifyitems", "pytest_configure"]
+__all__ = [
+    "perf",
+    "perf_session",
+    "pytest_addoption",
+    "pytest_cmdline_main",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+]
 
 _SUITE = "hpc-core-suite"
 
@@ -49,6 +58,35 @@ def pytest_configure(config: pytest.Config) -> None:
     elif config.getoption("perf_case_files"):
         config.args = [*config.args, *map(str, settings.case_files)]
     config.pluginmanager.register(Suite(config, settings), _SUITE)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
+    """For `git bisect run`, a commit whose conftest.py cannot be imported cannot be tested; pytest's own exit code would call it bad."""
+    try:
+        return (yield)
+    except Exception as error:
+        if not getattr(early_config.known_args_namespace, "perf_bisect", False):
+            raise
+        raise SystemExit(_cannot_test(error)) from error
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
+    """For `git bisect run`, so cannot one that lacks the case, or a folder or file that was named."""
+    try:
+        return (yield)
+    except pytest.UsageError as error:
+        if not config.getoption("perf_bisect"):
+            raise
+        return _cannot_test(error)
+
+
+def _cannot_test(error: Exception) -> int:
+    from hpc_core.gate.exit_code import ExitCode
+
+    sys.stderr.write(f"hpc-core: this commit cannot be tested: {error}\n")
+    return ExitCode.CANNOT_TEST
 
 
 def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path, ...]) -> list[str]:

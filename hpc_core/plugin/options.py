@@ -55,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """What `--benchmark` runs without a path."""
     dirty: bool = False
     """Numbers of uncommitted code may be accepted."""
+    bisect: bool = False
+    """Exit codes are for `git bisect run`."""
     base: str | None = None
     """The revision whose merge base is judged against."""
     waivers: tuple[Waiver, ...] = ()
@@ -113,6 +115,11 @@ def add_options(parser: pytest.Parser) -> None:
         "--perf-strict",
         action="store_true",
         help="fail, not skip, where nothing can be compared (exit code 10)",
+    )
+    add(
+        "--perf-bisect",
+        action="store_true",
+        help="for git bisect run: as --perf-strict, and exit 125 (skip this commit) where nothing got worse but the case cannot be judged",
     )
     add("--perf-inline", action="store_true", help="run cases in this process, for --pdb")
     add(
@@ -191,7 +198,7 @@ def read_settings(config: pytest.Config) -> Settings:
         update=update,
         reason=reason,
         baselines=here / where if where else config.rootpath / str(config.getini("perf_baselines")),
-        strict=bool(option("perf_strict")),
+        strict=bool(option("perf_strict") or option("perf_bisect")),
         way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
         records=here / (records or resume) if records or resume else None,
         resume=None if resume is None else here / resume,
@@ -202,6 +209,7 @@ def read_settings(config: pytest.Config) -> Settings:
         predict=_extent(config, why),
         paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
         dirty=bool(option("perf_dirty")),
+        bisect=bool(option("perf_bisect")),
         base=option("perf_base"),
         waivers=read_waivers(config),
     )
@@ -217,6 +225,8 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
     if reason and not update:
         raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+    if config.getoption("perf_bisect") and (update or fault):
+        raise pytest.UsageError("--perf-bisect only judges: drop --perf-update and --perf-fault.")
     if config.getoption("perf_dirty") and not update:
         raise pytest.UsageError("--perf-dirty belongs to --perf-update, which is missing: nothing would be written.")
     if fault and fault not in (known := _faults()):

@@ -83,6 +83,7 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     faulted = row.record.circumstances.fault is not None
     accept = f'Accept it: {command} --perf-update --reason "…"' if compared and not faulted else ""
     step = judgement.next_step if not compared else ""
+    bisect = "" if faulted else _bisect(row, command)
     lines = [_metric_line(judgement.case, each) for each in bad]
     more = [f"  at the peak: {line}" for line in row.grown]
     why = () if row.cause is None else tuple(f"Why: {line}" for line in row.cause.lines)
@@ -101,7 +102,18 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
         step,
         accept,
         again,
+        bisect,
     )
+
+
+def _bisect(row: Row, command: str) -> str:
+    """Return what finds the commit that made a case worse; empty where no commit lies between."""
+    bad = row.record.circumstances.commit
+    if bad is None or bad == row.good_commit or row.judgement is None or row.judgement.verdict is not Verdict.REGRESSED:
+        return ""
+    good = "GOOD" if row.good_commit is None else row.good_commit[:10]
+    hint = ", with a commit for GOOD that passes" if row.good_commit is None else ""
+    return f"Find the commit{hint}: git bisect start HEAD {good} && git bisect run {command} --perf-bisect"
 
 
 def _metric_line(case: str, row: MetricVerdict) -> str:
@@ -133,3 +145,14 @@ def exit_code(blames: Collection[Blame]) -> int:
     if set(blames) <= {"not comparable"}:
         return ExitCode.NOT_COMPARABLE
     return ExitCode.BROKEN if set(blames) <= {"not comparable", "broken"} else ExitCode.FAILED
+
+
+def bisect_exit_code(exit_status: int, blames: Collection[Blame]) -> ExitCode:
+    """Return what `git bisect run` reads as bad, good, or a commit that cannot be tested.
+
+    A commit is bad only if a number got worse. Whatever else went wrong says nothing about it: the code does not import, a run
+    broke, there is nothing to compare with.
+    """
+    if "worse" in blames:
+        return ExitCode.FAILED
+    return ExitCode.OK if exit_status == ExitCode.OK else ExitCode.CANNOT_TEST

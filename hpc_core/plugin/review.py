@@ -59,6 +59,12 @@ class Review:
             judgement = judge_pull_request(Side(there, _against(record, there, past, alpha)), Side(here, judgement))
         return waived(judgement, record, self._settings.waivers, self._today)
 
+    def good_commit(self, record: Record) -> str | None:
+        """Return the commit whose numbers the record's baseline holds; None where that is unknown, or had uncommitted changes."""
+        key, case_id = record.circumstances.machine.key, record.case.id
+        lookup = find(self._settings.baselines, key, case_id) if self._base is None else self._base.find(key, case_id)
+        return lookup.accepted.commit if isinstance(lookup, Baseline) and not lookup.accepted.dirty else None
+
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
         """A sentence on each waiver whose day has passed: of a case, or of all."""
         return expired(self._settings.waivers, self._today, case_id)

@@ -186,6 +186,7 @@ class Runner:
             record=record,
             judgement=judgement,
             command=command,
+            good_commit=self._review.good_commit(record),
             grown=self._grown(record),
             cause=stored_cause(self._settings.baselines, record, judgement),
             expired=self._review.expired(record.case.id),

@@ -21,7 +21,7 @@ from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
 from hpc_core.plugin.fixture import ENDING, Perf
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
 from hpc_core.plugin.options import Settings
-from hpc_core.plugin.outcome import Blame, exit_code
+from hpc_core.plugin.outcome import Blame, bisect_exit_code, exit_code
 from hpc_core.plugin.predicting import predicted_gpu, takes_part
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.replay import with_timer
@@ -232,6 +232,8 @@ class Suite:
                 session.exitstatus = exit_code(self._blames)
             elif exitstatus == pytest.ExitCode.OK and self._review.expired():
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            if self._settings.bisect:
+                session.exitstatus = bisect_exit_code(exitstatus, self._blames)
 
     def pytest_unconfigure(self) -> None:
         """As above, where a session never began or never finished."""

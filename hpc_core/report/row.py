@@ -42,6 +42,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Waivers of this case whose day has passed, a sentence each."""
     command: str | None = None
     """Runs just this case again, where that takes more than its id."""
+    good_commit: str | None = None
+    """The commit whose numbers the baseline holds, where it is known."""
 
     @property
     def case(self) -> str:

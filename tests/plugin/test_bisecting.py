@@ -1,0 +1,90 @@
+"""`git bisect run pytest --benchmark --perf-bisect`: which commits are bad, good, or cannot be tested. Real git, pytest and workers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_core.gate.exit_code import ExitCode
+from hpc_core.plugin.outcome import bisect_exit_code
+from tests.compare_repository import STEP, commit, git, repository
+from tests.told_project import Run, told_project
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = """\
+[tool.pytest.ini_options]
+perf_cases = ["perf_cases.py"]
+addopts = ["--perf-launch=exec", "-p", "no:cacheprovider"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "blames", "code"),
+    [
+        (0, [], 0),
+        (1, ["worse"], 1),
+        (1, ["broken", "worse"], 1),
+        (1, ["broken"], 125),
+        (1, ["not comparable"], 125),
+        (1, ["other"], 125),
+        (2, [], 125),
+        (5, [], 125),
+    ],
+)
+def test_only_a_worse_number_makes_a_commit_bad(exit_status: int, blames: list[str], code: int) -> None:
+    """Whatever else went wrong, errors of collection included, skips the commit."""
+    assert bisect_exit_code(exit_status, blames) is ExitCode(code)  # type: ignore[arg-type]
+
+
+def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case without a baseline, and a case that is not there, end with 125 only for a bisection."""
+    suite = "def test_step(perf):\n    perf('told:step')\n"
+    run: Run = told_project(pytester, monkeypatch, {"test_it.py": suite})
+    assert run("--benchmark").ret == 0
+    assert run("--benchmark", "--perf-bisect").ret == ExitCode.CANNOT_TEST
+    unknown = ("--benchmark", "--case", "test_it/test_other")
+    assert run(*unknown).ret == pytest.ExitCode.USAGE_ERROR
+    assert run(*unknown, "--perf-bisect").ret == ExitCode.CANNOT_TEST
+
+
+def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
+    """The command under a red case, as it is printed, finds the commit, past one whose step and one whose conftest.py does not import."""
+    root = tmp_path / "repo"
+    repository(root, 64)
+    (root / "pyproject.toml").write_text(PYPROJECT)
+    good = commit(root, "number 1", STEP.format(kib=65))
+    updated = ran(root, f"{sys.executable} -m pytest --benchmark --perf-update --reason first")
+    assert updated.returncode == 0, updated.stdout
+    commit(root, "the baseline", STEP.format(kib=65))
+    commit(root, "does not import", "raise RuntimeError('this commit does not even import')\n")
+    (root / "conftest.py").write_text("raise RuntimeError('nor does this one')\n")
+    commit(root, "no conftest", STEP.format(kib=64))
+    (root / "conftest.py").unlink()
+    commit(root, "drift", STEP.format(kib=64))
+    bad = commit(root, "bigger", STEP.format(kib=8192))
+    commit(root, "last", STEP.format(kib=8192) + "\n")
+    red = ran(root, f"{sys.executable} -m pytest --benchmark")
+    assert red.returncode == 1, red.stdout
+    found = re.search(
+        r"Find the commit: (git bisect start HEAD (\w+) && git bisect run pytest .*--perf-bisect)", red.stdout
+    )
+    assert found is not None, red.stdout
+    assert good.startswith(found[2])
+    searched = ran(root, found[1].replace("run pytest", f"run {sys.executable} -m pytest"))
+    assert f"{bad} is the first bad commit" in searched.stdout, searched.stdout + searched.stderr
+    git(root, "bisect", "reset")
+
+
+def ran(root: Path, command: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": ""}
+    return subprocess.run(
+        ["sh", "-c", command], cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
