@@ -69,14 +69,15 @@ def judge(
     named = (record.case.limits if limits is None else limits).named()
     baseline = lookup if isinstance(lookup, Baseline) else None
     obstacle = _obstacle(record, lookup)
+    accepted = {} if baseline is None or obstacle is not None else baseline.metrics
+    gated = gated_metrics(record)
+    tests = sum(metric.noise == "busy" and name in accepted for name, metric in gated.items())
     bench = Bench(
         case=record.case.id,
         place=Place(record.circumstances.machine.key, record.circumstances.stack),
         baseline=baseline if obstacle is None else None,
-        evidence=_evidence(record, sessions or {}, SUITE_ALPHA if alpha is None else alpha),
+        evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha)),
     )
-    accepted = {} if bench.baseline is None else bench.baseline.metrics
-    gated = gated_metrics(record)
     rows = []
     for name in sorted({*gated, *accepted, *named}):
         without = None if obstacle is None else (obstacle.verdict, obstacle.reason, obstacle.next_step)
@@ -88,11 +89,10 @@ def judge(
 
 
 def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:
-    """Return what busy metrics are judged by. They divide the case's share of false alarms among themselves."""
-    tests = sum(metric.noise == "busy" for metric in gated_metrics(record).values())
+    """Return what each busy metric is judged by; `alpha` is the level of one of them."""
     return Evidence(
         sessions=sessions,
-        alpha=share(tests, alpha),
+        alpha=alpha,
         clock_mhz=sm_clock_mhz(record.circumstances.gpu),
         shares={name: float(metric.value) for name, metric in record.metrics.items() if name.startswith("busy_share")},
     )

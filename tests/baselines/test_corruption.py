@@ -1,4 +1,4 @@
-"""No corruption of a baseline file passes, and none raises."""
+"""A corrupt baseline file never passes and never raises."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_flipped_bits_are_refused(file: Path, where: float, mask: int) -> None:
 @example(0.99999, b"\n")
 @example(0.0, b"\xef\xbb\xbf")
 def test_inserted_bytes_are_refused(file: Path, where: float, more: bytes) -> None:
-    """Bytes too many, white space and byte-order marks included, are INVALID."""
+    """Additional bytes are INVALID, white space and byte-order marks included."""
     text = intact(file)
     at = int(where * (len(text) + 1))
     refused(file, text[:at] + more + text[at:])
@@ -77,7 +77,7 @@ def test_inserted_bytes_are_refused(file: Path, where: float, more: bytes) -> No
 
 @given(places, st.integers(1, 200))
 def test_deleted_bytes_are_refused(file: Path, where: float, count: int) -> None:
-    """Bytes too few are INVALID."""
+    """Missing bytes are INVALID."""
     text = intact(file)
     at = int(where * len(text))
     refused(file, text[:at] + text[at + count :])
@@ -85,7 +85,7 @@ def test_deleted_bytes_are_refused(file: Path, where: float, count: int) -> None
 
 @given(places, places)
 def test_swapped_lines_are_refused(file: Path, one: float, other: float) -> None:
-    """Lines that changed places, as a merge may leave them, are INVALID."""
+    """Swapped lines, as a merge may leave them, are INVALID."""
     lines = intact(file).splitlines(keepends=True)
     i, j = int(one * len(lines)), int(other * len(lines))
     lines[i], lines[j] = lines[j], lines[i]

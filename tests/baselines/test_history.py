@@ -1,4 +1,4 @@
-"""`hpc-core history`: every session that baselines, git and folders know, once, in order, with what moved."""
+"""`hpc-core history` shows every session of baselines, git and folders once, in order, with what moved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASE = "tiny/lora"
 
 
 def of_day(day: int, *, operators: int = 10, busy_s: float = 0.25, **changes: Any) -> Record:
-    """The record of a session of its own."""
+    """The record of another session."""
     fields = {"started_at": f"2026-11-{day:02d}T10:00:00+00:00", "commit": f"{day:010d}", "gpu": {"uuid": "GPU-1"}}
     metrics = {"operators": counted(operators), "peak_bytes": peak(), "busy_s": busy(busy_s, samples=(busy_s, busy_s))}
     return a_record(metrics, circumstances=around(**(fields | changes)))
@@ -30,7 +30,7 @@ def of_day(day: int, *, operators: int = 10, busy_s: float = 0.25, **changes: An
 
 @pytest.fixture(scope="module")
 def twelve_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve accepted sessions, one a commit; the operators grow with the seventh, when transformers moved too."""
+    """Twelve accepted sessions, one per commit; with the seventh, operators grow and transformers moves."""
     made = GitProject(tmp_path_factory.mktemp("days") / "project")
     for day in range(1, 13):
         moved = day >= 7
@@ -66,7 +66,7 @@ def test_git_remembers_more_than_the_file_keeps(project: GitProject) -> None:
 
 
 def test_a_baseline_without_its_history_is_a_point_too(project: GitProject) -> None:
-    """Where only the baseline's file is left in git, its accepted values are a point."""
+    """A baseline whose record is gone from git still gives a point, from its accepted values."""
     root = project.root / "baselines"
     case = a_case("tiny/other")
     for day in (20, 21):
@@ -78,7 +78,7 @@ def test_a_baseline_without_its_history_is_a_point_too(project: GitProject) -> N
 
 
 def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> None:
-    """Sound records of the case and machine count, those that were accepted only once; what is none is said."""
+    """Sound records of the case and machine are points, each once; a note counts the other files."""
     folder = tmp_path / "records" / "deep"
     folder.mkdir(parents=True)
     records = {"a": of_day(12, operators=12, busy_s=0.27, stack=STACK | {"transformers": "5.24.0"}), "b": of_day(25)}
@@ -96,8 +96,8 @@ def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> N
     )
 
 
-def test_a_changed_case_begins_anew(project: GitProject) -> None:
-    """Points of another digest are left out, and that is said."""
+def test_a_changed_case_starts_a_new_series(project: GitProject) -> None:
+    """Points of another digest are left out, with a note."""
     root = project.root / "baselines"
     accept(root, msgspec.structs.replace(of_day(20), case=a_case(seed=3)), reason="another seed")
     found = over_time(root, H100.key, CASE)
@@ -105,7 +105,7 @@ def test_a_changed_case_begins_anew(project: GitProject) -> None:
     assert found.notes == ("12 older points have another digest of the case, and are left out",)
 
 
-def test_the_table_tells_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_shows_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
     """An exact metric changes where its value does, a noisy one by a test; the commits and packages between are named."""
     root = project.root / "baselines"
     assert run(CASE, "operators", "--baselines", root) == 0
@@ -123,7 +123,7 @@ def test_the_table_tells_where_and_what_moved(project: GitProject, capsys: pytes
 
 
 def test_few_sessions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four sessions of a noisy metric show no change point but a sentence on how many it takes; no git is a note."""
+    """Four sessions of a noisy metric show no change point but say how many are needed; without git there is a note."""
     for day, seconds in enumerate((0.2, 0.2, 0.4, 0.4), start=1):
         accept(tmp_path / "b", of_day(day, busy_s=seconds), reason="r")
     assert run(CASE, "busy_s", "--baselines", tmp_path / "b") == 0
@@ -148,8 +148,8 @@ def test_json_and_pictures(project: GitProject, tmp_path: Path, capsys: pytest.C
     assert picture.read_bytes() == first
 
 
-def test_several_machines_must_be_told_apart(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
-    """A case that two machines know, or a metric that none holds, is one line on stderr and exit code 2."""
+def test_several_machines_need_a_choice(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
+    """A case of two machines, or a metric that no session holds, gives one line on stderr and exit code 2."""
     root = project.root / "baselines"
     assert run(CASE, "no_such_metric", "--baselines", root) == 2
     assert "There are: busy_s, operators, peak_bytes." in capsys.readouterr().err

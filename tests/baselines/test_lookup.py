@@ -1,4 +1,4 @@
-"""What is found in a baseline's place, whatever lies there."""
+"""What `find` returns, whatever is in the baseline's place."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_keys_that_lead_out_are_refused(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("case_id", ["", "lora", "../x", "tiny/../../x", "tiny/..", "a/b/c", "tiny/lora\n"])
 def test_ids_that_lead_out_are_refused(tmp_path: Path, case_id: str) -> None:
-    """A case id is checked here again."""
+    """A case id is a plain name too."""
     with pytest.raises(BaselineError, match="A case id is <shape>/<variant>"):
         find(tmp_path, "cpu", case_id)
 
@@ -77,7 +77,7 @@ JUNK: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize(("content", "fragment"), JUNK.values(), ids=JUNK)
 def test_junk_is_damaged(tmp_path: Path, content: bytes, fragment: str) -> None:
-    """Whatever a file holds, finding it says what is wrong and raises nothing."""
+    """Whatever a file holds, `find` says what is wrong and does not raise."""
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_bytes(content)
     found = look(tmp_path)
@@ -85,8 +85,8 @@ def test_junk_is_damaged(tmp_path: Path, content: bytes, fragment: str) -> None:
     assert fragment in found.reason
 
 
-def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
-    """A folder or a pipe in the file's place is found at once, a broken link is missing, a long name is told."""
+def test_what_is_not_a_file_is_damaged(tmp_path: Path) -> None:
+    """A folder, a pipe or a name that is too long is Damaged at once; a broken link is Missing."""
     place(tmp_path).mkdir(parents=True)
     assert "not a regular file" in look(tmp_path).reason
     place(tmp_path).rmdir()
@@ -101,14 +101,14 @@ def test_what_is_no_file_is_damaged(tmp_path: Path) -> None:
 
 
 def test_accepting_over_a_folder_says_so(tmp_path: Path) -> None:
-    """What cannot be replaced is an error with the path, not a traceback."""
+    """A path that cannot be replaced is an error that names it."""
     place(tmp_path).mkdir(parents=True)
     with pytest.raises(BaselineError, match=r"lora\.json: cannot be written"):
         accept(tmp_path, a_record(), reason="r")
 
 
 @pytest.mark.parametrize("schema", [0, 2, 99, -1])
-def test_another_schema_is_told_apart(tmp_path: Path, schema: int) -> None:
+def test_another_schema_is_recognized(tmp_path: Path, schema: int) -> None:
     """An intact file of another schema, whatever its fields, is not damaged."""
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_bytes(sealed({"schema": schema, "values": [1, 2]}))
@@ -128,7 +128,7 @@ def test_another_schema_is_told_apart(tmp_path: Path, schema: int) -> None:
     ],
 )
 def test_sealed_contradictions_are_damaged(tmp_path: Path, change: dict[str, Any], fragment: str) -> None:
-    """A right checksum over a wrong content does not help."""
+    """A correct checksum over contradictory content does not help."""
     accept(tmp_path, a_record(), reason="r")
     content = msgspec.json.decode(place(tmp_path).read_bytes())
     place(tmp_path).write_bytes(sealed(content | change))
@@ -138,7 +138,7 @@ def test_sealed_contradictions_are_damaged(tmp_path: Path, change: dict[str, Any
 
 
 def test_other_line_ends_are_damaged(tmp_path: Path) -> None:
-    """The bytes must be those that were written, even if the content is intact."""
+    """The bytes must be those that were written, even where the content is intact."""
     accept(tmp_path, a_record(), reason="r")
     place(tmp_path).write_bytes(place(tmp_path).read_bytes().replace(b"\n", b"\r\n"))
     assert "bytes are not those that hpc-core writes" in look(tmp_path).reason

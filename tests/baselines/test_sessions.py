@@ -1,4 +1,4 @@
-"""Accepted sessions: what statistics are made of, bounded on disk; and baselines as they were at a commit."""
+"""Accepted sessions, which statistics are made of; and baselines as they were at a commit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASE = "tiny/lora"
 
 
 def of_session(number: int, **changes: Any) -> Record:
-    """The record of a session of its own."""
+    """The record of another session."""
     fields: dict[str, Any] = {
         "started_at": f"2026-11-{number:02d}T10:00:00+00:00",
         "commit": f"c{number}",
@@ -38,7 +38,7 @@ def of_session(number: int, **changes: Any) -> Record:
 
 
 def test_a_session_is_what_was_accepted(tmp_path: Path) -> None:
-    """Oldest first: when, which commit, GPU and stack; a value a process for busy time, else one; the canary beside it."""
+    """A session holds time, commit, GPU, stack and canary; busy time has one value per process, other metrics one; oldest first."""
     for number in (1, 2):
         accept(tmp_path, of_session(number), reason="r")
     first, second = sessions(tmp_path, H100.key, CASE)
@@ -50,7 +50,7 @@ def test_a_session_is_what_was_accepted(tmp_path: Path) -> None:
 
 
 def test_sessions_of_another_case_or_twice_the_same_do_not_count(tmp_path: Path) -> None:
-    """A changed case begins anew, and one session that was accepted twice is still one."""
+    """Sessions before a change of the case do not count, and a session that was accepted twice counts once."""
     accept(tmp_path, of_session(1), reason="r")
     changed = msgspec.structs.replace(of_session(2), case=a_case(seed=5))
     accept(tmp_path, changed, reason="r")
@@ -60,8 +60,8 @@ def test_sessions_of_another_case_or_twice_the_same_do_not_count(tmp_path: Path)
     assert sessions(tmp_path, "cpu", CASE) == ()
 
 
-def test_a_damaged_history_is_no_session(tmp_path: Path) -> None:
-    """Statistics never rest on a file that is not what was accepted."""
+def test_a_damaged_history_gives_no_sessions(tmp_path: Path) -> None:
+    """Statistics never use a damaged file."""
     accept(tmp_path, of_session(1), reason="r")
     path = history_path(tmp_path, H100.key, CASE)
     path.write_bytes(path.read_bytes()[:-20])
@@ -72,7 +72,7 @@ def test_a_damaged_history_is_no_session(tmp_path: Path) -> None:
 
 
 def test_the_history_is_bounded_in_bytes_too(tmp_path: Path) -> None:
-    """Large records push older ones out, each kept whole; one that no history could hold is refused and changes nothing."""
+    """Large records push older ones out, each kept whole; one that is larger than a history is refused and changes nothing."""
     answer = "x" * (HISTORY_BYTES // 4)
     for number in range(1, HISTORY_LENGTH):
         accept(tmp_path, msgspec.structs.replace(of_session(number), answers=(answer,)), reason="r")
@@ -87,7 +87,7 @@ def test_the_history_is_bounded_in_bytes_too(tmp_path: Path) -> None:
 
 
 def test_baselines_of_a_commit(tmp_path: Path) -> None:
-    """At a commit each baseline is what it was then; what changed since is named, with old, new and the reason."""
+    """Each baseline is what it was at a commit; changes since are listed with old value, new value and reason."""
     project = GitProject(tmp_path / "project")
     root = project.root / "baselines"
     accept(root, a_record(), reason="first")

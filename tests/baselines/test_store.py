@@ -30,7 +30,7 @@ def place(root: Path) -> Path:
 
 
 def test_what_is_accepted_is_found(tmp_path: Path) -> None:
-    """The baseline holds the gated metrics, the case, the surroundings and the reason, and nothing else."""
+    """The baseline holds the gated metrics, the case, machine and stack, and the reason."""
     record = a_record()
     done = accept(tmp_path, record, reason="first numbers", at=AT)
     assert (done.action, done.path) == ("created", str(place(tmp_path)))
@@ -46,7 +46,7 @@ def test_what_is_accepted_is_found(tmp_path: Path) -> None:
 
 
 def test_the_file_reads_well(tmp_path: Path) -> None:
-    """One value a line, sorted, with a newline at the end, readable by others, and no draft left behind."""
+    """The file has one value per line, sorted, ends with a newline, is readable, and leaves no temporary file."""
     accept(tmp_path, a_record(), reason="größer", at=AT)
     text = place(tmp_path).read_text(encoding="utf-8")
     assert text.endswith("}\n")
@@ -86,7 +86,7 @@ def test_what_differs_rewrites_the_file(tmp_path: Path, record: Record) -> None:
 
 
 def test_changes_name_old_and_new(tmp_path: Path) -> None:
-    """An acceptance tells which metric moved from what to what, came or went."""
+    """An acceptance lists the metrics that moved, with both values, and those that came or went."""
     accept(tmp_path, a_record({"peak_bytes": peak(100), "operators": counted(7)}), reason="first")
     done = accept(tmp_path, a_record({"peak_bytes": peak(90), "busy_s": busy(0.5)}), reason="second")
     changes = {change.metric: (change.old, change.new, change.unit) for change in done.changes}
@@ -94,7 +94,7 @@ def test_changes_name_old_and_new(tmp_path: Path) -> None:
 
 
 def test_history_is_bounded_and_whole(tmp_path: Path) -> None:
-    """The last accepted records lie beside the baseline, one a line, oldest first."""
+    """The history holds the last accepted records, one per line, oldest first."""
     for value in range(1, HISTORY_LENGTH + 4):
         accept(tmp_path, a_record({"operators": counted(value)}), reason="step")
     lines = history_path(tmp_path, H100.key, CASE).read_bytes().splitlines()
@@ -104,7 +104,7 @@ def test_history_is_bounded_and_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("junk", [b"{", b"null\n", b"\xff\n", b"[" * 100_000, b'{"case":{}}\n', b"\n\n"])
 def test_damaged_history_stops_before_anything_is_written(tmp_path: Path, junk: bytes) -> None:
-    """A history that is no history is named, with what to do, and neither file changes."""
+    """The error names the damaged history and what to do, and neither file changes."""
     accept(tmp_path, a_record(), reason="first")
     history = history_path(tmp_path, H100.key, CASE)
     history.write_bytes(history.read_bytes() + junk)
@@ -117,7 +117,7 @@ def test_damaged_history_stops_before_anything_is_written(tmp_path: Path, junk: 
 
 
 def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
-    """A line of an older schema was proof when it was written."""
+    """A line of an older schema stays in the history."""
     history = history_path(tmp_path, H100.key, CASE)
     history.parent.mkdir(parents=True)
     history.write_bytes(b'{"schema":0,"old":true}\n')
@@ -146,14 +146,14 @@ def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
     ],
 )
 def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: str) -> None:
-    """What is no proof never becomes a baseline, and leaves no file."""
+    """A record that proves nothing never becomes a baseline, and leaves no file."""
     with pytest.raises(BaselineError, match=fragment):
         accept(tmp_path, record, reason=reason)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dirty_tree_is_refused_unless_told(tmp_path: Path) -> None:
-    """Numbers of uncommitted code are refused unless told, and then say so; where that is unknown they are accepted."""
+def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
+    """Numbers of uncommitted code are refused unless allowed, and then marked; where that is unknown they are accepted."""
     record = a_record(circumstances=around(dirty=True))
     with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-dirty.*--allow-dirty"):
         accept(tmp_path, record, reason="r")
@@ -170,7 +170,7 @@ def test_a_dirty_tree_is_refused_unless_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_the_old_file_survives_a_failed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    """A full disk costs the new baseline, not the old one, and leaves no draft."""
+    """A full disk costs the new baseline, not the old one, and leaves no temporary file."""
     accept(tmp_path, a_record(), reason="first")
     before = place(tmp_path).read_bytes()
 

@@ -26,14 +26,14 @@ def test_relative_limit(text: Any, ratio: float | None) -> None:
 
 @pytest.mark.parametrize("text", ["1", "-1%", "1 percent", "%", "1e3%", "1%\n", "٣%", "nan%", "", "1" * 400 + "%"])
 def test_refused_percentages(text: str) -> None:
-    """What is no plain percentage is refused with what would be one."""
+    """A malformed percentage is refused, with an example of a good one."""
     with pytest.raises(SpecError, match=r"A relative limit is a percentage"):
         Limits(peak_bytes=text)
 
 
 @pytest.mark.parametrize("number", [0, -1, -0.0, math.nan, math.inf, 10**400, True, [1]])
 def test_refused_numbers(number: Any) -> None:
-    """What nothing can be compared with is refused when it is made."""
+    """A number that nothing can be compared with is refused at once."""
     with pytest.raises(SpecError, match="must be a finite number above 0"):
         Limits(operators=number)
 

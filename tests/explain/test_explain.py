@@ -1,4 +1,4 @@
-"""Explanations from values alone: what is said of two records, and laws that hold for any two profiles."""
+"""Explanations of two records by example, and laws that hold for any two profiles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lines(before: Record, now: Record) -> tuple[str, ...]:
 
 
 def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> None:
-    """A peak that grew by activations of the MLP says so, how many layers, by which operators, and that weights are as before."""
+    """Activations of the MLP grew: the line names them, the layers and the operators, and says that weights are as before."""
     grown = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
 
     first, second = lines(seen(a_profile(weights())), seen(a_profile(weights(), grown), 3 * GIB))
@@ -57,7 +57,7 @@ def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> N
 
 
 def test_a_fact_that_does_not_hold_is_part_of_the_first_line() -> None:
-    """What the audit saw stands beside what moved, and so does a forward that no longer runs twice."""
+    """The first line also names a fact of the audit that does not hold, and a forward that no longer runs twice."""
     now = msgspec.structs.replace(
         seen(a_profile(modules=MODULES | {MLP: ModuleSeen("LlamaMLP", 28, 28)}), 3 * GIB),
         audit={"checkpointing": Fact(asked="on", seen="off")},
@@ -69,8 +69,8 @@ def test_a_fact_that_does_not_hold_is_part_of_the_first_line() -> None:
     assert "forwards of LlamaMLP (model.layers.*.mlp) 56 → 28: no longer recomputed" in first
 
 
-def test_kernels_are_told_by_module_and_as_new_or_gone() -> None:
-    """A kernel that only the new run launches is told with its module, its family and its launches."""
+def test_kernels_are_listed_by_module_and_as_new_or_gone() -> None:
+    """A kernel that only the new run launches is listed with its module, family and launches."""
     old = KernelUse(MLP, "aten.mm.default", "gemm_a", "gemm", 28, 0.02)
     new = KernelUse(MLP, "aten.add.Tensor", "add_b", "elementwise", 28, 0.005)
     before = seen(a_profile(kernels=(old,)), busy_s=busy(0.25), kernels=counted(280))
@@ -83,11 +83,11 @@ def test_kernels_are_told_by_module_and_as_new_or_gone() -> None:
     assert "new: add_b, 28 launches, 5.00 ms" in cause.details
 
 
-def test_a_kernel_that_is_plainly_slower_comes_before_one_that_is_launched_once_more() -> None:
-    """As a head in float32 is: as many products as before that take twenty times as long, and a copy more. A few per cent could be noise and come after it."""
+def test_a_much_slower_kernel_comes_before_one_more_launch() -> None:
+    """A head in float32 launches as many products as before, twenty times as slow, and one more copy: the products come first. A few per cent could be noise, and come after the copy."""
     copy = KernelUse(MLP, "aten._to_copy.default", "copy_c", "copy", 1, 1e-5)
 
-    def told(product_s: float) -> str:
+    def first_line(product_s: float) -> str:
         def side(seconds: float, launched: int, *more: KernelUse) -> Record:
             product = KernelUse(HEAD, "aten.mm.default", "gemm_a", "gemm", 3, seconds)
             return seen(a_profile(kernels=(product, *more)), busy_s=busy(0.02 + seconds), kernels=counted(launched))
@@ -96,7 +96,7 @@ def test_a_kernel_that_is_plainly_slower_comes_before_one_that_is_launched_once_
         assert cause is not None
         return cause.lines[0]
 
-    plain, little, nothing = told(60e-3), told(3.3e-3), told(3e-3 + 2e-6)
+    plain, little, nothing = first_line(60e-3), first_line(3.3e-3), first_line(3e-3 + 2e-6)
     assert plain.index("gemm kernels +57.00 ms in ") < plain.index("copy kernels +10.00 µs (+1 launches)")
     assert little.index("copy kernels +10.00 µs (+1 launches)") < little.index("gemm kernels +300.00 µs in ")
     assert "copy kernels" in nothing
@@ -114,8 +114,8 @@ def test_what_moved_around_is_in_the_second_line() -> None:
     assert "→ 99.0" in second
 
 
-def test_without_profiles_the_categories_still_speak() -> None:
-    """Records of before there were profiles are explained by category, and say how to get more."""
+def test_without_profiles_categories_explain() -> None:
+    """Without a profile the baseline is explained by category, and the details say how to get more."""
     before = seen(None, at_peak_activations_bytes=peak(GIB))
     now = seen(a_profile(weights()), 3 * GIB, at_peak_activations_bytes=peak(2 * GIB))
 
@@ -149,13 +149,13 @@ _PROFILES = st.builds(
 
 @given(_PROFILES, _PROFILES)
 def test_changes_by_block_add_up(old: Profile, new: Profile) -> None:
-    """Whatever two profiles hold, the changes of all blocks and categories add up to the change of the whole, and nothing is lost."""
+    """The changes of all blocks and categories add up to the change of the whole."""
     assert sum(each.size_bytes for each in _changes(old, new)) == new.peak_bytes - old.peak_bytes
 
 
 @given(_PROFILES, _PROFILES)
 def test_any_two_profiles_are_explained_in_two_lines(old: Profile, new: Profile) -> None:
-    """There are two lines without line breaks whenever something differs, none when nothing does, in either direction alike."""
+    """There are two lines whenever something differs, and none when nothing does, in both directions."""
     before, now = (seen(each, 2**41 + each.peak_bytes) for each in (old, new))
     for one, other in ((before, now), (now, before)):
         cause = explain(before_of(one), other)
@@ -166,7 +166,7 @@ def test_any_two_profiles_are_explained_in_two_lines(old: Profile, new: Profile)
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000), st.floats(0, 1)), max_size=30))
 def test_every_launch_is_attributed_once(launches: list[tuple[int, int, float]]) -> None:
-    """Kernels inside an operator's range on their thread are its own, all others are of no module, and none is lost."""
+    """Kernels inside an operator's range on their thread belong to it, all others to no module, and none is lost."""
     ranges = [Range(1, start, start + 50, f"m{start}", "aten.mm.default") for start in range(0, 1000, 100)]
     work = [DeviceWork("k", seconds, None if thread == 3 else (thread, at)) for thread, at, seconds in launches]
 
@@ -177,8 +177,8 @@ def test_every_launch_is_attributed_once(launches: list[tuple[int, int, float]])
     assert sum(use.launches for use in found if use.module) == inside
 
 
-def test_a_profile_lies_beside_the_baseline_and_not_in_its_history(tmp_path: Path) -> None:
-    """Accepting keeps the profile in a file of its own, the same bytes each time; the record in the history is without it."""
+def test_a_profile_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """Accepting writes the profile to its own file, with the same bytes each time, and leaves it out of the history."""
     record = seen(a_profile(weights()))
     key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
@@ -209,7 +209,7 @@ def baseline_of(root: Path, record: Record) -> Baseline:
 
 
 def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
-    """Damaged, or of a record with another peak: each counts as none, and accepting one without a profile takes the old one away."""
+    """A damaged profile, or one of a record with another peak, is ignored; accepting a record without a profile removes the old one."""
     record = seen(a_profile(weights()))
     key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
@@ -224,7 +224,7 @@ def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
 
 
 def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path) -> None:
-    """A record with the same bytes and counts lends its profile; one with others, or with a fault, is refused, and no other file changes."""
+    """A record with the same bytes and counts can add its profile; one with others, or with a fault, is refused. No other file changes."""
     accept(tmp_path, seen(None), reason="of an older hpc-core")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     record = seen(a_profile(weights()))
@@ -240,7 +240,7 @@ def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path
 
 
 def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(tmp_path: Path) -> None:
-    """Two GPU models give a case the same bytes and operators, and other times: so the profile is laid down without its kernels, and says so."""
+    """Two GPU models give a case the same bytes and operators but other times, so the profile is stored without kernels, and the explanation says so."""
     use = KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25)
     took = busy(0.25)
     accept(tmp_path, seen(None, kernels=counted(280), busy_s=took), reason="of an older hpc-core")
@@ -285,7 +285,7 @@ def elsewhere(record: Record) -> Record:
 
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_a_profile_explains_what_has_all_its_counts_and_no_other(tmp_path: Path, has_kernels: bool) -> None:
-    """One count less, more or otherwise, and it is another's; a profile without kernels says nothing of kernels, and is not asked their number."""
+    """A profile with one count less, more or different is ignored; the count of kernels does not matter to a profile without kernels."""
     uses = (KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25),) if has_kernels else ()
     record = seen(a_profile(weights(), kernels=uses), kernels=counted(280))
     accept(tmp_path, record, reason="first")
@@ -308,7 +308,7 @@ def faulted(record: Record) -> Record:
 
 
 def test_the_stored_baseline_is_all_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A record and the folder of baselines give the cause, from Python and by the command; a passing one has none."""
+    """A record and the folder of baselines give the cause, in Python and by the command; a passing record has none."""
     before, now = seen(a_profile(weights())), seen(a_profile(weights(2 * GIB)), 3 * GIB)
     accept(tmp_path / "baselines", before, reason="first")
     (tmp_path / "now.json").write_bytes(record_to_json(now))
@@ -326,20 +326,20 @@ def test_the_stored_baseline_is_all_it_takes(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_blocks_are_the_parts_of_a_layer() -> None:
-    """What lies in a layer is grouped by the layer's part, everything else is itself."""
+    """Modules in a layer are grouped by the layer's part; every other module is its own block."""
     assert block("model.layers.*.mlp.act_fn") == MLP
     assert (block("model.layers.*"), block("lm_head"), block("")) == ("model.layers.*", "lm_head", "")
 
 
 def test_a_record_with_a_profile_equals_its_json() -> None:
-    """A profile travels with its record, and an old record without one is still read."""
+    """A profile survives the JSON of its record, and an old record without one is still read."""
     record = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 3),)))
     assert record_from_json(record_to_json(record)) == record
     assert record_from_json(record_to_json(seen(None))).profile is None
 
 
 def test_what_got_worse_comes_before_what_got_better() -> None:
-    """Without a judgement, memory that grew a little leads, and operators that fell by half come after."""
+    """Without a judgement, memory that grew a little comes before operators that fell by half."""
     grown = a_profile(weights(2 * GIB), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 1),))
     before = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB)
 

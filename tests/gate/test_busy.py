@@ -1,4 +1,4 @@
-"""GPU-busy time against accepted sessions: each verdict by example, what would settle it, and what is not compared at all."""
+"""GPU-busy time against accepted sessions: each verdict by example, the required sample size, and what is not compared."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ROUGH = [(0.19,), (0.21,), (0.2,), (0.205,), (0.195,)]
 def judged(
     *processes: float, sessions: Any = None, name: str = "busy_s", alpha: float | None = None, **changes: Any
 ) -> MetricVerdict:
-    """The verdict on a busy time of 0.2 s that these processes saw anew."""
+    """Return the verdict on these processes against an accepted busy time of 0.2 s."""
     middle = sorted(processes)[len(processes) // 2]
     record = a_record({name: busy(middle, samples=processes)}, **changes)
     held = sessions if sessions is None or isinstance(sessions, dict) else {name: sessions}
@@ -60,15 +60,15 @@ def judged(
     ],
 )
 def test_against_sessions(processes: tuple[float, ...], sessions: Any, verdict: str, said: str) -> None:
-    """The interval decides, and the reason says what it is and what it rests on; sessions that differ widely decide nothing."""
+    """The interval decides, and the reason states it and what it rests on; sessions that differ widely decide nothing."""
     row = judged(*processes, sessions=sessions)
     assert row.verdict.value == verdict
     assert said in row.reason
     assert (row.interval is None) == (row.alpha is None) == (verdict == "INVALID")
 
 
-def test_what_would_settle_it_does() -> None:
-    """As many processes, or sessions, as were said decide it if they are like those seen; one less does not."""
+def test_the_required_sample_size_decides() -> None:
+    """The stated number of further processes, or sessions, decides if they are like the others; one less does not."""
     spread = SPREADS["train"]
     for new, old, said in (
         ((0.2052,), [(0.2, 0.2, 0.2001)] * 5, "2 more processes"),
@@ -105,7 +105,7 @@ def test_the_deviation_is_the_stated_one(new: int, sessions: int) -> None:
 
 
 def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
-    """Two busy metrics have half the case's level each, exact ones none; the line at the end adds up what was judged."""
+    """Two busy metrics get half of the case's level each, exact ones none; the line at the end of a run adds up the levels."""
     held = {"busy_prefill_s": busy(), "busy_decode_token_s": busy(0.01), "kernels": counted()}
     rows = judge(a_record(held), stored(held), alpha=0.004).metrics
     assert {row.metric: row.alpha for row in rows} == {
@@ -119,7 +119,7 @@ def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
 
 
 def test_a_stricter_share_alarms_later() -> None:
-    """What regresses alone is undecided as one of a thousand tests."""
+    """What is REGRESSED alone is undecided as one of a thousand tests."""
     verdicts = [judged(0.2075, 0.2075, 0.2075, alpha=alpha).verdict for alpha in (0.01, 0.00001)]
     assert verdicts == [Verdict.REGRESSED, Verdict.INCONCLUSIVE]
 
@@ -135,7 +135,7 @@ def test_a_stricter_share_alarms_later() -> None:
     ],
 )
 def test_a_difference_of_the_clock(name: str, mhz: float, slower: float, verdict: str) -> None:
-    """What vanishes in cycles is no change of compute-bound work, either way; decoding follows the memory's clock."""
+    """A difference that vanishes in cycles is not a change of compute-bound work, either way; decoding follows the memory's clock."""
     gpu = {"busy": {"during": {"sm_clock_mhz": mhz}}, "after": {"sm_clock_mhz": 345}}
     sessions = {name: [list(each) for each in STEADY] * 2, "sm_clock_mhz": [[1980.0]] * 5}
     processes = [0.2 * slower] * 3
@@ -145,7 +145,7 @@ def test_a_difference_of_the_clock(name: str, mhz: float, slower: float, verdict
 
 
 def test_where_the_clock_is_read() -> None:
-    """The clock of the busy device counts before the one after the work; without either there is none."""
+    """The clock of the busy device is preferred to the one after the work; without either there is none."""
     during, after = {"during": {"sm_clock_mhz": 1755}}, {"sm_clock_mhz": 1980}
     assert sm_clock_mhz({"busy": during, "after": after}) == 1755
     assert sm_clock_mhz({"before": {"sm_clock_mhz": 300}, "after": after}) == 1980
@@ -156,8 +156,8 @@ def test_where_the_clock_is_read() -> None:
     ("share", "slower", "verdict"),
     [(0.4, 1.0, "PASS"), (0.2, 1.0, "INCONCLUSIVE"), (0.99, 1.0, "INCONCLUSIVE"), (0.99, 2.5, "REGRESSED")],
 )
-def test_a_share_of_wall_time_that_is_unlike(share: float, slower: float, verdict: str) -> None:
-    """More than twice apart, busy time is not compared; a share that moved because busy time did is no excuse."""
+def test_another_share_of_wall_time(share: float, slower: float, verdict: str) -> None:
+    """Where shares differ more than twice, busy time is not compared, unless the share moved because busy time did."""
     shown = Metric(value=share, unit="ratio", noise="wall", better="higher", depends_on=("case",), gated=False)
     metrics = {"busy_s": busy(0.2 * slower), "busy_share": shown}
     sessions: dict[str, Any] = {"busy_s": STEADY, "busy_share": [(0.45,), (0.41,)]}

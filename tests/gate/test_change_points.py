@@ -1,4 +1,4 @@
-"""Change points: where an exact value changes; where a noisy one moved beyond what its order could show by chance."""
+"""Change points of exact values, and of noisy ones beyond what chance explains."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ floats = st.floats(0.1, 10, allow_nan=False)
 
 
 def drawn(seed: int, *levels: tuple[int, float], spread: float = 0.01) -> list[float]:
-    """So many values around each level."""
+    """Return so many values around each level."""
     generator = random.Random(seed)
     return [level * (1 + generator.gauss(0, spread)) for many, level in levels for _ in range(many)]
 
 
 @given(st.lists(st.integers(0, 3), max_size=12))
 def test_exact_metrics_change_where_their_value_does(values: list[int]) -> None:
-    """Replaying the changes from the first value gives the series again; nothing else is told, and nothing twice."""
+    """Replaying the changes from the first value gives the series again."""
     changes = exact_changes(values)
     told = {change.index: change for change in changes}
     level: float = values[0] if values else 0
@@ -53,12 +53,12 @@ def test_several_steps_are_found() -> None:
 @given(st.lists(floats, min_size=8, max_size=16, unique=True), st.floats(1, 1e6))
 @settings(max_examples=30)
 def test_a_spike_counts_no_more_than_any_largest_value(values: list[float], factor: float) -> None:
-    """However wild the largest value is, the change points are the same."""
+    """However large the largest value is, the change points are the same."""
     wild = [value * factor if value == max(values) else value for value in values]
     assert [change.index for change in noisy_changes(wild)] == [change.index for change in noisy_changes(values)]
 
 
-def test_what_never_moved_shows_no_more_changes_than_promised() -> None:
+def test_unmoved_series_keep_the_level() -> None:
     """Of 200 unmoved series, heavy-tailed ones too, at most 29 show a change: 10 are expected at 5 %, and more than 29 have a
     chance below 1e-6, by the binomial distribution.
     """
@@ -77,8 +77,8 @@ def test_what_never_moved_shows_no_more_changes_than_promised() -> None:
     assert 0 < alarms <= most  # none at all would mean that nothing is ever tested
 
 
-def test_too_few_points_tell_nothing() -> None:
-    """Below eight points no order is rarer than one in twenty, so none is told, however large the step."""
+def test_too_few_points_show_no_change() -> None:
+    """Below eight points no order is rarer than one in twenty, so there is no change point, however large the step."""
     assert least_points() == 8
     assert noisy_changes([1.0] * 3 + [100.0] * 4) == ()
     assert noisy_changes([1.0, 1.1, 1.2, 1.3, 100.0, 101.0, 102.0, 103.0]) != ()

@@ -34,7 +34,7 @@ def only(judgement: Judgement) -> MetricVerdict:
 
 
 def test_what_was_accepted_passes() -> None:
-    """The very record that was accepted passes in every gated metric; wall time is not among them."""
+    """The accepted record itself passes in every gated metric; wall time is not among them."""
     judgement = judge(a_record(), baseline(a_record()))
     assert judgement.verdict is Verdict.PASS
     assert [row.metric for row in judgement.metrics] == ["busy_s", "operators", "peak_bytes"]
@@ -92,7 +92,7 @@ def test_what_was_accepted_passes() -> None:
     ],
 )
 def test_compared(against: Any, name: str, old: Metric, new: Metric, verdict: str, headline: str) -> None:
-    """Each noise class has its tolerance, each direction its sign, and the headline says both."""
+    """Each noise class has its tolerance and each direction its sign; the headline shows both."""
     judgement = against(name, old, new)
     assert (judgement.verdict.value, judgement.headline) == (verdict, headline)
     assert only(judgement).change == new.value - old.value
@@ -109,7 +109,7 @@ def test_compared(against: Any, name: str, old: Metric, new: Metric, verdict: st
     ],
 )
 def test_limits(against: Any, limits: Limits, verdict: str, limit: str) -> None:
-    """A percentage replaces the default and its floor; a number is checked beside it."""
+    """A percentage replaces the default and its floor; a number is checked in addition."""
     row = only(against("peak_bytes", peak(GiB), peak(GiB + MiB), limits))
     assert (row.verdict.value, row.limit) == (verdict, limit)
 
@@ -141,8 +141,8 @@ def test_an_absolute_limit_needs_no_baseline() -> None:
         ),
     ],
 )
-def test_a_limit_that_cannot_be_kept(metrics: dict[str, Metric], fragment: str) -> None:
-    """A limit on what was not measured is no pass."""
+def test_a_limit_on_what_was_not_measured(metrics: dict[str, Metric], fragment: str) -> None:
+    """A limit on a metric that was not measured never passes."""
     judgement = judge(a_record(metrics), baseline(a_record(metrics)), Limits(busy_s=1.0))
     assert judgement.verdict is Verdict.INCOMPATIBLE
     assert fragment in judgement.headline
@@ -157,7 +157,7 @@ def test_a_limit_that_cannot_be_kept(metrics: dict[str, Metric], fragment: str) 
     ],
 )  # fmt: skip
 def test_a_limit_on_the_wrong_machine(machine: Machine, limits: Limits, said: str, step: str) -> None:
-    """Where a metric can never be, the answer says so and where its limit belongs; what else is limited is judged all the same."""
+    """The reason says that the machine can never have the metric, and where the limit belongs; other limits are judged as usual."""
     record = a_record({"peak_bytes": peak(GiB)}, circumstances=around(machine=machine))
     judgement = judge(record, Missing(path="p"), limits)
     assert judgement.verdict is Verdict.INCOMPATIBLE
@@ -183,7 +183,7 @@ def test_a_moved_stack_is_compared_and_suspected(against: Any) -> None:
     "change", [{"driver": "590.2"}, {"cuda": "13.1"}, {"torch": "2.11.0+cu131"}, {"torch": "2.11.0"}]
 )
 def test_time_is_inconclusive_across_drivers(against: Any, change: dict[str, str]) -> None:
-    """No time compares across driver or CUDA, better or worse; memory does."""
+    """Time cannot be compared across driver or CUDA, better or worse; memory can."""
     for value in (0.1, 0.25, 9.0):
         judgement = against("busy_s", busy(0.25), busy(value), stack=STACK | change)
         assert judgement.verdict is Verdict.INCONCLUSIVE
@@ -233,8 +233,8 @@ def test_runs_that_gave_nothing_to_judge() -> None:
     assert broken.headline == "out_of_memory in build: 80.1 GiB asked for, 79.6 GiB there."
 
 
-def test_nothing_gated_is_no_pass() -> None:
-    """A record without a gated metric has nothing that could pass."""
+def test_nothing_gated_never_passes() -> None:
+    """A record without a gated metric never passes."""
     assert judge(a_record({"step_s": wall()}), Missing(path="p")).verdict is Verdict.NO_BASELINE
 
 
@@ -291,7 +291,7 @@ def test_a_new_metric_keeps_an_absolute_limit() -> None:
 
 
 def test_an_accepted_zero_leaves_no_slack() -> None:
-    """Where nothing was unexplained, one byte is a regression; and zero itself is a value like any other."""
+    """One byte more than an accepted zero is a regression, and zero itself passes."""
     none, one = (Metric(value=value, unit="bytes", noise="exact", better="lower", **CPU_BYTES) for value in (0, 1))
     accepted = baseline(a_record({"unexplained_bytes": none}))
     assert judge(a_record({"unexplained_bytes": none}), accepted).verdict is Verdict.PASS
@@ -315,7 +315,7 @@ def test_an_accepted_zero_leaves_no_slack() -> None:
         (OlderSchema(path="p", found=7), "INCOMPATIBLE", ("newer schema 7", "Upgrade hpc-core")),
     ],
 )
-def test_what_stands_in_a_baselines_place(lookup: Any, verdict: str, fragments: tuple[str, ...]) -> None:
+def test_what_is_found_in_a_baselines_place(lookup: Any, verdict: str, fragments: tuple[str, ...]) -> None:
     """Each has its own verdict, text and next step, for the case and for every metric."""
     judgement = judge(a_record(), lookup)
     assert {judgement.verdict.value, *(row.verdict.value for row in judgement.metrics)} == {verdict}
@@ -325,7 +325,7 @@ def test_what_stands_in_a_baselines_place(lookup: Any, verdict: str, fragments: 
 
 
 def test_a_changed_case_is_stale() -> None:
-    """A baseline of another digest is STALE and says which fields changed; id, limits and timeout are none."""
+    """A baseline of another digest is STALE and names the fields that changed; id, limits and timeout do not count."""
     lookup = baseline(a_record())
     case = a_case(adapter=AdapterSpec(rank=16), seed=3, timeout_s=9, limits=Limits(operators="1%"))
     judgement = judge(a_record(case=case), lookup)
@@ -337,14 +337,14 @@ def test_a_changed_case_is_stale() -> None:
 
 
 def test_a_copied_baseline() -> None:
-    """A baseline of another id, even of the same work, is not taken."""
+    """A baseline of another id is refused, even for the same work."""
     judgement = judge(a_record(case=a_case("tiny/other")), baseline(a_record()))
     assert judgement.verdict is Verdict.INCOMPATIBLE
     assert "the baseline is of tiny/lora, not of tiny/other" in judgement.headline
 
 
 def test_a_foreign_machine() -> None:
-    """What depends on the machine is not compared with another's; what does not is."""
+    """A metric that depends on the machine is not compared with another machine's; others are."""
     record = a_record({"peak_bytes": peak(), "operators": counted()})
     judgement = judge(record, baseline(record, machine=CPU))
     assert [(row.metric, row.verdict.value) for row in judgement.metrics] == [

@@ -1,4 +1,4 @@
-"""Laws of the gate, by property."""
+"""Laws of the gate, as properties."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def judged(old: Metric, new: Metric, limits: Limits | None = None) -> Judgement:
 
 @given(values, shifts, directions, st.booleans())
 def test_exact_never_passes_beyond_its_tolerance(old: int, shift: int, better: Any, allocator: bool) -> None:
-    """Bytes beyond max(2 MiB, 0.05 %) of an allocator, or 0.05 % of counted bytes, never pass, and within always do."""
+    """An allocator's bytes pass within max(2 MiB, 0.05 %), counted bytes within 0.05 %, and neither beyond."""
     assume(old + shift > 0)
     depends: Any = ("case", "stack", "machine") if allocator else ("case", "stack")
     fields: dict[str, Any] = {"better": better, "depends_on": depends}
@@ -55,7 +55,7 @@ def test_exact_never_passes_beyond_its_tolerance(old: int, shift: int, better: A
 
 @given(st.integers(0, 2**50), st.integers(0, 2**50), st.sampled_from(["1", "FLOP"]))
 def test_counts_pass_only_if_equal(old: int, new: int, unit: str) -> None:
-    """A count or FLOPs differ by one, and that is no pass."""
+    """A count or FLOPs that differ by one do not pass."""
     for value in (new, old, old + 1):
         verdict = judged(counted(old, unit=unit), counted(value, unit=unit)).verdict
         assert (verdict is Verdict.PASS) == (value == old)
@@ -97,6 +97,17 @@ def test_what_was_accepted_passes(record: Record) -> None:
         assert judge(record, lookup, Limits()).verdict is Verdict.PASS
 
 
+@given(st.dictionaries(names, metrics(), min_size=1, max_size=4), metrics())
+def test_a_new_metric_changes_no_verdict(held: dict[str, Metric], new: Metric) -> None:
+    """A metric that the baseline lacks leaves the verdict and every other metric's row as they are, unless it is INVALID itself."""
+    record = a_record(held)
+    accepted = stored(gated_metrics(record))
+    assume(accepted.metrics and "new" not in held and new.value > 0)
+    before, after = judge(record, accepted), judge(a_record(held | {"new": new}), accepted)
+    assert after.verdict is before.verdict
+    assert [row for row in after.metrics if row.metric != "new"] == list(before.metrics)
+
+
 @given(records(), st.dictionaries(names, metrics(), max_size=4))
 def test_judging_never_raises_and_always_explains(record: Record, held: dict[str, Metric]) -> None:
     """Any record against any baseline gives a verdict, and all but PASS say why and what to do."""
@@ -124,7 +135,7 @@ def test_busy_time_that_is_worse_is_never_judged_better(
 def test_the_unit_of_time_does_not_matter(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, scale: float
 ) -> None:
-    """Milliseconds give the interval that seconds do."""
+    """Milliseconds give the same interval as seconds."""
     one = busy_interval(new, old, spread, alpha)
     other = busy_interval([v * scale for v in new], [[v * scale for v in each] for each in old], spread, alpha)
     assert (other.low, other.pass_high) == pytest.approx((one.low, one.pass_high), rel=1e-6, abs=1e-9)
@@ -150,7 +161,7 @@ def test_directions_mirror_each_other(
 def test_a_tighter_level_decides_no_more(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, share: float, allowed: float
 ) -> None:
-    """Fewer allowed false alarms never turn anything into REGRESSED, and never touch who passes."""
+    """Allowing fewer false alarms never makes anything REGRESSED, and never changes what passes."""
     tighter = max(alpha * share, 1e-9)
     one, other = (three_way(busy_interval(new, old, spread, level), allowed, "lower") for level in (alpha, tighter))
     assert (other is Verdict.REGRESSED) <= (one is Verdict.REGRESSED)

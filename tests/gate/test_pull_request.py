@@ -1,4 +1,4 @@
-"""A pull request is judged by the merge base, and a baseline that it edits is no free pass."""
+"""A pull request is judged by the merge base; editing a baseline is no free pass."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ values = st.integers(1, 60).map(lambda number: number * 2**28)
 
 
 def of_record(record: Record, base: Lookup, head: Lookup, limits: Limits | None = None) -> Judgement:
-    """The record, judged by the rules of a pull request."""
+    """Judge the record by the rules of a pull request."""
     return judge_pull_request(*(Side(lookup, judge(record, lookup, limits)) for lookup in (base, head)))
 
 
 def judged(base: int | Lookup, head: int | Lookup, new: int, **more: Any) -> Judgement:
-    """A peak of `new` bytes, with these accepted at the merge base and in the pull request."""
+    """Judge a peak of `new` bytes, with these accepted at the merge base and in the pull request."""
     old, own = (stored({"peak_bytes": peak(each)}) if isinstance(each, int) else each for each in (base, head))
     return of_record(a_record({"peak_bytes": peak(new)}), old, own, **more)
 
 
 @given(values, values)
-def test_an_untouched_baseline_is_judged_as_ever(base: int, new: int) -> None:
-    """Where the pull request leaves the baseline alone, it is the plain judgement."""
+def test_an_untouched_baseline_is_judged_plainly(base: int, new: int) -> None:
+    """If the pull request leaves the baseline alone, the judgement is the plain one."""
     assert judged(base, base, new) == judge(a_record({"peak_bytes": peak(new)}), stored({"peak_bytes": peak(base)}))
 
 
 @given(values, values, values)
 def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, new: int) -> None:
-    """It passes if nothing is worse than the pull request's own baseline, that was not made worse than what is measured, and
-    what is worse than the merge base's was accepted as what it is now; the verdict says REGRESSED whenever the merge base does.
+    """A test passes only if the record is no worse than the pull request's baseline, that baseline is no worse than the record,
+    and what is worse than the merge base's was accepted as it is. Worse than the merge base is always REGRESSED.
     """
     judgement = judged(base, head, new)
     alone = {name: judged(value, value, new).verdict for name, value in (("base", base), ("head", head))}
@@ -56,8 +56,8 @@ def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, ne
     assert bool(judgement.excuses) == (alone["base"] is Verdict.REGRESSED and judgement.outcome() == "passed")
 
 
-def test_what_was_accepted_is_said() -> None:
-    """The excuse has both values and the reason; without it the baseline that does not fit is named."""
+def test_the_excuse_states_what_was_accepted() -> None:
+    """The excuse states both values and the reason; a baseline that does not fit is named."""
     [excuse] = judged(5 * GiB, 7 * GiB, 7 * GiB).excuses
     assert excuse.text == "accepted in this pull request: peak_bytes 5.00 GiB → 7.00 GiB, reason: r"
     loose = judged(5 * GiB, 9 * GiB, 7 * GiB)
@@ -66,7 +66,7 @@ def test_what_was_accepted_is_said() -> None:
 
 
 def test_a_baseline_raised_for_nothing_is_invalid() -> None:
-    """Code that takes what it took, and a baseline that allows for more: INVALID, led by that metric; tightening is fine."""
+    """A baseline that allows more than unchanged code needs is INVALID; tightening one is fine."""
     judgement = judged(5 * GiB, 9 * GiB, 5 * GiB)
     assert (judgement.verdict, judgement.outcome()) == (Verdict.INVALID, "failed")
     assert judgement.headline == "peak_bytes -4.00 GiB (against the baseline of this pull request)"
@@ -107,7 +107,7 @@ def test_a_limit_of_the_owner_is_not_lifted() -> None:
 
 
 def test_metrics_come_and_go_as_accepted() -> None:
-    """A metric that the pull request adds or drops, baseline included, needs no strictness waived; it is said."""
+    """A metric that the pull request adds or drops, with its baseline, passes under strict; dropping is remarked."""
     old: dict[str, Metric] = {"peak_bytes": peak(), "operators": counted()}
     record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
     judgement = of_record(record, stored(old), stored(record.metrics))
@@ -117,7 +117,7 @@ def test_metrics_come_and_go_as_accepted() -> None:
 
 
 def test_a_new_metric_is_judged_by_the_baseline_that_brings_it() -> None:
-    """What neither side's baseline holds is new and not judged; what the pull request accepts is judged by that."""
+    """A metric that neither baseline holds is new and not judged; one that the pull request's baseline holds is judged by it."""
     old: dict[str, Metric] = {"peak_bytes": peak()}
     record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
     neither = of_record(record, stored(old), stored({"peak_bytes": peak(1)}))
@@ -128,7 +128,7 @@ def test_a_new_metric_is_judged_by_the_baseline_that_brings_it() -> None:
 
 
 def test_what_cannot_be_decided_is_not_excused() -> None:
-    """If the record regressed, and whether it is what the pull request accepts is undecided, so is the whole."""
+    """If it is undecided whether the record is what the pull request accepts, the verdict is INCONCLUSIVE."""
     record = a_record({"busy_s": busy(0.5)})
     base, head = stored({"busy_s": busy(0.25)}), stored({"busy_s": busy(0.5)})
     head = msgspec.structs.replace(head, stack=STACK | {"driver": "590.0"})
@@ -138,7 +138,7 @@ def test_what_cannot_be_decided_is_not_excused() -> None:
 
 
 def test_a_failed_run_stays_one() -> None:
-    """No baseline settles a run that gave no numbers."""
+    """No baseline changes the verdict on a run that gave no numbers."""
     judgement = of_record(failed_record(), NONE, stored({"peak_bytes": peak()}))
     assert judgement.broken
     assert judgement.verdict is Verdict.INVALID

@@ -1,4 +1,4 @@
-"""Waivers: never a worse verdict, never more hidden than their limit, never a day too long, never a mistake unsaid."""
+"""Waivers never hide more than their limit, never hold a day too long, and report every mistake."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def waiver(**changes: Any) -> Waiver:
 
 
 def seen(old: Metric, new: Metric, *more: Waiver) -> tuple[Judgement, Judgement, Record]:
-    """The judgement without and with waivers."""
+    """Return the judgement without and with waivers."""
     record = a_record({"peak_bytes": new, "operators": counted()})
     plain = judge(record, stored({"peak_bytes": old, "operators": counted()}))
     return plain, waived(plain, record, more, TODAY), record
 
 
 def test_a_waived_regression_passes_and_stays_one() -> None:
-    """Within the limit the test passes; the verdict is still REGRESSED, with whose waiver it is and for how long."""
+    """Within the limit the test passes; the verdict is still REGRESSED, with the owner and the days left."""
     over = TODAY + datetime.timedelta(days=12)
     plain, excused, _ = seen(peak(1000 * 2**20), peak(1040 * 2**20), waiver(expires=over))
     assert (plain.outcome(), excused.outcome(), excused.outcome(strict=True)) == ("failed", "passed", "passed")
@@ -46,7 +46,7 @@ def test_a_waived_regression_passes_and_stays_one() -> None:
 
 
 def test_beyond_its_limit_it_hides_nothing() -> None:
-    """A value beyond the limit fails as ever, and the reason says what was waived."""
+    """A value beyond the limit fails, and the reason says what was waived."""
     _, judgement, _ = seen(peak(1000 * 2**20), peak(1060 * 2**20), waiver())
     assert (judgement.outcome(), judgement.excuses) == ("failed", ())
     assert "waived only up to +5 % by jane" in judgement.metrics[0].reason
@@ -60,7 +60,7 @@ def test_beyond_its_limit_it_hides_nothing() -> None:
     st.sampled_from([peak, busy, counted]),
 )
 def test_it_never_hides_more_than_its_limit(old: int, new: int, better: Any, limit: int, make: Any) -> None:
-    """A test that passes only for a waiver has a value within the waiver's limit, in the direction that is worse."""
+    """A test that passes because of a waiver has a value within the waiver's limit."""
     relative = limit <= 40
     one = waiver(limit=f"{limit}%") if relative else waiver(limit=limit)
     plain, excused, _ = seen(make(old, better=better), make(new, better=better), one)
@@ -81,7 +81,7 @@ def test_it_never_hides_more_than_its_limit(old: int, new: int, better: Any, lim
     st.booleans(),
 )
 def test_it_never_makes_anything_worse(entries: Any, old: int, new: int, strict: bool) -> None:
-    """Whatever is waived: no verdict changes, no value, and the outcome is the same or better."""
+    """A waiver changes no verdict and no value, and the outcome is the same or better."""
     given_waivers = [
         waiver(limit=f"{percent}%", expires=TODAY + datetime.timedelta(days=days), metric=metric)
         for percent, days, metric in entries
@@ -97,7 +97,7 @@ def test_it_never_makes_anything_worse(entries: Any, old: int, new: int, strict:
 
 
 def test_its_last_day_counts_and_the_next_does_not() -> None:
-    """It holds through the day it names; after that it excuses nothing and says so, of its cases and of all."""
+    """A waiver holds through its last day; after that it excuses nothing and is reported."""
     last, gone = waiver(), waiver(expires=TODAY - datetime.timedelta(days=3))
     assert seen(peak(1000 * 2**20), peak(1040 * 2**20), last)[1].outcome() == "passed"
     assert seen(peak(1000 * 2**20), peak(1040 * 2**20), gone)[1].outcome() == "failed"
@@ -118,7 +118,7 @@ expires = 2026-11-24
 
 
 def test_the_file_is_read() -> None:
-    """An entry of the file is a waiver; an absolute limit is a number; no entry is no waiver."""
+    """Each entry of the file is a waiver; an absolute limit is a number; a file may have no entry."""
     assert waivers_from_toml(GOOD, "w.toml") == (waiver(),)
     assert waivers_from_toml(GOOD.replace('"+5 %"', "8_000"), "w.toml")[0].limit == 8000
     assert waivers_from_toml("# none now\n", "w.toml") == ()
@@ -143,6 +143,6 @@ def test_the_file_is_read() -> None:
     ],
 )
 def test_a_mistake_in_the_file_is_one_clear_error(text: str, said: str) -> None:
-    """Unknown keys, bad dates and limits, what is missing or said twice: named, with the file and the entry."""
+    """Unknown keys, bad dates and limits, missing and repeated entries are named, with the file and the entry."""
     with pytest.raises(SpecError, match=f"(?s)w.toml.*{said}"):
         waivers_from_toml(text, "w.toml")
