@@ -1,128 +1,115 @@
-"""`hpc-core doctor` where libraries are broken: real packages that lie on the path and fail, asked by real child processes."""
+"""`hpc-core doctor`: what is missing, too old or hidden each gets a line and a command. Distributions are metadata on the path."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hpc_core.cli.doctor_checks.checks import LIBRARIES
+from hpc_core.cli import doctor as module
+from hpc_core.cli import main
 
-pytestmark = pytest.mark.slow
-
-ROOT = Path(__file__).parents[2]
-VERSIONS = {
-    "torch": "2.11.0",
-    "transformers": "5.20.0",
-    "peft": "0.21.0",
-    "accelerate": "1.10.0",
-    "bitsandbytes": "0.50.2",
-}
-TORCH = """
-__version__ = "{version}"
-class version: cuda = None
-class cuda:
-    is_available = staticmethod(lambda: False)
-def ones(*shape, device=None): return shape
+GPU = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30, "uuid": "GPU-1", "driver": "580.1", "index": 0}
+METADATA = """\
+Metadata-Version: 2.4
+Name: {name}
+Version: {version}
 """
-QUANTIZES = "def quantize_4bit(tensor, quant_type): return tensor\n"
-NO_LIBRARY = """
-def quantize_4bit(tensor, quant_type):
-    raise RuntimeError("\\n\\n  CUDA SETUP: Required library libbitsandbytes_cuda129.so not found")
+OURS = """\
+Requires-Dist: torch>=2.11; extra == 'run'
+Requires-Dist: peft>=0.21.0; extra == 'run'
+Requires-Dist: no-such-thing>=1.0; extra == 'quantization'
+Requires-Dist: datasets>=4.0; extra == 'hub'
+Requires-Dist: ruff>=0.12; extra == 'lint'
+Requires-Dist: hpc-core[run]; extra == 'all'
 """
+Doctor = Callable[..., tuple[int, str]]
 
 
-def stubs(folder: Path, changed: Mapping[str, str]) -> Path:
-    """A folder of packages that import at once: all that doctor asks for, some of them `changed`."""
-    for library in LIBRARIES:
-        name = library.name.replace("-", "_")
-        version = VERSIONS.get(library.name, "99.0")
-        text = TORCH.format(version=version) if name == "torch" else f"__version__ = {version!r}\n"
-        (folder / name).mkdir(parents=True)
-        (folder / name / "__init__.py").write_text(changed.get(name, text))
-    (folder / "bitsandbytes" / "functional.py").write_text(changed.get("bitsandbytes.functional", QUANTIZES))
-    (folder / "bitsandbytes" / "cextension.py").write_text("lib = None\n")
-    return folder
+@pytest.fixture
+def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """Run it where hpc-core and these versions are installed; exit code and stdout."""
+
+    def run(*options: str, **versions: str) -> tuple[int, str]:
+        folder = tmp_path / "site"
+        installed: dict[str, str] = {
+            "hpc-core": "0.1.0",
+            "torch": "2.11.0+cpu",
+            "peft": "0.21.0",
+            "datasets": "99",
+        } | versions
+        for name, version in installed.items():
+            info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir(parents=True)
+            text = METADATA.format(name=name, version=version)
+            (info / "METADATA").write_text(text + (OURS if name == "hpc-core" else ""))
+        monkeypatch.syspath_prepend(str(folder))
+        try:
+            main(["doctor", *options])
+        except SystemExit as end:
+            return int(end.code or 0), capsys.readouterr().out
+        raise AssertionError("a command ends with SystemExit")
+
+    return run
 
 
-def doctor(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "hpc_core.cli", "doctor", *options],
-        env=os.environ | {"PYTHONPATH": str(folder)} | environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def checks(out: str) -> dict[str, dict[str, Any]]:
+    return {check["name"]: check for check in json.loads(out)["checks"]}
 
 
-def examined(folder: Path, *options: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
-    """Exit code, everything, and the checks by name."""
-    done = doctor(folder, "--json", *options)
-    assert "Traceback" not in done.stderr
-    said = json.loads(done.stdout)
-    return done.returncode, said, {check["name"]: check for check in said["checks"]}
+def test_without_a_gpu_it_says_what_can_be_done(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU and with the stack that is needed nothing must be done, and it says what runs and what is predicted."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out = doctor()
+    assert code == 0
+    assert "Nothing must be done." in out
+    assert "CUDA_VISIBLE_DEVICES='' may hide it" in out
+    assert "full-size ones are predicted: hpc-core predict CASE" in out
+    assert "python -m torch.utils.collect_env, python -m bitsandbytes" in out
 
 
-def test_without_a_gpu_it_says_what_can_be_done(tmp_path: Path) -> None:
-    """On a machine without a GPU and with a sound stack nothing must be done, and it says what runs and what is predicted."""
-    done = doctor(stubs(tmp_path, {}), CUDA_VISIBLE_DEVICES="")
-
-    assert done.returncode == 0
-    assert "Nothing must be done." in done.stdout
-    assert "CUDA_VISIBLE_DEVICES='' may hide it" in done.stdout
-    assert "full-size ones are predicted: hpc-core predict CASE" in done.stdout
-
-
-def test_a_bitsandbytes_that_cannot_be_imported_and_an_old_torch(tmp_path: Path) -> None:
-    """An import that raises and a version that is too old each get a line with what was seen, and a command."""
-    old = TORCH.format(version="1.13.1+cu117")
-    broken = 'raise OSError("libcudart.so.12: cannot open shared object file")\n'
-
-    code, said, checks = examined(stubs(tmp_path, {"torch": old, "bitsandbytes": broken}))
-
-    assert (code, said["ok"]) == (1, False)
-    assert (checks["torch"]["state"], checks["torch"]["seen"]) == ("too old", "1.13.1+cu117")
-    assert "pip install -U 'torch>=2.11'" in checks["torch"]["advice"]
-    assert checks["bitsandbytes"]["state"] == "broken"
-    assert "libcudart.so.12" in checks["bitsandbytes"]["seen"]
-    assert "pip install --force-reinstall bitsandbytes" in checks["bitsandbytes"]["advice"]
+def test_packages_are_compared_with_what_hpc_core_needs(doctor: Doctor) -> None:
+    """Too old is to be repaired, a missing optional one is not; each has the command. Development's own extras are left out."""
+    code, out = doctor("--json", torch="1.13.1+cu117")
+    found = checks(out)
+    assert (code, json.loads(out)["ok"]) == (1, False)
+    assert (found["torch"]["state"], found["torch"]["seen"]) == ("too old", "1.13.1+cu117, needs >=2.11")
+    assert "pip install -U 'hpc-core[run]'" in found["torch"]["advice"]
+    assert (found["no-such-thing"]["state"], found["no-such-thing"]["needed"]) == ("missing", False)
+    assert (found["peft"]["state"], found["datasets"]["state"], "ruff" in found) == ("ok", "ok", False)
 
 
-def test_a_bitsandbytes_without_its_compiled_library(tmp_path: Path) -> None:
-    """One that imports and fails at the first weight is found by quantizing one, and says where to look."""
-    code, _, checks = examined(stubs(tmp_path, {"bitsandbytes.functional": NO_LIBRARY}))
+def test_predictions_and_baselines(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler nothing can be predicted, and without baselines nothing judged: notes with a command, no failure."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, out = doctor("--json", "--baselines", str(tmp_path))
+    found = checks(out)
+    assert code == 0
+    assert (found["C++ compiler"]["state"], "g++" in found["C++ compiler"]["advice"]) == ("missing", True)
+    assert (found["baselines"]["state"], "--perf-update" in found["baselines"]["advice"]) == ("note", True)
 
-    assert code == 1
-    assert "libbitsandbytes_cuda129.so not found" in checks["bitsandbytes"]["seen"]
-    assert "python -m bitsandbytes" in checks["bitsandbytes"]["advice"]
 
-
-def test_nothing_that_a_library_does_ends_the_examination(tmp_path: Path) -> None:
-    """A crash, a hang, a flood on stdout, an exit, a missing dependency and a missing package each cost one line."""
-    changed = {
-        "transformers": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)\n",
-        "peft": "import time; time.sleep(60)\n",
-        "accelerate": "import sys; sys.exit('no')\n",
-        "datasets": "print('noise\\n' * 5000)\n__version__ = '99.0'\n",
-        "gguf": "import no_such_module_at_all\n",
-        "matplotlib": "raise BaseException('odd')\n",
-        "triton": "raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n",
-    }
-
-    code, _, checks = examined(stubs(tmp_path, changed), "--limit", "4")
-
-    assert code == 1
-    assert "SIGSEGV" in checks["transformers"]["seen"]
-    assert "longer than 4 s" in checks["peft"]["seen"]
-    assert checks["accelerate"]["state"] == checks["matplotlib"]["state"] == "broken"
-    assert (checks["datasets"]["state"], checks["datasets"]["seen"]) == ("ok", "99.0")
-    assert "pip install no_such_module_at_all" in checks["gguf"]["advice"]
-    assert checks["triton"]["state"] == "missing"
+@pytest.mark.parametrize(
+    ("script", "seen"),
+    [
+        ("import time; time.sleep(60)", "longer than 1 s"),
+        ("raise RuntimeError('driver too old')", "driver too old"),
+        ("import os; os.abort()", "exit code -6"),
+        ("""print('noise'); print('{"cuda": null, "devices": 0}')""", "none visible, a CPU build"),
+    ],
+)
+def test_a_torch_that_cannot_use_the_gpu_is_broken(
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, script: str, seen: str
+) -> None:
+    """NVML sees a GPU: whatever torch does with it, a hang, an error, a crash or nothing, costs one line."""
+    monkeypatch.setattr(module, "visible_gpus", lambda: (GPU,))
+    monkeypatch.setattr(module, "read_state", lambda index: {"persistence_mode": 0, "used_bytes": 2**30})
+    monkeypatch.setattr(module, "_users", lambda pynvml, index: [{"pid": 7, "used_bytes": None}])
+    monkeypatch.setattr(module, "_ASK_TORCH", script)
+    code, out = doctor("--limit", "1")
+    assert (code, seen in out, "used by process 7" in out, "persistence mode is off" in out) == (1, True, True, True)
+    assert sys.executable not in out
