@@ -1,130 +1,199 @@
-"""What the documents say can be done: their Python is run, their commands and options exist, their links lead somewhere."""
+"""Documents tell the truth: their Python runs, commands and options exist, links and named files lead somewhere."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
 import io
 import re
-from functools import cache
+import subprocess
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import pytest
 
-from hpc_core.cli import main
-from hpc_core.cli.commands import app
+from hpc_core.case import errors
 from hpc_core.cli.known import known_cases
 
 ROOT = Path(__file__).parent.parent
-DOCS = sorted(
-    [
-        *(ROOT / "docs").glob("*.md"),
-        *(ROOT / "examples").rglob("*.md"),
-        *(ROOT / name for name in ("README.md", "bench/README.md", "baselines/README.md", ".github/CONTRIBUTING.md")),
-    ]
+TRACKED = frozenset(
+    name
+    for name in subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    if (ROOT / name).exists()
 )
-LIVE = DOCS
+HISTORY = {"CHANGELOG.md", "bench/studies/log.md"}
+"""Documents of what once was, which may name what is gone."""
+DOCS = sorted(name for name in TRACKED if name.endswith(".md"))
+LIVE = [name for name in DOCS if name not in HISTORY]
+SOURCES = sorted(name for name in TRACKED if name.endswith(".py"))
+
 _FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_COMMAND = re.compile(
-    r"(?:^(?: {4}|\$ )|`)hpc-core ((?:[a-z-]+)(?: (?:list|show|accept|diff|add-profile))?)([^`\n|]*)", re.MULTILINE
-)
+_COMMAND = re.compile(r"(?:^(?: {4}|\$ )|`|&& )hpc-core ([a-z][a-z-]*(?: [a-z][a-z-]*)?)([^`\n|]*)", re.MULTILINE)
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
-_LINK = re.compile(r"\]\(([^)#\s]+)")
-_SUITE_OPTION = re.compile(r"--perf-[a-z-]+")
-each_document = pytest.mark.parametrize("path", LIVE, ids=lambda path: str(path.relative_to(ROOT)))
+_LINK = re.compile(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)", re.MULTILINE)
+_CODE = re.compile(r"`([^`\n]+)`")
+_PATH = re.compile(r"(?<![\w/<>.:-])((?:[\w.-]+/)+[\w-]+\.(?:py|md|toml|yml|cpp|json|svg|png|jinja))(?![\w*<])")
+_MODULE = re.compile(r"(?<![\w./-])(hpc_core(?:\.[a-z_]\w*)+)")
+
+
+def _generator() -> ModuleType:
+    """Return the module that writes the generated pages of the reference."""
+    spec = importlib.util.spec_from_file_location("generated", ROOT / "docs" / "generated.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATED = _generator()
+COMMANDS = {
+    name: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    for name, command in GENERATED.commands()
+}
+OF_COMMANDS = {"--help", "--version"}
+TOP = {name.partition("/")[0] for name in TRACKED if "/" in name} - {".github", ".ci"}
+ROOMS = {name.split("/")[1] for name in TRACKED if name.startswith("hpc_core/") and name.count("/") > 1}
+OUTPUT = ("runs/", "site/", "baselines/")
+"""Folders of files that a run writes."""
+
+each_document = pytest.mark.parametrize("name", LIVE)
 
 
 def blocks() -> list[tuple[str, str]]:
-    """The Python of all documents, each with where it is from."""
+    """Return the Python of all documents, each with where it is from."""
     return [
-        (f"{path.relative_to(ROOT)}:{number}", text)
-        for path in LIVE
-        for number, text in enumerate(_FENCE.findall(path.read_text()), 1)
+        (f"{name}:{number}", text)
+        for name in LIVE
+        for number, text in enumerate(_FENCE.findall((ROOT / name).read_text()), 1)
     ]
-
-
-@cache
-def help_of(command: str) -> str:
-    """What a command says of itself; empty if there is none of this name."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(io.StringIO()):
-        try:
-            main([*command.split(), "--help"])
-        except SystemExit as end:
-            return told.getvalue() if end.code in (0, None) else ""
-    return told.getvalue()
 
 
 @pytest.mark.parametrize(("where", "text"), blocks(), ids=[where for where, _ in blocks()])
 def test_python_in_documents_runs(where: str, text: str, tmp_path: Path) -> None:
-    """A case file is read as `--cases` reads it; of the rest, which needs modules of a user's own, what is imported of ours exists."""
+    """A case file adds a case when read as `--cases` reads it; of other code, what it imports from hpc_core exists."""
     if re.search(r"^CASES = ", text, re.MULTILINE):
         path = tmp_path / "documented.py"
         path.write_text(text)
         before = set(known_cases(None))
         assert set(known_cases([path])) - before, "it adds no case"
         return
-    taken = [each for each in ast.walk(ast.parse(text, where)) if isinstance(each, ast.ImportFrom)]
-    for each in taken:
-        if each.module is not None and each.module.partition(".")[0] == "hpc_core":
-            found = importlib.util.find_spec(each.module)
-            assert found is not None
-            assert found.origin is not None
-            source = Path(found.origin).read_text()
-            assert [name.name for name in each.names if f'"{name.name}"' not in source] == [], where
+    for node in ast.walk(ast.parse(text, where)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "hpc_core":
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @each_document
-def test_commands_in_documents_exist(path: Path) -> None:
-    """Each `hpc-core …` is a command, and each option beside it is one of its options."""
+def test_commands_in_documents_exist(name: str) -> None:
+    """Each `hpc-core …` is a command, and each option after it is one of its options."""
     wrong = []
-    for command, rest in _COMMAND.findall(path.read_text()):
-        name = command if help_of(command) else command.split()[0]
-        told = help_of(name)
+    for words, rest in _COMMAND.findall((ROOT / name).read_text()):
+        command = words if words in COMMANDS else words.split()[0]
+        if command not in COMMANDS:
+            wrong += [] if any(each.startswith(f"{command} ") for each in COMMANDS) else [f"hpc-core {command}"]
+            continue
         arguments = rest.partition("#")[0].partition(" | ")[0].partition("&&")[0]
-        wrong += [f"hpc-core {command} {option}" for option in _OPTION.findall(arguments) if option not in told]
-        wrong += [] if told else [f"hpc-core {command}"]
+        known = COMMANDS[command] | OF_COMMANDS
+        wrong += [f"hpc-core {command} {option}" for option in _OPTION.findall(arguments) if option not in known]
     assert wrong == []
 
 
+def test_options_of_the_suite_in_documents_exist() -> None:
+    """Each `--perf-…` in a document is an option of the plugin."""
+    known = set(_OPTION.findall(GENERATED.pytest_options()))
+    used = {(name, option) for name in LIVE for option in re.findall(r"--perf-[a-z-]+", (ROOT / name).read_text())}
+    assert sorted((name, option) for name, option in used if option not in known) == []
+
+
 @each_document
-def test_options_of_the_suite_in_documents_exist(path: Path) -> None:
-    """Each `--perf-…` is an option of the plugin, or the prefix of some."""
-    known = (ROOT / "hpc_core" / "plugin" / "options.py").read_text()
-    assert [option for option in _SUITE_OPTION.findall(path.read_text()) if option not in known] == []
+def test_links_in_documents_lead_somewhere(name: str) -> None:
+    """A relative link names a file or folder of this repository, or a generated page; its anchor is a heading there."""
+    wrong = []
+    for groups in _LINK.findall((ROOT / name).read_text()):
+        link = next(each for each in groups if each)
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        relative = target.resolve().relative_to(ROOT)
+        if str(relative).removeprefix("docs/") in GENERATED.PAGES and str(relative).startswith("docs/"):
+            continue
+        if not target.exists() or (anchor and anchor not in _anchors(target)):
+            wrong.append(link)
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_in_documents_lead_somewhere(path: Path) -> None:
-    """A relative link names a file or folder of this repository."""
-    links = [link for link in _LINK.findall(path.read_text()) if "://" not in link and not link.startswith("mailto:")]
-    assert [link for link in links if not (path.parent / link).exists()] == []
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-def _named(command: Any) -> str:
-    """A command's name, by default its function's."""
-    return str(command.name or command.callback.__name__)
+def test_the_generated_reference_describes_everything() -> None:
+    """No command, option of a command, pytest option or metric is without a description."""
+    pages = {name: page() for name, page in GENERATED.PAGES.items()}
+    empty = [
+        (name, line)
+        for name, text in pages.items()
+        if name != "reference/case.md"
+        for line in text.splitlines()
+        if re.match(r"\| `[^|]*` \|\s*\|", line)
+    ]
+    assert empty == []
+    assert all(f"## {command}\n" in pages["reference/command-line.md"] for command in COMMANDS)
 
 
-def test_every_command_is_in_the_table_of_exit_codes() -> None:
-    """docs/command-line.md has a row for each, and all but those that write JSON files take --json."""
-    table = (ROOT / "docs" / "command-line.md").read_text()
-    commands = {_named(each) for each in app.registered_commands}
-    groups = {group.name: group.typer_instance for group in app.registered_groups}
-    commands |= {
-        f"{name} {_named(each)}" for name, group in groups.items() if group for each in group.registered_commands
-    }
-    assert len(commands) > 15
-    assert [name for name in sorted(commands) if f"`{name}`" not in table] == []
-    silent = [name for name in sorted(commands) if "--json" not in help_of(name)]
-    assert silent == []
+def test_the_tree_of_errors_is_complete() -> None:
+    """The docstring of `hpc_core/case/errors.py` lists every error that the module defines."""
+    defined = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert sorted(name for name in defined if name not in str(errors.__doc__)) == []
 
 
-def test_every_document_is_in_the_index() -> None:
-    """docs/README.md leads to each page of docs/."""
-    index = (ROOT / "docs" / "README.md").read_text()
-    assert [
-        path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index
-    ] == []
+def references(name: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and text of all prose: of Markdown its inline code, of Python its comments and docstrings."""
+    text = (ROOT / name).read_text()
+    if name.endswith(".md"):
+        prose = re.sub(r"^```.*?^```", lambda fence: "\n" * fence.group().count("\n"), text, flags=re.M | re.S)
+        for number, line in enumerate(prose.splitlines(), 1):
+            yield from ((number, code) for code in _CODE.findall(line))
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and token.string.startswith('"""')):
+            yield token.start[0], token.string
+
+
+def missing_files(name: str) -> Iterator[str]:
+    """Yield each reference to a file or module of this repository that does not exist."""
+    for number, text in references(name):
+        for path in _PATH.findall(text):
+            first = path.partition("/")[0]
+            ours = first in TOP | ROOMS and not path.startswith(OUTPUT)
+            places = (path, f"hpc_core/{path}", f"{name.rpartition('/')[0]}/{path}")
+            if ours and not any(place in TRACKED for place in places):
+                yield f"{name}:{number}: {path}"
+        for module in _MODULE.findall(text):
+            if not _module_exists(module):
+                yield f"{name}:{number}: {module}"
+
+
+def _module_exists(dotted: str) -> bool:
+    """Return whether a dotted name is a module, or a name that the longest module in it defines."""
+    parts = dotted.split(".")
+    for length in range(len(parts), 0, -1):
+        path = "/".join(parts[:length])
+        for candidate in (f"{path}.py", f"{path}/__init__.py"):
+            if candidate in TRACKED:
+                rest = parts[length:]
+                return not rest or re.search(rf"\b{re.escape(rest[0])}\b", (ROOT / candidate).read_text()) is not None
+    return False
+
+
+@pytest.mark.parametrize("folder", ["hpc_core", "bench", "tests", "examples", "documents"])
+def test_named_files_exist(folder: str) -> None:
+    """A file or module that a document, comment or docstring names exists."""
+    names = LIVE if folder == "documents" else [each for each in SOURCES if each.startswith(f"{folder}/")]
+    assert [each for name in names for each in missing_files(name)] == []

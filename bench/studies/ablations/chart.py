@@ -1,7 +1,7 @@
 """From stock to tuned as a picture: what each thing more does to time and memory.
 
-    python -m bench.studies.ablations.chart bench/studies/ablations/train-steps-h100.json docs/report/steps-qlora.svg --only qlora
-    python -m bench.studies.ablations.chart bench/studies/ablations/decode-ablation-h200.json docs/report/steps-decode.svg
+    python -m bench.studies.ablations.chart bench/studies/ablations/train-steps-h100.json bench/studies/ablations/steps-qlora.svg --only qlora
+    python -m bench.studies.ablations.chart bench/studies/ablations/decode-ablation-h200.json bench/studies/ablations/steps-decode.svg
 
 Draws what the ablations of `bench/` wrote, and nothing else; needs matplotlib.
 """
