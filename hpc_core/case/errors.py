@@ -1,15 +1,17 @@
 """Every error that hpc-core raises on purpose.
 
 HpcCoreError
-├── SpecError            a case, limit or option contradicts itself or names something unknown
-├── MissingLibraryError  an optional package that this case needs is not installed
-├── DataError            prompts or rows cannot be had in the form asked for
-│   └── MissingDataError a data set is not on this machine and cannot be fetched
-├── BuildError           the model that was built is not the one asked for
-├── MeasureError         an instrument saw something that makes its own reading void
-├── LaunchError          no worker process could be started at all
-├── RepositoryError      git cannot say what was asked of it
-└── BaselineError        a baseline cannot be written, or must not be
+├── SpecError                a case, limit or option contradicts itself or names something unknown
+├── MissingLibraryError      an optional package that this case needs is not installed
+├── DataError                prompts or rows are not available in the requested form
+│   └── MissingDataError     a data set is not on this machine and cannot be fetched
+├── BuildError               the model that was built is not the one that the case describes
+├── MeasureError             an instrument saw something that makes its own reading void
+├── PredictError             a case cannot be predicted, or this machine cannot predict
+│   └── MissingCompilerError prediction needs a C++ compiler; also a MissingLibraryError
+├── LaunchError              no worker process could be started at all
+├── RepositoryError          git has no repository, no such revision or no merge base
+└── BaselineError            a baseline cannot be written, or must not be
 
 A message says what happened with its numbers, against which limit, and what to do next.
 """

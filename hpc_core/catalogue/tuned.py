@@ -37,7 +37,7 @@ def _name(case: Case) -> str:
 def _tuned(*stock: Case) -> list[Case]:
     """Each by the tuned engine, LoRA and QLoRA beside themselves without dropout and with adapters in bfloat16, as the engine has them.
 
-    LoRA's budget costs a millisecond or two of recomputation: without one the graph's pool takes 9.68 GiB (docs/tuned-training.md).
+    LoRA's budget costs a millisecond or two of recomputation: without one the graph's pool takes 9.68 GiB.
     """
     full, *adapted = (case for name in ("full-bf16", "lora", "qlora") for case in stock if _name(case) == name)
     plain_lora, plain_qlora = (case.vary(f"{_name(case)}-nodrop", **_PLAIN_ADAPTER) for case in adapted)

@@ -105,7 +105,7 @@ def prediction_table(
     baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
     as_json: Annotated[bool, typer.Option("--json", help="Every number as JSON.")] = False,
 ) -> None:
-    """Predict every case that was measured on a GPU, and print both: the table of docs/prediction.md."""
+    """Predict every case that was measured on a GPU, and print both."""
     name = gpu_named(gpu).name
     key = machine_key(name)
     cases = [case for case in chosen(only, fnmatchcase) if isinstance(find(baselines, key, case.id), Baseline)]

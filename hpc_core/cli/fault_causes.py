@@ -127,7 +127,7 @@ def _judgement(before: Record, now: Record) -> Judgement | None:
 
 
 def cause_table(found: Iterable[Explained]) -> str:
-    """The table of docs/explain.md."""
+    """Return the table of causes as Markdown."""
     lines = ["| fault | what it does | case | verdict | cause | named |", "|---|---|---|---|---|---|"]
     for each in found:
         said = each.trouble if each.cause is None else "<br>".join(each.cause.lines)

@@ -52,7 +52,7 @@ def faults(
             help="With --predicted: all layers; only faults that must show in bytes, only bytes count, no twins.",
         ),
     ] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/faults.md.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Every trial, or every cause, as JSON.")] = False,
     explained: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""What the trials of faults came to: a summary for the terminal, a table for docs/faults.md."""
+"""What the trials of faults came to: a summary for the terminal, a table in Markdown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def summary(trials: list[Trial], seconds: float) -> str:
 
 
 def markdown(trials: list[Trial]) -> str:
-    """The table for docs/faults.md."""
+    """Return the table in Markdown."""
     lines = ["| fault | what it does | seen on | case | verdict | caught by | twin |", "|---|---|---|---|---|---|---|"]
     for trial in trials:
         named = ", ".join(f"`{name}`" for name in trial.caught_by)

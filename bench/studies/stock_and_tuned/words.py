@@ -17,7 +17,7 @@ it. Joules are the whole board's, idle power included. An **epoch** is 4000 rows
 
 **Decoding.** Wall is the median time between two tokens of a row, tokens/s counts all rows, prefill apart. The floor reads every weight and the prompt's cache once. Joules are the whole
 board's for whole queries, prefill included, over all new tokens. A graph's peak holds its private pool. Logits stand against the same weights in float32 and against the stock forward in
-the same precision; both err, see [method.md](../../../docs/method.md).
+the same precision; both err, see [Method](../../../docs/explanation/method.md).
 
 **The report's own rows.** LoRA on 4000 rows of the recorded lengths of WikiText-2: padded to 512 tokens each, joined into full blocks, and joined by the tuned engine. All train on
 the same text once; tokens are unpadded. An epoch is extrapolated from the timed steps."""
