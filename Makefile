@@ -45,8 +45,9 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not nightly" $(ARGS)
 
-test-all: $(INSTALLED) ## the same, with the long tests that `make test` leaves out
+test-all: $(INSTALLED) ## the same with the long tests that `make test` leaves out, then every fault; nightly and before a release
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile thorough $(ARGS)
+	$(MAKE) faults ARGS=
 
 faults: $(INSTALLED) ## inject every fault and its no-op twin: does the gate catch it? Then the memory faults by prediction, and one that takes an A/B
 	$(BIN)/hpc-core faults --jobs $(JOBS) $(ARGS)

@@ -29,7 +29,7 @@ from hpc_core.compare.arrange import Arranged, Asked, arrange, place_of
 from hpc_core.compare.bench import Bench, Device
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
-from hpc_core.faults import FAULTS
+from hpc_core.faults.catalogue import FAULTS
 from hpc_core.record.environment import visible_gpus
 
 Scale = Literal["tiny", "small", "full"]

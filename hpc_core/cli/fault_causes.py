@@ -15,7 +15,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.explain.before import before_of
 from hpc_core.explain.explain import Cause, explain
-from hpc_core.faults import FAULTS
+from hpc_core.faults.catalogue import FAULTS
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement
 from hpc_core.launch.launcher import Launcher

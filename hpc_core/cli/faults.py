@@ -15,7 +15,7 @@ from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, run_trials, trial_cases
-from hpc_core.faults import FAULTS
+from hpc_core.faults.catalogue import FAULTS
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus

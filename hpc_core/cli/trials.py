@@ -22,7 +22,8 @@ from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY, TRIAL, WHOLE
-from hpc_core.faults import FAULTS, TWIN, Fault
+from hpc_core.faults.catalogue import FAULTS
+from hpc_core.faults.fault import TWIN, Fault
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.launch.launcher import Launcher

@@ -1,46 +1,114 @@
-"""What a fault is, and what it is while it is in place. Knows no torch."""
+"""What a fault is: a function of the code under test, replaced by a worse one.
+
+A fault is declared by decorating the worse version:
+
+    @fault("rank-16", "LoRA uses rank 16, whatever the case asks for", patch="peft:LoraConfig", ...)
+    def rank_16(original, *args, **kwargs):
+        return original(*args, **(kwargs | {"r": 16}))
+
+This module imports no torch.
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["TWIN", "Fault", "Injection"]
+Call = Callable[..., Any]
+Where = Literal["cpu", "gpu", "both"]
 
 TWIN = ".twin"
-"""After a fault's name: put the patch in place and let it do what the original did. A twin must stay green."""
+"""Suffix of a no-op twin's name. A twin replaces the same function but calls the original. It must stay green."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Fault:
-    """One way to get slower, bigger or wrong, applied from outside the code that it worsens."""
+    """One way to become slower, bigger or wrong, applied from outside the code that it worsens."""
 
     name: str
     summary: str
     variant: str
     """The variant it is tried on: `tiny/<variant>` on a CPU, `llama-3.2-3b/<variant>-4-layers` on a GPU."""
     shows_in: tuple[str, ...]
-    """Metrics or audit facts of which at least one must turn red; a trailing * stands for any ending."""
+    """Metrics or audit facts of which at least one must turn red. A trailing * matches any ending."""
     patch: str
-    """`module.function` in this package."""
-    seen_on: Literal["cpu", "gpu", "both"] = "both"
-    """On which path the gate must catch it; on the other it is not tried."""
+    """The function to replace: `module:function`, `module:Class.method` or `module:registry[key]`."""
+    replacement: Callable[[Call, Injection], Call]
+    """Makes the function that takes the place of the original."""
+    seen_on: Where = "both"
+    """Where the gate must catch it. It is not tried elsewhere."""
     predicted: tuple[str, ...] = ()
-    """What a prediction alone, without a GPU, must turn red; empty where it cannot see the fault: it has no values and no times."""
+    """What must turn red in a prediction, without a GPU. Empty if a prediction, which has no values and times, cannot see it."""
     needs: str | None = None
-    """What a verdict would take that one run against a baseline is not, such as "A/B". Such a fault is tried and counts neither as caught nor as missed."""
+    """What it takes to see this fault if one run against a baseline is not enough, such as "A/B". It is tried but not counted."""
 
 
 @dataclass
 class Injection:
-    """A fault that is in place; `hits` counts how often its patched code ran."""
+    """A fault that is in place. `hits` counts the calls of its replaced function."""
 
     fault: Fault
     active: bool = True
-    """False in a no-op twin: the patch is there and does what the original did."""
+    """False in a no-op twin."""
     hits: int = 0
 
     def hit(self) -> bool:
-        """The patched code runs; whether it is to do harm."""
+        """Count a call, and return whether it must do harm."""
         self.hits += 1
         return self.active
+
+
+def fault(
+    name: str, summary: str, *, on: str, shows_in: tuple[str, ...], patch: str, **more: Any
+) -> Callable[[Call], Fault]:
+    """Declare a fault by its worse version: a function that takes the original and the arguments of the call.
+
+    Args:
+        name: as in `hpc-core faults --only NAME`.
+        summary: what goes wrong, for the table.
+        on: `Fault.variant`.
+        shows_in: `Fault.shows_in`.
+        patch: `Fault.patch`.
+        more: the other fields of `Fault`.
+    """
+
+    def declare(worse: Call) -> Fault:
+        def replacement(original: Call, injection: Injection) -> Call:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                return worse(original, *args, **kwargs) if injection.hit() else original(*args, **kwargs)
+
+            call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # generate() reads it
+            return call
+
+        return Fault(
+            name=name, summary=summary, variant=on, shows_in=shows_in, patch=patch, replacement=replacement, **more
+        )
+
+    return declare
+
+
+def put_in_place(injection: Injection) -> None:
+    """Replace the function that the fault names, for the life of the process.
+
+    Raises:
+        ImportError: the module does not exist.
+        AttributeError: the module has no such function.
+        KeyError: the registry has no such key.
+    """
+    owner, name, is_key = target(injection.fault.patch)
+    if is_key:
+        owner[name] = injection.fault.replacement(owner[name], injection)
+    else:
+        setattr(owner, name, injection.fault.replacement(getattr(owner, name), injection))
+
+
+def target(patch: str) -> tuple[Any, str, bool]:
+    """Return the owner of a function to replace, its name, and whether that is a key of a registry."""
+    module, _, path = patch.partition(":")
+    path, bracket, key = path.removesuffix("]").partition("[")
+    *parents, name = path.split(".") if not bracket else [*path.split("."), key]
+    return functools.reduce(getattr, parents, importlib.import_module(module)), name, bool(bracket)

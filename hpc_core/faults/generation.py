@@ -2,70 +2,63 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from typing import Any
 
-from hpc_core.builders.libraries import library
-from hpc_core.faults.fault import Injection
-from hpc_core.faults.replacing import replace
+from hpc_core.faults.fault import Call, fault
 
 _SLEEP_S = 0.005
+_FORWARD = "transformers.models.llama.modeling_llama:LlamaForCausalLM.forward"
 
 
-def cache_off(injection: Injection) -> None:
-    """`generate` is told to keep no cache."""
-    transformers: Any = library("transformers", "This fault")
-
-    def make(original: Any) -> Any:
-        def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(self, *args, **(kwargs | {"use_cache": False} if injection.hit() else kwargs))
-
-        return generate
-
-    replace(transformers.GenerationMixin, "generate", make)
-
-
-def cache_copied(injection: Injection) -> None:
-    """The cache hands out copies of its keys and values."""
-    caches: Any = library("transformers.cache_utils", "This fault")
-
-    def make(original: Any) -> Any:
-        def update(self: Any, *args: Any, **kwargs: Any) -> Any:
-            keys, values = original(self, *args, **kwargs)
-            return (keys.clone(), values.clone()) if injection.hit() else (keys, values)
-
-        return update
-
-    replace(caches.DynamicLayer, "update", make)
+@fault(
+    "cache-off",
+    "every token computes the whole prompt again",
+    on="generate-bf16",
+    shows_in=("cache", "flops"),
+    predicted=("flops",),  # with few layers decode memory changes too, with many it does not
+    patch="transformers:GenerationMixin.generate",
+)
+def cache_off(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Generate without a cache."""
+    return original(*args, **(kwargs | {"use_cache": False}))
 
 
-def logits_whole_prompt(injection: Injection) -> None:
-    """The model forgets that only the last position's logits are wanted."""
-    llama: Any = library("transformers.models.llama.modeling_llama", "This fault")
-
-    def make(original: Any) -> Any:
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return original(self, *args, **(kwargs | {"logits_to_keep": 0} if injection.hit() else kwargs))
-
-        # generate asks the signature which arguments a model takes.
-        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        return forward
-
-    replace(llama.LlamaForCausalLM, "forward", make)
+@fault(
+    "cache-copied",
+    "the cache is copied at every token",
+    on="generate-bf16",
+    shows_in=("operators",),
+    patch="transformers.cache_utils:DynamicLayer.update",
+)
+def cache_copied(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Return copies of keys and values."""
+    keys, values = original(*args, **kwargs)
+    return keys.clone(), values.clone()
 
 
-def decode_sleep(injection: Injection) -> None:
-    """The host sleeps before each forward: nothing more is computed, allocated or launched."""
-    llama: Any = library("transformers.models.llama.modeling_llama", "This fault")
+@fault(
+    "logits-whole-prompt",
+    "prefill computes logits for every prompt token",
+    on="generate-bf16",
+    shows_in=("flops_prefill", "peak_prefill_bytes"),
+    predicted=("peak_prefill_bytes", "peak_bytes"),
+    patch=_FORWARD,
+)
+def logits_whole_prompt(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Keep the logits of every position, not only of the last one."""
+    return original(*args, **(kwargs | {"logits_to_keep": 0}))
 
-    def make(original: Any) -> Any:
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if injection.hit():
-                time.sleep(_SLEEP_S)
-            return original(self, *args, **kwargs)
 
-        forward.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
-        return forward
-
-    replace(llama.LlamaForCausalLM, "forward", make)
+@fault(
+    "decode-sleep",
+    "the host sleeps 5 ms at every token",
+    on="generate-bf16",
+    shows_in=("decode_token_s", "query_s"),
+    needs="A/B",
+    patch=_FORWARD,
+)
+def decode_sleep(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Sleep before each forward. Nothing more is computed, allocated or launched."""
+    time.sleep(_SLEEP_S)
+    return original(*args, **kwargs)

@@ -262,7 +262,7 @@ def _budget_s(config: pytest.Config) -> float | None:
 
 def _faults() -> list[str]:
     # Named, not imported: faults belong to the measuring half, but their names need no torch.
-    return sorted(importlib.import_module("hpc_core.faults").FAULTS)
+    return sorted(importlib.import_module("hpc_core.faults.catalogue").FAULTS)
 
 
 def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | None, str]:

@@ -12,7 +12,8 @@ import torch
 
 from hpc_core.audit import trainable_facts, weight_facts
 from hpc_core.builders import Built, build
-from hpc_core.faults import Injection, inject
+from hpc_core.faults.catalogue import inject
+from hpc_core.faults.fault import Injection
 from hpc_core.instruments.clock import quiet
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.instruments.places import Places, following

@@ -31,7 +31,7 @@ def perform(job: Job, emit: Callable[[Event], None]) -> Record:
     session = Session(job, emit, started=started, began=began)
     if isinstance(job.kind, MeasureCeilings):
         return session.machine(job.kind)
-    from hpc_core.faults import in_place, inject
+    from hpc_core.faults.catalogue import in_place, inject
 
     if left := in_place():
         session.reasons.append(

@@ -16,7 +16,7 @@ from hpc_core.audit import module_facts, value_facts, weight_facts
 from hpc_core.bounds.check import judged
 from hpc_core.builders import Built, build
 from hpc_core.case.errors import MeasureError, SpecError
-from hpc_core.faults import Injection
+from hpc_core.faults.fault import Injection
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.kernels import DeviceActivity, device_activity
 from hpc_core.instruments.machine import measure_canary, measure_ceilings

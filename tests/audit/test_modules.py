@@ -52,7 +52,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama.LlamaMLP, "forward", llama.LlamaMLP.forward)
     for name in ("apply_rotary_pos_emb", "LlamaRMSNorm"):
         monkeypatch.setattr(llama, name, getattr(llama, name))
-    monkeypatch.setattr("hpc_core.faults.injecting._IN_PLACE", [])
+    monkeypatch.setattr("hpc_core.faults.catalogue._IN_PLACE", [])
 
 
 @pytest.mark.parametrize("leak", LEAKS)
@@ -88,7 +88,7 @@ def test_an_injected_fault_that_is_left_in_a_shared_process_is_seen(restored: No
     record = launcher.run(Job(case=LORA, device="cpu"))
 
     assert (faulted.status, faulted.audit["modules_own"].seen) == ("ok", "all")
-    assert "LlamaMLP.forward from hpc_core.faults.training" in record.audit["modules_own"].seen
+    assert "LlamaMLP.forward from hpc_core.faults.fault" in record.audit["modules_own"].seen
     assert any("The fault extra-kernel, injected by an earlier case" in reason for reason in record.reasons)
 
 

@@ -22,7 +22,8 @@ from hpc_core.cli import main
 from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
 from hpc_core.cli.trial_table import markdown, summary
 from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
-from hpc_core.faults import FAULTS, Fault, inject
+from hpc_core.faults.catalogue import FAULTS, inject
+from hpc_core.faults.fault import Fault, Injection, target
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.launch.launcher import Launcher
@@ -59,6 +60,21 @@ def test_only_what_a_single_run_cannot_show_is_let_off() -> None:
     assert {fault.seen_on for fault in FAULTS.values()} <= {"cpu", "gpu", "both"}
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_a_fault_replaces_exists(name: str) -> None:
+    """A fault whose target was moved or renamed fails here, and not only when it is injected."""
+    owner, attribute, is_key = target(FAULTS[name].patch)
+    assert callable(owner[attribute] if is_key else getattr(owner, attribute))
+
+
+def test_a_twin_calls_the_original_and_counts() -> None:
+    """The worse version runs for a fault alone; both count the calls of what they replace."""
+    for active, result in ((True, 17), (False, 4)):
+        injection = Injection(FAULTS["rank-16"], active=active)
+        call = injection.fault.replacement(lambda r: r + 1, injection)
+        assert (call(r=3), injection.hits) == (result, 1)
+
+
 def test_an_unknown_fault_names_the_known_ones() -> None:
     """A typo is answered with the list."""
     with pytest.raises(SpecError, match=r"No fault is called 'gc-of'(.|\n)*gc-off"):
@@ -66,18 +82,19 @@ def test_an_unknown_fault_names_the_known_ones() -> None:
 
 
 def test_a_fault_is_caught_by_name_and_its_twin_passes() -> None:
-    """One fault of each kind turns red what it names: a fact of the audit, a count, a peak."""
+    """One fault turns a fact of the audit red, the other a count. `make faults` tries all of them."""
     told: list[str] = []
-    names = ["compute-dtype-fp32", "extra-kernel", "logits-kept"]
+    names = ["compute-dtype-fp32", "extra-kernel"]
 
     trials = run_trials(names, cases=TINY, baselines=BASELINES, tell=told.append)
 
-    shown = ["compute_dtype", "operators", "peak_bytes"]
-    assert [name in trial.caught_by for trial, name in zip(trials, shown, strict=True)] == [True] * 3
+    assert "compute_dtype" in trials[0].caught_by
+    assert "operators" in trials[1].caught_by
     assert all(trial.twin == "PASS" for trial in trials)
     assert [line.split()[:2] for line in told] == [["caught", name] for name in names]
 
 
+@pytest.mark.nightly
 def test_a_clean_run_stands_in_for_a_baseline(tmp_path: Path) -> None:
     """Without a baseline on disk, two at a time: the fault is red against a clean run, its twin is green, a sleep needs an A/B."""
     told: list[str] = []
@@ -107,6 +124,7 @@ def test_a_clean_run_that_is_no_baseline_judges_nothing(launcher: Launcher) -> N
         assert "the clean run of llama-3.2-3b/lora-4-layers" in judge(a_record(case=broken), lookup).reason
 
 
+@pytest.mark.nightly
 def test_the_cause_names_category_and_module(launcher: Launcher, tmp_path: Path) -> None:
     """Of a real run with a fault the two lines name what grew and in which module: an extra kernel, an upcast, a copy, a larger state.
 
@@ -255,6 +273,7 @@ def test_a_trial_that_cannot_be_is_refused(arguments: list[str], said: str, caps
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_ctrl_c_ends_all_workers() -> None:
     """Interrupted while two workers run, the command ends within seconds and leaves no process."""
     command = [

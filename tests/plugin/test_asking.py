@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_core.catalogue import ALL
-from hpc_core.faults import FAULTS
+from hpc_core.faults.catalogue import FAULTS
 from hpc_core.plugin import fixture, options, runner, suite
 from hpc_core.plugin.lock import GpuInUseError, GpuLocks
 from tests.machine_speed import slowness
