@@ -1,6 +1,6 @@
-"""`hpc-core faults --explain`: inject faults one by one, and see whether the two lines of the cause name what each does.
+"""`hpc-core faults --explain`: check that the explanation of a red case names what each fault does.
 
-A run with a fault is compared with a clean run of the same case in the same session, as if that were the baseline.
+A clean run of the same case in the same session takes the place of the baseline.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from hpc_core.record.files import write_whole
 from hpc_core.record.job import Job, Measure, Predict
 from hpc_core.record.record import Record, record_to_json
 
-__all__ = ["EXPLAINED", "TABLE_FILE", "Explained", "cause_table", "explained", "explained_faults"]
-
 TABLE_FILE = "explained.md"
 EXPLAINED: Mapping[str, tuple[str, ...]] = {
     "gc-off": ("activations +", "LlamaAttention", "no longer recomputed"),
@@ -34,28 +32,28 @@ EXPLAINED: Mapping[str, tuple[str, ...]] = {
     "extra-clone": ("clone", "LlamaAttention"),
     "sync-per-layer": ("_local_scalar_dense", "LlamaMLP"),
 }
-"""What the two lines must hold: the category, operator or kind of change, and the module. None is a word that a failed fact of the audit brings by itself."""
+"""What the explanation must contain: category, operator or kind of change, and module. A failed audit fact mentions none of them."""
 
 
 class Explained(msgspec.Struct, frozen=True, kw_only=True):
-    """One fault, and what was said of it."""
+    """One fault and its explanation."""
 
     fault: str
     case: str
     verdict: str
     cause: Cause | None
-    trouble: str = ""
-    """Why there is nothing to compare, if so."""
+    problem: str = ""
+    """Why there is nothing to compare."""
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """The words that the two lines should hold and do not."""
-        said = " ".join(() if self.cause is None else self.cause.lines)
-        return tuple(word for word in EXPLAINED.get(self.fault, ()) if word not in said)
+        """The words that the explanation lacks."""
+        text = " ".join(() if self.cause is None else self.cause.lines)
+        return tuple(word for word in EXPLAINED.get(self.fault, ()) if word not in text)
 
     @property
     def good(self) -> bool:
-        """Whether a cause was found, and names what it should."""
+        """Whether a cause was found that names what it should."""
         return self.cause is not None and not self.missing
 
 
@@ -68,10 +66,10 @@ def explained_faults(
     predict: str | None = None,
     out: Path | None = None,
 ) -> list[Explained]:
-    """Run (or predict) each fault's case clean, once, and with the fault; the causes in the order of the names.
+    """Run (or predict) each case clean and with its fault. Return the explanations in the order of the names.
 
-    A fault is not tried on a case whose clean run broke. `out` gets each record as soon as it is there, and the table of all so far,
-    so that a run that is cut short leaves what it saw.
+    A fault is not tried on a case whose clean run broke. Each record and the table so far are written to `out` immediately, so an
+    interrupted run keeps its results.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -82,10 +80,10 @@ def explained_faults(
     for name in names:
         case = cases[FAULTS[name].variant]
         if case.id not in clean:
-            clean[case.id] = _kept(launcher.run(Job(case=case, kind=kind)), out)
+            clean[case.id] = _written(launcher.run(Job(case=case, kind=kind)), out)
         before = clean[case.id]
         broke = before.failure is not None
-        now = before if broke else _kept(launcher.run(Job(case=case, kind=kind, fault=name)), out)
+        now = before if broke else _written(launcher.run(Job(case=case, kind=kind, fault=name)), out)
         found.append(explained(name, before, now))
         if out is not None:
             write_whole(out / TABLE_FILE, f"{cause_table(found)}\n".encode())
@@ -93,8 +91,8 @@ def explained_faults(
     return found
 
 
-def _kept(record: Record, out: Path | None) -> Record:
-    """The record, also written as `<shape>/<variant>[+<fault>].json`, where it is wanted."""
+def _written(record: Record, out: Path | None) -> Record:
+    """Write the record as `<shape>/<variant>[+<fault>].json` if there is a folder, and return it."""
     if out is not None:
         fault = "" if record.circumstances.fault is None else f"+{record.circumstances.fault}"
         write_whole(out / f"{record.case.id}{fault}.json", record_to_json(record, indent=2) + b"\n")
@@ -102,17 +100,17 @@ def _kept(record: Record, out: Path | None) -> Record:
 
 
 def explained(name: str, before: Record, now: Record) -> Explained:
-    """What is said of a record with a fault, given a clean one of the same case."""
-    trouble = _trouble(before, now)
-    if trouble:
-        return Explained(fault=name, case=now.case.id, verdict="BROKEN", cause=None, trouble=trouble)
+    """Explain a record with a fault by a clean record of the same case."""
+    problem = _problem(before, now)
+    if problem:
+        return Explained(fault=name, case=now.case.id, verdict="BROKEN", cause=None, problem=problem)
     judgement = _judgement(before, now)
     cause = explain(before_of(before), now, judgement)
     verdict = "not judged" if judgement is None else str(judgement.verdict)
     return Explained(fault=name, case=now.case.id, verdict=verdict, cause=cause)
 
 
-def _trouble(before: Record, now: Record) -> str:
+def _problem(before: Record, now: Record) -> str:
     for which, record in (("clean run", before), ("run with the fault", now)):
         if record.failure is not None:
             return f"the {which} broke: {record.failure.message}"
@@ -127,15 +125,15 @@ def _judgement(before: Record, now: Record) -> Judgement | None:
 
 
 def cause_table(found: Iterable[Explained]) -> str:
-    """Return the table of causes as Markdown."""
+    """Return a Markdown table."""
     lines = ["| fault | what it does | case | verdict | cause | named |", "|---|---|---|---|---|---|"]
     for each in found:
-        said = each.trouble if each.cause is None else "<br>".join(each.cause.lines)
+        text = each.problem if each.cause is None else "<br>".join(each.cause.lines)
         missing = ", ".join(f"`{word}`" for word in each.missing)
         named = "yes" if each.good else f"no: {missing or 'nothing was found'}"
         what = FAULTS[each.fault].summary
         lines.append(
-            f"| `{each.fault}` | {what} | `{each.case}` | {each.verdict} | {_cell(said or 'nothing differs')} | {named} |"
+            f"| `{each.fault}` | {what} | `{each.case}` | {each.verdict} | {_cell(text or 'nothing differs')} | {named} |"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""`hpc-core faults`: inject every fault of the catalogue, and see what the gate catches, or what the cause names."""
+"""`hpc-core faults`: inject faults, and report what the gate catches or what the explanation names."""
 
 from __future__ import annotations
 
@@ -13,65 +13,61 @@ import typer
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.fault_causes import EXPLAINED, cause_table, explained_faults
-from hpc_core.cli.trial_table import markdown, summary
-from hpc_core.cli.trials import Trial, run_trials, trial_cases
+from hpc_core.cli.fault_trials import Trial, markdown, run_trials, summary, trial_cases
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.gpus import DEFAULT
 
-__all__ = ["faults"]
-
 
 def faults(
-    only: Annotated[str, typer.Option(help="Names to try: globs, several with commas between.")] = "*",
+    only: Annotated[str, typer.Option(help="Names or globs, separated by commas.")] = "*",
     scale: Annotated[
-        Literal["tiny", "full"], typer.Option(help="tiny on a CPU; full: four full-width layers on a GPU.")
+        Literal["tiny", "full"], typer.Option(help="tiny: on a CPU. full: four layers of full width on a GPU.")
     ] = "tiny",
     against: Annotated[
         Literal["baselines", "clean"] | None,
-        typer.Option(
-            help="What to judge by: accepted baselines, or a clean run of each case first. By default baselines, for full clean."
-        ),
+        typer.Option(help="Judge against accepted baselines (default) or a clean run of each case (default for full)."),
     ] = None,
     baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Workers at a time; with more than one, GPU-busy time is not judged.")
+        int, typer.Option("--jobs", min=1, help="Parallel workers. With more than one, GPU-busy time is not judged.")
     ] = 1,
     predicted: Annotated[
         bool,
         typer.Option(
-            "--predicted", help="Run nothing: predict four full-width layers, clean and with each fault, for an H100."
+            "--predicted",
+            help="Predict four layers of full width for an H100, clean and with each fault, instead of running.",
         ),
     ] = False,
     memory: Annotated[
         bool,
         typer.Option(
             "--memory",
-            help="With --predicted: all layers; only faults that must show in bytes, only bytes count, no twins.",
+            help="With --predicted: all layers, only faults that must show in bytes, no twins.",
         ),
     ] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Every trial, or every cause, as JSON.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every trial, or every cause, as JSON.")] = False,
     explained: Annotated[
         bool,
         typer.Option(
             "--explain",
-            help="Inject six faults (or those of --only) and print the cause that is named for each, as Markdown.",
+            help="Inject six faults (or those of --only) and print the explanation of each as Markdown.",
         ),
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="With --explain: a folder for each record, and for the table of all so far.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="With --explain: a folder for the records and the table.")] = None,
 ) -> None:
-    """Inject every fault and its no-op twin: does the gate catch the one and leave the other alone? Exit code 1: not."""
+    """Inject every fault and its no-op twin. Exit code 1 if the gate misses a fault or alarms on a twin."""
     if predicted and against == "baselines":
-        raise SpecError("Predictions with a fault are judged by a clean one: drop --against, or say --against clean.")
+        raise SpecError(
+            "Predicted faults are judged against a clean prediction: drop --against, or use --against clean."
+        )
     if memory and not predicted:
-        raise SpecError("--memory belongs to --predicted, which is missing: say both.")
+        raise SpecError("--memory needs --predicted.")
     if out is not None and not explained:
-        raise SpecError("--out belongs to --explain, which is missing: say both.")
+        raise SpecError("--out needs --explain.")
     scale = "full" if predicted else scale
     if explained:
         _explain_faults(only, scale, predicted=predicted, as_json=as_json, out=out)
@@ -79,11 +75,11 @@ def faults(
     names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
     if scale == "full" and not predicted:
         if against == "baselines":
-            raise SpecError("The short full-size cases have no baselines: drop --against, or say --against clean.")
+            raise SpecError("The short full-size cases have no baselines: drop --against, or use --against clean.")
         if not visible_gpus():
-            raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+            raise SpecError("--scale full needs a CUDA GPU, and none is visible. Omit it to try the faults on a CPU.")
     if jobs > 1 and not predicted:
-        tell(f"{jobs} workers share the device, so GPU-busy time is left out of every judgement.")
+        tell(f"{jobs} workers share the device, so GPU-busy time is not judged.")
     began = time.monotonic()
     trials = run_trials(
         names,
@@ -115,10 +111,10 @@ def _explain_faults(
     only: str, scale: Literal["tiny", "full"], *, predicted: bool, as_json: bool, out: Path | None
 ) -> None:
     if scale == "full" and not predicted and not visible_gpus():
-        raise SpecError("--scale full needs a CUDA GPU, and none is visible. Drop it to try the faults on a CPU.")
+        raise SpecError("--scale full needs a CUDA GPU, and none is visible. Omit it to try the faults on a CPU.")
     names = list(EXPLAINED) if only == "*" else _faults_here(only, "predicted" if predicted else scale)
     if out is not None and out.exists() and not out.is_dir():
-        raise SpecError(f"{out}: records go into a folder, and this is a file.")
+        raise SpecError(f"{out} is a file; --out names a folder.")
     scale = "full" if predicted else scale
     with Launcher("warm", predicting=predicted) as launcher:
         found = explained_faults(
@@ -133,7 +129,7 @@ def _explain_faults(
 
 
 def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]) -> list[str]:
-    """The faults of these names that this path must catch; the others are told."""
+    """Return the chosen faults that must be caught here, and report the others."""
     globs = [glob.strip() for glob in only.split(",")]
     if strange := [glob for glob in globs if not any(fnmatchcase(name, glob) for name in FAULTS)]:
         raise SpecError(f"No fault is called {strange[0]!r}. There are: {', '.join(FAULTS)}.")
@@ -146,5 +142,5 @@ def _faults_here(only: str, path: Literal["tiny", "full", "predicted", "memory"]
         here = {"tiny": "cpu", "full": "gpu"}[path]
         names = [name for name in asked if FAULTS[name].seen_on in (here, "both")]
     if elsewhere := [name for name in asked if name not in names]:
-        tell(f"Not tried, because they do not show on this path: {', '.join(elsewhere)}.")
+        tell(f"Not tried, because they do not show here: {', '.join(elsewhere)}.")
     return names

@@ -52,7 +52,7 @@ def run(*arguments: str | Path) -> int:
         (["history", "tiny/lora", "--plot", "a.svg"], "--plot draws one metric"),
         (["cases", "--cases", "nowhere.py"], "no such case file"),
         (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
-        (["faults", "--out", "here"], "--out belongs to --explain"),
+        (["faults", "--out", "here"], "--out needs --explain"),
         (["faults", "--explain", "--scale", "full", "--out", "there"], "needs a CUDA GPU"),
         (["report", __file__, "--html", "."], ".: is a folder, and --html names the file"),
         (["report", "nowhere"], "nowhere: no such file or folder"),

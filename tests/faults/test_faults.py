@@ -20,8 +20,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.catalogue import catalogue
 from hpc_core.cli import main
 from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
-from hpc_core.cli.trial_table import markdown, summary
-from hpc_core.cli.trials import Trial, _Bench, run_trials, trial_cases
+from hpc_core.cli.fault_trials import Trial, _Bench, markdown, run_trials, summary, trial_cases
 from hpc_core.faults.catalogue import FAULTS, inject
 from hpc_core.faults.fault import Fault, Injection, target
 from hpc_core.gate.judge import judge

@@ -9,7 +9,7 @@ import pytest
 
 from hpc_core.baselines.accept import accept
 from hpc_core.cli.fault_causes import explained
-from hpc_core.cli.trials import run_trials, trial_cases
+from hpc_core.cli.fault_trials import run_trials, trial_cases
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record

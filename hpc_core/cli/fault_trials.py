@@ -1,8 +1,7 @@
-"""Try every injected fault and its no-op twin, and say which the gate catches.
+"""Try injected faults and their no-op twins, and report which ones the gate catches.
 
-A fault is caught when one of the metrics or facts that it names turns red; a twin, whose patch is in place and does no harm,
-must pass. A fault whose code never ran, or that passes, is a failure of ours. Both are judged against the accepted baselines,
-or against a clean run of the same case in the same session, which needs none.
+A fault is caught when one of the metrics or facts that it names turns red. Its twin replaces the same function without harm and
+must pass. Both are judged against the accepted baselines, or against a clean run of the same case in the same session.
 """
 
 from __future__ import annotations
@@ -30,23 +29,21 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Event, Job, Kind, Measure, Predict
 from hpc_core.record.record import Metric, Record
 
-__all__ = ["NO_TWIN", "Against", "Trial", "run_trials", "trial_cases"]
-
 Against = Literal["baselines", "clean"]
-"""What a trial is judged against: what is accepted on disk, or a clean run of the same case in the same session."""
+"""What a trial is judged against: accepted baselines, or a clean run in the same session."""
 
 NO_TWIN = "not run"
 _FOUR_LAYERS = "-4-layers"
 
 
 def trial_cases(scale: Literal["tiny", "full", "whole"]) -> dict[str, Case]:
-    """The cases that faults are tried on, by variant: tiny ones, short full-width ones for a GPU, whole ones for a prediction."""
+    """Return the cases that faults are tried on, by variant: tiny, full width with four layers (GPU), or whole (prediction)."""
     cases = {"tiny": TINY, "full": TRIAL, "whole": WHOLE}[scale]
     return {case.id.partition("/")[2].removesuffix(_FOUR_LAYERS): case for case in cases}
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One fault tried: what turned red, and what its twin did."""
+    """The result of one fault: what turned red, and the verdict of its twin."""
 
     fault: Fault
     case: str
@@ -55,33 +52,33 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     verdict: str
     headline: str = ""
     twin: str
-    """The twin's verdict; anything but PASS is a false alarm, and then with its headline. `NO_TWIN` if it was not run."""
+    """The twin's verdict, or `NO_TWIN`. Anything but PASS is a false alarm and carries its headline."""
     predicted: bool = False
-    """Whether nothing ran, and all of it was predicted."""
+    """Whether it was predicted instead of run."""
     memory: bool = False
-    """Whether only bytes count as having caught it."""
+    """Whether only metrics in bytes count."""
     shown: str = ""
-    """Of a fault that no single run can be judged for: the first number that it should show in, twin and fault."""
+    """For a fault that needs an A/B: the first number that it should change, for twin and fault."""
 
     @property
     def must_show_in(self) -> tuple[str, ...]:
-        """Of what at least one must turn red on this path."""
+        """What must turn red here, at least one of them."""
         names = self.fault.predicted if self.predicted else self.fault.shows_in
         return tuple(name for name in names if name.endswith("_bytes")) if self.memory else names
 
     @property
     def caught_by(self) -> tuple[str, ...]:
-        """Those of the red ones that the fault names."""
+        """What turned red and is named by the fault."""
         return tuple(name for name in self.red if any(fnmatchcase(name, pattern) for pattern in self.must_show_in))
 
     @property
     def no_alarm(self) -> bool:
-        """Whether the twin, if it ran, passed."""
+        """Whether the twin passed or did not run."""
         return self.twin in ("PASS", NO_TWIN)
 
     @property
     def outcome(self) -> str:
-        """One of "caught", "MISSED" (a false alarm of the twin is one too), and what a verdict would need: "needs A/B"."""
+        """Return "caught", "MISSED" (also for a false alarm of the twin), or what a verdict needs: "needs A/B"."""
         if not self.no_alarm:
             return "MISSED"
         if self.caught_by:
@@ -92,11 +89,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def good(self) -> bool:
-        """Caught by what it should be caught by, or known not to be yet; and no false alarm."""
+        """Whether it was not missed."""
         return self.outcome != "MISSED"
 
     def line(self) -> str:
-        """For the terminal, while the trials run."""
+        """Return one line for the terminal."""
         return f"{self.outcome:<9} {self.fault.name:<22} {self.case:<34} {self._why()}"
 
     def _why(self) -> str:
@@ -121,17 +118,17 @@ def run_trials(
     predict: str | None = None,
     memory: bool = False,
 ) -> list[Trial]:
-    """Run each fault and its twin, one fresh process each, `jobs` at a time; the trials in the order of the names.
+    """Run each fault and its twin in fresh processes, `jobs` at a time. Return the trials in the order of the names.
 
     Args:
         names: of faults.
         cases: by variant.
-        tell: hears a line for each trial as it ends.
-        against: "clean" runs each case once without a fault first.
-        baselines: folder of the accepted ones.
-        jobs: with more than one, workers share the device: time on it is then left out of every judgement.
-        predict: a kind of GPU; then faults, twins and clean runs are predicted for it, and none is needed.
-        memory: only bytes count as having caught a fault, and no twin is run.
+        tell: called with a line for each finished trial.
+        against: with "clean", each case first runs once without a fault.
+        baselines: folder of the accepted baselines.
+        jobs: with more than one, workers share the device, so GPU-busy time is not judged.
+        predict: name of a GPU to predict everything for, instead of running it.
+        memory: only metrics in bytes count, and no twins run.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -140,16 +137,19 @@ def run_trials(
     chosen = {name: cases[FAULTS[name].variant] for name in names}
     stop = threading.Event()
 
-    def heard(_: Case, __: Event) -> None:
+    def on_event(_: Case, __: Event) -> None:
         if stop.is_set():
             raise KeyboardInterrupt  # ends this thread's worker
 
-    with Launcher("warm", predicting=predict is not None, on_event=heard) as launcher, ThreadPoolExecutor(jobs) as pool:
+    with (
+        Launcher("warm", predicting=predict is not None, on_event=on_event) as launcher,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
         launcher.prepare()
         try:
             bench = _Bench(launcher, baselines, alone=jobs == 1, predict=predict, memory=memory)
             if against == "clean":
-                # First in the queue, so that no trial waits for a run that waits for a thread.
+                # Clean runs enter the queue first: a trial that waits for one must not hold the last thread.
                 bench.clean = {case.id: pool.submit(bench.run_clean, case) for case in chosen.values()}
             trials = {pool.submit(bench.trial, FAULTS[name], case): name for name, case in chosen.items()}
             done = {}
@@ -164,7 +164,7 @@ def run_trials(
 
 
 class _Bench:
-    """Runs one case after another in any thread, and judges them by one rule."""
+    """Run cases in any thread, and judge them all by the same rule."""
 
     def __init__(
         self, launcher: Launcher, baselines: Path, *, alone: bool, predict: str | None = None, memory: bool = False
@@ -177,7 +177,7 @@ class _Bench:
         self.clean: dict[str, Future[Lookup]] = {}
 
     def run_clean(self, case: Case) -> Lookup:
-        """A run without a fault, in a baseline's place."""
+        """Run without a fault, to take the place of a baseline."""
         record = self._launcher.run(Job(case=case, kind=self._kind))
         try:
             return unstored(record, reason="a clean run of the same session")
@@ -185,7 +185,7 @@ class _Bench:
             return Damaged(path=f"the clean run of {case.id}", reason=str(error))
 
     def trial(self, fault: Fault, case: Case) -> Trial:
-        """The fault and its twin; of a whole model's memory the fault alone, since short models try the twins in less time."""
+        """Try a fault and its twin. For whole models only the fault: short models try the twins in less time."""
         record, judgement = self._judged(case, fault.name)
         if self._memory:
             return self._trial(fault, case, record, judgement, twin=NO_TWIN)
@@ -225,7 +225,7 @@ class _Bench:
 
 
 def _without_busy(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """All but time on the device, which several workers at once lengthen. Bytes and counts they do not touch."""
+    """Drop GPU-busy time, which several workers at once lengthen. They do not change bytes and counts."""
     return {name: metric for name, metric in metrics.items() if metric.noise != "busy"}
 
 
@@ -236,9 +236,39 @@ def _red(record: Record, judgement: Judgement) -> tuple[str, ...]:
 
 
 def _shown(fault: Fault, twin: Record, record: Record) -> str:
-    """What the eye sees and the gate does not judge."""
+    """Return the first number that the fault should change, before and after."""
     for name in fault.shows_in:
         before, after = twin.metrics.get(name), record.metrics.get(name)
         if before is not None and after is not None:
             return f"{name} {before.value:.4g} → {after.value:.4g} {after.unit}, shown and not gated"
     return f"none of {', '.join(fault.shows_in)} was measured"
+
+
+def summary(trials: list[Trial], seconds: float) -> str:
+    """Return one line for all trials, and the names of what needs an A/B or was missed."""
+    waiting = [trial for trial in trials if trial.outcome.startswith("needs")]
+    missed = [trial.fault.name for trial in trials if not trial.good]
+    judged = len(trials) - len(waiting)
+    alarms = sum(not trial.no_alarm for trial in trials)
+    untried = all(trial.twin == NO_TWIN for trial in trials)
+    twins = (
+        "twins not run" if untried else "twins green" if not alarms else f"{alarms} of {len(trials)} twins not green"
+    )
+    lines = [f"{judged - len(missed)} of {judged} faults caught, {twins}, {seconds:.0f} s"]
+    lines += [f"Not caught by a single run: {trial.fault.name} {trial.outcome}" for trial in waiting]
+    if missed:
+        lines.append(f"MISSED: {', '.join(missed)}")
+    return "\n".join(lines)
+
+
+def markdown(trials: list[Trial]) -> str:
+    """Return a Markdown table."""
+    lines = ["| fault | what it does | seen on | case | verdict | caught by | twin |", "|---|---|---|---|---|---|---|"]
+    for trial in trials:
+        named = ", ".join(f"`{name}`" for name in trial.caught_by)
+        on = trial.fault.seen_on if trial.fault.needs is None else "neither"
+        by = named if trial.outcome == "caught" else f"**{trial.outcome.replace('MISSED', 'missed')}**"
+        lines.append(
+            f"| `{trial.fault.name}` | {trial.fault.summary} | {on} | `{trial.case}` | {trial.verdict} | {by} | {trial.twin} |"
+        )
+    return "\n".join(lines)
