@@ -131,7 +131,7 @@ def _pair(trial: Trial, run: Run, progress: _Progress, judged: int = 1) -> None:
         return
     before = trial.verdicts()
     if trial.pairs > 1:
-        trial.look(judged)
+        trial.check(judged)
     new = [f"{name} {verdict}" for name, verdict in trial.verdicts().items() if name not in before]
     progress.report(trial, f"pair {trial.pairs}, {trial.seconds:.1f} s{'; ' if new else ''}{', '.join(new)}")
 

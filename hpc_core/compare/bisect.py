@@ -120,10 +120,10 @@ class Question:
             self._ends = old, new
             return Answer(word="bad", base=metric.value, head=self._of(head).value, text=self._text(old, new, metric))
         tolerance = self._rule.tolerance(self._case, self._metric, metric)
-        befores, afters, look, problem = self._timed(tolerance, (base, head), swap=False)
+        befores, afters, check, problem = self._timed(tolerance, (base, head), swap=False)
         old, new = statistics.median(befores), statistics.median(afters)
-        if problem or look is None or look.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
-            why = " ".join(filter(None, (problem, "" if look is None else look.required, "Nothing to bisect.")))
+        if problem or check is None or check.verdict not in (Verdict.REGRESSED, Verdict.IMPROVED):
+            why = " ".join(filter(None, (problem, "" if check is None else check.required, "Nothing to bisect.")))
             raise SpecError(
                 f"{good} and {bad} do not differ beyond noise: {self._text(old, new, metric)} of {self._case.id} over {len(befores)} "
                 f"pairs, limit {sizes.percent(tolerance)}. {why}"
@@ -148,12 +148,12 @@ class Question:
             return Answer(word="bad" if beyond else "good", base=old, head=new, text=self._text(old, new, metric))
         worse = bad > good
         half = (max(good, bad) / min(good, bad) - 1) / 2
-        befores, afters, look, problem = self._timed(half, (base, head), swap=not worse)
+        befores, afters, check, problem = self._timed(half, (base, head), swap=not worse)
         old, new = statistics.median(befores), statistics.median(afters)
         text = f"{self._text(old, new, metric)}, {len(befores)} pairs"
-        if problem or look is None or look.verdict in (None, Verdict.INCONCLUSIVE):
+        if problem or check is None or check.verdict in (None, Verdict.INCONCLUSIVE):
             return Answer(word="skip", base=old, head=new, text=f"undecided: {problem or text}")
-        word: Word = "bad" if look.verdict is Verdict.REGRESSED else "good"
+        word: Word = "bad" if check.verdict is Verdict.REGRESSED else "good"
         return Answer(word=word, base=old, head=new, text=text)
 
     def _text(self, old: float, new: float, metric: Metric) -> str:
@@ -201,8 +201,8 @@ class Question:
             most_pairs=self._rule.most_pairs,
         )
         befores, afters = [float(self._of(first[0]).value)], [float(self._of(first[1]).value)]
-        look = None
-        while look is None or look.verdict is None:
+        check = None
+        while check is None or check.verdict is None:
             base, head, problem = self._pair(head_first=len(befores) % 2 == 1, again=True)
             if not problem and not (self._metric in base.metrics and self._metric in head.metrics):
                 problem = f"a further process has no {self._metric}"
@@ -210,8 +210,8 @@ class Question:
                 return befores, afters, None, problem
             befores.append(float(self._of(base).value))
             afters.append(float(self._of(head).value))
-            look = rule.check(afters, befores) if swap else rule.check(befores, afters)
-        return befores, afters, look, ""
+            check = rule.check(afters, befores) if swap else rule.check(befores, afters)
+        return befores, afters, check, ""
 
 
 def _problem(side: str, record: Record) -> str:

@@ -42,7 +42,7 @@ class Trial:
     def __init__(self, case: Case, rule: Rule) -> None:
         self.case = case
         self._rule = rule
-        self._looks: dict[str, tuple[Check, int]] = {}
+        self._checks: dict[str, tuple[Check, int]] = {}
         """By metric: the last interim analysis, and the pairs it rests on."""
         self.records: dict[SideName, list[Record]] = {"base": [], "head": []}
         self.refused: dict[SideName, str] = {}
@@ -86,20 +86,20 @@ class Trial:
         """One value a process, of the complete pairs."""
         return [float(record.metrics[name].value) for record in self.records[side][: self.pairs]]
 
-    def look(self, metrics_judged: int) -> None:
+    def check(self, metrics_judged: int) -> None:
         """Judge what is still undecided by the pairs so far; `metrics_judged` in the whole run share alpha."""
         for name in self.timed:
-            if name in self._looks and decided(self._looks[name][0]):
+            if name in self._checks and decided(self._checks[name][0]):
                 continue
             rule = self._rule.sequential(self.case, name, self.records["base"][0].metrics[name], metrics_judged)
-            self._looks[name] = rule.check(self.values("base", name), self.values("head", name)), self.pairs
+            self._checks[name] = rule.check(self.values("base", name), self.values("head", name)), self.pairs
 
     @property
     def finished(self) -> bool:
         """Whether another pair would decide nothing more."""
         if self.failed:
             return True
-        return self.pairs > 0 and all(name in self._looks and decided(self._looks[name][0]) for name in self.timed)
+        return self.pairs > 0 and all(name in self._checks and decided(self._checks[name][0]) for name in self.timed)
 
     def result(self, why: str) -> CaseResult:
         """Return what is known; `why` explains, for what is undecided, why there were no more pairs."""
@@ -113,11 +113,11 @@ class Trial:
         return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head, self.timed)))
 
     def _timed_row(self, name: str, why: str) -> Difference:
-        look, pairs = self._looks.get(name, (None, self.pairs))
+        check, pairs = self._checks.get(name, (None, self.pairs))
         metric = self.records["base"][0].metrics[name]
         tolerance = self._rule.tolerance(self.case, name, metric)
         values = [self.values(side, name)[:pairs] for side in _SIDES]
-        return timed_row(name, metric, values[0], values[1], look, tolerance, why)
+        return timed_row(name, metric, values[0], values[1], check, tolerance, why)
 
     def _failed_result(self) -> CaseResult:
         """Return the gravest of what happened, with the side it happened on."""
@@ -148,7 +148,7 @@ class Trial:
 
     def verdicts(self) -> dict[str, Verdict]:
         """What is decided so far, for the progress."""
-        return {name: look.verdict for name, (look, _) in self._looks.items() if look.verdict is not None}
+        return {name: check.verdict for name, (check, _) in self._checks.items() if check.verdict is not None}
 
 
 def _soaks(case: Case) -> bool:
