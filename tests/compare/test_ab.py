@@ -31,7 +31,7 @@ from tests.strategies import a_case, a_record, counted, failed_record, peak
 
 CASE = a_case("tiny/lora")
 OTHER = a_case("tiny/other")
-Told = Callable[[SideName, int], Record]
+Processes = Callable[[SideName, int], Record]
 """The record of a side's n-th process."""
 
 
@@ -42,18 +42,20 @@ def step(seconds: float) -> Metric:
     )  # fmt: skip
 
 
-def timed(base: Iterator[float], head: Iterator[float]) -> Told:
+def timed(base: Iterator[float], head: Iterator[float]) -> Processes:
     sources: dict[SideName, Iterator[float]] = {"base": base, "head": head}
     return lambda side, _: a_record({"peak_bytes": peak(), "step_s": step(next(sources[side]))})
 
 
-def compared(told: Told, cases: tuple[Case, ...] = (CASE,), **plan: float | bool) -> tuple[Comparison, list[str]]:
+def compared(
+    processes: Processes, cases: tuple[Case, ...] = (CASE,), **plan: float | bool
+) -> tuple[Comparison, list[str]]:
     """The comparison, and the sides in the order in which they ran."""
     order: list[str] = []
 
     def run(side: SideName, case: Case, _again: bool) -> Record:
         order.append(side)
-        return told(side, order.count(side))
+        return processes(side, order.count(side))
 
     return compare(msgspec.convert({"cases": cases, **plan}, Plan), run, lambda _: None), order
 
@@ -205,7 +207,7 @@ def test_a_metric_of_one_side_only_is_incompatible() -> None:
     ids=["head breaks", "missing on both sides", "missing on one side", "head is invalid"],
 )
 def test_a_side_without_numbers_is_a_row(base: Record, head: Record, kind: str, codes: tuple[int, int]) -> None:
-    """It is told with its side and reason, no number is compared, and the other cases go on."""
+    """It is processes with its side and reason, no number is compared, and the other cases go on."""
     comparison, order = compared(lambda side, _: base if side == "base" else head, (CASE, OTHER), exact_only=True)
     assert order == ["base", "head"] * 2
     assert {result.failure for result in comparison.results} == {kind if codes[0] != 11 else "broken"}
@@ -219,9 +221,9 @@ def test_a_tree_that_changes_meanwhile_ends_the_run() -> None:
     def check() -> None:
         raise SpecError("the tree changed")
 
-    told = timed(itertools.repeat(1.0), itertools.repeat(1.0))
+    processes = timed(itertools.repeat(1.0), itertools.repeat(1.0))
     with pytest.raises(SpecError, match="changed"):
-        compare(Plan(cases=(CASE,)), lambda side, _, _again: told(side, 0), lambda _: None, check=check)
+        compare(Plan(cases=(CASE,)), lambda side, _, _again: processes(side, 0), lambda _: None, check=check)
 
 
 def test_false_alarms_are_shared_by_all_timed_metrics() -> None:

@@ -16,7 +16,6 @@ import pytest
 
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import LaunchError
-from hpc_core.launch.forkserver import Preloaded
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import (
     Event,
@@ -254,11 +253,16 @@ def test_a_failed_preload_falls_back_and_says_so(tmp_path: Path) -> None:
 
 def test_a_lost_forkserver_is_replaced_by_fresh_interpreters(fake_python: Callable[[str], Path]) -> None:
     """If it has ended between two jobs, the next one runs in a fresh interpreter, and its record says so."""
-    ready = msgspec.json.encode(Preloaded(pid=1, seconds=0.0, modules=(), cuda_initialized=False))
-    script = f"if '--socket-fd' not in sys.argv: sys.exit(7)\nos.write(int(sys.argv[sys.argv.index('--socket-fd') + 1]), {ready!r})"
+    script = """\
+import json
+if "--socket-fd" not in sys.argv: sys.exit(7)  # asked to be a worker
+ready = {"pid": os.getpid(), "seconds": 0.0, "modules": [], "cuda_initialized": False}
+os.write(int(sys.argv[sys.argv.index("--socket-fd") + 1]), json.dumps(ready).encode())
+"""
     with Launcher("warm", python=fake_python(script)) as launcher:
         launcher.prepare()
         assert launcher.preloaded is not None
+        os.waitid(os.P_PID, launcher.preloaded.pid, os.WEXITED | os.WNOWAIT)
         record = launcher.run(job("quiet"))
     assert (record.circumstances.launched, "exit code 7" in failure(record).message) == ("exec", True)
     assert any("forkserver has ended" in note for note in record.circumstances.notes)

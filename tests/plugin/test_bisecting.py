@@ -13,7 +13,7 @@ import pytest
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.plugin.outcome import bisect_exit_code
 from tests.compare_repository import STEP, commit, git, repository
-from tests.told_project import Run, told_project
+from tests.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +45,8 @@ def test_only_a_worse_number_makes_a_commit_bad(exit_status: int, blames: list[s
 
 def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """A case without a baseline, and a case that is not there, end with 125 only for a bisection."""
-    suite = "def test_step(perf):\n    perf('told:step')\n"
-    run: Run = told_project(pytester, monkeypatch, {"test_it.py": suite})
+    suite = "def test_step(perf):\n    perf('scripted:step')\n"
+    run: Run = scripted_project(pytester, monkeypatch, {"test_it.py": suite})
     assert run("--benchmark").ret == 0
     assert run("--benchmark", "--perf-bisect").ret == ExitCode.CANNOT_TEST
     unknown = ("--benchmark", "--case", "test_it/test_other")

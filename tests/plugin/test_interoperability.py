@@ -19,8 +19,8 @@ import pytest
 from hpc_core.baselines.reading import read_records
 from hpc_core.report.entry import entries_of
 from hpc_core.report.records_csv import records_csv
-from tests.told_launcher import SAMPLES
-from tests.told_project import Run, told_project
+from tests.scripted_launcher import SAMPLES
+from tests.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 
@@ -28,11 +28,11 @@ SUITE = """
 import pytest
 
 def test_train(perf):
-    perf("told:step")
+    perf("scripted:step")
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_generate(perf, batch):
-    perf("told:step", batch=batch)
+    perf("scripted:step", batch=batch)
 """
 NAMES = ["bench/test_own.py::test_train", "bench/test_own.py::test_generate[1]", "bench/test_own.py::test_generate[4]"]
 
@@ -40,7 +40,7 @@ NAMES = ["bench/test_own.py::test_train", "bench/test_own.py::test_generate[1]",
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project with three cases, each with the same samples."""
-    return told_project(pytester, monkeypatch, {"test_own.py": SUITE})
+    return scripted_project(pytester, monkeypatch, {"test_own.py": SUITE})
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
+from tests.scripted_launcher import ScriptedLauncher
 from tests.strategies import a_case, a_record
-from tests.told_launcher import ToldLauncher
 
 
 def timed(value: float) -> Record:
@@ -212,7 +212,7 @@ def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.M
     environment.commit.cache_clear()
 
 
-class BusyLauncher(ToldLauncher):
+class BusyLauncher(ScriptedLauncher):
     """As on a GPU: each process has a busy time of its own, those that follow the first another number of kernels if told."""
 
     jobs: list[Job] = []
@@ -231,7 +231,7 @@ class BusyLauncher(ToldLauncher):
 
 
 Run = Callable[..., pytest.RunResult]
-STORY = 'def test_step(perf):\n    perf("told:step", {arguments})\n'
+STORY = 'def test_step(perf):\n    perf("scripted:step", {arguments})\n'
 
 
 @pytest.fixture

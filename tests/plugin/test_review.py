@@ -9,7 +9,7 @@ import pytest
 
 from hpc_core.plugin import runner
 from tests.git_project import GitProject
-from tests.told_launcher import ToldLauncher
+from tests.scripted_launcher import ScriptedLauncher
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., pytest.RunResult]
@@ -22,7 +22,7 @@ CASE = "test_own/test_step"
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project whose warnings are errors and whose suite lies in bench/."""
-    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    monkeypatch.setattr(runner, "Launcher", ScriptedLauncher)
     pytester.makepyprojecttoml("""
         [tool.pytest.ini_options]
         addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
@@ -40,7 +40,7 @@ def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
     """Write the suite of the project: one test a peak."""
     names = ["step", "other"]
     tests = (
-        f"def test_{name}(perf):\n    perf('told:step', peak={peak}{more})\n"
+        f"def test_{name}(perf):\n    perf('scripted:step', peak={peak}{more})\n"
         for name, peak in zip(names, peaks, strict=False)
     )
     (pytester.path / "bench" / "test_own.py").write_text("\n".join(tests))

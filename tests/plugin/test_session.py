@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.told_project import Run, told_project
+from tests.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 
@@ -12,7 +12,7 @@ SUITE = """
 import pytest
 
 def test_step(perf):
-    perf("told:step", peak=2**30)
+    perf("scripted:step", peak=2**30)
 
 def test_together(perf_session):
     [record] = perf_session.records.values()
@@ -23,7 +23,7 @@ def test_together(perf_session):
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project whose suite is a file that pytest collects only when it is named."""
-    return told_project(pytester, monkeypatch, {"together.py": SUITE, "test_nothing.py": ""})
+    return scripted_project(pytester, monkeypatch, {"together.py": SUITE, "test_nothing.py": ""})
 
 
 def test_a_test_of_the_session_sees_its_records_and_prints_below_the_table(run: Run) -> None:
@@ -52,10 +52,10 @@ def test_the_suites_false_alarms_are_divided_and_said(run: Run, pytester: pytest
     """Two cases with busy time have half of the suite's false alarms each, and the run ends with what they add up to."""
     (pytester.path / "bench" / "test_busy.py").write_text("""
 def test_one(perf):
-    perf("told:step", busy=0.2)
+    perf("scripted:step", busy=0.2)
 
 def test_two(perf):
-    perf("told:step", busy=0.1)
+    perf("scripted:step", busy=0.1)
 """)
     said = "expected false alarms in this run: 0.01 (2 tests of GPU-busy time)"
     run("--benchmark", "--perf-update", "--reason", "r").assert_outcomes(passed=2)

@@ -13,8 +13,8 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.lookup import find
 from hpc_core.record.record import record_from_json
-from tests.told_launcher import SAMPLES
-from tests.told_project import Run, told_project
+from tests.scripted_launcher import SAMPLES
+from tests.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ STORY = """
 from hpc_core import GiB, Limits
 
 def test_step(perf):
-    result = perf("told:step", peak={peak})
+    result = perf("scripted:step", peak={peak})
     assert result.metrics["peak_bytes"].value < 8 * GiB
 """
 
@@ -31,7 +31,7 @@ def test_step(perf):
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project whose suite each story writes."""
-    return told_project(pytester, monkeypatch)
+    return scripted_project(pytester, monkeypatch)
 
 
 def bench(pytester: pytest.Pytester, text: str = STORY, **values: Any) -> None:
@@ -138,16 +138,16 @@ SEVERAL = """
 import pytest
 
 def test_new(perf):
-    perf("told:step")
+    perf("scripted:step")
 
 def test_crash(perf):
-    perf("told:crash")
+    perf("scripted:crash")
 
 def test_no_library(perf):
-    perf("told:crash", kind="missing_library")
+    perf("scripted:crash", kind="missing_library")
 
 def test_invalid(perf):
-    perf("told:invalid")
+    perf("scripted:invalid")
 
 def test_plain():
     assert not True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.told_project import Run, told_project
+from tests.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 
@@ -12,26 +12,26 @@ SUITE = """
 from hpc_core import GiB, Limits
 
 def test_sound(perf):
-    assert perf("told:step", peak=GiB, judge=False).metrics["peak_bytes"].value == GiB
+    assert perf("scripted:step", peak=GiB, judge=False).metrics["peak_bytes"].value == GiB
 
 def test_asserts(perf):
-    assert perf("told:step", peak=GiB, judge=False).metrics["peak_bytes"].value < GiB
+    assert perf("scripted:step", peak=GiB, judge=False).metrics["peak_bytes"].value < GiB
 
 def test_invalid(perf):
-    perf("told:invalid", judge=False)
+    perf("scripted:invalid", judge=False)
 
 def test_crash(perf):
-    perf("told:crash", judge=False)
+    perf("scripted:crash", judge=False)
 
 def test_limited(perf):
-    perf("told:step", judge=False, limits=Limits(peak_bytes=GiB))
+    perf("scripted:step", judge=False, limits=Limits(peak_bytes=GiB))
 """
 
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run pytest in a project of unjudged tests."""
-    return told_project(pytester, monkeypatch, {"test_own.py": SUITE})
+    return scripted_project(pytester, monkeypatch, {"test_own.py": SUITE})
 
 
 def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
@@ -58,7 +58,7 @@ def test_nothing_is_accepted(pytester: pytest.Pytester, run: Run) -> None:
 def test_properties_of_a_test_reach_junit(pytester: pytest.Pytester, run: Run) -> None:
     """As the instruments note what they saw: properties of the item are in JUnit's report, without a warning that ends the test."""
     (pytester.path / "bench" / "test_own.py").write_text(
-        "def test_noted(perf, request):\n    perf('told:step', judge=False)\n"
+        "def test_noted(perf, request):\n    perf('scripted:step', judge=False)\n"
         "    request.node.user_properties.append(('seen.busy_s', 0.25))\n"
     )
     assert run("--benchmark", "--junitxml=junit.xml").ret == 0

@@ -1,4 +1,4 @@
-"""A project of somebody else for stories in which workers are told, not run: its warnings are errors, its suite lies in bench/."""
+"""Another project, whose workers are scripted, not run: its warnings are errors, its suite lies in bench/."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from hpc_core.plugin import runner
-from tests.told_launcher import ToldLauncher
-
-__all__ = ["Run", "told_project"]
+from tests.scripted_launcher import ScriptedLauncher
 
 Run = Callable[..., pytest.RunResult]
 
 
-def told_project(
+def scripted_project(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str] | None = None
 ) -> Run:
-    """Make the project, with these files in its bench/, and return what runs pytest in it."""
-    monkeypatch.setattr(runner, "Launcher", ToldLauncher)
+    """Make the project, with these files in its bench/, and return a function that runs pytest in it."""
+    monkeypatch.setattr(runner, "Launcher", ScriptedLauncher)
     pytester.makepyprojecttoml("""
         [tool.pytest.ini_options]
         addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""A launcher that tells records instead of running workers: what a story's factory says is what it "measured"."""
+"""A launcher that makes up records instead of running workers: a case's factory names what it "measured"."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from tests.strategies import CPU, STACK, busy, counted, wall
 SAMPLES = (0.25, 0.5, 0.75)
 
 
-class ToldLauncher:
+class ScriptedLauncher:
     """Stands in for `hpc_core.launch.launcher.Launcher`.
 
-    The factory's name decides: `told:step` is ok with the peak of its argument, `told:crash` fails with the kind of
-    its argument, `told:invalid` did not do what was asked.
+    The factory's name decides: `scripted:step` is ok with the peak of its argument, `scripted:crash` fails with the kind of
+    its argument, `scripted:invalid` did not do what was asked.
     """
 
     def __init__(self, way: Way, *, on_event: Callable[[Case, Event], None], debug: bool = False) -> None:
@@ -46,12 +46,12 @@ class ToldLauncher:
         workload = job.case.workload
         assert isinstance(workload, CallableSpec)
         self._on_event(job.case, Phase("measure"))
-        record = _told(job, workload.factory.partition(":")[2], workload.arguments)
+        record = _made_up(job, workload.factory.partition(":")[2], workload.arguments)
         self._on_event(job.case, Finished(record))
         return record
 
 
-def _told(job: Job, what: str, arguments: dict[str, Any]) -> Record:
+def _made_up(job: Job, what: str, arguments: dict[str, Any]) -> Record:
     around = Circumstances(
         machine=CPU, stack=STACK, python="3.11.7", host_cpu="some CPU", launched=job.launched,
         started_at="2026-11-24T12:00:00+00:00", fault=job.fault, dirty=arguments.get("dirty"),
