@@ -142,24 +142,18 @@ def metrics() -> str:
         "# Metrics",
         "",
         "`exact` metrics are bytes, counts and FLOPs; `busy` ones are time in which the GPU works; `wall` ones are read "
-        "from a host's clock. *Gated* says where a metric is judged; the rest is shown and stored. The tolerance is the "
-        "share of the accepted value by which it may be worse; a case's `limits` replace it. Bytes of a GPU may always "
-        "differ by 2 MiB. *Comparable* says what two records must share. How each is taken: "
-        "[Method](../explanation/method.md).",
+        "from a host's clock. The tolerance is the share of the accepted value by which a metric may be worse; a case's "
+        "`limits` replace it, and bytes of a GPU may always differ by 2 MiB. A metric without one is shown and stored, not "
+        "judged. How each is taken: [Method](../explanation/method.md).",
         "",
-        "| metric | meaning | unit | class | better | gated | tolerance | comparable |",
-        "|---|---|---|---|---|---|---|---|",
+        "| metric | meaning | class, unit | better | tolerance |",
+        "|---|---|---|---|---|",
     ]
     for each in sorted(_definitions(registry), key=lambda each: each.name):
-        gated = "yes" if each.gated is True else "on a GPU" if each.gated else "no"
-        if each.gated and each.gpu_only:
-            gated = "on a GPU"
-        tolerance = f"{each.tolerance:.2%}".replace(".00%", "%") if each.tolerance else "equal"
-        comparable = ", ".join(each.depends(on_gpu=True))
-        cells = (
-            f"`{each.name}`", _inline(each.doc), each.unit, each.noise, each.better, gated,
-            tolerance if each.gated else "", comparable,
-        )  # fmt: skip
+        tolerance = f"{each.tolerance:.2%}".replace(".00%", "%").replace("%", " %") if each.tolerance else "equal"
+        where = ", on a GPU" if each.gated == "gpu" or each.gpu_only else ""
+        judged = tolerance + where if each.gated else ""
+        cells = (f"`{each.name}`", _inline(each.doc), f"{each.noise}, {each.unit}", each.better, judged)
         lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
