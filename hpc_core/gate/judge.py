@@ -5,8 +5,6 @@ Values in, verdicts out: nothing here reads a file. A missing, damaged, foreign 
 
 from __future__ import annotations
 
-import msgspec
-
 from hpc_core.baselines.baseline import (
     Baseline,
     Damaged,
@@ -18,7 +16,7 @@ from hpc_core.baselines.baseline import (
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
 from hpc_core.gate.comparability import Place, case_changes, packages_moved
-from hpc_core.gate.metric import Bench, judge_metric, update_command
+from hpc_core.gate.metric import Context, Obstacle, judge_metric, update_command
 from hpc_core.gate.verdict import (
     SUITE_ALPHA,
     Judgement,
@@ -31,14 +29,6 @@ from hpc_core.gate.verdict import (
 )
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Record
-
-
-class _Obstacle(msgspec.Struct, frozen=True):
-    """Why no metric can be compared with the baseline, and the verdict that follows."""
-
-    verdict: Verdict
-    reason: str
-    next_step: str
 
 
 def judge(
@@ -72,7 +62,7 @@ def judge(
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
     gated = gated_metrics(record)
     tests = sum(metric.noise == "busy" and name in accepted for name, metric in gated.items())
-    bench = Bench(
+    context = Context(
         case=record.case.id,
         place=Place(record.circumstances.machine.key, record.circumstances.stack),
         baseline=baseline if obstacle is None else None,
@@ -80,11 +70,10 @@ def judge(
     )
     rows = []
     for name in sorted({*gated, *accepted, *named}):
-        without = None if obstacle is None else (obstacle.verdict, obstacle.reason, obstacle.next_step)
         shown = record.metrics.get(name)
-        rows.append(judge_metric(bench, name, gated.get(name), shown, limit=named.get(name), without=without))
+        rows.append(judge_metric(context, name, gated.get(name), shown, limit=named.get(name), obstacle=obstacle))
     rows.sort(key=gravest_first)
-    moved = () if baseline is None else packages_moved(baseline.stack, bench.place.stack)
+    moved = () if baseline is None else packages_moved(baseline.stack, context.place.stack)
     return _judgement(record, tuple(rows), obstacle, moved)
 
 
@@ -124,15 +113,15 @@ def _path(record: Record) -> str:
     return f"{record.circumstances.machine.key}/{record.case.id}.json"
 
 
-def _obstacle(record: Record, lookup: Lookup) -> _Obstacle | None:
+def _obstacle(record: Record, lookup: Lookup) -> Obstacle | None:
     case, key = record.case.id, record.circumstances.machine.key
     accept = update_command(case)
     if isinstance(lookup, Missing):
         others = f" There is one for {', '.join(lookup.elsewhere)}." if lookup.elsewhere else ""
-        return _Obstacle(Verdict.NO_BASELINE, f"no baseline of {case} for {key}.{others}", accept)
+        return Obstacle(Verdict.NO_BASELINE, f"no baseline of {case} for {key}.{others}", accept)
     if isinstance(lookup, Damaged):
         reason = f"baseline damaged: {lookup.reason} ({lookup.path})."
-        return _Obstacle(
+        return Obstacle(
             Verdict.INVALID, reason, f"Restore it from git (git checkout -- {lookup.path}), or accept anew: {accept}"
         )
     if isinstance(lookup, OlderSchema):
@@ -140,27 +129,27 @@ def _obstacle(record: Record, lookup: Lookup) -> _Obstacle | None:
         reason = (
             f"the baseline has the {age} schema {lookup.found}, this hpc-core reads {lookup.known} ({lookup.path})."
         )
-        return _Obstacle(
+        return Obstacle(
             Verdict.INCOMPATIBLE, reason, f"Accept anew: {accept}" if age == "older" else "Upgrade hpc-core."
         )
     return _of_another_case(record, lookup, accept)
 
 
-def _of_another_case(record: Record, baseline: Baseline, accept: str) -> _Obstacle | None:
+def _of_another_case(record: Record, baseline: Baseline, accept: str) -> Obstacle | None:
     if baseline.case != record.case.id:
         reason = f"the baseline is of {baseline.case}, not of {record.case.id}: it was copied or renamed by hand."
-        return _Obstacle(Verdict.INCOMPATIBLE, reason, f"Accept anew: {accept}")
+        return Obstacle(Verdict.INCOMPATIBLE, reason, f"Accept anew: {accept}")
     if baseline.digest != record.case.digest:
         changes = (
             ", ".join(case_changes(baseline.spec, record.case)) or f"digest {baseline.digest} → {record.case.digest}"
         )
         reason = f"STALE: the case changed since this baseline ({changes}), accepted {baseline.accepted.at}."
-        return _Obstacle(Verdict.INCOMPATIBLE, reason, f"Measure and accept it on this machine again: {accept}")
+        return Obstacle(Verdict.INCOMPATIBLE, reason, f"Measure and accept it on this machine again: {accept}")
     return None
 
 
 def _judgement(
-    record: Record, rows: tuple[MetricVerdict, ...], obstacle: _Obstacle | None, moved: tuple[str, ...]
+    record: Record, rows: tuple[MetricVerdict, ...], obstacle: Obstacle | None, moved: tuple[str, ...]
 ) -> Judgement:
     verdict = worst_metric(rows)
     if obstacle is not None:

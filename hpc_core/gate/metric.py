@@ -7,7 +7,7 @@ import msgspec
 from hpc_core.baselines.baseline import Baseline, proves_nothing
 from hpc_core.case.limits import Limit
 from hpc_core.gate.busy import Evidence, judge_busy
-from hpc_core.gate.comparability import Incomparable, Place, incomparable, packages_moved
+from hpc_core.gate.comparability import Place, incomparable, packages_moved
 from hpc_core.gate.intervals import Interval
 from hpc_core.gate.tolerance import Tolerance, allowed_ratio, beyond, ceiling_text, exceeds, tolerance
 from hpc_core.gate.verdict import MetricVerdict, Verdict
@@ -16,7 +16,7 @@ from hpc_core.record.metrics import definition_of
 from hpc_core.record.record import Metric
 
 
-class Bench(msgspec.Struct, frozen=True, kw_only=True):
+class Context(msgspec.Struct, frozen=True, kw_only=True):
     """What is the same for every metric of a judgement."""
 
     case: str
@@ -28,6 +28,14 @@ class Bench(msgspec.Struct, frozen=True, kw_only=True):
     def update(self) -> str:
         """The command that accepts what the case gives now."""
         return update_command(self.case)
+
+
+class Obstacle(msgspec.Struct, frozen=True):
+    """Why no metric of a record can be compared with its baseline, and the verdict that follows."""
+
+    verdict: Verdict
+    reason: str
+    next_step: str
 
 
 class _Finding(msgspec.Struct, frozen=True):
@@ -48,31 +56,31 @@ def update_command(case: str) -> str:
 
 
 def judge_metric(
-    bench: Bench,
+    context: Context,
     name: str,
     new: Metric | None,
     shown: Metric | None,
     *,
     limit: Limit,
-    without: tuple[Verdict, str, str] | None,
+    obstacle: Obstacle | None,
 ) -> MetricVerdict:
     """Return the verdict on one metric.
 
     Args:
-        bench: what is the same for all metrics.
+        context: what is the same for all metrics.
         name: of the metric.
         new: its value; None if the record does not gate it.
         shown: its value, gated or not; None if the record lacks it.
         limit: of the case for this metric.
-        without: verdict, reason and next step of every metric where there is no comparable baseline.
+        obstacle: why there is no comparable baseline; None if there is one.
     """
-    old = None if bench.baseline is None else bench.baseline.metrics.get(name)
+    old = None if context.baseline is None else context.baseline.metrics.get(name)
     if new is None:
-        findings = [_vanished(bench, name, shown, limited=limit is not None)]
+        findings = [_vanished(context, name, shown, limited=limit is not None)]
     elif (text := proves_nothing(name, new)) is not None:
         findings = [_Finding(Verdict.INVALID, "none", f"{text}.", "Measure again.")]
     else:
-        findings = _findings(bench, name, new, old, limit, without)
+        findings = _findings(context, name, new, old, limit, obstacle)
     gravest = max(findings, key=lambda finding: finding.verdict.severity)
     reasons = [finding.reason for finding in findings if finding.verdict is gravest.verdict]
     comparable = old is not None and new is not None and old.unit == new.unit
@@ -98,45 +106,44 @@ def judge_metric(
 
 
 def _findings(
-    bench: Bench,
+    context: Context,
     name: str,
     new: Metric,
     old: Metric | None,
     limit: Limit,
-    without: tuple[Verdict, str, str] | None,
+    obstacle: Obstacle | None,
 ) -> list[_Finding]:
     absolute = None if limit is None or isinstance(limit, str) else _absolute(name, new, limit)
-    if without is not None:
-        verdict, reason, step = without
-        if absolute is not None and verdict is Verdict.NO_BASELINE:
+    if obstacle is not None:
+        if absolute is not None and obstacle.verdict is Verdict.NO_BASELINE:
             return [absolute]  # the case stays NO_BASELINE, but this metric was judged by a limit of its own
-        found = _Finding(verdict, "none", reason, step)
-    elif old is None or bench.baseline is None:
+        found = _Finding(obstacle.verdict, "none", obstacle.reason, obstacle.next_step)
+    elif old is None or context.baseline is None:
         if absolute is not None:
             return [absolute]
-        found = _new(bench, name, new)
+        found = _new(context, name, new)
     else:
-        found = _against(bench, bench.baseline, name, new, old, limit)
+        found = _against(context, context.baseline, name, new, old, limit)
     return [found] if absolute is None else [found, absolute]
 
 
-def _new(bench: Bench, name: str, new: Metric) -> _Finding:
+def _new(context: Context, name: str, new: Metric) -> _Finding:
     """Return the finding on a metric that the baseline does not hold: accepting the case adds it."""
     value = sizes.quantity(new.value, new.unit)
     reason = f"{name} is {value}; it is new and not judged, since the baseline does not hold it yet."
-    return _Finding(Verdict.NO_BASELINE, "none", reason, f"To have it judged: {bench.update}", judged=False)
+    return _Finding(Verdict.NO_BASELINE, "none", reason, f"To have it judged: {context.update}", judged=False)
 
 
-def _vanished(bench: Bench, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
+def _vanished(context: Context, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
-    if limited and shown is None and (lack := _why_never(bench.place.machine, name)):
+    if limited and shown is None and (lack := _why_never(context.place.machine, name)):
         return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
     if limited:
         return _Finding(
             Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
         )
     reason = f"{name} vanished: the baseline holds it, but {state}."
-    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {bench.update}")
+    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {context.update}")
 
 
 def _why_never(machine: str, name: str) -> tuple[str, str] | None:
@@ -162,24 +169,20 @@ def _absolute(name: str, new: Metric, limit: float) -> _Finding:
     return _Finding(Verdict.REGRESSED, text, reason, f"Get it back within the limit, or raise Limits({name}=…).")
 
 
-def _against(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
+def _against(context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
     """Compare with the accepted value, if the two can be compared."""
-    accept = f"Accept anew: {bench.update}"
-    obstacle = incomparable(name, old, new, (Place(baseline.machine.key, baseline.stack), bench.place))
-    if obstacle is not None and obstacle.verdict is Verdict.INCOMPATIBLE:
-        return _obstructed(obstacle, accept)
+    accept = f"Accept anew: {context.update}"
+    unlike = incomparable(name, old, new, (Place(baseline.machine.key, baseline.stack), context.place))
+    if unlike is not None and unlike.verdict is Verdict.INCOMPATIBLE:
+        return _Finding(unlike.verdict, "none", unlike.reason, accept)
     if (text := proves_nothing(name, old)) is not None:
         return _Finding(Verdict.INVALID, "none", f"in the baseline, {text}.", accept)
-    if obstacle is not None:
-        return _obstructed(obstacle, accept)
-    return _compared(bench, baseline, name, new, old, limit)
+    if unlike is not None:
+        return _Finding(unlike.verdict, "none", unlike.reason, accept)
+    return _compared(context, baseline, name, new, old, limit)
 
 
-def _obstructed(obstacle: Incomparable, accept: str) -> _Finding:
-    return _Finding(obstacle.verdict, "none", obstacle.reason, accept)
-
-
-def _compared(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
+def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
     allowed = tolerance(name, old, limit)
     difference = new.value - old.value
     size = sizes.change(difference, new.unit)
@@ -187,21 +190,23 @@ def _compared(bench: Bench, baseline: Baseline, name: str, new: Metric, old: Met
     reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {allowed.text}"
     if new.noise == "busy":
         ratio = allowed_ratio(name, old, limit)
-        found = _busy(bench, name, new, old, allowed, ratio, reason)
+        found = _busy(context, name, new, old, allowed, ratio, reason)
     else:
         found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
     if found.verdict is Verdict.IMPROVED:
-        return msgspec.structs.replace(found, next_step=f"Keep the gain: {bench.update}")
+        return msgspec.structs.replace(found, next_step=f"Keep the gain: {context.update}")
     if found.verdict is not Verdict.REGRESSED:
         return found
-    moved = packages_moved(baseline.stack, bench.place.stack) if "stack" in new.depends_on else ()
+    moved = packages_moved(baseline.stack, context.place.stack) if "stack" in new.depends_on else ()
     suspects = f" Moved since the baseline: {', '.join(moved)}." if moved else ""
-    step = f"Find the cause; if it is meant: {bench.update}"
+    step = f"Find the cause; if it is meant: {context.update}"
     return msgspec.structs.replace(found, reason=found.reason + suspects, next_step=step)
 
 
-def _busy(bench: Bench, name: str, new: Metric, old: Metric, allowed: Tolerance, ratio: float, reason: str) -> _Finding:
-    found = judge_busy(name, new, old, ratio, bench.evidence)
+def _busy(
+    context: Context, name: str, new: Metric, old: Metric, allowed: Tolerance, ratio: float, reason: str
+) -> _Finding:
+    found = judge_busy(name, new, old, ratio, context.evidence)
     step = "Measure again." if found.verdict is Verdict.INVALID else ""
     if found.verdict is Verdict.INCONCLUSIVE:
         step = f"To settle it: {found.settled_by}." if found.settled_by else "Measure again under like conditions."
