@@ -56,7 +56,7 @@ def _times(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[f
 
 def _counts(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> list[tuple[float, str]]:
     """Return the counts that changed: the share, and its text."""
-    changed = changed_counts(old, new, "device", _COUNTS)
+    changed = changed_counts(old, new, _COUNTS)
     return [(share, f"{name} {sizes.change(change, old[name].unit)}") for name, change, share in changed]
 
 

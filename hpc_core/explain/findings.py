@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import msgspec
 
-from hpc_core.record.metrics import METRICS, Resource
+from hpc_core.record.metrics import Resource
 from hpc_core.record.profile import ModuleSeen, Profile
 from hpc_core.record.record import Metric
 
@@ -59,23 +59,9 @@ def leading(things: Iterable[Thing], size: Callable[[Thing], float], *, share: f
 
 
 def changed_counts(
-    old: Mapping[str, Metric], new: Mapping[str, Metric], resource: Resource, main: tuple[str, ...]
-) -> list[tuple[str, float | int, float]]:
-    """Return the exact metrics of a resource that changed: name, change, and change as a share of the old value.
-
-    `main` are those that cover the whole work. Others, most of which count a part of it, are returned only if no main one changed.
-    """
-    others = tuple(
-        name
-        for name, each in METRICS.items()
-        if each.explained == resource and each.noise == "exact" and each.gated and name not in main
-    )
-    return _changed(old, new, main) or _changed(old, new, others)
-
-
-def _changed(
     old: Mapping[str, Metric], new: Mapping[str, Metric], names: tuple[str, ...]
 ) -> list[tuple[str, float | int, float]]:
+    """Return the counts among these that changed: name, change, and change as a share of the old value."""
     found = []
     for name in names:
         if name in old and name in new and old[name].unit == new[name].unit:

@@ -46,9 +46,9 @@ def work_finding(before: Before, now: Record) -> Finding | None:
 
 
 def _counts(before: Before, now: Record) -> list[tuple[float, str]]:
-    """Return the counts that changed, operators and FLOPs first: the share, and its text."""
+    """Return operators and FLOPs, where they changed: the share, and its text."""
     texts = []
-    for name, change, share in changed_counts(before.metrics, now.metrics, "work", ("operators", "flops")):
+    for name, change, share in changed_counts(before.metrics, now.metrics, ("operators", "flops")):
         old = before.metrics[name]
         size = f"{sizes.change(change, old.unit)}, {sizes.percent(share)}" if old.value else "from 0"
         texts.append((share, f"{'FLOPs' if name == 'flops' else name} {size}"))

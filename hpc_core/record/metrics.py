@@ -159,8 +159,8 @@ METRICS: Mapping[str, Definition] = {
         _wall("compilations", "Graphs that torch.compile made in the process.", "1"),
         # Time on the device
         _busy("busy_s", "Time in which the GPU works, for one step.", "train", 0.02),
-        _busy("busy_prefill_s", "Time in which the GPU works, for one prefill.", "prefill", 0.03),
         _busy("busy_decode_token_s", "Time in which the GPU works, for one decoded token.", "decode", 0.05),
+        _busy("busy_prefill_s", "Time in which the GPU works, for one prefill.", "prefill", 0.03),
         _device_count("kernels", "Kernels launched."),
         _device_count("kernels_prefill", "Kernels launched for one prefill."),
         _device_count("copies", "Copies of memory, on the device and to and from it."),
