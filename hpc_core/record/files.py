@@ -6,11 +6,9 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["write_whole"]
-
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by this content, or leave it as it was; folders above it are made."""
+    """Replace a file by this content, or leave it as it was; make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -207,7 +207,7 @@ def test_a_metric_of_one_side_only_is_incompatible() -> None:
     ids=["head breaks", "missing on both sides", "missing on one side", "head is invalid"],
 )
 def test_a_side_without_numbers_is_a_row(base: Record, head: Record, kind: str, codes: tuple[int, int]) -> None:
-    """It is processes with its side and reason, no number is compared, and the other cases go on."""
+    """It is a row with its side and reason, no number is compared, and the other cases go on."""
     comparison, order = compared(lambda side, _: base if side == "base" else head, (CASE, OTHER), exact_only=True)
     assert order == ["base", "head"] * 2
     assert {result.failure for result in comparison.results} == {kind if codes[0] != 11 else "broken"}

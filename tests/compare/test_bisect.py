@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from hpc_core.cli import main
 from hpc_core.compare.bisect import Answer, Question, Versions, search
 from hpc_core.compare.differences import Rule
 from hpc_core.compare.trial import SideName
@@ -133,3 +137,50 @@ def test_versions_that_make_no_sense_are_refused(
     """Each mistake has a message of its own."""
     with pytest.raises(SpecError, match=said):
         Versions.parse("transformers", versions, ends, pythons)
+
+
+CASES = """\
+from hpc_core import CallableSpec, Case
+
+CASES = [Case(id="own/step", scale="tiny", workload=CallableSpec(factory="step:make", steps=3))]
+"""
+STEP = """\
+import torch, toy
+
+
+def make():
+    return lambda: torch.ones(toy.KIB, 256).sum()
+"""
+
+
+@pytest.mark.slow
+def test_the_version_that_made_it_bigger_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Real workers under an interpreter a version: one whose interpreter has another is skipped, and both numbers are given."""
+    named = []
+    for version, kib in {"1": 64, "2": 65, "3": 128}.items():
+        home = tmp_path / f"toy-{version}"
+        (home / f"toy-{version}.dist-info").mkdir(parents=True)
+        (home / f"toy-{version}.dist-info" / "METADATA").write_text(
+            f"Metadata-Version: 2.4\nName: toy\nVersion: {version}\n"
+        )
+        (home / "toy.py").write_text(f"KIB = {kib}\n")
+        (home / "python").write_text(f'#!/bin/sh\nPYTHONPATH="{home}:$PYTHONPATH" exec {sys.executable} "$@"\n')
+        (home / "python").chmod(0o755)
+        named += ["--python-for", f"{version}={home / 'python'}"]
+    (tmp_path / "perf_cases.py").write_text(CASES)
+    (tmp_path / "step.py").write_text(STEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = ["bisect", "own/step", "peak_bytes", "--package", "toy", "--versions", "1,1.1,2,3", *named]
+    command += ["--python-for", f"1.1={tmp_path / 'toy-1' / 'python'}"]
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--cases", "perf_cases.py", "--launch", "exec", "--json"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 0, err
+    found = json.loads(out)
+    assert found["first_bad"] == ["toy 3 (the one before it in the list is 2)"]
+    assert (found["before"] // 1024, found["after"] // 1024) == (65, 128)
+    assert {step["candidate"]: step["word"] for step in found["steps"]} == {"toy 1.1": "skip", "toy 2": "good"}
+    assert not list(tmp_path.glob("hpc-core-ab-*"))
