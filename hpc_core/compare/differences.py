@@ -15,7 +15,7 @@ from hpc_core.case.case import Case
 from hpc_core.compare.sequential import Check, Sequential
 from hpc_core.gate.comparability import incomparable
 from hpc_core.gate.intervals import SPREADS, Interval, family_of
-from hpc_core.gate.tolerance import allowed_ratio, beyond, tolerance
+from hpc_core.gate.tolerance import PAIRED_RATIO, allowed_ratio, beyond, tolerance
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
@@ -26,7 +26,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
     wall: float = 0.05
     """Ratio by which wall time may differ: half of the 10 % that must be found."""
-    busy: float = 0.005
+    busy: float = PAIRED_RATIO
     alpha: float = 0.05
     """Chance of a false alarm in the whole run: all timed metrics of all cases together."""
     least_pairs: int = 3
