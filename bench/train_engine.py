@@ -3,7 +3,7 @@
     pytest --benchmark bench/train_engine.py
     pytest --benchmark bench/train_engine.py --case '*/lora-rows-*'      # an epoch of the report's 4000 rows, padded and packed
 
-Llama-3.2-3B itself is in the suite (`hpc_core.catalogue.TUNED`); what each switch brings says `train_ablation.py`.
+Llama-3.2-3B itself is in the suite (`hpc_core.catalogue.TUNED`); what each switch brings says `studies/ablations/train.py`.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 _LINK = re.compile(r"\]\(([^)\s]+)\)|^\[\w+\]: (\S+)", re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")
 _PATH = re.compile(r"(?<![\w/<>.:-])((?:[\w.-]+/)+[\w-]+\.(?:py|md|toml|yml|cpp|json|svg|png|jinja))(?![\w*<])")
+_FILE = re.compile(r"(?<![\w/<>.*{-])(\w+\.py)(?![\w*])")
 _MODULE = re.compile(r"(?<![\w./-])(hpc_core(?:\.[a-z_]\w*)+)")
 
 
@@ -58,6 +59,8 @@ COMMANDS = {
 OF_COMMANDS = {"--help", "--version"}
 TOP = {name.partition("/")[0] for name in TRACKED if "/" in name} - {".github", ".ci"}
 ROOMS = {name.split("/")[1] for name in TRACKED if name.startswith("hpc_core/") and name.count("/") > 1}
+BASENAMES = {name.rpartition("/")[2] for name in TRACKED} | {"my_cases.py", "perf_cases.py", "file.py"}
+"""Names of files, and of the examples that documents use."""
 OUTPUT = ("runs/", "site/", "baselines/")
 """Folders of files that a run writes."""
 
@@ -167,7 +170,10 @@ def references(name: str) -> Iterator[tuple[int, str]]:
 
 
 def missing_files(name: str) -> Iterator[str]:
-    """Yield each reference to a file or module of this repository that does not exist."""
+    """Yield each reference to a file or module of this repository that does not exist; of documents also those in messages."""
+    for path in re.findall(r"docs/[\w/-]+\.(?:md|svg|png)", (ROOT / name).read_text()):
+        if path not in TRACKED and path.removeprefix("docs/") not in GENERATED.PAGES:
+            yield f"{name}: {path}"
     for number, text in references(name):
         for path in _PATH.findall(text):
             first = path.partition("/")[0]
@@ -175,6 +181,9 @@ def missing_files(name: str) -> Iterator[str]:
             places = (path, f"hpc_core/{path}", f"{name.rpartition('/')[0]}/{path}")
             if ours and not any(place in TRACKED for place in places):
                 yield f"{name}:{number}: {path}"
+        for file in _FILE.findall(text):
+            if file not in BASENAMES:
+                yield f"{name}:{number}: {file}"
         for module in _MODULE.findall(text):
             if not _module_exists(module):
                 yield f"{name}:{number}: {module}"

@@ -1,6 +1,6 @@
 """Rows of an ablation: each a process of its own with a time limit of its own, the table after each, everything in a JSON file.
 
-Knows no workload. `train_ablation.py` and `decode_ablation.py` say what a row runs and what it measures.
+Knows no workload. `train.py` and `decode.py` say what a row runs and what it measures.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def pytest_benchmark(statistic: Callable[[Sequence[float]], float], ratio: float
 
 
 def mann_whitney(base: Sequence[float], head: Sequence[float]) -> bool:
-    """Two-sided Mann-Whitney test at p < 0.05, and head the slower one: as Google Benchmark's compare.py."""
+    """Two-sided Mann-Whitney test at p < 0.05, and head the slower one, as Google Benchmark's comparison does."""
     from scipy.stats import mannwhitneyu
 
     slower = statistics.median(head) > statistics.median(base)
