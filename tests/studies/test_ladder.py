@@ -124,8 +124,8 @@ def test_each_training_step_keeps_what_the_one_before_had() -> None:
 
 _BREAKING = """
 import json, time
-from bench.ablation_rows import run_in_child
-from bench.decode_ablation import cases
+from bench.studies.ablations.rows import run_in_child
+from bench.studies.ablations.decode import cases
 
 def raises(case, device):
     raise ValueError(f"{case.id} on {device}")
