@@ -28,6 +28,15 @@ CASE_FIELDS: Parts = {
 """The modules and classes that a case is made of."""
 
 
+VARIABLES = {
+    "HPC_CORE_CACHE": "folder of tokenized data",
+    "HPC_CORE_COMMIT": "the commit of a tree that was copied without its history; it wins over git",
+    "HPC_CORE_DATA": "folder with `gsm8k/test.jsonl` and `wikitext2/wiki.test.raw`, in place of the hub",
+    "GITHUB_STEP_SUMMARY": "file to which the report's Markdown is added",
+    "CXX": "C++ compiler that predictions need once",
+}
+
+
 def commands() -> Iterator[tuple[str, typer.core.TyperCommand]]:
     """Yield each command's whole name, such as "baseline accept", and its definition."""
     from hpc_core.cli.commands import app
@@ -131,6 +140,8 @@ def pytest_options() -> str:
     for name, text, default in parser.ini:
         shown = " ".join(default) if isinstance(default, list) else default
         lines.append(f"| `{name}` | {_cell(_inline(text))} | {f'`{shown}`' if shown else ''} |")
+    lines += ["", "## Environment variables", "", "| variable | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
     return "\n".join(lines) + "\n"
 
 
