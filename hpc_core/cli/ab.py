@@ -25,7 +25,7 @@ from hpc_core.cli.ab_table import cases_text, heading, lines, summary
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.known import Files
 from hpc_core.compare.ab import Comparison, Plan, compare
-from hpc_core.compare.arrange import Arranged, Asked, arrange, place_of
+from hpc_core.compare.arrange import Arranged, SideOptions, arrange, place_of
 from hpc_core.compare.bench import Bench, Device
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
@@ -143,7 +143,7 @@ def ab(
 ) -> None:
     """Measure two revisions, or two interpreters, in pairs of fresh processes. Exit code 1: worse, 11: a run broke."""
     began = time.monotonic()
-    asked = Asked(
+    options = SideOptions(
         base=base,
         head=head,
         base_python=base_python,
@@ -157,7 +157,7 @@ def ab(
     here = Path.cwd().resolve()
     place, in_git = place_of(here, needs_git=base is not None)
     with Checkouts(place if in_git else None) as checkouts:
-        arranged = arrange(asked, cases, checkouts, place, here, in_git)
+        arranged = arrange(options, cases, checkouts, place, here, in_git)
         for line in heading(arranged):
             (tell if as_json else say)(line)
         plan = Plan(cases=cases, rule=rule, budget_s=budget_s, exact_only=exact, refused=arranged.refused)

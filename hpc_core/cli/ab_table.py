@@ -1,4 +1,4 @@
-"""What an A/B came to, for the terminal: who against whom, every metric that differs beyond noise, what is undecided."""
+"""The result of an A/B for the terminal: both sides, every metric that differs beyond noise, what is undecided."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _MISSING = "-"
 
 
 def heading(arranged: Arranged) -> list[str]:
-    """Both sides, and whose code measures."""
+    """Return both sides, and whose code measures."""
     return [f"base  {arranged.base.label}", f"head  {arranged.head.label}", arranged.measured_by, *arranged.notes]
 
 
 def value_text(value: float | None, unit: str) -> str:
-    """A value, or a dash."""
+    """Return a value, or a dash."""
     return _MISSING if value is None else sizes.quantity(value, unit.partition(" per ")[0])
 
 
 def interval_text(row: Difference) -> str:
-    """Where the change lies: "+8.1 … +12 %"."""
+    """Return where the change lies: "+8.1 … +12 %"."""
     if row.interval is None:
         return "exact" if row.noise == "exact" and row.verdict is not None else _MISSING
     low, high = (rounded(bound).removesuffix(" %") for bound in row.interval)
@@ -37,14 +37,14 @@ def interval_text(row: Difference) -> str:
 
 
 def rounded(ratio: float) -> str:
-    """A ratio whose digits noise allows: "+3.2 %", "+0.05 %", "+287 %"."""
+    """Return a ratio with the digits that noise allows: "+3.2 %", "+0.05 %", "+287 %"."""
     percent = ratio * 100
     decimals = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 1 else 2
     return f"{percent:+,.{decimals}f} %"
 
 
 def cases_text(number: int) -> str:
-    """The number with its noun: "1 case", "18 cases"."""
+    """Return the number with its noun: "1 case", "18 cases"."""
     return "1 case" if number == 1 else f"{number} cases"
 
 
@@ -68,7 +68,7 @@ def _cells(case: str, row: Difference) -> tuple[str, ...]:
 
 
 def lines(comparison: Comparison, *, everything: bool) -> list[str]:
-    """The table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
+    """Return the table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
     cells: list[tuple[str, ...]] = []
     for result in comparison.results:
         if result.failure is not None:
@@ -90,7 +90,7 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def summary(comparison: Comparison, seconds: float) -> list[str]:
-    """How many differ, what is undecided, the chance of a false alarm, what moved around the code, how long it took."""
+    """Return how many differ, what is undecided, the chance of a false alarm, what moved around the code, how long it took."""
     rows = [(result.case, row) for result in comparison.results for row in result.rows if row.verdict is not None]
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
     counts = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)

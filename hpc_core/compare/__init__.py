@@ -1,1 +1,1 @@
-"""Two sides, one judgement: A/B of revisions or interpreters, and bisecting on top of it. Imports no torch; workers do."""
+"""A/B of two revisions or interpreters, and bisection over package versions on top of it. Imports no torch; workers do."""

@@ -84,7 +84,7 @@ def compare(
 
     Raises:
         LaunchError: no worker can be started at all.
-        KeyboardInterrupt: after the worker is gone.
+        KeyboardInterrupt: after the worker has ended.
     """
     began = time.monotonic()
     deadline = began + plan.budget_s - plan.spent_s

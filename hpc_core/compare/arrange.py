@@ -21,7 +21,7 @@ KINDS = ("measure", "retime")
 """The kinds of job that a comparison uses."""
 
 
-class Asked(msgspec.Struct, frozen=True, kw_only=True):
+class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What the user named."""
 
     base: str | None = None
@@ -82,7 +82,7 @@ def place_of(here: Path, *, needs_git: bool) -> tuple[Path, bool]:
 
 
 def arrange(
-    asked: Asked, cases: Sequence[Case], checkouts: Checkouts, place: Path, here: Path, in_git: bool
+    options: SideOptions, cases: Sequence[Case], checkouts: Checkouts, place: Path, here: Path, in_git: bool
 ) -> Arranged:
     """Check out both sides, ask what they would run, and check that they can be compared.
 
@@ -91,11 +91,13 @@ def arrange(
         RepositoryError: an unknown revision.
         LaunchError: no such interpreter.
     """
-    build = functools.partial(side_of, place=place, here=here, paths=asked.paths, scratch=checkouts.folder)
-    base = _side("base", asked.base, build, checkouts, place, in_git, python=asked.base_python)
-    head = _side("head", asked.head, build, checkouts, place, in_git, python=asked.head_python, fault=asked.head_fault)
-    measured_by, refused = ask(base, head, cases, by_revision=asked.base is not None)
-    moving = in_git and (asked.base is None or asked.head is None)
+    build = functools.partial(side_of, place=place, here=here, paths=options.paths, scratch=checkouts.folder)
+    base = _side("base", options.base, build, checkouts, place, in_git, python=options.base_python)
+    head = _side(
+        "head", options.head, build, checkouts, place, in_git, python=options.head_python, fault=options.head_fault
+    )
+    measured_by, refused = ask(base, head, cases, by_revision=options.base is not None)
+    moving = in_git and (options.base is None or options.head is None)
     return Arranged(
         base=base,
         head=head,

@@ -81,7 +81,7 @@ class Bench:
 
         Raises:
             LaunchError: no worker can be started at all.
-            KeyboardInterrupt: after the worker is gone.
+            KeyboardInterrupt: after the worker has ended.
         """
         side = self._sides[name]
         kind = Retime() if again else Measure(profile=False)

@@ -30,7 +30,7 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     case: str
     pairs: int
-    failure: Literal["broken", "invalid", "missing", "unmeasured"] | None = None
+    failure: Literal["broken", "invalid", "missing", "unmeasured"] | None = msgspec.field(name="trouble", default=None)
     """Why it has no rows: a run broke, ran something else than asked, lacks a package or data on both sides, or never began."""
     reason: str = ""
     rows: tuple[Difference, ...] = ()
@@ -83,7 +83,7 @@ class Trial:
         )
 
     def values(self, side: SideName, name: str) -> list[float]:
-        """One value a process, of the complete pairs."""
+        """Return one value a process, of the complete pairs."""
         return [float(record.metrics[name].value) for record in self.records[side][: self.pairs]]
 
     def check(self, metrics_judged: int) -> None:
@@ -135,7 +135,7 @@ class Trial:
                 kinds.append("invalid")
                 reasons.append(f"{side}: invalid: {' '.join(bad.reasons)}")
         if len(kinds) == 1:
-            reasons.append("The other side ran." if self.pairs or self._other_ran() else "")
+            reasons.append("The other side ran." if self._other_ran() else "")
         lacking = kinds == ["missing", "missing"]
         kind: Literal["broken", "invalid", "missing"] = (
             "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
@@ -147,7 +147,7 @@ class Trial:
         return any(record.status == "ok" for side in self.records.values() for record in side)
 
     def verdicts(self) -> dict[str, Verdict]:
-        """What is decided so far, for the progress."""
+        """Return what is decided so far, for the progress."""
         return {name: check.verdict for name, (check, _) in self._checks.items() if check.verdict is not None}
 
 

@@ -1,1 +1,1 @@
-"""Starting workers and ending everything they start. Never imports torch, nor what needs it."""
+"""Start workers, and end everything they start. Never imports torch, nor what needs it."""

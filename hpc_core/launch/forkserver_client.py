@@ -55,8 +55,8 @@ class Forkserver:
         self._extra = extra
         self._base = dict(os.environ)
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fd = str(theirs.fileno())
+        self._line, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fd = str(remote.fileno())
         command = (
             python,
             "-m",
@@ -74,7 +74,7 @@ class Forkserver:
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(remote.fileno(),),
                 env=self._base | extra,
                 cwd=folder,
                 start_new_session=True,  # Ctrl-C in the terminal is the launcher's business
@@ -84,7 +84,7 @@ class Forkserver:
             self._log.close()
             raise NoForkserver(f"{python} could not be started: {error}.") from error
         finally:
-            theirs.close()
+            remote.close()
         try:
             self.preloaded = self._await_preload(preload_limit_s)
         except BaseException:

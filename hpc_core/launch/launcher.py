@@ -137,7 +137,7 @@ class Launcher:
 
         Raises:
             LaunchError: no worker can be started at all.
-            KeyboardInterrupt: after the worker and everything it started is gone.
+            KeyboardInterrupt: after the worker and everything it started has ended.
         """
         if self._way == "inline":
             return self._run_inline(msgspec.structs.replace(job, launched="inline"))

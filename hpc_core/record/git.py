@@ -45,7 +45,7 @@ def is_dirty(folder: Path) -> bool:
     """Return whether the code of the whole tree around `folder` differs from its commit.
 
     What hpc-core itself writes does not count, or the first baseline that a run accepts would make the tree dirty for all
-    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside one. Untracked files count only
+    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` of a history. Untracked files count only
     where they can be code.
 
     Raises:

@@ -15,7 +15,7 @@ from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.cli import main
-from hpc_core.compare.arrange import KINDS, Asked, arrange
+from hpc_core.compare.arrange import KINDS, SideOptions, arrange
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.describe import check_protocol, described
 from hpc_core.compare.environments import side_of
@@ -90,7 +90,7 @@ def test_without_a_repository_there_are_no_revisions(
 def arranged(repo: Path, base: str, *cases: Case) -> tuple[str, str, tuple[str, ...], str]:
     """Labels, notes and whose code measures."""
     with Checkouts(repo) as checkouts:
-        found = arrange(Asked(base=base), cases, checkouts, repo, repo, in_git=True)
+        found = arrange(SideOptions(base=base), cases, checkouts, repo, repo, in_git=True)
         assert found.base.folder.is_dir()
         found.check()
     assert not checkouts.folder.exists()
@@ -113,7 +113,7 @@ def test_a_tree_that_is_edited_meanwhile_is_refused(repo: Path) -> None:
     """A change of the working tree between two pairs is noticed."""
     cases = load_case_file(repo / "perf_cases.py")
     with Checkouts(repo) as checkouts:
-        found = arrange(Asked(base="main"), cases, checkouts, repo, repo, in_git=True)
+        found = arrange(SideOptions(base="main"), cases, checkouts, repo, repo, in_git=True)
         (repo / "work" / "step.py").write_text(STEP.format(kib=65))
         with pytest.raises(SpecError, match="changed while it was measured"):
             found.check()
