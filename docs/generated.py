@@ -71,7 +71,7 @@ def command_line() -> str:
         ]
         if rows:
             lines += ["", "| argument or option | meaning |", "|---|---|"]
-            lines += [f"| `{_cell(left)}` | {_cell(right)} |" for left, right in rows]
+            lines += [f"| `{left}` | {_cell(right)} |" for left, right in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +135,7 @@ def pytest_options() -> str:
     for names, attributes in parser.options:
         value = attributes.get("metavar") or "|".join(attributes.get("choices") or ())
         shown = ", ".join(reversed(names)) + (f" {value}" if value else "")
-        lines.append(f"| `{_cell(shown)}` | {_cell(_inline(str(attributes.get('help', ''))))} |")
+        lines.append(f"| `{shown}` | {_cell(_inline(str(attributes.get('help', ''))))} |")
     lines += ["", "## Settings in the ini file", "", "| setting | meaning | default |", "|---|---|---|"]
     for name, text, default in parser.ini:
         shown = " ".join(default) if isinstance(default, list) else default
@@ -215,7 +215,10 @@ def _inline(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;") if "`" not in text else text.replace("|", "\\|")
+    """Return text for a cell of a table: outside of code, pipes and angle brackets are escaped."""
+    parts = text.split("`")
+    parts[::2] = [part.replace("|", "\\|").replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
 
 
 PAGES: dict[str, Callable[[], str]] = {
