@@ -16,7 +16,6 @@ from hpc_core.record.record import (
     record_to_json,
 )
 from hpc_core.report.entry import Entry
-from hpc_core.report.plots import Drawing
 
 H100 = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
 
@@ -62,9 +61,8 @@ def written(folder: Path, records: Iterable[Record]) -> Path:
 
 
 def draw_all(entries: Sequence[Entry], folder: Path, kinds: Sequence[str]) -> list[Path]:
-    """What the command draws, by this process; the files, in the order of the pictures."""
-    with Drawing(entries, folder, kinds) as drawing:
-        drawn = drawing.contents()
+    """Draw what the command draws; return the files in the order of the pictures."""
+    drawn = pictures(entries, folder, kinds)
     for path, content in drawn.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)

@@ -23,9 +23,8 @@ from hpc_core.gate.judge import judge
 from hpc_core.record import units as sizes
 from hpc_core.record.files import write_whole
 from hpc_core.record.record import Metric
-from hpc_core.report import Row
-from hpc_core.report.baseline_change import change_line, changed_metric
-from hpc_core.report.row import accepted_line
+from hpc_core.report.entry import Row
+from hpc_core.report.lines import accepted_line, change_line, changed_metric
 
 __all__ = ["baseline_app"]
 

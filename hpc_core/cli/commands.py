@@ -31,7 +31,7 @@ from hpc_core.cli.running import run_case
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record.gpus import DEFAULT, gpu_named
 from hpc_core.record.record import record_to_json
-from hpc_core.report import Row
+from hpc_core.report.entry import Row
 
 __all__ = ["app"]
 

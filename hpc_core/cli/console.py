@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import msgspec
 
-from hpc_core.report import Row, render
+from hpc_core.report.entry import Row
+from hpc_core.report.terminal import render
 
 __all__ = ["say", "say_json", "show", "tell"]
 

@@ -37,8 +37,7 @@ _PURPOSES = {
     "liger": "fusion='liger' of the tuned training engine, on a GPU",
     "hub": "data sets from the hub",
     "gguf": "the small true model, SmolLM2-135M",
-    "plots": "pictures",
-    "pages": "the report as a page",
+    "report": "the report as a page, and charts",
 }
 """What each extra is for."""
 _PROFILERS = ("nsys", "ncu")

@@ -12,9 +12,8 @@ from hpc_core.baselines.over_time import OverTime, over_time
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.console import say, tell
-from hpc_core.report.memory_plot import check_plot
-from hpc_core.report.over_time import as_json, counted, lines, overview, series
-from hpc_core.report.over_time_plot import draw_series
+from hpc_core.report.history import as_json, counted, lines, overview, series
+from hpc_core.report.pictures import check_picture, write_series
 
 __all__ = ["history"]
 
@@ -33,7 +32,7 @@ def history(
 ) -> None:
     """Show a metric of a case over sessions and commits, and where it changed."""
     if plot is not None:
-        check_plot(plot)
+        check_picture(plot)
         if metric is None:
             raise SpecError(f"--plot draws one metric: hpc-core history {case} peak_bytes --plot {plot}.")
     key, found = _found(case, machine, baselines, records or [], git=git)
@@ -50,7 +49,7 @@ def history(
         for note in found.notes:
             tell(f"note: {note}")
     if plot is not None and metric is not None:
-        draw_series(case, key, series(found.points, metric), plot)
+        write_series(case, key, series(found.points, metric), plot)
         tell(f"wrote {plot}")
 
 

@@ -22,8 +22,8 @@ from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record import units as sizes
 from hpc_core.record.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.record.record import Record, record_to_json
-from hpc_core.report.memory_plot import check_plot, draw_memory
-from hpc_core.report.prediction import fits, prediction_block, sweep_table
+from hpc_core.report.pictures import check_picture, write_memory
+from hpc_core.report.predictions import fits, prediction_block, sweep_table
 
 __all__ = ["predict"]
 
@@ -78,7 +78,7 @@ def predict(
         with predicting_launcher() as launcher:
             record = prediction(launcher, asked, gpu=card.name, timeline=timeline or plot is not None)
         if plot is not None:
-            draw_memory(_answered(record), plot, drawn)
+            write_memory(_answered(record), plot, drawn)
         _one(record, kept, as_json=as_json)
 
 
@@ -87,7 +87,7 @@ def _drawing(plot: Path | None, over: Path | None, *, alone: bool) -> Record | N
 
     Raises:
         SpecError: a plot of several predictions, a record over no plot or without a timeline, no such file.
-        MissingLibraryError: matplotlib is not installed.
+        MissingLibraryError: Altair or vl-convert is not installed.
     """
     if plot is None:
         if over is not None:
@@ -95,7 +95,7 @@ def _drawing(plot: Path | None, over: Path | None, *, alone: bool) -> Record | N
         return None
     if not alone:
         raise SpecError("--plot draws one prediction: drop --sweep and --fit.")
-    check_plot(plot)
+    check_picture(plot)
     record = None if over is None else read_record(over)
     if record is not None and record.timeline is None:
         raise SpecError(f"{over} holds no timeline: make it with hpc-core run CASE --timeline --json.")

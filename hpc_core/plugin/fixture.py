@@ -22,7 +22,7 @@ from hpc_core.plugin.replay import replay
 from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.record import Record
-from hpc_core.report import Row
+from hpc_core.report.entry import Row
 
 __all__ = ["ENDING", "Perf", "default_steps"]
 

@@ -14,7 +14,7 @@ import pytest
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
-from hpc_core.report import Row
+from hpc_core.report.entry import Row
 
 __all__ = ["Blame", "Ending", "ending", "exit_code", "properties"]
 

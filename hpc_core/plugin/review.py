@@ -25,9 +25,8 @@ from hpc_core.gate.waivers import expired, waived
 from hpc_core.plugin.options import Settings
 from hpc_core.record.git import merge_base
 from hpc_core.record.record import Record
-from hpc_core.report import Row
-from hpc_core.report.baseline_change import change_line
-from hpc_core.report.waivers import waiver_line
+from hpc_core.report.entry import Row
+from hpc_core.report.lines import change_line, waiver_line
 
 __all__ = ["Review"]
 

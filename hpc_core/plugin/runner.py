@@ -35,8 +35,7 @@ from hpc_core.record.job import (
     Repeat,
 )
 from hpc_core.record.record import Circumstances, Record, record_to_json
-from hpc_core.report import Row
-from hpc_core.report.growth import grown
+from hpc_core.report.entry import Row, grown
 
 __all__ = ["Runner"]
 

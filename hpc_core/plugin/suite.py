@@ -30,7 +30,7 @@ from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.session import PerfSession
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.record import Record
-from hpc_core.report import render
+from hpc_core.report.terminal import render
 
 __all__ = ["NAME", "Suite"]
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-__all__ = ["change", "pair", "percent", "quantity"]
-
 _BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
 _SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 _FLOP = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1, "FLOP"))
@@ -34,6 +32,15 @@ def quantity(value: float, unit: str) -> str:
     if size == 1 and abs(value) < 10**_PLAIN_DIGITS and float(value).is_integer():
         return f"{int(value):,} {name}"
     return f"{_number(value / size, digits=2)} {name}"
+
+
+def axis(largest: float, unit: str) -> tuple[float, str]:
+    """Return what one unit of an axis is worth, and its name: (2**30, "GiB") for bytes that reach one GiB, (1e-3, "ms") below a second."""
+    if unit == "bytes":
+        return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
+    if unit == "s":
+        return (1.0, "s") if largest >= 1 else (1e-3, "ms")
+    return 1.0, "" if unit == "1" else unit
 
 
 def change(difference: float, unit: str) -> str:

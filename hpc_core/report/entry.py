@@ -1,4 +1,4 @@
-"""What a report shows of one case on one machine: its newest record, the sessions before, and what the gate says. Draws nothing."""
+"""What a report is made of: an entry for each case and machine, with its record, its earlier sessions and the gate's verdict; and its cells as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from hpc_core.baselines.baseline import Baseline, Damaged
+from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged
 from hpc_core.baselines.history import sessions
 from hpc_core.baselines.lookup import find
 from hpc_core.baselines.over_time import moment
@@ -19,87 +19,239 @@ from hpc_core.explain.before import stored_before
 from hpc_core.explain.explain import Cause, explain
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.judge import judge
-from hpc_core.gate.verdict import Judgement, Verdict, share
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, share
+from hpc_core.record import units
 from hpc_core.record.record import Metric, Record
-from hpc_core.report.growth import grown
-from hpc_core.report.row import Row
-
-__all__ = ["BUSY", "WALL", "Entry", "Spread", "entries_of"]
 
 BUSY = ("busy_s", "busy_decode_token_s")
 """GPU-busy seconds of a step, or of a decoded token: a case has one of them."""
 WALL = ("step_s", "decode_token_s", "query_s")
-"""What a clock on the host saw, the first that is there."""
+"""Seconds by the host's clock; the first one that a record holds is shown."""
+NOTHING = "-"
+"""A cell without a value."""
+
+_SHARES = (("mfu", "MFU"), ("mbu", "MBU"))
+_LEADING = ("peak_bytes", "busy_s", "busy_decode_token_s", "step_s", "query_s")
+"""Whose change is shown where no metric is worse than allowed."""
+_WORTH_SAYING_BYTES = 2**20
+
+
+class Row(msgspec.Struct, frozen=True, kw_only=True):
+    """One case in a table: its record, verdict and acceptance, and the cells that show them."""
+
+    record: Record
+    judgement: Judgement | None = None
+    """None if nothing was judged, as with `hpc-core run`."""
+    acceptance: Acceptance | None = None
+    """Set if the record became the baseline."""
+    refused: str | None = None
+    """Why the record was not accepted as the baseline, although that was asked for."""
+    grown: tuple[str, ...] = ()
+    """What holds more memory at the peak than in the last accepted record, largest growth first."""
+    cause: Cause | None = None
+    """Why it differs from its baseline, if it does."""
+    expired: tuple[str, ...] = ()
+    """One sentence for each expired waiver of this case."""
+    command: str | None = None
+    """Runs this case alone; None if its id is enough."""
+    good_commit: str | None = None
+    """The commit whose numbers the baseline holds, if it is known."""
+
+    @property
+    def case(self) -> str:
+        """Return the case's id."""
+        return self.record.case.id
+
+    @property
+    def verdict(self) -> str:
+        """Return the word in the table: the gate's verdict, or how the run ended."""
+        failure = self.record.failure
+        if failure is not None:
+            return "MISSING" if failure.kind in ("missing_library", "missing_data") else "BROKEN"
+        if self.refused is not None:
+            return "REFUSED"
+        if self._is_accepted:
+            assert self.acceptance is not None
+            return {"created": "NEW", "updated": "UPDATED", "unchanged": "UNCHANGED"}[self.acceptance.action]
+        if self.judgement is not None:
+            return self.judgement.verdict.value
+        return "OK" if self.record.status == "ok" else "INVALID"
+
+    @property
+    def wall(self) -> str:
+        """Return the median wall time of a step or a query."""
+        return self._shown("step_s", "query_s")
+
+    @property
+    def busy(self) -> str:
+        """Return the GPU-busy time of a step, or of a decoded token."""
+        found = next((name for name in BUSY if name in self._metrics), None)
+        text = self._shown(*BUSY)
+        return f"{text}/tok" if found == "busy_decode_token_s" else text
+
+    @property
+    def peak(self) -> str:
+        """Return the peak memory of tensors (CPU) or of the allocator (GPU)."""
+        return self._shown("peak_bytes")
+
+    @property
+    def tokens_per_s(self) -> str:
+        """Return unpadded tokens per second, rounded to a whole number."""
+        metric = self._metrics.get("tokens_per_s")
+        return NOTHING if metric is None else f"{metric.value:,.0f}"
+
+    @property
+    def perplexity(self) -> str:
+        """Return the perplexity, with that of the unquantized weights in brackets if both were measured."""
+        found, plain = self._metrics.get("perplexity"), self._metrics.get("perplexity_unquantized")
+        if found is None:
+            return NOTHING
+        return f"{found.value:.2f}" if plain is None else f"{found.value:.2f} ({plain.value:.2f})"
+
+    @property
+    def share(self) -> str:
+        """Return the share of its ceiling, "MFU 41 %" or "MBU 55 %"; without a ceiling, what limits it."""
+        for name, word in _SHARES:
+            if name in self._metrics:
+                return f"{word} {100 * self._metrics[name].value:.0f} %"
+        busy_share = self._metrics.get("busy_share")
+        if busy_share is None:
+            return NOTHING
+        return (busy_share.note or "").rpartition("; ")[2].partition(":")[0] or f"busy {100 * busy_share.value:.0f} %"
+
+    @property
+    def change(self) -> str:
+        """Return the decisive difference from the baseline."""
+        if self._is_accepted and self.acceptance is not None:
+            return first_change(self.acceptance.changes)
+        judgement = self.judgement
+        if judgement is None or judgement.broken or judgement.verdict is Verdict.NO_BASELINE:
+            return NOTHING
+        leading = next((row for row in judgement.metrics if row.verdict is judgement.verdict and row.change), None)
+        if judgement.verdict is Verdict.PASS:
+            leading = _best_known(judgement)
+            return "=" if leading is None or not leading.change else _difference(leading)
+        return NOTHING if leading is None else _difference(leading)
+
+    @property
+    def _is_accepted(self) -> bool:
+        """Return whether the acceptance is the whole result; an accepted case may still exceed a limit of its owner."""
+        return self.acceptance is not None and (self.judgement is None or self.judgement.verdict is Verdict.PASS)
+
+    @property
+    def _metrics(self) -> dict[str, Metric]:
+        return self.record.metrics if self.record.status == "ok" else {}
+
+    def _shown(self, *names: str) -> str:
+        metric = next((self._metrics[name] for name in names if name in self._metrics), None)
+        return NOTHING if metric is None else units.quantity(metric.value, metric.unit)
+
+
+def _best_known(judgement: Judgement) -> MetricVerdict | None:
+    by_name = {row.metric: row for row in judgement.metrics}
+    return next((by_name[name] for name in _LEADING if name in by_name), None)
+
+
+def _difference(row: MetricVerdict) -> str:
+    if row.change is None:
+        return NOTHING
+    if row.ratio is not None and abs(row.ratio) < 10:
+        return f"{row.metric} {units.percent(row.ratio)}"
+    return f"{row.metric} {units.change(row.change, row.unit)}"
+
+
+def first_change(changes: tuple[Change, ...]) -> str:
+    """Return the change that a reader compares first; "=" if there is none."""
+    if not changes:
+        return "="
+    by_name = {change.metric: change for change in changes}
+    leading = next((by_name[name] for name in _LEADING if name in by_name), changes[0])
+    return moved(leading)
+
+
+def moved(change: Change) -> str:
+    """Return such as "peak_bytes 5.40 MiB → 5.60 MiB"."""
+    if change.old is not None and change.new is not None:
+        return f"{change.metric} {units.pair(change.old, change.new, change.unit)}"
+    value = change.new if change.new is not None else change.old
+    assert value is not None
+    word = "dropped " if change.new is None else ""
+    return f"{word}{change.metric} {units.quantity(value, change.unit)}"
 
 
 class Spread(msgspec.Struct, frozen=True, kw_only=True):
-    """The range that a value takes over processes and sessions; no confidence interval, since they are few."""
+    """The range of a value over processes and sessions. No confidence interval: there are too few."""
 
     low: float
     high: float
     count: int
-    """Values it is the range of, at least two."""
+    """How many values, at least two."""
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One case on one machine."""
 
     record: Record
-    """The newest one."""
+    """The newest record."""
     past: tuple[Record, ...]
-    """Sound records of the very same case (by digest) on this machine, oldest first, the newest included."""
+    """All sound records of the same case (by digest) on this machine, oldest first, the newest included."""
     judgement: Judgement | None = None
-    """None where no baselines were named."""
+    """None if no baselines were named."""
     grown: tuple[str, ...] = ()
-    """What holds more memory at the peak than in the last accepted record, the largest first."""
+    """What holds more memory at the peak than in the last accepted record, largest growth first."""
     cause: Cause | None = None
-    """Why it is not as its baseline, as the suite says it; None where it is, where it failed, and where none is sound."""
+    """Why it differs from its baseline; None if it does not, if the run failed, or if no baseline is sound."""
 
     @property
     def row(self) -> Row:
-        """The same as a row of the terminal's table."""
+        """Return the same as a row of the terminal's table."""
         return Row(record=self.record, judgement=self.judgement, grown=self.grown, cause=self.cause)
 
     @property
     def case(self) -> str:
-        """The case's id."""
+        """Return the case's id."""
         return self.record.case.id
 
     @property
+    def anchor(self) -> str:
+        """Return the id of the case's details on the page."""
+        return f"c-{self.machine}-{self.case.replace('/', '--')}"
+
+    @property
     def machine(self) -> str:
-        """The machine's key; "predicted" where nothing ran."""
+        """Return the machine's key, "predicted" if nothing ran."""
         return self.record.circumstances.machine.key
 
     @property
     def is_predicted(self) -> bool:
-        """Whether its numbers were predicted on fake tensors."""
+        """Return whether the numbers were predicted on fake tensors."""
         return self.machine == "predicted" or "predicted" in self.record.circumstances.gpu
 
     @property
     def metrics(self) -> dict[str, Metric]:
-        """The numbers of a sound record; none of one that failed or is invalid."""
+        """Return the metrics of a sound record; none of a failed or invalid one."""
         return self.record.metrics if self.record.status == "ok" else {}
 
     @property
-    def needs_a_look(self) -> bool:
-        """Whether it is worse, better, broken or cannot be compared: everything but an unmoved case."""
+    def needs_attention(self) -> bool:
+        """Return whether a reader should look at it: anything but PASS, or a record that is not sound."""
         if self.record.status != "ok":
             return True
         return self.judgement is not None and self.judgement.verdict is not Verdict.PASS
 
     def value(self, *names: str) -> float | None:
-        """Of the first of these metrics that is there."""
+        """Return the value of the first of these metrics that the record holds."""
         name = self.name_of(*names)
         return None if name is None else float(self.metrics[name].value)
 
     def name_of(self, *names: str) -> str | None:
-        """The first of these metrics that is there."""
+        """Return the first of these names that is a metric of the record."""
         return next((name for name in names if name in self.metrics), None)
 
     def spread(self, *names: str) -> Spread | None:
-        """The range of the first of these metrics; None of a single value.
+        """Return the range of the first of these metrics; None for a single value.
 
-        Rounds within one process are no replicates: of wall time each session gives its median.
+        Rounds within one process are not replicates: each session contributes the median of its wall times.
         """
         name = self.name_of(*names)
         if name is None:
@@ -117,7 +269,7 @@ def _replicates(metric: Metric | None, like: Metric) -> Sequence[float]:
 
 
 def entries_of(records: Iterable[Record], baselines: Path | None = None) -> tuple[Entry, ...]:
-    """An entry a case and machine, by machine and id, numbers in it by size; judged by `baselines` where they are named."""
+    """Return one entry for each machine and case, sorted by both (numbers in an id by size), and judged if `baselines` is given."""
     grouped: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         grouped.setdefault((record.circumstances.machine.key, record.case.id), []).append(record)
@@ -133,7 +285,7 @@ def entries_of(records: Iterable[Record], baselines: Path | None = None) -> tupl
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    """A key that puts -b4 before -b16. Digits are compared by their count first: a number of any length is never made of them."""
+    """Return a key that sorts -b4 before -b16. Digits are compared by their count first, so an id of a thousand digits is never converted."""
     parts = re.split(r"([0-9]+)", name)
     return [(len(part.lstrip("0")) if at % 2 else 0, part) for at, part in enumerate(parts)]
 
@@ -145,7 +297,7 @@ class _Judged(NamedTuple):
 
 
 def _judged(baselines: Path, alpha: float, record: Record) -> _Judged:
-    """The verdict as the suite gives it, without waivers; what grew since the last accepted record, and why."""
+    """Return the verdict as the suite gives it, without waivers; what grew since the last accepted record; and the cause."""
     key, case_id = record.circumstances.machine.key, record.case.id
     lookup = find(baselines, key, case_id)
     if not isinstance(lookup, Baseline):
@@ -163,3 +315,17 @@ def _judged(baselines: Path, alpha: float, record: Record) -> _Judged:
     assert before is not None  # the baseline is sound
     last = before.record if judgement.verdict is Verdict.REGRESSED else None
     return _Judged(judgement, () if last is None else grown(last, record), explain(before, record, judgement))
+
+
+def grown(before: Record, now: Record, most: int = 5) -> tuple[str, ...]:
+    """Return lines such as "activations aten.mul.Tensor 1.31 GiB → 3.00 GiB (+1.69 GiB)", largest first."""
+    old, new = before.makers_at_peak, now.makers_at_peak
+    if not old:
+        return ()
+    changes = {name: value - old.get(name, 0) for name, value in new.items()}
+    largest = sorted(changes.items(), key=lambda each: (-each[1], each[0]))[:most]
+    return tuple(
+        f"{name} {units.quantity(old.get(name, 0), 'bytes')} → {units.quantity(new[name], 'bytes')} ({units.change(change, 'bytes')})"
+        for name, change in largest
+        if change >= _WORTH_SAYING_BYTES
+    )

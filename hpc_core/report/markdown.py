@@ -8,11 +8,9 @@ from collections.abc import Sequence
 
 from hpc_core.baselines.reading import plain
 from hpc_core.gate.verdict import MetricVerdict, Verdict
-from hpc_core.record import units as sizes
+from hpc_core.record import units
 from hpc_core.report.entry import Entry
 from hpc_core.report.terminal import caption
-
-__all__ = ["markdown", "safe"]
 
 LARGEST_BYTES = 900_000
 """GitHub drops a step's summary above 1 MiB; a comment takes 65,536 characters."""
@@ -46,13 +44,13 @@ def safe(text: str, longest: int = _LONGEST) -> str:
 
 def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
     """The whole report. Where no case needs a look, it is one sentence and a fold."""
-    moved = sorted((each for each in entries if each.needs_a_look), key=_gravest_first)
+    moved = sorted((each for each in entries if each.needs_attention), key=_gravest_first)
     lines = [f"### hpc-core: {_headline(entries, moved)}", ""]
     if moved:
         lines += [*_table(moved), ""]
         for entry in moved:
             lines += _details(entry)
-    still = [entry for entry in entries if not entry.needs_a_look]
+    still = [entry for entry in entries if not entry.needs_attention]
     if still:
         lines += _fold(f"{_cases(len(still))} {'unmoved' if moved or _judged(entries) else 'measured'}", _table(still))
     lines += [f"<sub>{line}</sub>  " for line in dict.fromkeys(safe(caption(each.record)) for each in entries)]
@@ -151,9 +149,9 @@ def _metrics(judged: Sequence[MetricVerdict]) -> list[str]:
         return []
     lines = ["", "| metric | accepted | now | change | limit | verdict |", "|---|---|---|---|---|---|"]
     for each in moved[:_SHOWN_METRICS]:
-        old = "-" if each.old is None else sizes.quantity(each.old, each.unit)
-        new = "-" if each.new is None else sizes.quantity(each.new, each.unit)
-        ratio = "-" if each.ratio is None else sizes.percent(each.ratio)
+        old = "-" if each.old is None else units.quantity(each.old, each.unit)
+        new = "-" if each.new is None else units.quantity(each.new, each.unit)
+        ratio = "-" if each.ratio is None else units.percent(each.ratio)
         cells = (safe(each.metric), safe(old), safe(new), safe(ratio), safe(each.limit), str(each.verdict))
         lines.append(f"| {' | '.join(cells)} |")
     more = len(moved) - _SHOWN_METRICS

@@ -26,8 +26,6 @@ from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
 
-__all__ = ["Roof", "RoofPoint", "newest_roofs", "points_of", "roofs_of"]
-
 Work = Literal["step", "prefill", "decode"]
 _MATMUL = ("matmul_", "_flop_per_s")
 

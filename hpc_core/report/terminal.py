@@ -17,10 +17,8 @@ from rich.text import Text
 
 from hpc_core.gate.verdict import Verdict, expected_line
 from hpc_core.record.record import Record
-from hpc_core.report.ratchet import accept_new, keep_gains
-from hpc_core.report.row import Row, accepted_line
-
-__all__ = ["caption", "render", "summary"]
+from hpc_core.report.entry import NOTHING, Row
+from hpc_core.report.lines import accept_new, accepted_line, keep_gains
 
 _STYLES = {
     "PASS": "green",
@@ -36,7 +34,6 @@ _STYLES = {
 }
 _UNDECIDED = "yellow"
 _WHY = "Why"
-_NOTHING = "-"
 _GAP = 2
 _PERPLEXITY = "ppl (unquantized)"
 _COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", _PERPLEXITY, "against baseline")
@@ -64,7 +61,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
     """The columns that say something and fit; the last one may be cut."""
-    chosen = [name for name in _COLUMNS if any(line[name] not in (_NOTHING, "") for line in lines)]
+    chosen = [name for name in _COLUMNS if any(line[name] not in (NOTHING, "") for line in lines)]
     for name in _LEAST_NEEDED:
         if _natural(lines, chosen) <= width:
             break

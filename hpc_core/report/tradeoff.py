@@ -11,8 +11,6 @@ from hpc_core.baselines.reading import plain
 from hpc_core.case.case import Case, case_to_json
 from hpc_core.report.entry import BUSY, WALL, Entry
 
-__all__ = ["Ablation", "Effect", "ablations_of", "comparable", "front", "speed_of"]
-
 _MOST_CHANGES = 3
 _MOST_CASES = 60
 """Of one group: each is compared with each, and more rows than these nobody reads."""

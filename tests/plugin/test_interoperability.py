@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from hpc_core.baselines.reading import read_records
 from hpc_core.report.entry import entries_of
 from hpc_core.report.records_csv import records_csv

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hpc_core.report.records_csv import COLUMNS, records_csv
 
 from hpc_core.cli import main
 from hpc_core.report.entry import Entry, entries_of
 from hpc_core.report.markdown import LARGEST_BYTES, markdown
 from hpc_core.report.page import LARGEST_BYTES as LARGEST_PAGE
 from hpc_core.report.page import page
-from hpc_core.report.records_csv import COLUMNS, records_csv
 from tests.many_records import H100, failed, many, measured, with_metric, written
 
 NEWEST = {record.case.id: record for record in measured()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from hpc_core.report.records_csv import COLUMNS, records_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,7 +23,6 @@ from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, page
-from hpc_core.report.records_csv import COLUMNS, records_csv
 from tests.hostile import KNOWN, OWN_TAGS, check_error, check_markdown, numbers, seen, texts
 from tests.many_records import failed, measured
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hpc_core.report.memory_plot import check_plot, draw_memory
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.record.record import (
@@ -15,7 +16,6 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
-from hpc_core.report.memory_plot import check_plot, draw_memory
 from tests.strategies import a_record, around
 
 MIB = 2**20

@@ -16,6 +16,9 @@ from xml.etree import ElementTree
 import msgspec
 import psutil
 import pytest
+from hpc_core.report.page.scales import linear, log
+from hpc_core.report.plots import PLOTS, Drawing
+from hpc_core.report.plots.points import draw_speed_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,9 +26,6 @@ from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import entries_of
-from hpc_core.report.page.scales import linear, log
-from hpc_core.report.plots import PLOTS, Drawing
-from hpc_core.report.plots.points import draw_speed_memory
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
 from tests.many_records import H100, draw_all, failed, many, measured, written

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from hpc_core.report.row import accepted_line
 from rich.cells import cell_len
 
 from hpc_core.baselines.accept import accept
@@ -16,7 +17,6 @@ from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge
 from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report import Row, render
-from hpc_core.report.row import accepted_line
 from tests.strategies import a_record, busy, counted, peak, wall
 
 LORA = catalogue()["llama-3.2-3b/lora"]

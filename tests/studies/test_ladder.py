@@ -20,7 +20,7 @@ from bench.studies.stock_and_tuned.paired import work_of
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("vl_convert")
 METHODS, WEIGHTS = ["lora", "qlora", "full"], ["bf16", "nf4"]
 
 
@@ -58,7 +58,7 @@ def test_the_picture_says_every_number_and_why_there_is_none() -> None:
     assert {
         "QLoRA of a model", "stock", "+ one thing", "225.0, busy 91.0 (39 tokens/s)", "60.0, busy 58.2", "10.39", "5.99",
         "no number: not run", "GiB, a graph's pool included", "a card, a stack",
-        "ms a step: wall time, and dark what the GPU was busy",
+        "ms per step: wall time; dark: GPU-busy",
     } <= texts  # fmt: skip
 
 

@@ -11,7 +11,7 @@
   const name = () => { theme.textContent = isDark() ? "Light" : "Dark"; };
   theme.hidden = false;
   name();
-  theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; name(); });
+  theme.addEventListener("click", () => { root.dataset.theme = isDark() ? "light" : "dark"; name(); document.dispatchEvent(new Event("theme")); });
 
   // Sorting: what has no value stays last, whichever way.
   const key = (row, column, isText) => {

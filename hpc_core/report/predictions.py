@@ -1,34 +1,32 @@
-"""Predictions for a person: does it fit, where the peak is, what fills it, and how it was predicted. Knows no terminal."""
+"""Predictions as text: whether a case fits the card, where the peak is, what fills it, and how it was predicted."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hpc_core.record import units as sizes
+from hpc_core.record import units
 from hpc_core.record.record import Metric, Record
-
-__all__ = ["fits", "prediction_block", "room_bytes", "sweep_table"]
 
 _PHASES = ("forward", "backward", "optimizer", "prefill", "decode")
 _AT_PEAK = "at_peak_"
 _OWNED = (("weights_bytes", "weights"), ("adapter_weights_bytes", "adapter"), ("optimizer_bytes", "optimizer"))
 _COUNTS = (("flops", "FLOPs"), ("kernels", "kernels"), ("operators", "operators"))
-_TOLD_OF_STACK = ("torch", "transformers", "peft", "bitsandbytes")
+_STACK = ("torch", "transformers", "peft", "bitsandbytes")
 _ABSENT = "-"
 
 
 def room_bytes(record: Record, margin_bytes: int) -> int:
-    """What a step may take on the record's card: its memory without the margin."""
+    """Return what a step may take on the record's card: its memory without the margin."""
     return record.circumstances.machine.memory_bytes - margin_bytes
 
 
 def fits(record: Record, margin_bytes: int) -> bool:
-    """Whether the predicted peak leaves the margin free."""
+    """Return whether the predicted peak leaves the margin free."""
     return record.metrics["peak_bytes"].value <= room_bytes(record, margin_bytes)
 
 
 def prediction_block(record: Record, margin_bytes: int) -> str:
-    """One prediction as lines of label and text."""
+    """Return one prediction as lines of label and text."""
     metrics, card = record.metrics, record.circumstances.machine
     lines = [
         ("fits" if fits(record, margin_bytes) else "DOES NOT FIT", _verdict(record, margin_bytes)),
@@ -46,13 +44,13 @@ def prediction_block(record: Record, margin_bytes: int) -> str:
         lines = [(label, text.partition(" (as built")[0]) for label, text in lines]
     width = max(len(label) for label, _ in lines)
     head = f"{record.case.id} on one {card.name}, predicted"
-    said = [f"  {label:<{width}}  {text}" for label, text in lines if text]
-    said += [f"  INVALID: {reason}" for reason in record.reasons]
-    return "\n".join([head, *said])
+    shown = [f"  {label:<{width}}  {text}" for label, text in lines if text]
+    shown += [f"  INVALID: {reason}" for reason in record.reasons]
+    return "\n".join([head, *shown])
 
 
 def sweep_table(field: str, rows: Sequence[tuple[str, Record]], margin_bytes: int) -> str:
-    """A table with one row a value; a value that could not be predicted says why."""
+    """Return a table with one row for each value of the field, and why a value could not be predicted."""
     good = [record for _, record in rows if record.failure is None]
     phases = [phase for phase in _PHASES if any(f"peak_{phase}_bytes" in record.metrics for record in good)]
     table = [[field, "peak", *phases, "left", "FLOPs", "kernels"]]
@@ -80,12 +78,12 @@ def sweep_table(field: str, rows: Sequence[tuple[str, Record]], margin_bytes: in
 
 
 def _covered(records: Sequence[Record]) -> list[str]:
-    """What the counts in a table are totals of."""
+    """Return what the counts in a table are totals of."""
     if not records:
         return []
-    units = [(word, records[0].metrics[name].unit.partition(" per ")[2]) for name, word in _COUNTS[:2]]
-    told = [f"{word} per {unit}" for word, unit in units if unit]
-    return [f"({', '.join(told)})"] if told else []
+    covered = [(word, records[0].metrics[name].unit.partition(" per ")[2]) for name, word in _COUNTS[:2]]
+    shown = [f"{word} per {unit}" for word, unit in covered if unit]
+    return [f"({', '.join(shown)})"] if shown else []
 
 
 def _verdict(record: Record, margin_bytes: int) -> str:
@@ -101,7 +99,7 @@ def _by_phase(metrics: dict[str, Metric]) -> list[tuple[str, Metric]]:
 
 
 def _at_peak(metrics: dict[str, Metric]) -> list[tuple[str, Metric]]:
-    """The categories at the peak, the largest first."""
+    """Return the categories at the peak, largest first."""
     found = [
         (name.removeprefix(_AT_PEAK).removesuffix("_bytes").replace("_", " "), metric)
         for name, metric in metrics.items()
@@ -111,19 +109,19 @@ def _at_peak(metrics: dict[str, Metric]) -> list[tuple[str, Metric]]:
 
 
 def _listed(parts: Sequence[tuple[str, Metric]]) -> str:
-    return ", ".join(f"{word} {sizes.quantity(metric.value, metric.unit)}" for word, metric in parts)
+    return ", ".join(f"{word} {units.quantity(metric.value, metric.unit)}" for word, metric in parts)
 
 
 def _shown(metrics: dict[str, Metric], name: str) -> str:
     metric = metrics.get(name)
-    return _ABSENT if metric is None else sizes.quantity(metric.value, metric.unit)
+    return _ABSENT if metric is None else units.quantity(metric.value, metric.unit)
 
 
 def _bytes(value: int) -> str:
-    return sizes.quantity(value, "bytes")
+    return units.quantity(value, "bytes")
 
 
 def _how(record: Record) -> str:
     seen = record.circumstances
-    stack = ", ".join(f"{name} {seen.stack[name]}" for name in _TOLD_OF_STACK if name in seen.stack)
+    stack = ", ".join(f"{name} {seen.stack[name]}" for name in _STACK if name in seen.stack)
     return f"without a GPU, by {seen.gpu.get('torch', 'torch')}: {stack}"

@@ -1,4 +1,4 @@
-"""A metric over sessions as text and as JSON: values, change points, and what else moved there."""
+"""A metric over sessions, as text and as JSON: values, change points, and which packages moved there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from hpc_core.baselines.over_time import Point
 from hpc_core.case.errors import SpecError
 from hpc_core.gate.change_points import ALPHA, ChangePoint, exact_changes, least_points, noisy_changes
 from hpc_core.gate.comparability import packages_moved
-from hpc_core.record import units as sizes
-
-__all__ = ["Series", "as_json", "counted", "lines", "overview", "said", "series", "summary"]
+from hpc_core.record import units
 
 _SHOWN_PACKAGES = 4
 
@@ -25,22 +23,22 @@ class Series(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     noise: str
     points: tuple[Point, ...]
-    """Those that hold the metric."""
+    """The points that hold the metric."""
     changes: tuple[ChangePoint, ...]
     silence: str = ""
-    """Why no change point is told, where there are too few points to tell one."""
+    """Why no change point can be found, if there are too few points."""
 
     @property
     def values(self) -> tuple[float, ...]:
-        """One a session: the value, for busy time the median of its processes."""
+        """Return one value for each session; for GPU-busy time the median of its processes."""
         return tuple(point.metrics[self.metric].value for point in self.points)
 
 
 def series(points: Sequence[Point], metric: str) -> Series:
-    """The metric over those points that hold it in the unit and noise class of the newest.
+    """Return the metric over the points that hold it in the unit and noise class of the newest.
 
     Raises:
-        SpecError: no point holds it; the message names metrics that are there.
+        SpecError: no point holds it; the message lists the metrics that exist.
     """
     holding = [point for point in points if metric in point.metrics]
     if not holding:
@@ -68,7 +66,7 @@ def series(points: Sequence[Point], metric: str) -> Series:
 
 
 def overview(points: Sequence[Point]) -> list[str]:
-    """One line a gated metric: first and last value, and how often it changed."""
+    """Return one line for each gated metric: first and last value, and how often it changed."""
     names = sorted({name for point in points for name, metric in point.metrics.items() if metric.gated})
     found = [series(points, name) for name in names]
     width = max((len(name) for name in names), default=0)
@@ -78,69 +76,71 @@ def overview(points: Sequence[Point]) -> list[str]:
 def _ends(each: Series) -> str:
     first, last = each.values[0], each.values[-1]
     if first == last:
-        return sizes.quantity(last, each.unit)
-    ratio = f" ({sizes.percent(last / first - 1)})" if first else ""
-    return f"{sizes.pair(first, last, each.unit)}{ratio}"
+        return units.quantity(last, each.unit)
+    ratio = f" ({units.percent(last / first - 1)})" if first else ""
+    return f"{units.pair(first, last, each.unit)}{ratio}"
 
 
 def summary(each: Series) -> str:
-    """Such as "[12 sessions: 1 change, last 2026-11-24]"."""
+    """Return such as "[12 sessions: 1 change, last 2026-11-24]"."""
     if each.silence:
         return f"[{each.silence}]"
     many = len(each.changes)
-    told = "no change" if not many else f"{counted(many, 'change')}, last {each.points[each.changes[-1].index].at[:10]}"
-    return f"[{counted(len(each.points), 'session')}: {told}]"
+    shown = (
+        "no change" if not many else f"{counted(many, 'change')}, last {each.points[each.changes[-1].index].at[:10]}"
+    )
+    return f"[{counted(len(each.points), 'session')}: {shown}]"
 
 
 def lines(each: Series) -> list[str]:
-    """A line a point, the change points marked, with what moved there; then what could not be told."""
+    """Return one line for each point, change points marked with what moved there, then what could not be decided."""
     starts = {change.index: change for change in each.changes}
-    told = ["  when              commit      from      value"]
+    shown = ["  when              commit      from      value"]
     for index, (point, value) in enumerate(zip(each.points, each.values, strict=True)):
         change = starts.get(index)
         mark = "*" if change is not None else " "
         spread = _spread(point, each.metric, each.unit)
-        told.append(
+        shown.append(
             f"{mark} {point.at[:16].replace('T', ' ')}  {(point.commit or 'unknown')[:10]:<10}  {point.source:<8}  "
-            f"{sizes.quantity(value, each.unit)}{spread}"
+            f"{units.quantity(value, each.unit)}{spread}"
         )
         if change is not None:
-            told.append(f"    {said(each, change)}")
+            shown.append(f"    {change_text(each, change)}")
     if each.silence:
-        told.append(f"{each.silence}.")
+        shown.append(f"{each.silence}.")
     elif not each.changes:
-        told.append("No change point.")
+        shown.append("No change point.")
     if each.noise != "exact" and not each.silence:
-        told.append(f"A metric that never moved shows a change point here with a chance of {ALPHA:.0%}.")
-    return told
+        shown.append(f"A metric that never moved shows a change point here with a chance of {ALPHA:.0%}.")
+    return shown
 
 
 def _spread(point: Point, metric: str, unit: str) -> str:
     samples = point.metrics[metric].samples or ()
     if len(samples) < 2:
         return ""
-    return f"  ({len(samples)} samples, {sizes.quantity(min(samples), unit)} to {sizes.quantity(max(samples), unit)})"
+    return f"  ({len(samples)} samples, {units.quantity(min(samples), unit)} to {units.quantity(max(samples), unit)})"
 
 
-def said(each: Series, change: ChangePoint) -> str:
-    """Such as "+10 % (250.00 ms → 275.00 ms), p 0.004; since commit 0123abc; moved: torch 2.11.0 → 2.12.0"."""
-    ratio = f"{sizes.percent(change.after / change.before - 1)} " if change.before else ""
+def change_text(each: Series, change: ChangePoint) -> str:
+    """Return such as "+10 % (250.00 ms → 275.00 ms), p 0.004; since commit 0123abc; moved: torch 2.11.0 → 2.12.0"."""
+    ratio = f"{units.percent(change.after / change.before - 1)} " if change.before else ""
     certain = "" if change.p is None else f", p {change.p:.2g}"
     was, now = each.points[change.index - 1], each.points[change.index]
     moved = packages_moved(was.stack, now.stack)
     more = f" and {len(moved) - _SHOWN_PACKAGES} more" if len(moved) > _SHOWN_PACKAGES else ""
     packages = f"; moved: {', '.join(moved[:_SHOWN_PACKAGES])}{more}" if moved else ""
     commits = f"; commits {was.commit[:10]}..{now.commit[:10]}" if was.commit and now.commit else ""
-    return f"{ratio}({sizes.pair(change.before, change.after, each.unit)}){certain}{commits}{packages}"
+    return f"{ratio}({units.pair(change.before, change.after, each.unit)}){certain}{commits}{packages}"
 
 
 def counted(many: int, word: str) -> str:
-    """Such as "1 session" or "2 sessions"."""
+    """Return such as "1 session" or "2 sessions"."""
     return f"{many} {word}{'' if many == 1 else 's'}"
 
 
 def as_json(case_id: str, key: str, found: Sequence[Series], notes: Sequence[str]) -> dict[str, Any]:
-    """Everything that the text says, as plain values."""
+    """Return everything that the text says, as plain values."""
     return {
         "case": case_id,
         "machine": key,

@@ -1,4 +1,4 @@
-"""All metrics of all records as CSV, one row a metric: what a spreadsheet or a data frame reads. Judges nothing."""
+"""All metrics of all records as CSV, one row for each metric, for a spreadsheet or a data frame."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from hpc_core.baselines.reading import plain
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
-
-__all__ = ["COLUMNS", "records_csv"]
 
 COLUMNS = (
     "case",
@@ -40,9 +38,9 @@ _LONGEST = 300
 
 
 def records_csv(entries: Iterable[Entry]) -> str:
-    """A table with a line a metric of every record, older sessions included; a record without numbers has one line.
+    """Return a table with one line for each metric of every record, older sessions included; a record without metrics has one line.
 
-    Numbers are written as Python reads them back. A text that a spreadsheet would run as a formula starts with an apostrophe.
+    Numbers are written as Python's repr. A text that a spreadsheet would run as a formula gets an apostrophe in front.
     """
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -56,7 +54,7 @@ def records_csv(entries: Iterable[Entry]) -> str:
 
 
 def _lines(record: Record, entry: Entry | None) -> list[list[str]]:
-    """`entry`: where the record is the newest one, and so was judged."""
+    """Return the lines of a record; `entry` is given for the newest one, which was judged."""
     seen, judgement = record.circumstances, None if entry is None else entry.judgement
     verdicts = {} if judgement is None else {each.metric: each for each in judgement.metrics}
     stack = " ".join(f"{name}={version}" for name, version in sorted(seen.stack.items()))
@@ -81,6 +79,6 @@ def _lines(record: Record, entry: Entry | None) -> list[list[str]]:
 
 
 def _text(value: str) -> str:
-    """One line that no spreadsheet takes for a formula."""
+    """Return one line that no spreadsheet runs as a formula."""
     line = " ".join(plain(value, _LONGEST).split())
     return f"'{line}" if line.startswith(_FORMULA) else line

@@ -1,0 +1,154 @@
+"""Sentences about baselines: what was accepted, what changed since the merge base, what to accept next, and waivers."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hpc_core.baselines.at_commit import BaselineChange
+from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged, Lookup, Missing
+from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.waivers import Waiver
+from hpc_core.record import units
+from hpc_core.report.entry import Row, first_change, moved
+
+_CASE = " --case "
+_SHOWN = 6
+
+
+def accepted_line(acceptance: Acceptance) -> str:
+    """Return what an acceptance wrote: "updated baselines/cpu/tiny/lora.json: peak_bytes 5.40 MiB → 5.60 MiB (and 3 more)"."""
+    path = Path(acceptance.path)
+    path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    if acceptance.action == "unchanged":
+        return f"unchanged {path}: every gated metric as accepted"
+    changed = [change for change in acceptance.changes if change.old is not None]
+    if acceptance.action == "created" or not changed:
+        leading = first_change(acceptance.changes)
+        return f"{acceptance.action} {path}: {len(acceptance.changes)} metrics, {leading}"
+    return f"{acceptance.action} {path}: {'; '.join(moved(change) for change in acceptance.changes)}"
+
+
+def change_line(change: BaselineChange) -> str:
+    """Return such as "cpu/tiny/lora: peak_bytes 5.62 GiB → 7.50 GiB (+33 %); reason: checkpointing is off on purpose"."""
+    where = f"{change.machine}/{change.case}"
+    if isinstance(change.new, Missing):
+        return f"{where}: REMOVED"
+    if not isinstance(change.new, Baseline):
+        return f"{where}: {_state(change.new)}"
+    reason = f"; reason: {change.reason}{' (uncommitted code)' if change.new.accepted.dirty else ''}"
+    if not isinstance(change.old, Baseline):
+        before = "new" if isinstance(change.old, Missing) else f"was {_state(change.old)}, now sound"
+        return f"{where}: {before}, {len(change.new.metrics)} metrics{reason}"
+    case = "the case changed; " if change.old.digest != change.new.digest else ""
+    metrics = change.metrics
+    shown = ", ".join(changed_metric(each) for each in metrics[:_SHOWN]) or "every value as before"
+    more = f" and {len(metrics) - _SHOWN} more" if len(metrics) > _SHOWN else ""
+    return f"{where}: {case}{shown}{more}{reason}"
+
+
+def _state(lookup: Lookup) -> str:
+    return f"DAMAGED: {lookup.reason}" if isinstance(lookup, Damaged) else "of another schema"
+
+
+def changed_metric(change: Change) -> str:
+    """Return such as "peak_bytes 5.62 GiB → 7.50 GiB (+33 %)"."""
+    if change.old is None or change.new is None:
+        value = change.old if change.new is None else change.new
+        assert value is not None
+        return f"{change.metric} {units.quantity(value, change.unit)} {'dropped' if change.new is None else 'added'}"
+    if change.old == change.new:
+        return f"{change.metric} {units.quantity(change.new, change.unit)} (what is known of it changed)"
+    ratio = f" ({units.percent(change.new / change.old - 1)})" if change.old else ""
+    return f"{change.metric} {units.pair(change.old, change.new, change.unit)}{ratio}"
+
+
+def keep_gains(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return a sentence and the commands that accept every case that improved; nothing where none did.
+
+    A case where something else got worse is left out: accepting it would accept both.
+    """
+    better = [row for row in rows if row.judgement is not None and row.judgement.verdict is Verdict.IMPROVED]
+    if not better:
+        return ()
+    many = f"{len(better)} cases are" if len(better) > 1 else f"{better[0].case} is"
+    return f"{many} better than accepted. Keep the gain, so that it cannot be lost unnoticed:", *_commands(better)
+
+
+def accept_new(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Return a sentence and the commands that accept the new metrics of cases that passed; nothing where there are none."""
+    found: dict[str, Row] = {}
+    names: dict[str, None] = {}
+    for row in rows:
+        if row.judgement is None or row.judgement.verdict is not Verdict.PASS or row.acceptance is not None:
+            continue
+        new = [each.metric for each in row.judgement.metrics if not each.judged]
+        if new:
+            found[row.case] = row
+            names |= dict.fromkeys(new)
+    if not found:
+        return ()
+    who = f"{len(found)} cases" if len(found) > 1 else next(iter(found))
+    sentence = f"New, not judged in {who}: {', '.join(names)}. The baseline does not hold it yet. To have it judged:"
+    return sentence, *_commands(found.values())
+
+
+def _commands(rows: Iterable[Row]) -> list[str]:
+    """Return one command that accepts these cases for each place that cases run from."""
+    chosen: dict[str, list[str]] = {}
+    for row in rows:
+        start, _, case = (row.command or f"pytest --benchmark{_CASE}'{row.case}'").partition(_CASE)
+        chosen.setdefault(start, []).append(case)
+    return [
+        f'    {start}{"".join(_CASE + case for case in cases)} --perf-update --reason "…"'
+        for start, cases in chosen.items()
+    ]
+
+
+def waiver_line(waiver: Waiver, rows: Sequence[Row], known: Sequence[str] | None, today: datetime.date) -> str:
+    """Return a waiver in one line: metric, limit, owner, expiry, reason, and whether this run needed it.
+
+    `known` holds the ids of all cases of the suite, or None if only a part was collected: then a waiver that matches no case
+    that ran may still match another.
+    """
+    mine = [row for row in rows if waiver.covers(row.case)]
+    units = [row.record.metrics[waiver.metric].unit for row in mine if waiver.metric in row.record.metrics]
+    limit = waiver.limit_text(next(iter(units), ""))
+    days = (waiver.expires - today).days
+    when = f"EXPIRED {-days} days ago: remove it or renew it" if days < 0 else f"{days} days left"
+    state = _waiver_state(waiver, mine, known)
+    return (
+        f"{waiver.metric} of {waiver.case} up to {limit}, by {waiver.owner} until {waiver.expires} ({when}): "
+        f"{waiver.reason} [{state}]"
+    )
+
+
+def _waiver_state(waiver: Waiver, mine: Sequence[Row], known: Sequence[str] | None) -> str:
+    if not mine:
+        if known is not None and not any(map(waiver.covers, known)):
+            return f"WARNING: matches none of the suite's {len(known)} cases"
+        return "no case of it ran"
+    sound = [row for row in mine if row.record.status == "ok"]
+    if sound and not any(waiver.metric in row.record.metrics for row in sound):
+        return f"WARNING: {_cases(sound)} without such a metric"
+    judged = [row for row in sound if row.judgement is not None]
+    needed = [row for row in judged if _is_needed(waiver, row)]
+    used = [row for row in needed if _is_used(waiver, row)]
+    if len(used) < len(needed):
+        return f"not enough for {_cases([row for row in needed if row not in used])}"
+    return f"used by {_cases(used)}" if used else "not needed in this run"
+
+
+def _is_needed(waiver: Waiver, row: Row) -> bool:
+    assert row.judgement is not None
+    return any(each.metric == waiver.metric and each.verdict is Verdict.REGRESSED for each in row.judgement.metrics)
+
+
+def _is_used(waiver: Waiver, row: Row) -> bool:
+    assert row.judgement is not None
+    return any(excuse.metric == waiver.metric for excuse in row.judgement.excuses)
+
+
+def _cases(rows: Sequence[Row]) -> str:
+    return rows[0].case if len(rows) == 1 else f"{len(rows)} cases"
