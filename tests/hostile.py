@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -54,12 +55,13 @@ class Seen(HTMLParser):
         self.scripts: list[str] = []
         self.bad: list[str] = []
         self.tags: set[str] = set()
+        self.specs = ""
         self._within = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """Note the tag, and whatever in it loads, leads away or runs."""
         self.tags.add(tag)
-        self._within = tag
+        self._within = "specs" if ("type", "application/json") in attrs else tag
         for name, value in attrs:
             if name.startswith("on") or (name in LINKS and not (value or "").startswith("#")):
                 self.bad.append(f"<{tag} {name}={value!r}>")
@@ -69,9 +71,11 @@ class Seen(HTMLParser):
         self._within = ""
 
     def handle_data(self, data: str) -> None:
-        """Keep what would run."""
+        """Keep what would run, and the data of charts, which would not."""
         if self._within == "script":
             self.scripts.append(data)
+        if self._within == "specs":
+            self.specs += data
 
 
 def seen(text: str) -> Seen:
@@ -80,6 +84,28 @@ def seen(text: str) -> Seen:
     parser.feed(text.replace(STYLE, ""))
     parser.close()
     return parser
+
+
+def check_page(text: str) -> None:
+    """Check that no tag, link, handler or script is in the page but its own, and that its charts hold names as data alone."""
+    parsed = seen(text)
+    assert parsed.bad == []
+    assert parsed.tags <= OWN_TAGS
+    assert set(parsed.scripts) <= set(KNOWN.scripts)
+    for spec in json.loads(parsed.specs or "[]"):
+        _check_spec(spec)
+
+
+def _check_spec(node: object) -> None:
+    """Check that a chart loads nothing, links to this page alone, and evaluates nothing that a record could have written."""
+    if isinstance(node, list):
+        for each in node:
+            _check_spec(each)
+    if isinstance(node, dict):
+        assert not {"url", "expr", "signal", "test"} & node.keys()
+        assert str(node.get("href", "#")).startswith("#") or "field" in node["href"]
+        for each in node.values():
+            _check_spec(each)
 
 
 KNOWN = seen(page(entries_of(measured())))

@@ -16,6 +16,7 @@ from hpc_core.record.record import (
     record_to_json,
 )
 from hpc_core.report.entry import Entry
+from hpc_core.report.pictures import pictures
 
 H100 = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
 

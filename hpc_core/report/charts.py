@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import altair as alt
 
@@ -586,7 +586,8 @@ def _colour(field: str, rows: Sequence[Row], colours: Mapping[str, str]) -> alt.
 def _names(rows: Sequence[Row], x: alt.X, y: alt.Y) -> list[alt.Chart]:
     """Return the names of those points that `_label` chose, right or left of them."""
     found: list[alt.Chart] = []
-    for side, shift in (("left", 7), ("right", -7)):
+    sides: tuple[tuple[Literal["left", "right"], int], ...] = (("left", 7), ("right", -7))
+    for side, shift in sides:
         named = [row for row in rows if row.get("side") == side]
         if named:
             mark = alt.Chart(_data(named)).mark_text(align=side, dx=shift, dy=-7, style="name")

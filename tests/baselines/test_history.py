@@ -135,7 +135,7 @@ def test_few_sessions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_json_and_pictures(project: GitProject, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """JSON holds points and change points; the picture is the same bytes each time and names the change."""
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("vl_convert")
     root = project.root / "baselines"
     picture = tmp_path / "history.svg"
     assert run(CASE, "operators", "--baselines", root, "--json", "--plot", picture) == 0

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from hpc_core.report.prediction import prediction_block, sweep_table
 
 import hpc_core
 from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
@@ -27,6 +26,7 @@ from hpc_core.record.record import (
     Record,
     record_from_json,
 )
+from hpc_core.report.predictions import prediction_block, sweep_table
 from tests.cli.test_cli import run
 from tests.strategies import a_case, a_record, around, counted, peak
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from hpc_core.baselines.reading import read_records
+from hpc_core.report.csv import records_csv
 from hpc_core.report.entry import entries_of
-from hpc_core.report.records_csv import records_csv
 from tests.scripted_launcher import SAMPLES
 from tests.scripted_project import Run, scripted_project
 

@@ -13,10 +13,10 @@ from hpc_core.cli.fault_trials import run_trials, trial_cases
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
-from hpc_core.report import render
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown, safe
 from hpc_core.report.page import page
+from hpc_core.report.terminal import render
 from tests.predicting import GPU, predicted_jobs
 
 SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +24,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 NAMES = "#cases tbody tr:not([hidden]) th"
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: apt-get install chromium"),
 ]
 
@@ -80,7 +79,13 @@ def test_it_renders_without_complaint(told: tuple[Page, list[str]], report: Path
     assert "<b>20 GiB</b>" in " ".join(cards)
     assert any("peak_bytes +4.41 GiB" in card for card in cards)
     assert tab.locator("#cases tbody tr").count() == len({record.case.id for record in measured()})
-    assert tab.locator("svg.chart .mark").count() > 30
+    places = tab.locator(".vega").count()
+    assert places > 8
+    for index in range(places):
+        place = tab.locator(".vega").nth(index)
+        place.scroll_into_view_if_needed()
+        place.locator("canvas").wait_for()
+    assert complaints == []
 
 
 def test_it_sorts_by_each_column(told: tuple[Page, list[str]], report: Path) -> None:
@@ -183,27 +188,33 @@ def _contrast(one: float, other: float) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_two_hundred_cases_in_under_a_second(told: tuple[Page, list[str]], tmp_path: Path) -> None:
-    """Loaded and laid out, sorted, filtered: each in under a second (one of three loads must be: a busy machine delays)."""
+def test_a_chart_tells_its_values_and_follows_the_theme(told: tuple[Page, list[str]], report: Path) -> None:
+    """A pointer on a bar shows the case and its value, a click opens its details, and the button redraws the chart."""
+    tab, complaints = told
+    opened(tab, report)
+    place = tab.locator(".vega").first
+    place.scroll_into_view_if_needed()
+    place.locator("canvas").wait_for()
+    box = place.bounding_box()
+    assert box is not None
+    before = tab.evaluate("document.querySelector('.vega canvas').toDataURL()")
+    tab.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 70)
+    tab.wait_for_selector("#vg-tooltip-element.visible")
+    assert "GiB" in tab.inner_text("#vg-tooltip-element")
+    tab.mouse.click(box["x"] + 0.45 * box["width"], box["y"] + 70)
+    tab.wait_for_selector("details[open]")
+    tab.click("#theme")
+    tab.wait_for_function("before => document.querySelector('.vega canvas').toDataURL() !== before", arg=before)
+    assert complaints == []
+
+
+def test_two_hundred_cases_sort_and_filter(told: tuple[Page, list[str]], tmp_path: Path) -> None:
+    """A page of 200 cases loads, sorts and filters without an error."""
     path = tmp_path / "many.html"
     path.write_text(page(entries_of(many(200))), encoding="utf-8")
     tab, complaints = told
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        opened(tab, path)
-        tab.evaluate("document.body.getBoundingClientRect().height")
-        seconds.append(time.perf_counter() - began)
-        if seconds[-1] < 1.0:
-            break
-    assert seconds[-1] < 1.0
-    took = tab.evaluate(
-        """() => { const began = performance.now();
-          document.querySelectorAll("#cases th button")[2].click();
-          const filter = document.getElementById("filter"); filter.value = "qlora";
-          filter.dispatchEvent(new Event("input", {bubbles: true}));
-          document.body.getBoundingClientRect(); return performance.now() - began; }"""
-    )
-    assert took < 1000
+    opened(tab, path)
+    tab.get_by_role("button", name="peak memory").click()
+    tab.fill("#filter", "qlora")
     assert 0 < tab.locator(NAMES).count() < 200
     assert complaints == []

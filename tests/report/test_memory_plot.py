@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hpc_core.report.memory_plot import check_plot, draw_memory
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.record.record import (
@@ -16,10 +15,11 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
+from hpc_core.report.pictures import check_picture, write_memory
 from tests.strategies import a_record, around
 
 MIB = 2**20
-drawn = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is optional")
+drawn = pytest.mark.skipif(importlib.util.find_spec("vl_convert") is None, reason="charts are optional")
 
 
 def recorded(**changes: Any) -> Record:
@@ -36,10 +36,10 @@ def recorded(**changes: Any) -> Record:
 
 @drawn
 @pytest.mark.slow
-@pytest.mark.parametrize(("suffix", "begins"), [(".svg", b"<?xml"), (".png", b"\x89PNG"), (".PDF", b"%PDF")])
+@pytest.mark.parametrize(("suffix", "begins"), [(".svg", b"<svg"), (".png", b"\x89PNG"), (".PDF", b"%PDF")])
 def test_the_suffix_says_what_is_drawn(suffix: str, begins: bytes, tmp_path: Path) -> None:
     """A vector graphic or pixels."""
-    draw_memory(recorded(), tmp_path / f"memory{suffix}")
+    write_memory(recorded(), tmp_path / f"memory{suffix}")
     assert (tmp_path / f"memory{suffix}").read_bytes().startswith(begins)
 
 
@@ -48,31 +48,29 @@ def test_the_suffix_says_what_is_drawn(suffix: str, begins: bytes, tmp_path: Pat
 def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
     """Case, GPU, stack, phases, categories with units, the peak, and the other record's total; the same record gives the same file."""
     path = tmp_path / "memory.svg"
-    draw_memory(recorded(), path, over=a_record(timeline=recorded(events=(0, 1, 5, 8, 11)).timeline))
+    write_memory(recorded(), path, over=a_record(timeline=recorded(events=(0, 1, 5, 8, 11)).timeline))
     text = path.read_text()
     for word in ("tiny/lora", "H100", "torch 2.11", "forward", "backward", "weights", "MiB", "peak 9.00 MiB"):
         assert word in text
     assert "measured, total" in text
-    draw_memory(recorded(), path, over=a_record(timeline=recorded(events=(0, 1, 5, 8, 11)).timeline))
+    write_memory(recorded(), path, over=a_record(timeline=recorded(events=(0, 1, 5, 8, 11)).timeline))
     assert path.read_text() == text
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A suffix, a folder, a record without timeline, other phases, no matplotlib: each says what to do."""
+    """A suffix, a folder, a record without timeline, other phases, no library: each says what to do."""
     with pytest.raises(SpecError, match=r"\.svg, \.png, \.pdf"):
-        check_plot(tmp_path / "memory.txt")
+        check_picture(tmp_path / "memory.txt")
     with pytest.raises(SpecError, match="there is no folder"):
-        check_plot(tmp_path / "nowhere" / "memory.svg")
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: object() if name == "matplotlib" else find(name))
+        check_picture(tmp_path / "nowhere" / "memory.svg")
     with pytest.raises(SpecError, match="make it with --timeline"):
-        draw_memory(a_record(), tmp_path / "memory.svg")
+        write_memory(a_record(), tmp_path / "memory.svg")
     other = recorded(phases=("prefill", "decode", "rest"))
     with pytest.raises(SpecError, match="has the phases"):
-        draw_memory(recorded(), tmp_path / "memory.svg", over=other)
+        write_memory(recorded(), tmp_path / "memory.svg", over=other)
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(MissingLibraryError, match=r"hpc-core\[plots\]"):
-        check_plot(tmp_path / "memory.svg")
+    with pytest.raises(MissingLibraryError, match=r"hpc-core\[report\]"):
+        check_picture(tmp_path / "memory.svg")
 
 
 def test_a_timeline_travels_with_its_record() -> None:

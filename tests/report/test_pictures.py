@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
-import os
+import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
 import msgspec
-import psutil
 import pytest
-from hpc_core.report.page.scales import linear, log
-from hpc_core.report.plots import PLOTS, Drawing
-from hpc_core.report.plots.points import draw_speed_memory
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.baselines.reading import read_records
-from hpc_core.case.errors import LaunchError, SpecError
-from hpc_core.record import units as sizes
+from hpc_core.case.errors import SpecError
+from hpc_core.record import units
+from hpc_core.record.record import MemoryTimeline
+from hpc_core.report.charts import PICTURES, finetune, memory_over_step
 from hpc_core.report.entry import entries_of
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
-from tests.many_records import H100, draw_all, failed, many, measured, written
+from tests.many_records import H100, draw_all, failed, many, measured
 
 ENTRIES = entries_of(measured())
 ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")
@@ -46,17 +38,6 @@ def test_the_front_is_what_none_beats(given_points: list[tuple[float, float]]) -
     for x, y in chosen:
         assert not any((a <= x and b >= y) and (a, b) != (x, y) for a, b in given_points)
     assert chosen == sorted(set(chosen))
-
-
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=True), max_size=6), st.booleans())
-def test_an_axis_holds_every_value(values: list[float], is_log: bool) -> None:
-    """Whatever the values, places lie from 0 to 1 in their order, and ticks lie on the axis, few enough to read."""
-    axis = log(values) if is_log else linear(values)
-    places = [axis.at(value) for value in sorted(value for value in values if math.isfinite(value))]
-    assert all(0 <= place <= 1 for place in places)
-    assert places == sorted(places)
-    assert 1 <= len(axis.ticks) <= 12
-    assert all(axis.low * 0.999 <= tick <= axis.high * 1.001 for tick in axis.ticks)
 
 
 def test_no_case_lies_above_the_data_sheet() -> None:
@@ -82,33 +63,11 @@ def test_an_ablation_names_what_was_changed() -> None:
     assert (effects["lora-gc"].time or 0) > 1.3
 
 
-def test_no_name_runs_into_the_next_panel() -> None:
-    """Names of points end before the words left of the panel beside theirs, however long they are."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    renamed = []
-    for record in measured():
-        shape, _, name = record.case.id.partition("/")
-        case = msgspec.structs.replace(record.case, id=f"{shape}/{name}-and-more-words")
-        renamed.append(msgspec.structs.replace(record, case=case))
-    figure = Figure(layout="constrained")
-    FigureCanvasAgg(figure)  # measures texts
-    assert draw_speed_memory(figure, entries_of(renamed))
-    left, right = figure.axes[:2]
-    words = right.get_tightbbox()
-    assert words is not None
-    names = [note.get_window_extent().x1 for note in left.texts]
-    assert len(names) > 5
-    # The room is reckoned by letters of one width; two pixels are what letters differ by.
-    assert max(names) <= words.x0 + 2
-
-
 def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
     """The report's seven variants fill all eight; each names machine and stack, and its values are written beside its bars."""
     chosen = [entry for entry in ENTRIES if entry.case.partition("/")[2] in ORIGINAL]
     drawn = draw_all(chosen, tmp_path / "plots", ["svg"])
-    assert [path.name for path in drawn] == [f"{name}.svg" for name in PLOTS]
+    assert [path.name for path in drawn] == [f"{name}.svg" for name in PICTURES]
     for path in drawn:
         text = " ".join(ElementTree.parse(path).getroot().itertext())
         assert "NVIDIA H100 80GB HBM3" in text
@@ -117,101 +76,48 @@ def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
     memory = " ".join(ElementTree.parse(tmp_path / "plots" / "finetune.svg").getroot().itertext())
     for entry in chosen:
         if entry.record.case.kind == "finetune":
-            assert sizes.quantity(entry.value("peak_bytes") or 0, "bytes") in memory
+            assert units.quantity(entry.value("peak_bytes") or 0, "bytes") in memory
     assert "range over processes and sessions" in memory
 
 
-def test_other_processes_draw_the_same_pictures(tmp_path: Path) -> None:
-    """Byte for byte what this process draws, by the same paths; of two machines each has its own."""
-    tiny = read_records([H100.parent / "cpu" / "tiny"]).records[:2]
-    entries = entries_of([*measured()[:4], *tiny])
-    with (
-        Drawing(entries, tmp_path, ["svg", "png"]) as alone,
-        Drawing(entries, tmp_path, ["svg", "png"], processes=3) as shared,
-    ):
-        theirs = shared.contents()
-        assert theirs == alone.contents()
-    assert {path.suffix for path in theirs} == {".svg", ".png"}
-    assert {path.name.rpartition("-finetune")[0] for path in theirs if "finetune" in path.name} == {
-        entry.machine for entry in entries if entry.record.case.kind == "finetune"
-    }
-    assert not any(path.exists() for path in theirs)
-
-
-def test_a_drawing_process_that_is_gone_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the kernel does when memory ends: one error with the number of cases and what to do, and no picture."""
-
-    def ended(*_: object) -> bool:
-        os.kill(os.getpid(), signal.SIGKILL)
-        return False
-
-    monkeypatch.setitem(PLOTS, "ablation", ended)
-    with (
-        Drawing(ENTRIES[:2], tmp_path, ["svg"], processes=2) as drawing,
-        pytest.raises(LaunchError, match=r"pictures of 2 cases was ended from outside.*--case"),
-    ):
-        drawing.contents()
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_report_that_is_killed_leaves_no_process_that_draws(tmp_path: Path) -> None:
-    """Killed while others draw for it, it takes them along: nothing holds its terminal or its memory afterwards."""
-    folder = written(tmp_path / "records", many(60))
-    command = [sys.executable, "-m", "hpc_core.cli", "report", str(folder), "--plots", str(tmp_path / "plots")]
-    report = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ends = time.monotonic() + 60
-    while not (drawing := [child.pid for child in psutil.Process(report.pid).children(recursive=True)]):
-        assert report.poll() is None, report.communicate()[0]
-        assert time.monotonic() < ends
-        time.sleep(0.005)
-    report.terminate()
-    try:
-        assert report.wait(30) == -signal.SIGTERM
-        report.communicate(timeout=30)  # ends only if nobody else holds the pipe
-        while left := [
-            pid for pid in drawing if _state(pid) not in "ZX"
-        ]:  # a process lets go of its files before it is gone
-            assert time.monotonic() < ends, left
-            time.sleep(0.01)
-    finally:
-        for pid in drawing:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    assert not (tmp_path / "plots").exists()
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"
-
-
-def test_a_picture_of_many_cases_says_what_it_leaves_out(tmp_path: Path) -> None:
-    """Of 200 cases bars and panels show the first ones, their titles count the others, and no title is twice in a picture."""
-    records = many(200)
-    drawn = draw_all(entries_of(records), tmp_path, ["svg"])
-    texts = {path.stem: list(filter(None, ElementTree.parse(path).getroot().itertext())) for path in drawn}
-    told = {name: " ".join(text.split()) for name, found in texts.items() for text in [" ".join(found)]}
+def test_a_picture_says_what_it_leaves_out() -> None:
+    """Of 200 cases bars show the first thirty, and their titles count the others."""
+    entries = entries_of(many(200))
+    titles = {name: [panel.title for panel in panels_of(entries)] for name, panels_of in PICTURES.items()}
     for name in ("inference-memory", "inference-latency", "inference-throughput", "finetune", "memory-categories"):
-        assert "(the first 30 of" in told[name], name
-    tuned = sum(record.case.kind == "finetune" for record in records)
-    assert told["finetune"].count(f"(the first 30 of {tuned} cases)") == 1
+        assert all("(the first 30 of" in title for title in titles[name]), name
     for name, shown in (("ablation", 16), ("speed-memory", 30)):
-        counts = [int(count) for count in re.findall(rf"\(the first {shown} of (\d+) cases\)", told[name])]
+        counts = re.findall(rf"\(the first {shown} of (\d+) cases\)", " ".join(titles[name]))
         assert counts, name
-        assert all(shown < count <= 200 for count in counts)
-    panels = len(re.findall(r"\(and \d+ more models\)", told["speed-memory"]))
-    assert panels == 1
+        assert all(shown < int(count) <= 200 for count in counts)
+    assert re.findall(r"\(and \d+ more models\)", titles["speed-memory"][-1])
 
 
-def test_small_memory_is_in_small_units(tmp_path: Path) -> None:
+@given(
+    st.lists(st.integers(-(2**62), 2**62), min_size=3, max_size=3),
+    st.lists(st.integers(0, 2**40), min_size=3, max_size=3),
+)
+def test_any_timeline_is_a_chart(events: list[int], sizes: list[int]) -> None:
+    """Whatever the events and bytes, the chart's numbers are finite and its areas do not overlap."""
+    timeline = MemoryTimeline(
+        phases=("forward",),
+        events=tuple(events),
+        phase=(-1, 0, 0),
+        bytes_by_category={"weights": tuple(sizes), "other": (1, 2, 3)},
+    )
+    chart = memory_over_step(msgspec.structs.replace(measured()[0], timeline=timeline))
+    spec = chart.to_dict(validate=False)
+    json.dumps(spec, allow_nan=False)
+    rows = [row for rows in spec["datasets"].values() for row in rows if "category" in row]
+    assert all(row["low"] <= row["high"] for row in rows)
+
+
+def test_small_memory_is_in_small_units() -> None:
     """A peak of some MiB stands on an axis in MiB, that of an H100 on one in GiB."""
     tiny = [each for each in read_records([H100.parent / "cpu" / "tiny"]).records if each.case.id == "tiny/lora"]
     for records, unit in ((tiny, "MiB"), (measured()[-1:], "GiB")):
-        draw_all(entries_of(records), tmp_path, ["svg"])
-        words = list(ElementTree.parse(tmp_path / "finetune.svg").getroot().itertext())
-        assert f"{unit} allocated by tensors" in words
+        memory = finetune(entries_of(records))[-1].chart.to_dict(validate=False)
+        assert f"{unit} allocated by tensors" in json.dumps(memory)
 
 
 def test_pictures_of_hostile_names_are_pictures(tmp_path: Path) -> None:

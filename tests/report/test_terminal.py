@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hpc_core.report.row import accepted_line
 from rich.cells import cell_len
 
 from hpc_core.baselines.accept import accept
@@ -16,7 +15,9 @@ from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge
 from hpc_core.record.record import Failure, Metric, Record
-from hpc_core.report import Row, render
+from hpc_core.report.entry import Row
+from hpc_core.report.lines import accepted_line
+from hpc_core.report.terminal import render
 from tests.strategies import a_record, busy, counted, peak, wall
 
 LORA = catalogue()["llama-3.2-3b/lora"]

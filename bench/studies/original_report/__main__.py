@@ -25,7 +25,7 @@ from hpc_core.cli.running import read_record
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record.files import write_whole
 from hpc_core.record.record import Record
-from hpc_core.report import Row
+from hpc_core.report.entry import Row
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 

@@ -46,6 +46,7 @@ _LONGEST_CAUSE = 1500
 _ROW_BYTES = 110
 """About what a metric's row takes on the page."""
 _TONES = {"PASS": "good", "OK": "good", "IMPROVED": "better", "REGRESSED": "bad", "INVALID": "bad", "BROKEN": "bad"}
+_FIT = {"type": "fit-x", "contains": "padding"}
 _HERE = Path(__file__).parent
 
 
@@ -197,7 +198,7 @@ def _machines(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[dict
         figures = []
         for panel in _panels(own):
             figures.append({"id": len(specs), "title": panel.title})
-            specs.append(panel.chart.properties(width="container").to_dict(validate=False))
+            specs.append(panel.chart.properties(width="container", autosize=_FIT).to_dict(validate=False))
         captions = list(dict.fromkeys(plain(caption(entry.record), 600) for entry in own))
         sections.append(
             {

@@ -7,7 +7,7 @@
   const config = (width) => {
     const ink = colour("--fg"), dim = colour("--dim"), line = colour("--line");
     return {
-      background: null, autosize: { type: "fit-x", contains: "padding" }, font: "system-ui, sans-serif", view: { stroke: null },
+      background: null, font: "system-ui, sans-serif", view: { stroke: null },
       axis: { gridColor: line, domainColor: dim, tickColor: dim, labelColor: ink, titleColor: dim, titleFontWeight: "normal", titleLimit: width * 0.9 },
       axisX: { labelOverlap: true, tickCount: width < 500 ? 4 : 8 },
       axisY: { labelLimit: width * 0.38 },
@@ -22,7 +22,7 @@
   };
   // Vega may not compile code under this page's policy: "ast" interprets its expressions instead.
   const draw = (place) => vegaEmbed(place, structuredClone(specs[place.dataset.spec]), {
-    mode: "vega-lite", ast: true, actions: false, defaultStyle: false, renderer: "canvas", config: config(place.clientWidth),
+    mode: "vega-lite", ast: true, actions: false, defaultStyle: false, renderer: "canvas", logLevel: 1, config: config(place.clientWidth),
     tooltip: { disableDefaultStyle: true }, loader: { target: "_self" },
   }).then((result) => { place.chart?.finalize(); place.chart = result; });
 
