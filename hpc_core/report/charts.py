@@ -49,6 +49,7 @@ _CATEGORIES = {
 _WORKS = {"step": "#0072B2", "prefill": "#009E73", "decode": "#D55E00"}
 _WORK_NAMES = {"step": "training step", "prefill": "prefill", "decode": "decoded token"}
 _MOST_ROWS = 30
+_ROW_HEIGHT = 22
 _MOST_POINTS = 120
 _MOST_GROUPS = 4
 _MOST_ABLATIONS = 3
@@ -113,7 +114,7 @@ def bar_panel(
     if mark is not None:
         line = alt.Chart(_data([{"mark": mark}])).mark_rule(strokeDash=[4, 3], style="quiet")
         layers.append(line.encode(x="mark:Q"))
-    return Panel(title, alt.LayerChart(layer=layers, height={"step": 22}))
+    return Panel(title, alt.LayerChart(layer=layers, height=_ROW_HEIGHT * len(rows)))
 
 
 def inference_memory(entries: Sequence[Entry]) -> list[Panel]:
@@ -322,7 +323,7 @@ def memory_categories(entries: Sequence[Entry]) -> list[Panel]:
     )
     ends = alt.Chart(_data(totals)).mark_text(align="left", dx=5).encode(y=y, x="high:Q", text="text:N")
     title = _counted("Memory at the peak, by category", shown, chosen)
-    return [Panel(title, alt.LayerChart(layer=[bars, ends], height={"step": 22}))]
+    return [Panel(title, alt.LayerChart(layer=[bars, ends], height=_ROW_HEIGHT * len(shown)))]
 
 
 def ablation(entries: Sequence[Entry]) -> list[Panel]:

@@ -22,7 +22,7 @@
   };
   // Vega may not compile code under this page's policy: "ast" interprets its expressions instead.
   const draw = (place) => vegaEmbed(place, structuredClone(specs[place.dataset.spec]), {
-    mode: "vega-lite", ast: true, actions: false, defaultStyle: false, renderer: "canvas", logLevel: 1, config: config(place.clientWidth),
+    mode: "vega-lite", ast: true, actions: false, defaultStyle: false, renderer: "canvas", config: config(place.clientWidth),
     tooltip: { disableDefaultStyle: true }, loader: { target: "_self" },
   }).then((result) => { place.chart?.finalize(); place.chart = result; });
 
