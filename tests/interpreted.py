@@ -18,7 +18,7 @@ from hpc_core.engines.decode.model import decoder_of
 from hpc_core.engines.decode.prefill import Places, PlainBetween
 from hpc_core.engines.decode.prefill_kernels import KernelBetween
 from hpc_core.engines.decode.products import product_of
-from hpc_core.engines.kernels.packed_layout import values_by_eights
+from hpc_core.engines.kernels.layout import values_by_eights
 
 BATCHES = (1, 2, 8, 9, 17, 32)
 BATCHES_QUANTIZED_AGAIN = (1, 9)

@@ -30,8 +30,7 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
-from hpc_core.engines.decode.model import decoder_of
-from hpc_core.engines.decode.packed_linear import PackedLinear, times
+from hpc_core.engines.decode.model import PackedLinear, decoder_of, times
 from hpc_core.engines.decode.program import graph_program
 from hpc_core.engines.generate import generate_program
 from hpc_core.instruments.owners import living_tensors, owned_bytes, weight_tensors

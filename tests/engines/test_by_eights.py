@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.engines.kernels.block_sizes import FOR_CPU, tried
-from hpc_core.engines.kernels.packed_layout import values_by_eights
+from hpc_core.engines.kernels.layout import FOR_CPU, tried, values_by_eights
 
 
 @given(rows=st.integers(1, 4), eights=st.integers(1, 9), seed=st.integers(0, 99))

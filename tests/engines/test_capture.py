@@ -15,7 +15,7 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.engines.tuned.capture_step import CapturedWork
+from hpc_core.engines.capture import CapturedWork
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
 from hpc_core.engines.tuned.pointwise import Pointwise
 from hpc_core.engines.tuned.program import TunedProgram, training_program

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
-from hpc_core.engines.kernels.block_constants import constants_of
-from hpc_core.engines.kernels.pointer_offsets import distances
+from hpc_core.engines.kernels.four_bit_format import constants_of
+from hpc_core.engines.kernels.layout import distances
 
 
 def _states(*rows: int, nested: bool) -> list[Any]:

@@ -23,10 +23,10 @@ from hpc_core.case.case import (
 from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.decode.cache import capacity_for
-from hpc_core.engines.decode.choosing import Chooser, Sampling
 from hpc_core.engines.decode.model import decoder_of, int8_rows
 from hpc_core.engines.decode.plain_step import attend
 from hpc_core.engines.decode.program import GraphProgram, graph_program
+from hpc_core.engines.decode.tokens import Chooser, Sampling
 from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.program import unmarked
 from hpc_core.predict.generate import predict_generate

@@ -177,7 +177,7 @@ def test_a_four_bit_product_in_pieces_is_the_layers_own(device: torch.device, ki
     """Of full width, few rows and many, computed in the model's type and in others: equal to the layer's within rounding, and never a whole matrix
     dequantized beside it.
     """
-    from hpc_core.engines.decode.prefill_products import FourBit, prefill_product
+    from hpc_core.engines.decode.prefill import FourBit, prefill_product
 
     layer = decoder_of(_built(device, kind, shape="llama-3.2-3b", compute=compute).model).layers[0]
     for module in (layer.qkv[0], layer.gate_up[0], layer.down):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.engines.kernels.code_lookup import (
+from hpc_core.engines.kernels.four_bit_format import (
     EIGHT_PRODUCTS,
     EIGHT_VALUES,
     byte_tables,

@@ -14,12 +14,13 @@ from hpc_core.builders.libraries import library
 from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.capture import forget_workspaces, keep_workspaces
-from hpc_core.engines.decode.at_module import at_module
 from hpc_core.engines.decode.cache import StaticKeyValues
 from hpc_core.engines.decode.model import decoder_of
-from hpc_core.engines.decode.prefill import PlainBetween, Prefill
-from hpc_core.engines.decode.prefill_products import (
+from hpc_core.engines.decode.prefill import (
     FourBit,
+    PlainBetween,
+    Prefill,
+    at_module,
     gated_product,
     pieces_of,
     prefill_product,

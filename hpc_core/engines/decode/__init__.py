@@ -1,1 +1,1 @@
-"""Who runs a workload: stock, the CUDA-graph decoder, the tuned trainer, a callable."""
+"""The decoder that replays one CUDA graph a token."""

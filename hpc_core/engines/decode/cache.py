@@ -8,9 +8,6 @@ import torch
 
 from hpc_core.engines.decode.model import Decoder
 
-__all__ = ["StaticKeyValues", "capacity_for"]
-
-
 _SHARE = 128
 """Room beyond what is needed is less than such a share of it."""
 

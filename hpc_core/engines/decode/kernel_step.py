@@ -14,15 +14,13 @@ from hpc_core.engines.decode.prefill_kernels import KernelBetween
 from hpc_core.engines.decode.products import (
     Early,
     Product,
+    choose_blocks,
     launched,
     product_of,
 )
-from hpc_core.engines.decode.tuning import choose_blocks
 from hpc_core.engines.kernels.attention import attend_part, join_parts
 from hpc_core.engines.kernels.batch import embed, norm_rows
-from hpc_core.engines.kernels.packed_layout import values_by_eights
-
-__all__ = ["KernelStep"]
+from hpc_core.engines.kernels.layout import values_by_eights
 
 _KEYS_A_BLOCK = 32
 _PROGRAMS = 192

@@ -9,11 +9,8 @@ import torch
 import torch.nn.functional as functional
 
 from hpc_core.engines.decode.cache import StaticKeyValues
-from hpc_core.engines.decode.model import Decoder, Layer
-from hpc_core.engines.decode.packed_linear import times
+from hpc_core.engines.decode.model import Decoder, Layer, times
 from hpc_core.engines.decode.prefill import Between, PlainBetween
-
-__all__ = ["PlainStep", "attend", "turned"]
 
 
 def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -8,15 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from hpc_core.engines.decode.at_module import at_module
 from hpc_core.engines.decode.cache import LayerKeyValues
 from hpc_core.engines.decode.model import Decoder
-from hpc_core.engines.decode.prefill import Places
+from hpc_core.engines.decode.prefill import Places, at_module
 from hpc_core.engines.decode.products import launched
 from hpc_core.engines.kernels.batch import norm_rows
 from hpc_core.engines.kernels.vector import silu_times
-
-__all__ = ["KernelBetween", "gate_in_place", "turn_and_keep"]
 
 _GATE_BLOCK = 2048
 

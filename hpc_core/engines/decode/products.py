@@ -1,6 +1,11 @@
 """Products of activations with the model's weights by our own kernels: which tensors, which launch, which block sizes.
 
 Imports triton, so import it only where that is installed.
+
+
+Choose a kernel's block sizes by trying them, in the place where they will run: on the weights of all layers, inside a CUDA graph.
+
+All layers together are more than a GPU's second-level cache holds, so each candidate reads from memory, as a token does.
 """
 
 from __future__ import annotations
@@ -14,21 +19,17 @@ import torch
 from hpc_core.case.errors import BuildError
 from hpc_core.engines.decode.model import int8_rows, kind_of
 from hpc_core.engines.kernels.batch import plain_rows
-from hpc_core.engines.kernels.block_constants import BlockConstants, constants_of
-from hpc_core.engines.kernels.block_sizes import (
+from hpc_core.engines.kernels.four_bit import four_bit_vector
+from hpc_core.engines.kernels.four_bit_batch import four_bit_rows
+from hpc_core.engines.kernels.four_bit_format import BlockConstants, byte_tables, constants_of, copied_tables
+from hpc_core.engines.kernels.layout import (
     ANYWHERE,
     FOR_CPU,
     Blocks,
+    distances,
     tried,
 )
-from hpc_core.engines.kernels.code_lookup import byte_tables, copied_tables
-from hpc_core.engines.kernels.four_bit import four_bit_vector
-from hpc_core.engines.kernels.four_bit_batch import four_bit_rows
-from hpc_core.engines.kernels.pointer_offsets import distances
 from hpc_core.engines.kernels.vector import plain_vector
-
-__all__ = ["Early", "Product", "launched", "product_of"]
-
 
 Early = Literal["all", "small", "none"]
 """Which launches may begin while those before them still run (programmatic dependent launch): all, all but products, none."""
@@ -248,3 +249,44 @@ def product_of(
 def _stored(module: Any, kind: str) -> torch.Tensor:
     weight: torch.Tensor = module.weight.data
     return weight.view(-1).view(torch.uint8).view(torch.int32) if kind == "4-bit" else weight.contiguous()
+
+
+_REPLAYS = 5
+
+
+def choose_blocks(products: list[Any], x: torch.Tensor, out: torch.Tensor) -> str:
+    """Give all these products, which are alike, the fastest of their candidates; says which and how long one of them took."""
+    best: tuple[float, Any] | None = None
+    for blocks in products[0].candidates():
+        for product in products:
+            product.blocks = blocks
+        try:
+            seconds = graph_seconds(lambda: [product(x, out) for product in products])
+        except Exception as error:  # too large for this GPU's shared memory, say: another one fits
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            continue
+        if best is None or seconds < best[0]:
+            best = (seconds, blocks)
+    if best is None:
+        raise RuntimeError(f"No block sizes fit the product {products[0].likeness} on {torch.cuda.get_device_name()}.")
+    for product in products:
+        product.blocks = best[1]
+    return f"{best[1].said}: {best[0] / len(products) * 1e6:.2f} us"
+
+
+def graph_seconds(work: Any) -> float:
+    """Device seconds of `work`, the least of a few replays of its graph."""
+    work()  # compiles, outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    seconds: list[float] = []
+    for _ in range(_REPLAYS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return min(seconds)

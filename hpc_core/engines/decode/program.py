@@ -18,15 +18,12 @@ from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError, MissingLibraryError, SpecError
 from hpc_core.engines.capture import Captured, captured
 from hpc_core.engines.decode.cache import StaticKeyValues, capacity_for
-from hpc_core.engines.decode.choosing import Chooser, Sampling
-from hpc_core.engines.decode.first_token import FirstTokens
 from hpc_core.engines.decode.model import Decoder, decoder_of, int8_rows
 from hpc_core.engines.decode.plain_step import PlainStep
 from hpc_core.engines.decode.prefill import Prefill
+from hpc_core.engines.decode.tokens import Chooser, FirstTokens, Sampling
 from hpc_core.engines.generate import GenerateProgram, prompts_for
 from hpc_core.instruments.program import Mark, unmarked
-
-__all__ = ["GraphProgram", "graph_program"]
 
 _IN_FLIGHT = 2
 """Tokens that may be queued while the host waits for an earlier one: the device is never idle for it."""

@@ -1,1 +1,1 @@
-"""Who runs a workload: stock, the CUDA-graph decoder, the tuned trainer, a callable."""
+"""Triton kernels of the decoder, and the layouts they read."""

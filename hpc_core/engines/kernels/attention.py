@@ -11,8 +11,6 @@ import triton.language as tl
 
 from hpc_core.engines.kernels.vector import by_eights, wait_for_others
 
-__all__ = ["attend_part", "join_parts"]
-
 
 @triton.jit
 def rotated(at, partner, sign, cos, sin, inside):

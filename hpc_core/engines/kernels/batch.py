@@ -15,8 +15,6 @@ from hpc_core.engines.kernels.vector import (
     wait_for_others,
 )
 
-__all__ = ["embed", "leave", "norm_rows", "plain_rows"]
-
 
 @triton.jit
 def embed(tokens, table, out, hidden, permuted: tl.constexpr, block: tl.constexpr, early: tl.constexpr):

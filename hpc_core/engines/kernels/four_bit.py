@@ -8,10 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engines.kernels.code_lookup import EIGHT_PRODUCTS
+from hpc_core.engines.kernels.four_bit_format import EIGHT_PRODUCTS
 from hpc_core.engines.kernels.vector import leave_vector, start_of, wait_for_others
-
-__all__ = ["four_bit_vector", "starts_of_rows"]
 
 PRODUCTS = tl.constexpr(EIGHT_PRODUCTS)
 SHRINK = tl.constexpr(1 / 16)

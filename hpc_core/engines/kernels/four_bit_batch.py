@@ -11,16 +11,14 @@ import triton
 import triton.language as tl
 
 from hpc_core.engines.kernels.batch import leave
-from hpc_core.engines.kernels.code_lookup import EIGHT_VALUES, TABLE_COPIES
 from hpc_core.engines.kernels.four_bit import (
     constant,
     outer_at,
     outer_of_rows,
     starts_of_rows,
 )
+from hpc_core.engines.kernels.four_bit_format import EIGHT_VALUES, TABLE_COPIES
 from hpc_core.engines.kernels.vector import start_of, wait_for_others
-
-__all__ = ["four_bit_rows"]
 
 VALUES = tl.constexpr(EIGHT_VALUES)
 COPIES = tl.constexpr(TABLE_COPIES)

@@ -20,8 +20,6 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["by_eights", "leave_vector", "plain_vector", "silu_times", "start_of", "wait_for_others"]
-
 
 @triton.jit
 def wait_for_others(early: tl.constexpr):

@@ -1,1 +1,1 @@
-"""Who runs a workload: stock, the CUDA-graph decoder, the tuned trainer, a callable."""
+"""The tuned trainer: fused layers, chunked loss, memory budget, captured steps."""

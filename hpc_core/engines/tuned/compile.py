@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-__all__ = ["compile_layers", "compiled_layers", "eager_where_counted", "room_for_shapes", "settled"]
-
 _LIMIT = 64
 """Compilations of one layer's code. Layers share them, but the first has an input without gradient, and adapters are guarded by layer."""
 _LIMIT_OF_ALL = 256

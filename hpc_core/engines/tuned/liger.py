@@ -16,15 +16,6 @@ from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engines.tuned.loss import IGNORED, next_tokens
 
-__all__ = [
-    "chunk_rows",
-    "fuse_by_liger",
-    "liger_cross_entropy",
-    "memory_constant",
-    "refuse_without_gpu",
-    "seen_of_liger",
-]
-
 _ROTATE = "apply_rotary_pos_emb"
 _NORM, _ROPE, _SWIGLU = "liger_rms_norm", "liger_rope", "liger_swiglu"
 _PARTS = {"norm": ("weight", "variance_epsilon"), "mlp": ("gate_proj", "up_proj", "down_proj", "act_fn")}

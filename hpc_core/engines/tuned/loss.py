@@ -13,8 +13,6 @@ import torch
 
 from hpc_core.engines.tuned.pointwise import Pointwise
 
-__all__ = ["IGNORED", "chunked_cross_entropy", "next_tokens"]
-
 IGNORED = -100
 """The label that the loss passes over."""
 

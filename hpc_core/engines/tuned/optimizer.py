@@ -13,8 +13,6 @@ import torch
 
 from hpc_core.engines.tuned.pointwise import Pointwise
 
-__all__ = ["AdamWInBackward"]
-
 
 class AdamWInBackward(torch.optim.AdamW):
     """AdamW whose work is done by hooks; `step` only counts. Its state has the names, dtypes and sizes of the fused one's.

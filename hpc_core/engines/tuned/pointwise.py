@@ -14,18 +14,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from hpc_core.engines.tuned.compile import room_for_shapes
 
-__all__ = [
-    "Pointwise",
-    "add_and_norm",
-    "norm",
-    "norm_again",
-    "norm_backward",
-    "rotate",
-    "sum_and_norm",
-    "swiglu",
-    "swiglu_backward",
-]
-
 Body = Callable[..., Any]
 
 

@@ -15,17 +15,14 @@ from hpc_core.builders import Built
 from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import BuildError
+from hpc_core.engines.capture import CapturedWork
 from hpc_core.engines.finetune import FinetuneProgram, finetune_program
-from hpc_core.engines.tuned.capture_step import CapturedWork
 from hpc_core.engines.tuned.compile import compile_layers, eager_where_counted, settled
 from hpc_core.engines.tuned.forward import TunedForward, tune
-from hpc_core.engines.tuned.memory_budget import fit
+from hpc_core.engines.tuned.memory_budget import Plan, fit
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
 from hpc_core.engines.tuned.pointwise import Pointwise
-from hpc_core.engines.tuned.recompute import Plan
 from hpc_core.instruments.program import Mark, unmarked
-
-__all__ = ["TunedProgram", "training_program"]
 
 _WARM_STEPS = 4
 """Real steps before the capture: the first compiles and makes the optimizer's state, the second shows the peak that a budget is held against,

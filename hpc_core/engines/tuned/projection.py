@@ -16,8 +16,6 @@ import torch
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 
-__all__ = ["Joined", "Projection", "backward_of", "forward_of", "joined", "low_of", "projection_of", "tensors_of"]
-
 PER = 4
 """Tensors a projection: weight, bias, A, B."""
 Given = Sequence[torch.Tensor | None]

@@ -1,10 +1,30 @@
-"""How the launches of products are cut, and which cuts are tried on a GPU. Needs no triton."""
+"""How activations are stored where 4-bit weights are about: "by eights". Needs no triton.
+
+Where tensors lie from each other: a launch gets the first one's address, and reaches the others by these.
+
+How the launches of products are cut, and which cuts are tried on a GPU. Needs no triton.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["ANYWHERE", "FOR_CPU", "Blocks", "tried"]
+import torch
+
+
+def values_by_eights(values: torch.Tensor) -> torch.Tensor:
+    """(…, k) stored by eights: the first two of each eight, then the next two of each; see `vector_kernels`."""
+    stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
+    return stored
+
+
+def distances(tensors: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """Elements from the first tensor's beginning to those of the second and third, 0 where there is none: all device memory has one address space."""
+    addresses = [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
+    width = tensors[0].element_size() if tensors else 1
+    far = [(address - addresses[0]) // width if address else 0 for address in addresses[1:3]]
+    return far[0], far[1]
 
 
 class Blocks(NamedTuple):
