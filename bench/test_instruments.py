@@ -12,12 +12,12 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from hpc_core.bounds import datasheet
 from hpc_core.case.case import Case, ModelSpec, QuantSpec
 from hpc_core.case.limits import MiB
 from hpc_core.catalogue import finetune, generate, lora
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
+from hpc_core.record.gpus import gpu_of
 from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
@@ -136,7 +136,7 @@ def test_known_flops_are_counted_exactly(perf: Perf, against: Callable[[str, flo
     known = 2 * edge**3 * times
     against("flops", _value(record, "flops"), known)
     assert (record.metrics["flops"].value, record.metrics["kernels"].value) == (known, _PROFILED * times)
-    sheet = datasheet(record.circumstances.machine)
+    sheet = gpu_of(record.circumstances.machine)
     if sheet is not None:
         rate = known / _value(record, "busy_s")
         assert rate < sheet.flop_per_s["bfloat16"], f"{rate / 1e12:.0f} TFLOP/s is more than {sheet.source} names"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from hpc_core.audit.facts import dtype_name, names, taken
-from hpc_core.builders.packed_int4 import packing_for, packing_of
+from hpc_core.builders.quantization import packing_for, packing_of
 from hpc_core.case.case import Case, FinetuneSpec, QuantSpec
 from hpc_core.instruments.owners import owned_bytes
 from hpc_core.record.record import Fact

@@ -7,14 +7,10 @@ what is odd without being a proof.
 from __future__ import annotations
 
 from hpc_core.bounds.check import impossible, judged, suspicious
-from hpc_core.bounds.datasheet import DATASHEETS, Datasheet, datasheet
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.ratio import ratio_impossible
 
 __all__ = [
-    "DATASHEETS",
-    "Datasheet",
-    "datasheet",
     "expected_bytes",
     "impossible",
     "judged",

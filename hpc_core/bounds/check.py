@@ -10,8 +10,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from hpc_core.bounds.datasheet import Datasheet, datasheet
-from hpc_core.bounds.floors import (
+from hpc_core.bounds.cost import (
     Floor,
     compute_dtypes,
     decode_floor,
@@ -29,6 +28,7 @@ from hpc_core.bounds.reading import (
     value_of,
 )
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.record.gpus import Gpu, gpu_of
 from hpc_core.record.record import Record
 
 __all__ = ["impossible", "judged", "suspicious"]
@@ -40,13 +40,15 @@ _STATE_SLACK = 0.99
 _THROUGHPUT_OFF = 0.01
 _CEILING_OFF = 1.05
 """Above a ceiling measured in the same session by more than this, something is odd: clocks, or a count."""
+_MEMORY_OFF = 1.01
+"""Drivers reserve different amounts of a card's memory, so the reported total varies by less than this factor."""
 _CLOCKS = {"step_s": "wall time", "busy_s": "GPU-busy time"}
 
 
 def impossible(record: Record) -> tuple[str, ...]:
     """Reasons why the record cannot be, one sentence each; empty when nothing speaks against it. Never raises."""
     reasons = [*_more_than_the_card(record), *_less_than_its_own(record), *_weights(record), *_throughput(record)]
-    sheet = datasheet(record.circumstances.machine)
+    sheet = gpu_of(record.circumstances.machine)
     if sheet is not None and isinstance(record.case.workload, FinetuneSpec):
         reasons += _training(record, record.case.workload, sheet)
     elif sheet is not None and isinstance(record.case.workload, GenerateSpec):
@@ -88,8 +90,8 @@ def suspicious(record: Record) -> tuple[str, ...]:
 
 def _more_than_the_card(record: Record) -> Iterator[str]:
     machine = record.circumstances.machine
-    sheet = datasheet(machine)
-    if sheet is not None and machine.memory_bytes > sheet.memory_bytes:
+    sheet = gpu_of(machine)
+    if sheet is not None and machine.memory_bytes > _MEMORY_OFF * sheet.memory_bytes:
         yield f"The machine claims {bytes_text(machine.memory_bytes)} of memory, the {sheet.name} has {bytes_text(sheet.memory_bytes)} ({sheet.source})."
     for name in ("peak_bytes", "reserved_bytes"):
         value = value_of(record, name)
@@ -137,7 +139,7 @@ def _throughput(record: Record) -> Iterator[str]:
         yield f"tokens_per_s: {claimed:,.1f} is claimed, but {tokens:,.0f} tokens in {seconds_text(seconds)} ({name}) are {tokens / seconds:,.1f}."
 
 
-def _training(record: Record, workload: FinetuneSpec, sheet: Datasheet) -> list[str]:
+def _training(record: Record, workload: FinetuneSpec, sheet: Gpu) -> list[str]:
     positions = positions_of(record, workload)
     floor = None if positions is None else train_floor(record.case, positions)
     if floor is None:
@@ -155,7 +157,7 @@ def _training(record: Record, workload: FinetuneSpec, sheet: Datasheet) -> list[
     return reasons
 
 
-def _generation(record: Record, workload: GenerateSpec, sheet: Datasheet) -> list[str]:
+def _generation(record: Record, workload: GenerateSpec, sheet: Gpu) -> list[str]:
     prefill, decode = prefill_floor(record.case), decode_floor(record.case)
     if prefill is None or decode is None:
         return []
@@ -178,7 +180,7 @@ def _generation(record: Record, workload: GenerateSpec, sheet: Datasheet) -> lis
     return reasons
 
 
-def _too_fast(record: Record, what: str, clock: str, seconds: float, floor: Floor, sheet: Datasheet) -> list[str]:
+def _too_fast(record: Record, what: str, clock: str, seconds: float, floor: Floor, sheet: Gpu) -> list[str]:
     """By its FLOPs, by its bytes, or both."""
     peak = peak_rate(record.case, sheet)
     if peak is None:

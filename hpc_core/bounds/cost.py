@@ -2,14 +2,28 @@
 
 Counts as torch's FlopCounterMode does: 2 FLOP a multiply-add, attention scores not halved for the causal mask.
 Recomputation by gradient checkpointing is left out: it is a choice, not a need. Knows no torch.
+
+
+What a step, a prefill and a decoded token must at least take: FLOPs over the peak rate, or bytes over the bandwidth.
+
+Lower bounds, so everything doubtful is left out: attention counts the causal half and no recomputed scores, weights
+are read once, what fits into the L2 cache is not read again. Padding counts, because the case asks for it.
 """
 
 from __future__ import annotations
 
-from hpc_core.case.case import AdapterSpec
-from hpc_core.case.shapes import Shape
+import msgspec
 
-__all__ = ["decode_bytes", "forward_flops", "int8_head_bytes", "train_flops"]
+from hpc_core.bounds.footprint import (
+    embedding_bytes,
+    expected_bytes,
+    kv_bytes_per_token,
+    prompt_lengths,
+    shape_of,
+)
+from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.shapes import Shape
+from hpc_core.record.gpus import Gpu
 
 _STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
 """In which order a decoder layer's linear layers follow each other; attention lies between 0 and 1."""
@@ -75,3 +89,103 @@ def decode_bytes(weights_bytes: int, embedding_bytes: int, tied: bool, cache_byt
 def int8_head_bytes(shape: Shape) -> int:
     """Bytes of a head in int8: one a weight, and a float32 scale a row."""
     return shape.vocab_size * (shape.hidden_size + 4)
+
+
+_TRAIN_PASSES = 4
+"""How often a training step may find the L2 cache full of what it needs: forward, backward, gradients, optimizer."""
+_ATTENTION_NEEDED = (1 / 2) * (6 / 7)
+"""Of the attention products that are counted: the causal half, and backward's four products where five run."""
+
+
+class Floor(msgspec.Struct, frozen=True, kw_only=True):
+    """The least work of one unit: FLOPs, and bytes of device memory read or written."""
+
+    flops: float
+    bytes: float
+    passes: int = 1
+    """How often the L2 cache may save its own size."""
+
+    def seconds(self, sheet: Gpu, rate: float) -> float:
+        """The longer of the two, as if they overlapped perfectly; `rate` in FLOP/s."""
+        return max(self.flops / rate, self.memory_bytes(sheet) / sheet.bytes_per_s)
+
+    def memory_bytes(self, sheet: Gpu) -> float:
+        """The bytes that miss the L2 cache whatever it keeps."""
+        return max(0.0, self.bytes - self.passes * sheet.l2_bytes)
+
+
+def compute_dtypes(case: Case) -> tuple[str, ...]:
+    """In which dtypes the case's products may run; float32 may run as tfloat32, if the user's torch allows it."""
+    if case.model is None:
+        return ()
+    found = {case.model.dtype}
+    if isinstance(case.workload, FinetuneSpec) and case.workload.precision == "autocast-bf16":
+        found.add("bfloat16")
+    if case.quantization is not None:
+        found.add(case.quantization.compute_dtype)
+        if case.quantization.kind == "int8":
+            return ("int8", *sorted(found))
+    return tuple(sorted("tfloat32" if dtype == "float32" else dtype for dtype in found))
+
+
+def peak_rate(case: Case, sheet: Gpu) -> tuple[str, float] | None:
+    """The fastest of the case's dtypes on this card and its FLOP/s; None for a callable."""
+    rates = {dtype: sheet.flop_per_s[dtype] for dtype in compute_dtypes(case) if dtype in sheet.flop_per_s}
+    return max(rates.items(), key=lambda item: item[1]) if rates else None
+
+
+def train_floor(case: Case, positions: float | None = None) -> Floor | None:
+    """One training step over so many tokens, padding included (default: full rows). None where there is no closed form."""
+    shape, workload, adapter = shape_of(case), case.workload, case.adapter
+    if shape is None or not isinstance(workload, FinetuneSpec):
+        return None
+    if adapter is not None and not set(adapter.targets) <= set(shape.linear_shapes()):
+        return None
+    if positions is None:
+        positions = workload.batch * workload.length
+    # train_flops is a·length + b·length² for one row.
+    one, two = train_flops(shape, 1, 1, adapter), train_flops(shape, 1, 2, adapter)
+    quadratic = (two - 2 * one) / 2
+    length = 0 if workload.padding == "longest" else workload.length  # rows of unknown widths: attention left out
+    flops = positions * (one - quadratic + quadratic * length * _ATTENTION_NEEDED)
+    # An optimizer inside the backward reads and writes as much; its gradients only never exist at once.
+    after = msgspec.structs.replace(workload, optimizer_in_backward=False)
+    held = expected_bytes(msgspec.structs.replace(case, workload=after))
+    read = held.get("weights_bytes", 0) + held.get("adapter_weights_bytes", 0) - _unread_embedding(shape, case)
+    # Gradients are written and read, parameters read and written, moments read and written.
+    updated = 4 * held.get("gradient_bytes", 0) + 2 * held.get("optimizer_bytes", 0)
+    return Floor(flops=flops, bytes=max(0, read) + updated, passes=_TRAIN_PASSES)
+
+
+def prefill_floor(case: Case) -> Floor | None:
+    """The forward over the shortest prompt, with one logit a row."""
+    shape, workload = shape_of(case), case.workload
+    weights = expected_bytes(case).get("weights_bytes")
+    if shape is None or weights is None or not isinstance(workload, GenerateSpec):
+        return None
+    length = min(prompt_lengths(workload), default=1)
+    attention = 4 * workload.batch * length**2 * shape.num_attention_heads * shape.head_dim * shape.num_hidden_layers
+    flops = forward_flops(shape, workload.batch, length, logits=1) - attention / 2
+    return Floor(flops=flops, bytes=weights - _unread_embedding(shape, case))
+
+
+def decode_floor(case: Case) -> Floor | None:
+    """One token more after the shortest prompt: every weight once, and its cache."""
+    shape, workload = shape_of(case), case.workload
+    weights = expected_bytes(case).get("weights_bytes")
+    if shape is None or weights is None or case.model is None or not isinstance(workload, GenerateSpec):
+        return None
+    past = min(prompt_lengths(workload), default=1)
+    cache = 0 if workload.cache == "off" else workload.batch * past * kv_bytes_per_token(shape, case.model.dtype)
+    head = embedding_bytes(shape, case.model.dtype)
+    read = decode_bytes(weights, head, shape.tie_word_embeddings, cache)
+    if workload.head == "int8":
+        read -= head - int8_head_bytes(shape)
+    return Floor(flops=forward_flops(shape, workload.batch, 1, past=past), bytes=read)
+
+
+def _unread_embedding(shape: Shape, case: Case) -> int:
+    """Of an untied embedding only the rows of the tokens are read."""
+    if shape.tie_word_embeddings or case.model is None:
+        return 0
+    return embedding_bytes(shape, case.model.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.bounds.floors import Floor, train_floor
+from hpc_core.bounds.cost import Floor, train_floor
 from hpc_core.bounds.reading import (
     bytes_text,
     positions_of,

@@ -1,4 +1,7 @@
-"""The one door: `build(case)` makes the module in a fixed order, model, quantization, `prepare`, adapter, checkpointing."""
+"""Gradient (activation) checkpointing through transformers' own switch. Knows nothing of how much it saves.
+
+The one door: `build(case)` makes the module in a fixed order, model, quantization, `prepare`, adapter, checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,25 @@ import torch
 
 from hpc_core.builders.adapter import attach_adapter, merged, prepare_for_training
 from hpc_core.builders.causal_lm import causal_lm, tokenizer_of
-from hpc_core.builders.checkpointing import enable_checkpointing
 from hpc_core.builders.quantization import quantize
 from hpc_core.case.case import Case, FinetuneSpec
 from hpc_core.case.errors import SpecError
 
-__all__ = ["Built", "build"]
+
+def enable_checkpointing(model: torch.nn.Module, kind: str, *, frozen_inputs: bool) -> None:
+    """Turn checkpointing of every decoder layer on, "reentrant" or "non-reentrant"; "off" leaves the model alone.
+
+    The reentrant kind only builds a graph when its inputs need gradients. Where the embeddings are frozen
+    (`frozen_inputs`, any adapter) they are made to, as peft does.
+    """
+    if kind == "off":
+        return
+    hugging: Any = model
+    reentrant = kind == "reentrant"
+    # transformers 5.24 has a new name for this call and warns; this is the only one that 5.17 knows too.
+    hugging.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    if reentrant and frozen_inputs:
+        hugging.enable_input_require_grads()
 
 
 @dataclass(frozen=True)

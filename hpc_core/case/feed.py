@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from hpc_core.case.strict import Strict, check_types, refuse
+from hpc_core.case.parts import Strict, check_types, refuse
 
 __all__ = ["FeedSpec"]
 

@@ -1,16 +1,60 @@
-"""The parts of a case: model, quantization, adapter, data. Frozen values, each refused when it contradicts itself."""
+"""The parts of a case: model, quantization, adapter, data. Frozen values that refuse contradictions."""
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+import math
+from typing import Any, Literal
 
 import msgspec
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.shapes import Shape, shape
-from hpc_core.case.strict import Strict, check_types, refuse
 
-__all__ = ["AdapterSpec", "DataSpec", "Dtype", "ModelSpec", "QuantSpec"]
+
+def refuse(condition: bool, message: str) -> None:
+    """Raise SpecError with this message if the condition holds."""
+    if condition:
+        raise SpecError(message)
+
+
+class Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of every part of a case: immutable, keyword-only, strict about unknown keys."""
+
+
+@functools.cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    return msgspec.structs.fields(kind)
+
+
+def check_types(spec: Strict) -> None:
+    """Convert fields to the types that JSON gives, so that a value made in Python equals its JSON: 16 becomes 16.0, a list a tuple."""
+    for field in _fields(type(spec)):
+        value = getattr(spec, field.name)
+        try:
+            typed = msgspec.convert(value, field.type)
+        except (msgspec.ValidationError, RecursionError) as error:
+            raise SpecError(f"{type(spec).__name__}({field.name}={value!r}): {error}") from error
+        if isinstance(typed, float):
+            refuse(not math.isfinite(typed), f"{type(spec).__name__}({field.name}={value!r}): must be finite.")
+            typed = typed or 0.0  # -0.0 equals 0.0 but has another digest
+        if typed is not value and not isinstance(typed, dict):
+            msgspec.structs.force_setattr(spec, field.name, typed)
+
+
+def essence(value: Any) -> Any:
+    """Convert to builtins without fields that equal their default. msgspec's `omit_defaults` compares by identity."""
+    if isinstance(value, msgspec.Struct):
+        tag = value.__struct_config__.tag
+        fields = {} if tag is None else {str(value.__struct_config__.tag_field): tag}
+        for field in _fields(type(value)):
+            content = getattr(value, field.name)
+            default = field.default_factory() if field.default_factory is not msgspec.NODEFAULT else field.default
+            if content != default:
+                fields[field.name] = essence(content)
+        return fields
+    return list(value) if isinstance(value, tuple) else value
+
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 _PACKAGE_DATA = "package://"
@@ -26,14 +70,14 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
     """Which causal language model, and where its weights come from."""
 
     shape: str | None = None
-    """A name from `hpc_core.case.shapes`; needed for random weights, not allowed otherwise (real weights bring their own)."""
+    """A name from `hpc_core.case.shapes`. Required for random weights and not allowed otherwise."""
     layers: int | None = None
-    """Only so many decoder layers of the shape, each at its full width: a short stand-in for the whole. None takes all."""
+    """Number of decoder layers, each of full width, for a short version of the model. None takes all."""
     weights: Literal["random", "folder", "hub", "gguf", "config"] = "random"
-    """config: random ones, in the shape that a model's `config.json` says; enough to predict it, or to time it."""
+    """config: random weights in the shape of a model's `config.json`, enough for prediction and timing."""
     path: str | None = None
-    """Local folder, hub id or GGUF file; `package://module/file.gguf` names a file that an installed package carries.
-    For weights="config" a folder with a config.json, such a file, or a hub id."""
+    """Local folder, hub id or GGUF file. `package://module/file.gguf` is a file of an installed package.
+    For weights="config": a folder with a config.json, such a file, or a hub id."""
     dtype: Dtype = "bfloat16"
     attention: Literal["sdpa", "eager"] = "sdpa"
     seed: int = 0
@@ -41,39 +85,39 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
 
     @property
     def drawn(self) -> bool:
-        """Whether its weights are random, and so mean nothing."""
+        """Whether its weights are random."""
         return self.weights in ("random", "config")
 
     def __post_init__(self) -> None:
-        """Random weights need a shape, real ones a path.
+        """Check that random weights have a shape, and others a path.
 
         Raises:
-            SpecError: either is missing, or both are given.
+            SpecError: one is missing, or both are given.
         """
         check_types(self)
         if self.weights == "random":
             refuse(self.shape is None, "Random weights need a shape: ModelSpec(shape='llama-3.2-3b').")
             refuse(
                 self.path is not None,
-                f"Random weights are made, not read: drop path={self.path!r} or say weights='folder'.",
+                f"Random weights have no path: remove path={self.path!r} or use weights='folder'.",
             )
             whole = shape(self.shape or "")
             refuse(
                 self.layers is not None and not 1 <= self.layers < whole.num_hidden_layers,
-                f"layers={self.layers}: {self.shape} has {whole.num_hidden_layers}; say 1 to {whole.num_hidden_layers - 1}, or leave it out for all.",
+                f"layers={self.layers}: {self.shape} has {whole.num_hidden_layers}; use 1 to {whole.num_hidden_layers - 1}, or omit it for all.",
             )
         else:
             refuse(not self.path, f"weights={self.weights!r} needs path=, {_PATHS[self.weights]}.")
-            refuse(self.shape is not None, f"weights={self.weights!r} brings its own shape: drop shape={self.shape!r}.")
+            refuse(self.shape is not None, f"weights={self.weights!r} defines the shape: remove shape={self.shape!r}.")
             refuse(
-                self.layers is not None, f"weights={self.weights!r} brings its own layers: drop layers={self.layers}."
+                self.layers is not None, f"weights={self.weights!r} defines the layers: remove layers={self.layers}."
             )
         is_package = (self.path or "").startswith(_PACKAGE_DATA)
-        refuse(is_package and self.weights != "gguf", "package:// names a GGUF file: say weights='gguf'.")
+        refuse(is_package and self.weights != "gguf", "package:// names a GGUF file: use weights='gguf'.")
 
     @property
     def sizes(self) -> Shape | None:
-        """The named shape with as many layers as are taken; None where the weights bring their own."""
+        """The named shape with the chosen number of layers, or None if the weights define it."""
         if self.shape is None:
             return None
         whole = shape(self.shape)
@@ -81,7 +125,7 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
 
 
 _GROUPS = (32, 64, 128, 256)
-"""Weights of a row that may share a scale and a zero: what tinygemm's kernels have (`_weight_int4pack_mm` in ATen)."""
+"""Group sizes of the tinygemm kernels (`_weight_int4pack_mm` in ATen)."""
 
 
 class QuantSpec(Strict, frozen=True, kw_only=True):
@@ -89,16 +133,16 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
 
     kind: Literal["nf4", "fp4", "int8", "int4"]
     compute_dtype: Dtype
-    """Always explicit: bitsandbytes' own default (float32 for 4-bit) is what made the original report slow."""
+    """Always explicit: the default of bitsandbytes, float32 for 4-bit, made the original report slow."""
     double_quant: bool = False
     """Quantize the block constants again (nf4 and fp4 only)."""
     group_size: int = 128
-    """int4: so many weights of a row share a scale and a zero. The other kinds have a layout of their own."""
+    """int4: how many weights of a row share a scale and a zero point."""
     skip_modules: tuple[str, ...] = ("lm_head",)
-    """Linear layers left as they are, by the last part of their name."""
+    """Linear layers that stay unquantized, by the last part of their name."""
 
     def __post_init__(self) -> None:
-        """Refuse what bitsandbytes and torchao would ignore in silence.
+        """Refuse what bitsandbytes and torchao would silently ignore.
 
         Raises:
             SpecError: double quantization of int8 or int4; int8 with a compute dtype other than float16, int4 with one other than
@@ -110,22 +154,23 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
         else:
             refuse(
                 self.group_size != 128,
-                f"group_size={self.group_size} belongs to int4; {self.kind} has its own layout: drop it.",
+                f"group_size={self.group_size} applies to int4 only: remove it for {self.kind}.",
             )
         if self.kind == "int8":
-            refuse(self.double_quant, "double_quant belongs to nf4 and fp4; int8 has one constant a row.")
+            refuse(self.double_quant, "double_quant applies to nf4 and fp4 only; int8 has one constant per row.")
             refuse(
                 self.compute_dtype != "float16",
-                f"bitsandbytes computes int8 matrix products in float16 whatever is asked for: say compute_dtype='float16', got {self.compute_dtype!r}.",
+                f"bitsandbytes always computes int8 matrix products in float16: use compute_dtype='float16', got {self.compute_dtype!r}.",
             )
 
     def _check_int4(self) -> None:
         refuse(
-            self.double_quant, "double_quant belongs to nf4 and fp4; int4 keeps a scale and a zero a group in bfloat16."
+            self.double_quant,
+            "double_quant applies to nf4 and fp4 only; int4 keeps a bfloat16 scale and zero point per group.",
         )
         refuse(
             self.compute_dtype != "bfloat16",
-            f"int4's kernels multiply in bfloat16 only: say compute_dtype='bfloat16', got {self.compute_dtype!r}.",
+            f"int4 kernels multiply in bfloat16 only: use compute_dtype='bfloat16', got {self.compute_dtype!r}.",
         )
         refuse(
             self.group_size not in _GROUPS,
@@ -133,12 +178,12 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
         )
         refuse(
             "lm_head" not in self.skip_modules,
-            "int4 leaves the head as it is: keep 'lm_head' in skip_modules. A head in int8 is GenerateSpec(engine='graph', head='int8').",
+            "int4 does not quantize the head: keep 'lm_head' in skip_modules. For an int8 head use GenerateSpec(engine='graph', head='int8').",
         )
 
 
 class AdapterSpec(Strict, frozen=True, kw_only=True):
-    """A LoRA adapter, as peft builds it."""
+    """A LoRA adapter, built by peft."""
 
     rank: int = 8
     alpha: float = 16.0
@@ -149,7 +194,7 @@ class AdapterSpec(Strict, frozen=True, kw_only=True):
     """Storage dtype of the adapter's weights. float32 is peft's default on a half-precision base (`autocast_adapter_dtype`)."""
 
     def __post_init__(self) -> None:
-        """Ranges.
+        """Check ranges.
 
         Raises:
             SpecError: rank below 1, alpha not above 0, dropout outside [0, 1), no or repeated targets.
@@ -163,31 +208,31 @@ class AdapterSpec(Strict, frozen=True, kw_only=True):
 
 
 class DataSpec(Strict, frozen=True, kw_only=True):
-    """Where prompts or rows come from."""
+    """Where prompts or training rows come from."""
 
     source: Literal["random", "trace", "embedded", "hub", "file"] = "random"
-    """random: token ids of exactly the asked length. trace: random ids with the recorded lengths of a real data set.
-    embedded: texts in the package. hub: through `datasets`. file: local text or JSON lines."""
+    """random: token ids of the requested length. trace: random ids with the recorded lengths of a real data set.
+    embedded: texts in this package. hub: through `datasets`. file: local text or JSON lines."""
     name: str | None = None
     """trace: "gsm8k" or "wikitext2". embedded: "problems" or "paragraphs". hub: "gsm8k" or "wikitext2". file: its path."""
     rows: int | None = None
-    """Take the first so many; None takes all."""
+    """Take only the first rows. None takes all."""
     seed: int = 0
     """Seed of random ids and of shuffling."""
 
     def __post_init__(self) -> None:
-        """Names and counts.
+        """Check names and counts.
 
         Raises:
-            SpecError: a name is missing, unknown or not wanted; rows below 1.
+            SpecError: a name is missing, unknown or not allowed; rows below 1.
         """
         check_types(self)
         known = {"trace": ("gsm8k", "wikitext2"), "embedded": ("problems", "paragraphs"), "hub": ("gsm8k", "wikitext2")}
         if self.source == "random":
-            refuse(self.name is not None, f"Random ids have no name: drop name={self.name!r}.")
+            refuse(self.name is not None, f"Random ids have no name: remove name={self.name!r}.")
         elif self.source == "file":
             refuse(not self.name, "source='file' needs name=, the file's path.")
         elif self.name not in known[self.source]:
             names = " or ".join(repr(name) for name in known[self.source])
-            raise SpecError(f"source={self.source!r} knows {names}, got {self.name!r}.")
+            raise SpecError(f"source={self.source!r} supports {names}, got {self.name!r}.")
         refuse(self.rows is not None and self.rows < 1, f"rows must be at least 1, got {self.rows}.")

@@ -9,8 +9,7 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.feed import FeedSpec
-from hpc_core.case.parts import DataSpec
-from hpc_core.case.strict import Strict, check_types, refuse
+from hpc_core.case.parts import DataSpec, Strict, check_types, refuse
 
 __all__ = ["ENGINE_FIELDS", "CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 

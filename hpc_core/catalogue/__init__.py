@@ -1,16 +1,14 @@
-"""The built-in catalogue: the original report's variants and their tiny and small counterparts, and the words to add more.
+"""The built-in cases, and short functions to write more.
 
-Cases are plain values; `bench/` selects them, `--cases FILE` and the ini option `perf_cases` add a user's own.
+Cases are plain values. `bench/` selects them; `--cases FILE` and the ini option `perf_cases` add your own.
 """
 
 from __future__ import annotations
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.catalogue.data_path import DATA, TINY_DATA
-from hpc_core.catalogue.full_size import DEVICE_BOUND, FULL
-from hpc_core.catalogue.int4 import INT4
-from hpc_core.catalogue.making import (
+from hpc_core.catalogue.feeds import DATA, TINY_DATA
+from hpc_core.catalogue.shorthand import (
     Method,
     finetune,
     full,
@@ -21,9 +19,8 @@ from hpc_core.catalogue.making import (
     smollm2,
     tiny,
 )
-from hpc_core.catalogue.shortened import TRIAL, WHOLE
-from hpc_core.catalogue.small import SMALL, TINY
-from hpc_core.catalogue.tuned import SWEEP, TUNED
+from hpc_core.catalogue.stock import DEVICE_BOUND, FULL, SMALL, TINY, TRIAL, WHOLE
+from hpc_core.catalogue.tuned import INT4, SWEEP, TUNED
 
 __all__ = [
     "ALL",
@@ -54,7 +51,7 @@ ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, *TUNED)
 
 
 def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:
-    """The cases by id.
+    """Return the cases by id.
 
     Raises:
         SpecError: two cases share an id.
@@ -62,6 +59,6 @@ def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:
     found: dict[str, Case] = {}
     for case in cases:
         if case.id in found:
-            raise SpecError(f"Two cases are called {case.id}. Give one of them another variant.")
+            raise SpecError(f"Two cases are called {case.id}. Rename one of them.")
         found[case.id] = case
     return found

@@ -1,4 +1,4 @@
-"""The engines of our own beside the stock path: twins that differ in nothing but the engine and its switches."""
+"""Cases of our own engines next to the same cases with the stock libraries."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from hpc_core.case.case import (
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.catalogue.full_size import FULL
-from hpc_core.catalogue.making import (
+from hpc_core.catalogue.shorthand import (
     finetune,
     generate,
     llama_3b,
     lora,
     qlora,
 )
-
-__all__ = ["DECODE", "SWEEP", "TUNED"]
+from hpc_core.catalogue.stock import FULL
 
 _TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
 _PLAIN_ADAPTER: dict[str, Any] = {"dropout": 0.0, "adapter_dtype": "bfloat16"}
@@ -132,3 +130,17 @@ SWEEP: tuple[Case, ...] = (
     *_of_another_shape("llama-3.1-8b"),
 )
 """Batches, long prompts, kernels, real rows, other sizes: run by name (`bench/decode_engine.py`, `bench/train_engine.py`, `hpc-core run`), not in ALL."""
+
+
+_int4 = generate(
+    llama_3b,
+    variant="generate-int4",
+    quantization=QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=128),
+    prompts=2,
+    prompt_length=100,
+    new_tokens=128,
+    timeout_s=600,
+)
+
+INT4: tuple[Case, ...] = (_int4, _int4.vary("generate-int4-graph", engine="graph", kernels="inductor"))
+"""Stock and engine. Not in ALL: they need torchao, which is an extra of its own."""

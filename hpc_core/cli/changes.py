@@ -8,9 +8,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import Case
+from hpc_core.case.case import Case, changed
 from hpc_core.case.errors import SpecError
-from hpc_core.case.vary import changed
 
 __all__ = ["bytes_said", "changes_said", "sweep_said", "with_changes"]
 

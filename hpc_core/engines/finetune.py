@@ -15,11 +15,11 @@ import torch
 from hpc_core.builders import Built
 from hpc_core.builders.data.batching import (
     Batch,
+    BlockSource,
     EpochSize,
     batches,
     epoch_size,
 )
-from hpc_core.builders.data.blocks import BlockSource
 from hpc_core.builders.data.cache import cached_epoch
 from hpc_core.builders.data.device_batches import Batches, DeviceBatch, Resident
 from hpc_core.builders.data.fetched import FetchedEpoch

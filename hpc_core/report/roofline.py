@@ -14,8 +14,7 @@ from typing import Literal
 import msgspec
 
 from hpc_core.baselines.over_time import moment
-from hpc_core.bounds.datasheet import datasheet
-from hpc_core.bounds.floors import (
+from hpc_core.bounds.cost import (
     Floor,
     decode_floor,
     prefill_floor,
@@ -23,6 +22,7 @@ from hpc_core.bounds.floors import (
 )
 from hpc_core.bounds.reading import positions_of, step_seconds
 from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.record.gpus import gpu_of
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
 
@@ -98,7 +98,7 @@ def roofs_of(record: Record) -> tuple[Roof, ...]:
         for name, rate in sorted(measured.items(), key=lambda each: -each[1])
         if name.startswith(_MATMUL[0]) and name.endswith(_MATMUL[1]) and _sound(rate) and _sound(bandwidth)
     ]
-    sheet = datasheet(record.circumstances.machine)
+    sheet = gpu_of(record.circumstances.machine)
     if sheet is not None:
         top = sheet.flop_per_s["bfloat16"]
         roofs.append(

@@ -18,8 +18,7 @@ import torch
 from hpc_core.audit import feed_facts
 from hpc_core.builders import Built
 from hpc_core.builders.data.device_batches import Batches, Resident
-from hpc_core.builders.data.loader import Fed
-from hpc_core.builders.data.supply import PREFETCHED, host_batch
+from hpc_core.builders.data.loader import PREFETCHED, Fed, host_batch
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.engines.finetune import FinetuneProgram, resident_batches

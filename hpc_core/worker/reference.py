@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders.packed_int4 import packed_layers
-from hpc_core.builders.quantization import dequantized_weight, quantized_layers
+from hpc_core.builders.quantization import dequantized_weight, packed_layers, quantized_layers
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 
 __all__ = ["full_float32", "reference_bytes", "room_bytes", "turn_into_reference"]

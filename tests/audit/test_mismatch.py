@@ -178,7 +178,7 @@ def test_a_prepare_that_casts_nothing_voids_the_run(monkeypatch: pytest.MonkeyPa
 
 def test_the_other_kind_of_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reentrant and not recompute as often; the graph tells them apart."""
-    from hpc_core.builders.checkpointing import enable_checkpointing
+    from hpc_core.builders.assemble import enable_checkpointing
 
     monkeypatch.setattr(
         "hpc_core.builders.assemble.enable_checkpointing",

@@ -12,15 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.bounds import (
-    DATASHEETS,
-    datasheet,
     expected_bytes,
     impossible,
     judged,
     ratio_impossible,
     suspicious,
 )
-from hpc_core.bounds.floors import (
+from hpc_core.bounds.cost import (
     decode_floor,
     peak_rate,
     prefill_floor,
@@ -36,6 +34,7 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
+from hpc_core.record.gpus import GPUS, gpu_of
 from hpc_core.record.record import (
     Machine,
     Metric,
@@ -49,7 +48,7 @@ CARD = "nvidia-h100-80gb-hbm3-80gib"
 FULL = finetune(llama_3b, full, variant="full-bf16", batch=4, length=512, epoch_rows=4000)
 LORA = finetune(llama_3b, lora(), batch=4, length=512, epoch_rows=4000)
 ANSWER = generate(llama_3b, prompt_length=100, new_tokens=64)
-SHEET = DATASHEETS["H100 80GB HBM3"]
+SHEET = GPUS["H100 80GB HBM3"]
 GIB = 2**30
 
 
@@ -200,9 +199,9 @@ def test_only_listed_cards_have_a_sheet() -> None:
         "NVIDIA GH200 480GB": None,
         "Radeon": None,
     }
-    found = {name: datasheet(Machine(key="gpu", name=name, memory_bytes=1)) for name in names}
+    found = {name: gpu_of(Machine(key="gpu", name=name, memory_bytes=1)) for name in names}
     assert {name: None if sheet is None else sheet.name for name, sheet in found.items()} == names
-    assert all(sheet.flop_per_s["bfloat16"] > 100 * sheet.bytes_per_s > 1e14 for sheet in DATASHEETS.values())
+    assert all(sheet.flop_per_s["bfloat16"] > 100 * sheet.bytes_per_s > 1e14 for sheet in GPUS.values())
 
 
 def test_above_a_measured_ceiling_is_suspicious_only() -> None:
@@ -226,7 +225,7 @@ def test_a_step_below_its_floor_is_always_refused(
     case = finetune(ModelSpec(shape=shape), method, variant="law", batch=batch, length=length)
     floor = train_floor(case)
     assert floor is not None
-    for sheet in DATASHEETS.values():
+    for sheet in GPUS.values():
         peak_of = peak_rate(case, sheet)
         assert peak_of is not None
         least = floor.seconds(sheet, peak_of[1])

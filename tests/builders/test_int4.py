@@ -196,7 +196,7 @@ def test_rows_that_do_not_divide_into_groups_are_refused() -> None:
         build(narrow, _CPU)
     odd = QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=128)
     model = torch.nn.Sequential(torch.nn.Linear(192, 32, dtype=torch.bfloat16))
-    from hpc_core.builders.packed_int4 import quantize_to_int4
+    from hpc_core.builders.quantization import quantize_to_int4
 
     with pytest.raises(BuildError, match="rows of 192 weights"):
         quantize_to_int4(model, odd, _CPU)

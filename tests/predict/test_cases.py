@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from hpc_core.bounds import expected_bytes, impossible
-from hpc_core.bounds.floors import train_floor
+from hpc_core.bounds.cost import train_floor
 from hpc_core.case.case import (
     Case,
     DataSpec,

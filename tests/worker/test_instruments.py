@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hpc_core.builders.adapter import attach_adapter
-from hpc_core.builders.checkpointing import enable_checkpointing
+from hpc_core.builders.assemble import enable_checkpointing
 from hpc_core.case.case import CallableSpec, Case, ModelSpec
 from hpc_core.catalogue import (
     catalogue,

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from hpc_core.baselines.accept import accept
-from hpc_core.builders.data.loader import Fed
-from hpc_core.builders.data.supply import HostBatch
+from hpc_core.builders.data.loader import Fed, HostBatch
 from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY_DATA, catalogue

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from bench.studies.original_report.artefacts import artefacts, device_bound_rows
-from hpc_core.bounds.datasheet import datasheet
-from hpc_core.bounds.floors import (
+from hpc_core.bounds.cost import (
     decode_floor,
-    expected_bytes,
     peak_rate,
     train_floor,
 )
+from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
 from hpc_core.bounds.reading import positions_of, value_of
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.limits import GiB
+from hpc_core.record.gpus import gpu_of
 from hpc_core.record.record import Record
 
 __all__ = ["page"]
@@ -127,7 +127,7 @@ def _refusals(report: Mapping[str, Record]) -> Iterable[str]:
 
 def _first(report: Mapping[str, Record], ours: Mapping[str, Record]) -> str:
     full, real = report["full"], report["full-real-tokens"]
-    sheet = datasheet(full.circumstances.machine)
+    sheet = gpu_of(full.circumstances.machine)
     assert sheet is not None
     peak = peak_rate(full.case, sheet)
     assert peak is not None

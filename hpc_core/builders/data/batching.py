@@ -10,20 +10,23 @@ Padded batches keep short rows, empty ones too (a third of wikitext's), with two
 row has fewer than 2 tokens predicts nothing, so its mean loss would be 0/0 = NaN: it is skipped, and counted. A row
 without any token (a tokenizer that adds no BOS) has nothing to attend to, which makes its softmax NaN: it is left out
 before batches are formed.
+
+
+What a data path hands on: batches as arrays, one at a time by index. No tensors, no devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from hpc_core.builders.data.draw import shuffled
-from hpc_core.builders.data.rows import PAD_ID
+from hpc_core.builders.data.rows import PAD_ID, shuffled
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import DataError
-
-__all__ = ["IGNORED_LABEL", "Batch", "EpochSize", "batches", "epoch_size"]
 
 IGNORED_LABEL = -100
 """The label that a cross-entropy loss passes over."""
@@ -169,3 +172,42 @@ def _packed_batch(stream: list[int], number: int, spec: FinetuneSpec) -> Batch:
     return Batch(
         ids=blocks, mask=None, labels=[list(block) for block in blocks], tokens=spec.batch * spec.length, padded=0
     )
+
+
+Ids = NDArray[np.int64]
+
+
+class Block(NamedTuple):
+    """One batch."""
+
+    ids: Ids
+    """(batch, width), padded with 0 on the right."""
+    lengths: Ids
+    """(batch,): real tokens of each row."""
+
+
+class BlockSize(NamedTuple):
+    """What is known of a batch without making it."""
+
+    width: int
+    """Tokens a row, padding included."""
+    tokens: int
+    """Real tokens."""
+    padded: int
+    """Padding tokens."""
+
+
+class BlockSource(Protocol):
+    """The batches of an epoch in order. Can be pickled, so that worker processes have it too."""
+
+    tokenize: str
+    """"cached" or "fetch", as in FeedSpec."""
+    masked: bool
+    """Whether the model is given a mask."""
+    epoch: EpochSize
+    sizes: list[BlockSize]
+    """One a batch of the epoch."""
+
+    def block(self, index: int) -> Block:
+        """The batch at this index, made or read now."""
+        ...

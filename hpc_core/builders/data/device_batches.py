@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from hpc_core.builders.data.blocks import BlockSize
+from hpc_core.builders.data.batching import BlockSize
 
 __all__ = ["Batches", "DeviceBatch", "Resident"]
 

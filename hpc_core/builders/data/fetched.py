@@ -9,13 +9,12 @@ import itertools
 
 import numpy as np
 
-from hpc_core.builders.data.batching import EpochSize, epoch_size
-from hpc_core.builders.data.blocks import Block, BlockSize
-from hpc_core.builders.data.draw import shuffled
+from hpc_core.builders.data.batching import Block, BlockSize, EpochSize, epoch_size
 from hpc_core.builders.data.rows import (
     PAD_ID,
     ByteTokenizer,
     Tokenizer,
+    shuffled,
     token_rows,
 )
 from hpc_core.builders.data.texts import texts

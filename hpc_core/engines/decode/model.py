@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as functional
 
-from hpc_core.builders.packed_int4 import packing_of
+from hpc_core.builders.quantization import packing_of
 from hpc_core.case.errors import SpecError
 
 aten: Any = torch.ops.aten

@@ -12,17 +12,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hpc_core.builders.data import collated
+from hpc_core.builders.data import cache
 from hpc_core.builders.data.batching import (
     IGNORED_LABEL,
     Batch,
+    BlockSource,
     EpochSize,
     batches,
     epoch_size,
 )
-from hpc_core.builders.data.blocks import BlockSource
-from hpc_core.builders.data.cache import cache_folder, cache_key, cached_epoch
-from hpc_core.builders.data.collated import CollatedEpoch, write_collated
+from hpc_core.builders.data.cache import CollatedEpoch, cache_folder, cache_key, cached_epoch, write_collated
 from hpc_core.builders.data.fetched import FetchedEpoch
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.case import DataSpec, FeedSpec, FinetuneSpec
@@ -161,8 +160,8 @@ def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
 def test_a_header_that_lies_is_refused(tmp_path: Path, said: dict[str, int]) -> None:
     """Counts that the numbers cannot hold are an error in words, even where the checksum is right."""
     path = tmp_path / "x.batches"
-    header = collated._Header(
-        format=collated.FORMAT,
+    header = cache._Header(
+        format=cache.FORMAT,
         key="key",
         batches=said.get("batches", 1),
         batch=said.get("batch", 1),
@@ -172,10 +171,10 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, said: dict[str, int]) -> 
         epoch=EpochSize(rows=1, batches=1, tokens=2, padded=0, skipped=0),
     )
     body = np.array([2, 2, 5, 6], dtype="<i4").tobytes()
-    true = msgspec.structs.replace(header, checksum=collated._checksum(header, body))
+    true = msgspec.structs.replace(header, checksum=cache._checksum(header, body))
     told = msgspec.json.encode(true)
-    told += b" " * (-(len(collated._MAGIC) + 8 + len(told)) % 64)
-    path.write_bytes(collated._MAGIC + len(told).to_bytes(8, "little") + told + body)
+    told += b" " * (-(len(cache._MAGIC) + 8 + len(told)) % 64)
+    path.write_bytes(cache._MAGIC + len(told).to_bytes(8, "little") + told + body)
     with pytest.raises(DataError, match=f"it holds {true.batches} batches of {true.batch} rows in 4 numbers"):
         CollatedEpoch(path, "key")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.builders.data.draw import FIRST_FREE_ID, IdSource, shuffled
+from hpc_core.builders.data.rows import FIRST_FREE_ID, IdSource, shuffled
 from hpc_core.case.errors import DataError, MissingLibraryError
 
 
@@ -27,7 +27,7 @@ def test_order_of_a_seed_stays_the_same_for_good() -> None:
 def test_hash_seed_changes_nothing() -> None:
     """Two processes with different PYTHONHASHSEED draw and shuffle alike."""
     code = (
-        "from hpc_core.builders.data.draw import IdSource, shuffled\n"
+        "from hpc_core.builders.data.rows import IdSource, shuffled\n"
         "print(IdSource(7, 32000).row(20), shuffled([str(number) for number in range(20)], 7))"
     )
     answers = [

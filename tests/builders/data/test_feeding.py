@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 
 from hpc_core.audit import feed_facts
 from hpc_core.builders import Built, build
-from hpc_core.builders.data import supply
-from hpc_core.builders.data.blocks import Block, BlockSource
+from hpc_core.builders.data import loader
+from hpc_core.builders.data.batching import Block, BlockSource
 from hpc_core.builders.data.device_batches import Resident
-from hpc_core.builders.data.loader import Fed
-from hpc_core.builders.data.supply import HostBatch, host_batch
+from hpc_core.builders.data.loader import Fed, HostBatch, host_batch
 from hpc_core.case.case import (
     Case,
     DataSpec,
@@ -204,7 +203,7 @@ def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> 
     program = training_program(build(case, CPU), case, _workload(case))
     assert isinstance(program.batches, Fed)
     assert same_losses(program, program.batches, _resident(case), seed=0).holds
-    monkeypatch.setattr(supply, "host_batch", spoiled)
+    monkeypatch.setattr(loader, "host_batch", spoiled)
     fact = same_losses(program, program.batches, _resident(case), seed=0)
     assert (fact.asked, fact.seen) == tuple(f"{count} of 5 equal those of resident batches" for count in (5, 4))
 
@@ -231,8 +230,8 @@ def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.Monkey
 
 def test_a_worker_that_hangs_is_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch that does not come ends in an error that says after how long; the worker is gone after."""
-    monkeypatch.setattr(supply, "host_batch", lambda source, index: time.sleep(2.0))
-    monkeypatch.setattr(supply, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(loader, "host_batch", lambda source, index: time.sleep(2.0))
+    monkeypatch.setattr(loader, "_PATIENCE_S", 0.3)
     others = set(psutil.Process().children())
     fed = fed_batches(_built(), _workload(_case(PACKED, workers=1)))[0]
     with pytest.raises(RuntimeError, match=r"timed out after 0\.3 seconds"):
@@ -256,7 +255,7 @@ def test_a_worker_never_collects_what_came_with_the_fork() -> None:
         masked = False
 
     before = gc.get_freeze_count(), gc.isenabled()
-    made = supply.supply(cast("BlockSource", Source()), FeedSpec(way="loader", workers=1), 1, on_gpu=False)
+    made = loader.supply(cast("BlockSource", Source()), FeedSpec(way="loader", workers=1), 1, on_gpu=False)
     told = Told(*next(made).ids[0].tolist())
     assert told.frozen > 10_000
     assert told.collecting

@@ -127,15 +127,15 @@ def test_idle_time_of_a_slow_host_is_seen(device: torch.device) -> None:
 
 def test_a_starved_gpu_is_bound_by_what_starves_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loader that takes 20 ms a batch starves a tiny step: the GPU idles about as long, and the sentence says reading."""
-    from hpc_core.builders.data import supply
+    from hpc_core.builders.data import loader
 
-    made = supply.host_batch
+    made = loader.host_batch
 
     def slow(source: Any, index: int) -> Any:
         time.sleep(0.02)
         return made(source, index)
 
-    monkeypatch.setattr(supply, "host_batch", slow)
+    monkeypatch.setattr(loader, "host_batch", slow)
     case = _case(GRAPH, workers=0, pinned=True, ahead=2)
     assert isinstance(case.workload, FinetuneSpec)
     built = build(case, device)

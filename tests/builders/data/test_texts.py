@@ -258,7 +258,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
     """All data modules together, and reading embedded texts, load neither torch nor datasets nor numpy."""
     code = (
         "import sys\n"
-        "from hpc_core.case import lengths\nfrom hpc_core.builders.data import batching, draw, rows, texts\n"
+        "from hpc_core.case import lengths\nfrom hpc_core.builders.data import batching, rows, texts\n"
         "texts.problems(); lengths.recorded_lengths('gsm8k')\n"
         "print(sorted({'torch', 'datasets', 'transformers', 'numpy'} & set(sys.modules)))"
     )

@@ -1,21 +1,19 @@
-"""How batches reach the device, one thing changed at a time: workers, pinned memory, copies ahead, tokenization in the loader or once."""
+"""Cases of the data path: workers, pinned memory, copies ahead, and where texts are tokenized, one change at a time."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hpc_core.case.case import Case, DataSpec
-from hpc_core.catalogue.making import (
+from hpc_core.catalogue.shorthand import (
     finetune,
     llama_3b,
     lora,
     tiny,
 )
 
-__all__ = ["DATA", "TINY_DATA"]
-
 _TEXTS = DataSpec(source="embedded", name="paragraphs")
-"""Texts, so that tokenizing them can be part of a fetch; a model of random weights has no tokenizer, and takes their bytes."""
+"""Texts, so that a fetch can tokenize them. A model with random weights has no tokenizer and takes their bytes."""
 _tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"}
 
 
@@ -27,7 +25,7 @@ def _name(settings: dict[str, Any]) -> str:
 
 
 def _feeds(case: Case, ways: list[tuple[bool, int]], fetched: list[tuple[bool, int]]) -> list[Case]:
-    """The case with 0, 2 and 4 workers in each way (pinned, ahead), cached; and with texts tokenized in the loader."""
+    """Return the case with 0, 2 and 4 workers for each (pinned, ahead), from the cache and with tokenization in the loader."""
     rows = [
         {"way": "loader", "workers": workers, "pinned": pinned, "ahead": ahead, "tokenize": tokenize}
         for tokenize, chosen in (("cached", ways), ("fetch", fetched))
@@ -51,11 +49,11 @@ _full = finetune(
     **_tuned,
 )
 DATA: tuple[Case, ...] = (_full, *_feeds(_full, [(False, 0), (True, 0), (True, 2)], [(False, 0), (True, 2)]))
-"""Full-size LoRA by the tuned engine, a captured step: 15 feeds beside the resident batches. Not in ALL; `bench/studies/data_path/feeds.py` runs them."""
+"""Full-size LoRA with a captured step: 15 feeds and the resident batches. Not in ALL; `bench/studies/data_path/feeds.py` runs them."""
 
 _small = finetune(
     tiny, lora(), variant="data-resident", batch=2, length=32, packing=True, data=_TEXTS, steps=4, timeout_s=120
 )
 TINY_DATA: tuple[Case, ...] = (_small, *_feeds(_small, [(False, 0), (False, 2)], [(False, 0), (False, 2)]))
-"""The same on a CPU, where there is nothing to pin. Not in the tiny suite: step times beside a loader's processes on two cores are undecided after 24
-pairs, and cost an A/B of the suite a minute and a half."""
+"""The same on a CPU, where nothing is pinned. Not in the tiny suite: on two cores the step times with loader processes are still
+inconclusive after 24 pairs, which would cost an A/B of the suite 90 s."""
