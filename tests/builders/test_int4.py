@@ -62,11 +62,11 @@ def built() -> Built:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"double_quant": True}, "double_quant belongs to nf4"),
+        ({"double_quant": True}, "double_quant applies to nf4"),
         ({"compute_dtype": "float16"}, "compute_dtype='bfloat16'"),
         ({"group_size": 100}, "32, 64, 128, 256"),
-        ({"skip_modules": ()}, "leaves the head as it is"),
-        ({"kind": "nf4", "group_size": 64}, "belongs to int4"),
+        ({"skip_modules": ()}, "does not quantize the head"),
+        ({"kind": "nf4", "group_size": 64}, "applies to int4 only"),
     ],
 )
 def test_what_int4_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> None:
@@ -77,7 +77,7 @@ def test_what_int4_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> Non
 
 def test_int4_with_an_adapter_training_or_other_weights_is_refused() -> None:
     """By the case's name; and so is the engine with kernels that it does not have."""
-    with pytest.raises(SpecError, match="nothing trains on them"):
+    with pytest.raises(SpecError, match="cannot be fine-tuned"):
         finetune(tiny, lora()).vary("int4", quantization=_int4())
     with pytest.raises(SpecError, match="take no adapter"):
         _case(engine="graph", kernels="torch").vary("adapted", adapter=lora().adapter)

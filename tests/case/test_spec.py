@@ -187,19 +187,19 @@ TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked"}
 
 REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(), "Random weights need a shape"),
-    (lambda: ModelSpec(shape="tiny", path="/w"), "Random weights are made, not read"),
+    (lambda: ModelSpec(shape="tiny", path="/w"), "Random weights have no path"),
     (lambda: ModelSpec(shape="gpt-9"), "gpt-9"),
-    (lambda: ModelSpec(shape="tiny", layers=3), "tiny has 3; say 1 to 2"),
-    (lambda: ModelSpec(shape="tiny", layers=0), "say 1 to 2"),
-    (lambda: ModelSpec(weights="hub", path="a/b", layers=2), "brings its own layers"),
+    (lambda: ModelSpec(shape="tiny", layers=3), "tiny has 3; use 1 to 2"),
+    (lambda: ModelSpec(shape="tiny", layers=0), "use 1 to 2"),
+    (lambda: ModelSpec(weights="hub", path="a/b", layers=2), "defines the layers"),
     (lambda: ModelSpec(weights="folder"), "weights='folder' needs path="),
     (lambda: ModelSpec(weights="config"), "weights='config' needs path=, a folder with a config.json"),
-    (lambda: ModelSpec(weights="config", path="a/b", shape="tiny"), "brings its own shape"),
-    (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "brings its own shape"),
+    (lambda: ModelSpec(weights="config", path="a/b", shape="tiny"), "defines the shape"),
+    (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "defines the shape"),
     (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),
     (lambda: ModelSpec(shape="tiny", dtype="int4"), "Invalid enum value 'int4'"),  # type: ignore[arg-type]
-    (lambda: QuantSpec(kind="int8", compute_dtype="float16", double_quant=True), "double_quant belongs to nf4"),
-    (lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"), "bitsandbytes computes int8 matrix products in float16"),
+    (lambda: QuantSpec(kind="int8", compute_dtype="float16", double_quant=True), "double_quant applies to nf4"),
+    (lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"), "bitsandbytes always computes int8 matrix products in float16"),
     (lambda: AdapterSpec(rank=0), "rank must be at least 1, got 0"),
     (lambda: AdapterSpec(rank="8"), r"AdapterSpec\(rank='8'\): Expected `int`, got `str`"),  # type: ignore[arg-type]
     (lambda: AdapterSpec(alpha=0), "alpha must be above 0"),
@@ -210,8 +210,8 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: AdapterSpec(targets=("q_proj", "q_proj")), "Repeated target modules"),
     (lambda: DataSpec(name="gsm8k"), "Random ids have no name"),
     (lambda: DataSpec(source="file"), "source='file' needs name="),
-    (lambda: DataSpec(source="trace", name="c4"), "knows 'gsm8k' or 'wikitext2', got 'c4'"),
-    (lambda: DataSpec(source="embedded"), "knows 'problems' or 'paragraphs', got None"),
+    (lambda: DataSpec(source="trace", name="c4"), "supports 'gsm8k' or 'wikitext2', got 'c4'"),
+    (lambda: DataSpec(source="embedded"), "supports 'problems' or 'paragraphs', got None"),
     (lambda: DataSpec(rows=0), "rows must be at least 1, got 0"),
     (lambda: GenerateSpec(batch=0), "batch must be at least 1, got 0"),
     (lambda: GenerateSpec(prompts=0), "prompts must be at least 1, got 0"),
@@ -242,7 +242,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
         lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE),
         "graph=True needs steps of one shape",
     ),
-    (lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")), "knows no dropout: say dropout=0, not 0.05"),
+    (lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")), "does not support dropout: use dropout=0, not 0.05"),
     (lambda: CallableSpec(factory="make_step"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a.b:c\n"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a:b", steps=0), "steps must be at least 1"),
@@ -255,16 +255,16 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: a_case("tiny/lora\n"), "A case id is <shape>/<variant>"),
     (lambda: a_case(timeout_s=0), "timeout_s must be above 0"),
     (lambda: a_case(timeout_s=math.inf), "must be finite"),
-    (lambda: a_case(workload=STEP), "a callable builds its own model: drop model, adapter"),
+    (lambda: a_case(workload=STEP), "a callable builds its own model: remove model, adapter"),
     (lambda: a_case(model=None), "a finetune case needs a model"),
-    (lambda: a_case(workload=GenerateSpec()), "generation with an adapter is not built yet"),
-    (lambda: a_case(adapter=None, quantization=NF4), "quantized weights take no gradient"),
-    (lambda: a_case(adapter=None, workload=FinetuneSpec(prepare=True)), "without an adapter nothing would train"),
+    (lambda: a_case(workload=GenerateSpec()), "does not generate with an adapter"),
+    (lambda: a_case(adapter=None, quantization=NF4), "quantized weights have no gradients"),
+    (lambda: a_case(adapter=None, workload=FinetuneSpec(prepare=True)), "nothing would train without an adapter"),
     (lambda: a_case(workload=FinetuneSpec(prepare=True)), "prepare=True is for quantized models"),
     (lambda: a_case("tiny/qlora"), "QLoRA without quantization is LoRA"),
     (lambda: a_case("llama-3.2-3b/lora"), "the id says llama-3.2-3b, the model is tiny"),
     (lambda: a_case().vary("x", colour=3), "has no field 'colour' to vary"),
-    (lambda: a_case().vary("x", dtype="float16"), "say one of model_dtype, adapter_dtype"),
+    (lambda: a_case().vary("x", dtype="float16"), "use one of model_dtype, adapter_dtype"),
 ]
 
 
@@ -320,7 +320,7 @@ def test_an_argument_of_a_callable_is_varied_by_its_name() -> None:
     assert wider.arguments == {"batch": 8, "steps": 2}
     with pytest.raises(SpecError, match=r"no field .length. to vary\. It has: arguments, batch, device"):
         case.vary("long", length=512)
-    with pytest.raises(SpecError, match="say one of workload_steps, arguments_steps"):
+    with pytest.raises(SpecError, match="use one of workload_steps, arguments_steps"):
         case.vary("more", steps=3)
     more = case.vary("more", arguments_steps=3).workload
     assert isinstance(more, CallableSpec)
