@@ -92,7 +92,7 @@ def _more_than_the_card(record: Record) -> Iterator[str]:
     machine = record.circumstances.machine
     sheet = gpu_of(machine)
     if sheet is not None and machine.memory_bytes > _MEMORY_OFF * sheet.memory_bytes:
-        yield f"The machine claims {bytes_text(machine.memory_bytes)} of memory, the {sheet.name} has {bytes_text(sheet.memory_bytes)} ({sheet.source})."
+        yield f"The machine claims {bytes_text(machine.memory_bytes)} of memory, the {sheet.name} has {bytes_text(sheet.memory_bytes)}."
     for name in ("peak_bytes", "reserved_bytes"):
         value = value_of(record, name)
         if value is not None and value > machine.memory_bytes:

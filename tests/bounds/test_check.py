@@ -157,7 +157,7 @@ PINNED: dict[str, tuple[Record, str]] = {
     ),
     "a larger card": (
         claim(LORA, Machine(key="x", name="NVIDIA H100 80GB HBM3", memory_bytes=96 * GIB)),
-        "The machine claims 96.00 GiB of memory, the H100 80GB HBM3 has 80.00 GiB (NVIDIA's H100 data sheet (SXM)).",
+        "The machine claims 96.00 GiB of memory, the H100 80GB HBM3 has 79.65 GiB.",
     ),
     "throughput": (
         claim(

@@ -199,7 +199,10 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),
     (lambda: ModelSpec(shape="tiny", dtype="int4"), "Invalid enum value 'int4'"),  # type: ignore[arg-type]
     (lambda: QuantSpec(kind="int8", compute_dtype="float16", double_quant=True), "double_quant applies to nf4"),
-    (lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"), "bitsandbytes always computes int8 matrix products in float16"),
+    (
+        lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"),
+        "bitsandbytes always computes int8 matrix products in float16",
+    ),
     (lambda: AdapterSpec(rank=0), "rank must be at least 1, got 0"),
     (lambda: AdapterSpec(rank="8"), r"AdapterSpec\(rank='8'\): Expected `int`, got `str`"),  # type: ignore[arg-type]
     (lambda: AdapterSpec(alpha=0), "alpha must be above 0"),
@@ -242,7 +245,10 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
         lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE),
         "graph=True needs steps of one shape",
     ),
-    (lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")), "does not support dropout: use dropout=0, not 0.05"),
+    (
+        lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")),
+        "does not support dropout: use dropout=0, not 0.05",
+    ),
     (lambda: CallableSpec(factory="make_step"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a.b:c\n"), "A factory is named 'package.module:function'"),
     (lambda: CallableSpec(factory="a:b", steps=0), "steps must be at least 1"),
