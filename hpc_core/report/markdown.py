@@ -1,4 +1,4 @@
-"""A report for a pull request: one line where nothing moved; else what moved, why, and the rest folded away. GitHub's Markdown."""
+"""A report for a pull request in GitHub's Markdown: one line if nothing moved; else what moved and why, with the rest folded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARKS = {
 }
 _UNDECIDED = "⚪"
 _BLOCKS = ("|", "- ", "<")
-"""Lines that stand for themselves; all others end with a line break."""
+"""How lines begin that need no line break at their end."""
 _LONGEST = 300
 _LONGEST_CAUSE = 1500
 """Of a line of the cause, which names categories, modules and operators: cut, it says nothing."""
@@ -35,15 +35,15 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def safe(text: str, longest: int = _LONGEST) -> str:
-    """The text as a reader sees it: no markup, no mention, no link, one line of at most so many characters."""
+    """Return the text without markup, mention or link, as one line of at most so many characters."""
     line = " ".join(plain(text, longest).split())
     escaped = _SPECIAL.sub(lambda found: _ENTITIES.get(found[0]) or f"\\{found[0]}", line)
-    # A zero-width joiner would do too; an entity is seen by nobody, and GitHub notifies nobody.
+    # As entities they read the same, but GitHub notifies nobody and links nothing.
     return escaped.replace("@", "&#64;").replace("://", ":&#47;/").replace("www.", "www&#46;")
 
 
 def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
-    """The whole report. Where no case needs a look, it is one sentence and a fold."""
+    """Return the whole report. If no case needs attention, it is one sentence and a fold."""
     moved = sorted((each for each in entries if each.needs_attention), key=_gravest_first)
     lines = [f"### hpc-core: {_headline(entries, moved)}", ""]
     if moved:
@@ -106,7 +106,7 @@ def _table(entries: Sequence[Entry]) -> list[str]:
 
 
 def _details(entry: Entry) -> list[str]:
-    """What a reader must know of a case that moved, folded."""
+    """Return the details of a case that moved, as a fold."""
     row, judgement, failure = entry.row, entry.judgement, entry.record.failure
     if failure is not None:
         text = [f"{failure.kind} in {safe(failure.phase)}: {safe(failure.message)}"]
@@ -128,7 +128,7 @@ def _details(entry: Entry) -> list[str]:
 
 
 def _why(entry: Entry) -> list[str]:
-    """The two lines of the cause: what moved most and where, then what else did and what is different around it."""
+    """Return the two lines of the cause: what moved most and where, then what else moved and what differs around it."""
     lines = () if entry.cause is None else entry.cause.lines
     return [f"**Why:** {safe(line, _LONGEST_CAUSE)}" for line in lines] + ([""] if lines else [])
 

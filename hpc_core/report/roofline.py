@@ -1,7 +1,7 @@
-"""Where a case lies under the roofline: the least work of a step, prefill or token, over the time that it took. Draws nothing.
+"""Where a case lies under the roofline: the least work of a step, prefill or token over the time that it took.
 
-Work and bytes are the closed forms of `physics.floors`: what a step must at least compute and move. So a point shows what the time was used
-for, not what the kernels happened to do, and lies below the roof by all that was done in vain.
+Work and bytes are the closed forms of `bounds.floors`: what a step must at least compute and move. A point shows useful work, not
+what the kernels did, so wasted work puts it further below the roof.
 Source: Williams, Waterman, Patterson, "Roofline" (CACM 52, 2009).
 """
 
@@ -36,9 +36,9 @@ class RoofPoint(msgspec.Struct, frozen=True, kw_only=True):
     entry: Entry
     work: Work
     intensity: float
-    """FLOP a byte, at least."""
+    """FLOP per byte, at least."""
     flop_per_s: float
-    """By GPU-busy time; by wall time where that alone was taken."""
+    """Over GPU-busy time, or over wall time if only that was measured."""
     is_busy: bool
 
 
@@ -49,11 +49,11 @@ class Roof(msgspec.Struct, frozen=True, kw_only=True):
     flop_per_s: float
     bytes_per_s: float
     is_measured: bool
-    """In the session of the records; False: by the maker's data sheet."""
+    """In the session of the records; otherwise from the data sheet."""
 
 
 def points_of(entries: Iterable[Entry]) -> tuple[RoofPoint, ...]:
-    """The points of all cases with a closed form and a time."""
+    """Return the points of all cases with a closed form and a time."""
     found = []
     for entry in entries:
         for work, floor, seconds, is_busy in _works(entry):
@@ -90,7 +90,7 @@ def _busy_or_wall(entry: Entry, busy: str, wall: str) -> tuple[float | None, boo
 
 
 def roofs_of(record: Record) -> tuple[Roof, ...]:
-    """The ceilings that were measured beside a record, the highest first, and its card's by the data sheet."""
+    """Return the ceilings measured in a record's session, highest first, then that of its card's data sheet."""
     measured = record.circumstances.ceilings
     bandwidth = measured.get("copy_bytes_per_s", 0.0)
     roofs = [
@@ -108,7 +108,7 @@ def roofs_of(record: Record) -> tuple[Roof, ...]:
 
 
 def newest_roofs(entries: Iterable[Entry]) -> tuple[Roof, ...]:
-    """The roofs of the newest session that has any."""
+    """Return the roofs of the newest session that has any."""
     by_age = sorted((entry.record for entry in entries), key=lambda record: moment(record.circumstances.started_at))
     return next((roofs for record in reversed(by_age) if (roofs := roofs_of(record))), ())
 

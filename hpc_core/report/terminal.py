@@ -1,17 +1,17 @@
-"""The table and the lists that end a run, as text for a terminal of any width. Knows rich; opens no stream.
+"""The table and the paragraphs that end a run, as text for a terminal of any width.
 
-What does not fit is left out column by column, the least needed first; what no case has is no column.
+Columns that do not fit are left out, the least needed first; so are columns without a value.
 """
 
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -60,7 +60,7 @@ def _cells(row: Row) -> dict[str, str]:
 
 
 def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
-    """The columns that say something and fit; the last one may be cut."""
+    """Return the columns that hold a value and fit; the last one may be cut."""
     chosen = [name for name in _COLUMNS if any(line[name] not in (NOTHING, "") for line in lines)]
     for name in _LEAST_NEEDED:
         if _natural(lines, chosen) <= width:
@@ -74,7 +74,7 @@ def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
 
 
 def _room(lines: Sequence[dict[str, str]], chosen: Sequence[str], width: int) -> int:
-    """What all other columns leave to the names."""
+    """Return the width that all other columns leave to the names."""
     return width - _natural(lines, chosen) + max(cell_len(line["case"]) for line in lines)
 
 
@@ -86,9 +86,9 @@ def _natural(lines: Sequence[dict[str, str]], chosen: Sequence[str]) -> int:
 
 
 def table(rows: Sequence[Row], width: int) -> Table:
-    """The table of these rows; the order is the caller's.
+    """Return the table of these rows, in their order.
 
-    Where whole ids would cost a column, the shape is said once, above its variants.
+    Where whole ids would cost a column, the shape stands once, above its variants.
     """
     lines = [_cells(row) for row in rows]
     grouped = _under_shapes(lines)
@@ -123,7 +123,7 @@ def _under_shapes(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def caption(record: Record) -> str:
-    """Where the numbers come from: machine, stack, commit."""
+    """Return where the numbers come from: machine, stack, commit."""
     seen = record.circumstances
     stack = ", ".join(f"{name} {version}" for name, version in sorted(seen.stack.items()))
     commit = (
@@ -135,14 +135,14 @@ def caption(record: Record) -> str:
 
 
 class _Problem(NamedTuple):
-    """Why a row needs a reader: what happened, further sentences, and what to do."""
+    """Why a row needs attention: what happened, further sentences, and what to do."""
 
     headline: str
     reasons: tuple[str, ...] = ()
     step: tuple[str, ...] = ()
 
     def causes_of(self, case: str) -> tuple[str, ...]:
-        """The lines that say why, each with the case that it was seen in."""
+        """Return the lines of the cause, each with the case that it was found in."""
         return tuple(f"{_WHY}, in {case}{line.removeprefix(_WHY)}" for line in self.reasons if line.startswith(_WHY))
 
 
@@ -175,13 +175,13 @@ def _problem(row: Row) -> _Problem | None:
 
 
 def _is_excused(row: Row) -> bool:
-    """Whether it is worse than accepted, and that fails nothing."""
+    """Return whether the case is worse than accepted and a waiver or limit excuses it."""
     judgement = row.judgement
     return judgement is not None and bool(judgement.excuses) and judgement.outcome() != "failed"
 
 
-def _problems(rows: Iterable[Row]) -> list[RenderableType]:
-    """One paragraph a problem; what several cases share in every word but their name is said once."""
+def _problems(rows: Iterable[Row], width: int) -> list[RenderableType]:
+    """Return one paragraph for each problem. Cases whose problems differ only in their names share one."""
     shared: dict[tuple[str, str, str], list[tuple[str, _Problem]]] = {}
     for row in rows:
         found = _problem(row)
@@ -200,27 +200,33 @@ def _problems(rows: Iterable[Row]) -> list[RenderableType]:
         drawn.append(Text.assemble((verdict, _STYLES.get(verdict, _UNDECIDED)), f" {who}: {said}"))
         # Of cases that moved alike, one stands for the cause of all; what else differs between them is in the records.
         for line in problem.causes_of(case) if several else problem.reasons:
-            drawn.append(Padding(Text(line), (0, 0, 0, 4)))
+            drawn.append(_hanging(line, width))
         for line in problem.step:
             drawn.append(_unbroken(f"    {_for_any_case(line, case) if several else line}"))
     return drawn
 
 
 def _for_any_case(line: str, case: str) -> str:
-    """The command for all cases of the same shape."""
+    """Return the command for all cases of the same shape."""
     shape = case.partition("/")[0]
     return line.replace(f"'{case}'", case).replace(case, f"'{shape}/*'")
 
 
+def _hanging(line: str, width: int) -> Text:
+    """Return an indented sentence whose further lines are indented more, so that each sentence is seen to begin."""
+    wrapped = textwrap.wrap(line, width, initial_indent=" " * 4, subsequent_indent=" " * 6, break_on_hyphens=False)
+    return _unbroken("\n".join(wrapped))
+
+
 def _unbroken(line: str) -> Text:
-    """A line to be copied: the terminal may wrap it, we must not."""
+    """Return a line that is not wrapped here, so that it can be copied."""
     return Text(line, no_wrap=True, overflow="ignore")
 
 
 def summary(rows: Sequence[Row], width: int) -> Group:
-    """Table, problems, what was written, and where the numbers come from."""
+    """Return the table, problems, what was written, and where the numbers come from."""
     parts: list[RenderableType] = [table(rows, width)]
-    problems = _problems(rows)
+    problems = _problems(rows, width)
     written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
     notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
     gains = [_unbroken(line) for line in keep_gains(rows)]
@@ -235,7 +241,7 @@ def summary(rows: Sequence[Row], width: int) -> Group:
 
 
 def render(rows: Sequence[Row], *, width: int, color: bool) -> str:
-    """The summary as text; escape sequences only if `color`."""
+    """Return the summary as text, with escape sequences only if `color`."""
     stream = io.StringIO()
     console = Console(
         file=stream,

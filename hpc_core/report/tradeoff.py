@@ -1,4 +1,4 @@
-"""Which cases of one machine are beaten by none in both speed and memory, and what one changed field does. Draws nothing."""
+"""Which cases of a machine no other beats in both speed and memory, and what one changed field does."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hpc_core.report.entry import BUSY, WALL, Entry
 
 _MOST_CHANGES = 3
 _MOST_CASES = 60
-"""Of one group: each is compared with each, and more rows than these nobody reads."""
+"""Of one group, because each is compared with each."""
 _PARTS = ("model", "quantization", "adapter", "workload")
 _Fields = dict[str, dict[str, Any] | None]
 
 
 def speed_of(entry: Entry) -> float | None:
-    """Unpadded tokens a second."""
+    """Return unpadded tokens per second."""
     found = entry.value("tokens_per_s")
     return found if found is not None and found > 0 else None
 
 
 def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
-    """Indices of the points (memory, speed) that no other beats: none has less memory and is as fast, or is faster for no more.
+    """Return the indices of the points (memory, speed) that no other beats: none has less memory and is as fast, or is faster for no more.
 
     In order of memory. Of equal points the first stands for all.
     """
@@ -39,7 +39,7 @@ def front(points: Sequence[tuple[float, float]]) -> tuple[int, ...]:
 
 
 def comparable(entries: Iterable[Entry]) -> dict[tuple[str, str, str], list[Entry]]:
-    """Measured cases by machine, model and kind, with memory: among these a comparison means something."""
+    """Return cases with a peak by machine, model and kind: within these groups a comparison is fair."""
     groups: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         if not entry.value("peak_bytes"):
@@ -50,7 +50,7 @@ def comparable(entries: Iterable[Entry]) -> dict[tuple[str, str, str], list[Entr
 
 
 class Effect(msgspec.Struct, frozen=True, kw_only=True):
-    """A case beside the base, as ratios to it."""
+    """A case as ratios to the base."""
 
     entry: Entry
     changes: tuple[str, ...]
@@ -58,7 +58,7 @@ class Effect(msgspec.Struct, frozen=True, kw_only=True):
     memory: float
     """Peak over the base's."""
     time: float | None
-    """GPU-busy time over the base's; wall time where no GPU was there. None where either has none."""
+    """GPU-busy time over the base's, or wall time without a GPU. None if either is missing."""
 
 
 class Ablation(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +70,7 @@ class Ablation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ablations_of(entries: Iterable[Entry]) -> tuple[Ablation, ...]:
-    """One for each group of comparable cases that holds any; its base is the case with the most neighbours."""
+    """Return one for each group of comparable cases that has neighbours; the base is the case with the most neighbours."""
     found = []
     for group in comparable(entries).values():
         chosen = group[:_MOST_CASES]
@@ -83,7 +83,7 @@ def ablations_of(entries: Iterable[Entry]) -> tuple[Ablation, ...]:
 
 
 def _centrality(near: Sequence[tuple[Entry, tuple[str, ...]]], entry: Entry) -> tuple[int, int, bool, int]:
-    """Most neighbours first, then the nearest ones; of equals the unquantized one, then the shortest name."""
+    """Return a key: most neighbours, then the nearest ones; of equals the unquantized one, then the shortest name."""
     unquantized = entry.record.case.quantization is None
     return len(near), -sum(len(changes) for _, changes in near), unquantized, -len(entry.case)
 
@@ -93,18 +93,18 @@ def _neighbours(base: Entry, group: Sequence[Entry], fields: dict[int, _Fields])
     for other in group:
         changes = _changes(fields[id(base)], fields[id(other)])
         if 0 < len(changes) <= _MOST_CHANGES:
-            found.append((other, tuple(_said(other.record.case, part, name) for part, name in changes)))
+            found.append((other, tuple(_change_text(other.record.case, part, name) for part, name in changes)))
     return found
 
 
 def _fields(case: Case) -> _Fields:
-    """What runs, by part and field: stated ones only; a part that is absent is None."""
+    """Return the stated fields by part; an absent part is None."""
     parts = msgspec.json.decode(case_to_json(case))
     return {name: parts.get(name) for name in _PARTS}
 
 
 def _changes(old: _Fields, new: _Fields) -> list[tuple[str, str]]:
-    """Parts and fields that differ; a part that comes or goes is one change, whatever is in it, and has no field."""
+    """Return the parts and fields that differ. A part that comes or goes is one change, without a field."""
     if old == new:
         return []
     found = []
@@ -117,8 +117,8 @@ def _changes(old: _Fields, new: _Fields) -> list[tuple[str, str]]:
     return found
 
 
-def _said(case: Case, part: str, name: str) -> str:
-    """The changed part or field as it is in this case, defaults included."""
+def _change_text(case: Case, part: str, name: str) -> str:
+    """Return the changed part or field as it is in this case, defaults included."""
     whole = getattr(case, part)
     if whole is None:
         return f"no {part}"
