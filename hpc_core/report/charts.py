@@ -80,7 +80,7 @@ def bar_panel(
     rows: Sequence[Row],
     colours: Mapping[str, str],
     *,
-    room: float = 1.3,
+    room: float = 1.42,
     mark: float | None = None,
 ) -> Panel:
     """Return horizontal bars from the top down with their values written at their ends.
@@ -307,7 +307,7 @@ def memory_categories(entries: Sequence[Entry]) -> list[Panel]:
             begin += size
         totals.append({"case": label, "high": begin / scale, "text": units.quantity(begin, "bytes")})
     y = alt.Y("case:N", sort=None, title=None)
-    x = alt.X("low:Q", title=unit, axis=_AXIS, scale=alt.Scale(domain=[0, 1.25 * most / scale], nice=False))
+    x = alt.X("low:Q", title=unit, axis=_AXIS, scale=alt.Scale(domain=[0, 1.42 * most / scale], nice=False))
     colours = {name.replace("_", " "): colour for name, colour in _CATEGORIES.items()}
     bars = (
         alt.Chart(_data(rows))
@@ -580,7 +580,7 @@ def _colour(field: str, rows: Sequence[Row], colours: Mapping[str, str]) -> alt.
     """Return a colour for each value that is there, with a legend where there are several."""
     used = [name for name in colours if any(row[field] == name for row in rows)]
     scale = alt.Scale(domain=used, range=[colours[name] for name in used])
-    legend = alt.Legend(orient="top", columns=3, title=None) if len(used) > 1 else None
+    legend = alt.Legend(orient="top", title=None) if len(used) > 1 else None
     return alt.Color(f"{field}:N", scale=scale, legend=legend)
 
 

@@ -29,6 +29,7 @@ _CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
     "axis": {"gridColor": "#e6e8eb", "domainColor": _GREY, "tickColor": _GREY, "labelColor": _INK, "titleFontWeight": "normal"},
     "tick": {"color": _INK},
+    "legend": {"columns": 5},
     "axisY": {"labelLimit": 420},
     "title": {"anchor": "start", "frame": "bounds", "fontSize": 13, "subtitleColor": _GREY, "subtitleFontSize": 10},
     "style": {
