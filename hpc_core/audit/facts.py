@@ -1,38 +1,36 @@
-"""Take facts one by one: a fact that cannot be determined is left out and noted, and never stops the run."""
+"""What facts say: the verdict of the audit, and names that facts are written with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
+from hpc_core.record.findings import Findings
 from hpc_core.record.record import Fact
 
-__all__ = ["Look", "dtype_name", "names", "taken"]
 
-Look = Callable[[], Fact | None]
-"""Gives a fact; None where the question makes no sense for this case."""
+def verdict(facts: Mapping[str, Fact]) -> tuple[str, ...]:
+    """Return why a record with these facts is INVALID: one sentence for each that does not hold."""
+    return tuple(
+        f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}." for name, fact in facts.items() if not fact.holds
+    )
 
 
-def taken(looks: Mapping[str, Look], notes: list[str]) -> dict[str, Fact]:
-    """The facts of all looks; those that raise become notes, since a model of unknown structure is no mismatch."""
-    facts = {}
-    for name, look in looks.items():
-        try:
-            fact = look()
-        except Exception as error:  # a library's next version may be built otherwise
-            notes.append(f"audit: {name} could not be determined: {type(error).__name__}: {error}")
-            continue
-        if fact is not None:
-            facts[name] = fact
-    return facts
+def injected(fault: str, hits: int, case_id: str) -> Findings:
+    """Return how often a fault's code ran; a fault that was never reached proves nothing, and makes the record INVALID."""
+    note = f"the fault {fault} was injected; its changed code ran {hits:,} times"
+    reason = (
+        f"The fault {fault} was injected, but {case_id} never reaches the code that it changes: it proves nothing here."
+    )
+    return Findings(notes=(note,), reasons=() if hits else (reason,))
 
 
 def dtype_name(dtype: torch.dtype | None) -> str:
-    """The name that specifications use, such as "bfloat16"."""
+    """Return the name that specifications use, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 def names(dtypes: Iterable[torch.dtype | None]) -> list[str]:
-    """The distinct names, sorted."""
+    """Return the distinct names, sorted."""
     return sorted({dtype_name(dtype) for dtype in dtypes})

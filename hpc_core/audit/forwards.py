@@ -18,8 +18,6 @@ from hpc_core.audit.facts import dtype_name
 from hpc_core.audit.loss import LossSeen, watch_loss
 from hpc_core.engines.finetune import FinetuneProgram
 
-__all__ = ["Aside", "ForwardsSeen", "StepSeen", "audited_step", "watch_forwards"]
-
 Aside = Callable[[], contextlib.AbstractContextManager[None]]
 """What is done in the block that it gives is in no count of the pass that it interrupts."""
 
@@ -151,3 +149,47 @@ def _largest(gradient: torch.Tensor) -> torch.Tensor:
     """The infinity norm: a reduction without a temporary of the gradient's size; NaN and infinity come through."""
     largest: torch.Tensor = torch.linalg.vector_norm(gradient.detach(), ord=math.inf, dtype=torch.float32)
     return largest
+
+
+@dataclass
+class LayerForwards:
+    """Layers watched, and the forwards seen in them."""
+
+    layers: int = 0
+    count: int = 0
+
+
+@contextlib.contextmanager
+def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
+    """Count forwards of every module whose name ends in `self_attn` while the block runs.
+
+    The attention inside a layer is entered again when the layer is recomputed, whichever kind of checkpointing does it;
+    the layer's own hooks may not be.
+    """
+    seen = LayerForwards()
+
+    def entered(*_: object) -> None:
+        seen.count += 1
+
+    handles = []
+    for name, module in model.named_modules():
+        if name.endswith("self_attn"):
+            seen.layers += 1
+            handles.append(module.register_forward_pre_hook(entered))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def checkpointing_seen(forwards: int, layers: int, steps: int) -> str:
+    """Say "off" for one forward a layer and step, "on" for two, a sentence for anything else."""
+    per_step = layers * steps
+    if layers == 0:
+        return "unknown: no layer is called self_attn"
+    if forwards == per_step:
+        return "off"
+    if forwards == 2 * per_step:
+        return "on"
+    return f"partly: {forwards} forwards of {layers} layers in {steps} steps"

@@ -14,11 +14,9 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.facts import taken
 from hpc_core.builders.data.batching import IGNORED_LABEL
+from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact
-
-__all__ = ["LossSeen", "loss_facts", "watch_loss"]
 
 _WITHIN = 0.01
 """Relative. A gradient of 1 / labels, rounded to bfloat16, errs by up to 0.4 %, and by as much at every place."""
@@ -125,14 +123,14 @@ def _look(
     return arrived
 
 
-def loss_facts(loss: torch.Tensor | None, seen: LossSeen, notes: list[str]) -> dict[str, Fact]:
+def loss_facts(loss: torch.Tensor | None, seen: LossSeen) -> Findings:
     """Whether `loss`, which the step reports, is the mean over the labels, and whether its gradient is that mean's, within 1 %.
 
     A loss that is not finite has a fact of its own.
     """
     reported = float("nan") if loss is None else float(loss)
     if loss is None or not torch.isfinite(loss):
-        return {}
+        return Findings()
 
     def mean() -> Fact:
         if seen.mean is None:
@@ -146,4 +144,4 @@ def loss_facts(loss: torch.Tensor | None, seen: LossSeen, notes: list[str]) -> d
             raise LookupError("no gradient was seen at the logits")
         return Fact(asked="1", seen="1" if abs(seen.scale - 1) <= _WITHIN else f"{seen.scale:.4g}")
 
-    return taken({"loss": mean, "loss_scale": scale}, notes)
+    return checked({"loss": mean, "loss_scale": scale})

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from hpc_core.case.engines import check_engine
 from hpc_core.case.errors import SpecError
 from hpc_core.case.feed import FeedSpec
 from hpc_core.case.parts import DataSpec, Strict, check_types, refuse
@@ -63,8 +64,9 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
     cache: Literal["dynamic", "static", "off"] = "dynamic"
     compiled: bool = True
     """Where the cache is static, transformers compiles the forward on a GPU; False keeps it eager."""
-    engine: Literal["stock", "graph"] = "stock"
-    """stock: transformers' `generate`. graph: a static cache and one CUDA graph a token (`hpc_core.engines`); eager without CUDA."""
+    engine: str = "stock"
+    """stock: transformers' `generate`. graph: a static cache and one CUDA graph a token (`hpc_core.engines`); eager without CUDA.
+    Or the name by which an installed package registers an engine."""
     kernels: Literal["triton", "inductor", "torch"] = "triton"
     """What a token of the graph engine runs on a GPU: our own fused kernels, each layer compiled by Inductor, or torch's own. A CPU runs torch's."""
     head: Literal["plain", "int8"] = "plain"
@@ -113,9 +115,10 @@ class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_onl
 
     def _check_engine(self) -> None:
         """What only the graph engine knows is refused elsewhere, and what it brings itself is not said to it."""
-        if self.engine == "stock":
-            said = [name for name, default in _OWN_DECODING.items() if getattr(self, name) != default]
-            refuse(bool(said), f"{', '.join(said)} belongs to engine='graph'; the engine is 'stock'.")
+        check_engine("generate", self.engine)
+        if self.engine != "graph":
+            given = [name for name, default in _OWN_DECODING.items() if getattr(self, name) != default]
+            refuse(bool(given), f"{', '.join(given)} belongs to engine='graph'; the engine is {self.engine!r}.")
         else:
             refuse(
                 self.cache != "dynamic",
@@ -153,8 +156,9 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
     """Timed steps, after warm-up; with so many that it `soaks`, memory is held to stay flat over them."""
     epoch_rows: int | None = None
     """Rows of the data set that an epoch is extrapolated to; None where the data has a size of its own."""
-    engine: Literal["stock", "tuned"] = "stock"
-    """stock: the libraries' own forward and loss. tuned: `hpc_core.engines`, whose switches are the fields below."""
+    engine: str = "stock"
+    """stock: the libraries' own forward and loss. tuned: `hpc_core.engines`, whose switches are the fields below. Or the name by
+    which an installed package registers an engine."""
     loss: Literal["stock", "chunked", "liger"] = "stock"
     """chunked: head and cross-entropy in one, some rows at a time; the logits never exist as a whole. liger: the same by liger-kernel."""
     loss_chunk: int = 512
@@ -211,9 +215,11 @@ class FinetuneSpec(Strict, tag="finetune", tag_field="kind", frozen=True, kw_onl
 
     def _check_engine(self) -> None:
         switched = [name for name, value in _SWITCHES.items() if getattr(self, name) != value]
-        if self.engine == "stock":
+        check_engine("finetune", self.engine)
+        if self.engine != "tuned":
             refuse(
-                bool(switched), f"The switch {', '.join(switched)} belongs to engine='tuned'; the engine is 'stock'."
+                bool(switched),
+                f"The switch {', '.join(switched)} belongs to engine='tuned'; the engine is {self.engine!r}.",
             )
             return
         refuse(

@@ -2,34 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from hpc_core.case.case import CallableSpec
-from hpc_core.case.errors import BuildError
-from hpc_core.instruments.program import Mark, Program, unmarked
+import torch
 
-__all__ = ["CallableProgram", "load_factory"]
+from hpc_core.builders import Built
+from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.errors import BuildError
+from hpc_core.engines.engine import Engine
+from hpc_core.instruments.program import Mark, unmarked
+from hpc_core.instruments.program import Program as Steps
+from hpc_core.record.findings import Findings
 
 
 class CallableProgram:
-    """Calls the step; what it returns is dropped, so that keeping nothing alive is the step's own affair."""
+    """A step of the user's own: a callable, or a program with phases. What it returns is dropped, so it alone keeps anything alive."""
 
-    phases: tuple[str, ...] = ("step",)
-    period = 1
+    captured = None
 
-    def __init__(self, step: Callable[[], Any]):
-        self._step = step
+    def __init__(self, step: Callable[[], Any] | Steps):
+        given: Any = step
+        with_phases = _is_program(given)
+        self._step: Callable[[Mark], None] = given.step if with_phases else _one_phase(given)
+        self.phases: tuple[str, ...] = given.phases if with_phases else ("step",)
+        self.period: int = given.period if with_phases else 1
 
     def step(self, mark: Mark = unmarked) -> None:
         """One call."""
+        self._step(mark)
+
+    def facts(self, found: Findings | None = None) -> Findings:
+        """Nothing: a user's own step is not checked against a specification."""
+        return Findings()
+
+    def counters(self, found: Findings) -> Findings:
+        """Nothing beyond what instruments count."""
+        return Findings()
+
+    @contextlib.contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Run steps as they are."""
+        yield
+
+    def close(self) -> None:
+        """Nothing outlives the last step."""
+
+
+def _is_program(step: Any) -> bool:
+    return all(hasattr(step, name) for name in ("phases", "period", "step"))
+
+
+def _one_phase(call: Callable[[], Any]) -> Callable[[Mark], None]:
+    def step(mark: Mark) -> None:
         mark("step")
-        self._step()
+        call()
+
+    return step
 
 
-def load_factory(spec: CallableSpec, device: str = "cpu") -> Program:
+class CallableEngine(Engine):
+    """A step of the user's own, which its factory builds."""
+
+    name = "callable"
+    workloads = frozenset({"callable"})
+
+    def unpredictable(self, case: Case) -> str | None:
+        """It is tried: what cannot be predicted of it is refused by name and place while it runs."""
+        return None
+
+    def load(self, case: Case, device: torch.device, built: Built | None) -> CallableProgram:
+        """Import the factory, and make the step. Raises as `load_factory`."""
+        assert isinstance(case.workload, CallableSpec)
+        return load_factory(case.workload, device.type)
+
+
+def load_factory(spec: CallableSpec, device: str = "cpu") -> CallableProgram:
     """Import the factory, call it with its arguments, and keep the step it returns.
 
     A factory with a parameter `device` that has no default, and that the arguments leave out, is given `device`: "cpu" or "cuda".
@@ -53,10 +104,7 @@ def load_factory(spec: CallableSpec, device: str = "cpu") -> Program:
     arguments = _device_for(factory, device) | spec.arguments
     _check_arguments(spec, factory, arguments)
     step = factory(**arguments)
-    if all(hasattr(step, name) for name in ("phases", "period", "step")):
-        program: Program = step
-        return program
-    if not callable(step):
+    if not callable(step) and not _is_program(step):
         raise BuildError(
             f"{spec.factory} must return the step, a callable without arguments; it returned {type(step).__name__}."
         )

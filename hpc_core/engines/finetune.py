@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,9 +28,9 @@ from hpc_core.builders.data.rows import token_rows
 from hpc_core.builders.libraries import library
 from hpc_core.case.case import Case, DataSpec, FinetuneSpec
 from hpc_core.case.errors import BuildError
+from hpc_core.engines.engine import Engine
 from hpc_core.instruments.program import Mark, unmarked
-
-__all__ = ["FinetuneProgram", "fed_batches", "finetune_program", "make_optimizer", "resident_batches"]
+from hpc_core.record.findings import Findings
 
 
 class FinetuneProgram:
@@ -86,9 +86,29 @@ class FinetuneProgram:
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = loss.detach()
 
+    captured: Any = None
+    """The CUDA graph that a step replays; None where it runs operator by operator."""
+
+    @property
+    def recomputed_attentions(self) -> int | None:
+        """How many layers' attentions a step computes again to stay within a memory budget; None without one."""
+        return None
+
+    def facts(self, found: Findings | None = None) -> Findings:
+        """Nothing: hooks on the model see what runs."""
+        return Findings()
+
+    def counters(self, found: Findings) -> Findings:
+        """Nothing beyond what instruments count."""
+        return Findings()
+
+    def close(self) -> None:
+        """End a loader's workers."""
+        self.batches.clear()
+
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """In the block every step runs operator by operator and fetches nothing ahead, so that it can be watched."""
+        """Run every step in the block operator by operator, and fetch nothing ahead, so that it can be watched."""
         with self.batches.by_index():
             yield
 
@@ -108,10 +128,49 @@ class FinetuneProgram:
         return sum(self.batches.size(index % len(self.batches)).padded for index in range(steps))
 
 
+class TrainingEngine(Engine):
+    """Base of engines that fine-tune: a new one names itself, and its program, a `FinetuneProgram` with a step of its own."""
+
+    workloads = frozenset({"finetune"})
+    program: ClassVar[type[FinetuneProgram]] = FinetuneProgram
+
+    def load(self, case: Case, device: torch.device, built: Built | None) -> FinetuneProgram:
+        """Put the data on the device or on its way, and make the optimizer; nothing is run yet. Raises as `finetune_program`."""
+        assert built is not None
+        assert isinstance(case.workload, FinetuneSpec)
+        return finetune_program(built, case, case.workload, self.program)
+
+
+class StockTraining(TrainingEngine):
+    """The libraries' own forward, loss and optimizer."""
+
+    name = "stock"
+
+    def unpredictable(self, case: Case) -> str | None:
+        """Batches that a loader brings have no model on fake tensors."""
+        return fed_case(case)
+
+
+def fed_case(case: Case) -> str | None:
+    """Return why a case whose batches are fed cannot be predicted; None where they lie on the device."""
+    assert isinstance(case.workload, FinetuneSpec)
+    feed = case.workload.feed
+    return (
+        None if feed.way == "resident" else unpredictable_switch(case.id, "feed", feed, "what a loader brings and when")
+    )
+
+
+def unpredictable_switch(case_id: str, name: str, value: object, what: str) -> str:
+    """Say that a field of the workload, by its name and value, has no model."""
+    return (
+        f"{case_id}: {what} cannot be predicted ({name}={value!r}); measure it on a GPU, or predict it without {name}."
+    )
+
+
 def finetune_program(
     built: Built, case: Case, workload: FinetuneSpec, kind: type[FinetuneProgram] = FinetuneProgram
 ) -> FinetuneProgram:
-    """The program of a fine-tuning case: data on the device or on its way, optimizer made, nothing run yet. `kind` makes it.
+    """Return the program of a fine-tuning case, of this kind: data on the device or on its way, optimizer made, nothing run yet.
 
     Raises:
         DataError: too few rows for one batch.

@@ -1,18 +1,25 @@
-"""Generation by transformers' own `generate` (the stock engine): greedy, exactly N new tokens after each prompt."""
+"""Generation by transformers' own `generate`: the stock engine, and the base of other engines' programs."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 
 from hpc_core.builders import Built
 from hpc_core.builders.data.rows import PromptBatch, prompt_batches
-from hpc_core.case.case import GenerateSpec
+from hpc_core.case.case import Case, GenerateSpec
 from hpc_core.case.errors import MeasureError
+from hpc_core.engines.engine import Engine
 from hpc_core.instruments.program import Mark, unmarked
+from hpc_core.record.findings import Findings
 
-__all__ = ["AskedInChat", "GenerateProgram", "TokenTimes", "generate_program", "prompts_for"]
+BUSY_TOKENS = 16
+"""Decoded tokens under the profiler; it keeps every launch of every token."""
+COUNTED_TOKENS = 4
+"""Decoded tokens whose operators are counted."""
 
 
 class TokenTimes:
@@ -73,8 +80,8 @@ class GenerateProgram:
         """Tensors of the program's own, by category of memory."""
         self.hidden_bytes = 0
         """Memory that each query takes and the allocator's counters do not show: a captured graph's."""
-        self.watched = False
-        """Whether somebody records single allocations: what is captured then runs operator by operator where it can."""
+        self.captured: Any = None
+        """The CUDA graph that a token replays; None where it runs operator by operator."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
         generation = getattr(built.model, "generation_config")  # noqa: B009
         generation.eos_token_id = None
@@ -128,6 +135,40 @@ class GenerateProgram:
         assert self.output is not None
         return self.output[:, -self.new_tokens :].tolist()
 
+    @property
+    def longest(self) -> int:
+        """Index of the longest prompt."""
+        return max(range(self.period), key=lambda index: len(self.prompts[index].ids[0]))
+
+    def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor | None:
+        """Return the logits that an engine's own forward chose `given` by, after prompt `index`; None: the model's forward did.
+
+        Args:
+            index: of the prompt.
+            given: tokens after it, (batch, tokens).
+            rows: of the batch, the first so many are wanted.
+
+        Returns:
+            (rows, tokens, vocabulary) in float32.
+        """
+        return None
+
+    def facts(self, found: Findings | None = None) -> Findings:
+        """Nothing: hooks on the model see what runs."""
+        return Findings()
+
+    def counters(self, found: Findings) -> Findings:
+        """Nothing beyond what instruments count."""
+        return Findings()
+
+    @contextlib.contextmanager
+    def uncaptured(self) -> Iterator[None]:
+        """Run every query in the block operator by operator, so that single allocations can be recorded."""
+        yield
+
+    def close(self) -> None:
+        """Nothing outlives the last query."""
+
 
 def prompts_for(built: Built, workload: GenerateSpec) -> list[PromptBatch]:
     """The prompts of a generation case, texts through the model's tokenizer and chat template.
@@ -140,10 +181,46 @@ def prompts_for(built: Built, workload: GenerateSpec) -> list[PromptBatch]:
     return prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=tokenizer if text else None)
 
 
-def generate_program(built: Built, workload: GenerateSpec) -> GenerateProgram:
-    """The stock engine's program of a generation case: prompts on the device, nothing run yet.
+def generate_program(
+    built: Built, workload: GenerateSpec, kind: type[GenerateProgram] = GenerateProgram
+) -> GenerateProgram:
+    """Return the program of a generation case, of this kind: prompts on the device, nothing run yet.
 
     Raises:
         DataError: the data has fewer prompts than asked for.
     """
-    return GenerateProgram(built, workload, prompts_for(built, workload))
+    return kind(built, workload, prompts_for(built, workload))
+
+
+class GenerationEngine(Engine):
+    """Base of engines that generate: a new one names itself, and its program, a `GenerateProgram` with a `step` of its own."""
+
+    workloads = frozenset({"generate"})
+    program: ClassVar[type[GenerateProgram]] = GenerateProgram
+
+    def load(self, case: Case, device: torch.device, built: Built | None) -> GenerateProgram:
+        """Put the prompts on the device; nothing is run yet.
+
+        Raises:
+            DataError: the data has fewer prompts than asked for.
+        """
+        assert built is not None
+        assert isinstance(case.workload, GenerateSpec)
+        return generate_program(built, case.workload, self.program)
+
+
+class StockGeneration(GenerationEngine):
+    """transformers' `generate`."""
+
+    name = "stock"
+
+    def unpredictable(self, case: Case) -> str | None:
+        """A compiled forward has no model on fake tensors."""
+        workload = case.workload
+        assert isinstance(workload, GenerateSpec)
+        if workload.cache == "static" and workload.compiled:
+            return (
+                f"{case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile cannot "
+                "be predicted. Predict it with compiled=False, or with cache='dynamic', whose memory is that of the same tokens."
+            )
+        return None

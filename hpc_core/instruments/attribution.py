@@ -1,24 +1,31 @@
-"""Which kernels ran for which operator of which module: every operator is a named range on the host, every launch lies in one.
+"""Attribute one step to the modules of the model: each piece of memory, each operator, each kernel.
 
-A pass of its own: the ranges cost host time, so neither wall time nor gaps are read from it. How long a kernel runs does not
-depend on when the host launched it.
+Runs after everything that is gated, in passes of its own. On a GPU every operator is a named range on the host, and every
+launch lies in one. The ranges cost host time, so neither wall time nor gaps are read from that pass; how long a kernel runs
+does not depend on when the host launched it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.kernels import family, is_wait, one_cycle
-from hpc_core.record.profile import KernelUse
-
-__all__ = ["DeviceWork", "NamedRanges", "Range", "attributed", "kernel_uses"]
+from hpc_core.instruments.memory import claim_before
+from hpc_core.instruments.owners import Bystanders, by_module, optimizer_tensors, weight_tensors
+from hpc_core.instruments.places import Places, following
+from hpc_core.instruments.program import Mark, Program
+from hpc_core.instruments.timeline import Timeline
+from hpc_core.record.findings import Findings
+from hpc_core.record.profile import KernelUse, OperatorUse, Profile
 
 _PREFIX = "hpc-core"
 _SEPARATOR = "|"
@@ -69,10 +76,10 @@ def kernel_uses(work: Callable[[], None], device: torch.device, place: Callable[
             work()
         synchronize(device)
     inner: Any = profiler.profiler
-    return attributed(*sorted_events(inner.kineto_results.events()))
+    return attributed(*ranges_and_work(inner.kineto_results.events()))
 
 
-def sorted_events(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork]]:
+def ranges_and_work(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork]]:
     """The operators' ranges and the device's work, from the profiler's raw records."""
     cuda = torch._C._autograd.DeviceType.CUDA
     ranges: list[Range] = []
@@ -134,3 +141,92 @@ def _family(name: str) -> str:
     if name.startswith("Memcpy"):
         return "memcpy"
     return "memset" if name.startswith("Memset") else family(name)
+
+
+class Owning(Protocol):
+    """A recorder that can be told whose a tensor is."""
+
+    def own(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say in which category these tensors are."""
+
+    def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say which module they belong to."""
+
+    def __call__(self, phase: str) -> None:
+        """A phase begins."""
+
+
+def profile_step(
+    program: Program,
+    device: torch.device,
+    work: str,
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    marking: Callable[[Owning], Mark] | None = None,
+    bystanders: Bystanders | None = None,
+) -> Findings:
+    """Attribute one step of `program`; `work` says what the step is. A step that cannot be attributed leaves a note.
+
+    `marking` may wrap the recorder, to name owners that live for a while.
+    """
+    try:
+        with following() as places:
+            profile = _attributed_step(program, device, work, places, model, optimizer, marking, bystanders)
+    # Everything that is gated has been measured by now, and no explanation is worth losing it: code under test that cannot be
+    # followed, or a card without room for it, leaves a note.
+    except Exception as error:
+        message = (str(error).strip() or "no message").splitlines()[0]
+        return Findings(notes=(f"no profile: {type(error).__name__}: {message}",))
+    return Findings(profile=profile)
+
+
+def _attributed_step(
+    program: Program,
+    device: torch.device,
+    work: str,
+    places: Places,
+    model: torch.nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+    marking: Callable[[Owning], Mark] | None,
+    bystanders: Bystanders | None,
+) -> Profile:
+    if model is not None:
+        places.learn(model)
+    owners = weight_tensors(model) if model is not None else {}
+    if optimizer is not None:
+        owners["optimizer"] = optimizer_tensors(optimizer)
+    watch = StorageWatch(program.phases)
+    watch.place = places.here
+    mark: Mark = watch if marking is None else marking(watch)
+    with quiet(young=True):
+        claim_before(device, watch, owners, bystanders)
+        for module, tensors in by_module(model, optimizer):
+            watch.name(module, tensors)
+        places.begin()
+        with watch:
+            program.step(mark)
+        synchronize(device)
+        found = profile_of(work, program.phases, watch.timeline, watch.uses, places)
+    if device.type != "cuda":
+        return found
+    return msgspec.structs.replace(found, kernels=kernel_uses(program.step, device, places.here))
+
+
+def profile_of(
+    work: str,
+    phases: Iterable[str],
+    timeline: Timeline,
+    uses: Mapping[tuple[str, str, str], int],
+    places: Places,
+) -> Profile:
+    """Return the profile of what a recorder saw."""
+    names = tuple(phases)
+    most = sorted(uses.items(), key=lambda each: (-each[1], each[0]))
+    return Profile(
+        work=work,
+        phases=names,
+        modules=places.seen(),
+        at_peak=timeline.pieces_at_peak(names),
+        operators=tuple(OperatorUse(*key, times) for key, times in most),
+    )

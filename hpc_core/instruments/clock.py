@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hpc_core.instruments.garbage import uncollected
+from hpc_core.instruments.program import Program
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
 
 
 def synchronize(device: torch.device) -> None:
@@ -33,3 +36,10 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     step()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def wall_steps(program: Program, device: torch.device, steps: int) -> Findings:
+    """Measure `step_s` over so many steps."""
+    with quiet():
+        samples = [seconds_of(program.step, device) for _ in range(steps)]
+    return Findings(metrics={"step_s": metric("step_s", samples=samples)})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -139,3 +139,24 @@ def counting() -> Iterator[Counts]:
         yield counts
     counts.operators = operators.seen
     counts.flops = flops.get_total_flops()
+
+
+_FUSED = "aten._scaled_dot_product_"
+
+
+def attention_families(operators: Mapping[str, int]) -> Counter[str]:
+    """How often each family's forward ran: "eager", "math" (torch's own unfused way), or a fused kernel's name.
+
+    Below autograd a fused kernel is one operator. The math way takes `_safe_softmax`, eager attention `_softmax`; losses and
+    greedy search take neither.
+    """
+    seen: Counter[str] = Counter()
+    for operator, count in operators.items():
+        name = operator.removesuffix(".default")
+        if name.startswith(_FUSED) and not name.endswith("_backward"):
+            seen[name.removeprefix(_FUSED)] += count
+        elif name == "aten._safe_softmax":
+            seen["math"] += count
+        elif name == "aten._softmax":
+            seen["eager"] += count
+    return seen

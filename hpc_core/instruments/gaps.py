@@ -16,14 +16,12 @@ from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.kernels import (
     HostCall,
     Interval,
-    _record,
-    _sort,
     kinds,
+    recorded,
+    sorted_events,
     summarize,
     union_s,
 )
-
-__all__ = ["Idle", "Window", "idle_while", "idle_within", "offset_ns"]
 
 _CYCLES = 20_000
 _APART_NS = 100_000
@@ -63,7 +61,7 @@ def idle_while(work: Callable[[], tuple[int, Sequence[Window]]], device: torch.d
             looks.append(time.time_ns())
             told.append(work())
 
-        intervals, calls = _sort(_record(watched, device))
+        intervals, calls = sorted_events(recorded(watched, device))
         ordered = kinds(calls)
         try:
             summarize(intervals, ordered.count("launch"), ordered.count("graph"))

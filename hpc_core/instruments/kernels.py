@@ -1,22 +1,15 @@
-"""Families of kernels by their names: gemm, attention, elementwise … For the eye and for explanations; nothing is gated by it.
+"""What the device did while steps ran: GPU-busy time, kernels by family, launches, and what the host asked of the CUDA runtime.
 
-What the host asked of the CUDA runtime while it was profiled: launches, copies, fills and waits, from the profiler's own records.
-
-Host cost in seconds is noise; how often the host launches and waits is not. Pure: calls in, counts out.
-
-
-torch's profiler over one piece of work, without the warning that is about schedules.
-
-GPU-busy time: the union of the intervals in which a kernel, copy or memset ran, seen by the profiler.
-
-Only device activity is recorded, no operators, no annotations, no synchronization events. A reading counts only when
-sentinel kernels are seen at both ends and every launch has its kernel: the profiler can drop early records in silence.
+Busy time is the union of the intervals in which a kernel, copy or memset ran, as the profiler sees them. Only device activity
+is recorded, no operators, no annotations, no synchronization events. A reading counts only when sentinel kernels are seen at
+both ends and every launch has its kernel: the profiler can drop early records in silence.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +20,11 @@ import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.program import Program
+from hpc_core.record.environment import gpu_state
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import KernelFamily
 
 _RULES = (
     # The first that matches decides, so names that hold two words stand where the rarer one is: a 4-bit product dequantizes too.
@@ -199,7 +197,7 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
     """
     trouble = ""
     for _ in range(_TRIES):
-        intervals, calls = _sort(_record(work, device))
+        intervals, calls = sorted_events(recorded(work, device))
         ordered = kinds(calls)
         try:
             activity = summarize(intervals, ordered.count("launch"), ordered.count("graph"))
@@ -212,7 +210,8 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
     raise MeasureError(f"{trouble} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
 
 
-def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
+def recorded(work: Callable[[], None], device: torch.device) -> list[Any]:
+    """Run `work` under the profiler between two sentinel kernels, and return the raw records."""
     synchronize(device)
     with quiet(), one_cycle([torch.profiler.ProfilerActivity.CUDA]) as profiler:
         torch.cuda._sleep(_SENTINEL_CYCLES)
@@ -225,7 +224,7 @@ def _record(work: Callable[[], None], device: torch.device) -> list[Any]:
     return list(inner.kineto_results.events())
 
 
-def _sort(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
+def sorted_events(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
     """Device records as intervals, and the host's calls of the CUDA runtime."""
     intervals: list[Interval] = []
     calls: list[HostCall] = []
@@ -307,3 +306,92 @@ def union_s(intervals: Iterable[Interval]) -> float:
             total += interval.end_ns - max(interval.start_ns, end)
             end = interval.end_ns
     return total / 1e9
+
+
+BUSY_STEPS = 10
+"""Kernels, copies, memsets and synchronizations are totals over so many steps, and busy time is their mean."""
+_SHORT_STEPS = 5
+"""Enough in a further process, if each of them launched as often as the others: ten then launch twice as often."""
+
+
+def busy_steps(program: Program, device: torch.device, *, short: bool = False) -> Findings:
+    """Measure `busy_s` and launches over ten steps; nothing on a CPU.
+
+    Counts are totals over ten steps, not means: a kernel that only every second step launches must not vanish in a division.
+    With `short`, five steps do where all five are alike, which is checked; their counts are then doubled.
+    """
+    if device.type != "cuda":
+        return Findings()
+    if short and program.period == 1:
+        activity, found = _busy_of(program, device, _SHORT_STEPS, marked=True)
+        if activity is None or activity.steps_alike:
+            return found | _busy_metrics(activity, _SHORT_STEPS)
+    activity, found = _busy_of(program, device, BUSY_STEPS, marked=False)
+    return found | _busy_metrics(activity, BUSY_STEPS)
+
+
+def _busy_of(
+    program: Program, device: torch.device, steps: int, *, marked: bool
+) -> tuple[DeviceActivity | None, Findings]:
+    def work() -> None:
+        for _ in range(steps):
+            program.step()
+            if marked:
+                mark_step(device)
+
+    return busy_of(work, device, marked_steps=steps if marked else 0)
+
+
+def busy_of(
+    work: Callable[[], None], device: torch.device, *, marked_steps: int = 0
+) -> tuple[DeviceActivity | None, Findings]:
+    """Return what the device did in `work`, and the GPU's state around it; None with a reason if the reading is void."""
+    states = {"before": gpu_state()}
+
+    def watched() -> None:
+        work()
+        # Everything is launched and most of it still runs: clock and throttling are those of the work.
+        states["during"] = gpu_state()
+
+    reasons: tuple[str, ...] = ()
+    activity = None
+    try:
+        activity = device_activity(watched, device, marked_steps=marked_steps)
+    except MeasureError as error:
+        reasons = (str(error),)
+    states["after"] = gpu_state()
+    return activity, Findings(reasons=reasons, observed={"gpu_busy": states})
+
+
+def _busy_metrics(activity: DeviceActivity | None, steps: int) -> Findings:
+    if activity is None:
+        return Findings()
+    busy = Findings(metrics={"busy_s": metric("busy_s", activity.busy_s / steps, on_gpu=True)})
+    return busy | launches(activity, per=f"{BUSY_STEPS} steps", times=BUSY_STEPS // steps)
+
+
+def launches(activity: DeviceActivity, *, per: str, times: int = 1) -> Findings:
+    """Return kernels, copies, memsets and synchronizations of this work, `times` over, and its kernels by family."""
+    counts = {name: getattr(activity, name) * times for name in ("kernels", "copies", "memsets", "synchronizations")}
+    families = families_of(activity.kernel_s, activity.kernel_counts)
+    return Findings(
+        metrics={name: metric(name, value, on_gpu=True, per=per) for name, value in counts.items()},
+        kernel_families={
+            name: KernelFamily(seconds=seconds * times, kernels=kernels * times)
+            for name, (seconds, kernels) in families.items()
+        },
+    )
+
+
+def compilations(device: torch.device) -> Findings:
+    """Count `graph_breaks` and `recompilations` of torch.compile in this process so far: 0 where nothing is compiled.
+
+    Gated on a GPU, where speed is what compiling is for; shown on a CPU. Dynamo remembers its last 64 compilations.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    breaks = 0 if dynamo is None else sum(dynamo.counters["graph_break"].values())
+    made = () if dynamo is None else dynamo.get_compilation_metrics()
+    again = sum(getattr(each, "recompile_reason", None) is not None for each in made)
+    counts = {"graph_breaks": int(breaks), "recompilations": int(again)}
+    on_gpu = device.type == "cuda"
+    return Findings(metrics={name: metric(name, value, on_gpu=on_gpu) for name, value in counts.items()})

@@ -14,8 +14,6 @@ import torch
 
 from hpc_core.instruments.program import Mark, unmarked
 
-__all__ = ["launching", "multiplying", "scheduled", "sleeping"]
-
 _MIB = 2**20
 _CALIBRATION_CYCLES = 50_000_000
 """Some 25 ms at two gigahertz."""

@@ -1,11 +1,8 @@
-"""How fast this machine is, measured once a session: a large matrix product and a large copy.
+"""How fast this machine is, measured once a session: its ceilings, and the canary.
 
-A number stands beside these ceilings, never beside a data sheet alone: cards, clocks and power limits differ.
-
-
-The canary: work that no change of the code under test can move, so that what moves it is the machine.
-
-One piece is bound by computing, the other by memory; a session's drift shows in one or the other.
+A number is shown as a share of these ceilings, never of a data sheet alone: cards, clocks and power limits differ. The canary
+is work that no change of the code under test can move, so that what moves it is the machine. One piece of it is bound by
+computing, the other by memory; a session's drift shows in one or the other.
 """
 
 from __future__ import annotations
@@ -15,13 +12,26 @@ from collections.abc import Callable
 
 import torch
 
+from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.kernels import device_activity
+from hpc_core.record.findings import Findings
 
 _SIZE = 8192
 """Edge of the matrix product: 1.1 TFLOP, long against a launch, 400 MB of operands."""
 _COPY_BYTES = 2**32
 _ROUNDS = 15
+
+
+def measure_machine(device: torch.device, *, canary: bool) -> tuple[dict[str, float], dict[str, float], Findings]:
+    """Return the ceilings, the canary if it is asked for, and a note where the canary could not be measured."""
+    ceilings = measure_ceilings(device)
+    if not canary:
+        return ceilings, {}, Findings()
+    try:
+        return ceilings, measure_canary(device), Findings()
+    except MeasureError as error:
+        return ceilings, {}, Findings(notes=(f"no canary: {error}",))
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import posixpath
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hpc_core.instruments.places import path_of
-
-__all__ = [
-    "Bystanders",
-    "by_module",
-    "cache_tensors",
-    "gradient_tensors",
-    "living_tensors",
-    "optimizer_tensors",
-    "owned_bytes",
-    "weight_tensors",
-]
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
@@ -166,3 +157,28 @@ def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:
     # By the storage itself, not its address: the storages of fake tensors have none.
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+@dataclass
+class CacheSeen:
+    """The KV cache that the model was last called with; None before the first call and where none is used."""
+
+    seen: Any = None
+
+
+@contextlib.contextmanager
+def watch_cache(model: torch.nn.Module) -> Iterator[CacheSeen]:
+    """Note the cache object that `generate` hands to the model, whatever the argument is called in this version."""
+    cache = CacheSeen()
+
+    def called(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        cache.seen = next(
+            (value for value in arguments.values() if hasattr(value, "layers") and hasattr(value, "get_seq_length")),
+            None,
+        )
+
+    handle = model.register_forward_pre_hook(called, with_kwargs=True)
+    try:
+        yield cache
+    finally:
+        handle.remove()

@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from hpc_core.record.profile import ModuleSeen
 
-__all__ = ["Places", "following", "nowhere", "path_of"]
-
 _MARK = "hpc_core_module"
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 _WRAPPERS = ("base_model.model.", "base_layer", "_orig_mod.", "module.")

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from hpc_core.record.profile import Piece
 from hpc_core.record.record import MemoryTimeline
 
-__all__ = ["CATEGORIES", "Allocation", "Timeline"]
-
 CATEGORIES = ("weights", "adapter", "gradients", "optimizer", "kv_cache", "activations", "temporaries", "other")
 
 

@@ -1,15 +1,25 @@
-"""Named ranges around each phase and each layer's forward, for the eye: in torch's profiler, and for NVIDIA's tools by NVTX."""
+"""Profile a warm program for the eye: a table of operators, a trace, a memory snapshot, or NVTX ranges for NVIDIA's tools.
+
+Such a run is not a measurement: its record is INVALID and says why.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch.nn.modules import module as hooks
 
-__all__ = ["PREFIX", "Ranges", "named_ranges", "shown"]
+from hpc_core.case.errors import SpecError
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.kernels import is_wait, one_cycle
+from hpc_core.instruments.program import Program
+from hpc_core.record.findings import Findings
+from hpc_core.record.job import OperatorTime, Trace, TraceTable
 
 PREFIX = "hpc-core:"
 """What the names of all ranges begin with, so that no table takes one for an operator."""
@@ -97,3 +107,119 @@ def named_ranges(*, nvtx: bool, heard: Callable[[str], None] | None = None) -> I
         ranges.end_phase()
         for handle in handles:
             handle.remove()
+
+
+_TOP = 30
+_SNAPSHOT_ENTRIES = 1_000_000
+
+
+def trace_step(program: Program, device: torch.device, trace: Trace, case_id: str) -> Findings:
+    """Run a step of the program as `trace` asks, and write what was asked for.
+
+    Raises:
+        SpecError: the program has no such phase, or NVTX is asked for without a GPU.
+    """
+    if trace.phase is not None and trace.phase not in program.phases:
+        raise SpecError(f"{case_id} has no phase {trace.phase!r}. Its phases are: {', '.join(program.phases)}.")
+    if trace.ranges:
+        _ranges(program, device, trace, case_id)
+    else:
+        folder = Path(trace.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        table = _operators(program, device, trace.phase, folder)
+        if device.type == "cuda":
+            _snapshot(program, device, folder / "memory.pickle")
+        (folder / "operators.json").write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n")
+    return Findings(reasons=("This run was profiled: nothing of it is a measurement.",))
+
+
+def _ranges(program: Program, device: torch.device, trace: Trace, case_id: str) -> None:
+    """Steps between the marks that NVIDIA's tools begin and end at, with NVTX ranges and no profiler of ours."""
+    if device.type != "cuda":
+        raise SpecError(f"{case_id} runs on a CPU here: NVTX ranges are for NVIDIA's tools, which need a GPU.")
+    with named_ranges(nvtx=True) as ranges, quiet():
+        synchronize(device)
+        torch.cuda.profiler.start()
+        for _ in range(trace.steps):
+            program.step(ranges)
+            ranges.end_phase()
+        synchronize(device)
+        torch.cuda.profiler.stop()
+
+
+def _operators(program: Program, device: torch.device, phase: str | None, folder: Path) -> TraceTable:
+    """One step under torch's profiler, or only one phase of it; the trace is written into the folder."""
+    kinds = torch.profiler.ProfilerActivity
+    activities = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
+    profiler = one_cycle(activities, record_shapes=True)
+    window = _Window(profiler, phase, device)
+    with named_ranges(nvtx=False, heard=window.phase_begins) as ranges, quiet():
+        if phase is None:
+            window.open()
+        program.step(ranges)
+        ranges.end_phase()
+        window.close()
+    profiler.export_chrome_trace(str(folder / "trace.json.gz"))
+    return _table(profiler.key_averages(), by_device=device.type == "cuda", phase=phase)
+
+
+class _Window:
+    """The part of a step that the profiler sees."""
+
+    def __init__(self, profiler: Any, phase: str | None, device: torch.device):
+        self._profiler, self._phase, self._device = profiler, phase, device
+        self._state = "before"
+
+    def phase_begins(self, name: str) -> None:
+        if name == self._phase and self._state == "before":
+            self.open()
+        elif self._phase is not None and self._state == "open":
+            self.close()
+
+    def open(self) -> None:
+        synchronize(self._device)
+        self._profiler.start()
+        self._state = "open"
+
+    def close(self) -> None:
+        if self._state == "open":
+            synchronize(self._device)
+            self._profiler.stop()
+        self._state = "closed"
+
+
+def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
+    """The operators with the most time of their own, on the device or else on the host."""
+    found, kernels_s = [], 0.0
+    for event in events:
+        if event.key.startswith((PREFIX, "ProfilerStep", "Activity Buffer")):
+            continue
+        if event.device_type == torch._C._autograd.DeviceType.CUDA:
+            # A range that somebody named (torch's optimizers do) spans kernels that have their own rows, and waiting is no work.
+            if not event.is_user_annotation and not is_wait(event.key):
+                kernels_s += event.self_device_time_total / 1e6  # counted again at the operator that launched it
+            continue
+        own, whole = (
+            (event.self_device_time_total, event.device_time_total)
+            if by_device
+            else (event.self_cpu_time_total, event.cpu_time_total)
+        )
+        if own > 0:
+            found.append(OperatorTime(name=event.key, calls=int(event.count), own_s=own / 1e6, whole_s=whole / 1e6))
+    found.sort(key=lambda each: (-each.own_s, each.name))
+    total_s = kernels_s if by_device else sum(each.own_s for each in found)
+    return TraceTable(
+        device="cuda" if by_device else "cpu", phase=phase, total_s=total_s, operators=tuple(found[:_TOP])
+    )
+
+
+def _snapshot(program: Program, device: torch.device, path: Path) -> None:
+    """Every allocation of one step with its Python stack, as https://pytorch.org/memory_viz reads it."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=_SNAPSHOT_ENTRIES)
+    try:
+        with quiet():
+            program.step()
+            synchronize(device)
+        torch.cuda.memory._dump_snapshot(str(path))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

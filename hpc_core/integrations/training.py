@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import resource
 import statistics
 from typing import Any, Literal
 
 import torch
 
+from hpc_core.audit.facts import verdict
 from hpc_core.case.case import Case
 from hpc_core.instruments.allocations import StorageWatch
+from hpc_core.instruments.memory import host_peak_bytes, memory_metrics, model_metrics
 from hpc_core.instruments.owners import (
     gradient_tensors,
     optimizer_tensors,
@@ -22,17 +23,9 @@ from hpc_core.integrations.learning import Learning
 from hpc_core.integrations.step_clock import StepClock, thinned
 from hpc_core.integrations.trained_tokens import TrainedTokens
 from hpc_core.record.environment import circumstances, gpu_state
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
 from hpc_core.record.record import Failure, Metric, Record
-from hpc_core.worker.memory import memory_metrics
-from hpc_core.worker.metrics import (
-    counted,
-    measured_bytes,
-    reported,
-    tensor_bytes,
-    wall,
-)
-
-__all__ = ["Training"]
 
 _MOST_SAMPLES = 1000
 _WATCHED_STEP = 2
@@ -118,18 +111,8 @@ class Training:
         self.leave()
         metrics = self._bytes() | self._times(warm_up) | self._tokens()
         facts = self._learning.facts(self._model, self.losses, self.steps, self.notes)
-        reasons = [
-            f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}." for name, fact in facts.items() if not fact.holds
-        ]
-        return Record(
-            case=self.case,
-            status="invalid" if reasons else "ok",
-            metrics=dict(sorted(metrics.items())),
-            audit=facts,
-            reasons=tuple(reasons),
-            losses=tuple(self.losses),
-            circumstances=self._circumstances(),
-        )
+        found = Findings(metrics=metrics, facts=facts, reasons=verdict(facts), losses=tuple(self.losses))
+        return found.record(self.case, self._circumstances())
 
     def _circumstances(self) -> Any:
         kind: Literal["cpu", "cuda"] = "cuda" if self._on_gpu else "cpu"
@@ -137,35 +120,30 @@ class Training:
         return circumstances(kind, "inline", started_at=self._started, gpu=gpu, notes=tuple(self.notes))
 
     def _bytes(self) -> dict[str, Metric]:
-        owned = {name: owned_bytes(tensors) for name, tensors in weight_tensors(self._model).items()}
         trainable = sum(part.numel() for part in self._model.parameters() if part.requires_grad)
-        host_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        metrics = {
-            "weights_bytes": tensor_bytes(owned["weights"]),
-            "optimizer_bytes": tensor_bytes(owned_bytes(optimizer_tensors(self._optimizer))),
-            "trainable_parameters": counted(trainable, better="same"),
-            "host_peak_bytes": measured_bytes(host_peak, machine=True, gated=False),
+        metrics = model_metrics(self._model) | {
+            "optimizer_bytes": metric("optimizer_bytes", owned_bytes(optimizer_tensors(self._optimizer))),
+            "trainable_parameters": metric("trainable_parameters", trainable),
+            "host_peak_bytes": metric("host_peak_bytes", host_peak_bytes()),
         }
-        if owned["adapter"]:
-            metrics["adapter_weights_bytes"] = tensor_bytes(owned["adapter"])
         if self._gradient_bytes is not None:
-            metrics["gradient_bytes"] = tensor_bytes(self._gradient_bytes)
+            metrics["gradient_bytes"] = metric("gradient_bytes", self._gradient_bytes)
         if self._on_gpu:
-            metrics["peak_bytes"] = measured_bytes(self._peak_bytes, machine=True)
+            metrics["peak_bytes"] = metric("peak_bytes", self._peak_bytes, on_gpu=True)
             reserved = int(torch.cuda.memory_stats(self._device)["reserved_bytes.all.peak"])
-            metrics["reserved_bytes"] = measured_bytes(reserved, machine=True, gated=False)
+            metrics["reserved_bytes"] = metric("reserved_bytes", reserved)
         return metrics | self._watched
 
     def _times(self, warm_up: int) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {}
         if self.clock.first_step_s is not None:
             note = "from the training's begin to its first finished step"
-            metrics["cold_start_s"] = reported(self.clock.first_step_s, "s", note=note)
+            metrics["cold_start_s"] = metric("cold_start_s", self.clock.first_step_s, note=note)
         samples = self.clock.samples[warm_up:]
         if not samples:
             self.notes.append(f"{self.steps} steps are too few for a time: {warm_up} warm up")
             return metrics
-        metrics["step_s"] = wall(thinned(samples, _MOST_SAMPLES))
+        metrics["step_s"] = metric("step_s", samples=thinned(samples, _MOST_SAMPLES))
         self.notes.append(
             f"step_s: {len(samples)} steps by the host's clock, from end to end, not synchronized; data loading is in it, "
             f"{self.clock.left_out_s:.2f} s of evaluation, saving and logging are not"
@@ -178,13 +156,13 @@ class Training:
                 self.notes.append(f"tokens were not counted: {self.tokens.uncounted} batches had no plain ids and mask")
             return {}
         unpadded = self.tokens.unpadded()
+        padded = self.tokens.positions - unpadded
         metrics = {
-            "tokens": counted(unpadded, better="same", case_only=True),
-            "padded_tokens": counted(self.tokens.positions - unpadded, case_only=True),
+            "tokens": metric("tokens", unpadded),
+            "padded_tokens": metric("padded_tokens", padded, better="lower"),  # the user's choice, not the case's
         }
         samples = self.clock.samples
         if samples:
-            note = "unpadded; the mean of all steps"
             rate = unpadded / self.steps / statistics.fmean(samples)
-            metrics["tokens_per_s"] = reported(rate, "tokens/s", better="higher", note=note)
+            metrics["tokens_per_s"] = metric("tokens_per_s", rate, note="unpadded; the mean of all steps")
         return metrics

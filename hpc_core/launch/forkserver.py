@@ -41,11 +41,10 @@ _PRELOAD = (
     "transformers.generation",
     "hpc_core.worker.main",
     # A tiny case is measured in less time than these take to import.
-    "hpc_core.worker.finetune",
-    "hpc_core.worker.generate",
+    "hpc_core.worker.perform",
 )
 _INITIALIZE_CUDA = ("peft", "bitsandbytes")
-_PRELOAD_PREDICTING = ("peft", "bitsandbytes", "hpc_core.predict.session")
+_PRELOAD_PREDICTING = ("peft", "bitsandbytes", "hpc_core.predict.perform")
 _REQUEST_BYTES = 1 << 20
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 

@@ -5,7 +5,6 @@ Exact metrics are gated; busy time is only reported, because whatever else this 
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import time
 import warnings
@@ -14,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Event, Job
 from hpc_core.record.record import Metric, Record
@@ -28,8 +27,7 @@ def load_measuring_half() -> None:
     """Import torch and what measures with it. What their imports warn of is not the user's affair."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name in ("session", "callable", "generate", "finetune"):
-            importlib.import_module(f"hpc_core.worker.{name}")
+        importlib.import_module("hpc_core.worker.perform")
 
 
 def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], None]) -> Record:
@@ -39,19 +37,17 @@ def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], No
         ModuleNotFoundError: torch is not installed.
         Exception: whatever the step raises.
     """
-    started, began = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    began = time.perf_counter()
     load_measuring_half()
     # Named, not imported: the plugin must load, and collect, without torch.
-    session_type = importlib.import_module("hpc_core.worker.session").Session
-    measure_program = importlib.import_module("hpc_core.worker.callable").measure_program
-    program = importlib.import_module("hpc_core.engines.callable").CallableProgram(step)
-    assert isinstance(case.workload, CallableSpec)
+    perform = importlib.import_module("hpc_core.worker.perform").perform
     job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")
-    session = session_type(job, emit, started=started, began=began)
-    session.notes.append(NOTE)
-    record: Record = measure_program(session, program, case.workload.steps)
+    record: Record = perform(job, emit, began=began, step=step)
+    seen = record.circumstances
     return msgspec.structs.replace(
-        record, metrics={name: _ungated_time(metric) for name, metric in record.metrics.items()}
+        record,
+        metrics={name: _ungated_time(metric) for name, metric in record.metrics.items()},
+        circumstances=msgspec.structs.replace(seen, notes=(NOTE, *seen.notes)),
     )
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from fractions import Fraction
 
 from hpc_core.case.case import FinetuneSpec
-from hpc_core.case.errors import PredictError
 from hpc_core.engines.finetune import FinetuneProgram
-from hpc_core.engines.tuned.program import training_program
+from hpc_core.instruments.instrument import Instrument, observe
+from hpc_core.instruments.kernels import BUSY_STEPS
 from hpc_core.instruments.owners import (
     by_module,
     gradient_tensors,
@@ -17,61 +17,52 @@ from hpc_core.instruments.owners import (
     owned_bytes,
     weight_tensors,
 )
+from hpc_core.predict.place import DEVICE, Place, audit, build_model, memory_of
 from hpc_core.predict.policy import ValuePolicy
-from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
-from hpc_core.record.record import Record
-from hpc_core.worker.memory import memory_metrics
-from hpc_core.worker.metrics import counted, measured_bytes, tensor_bytes
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
 
-__all__ = ["between", "predict_finetune", "to_watch"]
-
-_STEPS = 10
-"""Kernels are counted over so many steps, as `perform.finetune` does under the profiler."""
 _WATCHED = 3
 """Widths of ragged batches that are watched."""
 
 
-def predict_finetune(prediction: Prediction, workload: FinetuneSpec) -> Record:
-    """Two steps on the widest batch: the first makes the optimizer's state, the second is watched.
-
-    Raises:
-        PredictError: a switch of the tuned engine has no model here.
-    """
-    _refuse_unmodelled(prediction.case.id, workload)
-    with prediction.fake() as (watch, policy):
-        built = prediction.build(watch)
-        prediction.phase("data")
-        program = training_program(built, prediction.case, workload)
-        trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
-        prediction.metrics["trainable_parameters"] = counted(trainable, better="same")
-        prediction.metrics["tokens"] = counted(program.tokens_of(workload.steps), better="same", case_only=True)
-        prediction.metrics["padded_tokens"] = counted(program.padded_of(workload.steps), better="same", case_only=True)
-        prediction.phase("warm-up")
-        _step(program, policy, program.widest)
-        prediction.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
-        prediction.phase("memory")
-        _memory(prediction, program, watch, policy)
-        prediction.phase("counters")
-        _counts(prediction, program, watch, policy)
-        prediction.look(built)
-        return prediction.record(watch)
+def predict_finetune(place: Place) -> Findings:
+    """Take two steps on the widest batch: the first makes the optimizer's state, the second is watched."""
+    built, loaded = build_model(place)
+    place.phases.enter("data")
+    program = place.engine.load(place.case, DEVICE, built)
+    assert isinstance(program, FinetuneProgram)
+    return observe(
+        (
+            Instrument("tokens", None, lambda _: _tokens(place, program)),
+            Instrument("optimizer's state", "warm-up", lambda _: _first_step(place, program)),
+            Instrument("memory", "memory", lambda _: _memory(place, program)),
+            Instrument("operators", "counters", lambda _: _counts(place, program)),
+            Instrument("audit", "audit", lambda _: audit(place, built)),
+        ),
+        program,
+        place.phases,
+        loaded,
+    )
 
 
-def _refuse_unmodelled(case_id: str, workload: FinetuneSpec) -> None:
-    """The chunked loss is plain torch and predicted like any; what a compiler or a CUDA graph makes of a step is not."""
-    switches = {
-        "graph": (workload.graph, "the private pool of a CUDA graph"),
-        "compile": (workload.compile != "off", "what torch.compile keeps and launches"),
-        "fusion": (workload.fusion != "off", "the fused functions' kernels"),
-        "loss": (workload.loss == "liger", "what Liger's kernels take"),
-        "feed": (workload.feed.way != "resident", "what a loader brings and when"),
+def _tokens(place: Place, program: FinetuneProgram) -> Findings:
+    workload = place.case.workload
+    assert isinstance(workload, FinetuneSpec)
+    trainable = sum(parameter.numel() for parameter in program.model.parameters() if parameter.requires_grad)
+    values = {
+        "trainable_parameters": trainable,
+        "tokens": program.tokens_of(workload.steps),
+        "padded_tokens": program.padded_of(workload.steps),
     }
-    for name, (on, what) in switches.items():
-        if on:
-            raise PredictError(
-                f"{case_id}: {what} cannot be predicted ({name}={getattr(workload, name)!r}); measure it on a GPU, or predict it without {name}."
-            )
+    return Findings(metrics={name: metric(name, value) for name, value in values.items()})
+
+
+def _first_step(place: Place, program: FinetuneProgram) -> Findings:
+    _step(program, place.policy, program.widest)
+    held = owned_bytes(optimizer_tensors(program.optimizer))
+    return Findings(metrics={"optimizer_bytes": metric("optimizer_bytes", held)})
 
 
 def _step(program: FinetuneProgram, policy: ValuePolicy, index: int, watch: GpuWatch | None = None) -> None:
@@ -94,26 +85,24 @@ def _step(program: FinetuneProgram, policy: ValuePolicy, index: int, watch: GpuW
     watch.end_phase()
 
 
-def _memory(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, policy: ValuePolicy) -> None:
+def _memory(place: Place, program: FinetuneProgram) -> Findings:
+    watch = place.watch
     watch.begin(program.phases)
     for category, tensors in weight_tensors(program.model).items():
         watch.own_now(category, tensors)
     watch.own_now("optimizer", optimizer_tensors(program.optimizer))
     for module, tensors in by_module(program.model, program.optimizer):
         watch.name(module, tensors)
-    prediction.places.learn(program.model)
-    prediction.places.begin()
-    _step(program, policy, program.widest, watch)
-    prediction.metrics |= memory_metrics(watch.peaks, watch.timeline, on_gpu=True)
-    prediction.keep(watch.timeline, program.phases, watch, "one step on the widest batch")
-    _, requested = watch.timeline.peak()
-    note = "tensors and scratch as asked for, without the allocator's rounding"
-    prediction.metrics["peak_requested_bytes"] = measured_bytes(requested, machine=True, gated=False, note=note)
+    place.modules.learn(program.model)
+    place.modules.begin()
+    _step(program, place.policy, program.widest, watch)
+    return memory_of(place, watch.peaks, watch.timeline, program.phases, "one step on the widest batch")
 
 
-def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, policy: ValuePolicy) -> None:
+def _counts(place: Place, program: FinetuneProgram) -> Findings:
     """Operators and FLOPs over a period, kernels and copies over ten steps; steps of equal shape count alike."""
-    launched = [index % len(program.batches) for index in range(_STEPS)]
+    watch = place.watch
+    launched = [index % len(program.batches) for index in range(BUSY_STEPS)]
     by_width: dict[int, int] = {_width(program, program.widest): program.widest}
     for index in launched:
         by_width.setdefault(_width(program, index), index)
@@ -121,22 +110,26 @@ def _counts(prediction: Prediction, program: FinetuneProgram, watch: GpuWatch, p
     for width in to_watch(sorted(by_width)):
         if width not in known:
             watch.begin(program.phases)
-            _step(program, policy, by_width[width], watch)
+            _step(program, place.policy, by_width[width], watch)
             known[width] = watch.counts()
+    notes: tuple[str, ...] = ()
     if len(known) < len(by_width):
-        prediction.notes.append(
-            f"counts: of {len(by_width)} widths {', '.join(map(str, sorted(known)))} were watched; the others' FLOPs lie on the parabola through "
-            "them, their operators and kernels are those of the nearest"
+        watched = ", ".join(map(str, sorted(known)))
+        notes = (
+            f"counts: of {len(by_width)} widths {watched} were watched; the others' FLOPs lie on the parabola through "
+            "them, their operators and kernels are those of the nearest",
         )
     per_step = [between(known, _width(program, index)) for index in launched]
-    steps = min(program.period, _STEPS)
-    per = "" if steps == 1 else f" per {steps} steps"
-    operators, flops = sum(each.operators for each in per_step[:steps]), sum(each.flops for each in per_step[:steps])
-    prediction.metrics["operators"] = counted(operators, machine=True, unit=f"1{per}")
-    prediction.metrics["flops"] = counted(flops, machine=True, unit=f"FLOP{per}")
-    unit = f"1 per {_STEPS} steps"
-    prediction.metrics["kernels"] = counted(sum(each.kernels for each in per_step), machine=True, unit=unit)
-    prediction.metrics["copies"] = counted(sum(each.copies for each in per_step), machine=True, unit=unit)
+    steps = min(program.period, BUSY_STEPS)
+    period, all_steps = None if steps == 1 else f"{steps} steps", f"{BUSY_STEPS} steps"
+    totals = {
+        "operators": (sum(each.operators for each in per_step[:steps]), period),
+        "flops": (sum(each.flops for each in per_step[:steps]), period),
+        "kernels": (sum(each.kernels for each in per_step), all_steps),
+        "copies": (sum(each.copies for each in per_step), all_steps),
+    }
+    metrics = {name: metric(name, total, on_gpu=True, per=per) for name, (total, per) in totals.items()}
+    return Findings(metrics=metrics, notes=notes)
 
 
 def _width(program: FinetuneProgram, index: int) -> int:

@@ -11,22 +11,16 @@ import gc
 
 import torch
 
-from hpc_core.case.case import GenerateSpec
-from hpc_core.case.errors import PredictError
-from hpc_core.engines.generate import GenerateProgram, generate_program
-from hpc_core.instruments.owners import by_module, cache_tensors, weight_tensors
+from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
+from hpc_core.instruments.instrument import Instrument, observe
+from hpc_core.instruments.owners import by_module, cache_tensors, watch_cache, weight_tensors
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
+from hpc_core.predict.place import DEVICE, Place, audit, build_model, memory_of
 from hpc_core.predict.policy import ValuePolicy
-from hpc_core.predict.session import Prediction
 from hpc_core.predict.watch import Counts, GpuWatch
-from hpc_core.record.record import Record
-from hpc_core.worker.generate import BUSY_TOKENS, COUNTED_TOKENS
-from hpc_core.worker.memory import memory_metrics
-from hpc_core.worker.metrics import counted, measured_bytes
-from hpc_core.worker.observe import watch_cache
-
-__all__ = ["predict_generate"]
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
 
 _FIRST_TOKENS = 3
 _LAST_TOKENS = 2
@@ -64,49 +58,46 @@ class _Generation:
         program.new_tokens, program.ended_after = kept, None
 
 
-def predict_generate(prediction: Prediction, workload: GenerateSpec) -> Record:
-    """A warm query, the counts of a short one, then memory of the longest prompt's first and last tokens."""
-    if workload.engine == "graph":
-        raise PredictError(
-            f"{prediction.case.id}: engine='graph' runs kernels of its own inside a CUDA graph, which cannot be predicted. Predict it "
-            "with engine='stock', whose weights and cache a token are the same."
-        )
-    if workload.cache == "static" and workload.compiled:
-        raise PredictError(
-            f"{prediction.case.id}: transformers compiles the forward for a static cache on a GPU, and torch.compile cannot "
-            "be predicted. Predict it with compiled=False, or with cache='dynamic', whose memory is that of the same tokens."
-        )
-    with prediction.fake() as (watch, policy):
-        built = prediction.build(watch)
-        prediction.phase("data")
-        generation = _Generation(generate_program(built, workload), watch, policy)
-        program = generation.program
-        _tokens(prediction, program, workload)
-        prediction.phase("warm-up")
-        longest = max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
-        static = workload.cache == "static"  # it is kept from query to query, as large as the largest asked for
-        generation.query(longest, 1, marked=False, room=program.new_tokens if static else None)
-        prediction.phase("counters")
-        _counts(prediction, generation)
-        prediction.phase("memory")
-        _memory(prediction, generation, longest)
-        prediction.look(built)
-        return prediction.record(watch)
+def predict_generate(place: Place) -> Findings:
+    """Run a warm query, count a short one, then watch the memory of the longest prompt's first and last tokens."""
+    built, loaded = build_model(place)
+    place.phases.enter("data")
+    program = place.engine.load(place.case, DEVICE, built)
+    assert isinstance(program, GenerateProgram)
+    generation = _Generation(program, place.watch, place.policy)
+    return observe(
+        (
+            Instrument("tokens", None, lambda _: _tokens(program)),
+            Instrument("warm query", "warm-up", lambda _: _warm_query(generation)),
+            Instrument("operators", "counters", lambda _: _counts(generation)),
+            Instrument("memory", "memory", lambda _: _memory(place, generation)),
+            Instrument("audit", "audit", lambda _: audit(place, built)),
+        ),
+        program,
+        place.phases,
+        loaded,
+    )
 
 
-def _tokens(prediction: Prediction, program: GenerateProgram, workload: GenerateSpec) -> None:
+def _tokens(program: GenerateProgram) -> Findings:
     prompts = program.prompts
-    made = workload.batch * program.new_tokens * program.period
-    for name, value in (
-        ("tokens", made),
-        ("prompt_tokens", sum(prompt.tokens for prompt in prompts)),
-        ("padded_tokens", sum(prompt.padded for prompt in prompts)),
-    ):
-        prediction.metrics[name] = counted(value, better="same", case_only=True)
+    values = {
+        "tokens": program.workload.batch * program.new_tokens * program.period,
+        "prompt_tokens": sum(prompt.tokens for prompt in prompts),
+        "padded_tokens": sum(prompt.padded for prompt in prompts),
+    }
+    return Findings(metrics={name: metric(name, value) for name, value in values.items()})
 
 
-def _counts(prediction: Prediction, generation: _Generation) -> None:
-    """Of the first prompt, as `perform.generate` counts: prefill with one token, and with four tokens after it."""
+def _warm_query(generation: _Generation) -> Findings:
+    program = generation.program
+    static = program.workload.cache == "static"  # it is kept from query to query, as large as the largest asked for
+    generation.query(program.longest, 1, marked=False, room=program.new_tokens if static else None)
+    return Findings()
+
+
+def _counts(generation: _Generation) -> Findings:
+    """Of the first prompt, as a measurement counts: prefill with one token, and with four tokens after it."""
     seen: dict[int, Counts] = {}
     for new in (1, 1 + COUNTED_TOKENS):
         generation.watch.begin(generation.program.phases)
@@ -114,34 +105,28 @@ def _counts(prediction: Prediction, generation: _Generation) -> None:
         seen[new] = generation.watch.counts()
     prefill, whole = seen[1], seen[1 + COUNTED_TOKENS]
     decoded = min(BUSY_TOKENS, generation.program.new_tokens - 1)
-    metrics = prediction.metrics
-    unit = f"per prefill and {COUNTED_TOKENS} tokens"
-    metrics["operators"] = counted(whole.operators, machine=True, unit=f"1 {unit}")
-    metrics["operators_decode"] = counted(
-        whole.operators - prefill.operators, machine=True, unit=f"1 per {COUNTED_TOKENS} tokens"
-    )
-    metrics["flops"] = counted(whole.flops, machine=True, unit=f"FLOP {unit}")
-    metrics["flops_prefill"] = counted(prefill.flops, machine=True, unit="FLOP")
-    metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
+    both, busy = f"prefill and {COUNTED_TOKENS} tokens", f"prefill and {decoded} tokens"
+    totals: dict[str, tuple[int, str | None]] = {
+        "operators": (whole.operators, both),
+        "operators_decode": (whole.operators - prefill.operators, f"{COUNTED_TOKENS} tokens"),
+        "flops": (whole.flops, both),
+        "flops_prefill": (prefill.flops, None),
+        "kernels_prefill": (prefill.kernels, None),
+    }
     for name in ("kernels", "copies"):
         first, all_ = getattr(prefill, name), getattr(whole, name)
-        total = first + (all_ - first) * decoded // COUNTED_TOKENS
-        metrics[name] = counted(total, machine=True, unit=f"1 per prefill and {decoded} tokens")
+        totals[name] = (first + (all_ - first) * decoded // COUNTED_TOKENS, busy)
+    return Findings(metrics={name: metric(name, total, on_gpu=True, per=per) for name, (total, per) in totals.items()})
 
 
-def _memory(prediction: Prediction, generation: _Generation, longest: int) -> None:
+def _memory(place: Place, generation: _Generation) -> Findings:
     program = generation.program
-    look = _static_cache if program.workload.cache == "static" else _growing_cache
-    prediction.places.learn(program.model)
-    prediction.places.begin()
-    peaks, timeline = look(generation, longest)
-    metrics = memory_metrics(peaks, timeline, on_gpu=True)
-    note = "tensors and scratch as asked for, without the allocator's rounding"
-    metrics["peak_requested_bytes"] = measured_bytes(timeline.peak()[1], machine=True, gated=False, note=note)
-    prediction.keep(
-        timeline, program.phases, generation.watch, "the first and the last tokens after the longest prompt"
-    )
-    prediction.metrics |= metrics
+    watched = _static_cache if program.workload.cache == "static" else _growing_cache
+    place.modules.learn(program.model)
+    place.modules.begin()
+    peaks, timeline = watched(generation, program.longest)
+    work = "the first and the last tokens after the longest prompt"
+    return memory_of(place, peaks, timeline, program.phases, work)
 
 
 def _growing_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:

@@ -2,62 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from hpc_core.case.case import CallableSpec
-from hpc_core.engines.callable import load_factory
-from hpc_core.instruments.clock import seconds_of
+from hpc_core.engines.callable import CallableProgram
+from hpc_core.instruments.attribution import profile_step
+from hpc_core.instruments.clock import wall_steps
 from hpc_core.instruments.counters import counting
+from hpc_core.instruments.energy import step_energy
+from hpc_core.instruments.instrument import Instrument
+from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
+from hpc_core.instruments.memory import measure_memory, process_memory
 from hpc_core.instruments.program import Program
-from hpc_core.record.job import Repeat, Retime, Trace
-from hpc_core.record.record import Record
-from hpc_core.worker.attributed import note_profile
-from hpc_core.worker.energy import note_step_energy
-from hpc_core.worker.memory import measure_memory
-from hpc_core.worker.metrics import counted, ratio, wall
-from hpc_core.worker.profiled import note_compilations, profile_steps, wall_only
-from hpc_core.worker.session import Session
-from hpc_core.worker.trace import trace_program
-
-__all__ = ["measure_again", "measure_callable", "measure_program"]
+from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.warm_up import warm_up
+from hpc_core.record.findings import Findings
+from hpc_core.record.job import Measure, Trace
+from hpc_core.record.metrics import metric
+from hpc_core.worker.place import Place
 
 
-def measure_callable(session: Session, workload: CallableSpec) -> Record:
-    """Import the factory, make the step, and measure it."""
-    session.phase("build")
-    return measure_program(session, load_factory(workload, session.device.type), workload.steps)
+class OwnStep:
+    """A step of the user's own, loaded, and what is measured of it."""
+
+    def __init__(self, place: Place, step: Callable[[], Any] | None = None):
+        """Let the case's factory make the step, unless it is there already."""
+        place.phases.enter("build")
+        assert isinstance(place.case.workload, CallableSpec)
+        self.place, self.device, self.steps = place, place.device, place.case.workload.steps
+        loaded = CallableProgram(step) if step is not None else place.engine.load(place.case, place.device, None)
+        self.program, self.loaded = loaded, Findings()
+
+    def warm_up(self) -> Findings:
+        """Run until memory and time have settled."""
+        return warm_up(self.program, self.device, self.place.began)
+
+    def full(self, kind: Measure) -> Sequence[Instrument]:
+        """Everything: timed before it is watched, what is gated exactly before the profiler, which loads libraries."""
+        place, program, device = self.place, self.program, self.device
+        joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
+        explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
+        return (
+            Instrument("time", "measure", lambda _: wall_steps(program, device, self.steps)),
+            Instrument(
+                "memory",
+                "memory",
+                lambda found: measure_memory(
+                    program, device, bystanders=found.observed.get("bystanders"), timeline=kind.timeline
+                ),
+            ),
+            Instrument("operators", "counters", self._count),
+            Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("busy time", "busy", lambda _: busy_steps(program, device)),
+            Instrument("busy share", None, _busy_share),
+            *joules,
+            Instrument("process memory", None, lambda _: process_memory(device)),
+            *explained,
+        )
+
+    def repeat(self) -> Sequence[Instrument]:
+        """Busy time and launches; on a CPU at most ten steps by the clock."""
+        return (repeated(self.program, self.place, self.steps), self._process_memory())
+
+    def retime(self) -> Sequence[Instrument]:
+        """Every time, of the host and of the device."""
+        return (
+            Instrument("time", "measure", lambda _: wall_steps(self.program, self.device, self.steps)),
+            Instrument("busy time", "busy", lambda _: busy_steps(self.program, self.device)),
+            self._process_memory(),
+        )
+
+    def trace(self, kind: Trace) -> Sequence[Instrument]:
+        """One step."""
+        program, device, case_id = self.program, self.device, self.place.case.id
+        run = Instrument("trace", "profile", lambda _: trace_step(program, device, kind, case_id))
+        return (run, self._process_memory())
+
+    def _process_memory(self) -> Instrument:
+        return Instrument("process memory", None, lambda _: process_memory(self.device))
+
+    def _count(self, found: Findings) -> Findings:
+        with counting() as counts:
+            self.program.step()
+        on_gpu = self.place.on_gpu
+        values = {"operators": counts.total, "flops": counts.flops}
+        return Findings(metrics={name: metric(name, value, on_gpu=on_gpu) for name, value in values.items()})
+
+    def _energy(self, found: Findings) -> Findings:
+        timed = found.metrics["step_s"]
+        return step_energy(self.program, self.device, step_s=timed, gpu_before=self.place.gpu_before)
+
+    def _profile(self, found: Findings) -> Findings:
+        return profile_step(self.program, self.device, "one step", bystanders=found.observed.get("bystanders"))
 
 
-def measure_program(session: Session, program: Program, steps: int) -> Record:
-    """Warm up, time `steps` steps, and take each instrument in turn, the profiler last."""
-    session.warm_up(program)
-    if isinstance(session.kind, Trace):
-        return trace_program(session, program, session.kind)
-    if isinstance(session.kind, Repeat):
-        return measure_again(session, program, steps)
-    with session.timing():
-        samples = [seconds_of(program.step, session.device) for _ in range(steps)]
-    session.metrics["step_s"] = wall(samples)
-    if isinstance(session.kind, Retime):
-        profile_steps(session, program)
-        return session.record()
-    measure_memory(session, program, None, None)
-    session.phase("counters")
-    with counting() as counts:
-        program.step()
-    session.metrics["operators"] = counted(counts.total, machine=session.on_gpu)
-    session.metrics["flops"] = counted(counts.flops, unit="FLOP", machine=session.on_gpu)
-    note_compilations(session)
-    busy_s = profile_steps(session, program)
-    if busy_s is not None:
-        session.metrics["busy_share"] = ratio(busy_s / session.metrics["step_s"].value)
-    note_step_energy(session, program)
-    note_profile(session, program, "one step")
-    return session.record()
+def repeated(program: Program, place: Place, steps: int) -> Instrument:
+    """What a further process measures of a warm program: busy time and launches, or on a CPU at most ten steps by the clock."""
+    if place.on_gpu:
+        return Instrument("busy time", "busy", lambda _: busy_steps(program, place.device, short=True))
+    return Instrument("time", "measure", lambda _: wall_steps(program, place.device, min(steps, BUSY_STEPS)))
 
 
-def measure_again(session: Session, program: Program, steps: int) -> Record:
-    """What a further process measures of a warm program: busy time and launches, or on a CPU `steps` by the clock."""
-    if session.on_gpu:
-        profile_steps(session, program)
-    else:
-        wall_only(session, program, steps)
-    return session.record()
+def _busy_share(found: Findings) -> Findings:
+    if "busy_s" not in found.metrics:
+        return Findings()
+    share = found.metrics["busy_s"].value / found.metrics["step_s"].value
+    return Findings(metrics={"busy_share": metric("busy_share", share)})

@@ -15,22 +15,20 @@ from dataclasses import dataclass
 
 import torch
 
-from hpc_core.audit import feed_facts
+from hpc_core.audit.loader import feed_facts
 from hpc_core.builders import Built
 from hpc_core.builders.data.device_batches import Batches, Resident
 from hpc_core.builders.data.loader import PREFETCHED, Fed, host_batch
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.case import FeedSpec, FinetuneSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.engines.finetune import FinetuneProgram, resident_batches
 from hpc_core.instruments.clock import quiet, seconds_of
 from hpc_core.instruments.gaps import Idle, Window, idle_while
-from hpc_core.record.record import Fact
-from hpc_core.worker.feed_words import Rates, what_bounds
-from hpc_core.worker.kept import kept
-from hpc_core.worker.metrics import reported, wall
-from hpc_core.worker.session import Session
-
-__all__ = ["FeedCost", "feed_cost", "measure_feed", "same_losses"]
+from hpc_core.instruments.program import copied
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Fact, Metric
+from hpc_core.worker.place import Place
 
 _GPU_STEPS, _CPU_STEPS = 20, 8
 """Steps of a pass."""
@@ -40,6 +38,59 @@ _ROUNDS = 3
 """Passes of each kind, in turn; their median counts."""
 _MADE_ALONE = 40
 """Batches that the loader makes for nobody, to see how fast it could."""
+
+
+_FREE = 0.02
+"""Where waiting costs at most 2 % of a resident step, data bounds nothing."""
+_WELL_SHARED = 0.5
+"""Workers that give at least half of what so many lone makers would are bound by making, else by handing over."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured numbers of a feed; seconds are of a step or of a batch, which is the same."""
+
+    feed: FeedSpec
+    fed_s: float
+    resident_s: float
+    wait_s: float
+    """Mean time that the host was busy getting a batch while it trained."""
+    idle_s: float | None
+    """In which the GPU had nothing to do meanwhile; None without one."""
+    make_s: float
+    """What one process needs for a batch."""
+    supply_per_s: float
+    """Batches a second from the same loader when nobody trains."""
+
+
+def what_bounds(rates: Rates) -> str:
+    """One sentence: what bounds the fed training, the rates of both sides, and what waiting cost."""
+    feed = rates.feed
+    many = feed.workers > 1
+    who = f"{feed.workers} worker{'s make' if many else ' makes'}" if feed.workers else "the training process makes"
+    alone = "themselves" if many else "itself"
+    idle = "" if rates.idle_s is None else f", and the GPU idles {_time(rates.idle_s)} a step for it"
+    cost = (
+        f"{who} {rates.supply_per_s:.4g} batches/s by {alone}, training takes {1 / rates.resident_s:.4g}; the host waits {_time(rates.wait_s)} for "
+        f"a batch{idle}; a step takes {_time(rates.fed_s)}, with resident batches {_time(rates.resident_s)}"
+    )
+    # Measured: idle kernels on a GPU; on a CPU, which is host and device, the wait itself.
+    lost = rates.wait_s if rates.idle_s is None else rates.idle_s
+    if lost <= _FREE * rates.resident_s:
+        return f"bound by nothing: {cost}"
+    making = "tokenization" if feed.tokenize == "fetch" else "reading and collating"
+    if rates.supply_per_s * rates.resident_s < 1:
+        ideal = max(feed.workers, 1) / rates.make_s
+        if feed.workers and rates.supply_per_s < _WELL_SHARED * ideal:
+            return f"bound by handing batches over between processes, which by what one takes for a batch could be {ideal:.4g}/s: {cost}"
+        return f"bound by {making}: {cost}"
+    if not feed.workers:
+        return f"bound by {making} in the training process, between its steps: {cost}"
+    return f"bound by the way from the workers to the step (handing over, pinning, copying, shared cores): {cost}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.0f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
 @dataclass(frozen=True)
@@ -63,47 +114,46 @@ class FeedCost:
         return what_bounds(self.rates)
 
 
-def measure_feed(session: Session, built: Built, program: FinetuneProgram, workload: FinetuneSpec) -> None:
-    """Metrics `feed_*`, the audit's facts of the feed, and a note that says what bounds it; nothing where batches are resident."""
-    fed = program.batches
-    if not isinstance(fed, Fed):
-        return
-    session.phase("feed")
-    session.notes.append(f"feed of {session.case.id}: {fed.note}")
+def measure_feed(place: Place, built: Built, program: FinetuneProgram, *, audit: bool) -> Findings:
+    """Return metrics `feed_*`, the facts of the feed if it is audited, and a note that says what bounds it."""
+    fed, workload, case_id = program.batches, place.case.workload, place.case.id
+    assert isinstance(fed, Fed)
+    assert isinstance(workload, FinetuneSpec)
+    found = Findings(notes=(f"feed of {case_id}: {fed.note}",))
     resident, _ = resident_batches(built, workload)
     try:
-        cost = feed_cost(program, fed, resident, session.device)
+        cost = feed_cost(program, fed, resident, place.device)
     except MeasureError as error:
-        session.reasons.append(str(error))
-        return
-    if session.options.audit:
+        return found | Findings(reasons=(str(error),))
+    if audit:
         apart = None if cost.idle is None else cost.idle.copies_apart
-        session.audit |= feed_facts(workload.feed, fed, on_gpu=session.on_gpu, copies_apart=apart)
-        session.audit["feed_losses"] = same_losses(program, fed, resident, session.case.seed)
-    _note(session, cost)
+        found |= feed_facts(workload.feed, fed, on_gpu=place.on_gpu, copies_apart=apart)
+        found |= Findings(facts={"feed_losses": same_losses(program, fed, resident, place.case.seed)})
+    return found | Findings(metrics=_metrics(cost), notes=(f"feed of {case_id}: {cost.bound}",))
 
 
-def _note(session: Session, cost: FeedCost) -> None:
-    metrics, rates = session.metrics, cost.rates
-    queued = f"{cost.steps} steps in a row, the host at most {_HOST_AHEAD} ahead"
-    metrics["feed_step_s"] = wall(cost.fed_s)
-    metrics["feed_resident_step_s"] = wall(cost.resident_s)
-    metrics["feed_wait_s"] = wall(cost.wait_s)
-    metrics["feed_make_s"] = reported(rates.make_s, "s", note="one batch, made in the training process by itself")
-    metrics["feed_batches_per_s"] = reported(
-        rates.supply_per_s, "batches/s", better="higher", note="made for nobody, by the same workers"
-    )
-    if cost.idle is not None and cost.resident_idle is not None:
-        metrics["feed_idle_s"] = reported(
-            cost.idle.within_s / cost.steps,
-            "s",
-            note=f"a step: no kernel ran and the host was getting a batch; {queued}",
-        )
-        metrics["feed_all_idle_s"] = reported(cost.idle.idle_s / cost.steps, "s", note="a step, for whatever reason")
-        metrics["feed_resident_idle_s"] = reported(
-            cost.resident_idle.idle_s / cost.steps, "s", note="a step of the same work with every batch on the device"
-        )
-    session.notes.append(f"feed of {session.case.id}: {cost.bound}")
+def _metrics(cost: FeedCost) -> dict[str, Metric]:
+    rates, steps = cost.rates, cost.steps
+    alone, unused = "one batch, made in the training process by itself", "made for nobody, by the same workers"
+    metrics = {
+        "feed_step_s": metric("feed_step_s", samples=cost.fed_s),
+        "feed_resident_step_s": metric("feed_resident_step_s", samples=cost.resident_s),
+        "feed_wait_s": metric("feed_wait_s", samples=cost.wait_s),
+        "feed_make_s": metric("feed_make_s", rates.make_s, note=alone),
+        "feed_batches_per_s": metric("feed_batches_per_s", rates.supply_per_s, note=unused),
+    }
+    if cost.idle is None or cost.resident_idle is None:
+        return metrics
+    queued = f"{steps} steps in a row, the host at most {_HOST_AHEAD} ahead"
+    idle = {
+        "feed_idle_s": (cost.idle.within_s, f"a step: no kernel ran and the host was getting a batch; {queued}"),
+        "feed_all_idle_s": (cost.idle.idle_s, "a step, for whatever reason"),
+        "feed_resident_idle_s": (
+            cost.resident_idle.idle_s,
+            "a step of the same work with every batch on the device",
+        ),
+    }
+    return metrics | {name: metric(name, total_s / steps, note=note) for name, (total_s, note) in idle.items()}
 
 
 def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: torch.device) -> FeedCost:
@@ -220,7 +270,7 @@ def same_losses(program: FinetuneProgram, fed: Fed, resident: Resident, seed: in
     Weights are put back before each step: two backward passes of one batch may differ in their last bits, two forward passes do not.
     """
     trained = [part for part in program.model.parameters() if part.requires_grad]
-    before = [kept(part) for part in trained]
+    before = [copied(part) for part in trained]
     found: dict[str, torch.Tensor] = {}
     for name, batches in (("resident", resident), ("fed", fed)):
         losses = []

@@ -5,181 +5,305 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+from collections.abc import Sequence
 
-from hpc_core.audit import Ran, StepSeen, attention_facts, audited_step, loss_facts, trainable_facts, training_facts
-from hpc_core.bounds.cost import train_flops
-from hpc_core.builders import Built
+from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_seen, count_layer_forwards
+from hpc_core.audit.generation import attention_facts
+from hpc_core.audit.loss import loss_facts
+from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
+from hpc_core.audit.training import Ran, trainable_facts, training_facts
+from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
 from hpc_core.case.case import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
-from hpc_core.engines.tuned.program import training_program
-from hpc_core.instruments.clock import seconds_of
+from hpc_core.instruments.attribution import Owning, profile_step
+from hpc_core.instruments.clock import quiet, seconds_of
 from hpc_core.instruments.counters import counting
-from hpc_core.instruments.owners import (
-    by_module,
-    gradient_tensors,
-    optimizer_tensors,
-    owned_bytes,
-)
-from hpc_core.instruments.program import Mark
-from hpc_core.record.job import Repeat, Retime, Trace
-from hpc_core.record.record import Fact, Record
-from hpc_core.worker.attributed import Owning, note_profile
-from hpc_core.worker.callable import measure_again
-from hpc_core.worker.energy import note_step_energy
-from hpc_core.worker.equivalence import (
-    MOST_ROWS,
-    MOST_TOKENS,
-    Given,
-    measure_equivalence,
-)
+from hpc_core.instruments.energy import step_energy
+from hpc_core.instruments.instrument import Instrument
+from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
+from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_memory
+from hpc_core.instruments.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
+from hpc_core.instruments.program import Fixed, Mark, weights_restored
+from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.warm_up import warm_up
+from hpc_core.record.findings import Findings
+from hpc_core.record.job import Measure, Trace
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Fact
+from hpc_core.worker.callable import repeated
 from hpc_core.worker.feed import measure_feed
-from hpc_core.worker.kept import weights_kept
-from hpc_core.worker.memory import (
-    Fixed,
-    Watch,
-    measure_memory,
-    note_unexplained,
-)
-from hpc_core.worker.metrics import (
-    counted,
-    ratio,
-    reported,
-    tensor_bytes,
-    wall,
-)
-from hpc_core.worker.observe import LayerForwards, checkpointing_seen, count_layer_forwards
-from hpc_core.worker.profiled import BUSY_STEPS, note_compilations, profile_steps
-from hpc_core.worker.session import Session
-from hpc_core.worker.soak import Soak
-from hpc_core.worker.trace import trace_program
-from hpc_core.worker.tuned import (
-    audit_switches,
-    audit_tuned,
-    measure_graph_memory,
-    recomputed_attentions,
-)
-
-__all__ = ["measure_finetune"]
+from hpc_core.worker.place import Place, build_model, model_facts
 
 
-def measure_finetune(session: Session, workload: FinetuneSpec) -> Record:
-    """Build, warm up, time, and take each instrument in turn, the profiler last."""
-    built = session.build()
-    session.phase("data")
-    program = training_program(built, session.case, workload)
-    try:
-        return _measured(session, built, program, workload)
-    finally:
-        program.batches.clear()  # a loader's workers end with it
+class Training:
+    """A loaded fine-tuning case, and what is measured of it."""
 
+    def __init__(self, place: Place):
+        self.place = place
+        self.device = place.device
+        self.built, loaded = build_model(place)
+        place.phases.enter("data")
+        program = place.engine.load(place.case, place.device, self.built)
+        assert isinstance(program, FinetuneProgram)
+        assert isinstance(place.case.workload, FinetuneSpec)
+        self.program, self.workload = program, place.case.workload
+        self.widest = Fixed(program, program.widest)
+        trainable = sum(parameter.numel() for parameter in self.built.model.parameters() if parameter.requires_grad)
+        metrics = {"trainable_parameters": metric("trainable_parameters", trainable)}
+        self.loaded = loaded | Findings(metrics=metrics)
 
-def _measured(session: Session, built: Built, program: FinetuneProgram, workload: FinetuneSpec) -> Record:
-    trainable = sum(parameter.numel() for parameter in built.model.parameters() if parameter.requires_grad)
-    session.metrics["trainable_parameters"] = counted(trainable, better="same")
-    session.warm_up(program, lambda: _note_loss(session, program), first_steps=program.first_steps)
-    if isinstance(session.kind, Trace):
-        with program.batches.by_index():  # the same batch again: a loader would bring all others in between
-            return trace_program(session, Fixed(program, program.widest), session.kind)
-    if isinstance(session.kind, Repeat | Retime):
-        audit_switches(session, program)  # an engine that fell back here would be timed as if it had not
-    if isinstance(session.kind, Repeat):
-        program.go_to(0)  # the batches that the first process measured
-        return measure_again(session, program, workload.steps)
-    _time_steps(session, program, workload)
-    if isinstance(session.kind, Retime):
-        _busy(session, program)
-        measure_feed(session, built, program, workload)
-        return session.record()
-    session.metrics["optimizer_bytes"] = tensor_bytes(owned_bytes(optimizer_tensors(program.optimizer)))
-    widest = Fixed(program, program.widest)
-    with program.uncaptured():
-        measure_memory(
-            session,
-            widest,
-            built.model,
+    def warm_up(self) -> Findings:
+        """Run until memory and time have settled; the losses of these steps are the first ones."""
+        losses: list[float] = []
+        first = self.program.first_steps
+        found = warm_up(
+            self.program,
+            self.device,
+            self.place.began,
+            first_steps=first,
+            after_step=lambda: losses.append(self._loss()),
+        )
+        return found | Findings(losses=tuple(losses))
+
+    def full(self, kind: Measure) -> Sequence[Instrument]:
+        """Everything.
+
+        The order is part of the method. Steps are timed before anything watches them. What is gated exactly comes next, memory
+        first, since later instruments leave memory behind; the audit looks at the counted step without being in its counts;
+        the profiler comes after those, since it loads libraries. Then comes what explains the numbers, and at the end what
+        needs a model that is no longer the case's.
+        """
+        place, program, device = self.place, self.program, self.device
+        audited = [Instrument("audit", "audit", self._audit, captured=False)] if kind.audit else []
+        engine = [Instrument("engine", None, program.facts)] if kind.audit else []
+        compared = [Instrument("reference", "equivalence", self._reference, changes_state=True)] if kind.audit else []
+        explained = [Instrument("profile", "profile", self._profile, captured=False)] if kind.profile else []
+        joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
+        return (
+            Instrument("time", "measure", self._time),
+            Instrument("memory", "memory", lambda found: self._memory(found, timeline=kind.timeline), captured=False),
+            Instrument("operators", "counters", lambda _: self._count(watched=kind.audit), captured=False),
+            *audited,
+            Instrument("engine's counters", None, program.counters),
+            *engine,
+            Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("busy time", "busy", self._busy),
+            *self._feed(audit=kind.audit),
+            *joules,
+            Instrument("process memory", None, lambda _: process_memory(device)),
+            *explained,
+            Instrument("learning", None, self._learning),
+            *compared,
+        )
+
+    def repeat(self) -> Sequence[Instrument]:
+        """Busy time and launches; on a CPU at most ten steps by the clock."""
+        return (
+            self._switches(),
+            Instrument("first batch", None, self._rewound),
+            repeated(self.program, self.place, self.workload.steps),
+            self._process_memory(),
+        )
+
+    def retime(self) -> Sequence[Instrument]:
+        """Every time, of the host and of the device."""
+        return (
+            self._switches(),
+            Instrument("time", "measure", self._time),
+            Instrument("compilations", None, lambda _: compilations(self.device)),
+            Instrument("busy time", "busy", self._busy),
+            *self._feed(audit=True),
+            self._process_memory(),
+        )
+
+    def trace(self, kind: Trace) -> Sequence[Instrument]:
+        """The step on the widest batch."""
+
+        def traced(_: Findings) -> Findings:
+            with self.program.batches.by_index():  # the same batch again: a loader would bring all others in between
+                return trace_step(self.widest, self.device, kind, self.place.case.id)
+
+        return (Instrument("trace", "profile", traced), self._process_memory())
+
+    def _switches(self) -> Instrument:
+        """In a further process: an engine that fell back would be timed as if it had not."""
+        return Instrument("engine", None, lambda _: self.program.facts())
+
+    def _process_memory(self) -> Instrument:
+        return Instrument("process memory", None, lambda _: process_memory(self.device))
+
+    def _feed(self, *, audit: bool) -> list[Instrument]:
+        if self.workload.feed.way == "resident":
+            return []
+        return [Instrument("feed", "feed", lambda _: measure_feed(self.place, self.built, self.program, audit=audit))]
+
+    def _rewound(self, found: Findings) -> Findings:
+        """Go back to the batches that the first process measured."""
+        self.program.go_to(0)
+        return Findings()
+
+    def _loss(self) -> float:
+        assert self.program.loss is not None
+        return float(self.program.loss)
+
+    def _time(self, found: Findings) -> Findings:
+        program, workload = self.program, self.workload
+        program.go_to(0)  # every pass sees the same batches
+        samples, losses = [], []
+        growth = Growth(self.device, workload.steps) if workload.soaks else None
+        with quiet():
+            for done in range(1, workload.steps + 1):
+                samples.append(seconds_of(program.step, self.device))
+                losses.append(self._loss())
+                if growth is not None:
+                    growth.after_step(done)
+        tokens = program.tokens_of(workload.steps)
+        batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
+        # Ragged batches cost differently, so an epoch is so many times the mean; equal ones so many times the median.
+        typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
+        note = f"extrapolated: {batches} steps like the {workload.steps} measured"
+        metrics = {
+            "step_s": metric("step_s", samples=samples),
+            "tokens": metric("tokens", tokens),
+            "padded_tokens": metric("padded_tokens", program.padded_of(workload.steps)),
+            "tokens_per_s": metric("tokens_per_s", tokens / sum(samples), note="unpadded tokens"),
+            "epoch_s": metric("epoch_s", typical * batches, note=note),
+        }
+        grown = Findings() if growth is None else growth.findings()
+        return grown | Findings(metrics=metrics, losses=tuple(losses))
+
+    def _memory(self, found: Findings, *, timeline: bool) -> Findings:
+        program = self.program
+        metrics = {"optimizer_bytes": metric("optimizer_bytes", owned_bytes(optimizer_tensors(program.optimizer)))}
+
+        def marking(watch: Watch) -> Mark:
+            def mark(phase: str) -> None:
+                if phase == "optimizer":  # after backward, before the step: every gradient is there
+                    gradients = gradient_tensors(program.model)
+                    watch.own_now("gradients", gradients)
+                    metrics["gradient_bytes"] = metric("gradient_bytes", owned_bytes(gradients))
+                watch(phase)
+
+            return mark
+
+        memory = measure_memory(
+            self.widest,
+            self.device,
+            self.built.model,
             program.optimizer,
-            marking=lambda watch: _gradient_marks(session, program, watch),
+            bystanders=found.observed.get("bystanders"),
+            marking=marking,
+            timeline=timeline,
         )
-        note_unexplained(session)
-        ran, seen = _count(session, program)
-        _audit(session, program, workload, ran, seen)
-    measure_graph_memory(session, program)
-    audit_tuned(session, program)
-    _busy(session, program)
-    measure_feed(session, built, program, workload)
-    _energy(session, program)
-    with program.uncaptured():
-        note_profile(
-            session,
-            widest,
+        memory |= Findings(metrics=metrics)
+        return memory | unexplained(self.place.case, found | memory)
+
+    def _count(self, *, watched: bool) -> Findings:
+        """Count a pass; the audit looks at the step on the widest batch in it, which saves a step of its own."""
+        program, on_gpu = self.program, self.place.on_gpu
+        steps = min(program.period, BUSY_STEPS)
+        seen = None
+        hooks = count_layer_forwards(program.model) if watched else contextlib.nullcontext(LayerForwards())
+        with counting() as counts, hooks as forwards:
+            for index in range(steps):
+                program.steps_done = index
+                if watched and index == program.widest:
+                    seen = audited_step(program, lambda: self.place.phases.audit(self.device))
+                else:
+                    program.step()
+        per = None if steps == 1 else f"{steps} steps"
+        again, layers = program.recomputed_attentions, forwards.layers
+        planned = None if again is None else checkpointing_seen((layers + again) * steps, layers, steps)
+        ran = Ran(counts.operators, checkpointing_seen(forwards.count, layers, steps), planned)
+        return Findings(
+            metrics={
+                "operators": metric("operators", counts.total, on_gpu=on_gpu, per=per),
+                "flops": metric("flops", counts.flops, on_gpu=on_gpu, per=per),
+            },
+            observed={"ran": ran, "audited_step": seen},
+        )
+
+    def _audit(self, found: Findings) -> Findings:
+        """Take one more step where the counted ones did not hold the widest batch."""
+        program, case, ran = self.program, self.place.case, found.observed["ran"]
+        step = found.observed["audited_step"] or audited_step(program)
+        facts = model_facts(self.place, program.model) | trainable_facts(case, program.model)
+        facts |= training_facts(case, self.workload, program, ran, step)
+        facts |= loss_facts(program.loss, step.loss)
+        return facts | attention_facts(case, ran.operators, self.device)
+
+    def _busy(self, found: Findings) -> Findings:
+        self.program.go_to(0)
+        busy = busy_steps(self.program, self.device)
+        if "busy_s" not in busy.metrics:
+            return busy
+        step_s = found.metrics["step_s"].value
+        share = busy.metrics["busy_s"].value / step_s
+        shares = {"busy_share": metric("busy_share", share, note=bound_by(share))}
+        return busy | Findings(metrics=shares) | share_of_matmul(self.place.case, step_s, self.place.ceilings)
+
+    def _energy(self, found: Findings) -> Findings:
+        """Take as many steps as two seconds hold; what comes after must not depend on how many those were."""
+        with weights_restored(self.program.model):
+            return step_energy(
+                self.program, self.device, step_s=found.metrics["step_s"], gpu_before=self.place.gpu_before
+            )
+
+    def _profile(self, found: Findings) -> Findings:
+        return profile_step(
+            self.widest,
+            self.device,
             "one step on the widest batch",
-            model=built.model,
-            optimizer=program.optimizer,
-            marking=lambda watch: named_gradients(program, watch),
+            model=self.built.model,
+            optimizer=self.program.optimizer,
+            marking=lambda watch: named_gradients(self.program, watch),
+            bystanders=found.observed.get("bystanders"),
         )
-    _learning(session, program, workload)
-    measure_equivalence(session, built.model, _left_for_reference(program))
-    return session.record()
 
+    def _learning(self, found: Findings) -> Findings:
+        """Return whether losses are finite, and the mean of the same batches in the warm-up and in the last timed pass."""
+        losses, steps = found.losses, self.workload.steps
+        finite = all(map(math.isfinite, losses))
+        facts = {"losses_finite": Fact(asked=True, seen=finite)}
+        if not finite:
+            return Findings(facts=facts)
+        distinct = len(self.program.batches)
+        warm = len(losses) - steps
+        same = min(distinct, warm)
+        begin = warm + (steps // distinct - 1) * distinct  # of the last whole pass
+        note = f"mean over the same {same} batches"
+        means = {
+            "loss_first": statistics.fmean(losses[:same]),
+            "loss_last": statistics.fmean(losses[begin : begin + same]),
+        }
+        return Findings(
+            metrics={name: metric(name, mean, note=note) for name, mean in means.items()},
+            facts=facts,
+        )
 
-def _left_for_reference(program: FinetuneProgram) -> Given:
-    """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
-    batch = program.batches[program.widest]
-    program.release()
-    rows = list(range(len(batch.ids)))
-    if batch.mask is not None:
-        rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()
-    ids, labels, mask = (
-        None if part is None else part[rows[:MOST_ROWS], :MOST_TOKENS] for part in (batch.ids, batch.labels, batch.mask)
-    )
-    assert ids is not None
-    return Given(ids, mask, labels=labels)
+    def _reference(self, found: Findings) -> Findings:
+        if not found.sound:
+            return Findings()  # what did not run as asked is INVALID already, and may not run as a reference at all
+        given = self._longest_rows()
+        return compare_with_reference(self.place.case, self.built.model, given, restore=self.place.engine.restore)
 
-
-def _note_loss(session: Session, program: FinetuneProgram) -> None:
-    assert program.loss is not None
-    session.losses.append(float(program.loss))
-
-
-def _time_steps(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
-    program.go_to(0)  # every pass sees the same batches
-    samples = []
-    soak = Soak(session, workload.steps) if workload.soaks else None
-    with session.timing():
-        for done in range(1, workload.steps + 1):
-            samples.append(seconds_of(program.step, session.device))
-            _note_loss(session, program)
-            if soak is not None:
-                soak.after_step(done)
-    if soak is not None:
-        soak.close(workload.steps)
-    tokens, padded = program.tokens_of(workload.steps), program.padded_of(workload.steps)
-    session.metrics["step_s"] = wall(samples)
-    session.metrics["tokens"] = counted(tokens, better="same", case_only=True)
-    session.metrics["padded_tokens"] = counted(padded, better="same", case_only=True)
-    session.metrics["tokens_per_s"] = reported(
-        tokens / sum(samples), "tokens/s", better="higher", note="unpadded tokens"
-    )
-    batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
-    # Ragged batches cost differently, so an epoch is so many times the mean; equal ones so many times the median.
-    typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
-    note = f"extrapolated: {batches} steps like the {workload.steps} measured"
-    session.metrics["epoch_s"] = reported(typical * batches, "s", note=note)
-
-
-def _gradient_marks(session: Session, program: FinetuneProgram, watch: Watch) -> Mark:
-    def mark(phase: str) -> None:
-        if phase == "optimizer":  # after backward, before the step: every gradient is there
-            gradients = gradient_tensors(program.model)
-            watch.own_now("gradients", gradients)
-            session.metrics["gradient_bytes"] = tensor_bytes(owned_bytes(gradients))
-        watch(phase)
-
-    return mark
+    def _longest_rows(self) -> Given:
+        """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
+        batch = self.program.batches[self.program.widest]
+        self.program.release()
+        rows = list(range(len(batch.ids)))
+        if batch.mask is not None:
+            rows = batch.mask.sum(dim=1).argsort(descending=True, stable=True).tolist()
+        ids, labels, mask = (
+            None if part is None else part[rows[:MOST_ROWS], :MOST_TOKENS]
+            for part in (batch.ids, batch.labels, batch.mask)
+        )
+        assert ids is not None
+        return Given(ids, mask, labels=labels)
 
 
 def named_gradients(program: FinetuneProgram, watch: Owning) -> Mark:
-    """The watch as a mark that also says whose the gradients are, before the optimizer's step."""
+    """Return the recorder as a mark that also names the owners of gradients, before the optimizer's step."""
 
     def mark(phase: str) -> None:
         if phase == "optimizer":
@@ -189,96 +313,3 @@ def named_gradients(program: FinetuneProgram, watch: Owning) -> Mark:
         watch(phase)
 
     return mark
-
-
-def _count(session: Session, program: FinetuneProgram) -> tuple[Ran, StepSeen | None]:
-    """Count a pass; the audit looks at the step on the widest batch in it, which saves a step of its own."""
-    session.phase("counters")
-    steps = min(program.period, BUSY_STEPS)
-    seen = None
-    watched = count_layer_forwards(program.model) if session.options.audit else contextlib.nullcontext(LayerForwards())
-    with counting() as counts, watched as forwards:
-        for index in range(steps):
-            program.steps_done = index
-            if session.options.audit and index == program.widest:
-                seen = audited_step(program, session.aside)
-            else:
-                program.step()
-    per = "" if steps == 1 else f" per {steps} steps"
-    session.metrics["operators"] = counted(counts.total, machine=session.on_gpu, unit=f"1{per}")
-    session.metrics["flops"] = counted(counts.flops, unit=f"FLOP{per}", machine=session.on_gpu)
-    again = recomputed_attentions(program)
-    planned = None if again is None else checkpointing_seen((forwards.layers + again) * steps, forwards.layers, steps)
-    return Ran(counts.operators, checkpointing_seen(forwards.count, forwards.layers, steps), planned), seen
-
-
-def _audit(session: Session, program: FinetuneProgram, workload: FinetuneSpec, ran: Ran, seen: StepSeen | None) -> None:
-    """After everything that is gated exactly; with a step more where the counted ones did not hold the widest batch."""
-    if not session.options.audit:
-        return
-    session.phase("audit")
-    case, notes = session.case, session.notes
-    step = audited_step(program) if seen is None else seen
-    session.audit_model(program.model)
-    session.audit |= trainable_facts(case, program.model, notes)
-    session.audit |= training_facts(case, workload, program, ran, step, notes)
-    session.audit |= loss_facts(program.loss, step.loss, notes)
-    session.audit |= attention_facts(case, ran.operators, session.device, notes)
-
-
-def _busy(session: Session, program: FinetuneProgram) -> None:
-    note_compilations(session)
-    program.go_to(0)
-    busy_s = profile_steps(session, program)
-    if busy_s is None:
-        return
-    step_s = session.metrics["step_s"].value
-    session.metrics["busy_share"] = ratio(busy_s / step_s, note=bound_by(busy_s / step_s))
-    _share_of_matmul(session, step_s)
-
-
-def _energy(session: Session, program: FinetuneProgram) -> None:
-    """It takes as many steps as two seconds hold: what comes after must not depend on how many those were."""
-    with weights_kept(program.model) if session.on_gpu and session.options.profile else contextlib.nullcontext():
-        note_step_energy(session, program)
-
-
-def bound_by(share: float) -> str:
-    """Words for the share of wall time in which the device worked."""
-    return "device-bound" if share >= 0.9 else "launch-bound: the device waits for the host"
-
-
-def _share_of_matmul(session: Session, step_s: float) -> None:
-    model, workload = session.case.model, session.case.workload
-    assert model is not None
-    assert isinstance(workload, FinetuneSpec)
-    dtype = "bfloat16" if workload.precision == "autocast-bf16" else model.dtype
-    ceiling = session.job.ceilings.get(f"matmul_{dtype}_flop_per_s")
-    shape = model.sizes
-    if shape is None or ceiling is None or workload.data.source != "random":
-        return
-    adapter = session.case.adapter
-    if adapter is not None and not set(adapter.targets) <= set(shape.linear_shapes()):
-        return  # an adapter elsewhere, on the head for one: no closed form
-    needed = train_flops(shape, workload.batch, workload.length, adapter)
-    session.metrics["mfu"] = ratio(
-        needed / step_s / ceiling, note="FLOPs without recomputation over wall time and the measured matmul rate"
-    )
-
-
-def _learning(session: Session, program: FinetuneProgram, workload: FinetuneSpec) -> None:
-    """Whether losses are finite, and whether those of the same batches fell from the warm-up to the last timed pass."""
-    odd = [loss for loss in session.losses if not math.isfinite(loss)]
-    session.audit["losses_finite"] = Fact(asked=True, seen=not odd)
-    if odd:
-        # JSON has no NaN; the audit says that there were some.
-        session.losses = [loss for loss in session.losses if math.isfinite(loss)]
-        return
-    distinct = len(program.batches)
-    warm_up = len(session.losses) - workload.steps
-    same = min(distinct, warm_up)
-    begin = (workload.steps // distinct - 1) * distinct  # of the last whole pass
-    last = session.losses[warm_up + begin : warm_up + begin + same]
-    note = f"mean over the same {same} batches"
-    session.metrics["loss_first"] = reported(statistics.fmean(session.losses[:same]), "nats", note=note)
-    session.metrics["loss_last"] = reported(statistics.fmean(last), "nats", note=note)

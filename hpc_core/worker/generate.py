@@ -6,314 +6,372 @@ import contextlib
 import itertools
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from hpc_core.audit import attention_facts, generation_facts, trainable_facts, watch_forwards
-from hpc_core.audit.forwards import ForwardsSeen
-from hpc_core.builders import Built
+from hpc_core.audit.forwards import ForwardsSeen, watch_forwards
+from hpc_core.audit.generation import attention_facts, generation_facts
+from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
+from hpc_core.audit.training import trainable_facts
+from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
 from hpc_core.case.case import GenerateSpec
-from hpc_core.engines.generate import GenerateProgram
+from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
+from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
-from hpc_core.instruments.counters import Counts, counting
-from hpc_core.instruments.owners import cache_tensors, owned_bytes
-from hpc_core.instruments.phases import PhasePeaks
-from hpc_core.instruments.program import Mark, unmarked
-from hpc_core.record.job import Repeat, Retime, Trace
-from hpc_core.record.record import Fact, Record
-from hpc_core.worker.attributed import note_query_profile
-from hpc_core.worker.decode_engine import (
-    engine_facts,
-    engine_itself,
-    engine_logits,
-    is_captured,
-    operator_by_operator,
-    program_of,
-)
-from hpc_core.worker.energy import note_token_energy
-from hpc_core.worker.equivalence import (
-    MOST_ROWS,
-    MOST_TOKENS,
-    Given,
-    measure_equivalence,
-)
-from hpc_core.worker.finetune import bound_by
-from hpc_core.worker.memory import (
-    Fixed,
-    Watch,
-    measure_memory,
-    note_unexplained,
-)
-from hpc_core.worker.metrics import (
-    busy,
-    counted,
-    ratio,
-    reported,
-    tensor_bytes,
-    wall,
-)
-from hpc_core.worker.observe import watch_cache
-from hpc_core.worker.profiled import note_compilations, note_counts
-from hpc_core.worker.quality import measure_perplexity, measure_perplexity_unquantized
-from hpc_core.worker.session import Session
-from hpc_core.worker.share_of_copy import share_of_copy
-from hpc_core.worker.trace import trace_program
+from hpc_core.instruments.counters import counting
+from hpc_core.instruments.energy import token_energy
+from hpc_core.instruments.instrument import Instrument
+from hpc_core.instruments.kernels import busy_of, compilations, launches
+from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
+from hpc_core.instruments.owners import cache_tensors, owned_bytes, watch_cache
+from hpc_core.instruments.program import Fixed, Mark, unmarked
+from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.warm_up import warm_up
+from hpc_core.record.findings import Findings
+from hpc_core.record.job import Measure, Trace
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Fact
+from hpc_core.worker.place import Place, build_model, model_facts
+from hpc_core.worker.quality import perplexity, perplexity_unquantized
 
-__all__ = ["BUSY_TOKENS", "COUNTED_TOKENS", "measure_generate"]
-
-BUSY_TOKENS = 16
-"""Decoded tokens under the profiler; it keeps every launch of every token."""
-COUNTED_TOKENS = 4
+_PROFILED_TOKENS = 4
+"""Decoded tokens that are attributed to modules."""
+_WARM_TOKENS = 8
+"""A short query warms every kernel; the longest prompt settles the allocator."""
 _LEAST_ANSWERED = 8
 """Tokens of an answer that are compared with the reference's, however long the prompt is."""
 
 
-def measure_generate(session: Session, workload: GenerateSpec) -> Record:
-    """Build, warm up, time, and take each instrument in turn, the profiler last."""
-    built = session.build()
-    session.phase("data")
-    program = program_of(session, built, workload)
-    _warm_up(session, program)
-    if isinstance(session.kind, Trace):
-        return trace_program(session, Fixed(program, _longest(program)), session.kind)
-    if isinstance(session.kind, Repeat | Retime):
-        session.audit |= engine_itself(session, program)  # one that fell back here would be timed as if it had not
-    if isinstance(session.kind, Repeat):
-        return _again(session, program)
-    answered: list[list[list[int]]] = []
-    peaks = _time_queries(session, program, built, answered)
-    if isinstance(session.kind, Retime):
-        _busy(session, program)
-        return session.record()
-    _memory(session, program, built, peaks)
-    _audit(session, program, *_count(session, program))
-    note_compilations(session)
-    _busy(session, program)
-    _busy_shares(session)
-    share_of_copy(session, program)
-    note_token_energy(session, program)
-    note_query_profile(session, program, _longest(program))
-    measure_perplexity(session, built)
-    given = _answered(program, answered[_longest(program)])
-    measure_equivalence(session, built.model, given, engine=engine_logits(session, program, _longest(program), given))
-    measure_perplexity_unquantized(session, built)
-    return session.record()
+class Generation:
+    """A loaded generation case, and what is measured of it."""
 
+    def __init__(self, place: Place):
+        self.place = place
+        self.device = place.device
+        self.built, self.loaded = build_model(place)
+        place.phases.enter("data")
+        program = place.engine.load(place.case, place.device, self.built)
+        assert isinstance(program, GenerateProgram)
+        assert isinstance(place.case.workload, GenerateSpec)
+        self.program, self.workload = program, place.case.workload
+        self.longest = Fixed(program, program.longest)
 
-def _again(session: Session, program: GenerateProgram) -> Record:
-    """What a further process measures: busy time and launches, or on a CPU every prompt once by the clock."""
-    if session.on_gpu:
-        _busy(session, program)
-    else:
-        with session.timing():
-            session.metrics["query_s"] = wall([seconds_of(program.step, session.device) for _ in range(program.period)])
-    return session.record()
+    def warm_up(self) -> Findings:
+        """Warm up with short queries of the longest prompt."""
+        with self._new_tokens(min(_WARM_TOKENS, self.program.new_tokens)):
+            found = warm_up(self.longest, self.device, self.place.began)
+        self.program.steps_done = 0
+        return found
 
+    def full(self, kind: Measure) -> Sequence[Instrument]:
+        """Everything.
 
-def _answered(program: GenerateProgram, answers: list[list[int]]) -> Given:
-    """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
-    prompt = program.inputs[_longest(program)]
-    ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
-    answers = [row[: min(map(len, answers[:MOST_ROWS]))] for row in answers[:MOST_ROWS]]  # rows end where they end
-    chosen = torch.tensor(answers, dtype=ids.dtype, device=ids.device)
-    # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers hang on.
-    chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
-    fed = chosen[:, :-1]
-    return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)
+        The order is part of the method. Queries are timed before anything watches them. What is gated exactly comes next,
+        memory first, since later instruments leave memory behind; the audit runs after the counts that it must not be in, and
+        the profiler after those, since it loads libraries. Then comes what explains the numbers, and at the end what needs a
+        model that is no longer the case's.
+        """
+        place, program, device = self.place, self.program, self.device
+        widths = [len(prompt.ids[0]) for prompt in program.prompts]
+        text = self.built.tokenizer is not None
+        audited = [Instrument("audit", "audit", self._audit)] if kind.audit else []
+        compared = [Instrument("reference", "equivalence", self._reference, changes_state=True)] if kind.audit else []
+        explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
+        joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
+        quality = [Instrument("perplexity", "quality", lambda _: perplexity(place.case, self.built))] if text else []
+        # At scale small only, where a second model costs seconds; last, since its memory is not the case's.
+        second = text and place.case.quantization is not None and place.case.scale == "small"
+        unquantized = Instrument(
+            "perplexity, unquantized", "quality", lambda _: perplexity_unquantized(place.case, self.built)
+        )
+        return (
+            Instrument("engine's counters", None, program.counters),
+            Instrument("time", "measure", self._time),
+            Instrument("memory", "memory", lambda found: self._memory(found, timeline=kind.timeline), captured=False),
+            Instrument("operators", "counters", lambda _: self._count(watched=kind.audit)),
+            *audited,
+            Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("busy time", "busy", self._busy),
+            Instrument("busy shares", None, _busy_shares),
+            Instrument(
+                "share of copy rate",
+                None,
+                lambda found: share_of_copy(place.case, found, place.ceilings, widths, program.new_tokens),
+            ),
+            *joules,
+            Instrument("process memory", None, lambda _: process_memory(device)),
+            *explained,
+            *quality,
+            *compared,
+            *([unquantized] if second else []),
+        )
 
+    def repeat(self) -> Sequence[Instrument]:
+        """Busy time and launches; on a CPU every prompt once by the clock."""
+        once = (
+            Instrument("busy time", "busy", self._busy)
+            if self.place.on_gpu
+            else Instrument("time", "measure", self._time_once)
+        )
+        return (*self._first(), once, self._process_memory())
 
-def _warm_up(session: Session, program: GenerateProgram) -> None:
-    # A short query warms every kernel; the longest prompt settles the allocator.
-    longest = _longest(program)
-    tokens, program.new_tokens = program.new_tokens, min(8, program.new_tokens)
-    session.warm_up(Fixed(program, longest))
-    program.new_tokens = tokens
-    program.steps_done = 0
+    def retime(self) -> Sequence[Instrument]:
+        """Every time, of the host and of the device."""
+        time_, busy = Instrument("time", "measure", self._time), Instrument("busy time", "busy", self._busy)
+        return (*self._first(), time_, busy, self._process_memory())
 
+    def trace(self, kind: Trace) -> Sequence[Instrument]:
+        """The longest prompt."""
+        program, device, case_id = self.longest, self.device, self.place.case.id
+        run = Instrument("trace", "profile", lambda _: trace_step(program, device, kind, case_id))
+        return (Instrument("engine's counters", None, self.program.counters), run, self._process_memory())
 
-def _longest(program: GenerateProgram) -> int:
-    return max(range(program.period), key=lambda index: len(program.prompts[index].ids[0]))
+    def _first(self) -> tuple[Instrument, ...]:
+        """In a further process: an engine that fell back would be timed as if it had not."""
+        return (
+            Instrument("engine's counters", None, self.program.counters),
+            Instrument("engine", None, lambda _: self.program.facts()),
+        )
 
+    def _process_memory(self) -> Instrument:
+        return Instrument("process memory", None, lambda _: process_memory(self.device))
 
-def _time_queries(
-    session: Session, program: GenerateProgram, built: Built, answered: list[list[list[int]]]
-) -> dict[str, int] | None:
-    """Every prompt once, its answer's ids into `answered`, and the peak bytes by phase on a GPU.
+    @contextlib.contextmanager
+    def _new_tokens(self, count: int) -> Iterator[None]:
+        """In the block a query makes so many new tokens."""
+        program = self.program
+        before, program.new_tokens = program.new_tokens, count
+        try:
+            yield
+        finally:
+            program.new_tokens = before
 
-    The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
-    allocator's counters between prefill and decode waits for nothing.
-    """
-    queries, first, decode = [], [], []
-    times: list[float] = []
-    program.on_token = lambda _: times.append(time.perf_counter())
-    program.steps_done = 0
-    peaks = PhasePeaks(session.device) if session.on_gpu else None
-    mark: Mark = unmarked if peaks is None else peaks
-    if peaks is not None:
-        peaks.close()
-    with session.timing():
-        for _ in range(program.period):
-            times.clear()
-            synchronize(session.device)
-            start = time.perf_counter()
-            queries.append(seconds_of(lambda: program.step(mark), session.device))
-            if peaks is not None:
-                peaks.close()
-            first.append(times[0] - start)
-            decode += [later - earlier for earlier, later in itertools.pairwise(times)]
-            answered.append(program.answer_ids())
-            session.answers += _texts(answered[-1], built)
-    program.on_token = None
-    _note_times(session, program, queries, first, decode, made=sum(len(row) for rows in answered for row in rows))
-    if program.workload.eos_every is None:
-        session.audit["new_tokens"] = Fact(asked=program.new_tokens, seen=len(program.answer_ids()[0]))
-    # A captured graph's memory is in use in every phase: nothing else may have it.
-    return None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
+    def _time(self, found: Findings) -> Findings:
+        """Every prompt once, its answer's ids, and the peak bytes by phase on a GPU.
 
+        The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
+        allocator's counters between prefill and decode waits for nothing.
+        """
+        program, device = self.program, self.device
+        queries, first, decode, times = list[float](), list[float](), list[float](), list[float]()
+        answers: list[list[list[int]]] = []
+        program.on_token = lambda _: times.append(time.perf_counter())
+        program.steps_done = 0
+        peaks = PhasePeaks(device) if self.place.on_gpu else None
+        mark: Mark = unmarked if peaks is None else peaks
+        if peaks is not None:
+            peaks.close()
+        with quiet():
+            for _ in range(program.period):
+                times.clear()
+                synchronize(device)
+                start = time.perf_counter()
+                queries.append(seconds_of(lambda: program.step(mark), device))
+                if peaks is not None:
+                    peaks.close()
+                first.append(times[0] - start)
+                decode += [later - earlier for earlier, later in itertools.pairwise(times)]
+                answers.append(program.answer_ids())
+        program.on_token = None
+        made = sum(len(row) for rows in answers for row in rows)
+        facts = {}
+        if self.workload.eos_every is None:
+            facts["new_tokens"] = Fact(asked=program.new_tokens, seen=len(program.answer_ids()[0]))
+        # A captured graph's memory is in use in every phase: nothing else may have it.
+        phases = None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
+        return self._times(queries, first, decode, made) | Findings(
+            facts=facts,
+            answers=tuple(text for ids in answers for text in self._texts(ids)),
+            observed={"answer_ids": answers, "phase_peaks": phases},
+        )
 
-def _note_times(
-    session: Session,
-    program: GenerateProgram,
-    queries: list[float],
-    first: list[float],
-    decode: list[float],
-    *,
-    made: int,
-) -> None:
-    tokens = program.new_tokens
-    session.metrics["query_s"] = wall(queries)
-    session.metrics["time_to_first_token_s"] = wall(first)
-    session.metrics["decode_token_s"] = wall(decode)
-    session.metrics["tokens"] = counted(made, better="same", case_only=True)
-    session.metrics["prompt_tokens"] = counted(
-        sum(prompt.tokens for prompt in program.prompts), better="same", case_only=True
-    )
-    session.metrics["padded_tokens"] = counted(
-        sum(prompt.padded for prompt in program.prompts), better="same", case_only=True
-    )
-    session.metrics["tokens_per_s"] = reported(
-        made / sum(queries), "tokens/s", better="higher", note="new tokens, prefill included"
-    )
-    further = program.workload.extrapolate_to
-    if further is not None:
-        seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
-        note = f"extrapolated from {tokens} to {further} new tokens; the cache grows, so this is a lower bound"
-        session.metrics["query_extrapolated_s"] = reported(seconds, "s", note=note)
+    def _times(self, queries: list[float], first: list[float], decode: list[float], made: int) -> Findings:
+        prompts, further = self.program.prompts, self.workload.extrapolate_to
+        note = "new tokens, prefill included"
+        metrics = {
+            "query_s": metric("query_s", samples=queries),
+            "time_to_first_token_s": metric("time_to_first_token_s", samples=first),
+            "decode_token_s": metric("decode_token_s", samples=decode),
+            "tokens": metric("tokens", made),
+            "prompt_tokens": metric("prompt_tokens", sum(prompt.tokens for prompt in prompts)),
+            "padded_tokens": metric("padded_tokens", sum(prompt.padded for prompt in prompts)),
+            "tokens_per_s": metric("tokens_per_s", made / sum(queries), note=note),
+        }
+        if further is not None:
+            seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
+            grown = f"extrapolated from {self.program.new_tokens} to {further} new tokens; the cache grows, so this is a lower bound"
+            metrics["query_extrapolated_s"] = metric("query_extrapolated_s", seconds, note=grown)
+        return Findings(metrics=metrics)
 
+    def _time_once(self, found: Findings) -> Findings:
+        with quiet():
+            seconds = [seconds_of(self.program.step, self.device) for _ in range(self.program.period)]
+        return Findings(metrics={"query_s": metric("query_s", samples=seconds)})
 
-def _texts(ids: list[list[int]], built: Built) -> list[str]:
-    if built.tokenizer is None:
-        return [" ".join(map(str, row)) for row in ids]
-    return [str(built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
+    def _texts(self, ids: list[list[int]]) -> list[str]:
+        if self.built.tokenizer is None:
+            return [" ".join(map(str, row)) for row in ids]
+        return [str(self.built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
 
+    def _memory(self, found: Findings, *, timeline: bool) -> Findings:
+        """Categories of a recorded query; on a GPU a short one, since recording a long one takes as long as the query."""
+        program = self.program
+        count = min(BUSY_TOKENS + 1, program.new_tokens) if self.place.on_gpu else program.new_tokens
+        with watch_cache(program.model) as cache, self._new_tokens(count):
 
-def _memory(session: Session, program: GenerateProgram, built: Built, peaks: dict[str, int] | None) -> None:
-    """Categories from a query that is recorded; on a GPU a short one, since the history of a long one takes as long as the query."""
-    tokens = program.new_tokens
-    if session.on_gpu:
-        program.new_tokens = min(BUSY_TOKENS + 1, tokens)
-    with watch_cache(program.model) as cache:
+            def marking(watch: Watch) -> Mark:
+                if program.cache is None:
+                    program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
+                return watch
 
-        def marking(watch: Watch) -> Mark:
-            if program.cache is None:
-                program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
-            return watch
-
-        longest = _longest(program)
-        fixed = Fixed(program, longest)
-        with operator_by_operator(program):
-            measure_memory(session, fixed, built.model, None, marking=marking, peaks=peaks, owned=program.owned)
-        cached = len(program.prompts[longest].ids[0]) + program.new_tokens - 1  # the last token is never fed back
-        if program.cache is not None:
-            cache.seen, cached = program.cache, program.cache.capacity
-        if cache.seen is None:
-            note_unexplained(session)
-        else:
+            memory = measure_memory(
+                self.longest,
+                self.device,
+                self.built.model,
+                bystanders=found.observed.get("bystanders"),
+                marking=marking,
+                peaks=found.observed["phase_peaks"],
+                owned=program.owned,
+                timeline=timeline,
+            )
+            cached = len(program.prompts[program.longest].ids[0]) + count - 1  # the last token is never fed back
+            if program.cache is not None:
+                cache.seen, cached = program.cache, program.cache.capacity
+            program.on_token = None
+            if cache.seen is None:
+                return memory | unexplained(self.place.case, found | memory)
+            held = owned_bytes(cache_tensors(cache.seen))
             note = f"after {cached} tokens a row"
-            session.metrics["kv_cache_bytes"] = tensor_bytes(owned_bytes(cache_tensors(cache.seen)), note=note)
-            note_unexplained(session, cached_tokens=cached)
-    program.on_token, program.new_tokens = None, tokens
+            memory |= Findings(metrics={"kv_cache_bytes": metric("kv_cache_bytes", held, note=note)})
+            return memory | unexplained(self.place.case, found | memory, cached_tokens=cached)
 
+    def _count(self, *, watched: bool) -> Findings:
+        """Operators and FLOPs of prefill and of a few tokens after it; the longer query is watched, by hooks without operators."""
+        program, on_gpu, kind = self.program, self.place.on_gpu, self.device.type
+        counts = {}
+        for new in (1, 1 + COUNTED_TOKENS):
+            program.steps_done = 0
+            hooks = watch_forwards(program.model, kind) if watched else contextlib.nullcontext(ForwardsSeen())
+            with self._new_tokens(new), hooks as forwards, counting() as counts[new]:
+                program.step()
+        prefill, whole = counts[1], counts[1 + COUNTED_TOKENS]
+        observed = {"operators": whole.operators, "forwards": forwards, "new_tokens": 1 + COUNTED_TOKENS}
+        flops_prefill = metric("flops_prefill", prefill.flops, on_gpu=on_gpu)
+        if program.captured is not None:
+            operators = metric("operators", prefill.total, on_gpu=True, per="prefill")
+            note = "engine: a replayed token dispatches no operator, so operators and FLOPs are of the prefill"
+            metrics = {"flops_prefill": flops_prefill, "operators": operators}
+            return Findings(metrics=metrics, notes=(note,), observed=observed)
+        both, decode = f"prefill and {COUNTED_TOKENS} tokens", f"{COUNTED_TOKENS} tokens"
+        decoded = whole.total - prefill.total
+        metrics = {
+            "flops_prefill": flops_prefill,
+            "operators": metric("operators", whole.total, on_gpu=on_gpu, per=both),
+            "operators_decode": metric("operators_decode", decoded, on_gpu=on_gpu, per=decode),
+            "flops": metric("flops", whole.flops, on_gpu=on_gpu, per=both),
+        }
+        return Findings(metrics=metrics, observed=observed)
 
-def _count(session: Session, program: GenerateProgram) -> tuple[Counts, ForwardsSeen]:
-    """Operators and FLOPs of prefill and of a few tokens after it; the longer query is watched, by hooks without operators."""
-    session.phase("counters")
-    seen = {}
-    tokens = program.new_tokens
-    for new in (1, 1 + COUNTED_TOKENS):
-        program.new_tokens, program.steps_done = new, 0
-        kind = session.device.type
-        watched = (
-            watch_forwards(program.model, kind) if session.options.audit else contextlib.nullcontext(ForwardsSeen())
-        )
-        with watched as forwards, counting() as counts:
-            program.step()
-        seen[new] = counts
-    program.new_tokens = tokens
-    prefill, whole = seen[1], seen[1 + COUNTED_TOKENS]
-    session.metrics["flops_prefill"] = counted(prefill.flops, machine=session.on_gpu, unit="FLOP")
-    if is_captured(program):
-        session.metrics["operators"] = counted(prefill.total, machine=True, unit="1 per prefill")
-        session.notes.append(
-            "engine: a replayed token dispatches no operator, so operators and FLOPs are of the prefill"
-        )
-        return whole, forwards
-    decode = f"1 per {COUNTED_TOKENS} tokens"
-    session.metrics["operators"] = counted(
-        whole.total, machine=session.on_gpu, unit=f"1 per prefill and {COUNTED_TOKENS} tokens"
-    )
-    session.metrics["operators_decode"] = counted(whole.total - prefill.total, machine=session.on_gpu, unit=decode)
-    session.metrics["flops"] = counted(
-        whole.flops, machine=session.on_gpu, unit=f"FLOP per prefill and {COUNTED_TOKENS} tokens"
-    )
-    return whole, forwards
+    def _audit(self, found: Findings) -> Findings:
+        program, case = self.program, self.place.case
+        facts = model_facts(self.place, program.model) | trainable_facts(case, program.model) | program.facts(found)
+        facts |= Findings(observed={"forwards": None})  # they hold the query's cache, and would keep it alive
+        if self.place.engine.own_code:
+            return facts  # hooks on the model see nothing of what it runs
+        forwards, operators = found.observed["forwards"], found.observed["operators"]
+        facts |= generation_facts(self.workload, program, forwards, new_tokens=found.observed["new_tokens"])
+        return facts | attention_facts(case, operators, self.device)
 
-
-def _audit(session: Session, program: GenerateProgram, counts: Counts, forwards: ForwardsSeen) -> None:
-    if not session.options.audit:
-        return
-    session.phase("audit")
-    case, notes, new_tokens = session.case, session.notes, 1 + COUNTED_TOKENS
-    session.audit_model(program.model)
-    session.audit |= trainable_facts(case, program.model, notes)
-    if program.workload.engine == "graph":
-        session.audit |= engine_facts(session, program, counts.operators, new_tokens=new_tokens)
-        return
-    session.audit |= generation_facts(program.workload, program, forwards, notes, new_tokens=new_tokens)
-    session.audit |= attention_facts(case, counts.operators, session.device, notes)
-
-
-def _busy(session: Session, program: GenerateProgram) -> None:
-    session.phase("busy")
-    if not session.on_gpu:
-        return
-    tokens = program.new_tokens
-    decoded = min(BUSY_TOKENS, tokens - 1)
-    activities = []
-    for new in (1, 1 + decoded):
-        program.new_tokens = new
+    def _busy(self, found: Findings) -> Findings:
+        """Busy time of a prefill, and of a prefill with some tokens: the difference is the tokens'."""
+        if not self.place.on_gpu:
+            return Findings()
+        program = self.program
+        decoded = min(BUSY_TOKENS, program.new_tokens - 1)
+        activities, busy = [], Findings()
 
         def work() -> None:
             program.steps_done = 0
             program.step()
 
-        with quiet():
-            work()  # the first query of another length may still pick kernels
-        activities.append(session.busy(work))
-    program.new_tokens = tokens
-    prefill, whole = activities
-    if prefill is None or whole is None:
-        return
-    session.metrics["busy_prefill_s"] = busy(prefill.busy_s)
-    session.metrics["busy_decode_token_s"] = busy((whole.busy_s - prefill.busy_s) / decoded)
-    note_counts(session, whole, unit=f"1 per prefill and {decoded} tokens")
-    session.metrics["kernels_prefill"] = counted(prefill.kernels, machine=True)
+        for new in (1, 1 + decoded):
+            with self._new_tokens(new):
+                with quiet():
+                    work()  # the first query of another length may still pick kernels
+                activity, seen = busy_of(work, self.device)
+            activities.append(activity)
+            busy |= seen
+        prefill, whole = activities
+        if prefill is None or whole is None:
+            return busy
+        token_s = (whole.busy_s - prefill.busy_s) / decoded
+        metrics = {
+            "busy_prefill_s": metric("busy_prefill_s", prefill.busy_s, on_gpu=True),
+            "busy_decode_token_s": metric("busy_decode_token_s", token_s, on_gpu=True),
+            "kernels_prefill": metric("kernels_prefill", prefill.kernels, on_gpu=True),
+        }
+        return busy | launches(whole, per=f"prefill and {decoded} tokens") | Findings(metrics=metrics)
+
+    def _energy(self, found: Findings) -> Findings:
+        timed = found.metrics["query_s"]
+        return token_energy(self.program, self.device, query_s=timed, gpu_before=self.place.gpu_before)
+
+    def _profile(self, found: Findings) -> Findings:
+        """A short query of the longest prompt, with the cache's owner named at each token."""
+        program = self.program
+        count = min(1 + _PROFILED_TOKENS, program.new_tokens)
+        with watch_cache(program.model) as cache, self._new_tokens(count):
+
+            def marking(watch: Owning) -> Mark:
+                program.on_token = lambda _: watch.own("kv_cache", cache_tensors(cache.seen))
+                return watch
+
+            profile = profile_step(
+                self.longest,
+                self.device,
+                f"the longest prompt and {count} tokens",
+                model=program.model,
+                marking=marking,
+                bystanders=found.observed.get("bystanders"),
+            )
+        program.on_token = None
+        return profile
+
+    def _reference(self, found: Findings) -> Findings:
+        if not found.sound:
+            return Findings()  # what did not run as asked is INVALID already, and may not run as a reference at all
+        program, model = self.program, self.built.model
+        given = self._answered(found.observed["answer_ids"][program.longest])
+        assert given.answers is not None
+        rows, count = given.answers.shape
+        fed = given.answers.new_zeros(self.workload.batch, count)
+        fed[:rows] = given.answers  # other rows do not matter: no row sees another
+        # Before the model is turned into the reference, since an engine reads the model's weights.
+        engine = program.logits_after(program.longest, fed, rows)
+        return compare_with_reference(self.place.case, model, given, restore=self.place.engine.restore, engine=engine)
+
+    def _answered(self, answers: list[list[int]]) -> Given:
+        """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
+        prompt = self.program.inputs[self.program.longest]
+        ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
+        answers = [row[: min(map(len, answers[:MOST_ROWS]))] for row in answers[:MOST_ROWS]]  # rows end where they end
+        chosen = torch.tensor(answers, dtype=ids.dtype, device=ids.device)
+        # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers depend on.
+        chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
+        fed = chosen[:, :-1]
+        return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)
 
 
-def _busy_shares(session: Session) -> None:
-    if "busy_decode_token_s" not in session.metrics:
-        return
+def _busy_shares(found: Findings) -> Findings:
+    if "busy_decode_token_s" not in found.metrics:
+        return Findings()
     pairs = (("busy_prefill_s", "time_to_first_token_s"), ("busy_decode_token_s", "decode_token_s"))
-    first, share = (session.metrics[of_busy].value / session.metrics[of_wall].value for of_busy, of_wall in pairs)
-    session.metrics["busy_share_prefill"] = ratio(first, note=f"of the time to the first token; {bound_by(first)}")
-    session.metrics["busy_share"] = ratio(share, note=f"of a decoded token; {bound_by(share)}")
+    first, share = (found.metrics[busy].value / found.metrics[wall].value for busy, wall in pairs)
+    of_first, of_token = f"of the time to the first token; {bound_by(first)}", f"of a decoded token; {bound_by(share)}"
+    return Findings(
+        metrics={
+            "busy_share_prefill": metric("busy_share_prefill", first, note=of_first),
+            "busy_share": metric("busy_share", share, note=of_token),
+        }
+    )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import faulthandler
-import importlib
 import os
 import signal
 import sys
@@ -37,8 +36,6 @@ from hpc_core.record.record import (
     Record,
     record_to_json,
 )
-
-__all__ = ["main", "run_job", "serve"]
 
 _DETAIL_CHARACTERS = 4000
 _EXTRAS = {
@@ -90,13 +87,10 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
     progress = _Progress(emit)
     try:
         progress.emit(Phase("import"))
-        predicts = isinstance(job.kind, Predict)
-        if predicts:
-            importlib.import_module("hpc_core.predict.shim").load()
-        half = "hpc_core.predict" if predicts else "hpc_core.worker.perform"
-        perform = importlib.import_module(half).perform
+        began = time.perf_counter()
+        perform = _half(job)
         progress.emit(Phase("start"))
-        record: Record = perform(job, progress.emit)
+        record = perform(job, progress.emit, began=began)
         record_to_json(record)  # what cannot travel fails here, where it can still be told
         return record
     # Here, and only here, every exception becomes a record: a case runs code of other people, and whatever it raises
@@ -105,6 +99,20 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
         if debug:
             raise
         return _failed(job, progress, error)
+
+
+def _half(job: Job) -> Callable[..., Record]:
+    """Import what performs this job: torch and the rest, which take seconds."""
+    if isinstance(job.kind, Predict):
+        from hpc_core.predict.shim import load
+
+        load()  # before torch is imported
+        from hpc_core.predict.perform import predict
+
+        return predict
+    from hpc_core.worker.perform import perform
+
+    return perform
 
 
 def _make_folder_importable() -> None:

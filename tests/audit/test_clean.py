@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.audit.weights import linear_layers, quantized_bytes
+from hpc_core.audit.model import linear_layers, quantized_bytes
 from hpc_core.builders import build
 from hpc_core.case.case import (
     Case,

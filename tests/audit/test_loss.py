@@ -30,7 +30,7 @@ def _perform(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any]
         change(made)
         return made
 
-    monkeypatch.setattr("hpc_core.worker.finetune.training_program", program)
+    monkeypatch.setattr("hpc_core.engines.finetune.finetune_program", program)
     return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.audit.weights import linear_layers
+from hpc_core.audit.model import linear_layers
 from hpc_core.builders import Built, build
 from hpc_core.case.case import Case, QuantSpec
 from hpc_core.catalogue import (
@@ -54,7 +54,7 @@ def _built_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change) -> None:
         change(made.model)
         return made
 
-    monkeypatch.setattr("hpc_core.worker.session.build", built)
+    monkeypatch.setattr("hpc_core.worker.place.build", built)
 
 
 def _layers(model: Any) -> list[Any]:
@@ -197,8 +197,7 @@ def _programmed_otherwise(monkeypatch: pytest.MonkeyPatch, change: Change, kind:
         change(made)
         return made
 
-    name = {"finetune": "finetune.training_program", "generate": "decode_engine.generate_program"}[kind]
-    monkeypatch.setattr(f"hpc_core.worker.{name}", program)
+    monkeypatch.setattr(f"hpc_core.engines.{kind}.{kind}_program", program)
 
 
 def _asleep(program: Any) -> None:

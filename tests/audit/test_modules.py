@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.audit import module_facts
+from hpc_core.audit.model import module_facts
 from hpc_core.baselines.lookup import find
 from hpc_core.builders import build
 from hpc_core.case.case import CallableSpec, Case
@@ -97,9 +97,9 @@ def test_a_patch_of_one_instance_is_seen() -> None:
     model: Any = build(LORA, torch.device("cpu")).model
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.forward = types.MethodType(type(mlp).forward, mlp)
-    assert module_facts(model, [], own_code=False)["modules_own"].holds
+    assert module_facts(model).facts["modules_own"].holds
 
     mlp.forward = lambda x: x
 
-    seen = module_facts(model, [], own_code=False)["modules_own"].seen
+    seen = module_facts(model).facts["modules_own"].seen
     assert seen == f"all but LlamaMLP.forward from {__name__}"

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.audit import value_facts
+from hpc_core.audit.model import value_facts
 from hpc_core.builders import build
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.drawn import drawn
@@ -32,7 +32,7 @@ AS_DRAWN = "as drawn by seed 0"
 def _weights(case: Case, change: Callable[[Any], None] = lambda _: None) -> Fact | None:
     model = build(case, CPU).model
     change(model)
-    return value_facts(case, model, []).get("weights")
+    return value_facts(case, model).facts.get("weights")
 
 
 def _layer(model: Any, number: int) -> Any:
@@ -74,7 +74,7 @@ def test_layers_that_changed_places_are_seen_through_quantization(case: Case) ->
 def test_another_seed_is_seen() -> None:
     """A builder that took another seed is found out in every matrix."""
     other = msgspec.structs.replace(LORA, model=ModelSpec(shape="tiny", seed=1))
-    fact = value_facts(LORA, build(other, CPU).model, [])["weights"]
+    fact = value_facts(LORA, build(other, CPU).model).facts["weights"]
     assert fact.seen.endswith("21 more with it")
 
 
@@ -101,7 +101,7 @@ def test_trained_weights_may_move_as_far_as_training_takes_them() -> None:
 def test_weights_that_were_read_are_not_claimed_to_be_drawn() -> None:
     """There is no seed behind weights from a file."""
     case = finetune(ModelSpec(weights="folder", path="/nowhere"), lora(), prefix="own")
-    assert value_facts(case, torch.nn.Linear(2, 2), []) == {}
+    assert value_facts(case, torch.nn.Linear(2, 2)).facts == {}
 
 
 def test_a_parameter_does_not_depend_on_the_rest_of_the_model() -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.audit.weights import int4_bytes
+from hpc_core.audit.model import int4_bytes
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.builders import Built, build
 from hpc_core.builders.quantization import dequantized_weight, quantized_layers
@@ -174,14 +174,14 @@ def test_a_case_in_int4_is_sound_and_says_which_packing_ran(built: Built, engine
 
 def test_weights_of_another_layer_are_seen_in_int4_too(built: Built) -> None:
     """Two layers' packed weights are exchanged, with all sums and sizes as before: the fact `weights` tells."""
-    from hpc_core.audit.values import value_facts
+    from hpc_core.audit.model import value_facts
 
     model: Any = built.model
     first, second = (layer.mlp for layer in model.model.layers[:2])
     kept = first.up_proj.weight, second.up_proj.weight
     try:
         first.up_proj.weight, second.up_proj.weight = kept[1], kept[0]
-        fact = value_facts(_case(), built.model, [])["weights"]
+        fact = value_facts(_case(), built.model).facts["weights"]
         assert not fact.holds
         assert "up_proj" in str(fact.seen)
     finally:

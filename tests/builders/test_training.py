@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_core.audit.forwards import count_layer_forwards
 from hpc_core.builders import build
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.case.case import ModelSpec
@@ -19,7 +20,6 @@ from hpc_core.catalogue import (
     qlora,
     tiny,
 )
-from hpc_core.worker.observe import count_layer_forwards
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.audit import value_facts
+from hpc_core.audit.model import value_facts
 from hpc_core.builders import build
 from hpc_core.builders.causal_lm import (
     causal_lm,
@@ -258,10 +258,9 @@ def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
 def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
     """It is quantized in place like any drawn model, and the audit finds every weight as drawn."""
     case = finetune(ModelSpec(weights="config", path=str(saved)), qlora(), scale="tiny")
-    notes: list[str] = []
-    facts = value_facts(case, build(case, CPU).model, notes)
-    assert facts["weights"].holds
-    assert not notes
+    found = value_facts(case, build(case, CPU).model)
+    assert found.facts["weights"].holds
+    assert not found.notes
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hpc_core.engines.generate import (
     TokenTimes,
     generate_program,
 )
-from hpc_core.worker.observe import watch_cache
+from hpc_core.instruments.owners import watch_cache
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

@@ -8,13 +8,11 @@ import pytest
 import torch
 import transformers.models.llama.modeling_llama as llama
 
-from hpc_core.audit import tuned_facts
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.builders import Built, build
 from hpc_core.builders.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import (
     Case,
-    FinetuneSpec,
     GenerateSpec,
     ModelSpec,
     QuantSpec,
@@ -26,8 +24,9 @@ from hpc_core.catalogue import (
     lora,
 )
 from hpc_core.engines.decode.program import graph_program
+from hpc_core.engines.engine import engine_of
 from hpc_core.engines.generate import generate_program
-from hpc_core.engines.tuned.program import TunedProgram, training_program
+from hpc_core.engines.tuned.engine import TunedTraining
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 
@@ -121,8 +120,7 @@ def test_int4_cases_are_sound_in_forked_workers() -> None:
 
 
 def _losses(case: Case, device: torch.device, steps: int = 5) -> tuple[list[float], Any]:
-    assert isinstance(case.workload, FinetuneSpec)
-    program = training_program(build(case, device), case, case.workload)
+    program: Any = engine_of(case).load(case, device, build(case, device))
     losses = []
     for _ in range(steps):
         program.step()
@@ -147,9 +145,9 @@ def test_liger_trains_as_the_libraries_do(method: str, switches: dict[str, Any],
     expected, _ = _losses(stock, device, steps)
     seen, program = _losses(stock.vary("liger-2-layers", engine="tuned", fusion="liger", **switches), device, steps)
     assert seen == pytest.approx(expected, rel=5e-3)
-    assert isinstance(program, TunedProgram)
+    assert isinstance(program, TunedTraining)
     assert not program.fallen
-    facts = tuned_facts(program, [])
+    facts = program.facts().facts
     assert facts["engine_fusion"].seen == "liger"
     assert facts["engine_loss"].seen == switches.get("loss", "stock")
     assert facts["engine_graph"].seen == ("on" if switches.get("graph") else "off")

@@ -136,7 +136,7 @@ def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyP
         tries.append(work)
         return []
 
-    monkeypatch.setattr(kernels, "_record", nothing)
+    monkeypatch.setattr(kernels, "recorded", nothing)
     with pytest.raises(MeasureError, match="Tried 3 times; busy time and kernel counts of this run are void"):
         device_activity(lambda: None, torch.device("cpu"))
     assert len(tries) == 3
@@ -146,7 +146,7 @@ def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: py
     """A complete reading after an incomplete one is the one that is told."""
     calls = [HostCall("cudaLaunchKernel", number, number) for number in range(3)]
     readings = iter([([START], calls[:1]), ([START, Interval("gemm", "kernel", 7, 20, 50), END], calls)])
-    monkeypatch.setattr(kernels, "_record", lambda work, device: [])
-    monkeypatch.setattr(kernels, "_sort", lambda events: next(readings))
+    monkeypatch.setattr(kernels, "recorded", lambda work, device: [])
+    monkeypatch.setattr(kernels, "sorted_events", lambda events: next(readings))
     seen = device_activity(lambda: None, torch.device("cpu"))
     assert (seen.kernels, seen.busy_s, seen.kernel_counts) == (1, 30e-9, {"gemm": 1})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import time
 
@@ -12,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.builders import build
-from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.case.errors import MeasureError
 from hpc_core.catalogue import (
     finetune,
@@ -20,17 +19,14 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
-from hpc_core.engines.generate import generate_program
+from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.engines.tuned.program import training_program
-from hpc_core.instruments.energy import LEAST_S, RENEWED_S, energy_of
-from hpc_core.instruments.program import Mark, unmarked
+from hpc_core.instruments import energy
+from hpc_core.instruments.energy import LEAST_S, RENEWED_S, energy_of, step_energy, token_energy
+from hpc_core.instruments.program import Mark, unmarked, weights_restored
 from hpc_core.record.environment import gpu_energy_mj
 from hpc_core.record.gpu_state import other_processes
-from hpc_core.record.job import Job, Measure
-from hpc_core.worker import energy as performing
-from hpc_core.worker.finetune import _energy
-from hpc_core.worker.metrics import wall
-from hpc_core.worker.session import Session
+from hpc_core.record.metrics import metric
 
 
 class Board:
@@ -96,32 +92,34 @@ assert isinstance(_ANSWERS.workload, GenerateSpec)
 _WORKLOAD = _ANSWERS.workload
 
 
-def _session(monkeypatch: pytest.MonkeyPatch, case: Case, states: list[dict[str, int]]) -> Session:
-    """A session that takes its CPU for a GPU whose NVML counts 100 J a reading and gives these states in turn."""
+_GPU = torch.device("cuda", 0)
+_SHORT = metric("query_s", samples=[0.01])
+
+
+def _board(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]]) -> None:
+    """Let this machine have a GPU whose NVML counts 100 J a reading and gives these states in turn."""
     readings = iter(range(0, 10**7, 100_000))
     following = iter(states)
-    monkeypatch.setattr(performing, "energy_of", functools.partial(energy_of, least_s=0.05))
-    monkeypatch.setattr(performing, "gpu_energy_mj", lambda: next(readings))
-    monkeypatch.setattr(performing, "gpu_state", lambda: next(following))
-    began = datetime.datetime.now(datetime.UTC)
-    session = Session(Job(case=case, launched="inline"), lambda _: None, started=began, began=time.perf_counter())
-    session.on_gpu = True
-    return session
+    monkeypatch.setattr(energy, "energy_of", functools.partial(energy_of, least_s=0.05))
+    monkeypatch.setattr(energy, "gpu_energy_mj", lambda: next(readings))
+    monkeypatch.setattr(energy, "gpu_state", lambda: next(following))
+    monkeypatch.setattr(energy, "synchronize", lambda _: None)
+
+
+def _answering() -> GenerateProgram:
+    return generate_program(build(_ANSWERS, torch.device("cpu")), _WORKLOAD)
 
 
 def test_a_tokens_energy_is_the_queries_over_their_new_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt equally often, both rows counted: 100 J over whole rounds of 3 queries of 2 x 4 new tokens."""
-    session = _session(monkeypatch, _ANSWERS, [{}, {"processes": 1}])
-    program = generate_program(build(session.case, session.device), _WORKLOAD)
-    session.metrics["query_s"] = wall([0.01])
-    performing.note_token_energy(session, program)
-    metric = session.metrics["energy_token_j"]
-    queries = 100 / metric.value / 8
+    _board(monkeypatch, [{}, {"processes": 1}])
+    found = token_energy(_answering(), _GPU, query_s=_SHORT, gpu_before={}).metrics["energy_token_j"]
+    queries = 100 / found.value / 8
     assert queries == pytest.approx(round(queries))
     assert round(queries) % 3 == 0
-    assert not metric.gated
+    assert not found.gated
     assert f"{round(queries) * 8:,} new tokens, prefill included; whole board, idle power not subtracted: 100 J" in str(
-        metric.note
+        found.note
     )
 
 
@@ -138,41 +136,28 @@ class Step:
 
 def test_a_steps_energy_is_the_boards_over_the_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """100 J over however many steps fit; where a round of unlike ones would take too long, the note says that they are some of them."""
-    session = _session(monkeypatch, _ANSWERS, [{}, {"processes": 1}])
-    session.metrics["step_s"] = wall([0.01])
-    performing.note_step_energy(session, Step())
-    metric = session.metrics["energy_step_j"]
-    steps = round(100 / metric.value)
-    assert 100 / metric.value == pytest.approx(steps)
-    assert f"and {steps} steps of 1,000,000 unlike ones" in str(metric.note)
+    _board(monkeypatch, [{}, {"processes": 1}])
+    found = step_energy(Step(), _GPU, step_s=_SHORT, gpu_before={}).metrics["energy_step_j"]
+    steps = round(100 / found.value)
+    assert 100 / found.value == pytest.approx(steps)
+    assert f"and {steps} steps of 1,000,000 unlike ones" in str(found.note)
 
 
-def test_a_training_cases_energy_leaves_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How many steps two seconds hold differs from run to run: the weights that are checked after them are those before, at their places."""
+def test_weights_are_put_back_where_they_were() -> None:
+    """How many steps two seconds hold differs from run to run: the weights after them are those before, at their places."""
     case = finetune(tiny, lora(dropout=0.0), batch=1, length=8, steps=2, learning_rate=1e-2)
     assert isinstance(case.workload, FinetuneSpec)
-    session = _session(monkeypatch, case, [{}, {"processes": 1}])
-    session.metrics["step_s"] = wall([0.01])
-    program = training_program(build(case, session.device), case, case.workload)
+    program = training_program(build(case, torch.device("cpu")), case, case.workload)
     trained = {name: part for name, part in program.model.named_parameters() if part.requires_grad}
     before = {name: (part.data_ptr(), part.detach().clone()) for name, part in trained.items()}
-    _energy(session, program)
-    assert program.steps_done > 0
-    assert session.metrics["energy_step_j"].value > 0
+    with weights_restored(program.model):
+        for _ in range(2):
+            program.step()
     for name, part in trained.items():
         assert part.data_ptr() == before[name][0]
         assert torch.equal(part, before[name][1])
     program.step()
     assert not all(torch.equal(part, before[name][1]) for name, part in trained.items())
-
-
-@pytest.mark.parametrize("profile", [True, False])
-def test_a_job_that_only_compares_takes_no_energy(monkeypatch: pytest.MonkeyPatch, profile: bool) -> None:
-    """An A/B has no use for joules: it is spared the seconds."""
-    session = _session(monkeypatch, _ANSWERS, [{}, {}])
-    session.options = Measure(profile=profile)
-    performing.note_step_energy(session, Step())
-    assert ("energy_step_j" in session.metrics) is profile
 
 
 @pytest.mark.parametrize(
@@ -186,20 +171,17 @@ def test_energy_that_is_not_this_processes_alone_is_no_number(
     monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]], why: str
 ) -> None:
     """The counter is the board's: on a slice of it, or in company, the record has a note in place of the metric."""
-    session = _session(monkeypatch, _ANSWERS, states)
-    program = generate_program(build(session.case, session.device), _WORKLOAD)
-    performing.note_token_energy(session, program)
-    assert session.metrics.keys() & {"energy_token_j"} == set()
-    assert why in session.notes[-1]
+    _board(monkeypatch, states)
+    found = token_energy(_answering(), _GPU, query_s=None, gpu_before={})
+    assert found.metrics == {}
+    assert why in found.notes[-1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has an energy counter")
-def test_without_a_gpu_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_there_is_no_energy() -> None:
     """A CPU's record has neither number nor note, and asking NVML says why."""
-    session = _session(monkeypatch, _ANSWERS, [])
-    session.on_gpu = False
-    performing.note_token_energy(session, generate_program(build(session.case, session.device), _WORKLOAD))
-    assert (session.metrics, session.notes) == ({}, [])
+    found = step_energy(Step(), torch.device("cpu"), step_s=None, gpu_before={})
+    assert (found.metrics, found.notes) == ({}, ())
     with pytest.raises(MeasureError, match="sees no GPU"):
         gpu_energy_mj()
 

@@ -10,7 +10,7 @@ import torch
 from hpc_core.instruments.allocations import AllocatorHistory
 from hpc_core.instruments.attribution import kernel_uses
 from hpc_core.instruments.clock import synchronize
-from hpc_core.instruments.phases import PhasePeaks
+from hpc_core.instruments.memory import PhasePeaks
 from hpc_core.instruments.places import following
 from hpc_core.instruments.trace import named_ranges
 

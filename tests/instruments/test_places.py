@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from hpc_core.instruments.allocations import StorageWatch
-from hpc_core.instruments.attribution import NamedRanges, sorted_events
+from hpc_core.instruments.attribution import NamedRanges, ranges_and_work
 from hpc_core.instruments.owners import by_module
 from hpc_core.instruments.places import following, path_of
 
@@ -126,7 +126,7 @@ def test_each_operator_is_a_range_of_the_profiler() -> None:
     with following() as places, torch.profiler.profile(activities=kinds) as profiler, NamedRanges(places.here):
         model(torch.ones(2, 4)).sum().backward()
 
-    ranges, work = sorted_events(profiler.profiler.kineto_results.events())
+    ranges, work = ranges_and_work(profiler.profiler.kineto_results.events())
 
     named = [(each.module, each.operator) for each in ranges]
     assert named.count(("layers.*", "aten.sin.default")) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc_core.audit.forwards import checkpointing_seen
 from hpc_core.builders.adapter import attach_adapter
 from hpc_core.builders.assemble import enable_checkpointing
 from hpc_core.case.case import CallableSpec, Case, ModelSpec
@@ -19,23 +19,18 @@ from hpc_core.catalogue import (
     lora,
     tiny,
 )
-from hpc_core.instruments.program import Mark, unmarked
+from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record
-from hpc_core.worker.callable import measure_program
-from hpc_core.worker.memory import Fixed
-from hpc_core.worker.observe import checkpointing_seen
 from hpc_core.worker.perform import perform
-from hpc_core.worker.session import Session
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
-CASE = Case(id="mine/known", scale="tiny", workload=CallableSpec(factory="a:b"))
 
-
-def _session() -> Session:
-    job = Job(case=CASE, device="cpu")
-    return Session(job, lambda _: None, started=datetime.datetime.now(datetime.UTC), began=time.perf_counter())
+def measured(step: Any, steps: int) -> Record:
+    """The record of a program as a step of the user's own."""
+    case = Case(id="mine/known", scale="tiny", workload=CallableSpec(factory="a:b", steps=steps))
+    return perform(Job(case=case, device="cpu", launched="inline"), lambda _: None, step=step)
 
 
 class Known:
@@ -64,7 +59,7 @@ def _values(record: Record) -> dict[str, float | int]:
 
 def test_a_program_of_known_cost_is_measured_exactly() -> None:
     """Bytes by phase and category, operators and FLOPs are those worked out by hand."""
-    values = _values(measure_program(_session(), Known(), 3))
+    values = _values(measured(Known(), 3))
     given, product, again = 4 * (64 * 128 + 128 * 32), 4 * 64 * 32, 4 * 64 * 128
     assert values["peak_first_bytes"] == given + product + again
     assert values["peak_second_bytes"] == max(given + again + 100_000, given + product + again) == values["peak_bytes"]
@@ -83,7 +78,7 @@ def test_twice_the_work_is_seen_as_twice_the_work() -> None:
             super().step(mark)
             super().step()
 
-    once, twice = _values(measure_program(_session(), Known(), 2)), _values(measure_program(_session(), Twice(), 2))
+    once, twice = _values(measured(Known(), 2)), _values(measured(Twice(), 2))
     assert twice["operators"] == 2 * once["operators"]
     assert twice["flops"] == 2 * once["flops"]
     assert twice["peak_bytes"] == once["peak_bytes"]
@@ -98,16 +93,16 @@ def test_a_thousand_more_bytes_are_seen_to_the_byte() -> None:
             super().step(mark)
             del extra
 
-    plain, more = _values(measure_program(_session(), Known(), 1)), _values(measure_program(_session(), Wasteful(), 1))
+    plain, more = _values(measured(Known(), 1)), _values(measured(Wasteful(), 1))
     assert more["peak_bytes"] == plain["peak_bytes"] + 1000
     assert more["operators"] == plain["operators"] + 1
 
 
 def test_what_else_lives_in_the_process_changes_nothing() -> None:
     """Tensors that were there before the case, and that it does not touch, are not its memory."""
-    plain = _values(measure_program(_session(), Known(), 1))
+    plain = _values(measured(Known(), 1))
     bystander = torch.empty(123_456, dtype=torch.uint8)
-    beside = _values(measure_program(_session(), Known(), 1))
+    beside = _values(measured(Known(), 1))
     assert bystander.nbytes == 123_456
     assert {name: value for name, value in beside.items() if name.endswith("_bytes") and name != "host_peak_bytes"} == {
         name: value for name, value in plain.items() if name.endswith("_bytes") and name != "host_peak_bytes"
@@ -126,8 +121,8 @@ def test_a_forgotten_reference_is_seen() -> None:
             super().step(mark)
             self.kept.append(torch.empty(5_000, dtype=torch.uint8))
 
-    program, plain = Leaking(), _values(measure_program(_session(), Known(), 1))
-    leaking = _values(measure_program(_session(), program, 1))
+    program, plain = Leaking(), _values(measured(Known(), 1))
+    leaking = _values(measured(program, 1))
     before = len(program.kept) - 3  # without the watched step's own, and the counted and the profiled step's after it
     assert before >= 3
     assert leaking["peak_bytes"] == plain["peak_bytes"] + 5_000 * before
@@ -142,7 +137,7 @@ def test_timing_sees_a_sleep() -> None:
             super().step(mark)
             time.sleep(0.01)
 
-    record = measure_program(_session(), Slow(), 4)
+    record = measured(Slow(), 4)
     assert len(record.wall_samples) == 4
     assert min(record.wall_samples) >= 0.01
     assert record.metrics["cold_start_s"].value >= 0.01
@@ -159,7 +154,7 @@ def test_a_program_that_never_settles_is_noted() -> None:
             super().step(mark)
             time.sleep(0.004 * 2 ** min(self.calls, 5) if self.calls < 11 else 0)
 
-    record = measure_program(_session(), Slower(), 1)
+    record = measured(Slower(), 1)
     settled = [note for note in record.circumstances.notes if "did not settle" in note]
     # The sixth and later steps sleep alike, 32 times the first: never within a quarter of the fastest.
     assert len(settled) == 1
@@ -259,7 +254,7 @@ def test_a_callable_is_measured_like_anything_else(tmp_path: Path, monkeypatch: 
     values = _values(record)
     assert (values["operators"], values["flops"], values["peak_bytes"]) == (1, 2 * 48**3, 2 * 4 * 48**2)
     assert [event.name for event in events if isinstance(event, Phase)] == [
-        "import", "build", "warm-up", "measure", "memory", "counters", "busy", "profile", "record", "done",
+        "build", "warm-up", "measure", "memory", "counters", "busy", "profile", "record", "done",
     ]  # fmt: skip
 
 

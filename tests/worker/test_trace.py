@@ -17,11 +17,10 @@ from hpc_core.case.case import CallableSpec, Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY_DATA, catalogue
 from hpc_core.cli.profile import nsight_commands
-from hpc_core.instruments.trace import named_ranges, shown
+from hpc_core.instruments.trace import _table, named_ranges, shown
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
 from hpc_core.worker.main import run_job
-from hpc_core.worker.trace import _table
 
 pytestmark = pytest.mark.slow
 

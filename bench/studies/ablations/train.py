@@ -189,7 +189,7 @@ def _busy_of_what_was_seen(program: Any, device: Any) -> float:
     """Busy milliseconds a step by whatever the profiler recorded, where its reading is not sound; the row says so."""
     from hpc_core.instruments import kernels
 
-    seen, _ = kernels._sort(kernels._record(lambda: _steps(program, _PROFILED), device))
+    seen, _ = kernels.sorted_events(kernels.recorded(lambda: _steps(program, _PROFILED), device))
     return 1e3 * kernels.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
 
 

@@ -131,12 +131,12 @@ def _measured(first: Case, others: list[Case], device_name: str) -> Any:
 
 
 def _row(program: Any, fed: Any, resident: Any, feed: FeedSpec, device: Any) -> dict[str, Any]:
-    from hpc_core.audit import feed_facts
+    from hpc_core.audit.loader import feed_facts
     from hpc_core.worker.feed import feed_cost, same_losses
 
     cost = feed_cost(program, fed, resident, device)
     apart = None if cost.idle is None else cost.idle.copies_apart
-    facts = feed_facts(feed, fed, on_gpu=device.type == "cuda", copies_apart=apart)
+    facts = dict(feed_facts(feed, fed, on_gpu=device.type == "cuda", copies_apart=apart).facts)
     facts["feed_losses"] = same_losses(program, fed, resident, 0)
     return {
         "step_s": cost.rates.fed_s,

@@ -44,6 +44,9 @@ class Int8Head:
 class GraphProgram(GenerateProgram):
     """Answers prompt after prompt as `GenerateProgram` does, by its own step."""
 
+    watched = False
+    """Whether somebody records single allocations: first tokens are then no replays."""
+
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
         self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
         super().__init__(built, workload, prompts)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.audit import feed_facts
+from hpc_core.audit.loader import feed_facts
 from hpc_core.builders import Built, build
 from hpc_core.builders.data import loader
 from hpc_core.builders.data.batching import Block, BlockSource
@@ -33,8 +33,7 @@ from hpc_core.engines.finetune import fed_batches, resident_batches
 from hpc_core.engines.tuned.program import training_program
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.worker.feed import feed_cost, same_losses
-from hpc_core.worker.feed_words import Rates, what_bounds
+from hpc_core.worker.feed import Rates, feed_cost, same_losses, what_bounds
 from hpc_core.worker.perform import perform
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
@@ -185,7 +184,7 @@ def test_pinning_without_a_gpu_is_a_mismatch() -> None:
     """Nothing falls back in silence: the batches came unpinned, and the fact says why."""
     fed = fed_batches(_built(), _workload(_case(PACKED, pinned=True)))[0]
     fed.take(0)
-    facts = feed_facts(fed.feed, fed, on_gpu=False, copies_apart=None)
+    facts = feed_facts(fed.feed, fed, on_gpu=False, copies_apart=None).facts
     assert {name for name, fact in facts.items() if not fact.holds} == {"feed_pinned"}
     assert facts["feed_pinned"].seen == "off: page-locked memory needs a GPU"
 

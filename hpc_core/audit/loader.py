@@ -6,12 +6,11 @@ import os
 
 from hpc_core.builders.data.loader import Fed
 from hpc_core.case.case import FeedSpec
+from hpc_core.record.findings import Findings
 from hpc_core.record.record import Fact
 
-__all__ = ["feed_facts"]
 
-
-def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | None) -> dict[str, Fact]:
+def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | None) -> Findings:
     """What the batches since the feed last began showed of it, after at least as many steps as there are workers.
 
     Args:
@@ -32,7 +31,7 @@ def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | N
     if feed.ahead and copies_apart is not None:
         asked = "a stream of their own"
         facts["feed_copies"] = Fact(asked=asked, seen=asked if copies_apart else "the stream of the kernels")
-    return facts
+    return Findings(facts=facts)
 
 
 def _one(values: set[bool] | set[int]) -> bool | int | list[int]:

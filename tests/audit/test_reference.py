@@ -2,37 +2,40 @@
 
 from __future__ import annotations
 
-import datetime
-import time
 from typing import Any
 
 import pytest
 import torch
 
-from hpc_core.builders import Built, build
+from hpc_core.audit import reference
+from hpc_core.audit.reference import (
+    TOLERANCES,
+    Given,
+    coarsest,
+    compare_with_reference,
+    full_float32,
+    reference_bytes,
+    turn_into_reference,
+)
+from hpc_core.builders import build
 from hpc_core.builders.quantization import quantized_layers
 from hpc_core.case.case import Case, ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
+from hpc_core.record.findings import Findings
 from hpc_core.record.job import Job
-from hpc_core.worker import equivalence
-from hpc_core.worker.equivalence import (
-    TOLERANCES,
-    Given,
-    coarsest,
-    measure_equivalence,
-)
 from hpc_core.worker.perform import perform
-from hpc_core.worker.reference import full_float32, reference_bytes, turn_into_reference
-from hpc_core.worker.session import Session
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 
-def _built(case: Case) -> tuple[Session, Built]:
-    job = Job(case=case, device="cpu", launched="inline")
-    session = Session(job, lambda _: None, started=datetime.datetime.now(datetime.UTC), began=time.perf_counter())
-    return session, build(case, torch.device("cpu"))
+def _built(variant: str) -> tuple[Case, Any]:
+    case = catalogue()[f"tiny/{variant}"]
+    return case, build(case, torch.device("cpu")).model
+
+
+def _compared(case: Case, model: torch.nn.Module, given: Given) -> Findings:
+    return compare_with_reference(case, model, given, restore=lambda _: None)
 
 
 def _answered(model: Any) -> Given:
@@ -92,21 +95,19 @@ def test_a_deep_model_is_held_to_twice_what_plain_arithmetic_errs(
 
     The table is lowered until this model's error is beyond it, and the fast path's error is made so many times the plain one's.
     """
-    session, built = _built(catalogue()[f"tiny/{variant}"])
+    case, model = _built(variant)
     ids = torch.randint(3, 400, (2, 24))
     given = Given(ids, None)
-    probe, other = _built(catalogue()[f"tiny/{variant}"])
-    measure_equivalence(probe, other.model, given)
-    error = probe.metrics["logits_error"].value
-    monkeypatch.setitem(TOLERANCES, coarsest(session), error * times / 3.5)
-    monkeypatch.setattr(equivalence, "_error", _times_for_the_first(equivalence._error, times))
+    error = _compared(*_built(variant), given).metrics["logits_error"].value
+    monkeypatch.setitem(TOLERANCES, coarsest(case), error * times / 3.5)
+    monkeypatch.setattr(reference, "_error", _times_for_the_first(reference._error, times))
 
-    measure_equivalence(session, built.model, given)
+    found = _compared(case, model, given)
 
-    fact = session.audit["equivalence"]
+    fact = found.facts["equivalence"]
     assert fact.holds is holds
     half = "fp32" not in variant
-    assert [note.startswith("equivalence: the plain path errs by") for note in session.notes] == [True] * half
+    assert [note.startswith("equivalence: the plain path errs by") for note in found.notes] == [True] * half
 
 
 def _times_for_the_first(error: Any, times: float) -> Any:
@@ -127,27 +128,26 @@ def test_dropout_of_an_adapter_does_not_disturb() -> None:
 
 def test_the_answers_of_generate_are_those_of_the_reference() -> None:
     """With a KV cache and padding on the left, `generate` chooses what the reference chooses without either."""
-    session, built = _built(catalogue()["tiny/generate-fp16"])
-    measure_equivalence(session, built.model, _answered(built.model))
-    assert session.audit["greedy_tokens"].holds
-    assert session.metrics["greedy_agreement"].value > 0.8
-    assert "host_peak_bytes" in session.metrics  # noted before the reference was made
+    case, model = _built("generate-fp16")
+    found = _compared(case, model, _answered(model))
+    assert found.facts["greedy_tokens"].holds
+    assert found.metrics["greedy_agreement"].value > 0.8
 
 
 def test_an_answer_that_is_not_the_reference_s_is_named() -> None:
     """One token that the reference would not have chosen is told by its place and by both ids."""
-    session, built = _built(catalogue()["tiny/generate-fp16"])
-    given = _answered(built.model)
+    case, model = _built("generate-fp16")
+    given = _answered(model)
     assert given.answers is not None
     changed = given.answers.clone()
     changed[1, 5] = (changed[1, 5] + 100) % 400  # the last one, so that nothing hangs on it
 
-    measure_equivalence(session, built.model, Given(given.ids, given.mask, answers=changed))
+    found = _compared(case, model, Given(given.ids, given.mask, answers=changed))
 
-    fact = session.audit["greedy_tokens"]
+    fact = found.facts["greedy_tokens"]
     assert not fact.holds
     assert fact.seen.startswith("1 of 12 are not the reference's; first token 5 of row 1: ")
-    assert session.audit["equivalence"].holds  # the logits are as they should be
+    assert found.facts["equivalence"].holds  # the logits are as they should be
 
 
 def test_what_the_reference_needs_is_what_it_takes() -> None:
@@ -168,18 +168,13 @@ def test_what_the_reference_needs_is_what_it_takes() -> None:
 
 def test_a_reference_that_does_not_fit_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where room is short nothing is compared, and a note says what is needed and what is left."""
-    session, built = _built(catalogue()["tiny/generate-bf16"])
-    session.note_process_memory()
-    monkeypatch.setattr(session, "on_gpu", True)
-    monkeypatch.setattr(equivalence, "room_bytes", lambda _: 1000)
+    monkeypatch.setattr(reference, "room_bytes", lambda _: 1000)
 
-    measure_equivalence(session, built.model, Given(torch.ones(2, 8, dtype=torch.long), None))
+    found = _compared(*_built("generate-bf16"), Given(torch.ones(2, 8, dtype=torch.long), None))
 
-    assert session.audit == {}
-    assert [note.partition("needs ")[0] for note in session.notes] == [
-        "equivalence: not checked, the float32 reference "
-    ]
-    assert session.notes[0].endswith("MiB more and 1,000 bytes are left")
+    assert found.facts == {}
+    assert [note.partition("needs ")[0] for note in found.notes] == ["equivalence: not checked, the float32 reference "]
+    assert found.notes[0].endswith("MiB more and 1,000 bytes are left")
 
 
 def test_the_reference_computes_in_float32_whatever_was_allowed() -> None:

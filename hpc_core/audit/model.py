@@ -1,0 +1,386 @@
+"""Facts of the weights: which layers are quantized and how, their bytes, and the dtypes of everything else.
+
+The fact `weights`: whether the live base weights hold what the case's seed says, each under its own name.
+
+Every matrix is drawn again, alone, and compared. It needs no stored number, so nothing of it depends on machine or version:
+both sides come from the same library on the same device in the same process.
+
+
+The fact `modules_own`: whether the code that the model runs is the libraries' own, or somebody left a patch behind.
+
+Libraries such as Liger replace forwards and functions of transformers for the whole process. In a process of its own a case
+cannot inherit that; where cases share one (`inline`), or a plugin patches on import, this tells.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import sys
+from collections.abc import Iterable, Iterator
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+
+from hpc_core.audit.facts import dtype_name, names
+from hpc_core.builders.causal_lm import torch_dtype
+from hpc_core.builders.drawn import STD, drawn
+from hpc_core.builders.quantization import packing_for, packing_of
+from hpc_core.builders.quantization import dequantized_weight, quantized_layers
+from hpc_core.case.case import Case, FinetuneSpec, ModelSpec, QuantSpec
+from hpc_core.instruments.owners import owned_bytes
+from hpc_core.record.findings import Findings, checked
+from hpc_core.record.record import Fact
+
+_BLOCK = 64
+"""Weights that share a constant in 4 bits: bitsandbytes' default, which transformers leaves alone."""
+_NESTED_BLOCK = 256
+"""Constants that share a constant when they are quantized again."""
+_TILE = {"tile_packed_to_4d": (8, 1024), "opaque": (1, 1)}
+"""Rows and columns to whose multiples torchao pads a weight before it packs it."""
+
+
+def weight_facts(case: Case, model: Any) -> Findings:
+    """Quantization and dtypes of the live model, against the case."""
+    assert case.model is not None
+    asked = case.model.dtype
+    if isinstance(case.workload, FinetuneSpec) and case.workload.prepare:
+        asked = "float32"  # what `prepare_model_for_kbit_training` casts everything unquantized to
+    facts = checked(
+        {
+            "quantized_layers": lambda: _quantized_count(case, model),
+            "embedding_dtype": lambda: _one_dtype(asked, model.get_input_embeddings()),
+            "norm_dtype": lambda: Fact(asked=[asked], seen=_norm_dtypes(model)),
+            "head_dtype": lambda: _one_dtype(asked, model.get_output_embeddings()),
+        },
+    )
+    if case.quantization is not None:
+        facts |= _quantization_facts(case.quantization, model)
+    return facts
+
+
+def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """Every linear layer of the base model, quantized or not, under the name it had before an adapter wrapped it."""
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+    }
+
+
+def _quantization_facts(spec: QuantSpec, model: torch.nn.Module) -> Findings:
+    layers: list[Any] = [layer for layer in linear_layers(model).values() if _kind(layer) is not None]
+    if spec.kind == "int4":
+        return _int4_facts(spec, layers)
+    looks = {
+        "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
+        "quantized_bytes": lambda: Fact(
+            asked=sum(quantized_bytes(spec, layer.in_features, layer.out_features) for layer in layers),
+            # By layer: one table of codes that all layers share counts in each of them, in the closed form too.
+            seen=sum(owned_bytes(_stored(layer)) for layer in layers),
+        ),
+    }
+    if spec.kind != "int8":  # int8 products have one compute dtype, and no attribute that says it
+        looks["compute_dtype"] = lambda: Fact(
+            asked=[spec.compute_dtype], seen=names(layer.compute_dtype for layer in layers)
+        )
+        looks["double_quantization"] = lambda: Fact(
+            asked=[spec.double_quant], seen=sorted({bool(_state(layer).nested) for layer in layers})
+        )
+    return checked(looks)
+
+
+def _int4_facts(spec: QuantSpec, layers: list[Any]) -> Findings:
+    weights = [layer.weight for layer in layers]
+
+    def asked_bytes() -> int:
+        return sum(
+            int4_bytes(spec, layer.in_features, layer.out_features, str(packing_of(layer.weight))) for layer in layers
+        )
+
+    return checked(
+        {
+            "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
+            "packing": lambda: Fact(
+                asked=sorted({packing_for(weight.device) for weight in weights}),
+                seen=sorted({str(packing_of(weight)) for weight in weights}),
+            ),
+            "group_size": lambda: Fact(
+                asked=[spec.group_size], seen=sorted({int(weight.block_size[-1]) for weight in weights})
+            ),
+            "compute_dtype": lambda: Fact(
+                asked=[spec.compute_dtype], seen=names(weight.scale_and_zero.dtype for weight in weights)
+            ),
+            "quantized_bytes": lambda: Fact(
+                asked=asked_bytes(), seen=sum(owned_bytes(_stored(layer)) for layer in layers)
+            ),
+        },
+    )
+
+
+def _quantized_count(case: Case, model: torch.nn.Module) -> Fact:
+    """By count if all is well; a mismatch names the first layer that is not as it should be."""
+    spec, every = case.quantization, linear_layers(model)
+    wanted = [name for name in every if spec is not None and name.rpartition(".")[2] not in spec.skip_modules]
+    asked = _count_of_shape(case, len(wanted))
+    seen = [name for name, layer in every.items() if _kind(layer) is not None]
+    odd = [name for name in every if (name in wanted) != (name in seen)]
+    if odd:
+        state = "is quantized" if odd[0] in seen else "is not"
+        return Fact(asked=asked, seen=f"{len(seen)}; {odd[0]} {state}")
+    return Fact(asked=asked, seen=len(seen))
+
+
+def _count_of_shape(case: Case, otherwise: int) -> int:
+    """Linear layers to be quantized: by the named shape, or as counted where weights bring a shape of their own."""
+    assert case.model is not None
+    if case.quantization is None:
+        return 0
+    shape = case.model.sizes
+    if shape is None:
+        return otherwise
+    skipped = case.quantization.skip_modules
+    in_a_layer = [name for name in shape.linear_shapes() if name not in skipped]
+    return len(in_a_layer) * shape.num_hidden_layers + ("lm_head" not in skipped)
+
+
+def _kind(layer: Any) -> str | None:
+    """nf4, fp4, int8 or int4 by what the layer computes with; None for a plain layer, words for a quantized class with plain weights."""
+    if packing_of(layer.weight) is not None:
+        return "int4"
+    classes = {parent.__name__ for parent in type(layer).__mro__}
+    if "Linear4bit" in classes:
+        state = _state(layer)
+        return f"{dtype_name(layer.weight.dtype)} in Linear4bit" if state is None else str(state.quant_type)
+    if "Linear8bitLt" in classes:
+        stored = layer.weight.dtype
+        return "int8" if stored == torch.int8 else f"{dtype_name(stored)} in Linear8bitLt"
+    return None
+
+
+def _state(layer: Any) -> Any:
+    state = getattr(layer.weight, "quant_state", None)
+    return getattr(layer, "quant_state", None) if state is None else state
+
+
+def _stored(layer: Any) -> list[torch.Tensor]:
+    """The tensors that hold a quantized layer's weights: the packed values and every constant."""
+    if packing_of(layer.weight) is not None:
+        return [layer.weight.qdata, layer.weight.scale_and_zero]
+    held = [layer.weight]
+    # int8: the constants move from the weight to the layer's state in the first forward.
+    for owner in (layer.weight, getattr(layer, "state", None)):
+        held += [getattr(owner, name, None) for name in ("CB", "SCB")]
+    state = _state(layer)
+    while state is not None:
+        held += [getattr(state, name, None) for name in ("absmax", "code", "offset")]
+        state = getattr(state, "state2", None)  # double quantization
+    return [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
+
+
+def quantized_bytes(spec: QuantSpec, in_features: int, out_features: int) -> int:
+    """Bytes that bitsandbytes stores for one quantized layer without bias, in closed form.
+
+    int8: one byte a weight and a float32 a row. 4-bit: half a byte a weight, a table of 16 float32, and a float32 for each
+    block of 64; with double quantization these are bytes, and there is a float32 for every 256 of them, one for their
+    mean, and a table of 256.
+    """
+    weights = in_features * out_features
+    if spec.kind == "int8":
+        return weights + 4 * out_features
+    blocks = -(-weights // _BLOCK)
+    packed = -(-weights // 2) + 16 * 4
+    if not spec.double_quant:
+        return packed + 4 * blocks
+    return packed + blocks + 4 * -(-blocks // _NESTED_BLOCK) + 4 + 256 * 4
+
+
+def int4_bytes(spec: QuantSpec, in_features: int, out_features: int, packing: str) -> int:
+    """Bytes that torchao stores for one int4 layer without bias, in closed form: half a byte a weight, and for each group of a row a
+    scale and a zero in bfloat16. Tile-packed weights are padded to whole tiles first (`Int4TilePackedTo4dTensor.from_hp`).
+    """
+    row_tile, column_tile = _TILE[packing]
+    rows, columns = -(-out_features // row_tile) * row_tile, -(-in_features // column_tile) * column_tile
+    return rows * columns // 2 + 2 * 2 * rows * (columns // spec.group_size)
+
+
+def _one_dtype(asked: str, module: Any) -> Fact | None:
+    """The dtype of this module's weight; no fact for a quantized one, or for a model without such a module."""
+    module = getattr(module, "base_layer", module)
+    if module is None or _kind(module) is not None:
+        return None
+    return Fact(asked=asked, seen=dtype_name(module.weight.dtype))
+
+
+def _norm_dtypes(model: torch.nn.Module) -> list[str]:
+    weights = [getattr(module, "weight", None) for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return names(weight.dtype for weight in weights if isinstance(weight, torch.Tensor))
+
+
+_QUANTIZED = 0.3
+"""Relative error that quantization may have: fp4 has 0.15, nf4 0.09, int4 0.10, int8 0.01. Wrong weights have 1.41, the square root of 2."""
+_TRAINED = 0.3
+"""Relative error that a training run may have added, where the weights themselves are trained."""
+_MORE_STEPS = 50
+"""Steps beyond the timed ones: warm-up, memory, counters."""
+_CHUNK = 1 << 24
+"""Elements compared at a time: their difference is the only copy, 64 MiB in float32."""
+_WRAPPERS = ("base_model.model.", ".base_layer")
+"""What peft adds to a name."""
+
+
+def value_facts(case: Case, model: torch.nn.Module) -> Findings:
+    """Whether every matrix of random weights holds what was drawn for it; nothing for weights that are read."""
+    return checked({"weights": lambda: _weights(case, model)})
+
+
+def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
+    spec = case.model
+    assert spec is not None
+    allowed = _allowed(case)
+    if not spec.drawn or allowed is None:
+        return None
+    asked = f"as drawn by seed {spec.seed}"
+    odd = []
+    tied = _tied(spec, model)
+    for name, live in _matrices(case, model).items():
+        # A tied head is the table; one that was quantized on its own began as a copy of it.
+        source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
+        off = _error(live, source, torch_dtype(spec.dtype), spec.seed)
+        if not off <= max(allowed, _QUANTIZED if live.quantized else 0.0):  # NaN is not within anything
+            odd.append(f"{name} is off by {off:.2g} of its size")
+    if not odd:
+        return Fact(asked=asked, seen=asked)
+    return Fact(asked=asked, seen=odd[0] + (f", {len(odd) - 1} more with it" if len(odd) > 1 else ""))
+
+
+def _tied(spec: ModelSpec, model: Any) -> bool:
+    return model.config.tie_word_embeddings if spec.sizes is None else spec.sizes.tie_word_embeddings
+
+
+def _allowed(case: Case) -> float | None:
+    """How far the base weights may be from what was drawn; None where training may have moved them anywhere."""
+    if case.adapter is not None or not isinstance(case.workload, FinetuneSpec):
+        return 0.0  # frozen: bit by bit
+    # Adam moves a weight by about the learning rate a step at most.
+    moved = case.workload.learning_rate * (case.workload.steps + _MORE_STEPS) / STD
+    return _TRAINED if moved <= _TRAINED else None
+
+
+class _Live:
+    """One matrix of the live model, dequantized only while it is compared."""
+
+    def __init__(self, holder: Any, *, quantized: bool):
+        self._holder = holder
+        self.quantized = quantized
+
+    def value(self) -> torch.Tensor:
+        value: torch.Tensor = dequantized_weight(self._holder) if self.quantized else self._holder.detach()
+        return value
+
+
+def _matrices(case: Case, model: torch.nn.Module) -> dict[str, _Live]:
+    """The base model's matrices, by the names they had before an adapter wrapped them."""
+    layers = quantized_layers(model) if case.quantization is not None else {}
+    packed = {f"{name}.weight" for name in layers}
+    found = {f"{name}.weight": _Live(layer, quantized=True) for name, layer in layers.items()}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ".lora_" not in name and name not in packed:
+            found[name] = _Live(parameter, quantized=False)
+    return {_plain(name): live for name, live in found.items()}
+
+
+def _plain(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _error(live: _Live, name: str, dtype: torch.dtype, seed: int) -> float:
+    """|live - drawn| / |drawn|, without a float32 copy of the whole."""
+    seen = live.value()
+    with torch.no_grad():
+        reference = drawn(name, tuple(seen.shape), dtype, seen.device, seed)
+        if torch.equal(seen, reference):  # frozen weights, read once; NaN equals nothing
+            return 0.0
+        parts = zip(seen.reshape(-1).split(_CHUNK), reference.reshape(-1).split(_CHUNK), strict=True)
+        norms = [torch.stack([_norm(a - b), _norm(b)]) for a, b in parts]
+        off, size = torch.stack(norms).double().square().sum(dim=0).tolist()
+    return float((off / size) ** 0.5)
+
+
+def _norm(part: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(part, dtype=torch.float32)
+    return norm
+
+
+_OWN = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "kernels"})
+"""Whose code a case asks for; `kernels` only lends transformers its decorators."""
+_SHOWN = 3
+
+
+def module_facts(model: torch.nn.Module, *, also: Iterable[str] = ()) -> Findings:
+    """Return whether every forward of the model, and every function and class of the files that define it, is the libraries' own.
+
+    `also` are packages whose code the case asks for too: an engine's, or that of an injected fault.
+    """
+    own = _OWN.union(also)
+
+    def look() -> Fact:
+        foreign = sorted({*_foreign_forwards(model, own), *_foreign_names(model, own)})
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        return Fact(asked="all", seen="all but " + ", ".join(foreign[:_SHOWN]) + more if foreign else "all")
+
+    return checked({"modules_own": look})
+
+
+def _foreign_forwards(model: torch.nn.Module, own: frozenset[str]) -> Iterator[str]:
+    """Forwards on instances and on their classes."""
+    for module in model.modules():
+        kind = type(module)
+        on_instance = vars(module).get("forward")
+        forward = kind.forward if on_instance is None else on_instance
+        for origin in _origins(forward):
+            if origin.partition(".")[0] not in own:
+                yield f"{kind.__name__}.forward from {origin}"
+
+
+def _foreign_names(model: torch.nn.Module, own: frozenset[str]) -> Iterator[str]:
+    """Functions and classes that the files of the decoder define, and that are others by now."""
+    names = {kind.__module__ for module in model.modules() for kind in [type(module)]}
+    for name in sorted(names):
+        if not name.startswith("transformers.models."):
+            continue
+        module = sys.modules[name]
+        for defined in _defined(module):
+            value = vars(module).get(defined)
+            origins = [value.__module__] if isinstance(value, type) else _origins(value)
+            for origin in origins:
+                if origin.partition(".")[0] not in own:
+                    yield f"{name.rpartition('.')[2]}.{defined} from {origin}"
+
+
+@functools.cache
+def _defined(module: ModuleType) -> tuple[str, ...]:
+    """The names that this module's file defines, whatever they are bound to now."""
+    tree = ast.parse(inspect.getsource(module))
+    return tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+
+
+def _origins(function: Any) -> list[str]:
+    """The modules in which a function and everything that it wraps was written.
+
+    By the globals that the code runs with: `functools.wraps` copies `__module__` and the names, but not those.
+    """
+    found = []
+    while function is not None:
+        if isinstance(function, functools.partial):
+            function = function.func
+            continue
+        function = getattr(function, "__func__", function)  # of a bound method
+        written = function.__globals__.get("__name__") if isinstance(function, FunctionType) else None
+        found.append(str(written or getattr(function, "__module__", None) or type(function).__module__))
+        function = getattr(function, "__wrapped__", None)
+    return found

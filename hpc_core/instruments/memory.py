@@ -1,0 +1,264 @@
+"""Memory of a step by phase and by category, on GPU and CPU; memory of the process; memory that grows.
+
+The gated peaks come from the allocator's counters in an undisturbed pass; the categories from a second, recorded pass.
+Reading and resetting those counters happens on the host and waits for nothing, so a step runs as it always does.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+
+from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
+from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.owners import Bystanders, living_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.program import Mark, Program
+from hpc_core.instruments.timeline import CATEGORIES, Timeline
+from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Fact, Metric
+
+_SAMPLES = 20
+_FLAT_BYTES = 64 * 1024
+"""Scalars that a library keeps; a forgotten loss tensor a step is 512 bytes on a GPU and shows after 128 steps."""
+
+
+class PhasePeaks:
+    """A mark that closes one phase and opens the next; `peaks` holds bytes by phase."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._phase: str | None = None
+        self.peaks: dict[str, int] = {}
+
+    def __call__(self, phase: str) -> None:
+        """Close the current phase, and open this one."""
+        self.close()
+        self._phase = phase
+
+    def close(self) -> None:
+        """Close the current phase."""
+        peak = torch.cuda.max_memory_allocated(self._device)
+        if self._phase is not None:
+            self.peaks[self._phase] = max(peak, self.peaks.get(self._phase, 0))
+        self._phase = None
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+
+def peaks_of(program: Program, device: torch.device, steps: int) -> dict[str, int]:
+    """Return the highest peak of each phase over `steps` steps, in bytes."""
+    watch = PhasePeaks(device)
+    watch.close()
+    for _ in range(steps):
+        program.step(watch)
+        watch.close()
+    return watch.peaks
+
+
+class Watch(Protocol):
+    """A recorder of allocations that also takes the step's marks."""
+
+    def __call__(self, phase: str) -> None:
+        """A phase begins."""
+
+    def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Say who owns tensors that live now."""
+
+
+class _TensorWatch:
+    """The CPU's recorder, with the interface of the allocator's history."""
+
+    def __init__(self, watch: StorageWatch):
+        self._watch = watch
+
+    def __call__(self, phase: str) -> None:
+        self._watch(phase)
+
+    def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        self._watch.own(category, tensors)
+
+
+Marking = Callable[[Watch], Mark]
+"""Wraps a recorder, to name owners that live only for a while: gradients, a KV cache."""
+
+
+def measure_memory(
+    program: Program,
+    device: torch.device,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    bystanders: Bystanders | None = None,
+    marking: Marking | None = None,
+    steps: int = 2,
+    peaks: dict[str, int] | None = None,
+    owned: Mapping[str, list[torch.Tensor]] | None = None,
+    timeline: bool = False,
+) -> Findings:
+    """Measure peaks by phase over `steps` steps, and categories over one.
+
+    Args:
+        program: does its largest step, as `Fixed` where steps differ: every pass must see the same one.
+        device: where it runs.
+        model: owns weights and adapter.
+        optimizer: owns its state.
+        bystanders: on a CPU, what was alive before the first step.
+        marking: names owners that live only for a while.
+        steps: over which peaks are taken.
+        peaks: those of a pass that was watched already; without them the program is run for them.
+        owned: tensors of the program's own, by category.
+        timeline: also return the memory over the step.
+    """
+    owners = _owners(model, optimizer)
+    for category, tensors in (owned or {}).items():
+        owners[category] = owners.get(category, []) + tensors
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        with quiet():
+            peaks = peaks or peaks_of(program, device, steps)
+        synchronize(device)
+        events = _from_history(program, device, owners, marking)
+    else:
+        events = _from_storages(program, device, owners, marking, bystanders)
+        peaks = events.peaks_by_phase(program.phases)
+    return Findings(
+        metrics=memory_metrics(peaks, events, on_gpu=on_gpu),
+        timeline=events.sampled(program.phases) if timeline else None,
+    )
+
+
+def _owners(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None) -> dict[str, list[torch.Tensor]]:
+    owners = weight_tensors(model) if model is not None else {}
+    if optimizer is not None:
+        owners["optimizer"] = optimizer_tensors(optimizer)
+    return owners
+
+
+def memory_metrics(peaks: Mapping[str, int], timeline: Timeline, *, on_gpu: bool) -> dict[str, Metric]:
+    """Return `peak_bytes`, the peaks of several phases, and the bytes of each category at the timeline's highest point."""
+    values = {"peak_bytes": max(peaks.values())}
+    if len(peaks) > 1:
+        values |= {f"peak_{phase}_bytes": value for phase, value in peaks.items()}
+    totals = timeline.at_peak()
+    # At the step's highest point, by requested bytes; the allocator rounds up to its blocks beyond that.
+    values |= {f"at_peak_{category}_bytes": totals[category] for category in CATEGORIES if totals[category]}
+    if on_gpu:
+        values["at_peak_rounding_bytes"] = max(values["peak_bytes"] - sum(totals.values()), 0)
+    return {name: metric(name, value, on_gpu=on_gpu) for name, value in values.items()}
+
+
+def model_metrics(model: torch.nn.Module) -> dict[str, Metric]:
+    """Return the bytes of a model's weights, and of its adapter's where it has one."""
+    owned = {category: owned_bytes(tensors) for category, tensors in weight_tensors(model).items()}
+    found = {"weights_bytes": metric("weights_bytes", owned["weights"])}
+    if owned["adapter"]:
+        found["adapter_weights_bytes"] = metric("adapter_weights_bytes", owned["adapter"])
+    return found
+
+
+def process_memory(device: torch.device) -> Findings:
+    """Measure what the process and the card hold. What is done only for the sake of checking comes later and is not in it."""
+    metrics = {"host_peak_bytes": metric("host_peak_bytes", host_peak_bytes())}
+    if device.type == "cuda":
+        stats = torch.cuda.memory_stats(device)
+        free, total = torch.cuda.mem_get_info(device)
+        note = "all processes on the card, context included"
+        metrics["reserved_bytes"] = metric("reserved_bytes", int(stats["reserved_bytes.all.peak"]))
+        metrics["device_used_bytes"] = metric("device_used_bytes", total - free, note=note)
+        metrics["allocator_retries"] = metric("allocator_retries", int(stats["num_alloc_retries"]))
+    return Findings(metrics=metrics)
+
+
+def host_peak_bytes() -> int:
+    """Return the highest resident memory of this process so far; the kernel counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def claim_before(
+    device: torch.device,
+    watch: StorageWatch,
+    owners: Mapping[str, list[torch.Tensor]],
+    bystanders: Bystanders | None,
+) -> None:
+    """Name the owners of tensors that live before the step; those of nobody are "other".
+
+    What earlier steps left behind, such as a forgotten reference, counts. What the process held before them does not, unless
+    the step uses it: the peak must not depend on what else has run here.
+    """
+    left = living_tensors(device)
+    watch.own("other", left if bystanders is None else bystanders.without(left))
+    for category, tensors in owners.items():
+        watch.own(category, tensors)
+
+
+def _from_history(
+    program: Program, device: torch.device, owners: Mapping[str, list[torch.Tensor]], marking: Marking | None
+) -> Timeline:
+    history = AllocatorHistory(device, program.phases)
+    mark: Mark = history if marking is None else marking(history)
+    with quiet():
+        history.start()
+        for category, tensors in owners.items():
+            history.own_before(category, tensors)
+        program.step(mark)
+        synchronize(device)
+        return history.stop()
+
+
+def _from_storages(
+    program: Program,
+    device: torch.device,
+    owners: Mapping[str, list[torch.Tensor]],
+    marking: Marking | None,
+    bystanders: Bystanders | None,
+) -> Timeline:
+    watch = StorageWatch(program.phases)
+    mark: Mark = watch if marking is None else marking(_TensorWatch(watch))
+    with quiet():
+        claim_before(device, watch, owners, bystanders)
+        with watch:
+            program.step(mark)
+    return watch.timeline
+
+
+class Growth:
+    """Whether memory grows over a long run of varying lengths: what stays allocated between steps, sampled twenty times."""
+
+    def __init__(self, device: torch.device, steps: int):
+        self._device, self._steps = device, steps
+        self._every = max(1, steps // _SAMPLES)
+        self._held: list[int] = []
+
+    def after_step(self, done: int) -> None:
+        """Sample after step number `done` (from 1); between steps only what is kept is alive."""
+        if done % self._every == 0:
+            on_gpu = self._device.type == "cuda"
+            held = torch.cuda.memory_allocated(self._device) if on_gpu else owned_bytes(living_tensors(self._device))
+            self._held.append(held)
+
+    def findings(self) -> Findings:
+        """Return the growth from the first quarter of the samples to the last, as a fact and a metric."""
+        quarter, on_gpu = max(1, len(self._held) // 4), self._device.type == "cuda"
+        growth = min(self._held[-quarter:]) - max(self._held[:quarter])
+        seen = "flat" if growth <= _FLAT_BYTES else f"+{growth:,} bytes over {self._steps} steps"
+        made = metric("compilations", _compilations(), note="graphs that torch.compile made in this process")
+        metrics = {
+            # Shrinking is no growth; the metric is for the reader, the fact decides.
+            "held_growth_bytes": metric("held_growth_bytes", max(growth, 0), on_gpu=on_gpu),
+            "compilations": made,
+        }
+        if on_gpu:
+            share = torch.cuda.max_memory_allocated(self._device) / max(torch.cuda.memory_reserved(self._device), 1)
+            note = "peak allocated over reserved; the rest is fragmentation"
+            metrics["used_of_reserved"] = metric("used_of_reserved", share, note=note)
+        return Findings(metrics=metrics, facts={"memory_growth": Fact(asked="flat", seen=seen)})
+
+
+def _compilations() -> int:
+    """Graphs that dynamo has compiled; 0 where it was never imported."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

@@ -1,0 +1,113 @@
+"""Predict a case: build and run it on a fake GPU in this process, and return the record that it would give.
+
+Knows nothing of processes and judging, like `hpc_core.worker.perform`. A process must load `predict.shim` before torch.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hpc_core.audit.facts import injected, verdict
+from hpc_core.case.errors import PredictError
+from hpc_core.engines.engine import Engine, engine_of
+from hpc_core.faults.catalogue import inject
+from hpc_core.instruments.clock import quiet
+from hpc_core.instruments.instrument import Phases
+from hpc_core.instruments.places import following
+from hpc_core.predict.callable import predict_callable
+from hpc_core.predict.fake_gpu import fake_gpu
+from hpc_core.predict.finetune import predict_finetune
+from hpc_core.predict.generate import predict_generate
+from hpc_core.predict.place import Place
+from hpc_core.predict.policy import ValuePolicy
+from hpc_core.predict.watch import GpuWatch
+from hpc_core.record.environment import circumstances
+from hpc_core.record.findings import Findings
+from hpc_core.record.gpus import Gpu, gpu_named
+from hpc_core.record.job import Event, Job, Predict
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Machine, Record
+
+MACHINE_KEY = "predicted"
+"""Folder of the baselines of predictions."""
+
+_WORKLOADS: dict[str, Callable[[Place], Findings]] = {
+    "generate": predict_generate,
+    "finetune": predict_finetune,
+    "callable": predict_callable,
+}
+
+
+def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = None) -> Record:
+    """Return the record that this job's case would give on the GPU that its kind names: bytes, counts and FLOPs, no times.
+
+    Args:
+        job: a prediction.
+        emit: hears each phase as it begins.
+        began: when this process began to import what it needs, by `time.perf_counter`.
+
+    Raises:
+        PredictError: something in the case cannot be predicted; of a step of the user's own, with the place in its code.
+        HpcCoreError: the case cannot be built or run as asked.
+    """
+    assert isinstance(job.kind, Predict)
+    started = datetime.datetime.now(datetime.UTC)
+    phases = Phases(emit, time.perf_counter() if began is None else began)
+    gpu = gpu_named(job.kind.gpu)
+    injection = None if job.fault is None else inject(job.fault)
+    engine = engine_of(job.case)
+    if (why := engine.unpredictable(job.case)) is not None:
+        raise PredictError(why)
+    found = _on_fake_gpu(job, job.kind, gpu, engine, phases)
+    phases.enter("done")
+    found |= Findings(reasons=verdict(found.facts))
+    if injection is not None:
+        found |= injected(injection.fault.name, injection.hits, job.case.id)
+    build_of_torch = "a CUDA build without a GPU" if torch.version.cuda else "a CPU build"
+    state: dict[str, Any] = {"predicted": gpu.name, "torch": build_of_torch}
+    around = circumstances(
+        "cpu",
+        job.launched,
+        fault=job.fault,
+        started_at=started,
+        where=Machine(key=MACHINE_KEY, name=gpu.name, memory_bytes=gpu.memory_bytes),
+        gpu=state,
+        phase_s=phases.seconds(),
+        notes=(f"predicted for one {gpu.name} by {build_of_torch} of torch", *found.notes),
+    )
+    return found.record(job.case, around)
+
+
+def _on_fake_gpu(job: Job, kind: Predict, gpu: Gpu, engine: Engine, phases: Phases) -> Findings:
+    """What the case shows. Whatever it leaves behind is freed while the fake GPU is still there.
+
+    Models are full of reference cycles. Freed later, their tensors would meet a process without the patches that they were
+    made under, or the fake GPU of the next prediction.
+    """
+    with fake_gpu(gpu) as (watch, policy):
+        try:
+            return _predicted(job, kind, engine, phases, watch, policy)
+        except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # their local variables hold the model
+            raise
+        finally:
+            gc.collect()
+
+
+def _predicted(
+    job: Job, kind: Predict, engine: Engine, phases: Phases, watch: GpuWatch, policy: ValuePolicy
+) -> Findings:
+    with following() as modules, quiet():  # garbage goes by reference counts alone, as in a timed step
+        watch.place = modules.here
+        found = _WORKLOADS[job.case.kind](Place(job.case, engine, kind, phases, watch, policy, modules))
+    note = "from the model of the allocator; depends on the order in which weights were loaded: low confidence"
+    return found | Findings(
+        metrics={"reserved_bytes": metric("reserved_bytes", watch.allocator.peak_reserved, note=note)}
+    )

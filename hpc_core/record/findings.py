@@ -1,0 +1,87 @@
+"""What one observation of a case found: a part of its record. Parts are joined with `|`; nobody changes one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from hpc_core.case.case import Case
+from hpc_core.record.profile import Profile
+from hpc_core.record.record import Circumstances, Fact, KernelFamily, MemoryTimeline, Metric, Record
+
+
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
+    """Metrics, facts and remarks from one instrument, or from all that have run so far."""
+
+    metrics: Mapping[str, Metric] = {}
+    facts: Mapping[str, Fact] = {}
+    """What was asked for and what ran, by name; one that does not hold makes the record INVALID."""
+    notes: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    """Why the record is INVALID, beyond its facts."""
+    losses: tuple[float, ...] = ()
+    answers: tuple[str, ...] = ()
+    kernel_families: Mapping[str, KernelFamily] = {}
+    makers_at_peak: Mapping[str, int] = {}
+    timeline: MemoryTimeline | None = None
+    profile: Profile | None = None
+    observed: Mapping[str, Any] = {}
+    """What later instruments need and no record holds, such as the operators of a counted step."""
+
+    def __or__(self, later: Findings) -> Findings:
+        """Return both; where both have a metric or a fact of one name, the later one counts."""
+        return Findings(
+            metrics={**self.metrics, **later.metrics},
+            facts={**self.facts, **later.facts},
+            notes=self.notes + later.notes,
+            reasons=self.reasons + later.reasons,
+            losses=self.losses + later.losses,
+            answers=self.answers + later.answers,
+            kernel_families=later.kernel_families or self.kernel_families,
+            makers_at_peak=later.makers_at_peak or self.makers_at_peak,
+            timeline=later.timeline or self.timeline,
+            profile=later.profile or self.profile,
+            observed={**self.observed, **later.observed},
+        )
+
+    def record(self, case: Case, circumstances: Circumstances) -> Record:
+        """Return the record that these findings make; it is INVALID if there is a reason for that."""
+        return Record(
+            case=case,
+            status="invalid" if self.reasons else "ok",
+            metrics=dict(sorted(self.metrics.items())),
+            audit=dict(self.facts),
+            reasons=self.reasons,
+            makers_at_peak=dict(self.makers_at_peak),
+            timeline=self.timeline,
+            profile=self.profile,
+            losses=tuple(
+                loss for loss in self.losses if math.isfinite(loss)
+            ),  # JSON has no NaN; a fact says that there were some
+            answers=self.answers,
+            kernel_families=dict(self.kernel_families),
+            circumstances=circumstances,
+        )
+
+    @property
+    def sound(self) -> bool:
+        """Whether every fact so far holds."""
+        return all(fact.holds for fact in self.facts.values())
+
+
+def checked(checks: Mapping[str, Callable[[], Fact | None]]) -> Findings:
+    """Return the facts of these checks. A check that raises is left out and noted: an unknown structure is no mismatch."""
+    facts: dict[str, Fact] = {}
+    notes: list[str] = []
+    for name, check in checks.items():
+        try:
+            fact = check()
+        except Exception as error:  # a library's next version may be built differently
+            notes.append(f"audit: {name} could not be determined: {type(error).__name__}: {error}")
+            continue
+        if fact is not None:  # None: the question makes no sense for this case
+            facts[name] = fact
+    return Findings(facts=facts, notes=tuple(notes))

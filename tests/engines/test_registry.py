@@ -1,0 +1,98 @@
+"""A sixth engine, in a package of its own: found by its entry point, measured and audited like those of hpc-core."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.lookup import find
+from hpc_core.case.case import GenerateSpec
+from hpc_core.case.engines import registered
+from hpc_core.case.errors import SpecError
+from hpc_core.catalogue import generate, tiny
+from hpc_core.engines.engine import engine_of
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Verdict
+from hpc_core.record.job import Job
+from hpc_core.record.record import Record
+from hpc_core.worker.perform import perform
+
+ENGINE = '''
+import torch
+from transformers import DynamicCache
+from hpc_core.engines.generate import GenerateProgram, GenerationEngine
+from hpc_core.instruments.program import unmarked
+
+
+class GreedyLoop(GenerateProgram):
+    """Calls the model itself, token by token."""
+
+    def step(self, mark=unmarked):
+        inputs = self.inputs[self.steps_done % self.period]
+        mark("prefill")
+        cache, ids, made = DynamicCache(config=self.model.config), inputs["input_ids"], []
+        with torch.no_grad():
+            for count in range(1, self.new_tokens + 1):
+                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                ids = logits[:, -1].argmax(-1, keepdim=True)
+                made.append(ids)
+                if self.on_token is not None:
+                    ids.tolist()  # the token has reached the host
+                    self.on_token(count)
+                if count == 1:
+                    mark("decode")
+        self.output = torch.cat([inputs["input_ids"], *made], dim=1)
+        self.steps_done += 1
+
+
+class LoopEngine(GenerationEngine):
+    name, program = "loop", GreedyLoop
+'''
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package with the engine, as pip would install it."""
+    (tmp_path / "looped.py").write_text(ENGINE)
+    metadata = tmp_path / "looped-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: looped\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[hpc_core.engines]\nloop = looped:LoopEngine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registered.cache_clear()
+    yield tmp_path
+    registered.cache_clear()
+    sys.modules.pop("looped", None)
+
+
+def _measured(engine: str) -> Record:
+    case = generate(tiny, batch=2, prompts=2, prompt_length=8, new_tokens=6, engine=engine)
+    record = perform(Job(case=case, device="cpu", launched="inline"), lambda _: None)
+    assert record.status == "ok", (record.reasons, record.failure)
+    return record
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("package")
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # transformers 5.17 knows no other name
+def test_an_engine_of_another_package_is_measured_and_judged_like_any_other(tmp_path: Path) -> None:
+    """Same answers as transformers' `generate`, fewer operators, the whole audit, and PASS against its own baseline."""
+    loop, stock = _measured("loop"), _measured("stock")
+    accept(tmp_path, loop, reason="first", allow_dirty=True)
+    judgement = judge(_measured("loop"), find(tmp_path, "cpu", loop.case.id))
+    assert loop.answers == stock.answers
+    assert loop.metrics["operators"].value < stock.metrics["operators"].value
+    assert loop.metrics["kv_cache_bytes"] == stock.metrics["kv_cache_bytes"]
+    assert set(loop.audit) == set(stock.audit)
+    assert judgement.verdict is Verdict.PASS
+
+
+def test_an_engine_that_nobody_has_is_refused_with_those_that_exist(package: Path) -> None:
+    """The message lists the built-in engines and those of installed packages."""
+    assert engine_of(generate(tiny, engine="loop")).name == "loop"
+    with pytest.raises(SpecError, match=r"There is no engine 'grpah' for this workload. There are: graph, loop, stock"):
+        GenerateSpec(engine="grpah")
