@@ -45,6 +45,10 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, ValuePolicy]]:
     policy = ValuePolicy()
     watch = GpuWatch(gpu, policy)
     masking: Any = library("transformers.masking_utils", "Prediction")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        # Before anything is fake: its tables of codes, made when it is imported, would be fake tensors for the whole process, of
+        # a mode that ends with this prediction, and would reach native code without an address.
+        library("bitsandbytes", "Prediction")
     with contextlib.ExitStack() as stack:
         # transformers mistakes fake tensors for tracing and would build a mask that a real run omits.
         stack.enter_context(mock.patch.object(masking, "is_tracing", _no))

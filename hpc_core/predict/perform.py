@@ -20,7 +20,7 @@ from hpc_core.engines.engine import Engine, engine_of
 from hpc_core.faults.catalogue import inject
 from hpc_core.instruments.clock import quiet
 from hpc_core.instruments.instrument import Phases
-from hpc_core.instruments.places import following
+from hpc_core.instruments.places import following, nowhere
 from hpc_core.predict.callable import predict_callable
 from hpc_core.predict.fake_gpu import fake_gpu
 from hpc_core.predict.finetune import predict_finetune
@@ -106,7 +106,10 @@ def _predicted(
 ) -> Findings:
     with following() as modules, quiet():  # garbage goes by reference counts alone, as in a timed step
         watch.place = modules.here
-        found = _WORKLOADS[job.case.kind](Place(job.case, engine, kind, phases, watch, policy, modules))
+        try:
+            found = _WORKLOADS[job.case.kind](Place(job.case, engine, kind, phases, watch, policy, modules))
+        finally:
+            watch.place = nowhere  # which knows every module, and the watch outlives them
     note = "from the model of the allocator; depends on the order in which weights were loaded: low confidence"
     return found | Findings(
         metrics={"reserved_bytes": metric("reserved_bytes", watch.allocator.peak_reserved, note=note)}
