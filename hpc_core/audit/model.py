@@ -27,8 +27,7 @@ import torch
 from hpc_core.audit.facts import dtype_name, names
 from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.builders.drawn import STD, drawn
-from hpc_core.builders.quantization import packing_for, packing_of
-from hpc_core.builders.quantization import dequantized_weight, quantized_layers
+from hpc_core.builders.quantization import dequantized_weight, packing_for, packing_of, quantized_layers
 from hpc_core.case.case import Case, FinetuneSpec, ModelSpec, QuantSpec
 from hpc_core.instruments.owners import owned_bytes
 from hpc_core.record.findings import Findings, checked
