@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
@@ -29,10 +30,12 @@ class Real(msgspec.Struct, kw_only=True):
     """Live bytes of tensor storages, weights included, at the highest point."""
     flops: int = 0
     operators: dict[str, int] = {}
+    crashed: int = 0
+    """How the process of this case ended, as `os.waitstatus_to_exitcode` gives it: one that crashes costs one case."""
 
 
 def really_run(cases: Sequence[Case], *, count: bool, timeout_s: float = 300.0) -> list[Real]:
-    """One process for all; `count`: FLOPs and operators too, for which each case does one step more."""
+    """Each case in a process of its own; `count`: FLOPs and operators too, for which each case does one step more."""
     command = [sys.executable, "-m", "tests.crosscheck", *(["--count"] if count else [])]
     given = msgspec.json.encode(list(cases))
     done = subprocess.run(command, input=given, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
@@ -118,9 +121,31 @@ def _run(case: Case, *, count: bool) -> Real:
 
 def _serve(*, count: bool) -> None:
     cases = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Case])
+    for name in ("torch", "transformers", "peft", "bitsandbytes"):
+        importlib.import_module(name)
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)  # what libraries print is none of the answer
-        out.write(msgspec.json.encode([_run(case, count=count) for case in cases]))
+        out.write(msgspec.json.encode([_in_a_fork(case, count=count) for case in cases]))
+
+
+def _in_a_fork(case: Case, *, count: bool) -> Real:
+    """Fork, which spares the child the imports, and run one case in it."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        try:
+            with os.fdopen(writer, "wb") as pipe:
+                pipe.write(msgspec.json.encode(_run(case, count=count)))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return msgspec.json.decode(answer, type=Real) if code == 0 else Real(peak_bytes=0, crashed=code)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ COUNTS = (
 
 
 @functools.cache
-def _bytes() -> dict[Case, tuple[int, int]]:
-    """Real and predicted bytes by case."""
-    real = [each.peak_bytes for each in really_run(BYTES, count=False)]
+def _bytes() -> dict[Case, tuple[Real, int]]:
+    """The real step and predicted bytes by case."""
+    real = really_run(BYTES, count=False)
     foreseen = [int(values(record)["peak_requested_bytes"]) for record in predicted(BYTES)]
     return dict(zip(BYTES, zip(real, foreseen, strict=True), strict=True))
 
@@ -72,7 +72,9 @@ def test_live_bytes_are_those_of_a_real_step(case: Case) -> None:
 
     Left out on the side of the GPU: the workspaces of cuBLAS for two threads, which are no tensors.
     """
-    real, foreseen = _bytes()[case]
+    step, foreseen = _bytes()[case]
+    assert step.crashed == 0
+    real = step.peak_bytes
     foreseen -= 2 * gpu_named(GPU).workspace_bytes
     assert abs(foreseen - real) <= 1e-5 * real
     assert 0 <= foreseen - real <= _seeds(case)
@@ -81,6 +83,7 @@ def test_live_bytes_are_those_of_a_real_step(case: Case) -> None:
 def test_live_bytes_of_an_own_step_are_those_of_a_real_one() -> None:
     """They agree to the byte, but for what AdamW leaves on the CPU: a counter for each of 13 parameters, and the one it adds to them."""
     real, foreseen = _counts()[OWN.id]
+    assert real.crashed == 0
     workspaces = 2 * gpu_named(GPU).workspace_bytes
     assert foreseen["peak_requested_bytes"] - workspaces == real.peak_bytes - 4 * (13 + 1)
 
@@ -104,6 +107,7 @@ def _counts() -> dict[str, tuple[Real, dict[str, float | int]]]:
 def test_flops_are_those_that_torch_counts(case: Case) -> None:
     """FlopCounterMode over a real step says the same number."""
     real, foreseen = _counts()[case.id]
+    assert real.crashed == 0
     assert foreseen["flops"] == real.flops > 0
 
 
@@ -111,6 +115,7 @@ def test_flops_are_those_that_torch_counts(case: Case) -> None:
 def test_operators_are_those_of_a_real_step(case: Case) -> None:
     """As many are dispatched as on the CPU, whose attention has another name."""
     real, foreseen = _counts()[case.id]
+    assert real.crashed == 0
     assert foreseen["operators"] == sum(real.operators.values()) - _of_the_counter(case)
 
 

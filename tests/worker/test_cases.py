@@ -34,7 +34,6 @@ torch.set_num_threads(1)  # on a busy machine two threads wait for each other te
 # The soak is short here: its two hundred steps are tests/worker/test_soak.py's.
 CASES = {case.id: case.vary("lora-soak", steps=50) if case.id == "tiny/lora-soak" else case for case in TINY}
 _BUILD = [
-    "import",
     "build",
     "data",
     "warm-up",
@@ -88,7 +87,7 @@ def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str)
     events: list[Event] = []
     record = perform(Job(case=CASES[case_id], launched="inline", kind=Repeat()), events.append)
     phases = [event.name for event in events if isinstance(event, Phase)]
-    assert phases == ["import", "build", "data", "warm-up", "measure", "record", "done"]
+    assert phases == ["build", "data", "warm-up", "measure", "record", "done"]
     assert "peak_bytes" not in record.metrics
     both = merged(first, [record])
     assert both.status == "ok", both.reasons
@@ -108,7 +107,7 @@ def test_a_process_that_is_timed_again_takes_every_time_of_the_full_one(case: Ca
     assert (first.status, record.status) == ("ok", "ok"), record.reasons
     phases = [event.name for event in events if isinstance(event, Phase)]
     feed = ["feed"] if case is FED else []
-    assert phases == ["import", "build", "data", "warm-up", "measure", "busy", *feed, "record", "done"]
+    assert phases == ["build", "data", "warm-up", "measure", "busy", *feed, "record", "done"]
     sampled = {name: len(metric.samples) for name, metric in first.metrics.items() if metric.samples is not None}
     assert {name: len(record.metrics[name].samples or ()) for name in sampled} == sampled
     assert not {"peak_bytes", "operators", "flops"} & record.metrics.keys()
