@@ -44,6 +44,10 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     """Where the rates are from."""
 
+    def __hash__(self) -> int:
+        """By name, which is unique: rules that depend on a GPU are cached, and the rates above are a dictionary."""
+        return hash(self.name)
+
     @property
     def workspace_bytes(self) -> int:
         """Workspace of one cuBLAS handle on one stream.
