@@ -1,8 +1,7 @@
-"""Our Triton kernels for 4-bit products and for a prefill, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted`. A line a product."""
+"""Our Triton kernels, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted` prints the error of each."""
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,33 +13,44 @@ from torch.nn import functional
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engines.decode.cache import StaticKeyValues
-from hpc_core.engines.decode.model import decoder_of
+from hpc_core.engines.decode.kernel_step import KernelStep
+from hpc_core.engines.decode.model import Decoder, decoder_of
+from hpc_core.engines.decode.plain_step import PlainStep
 from hpc_core.engines.decode.prefill import Places, PlainBetween
 from hpc_core.engines.decode.prefill_kernels import KernelBetween
 from hpc_core.engines.decode.products import product_of
-from hpc_core.engines.kernels.layout import values_by_eights
+from hpc_core.engines.kernels.layout import packed_layout
 
-BATCHES = (1, 2, 8, 9, 17, 32)
-BATCHES_QUANTIZED_AGAIN = (1, 9)
-"""One of each kernel: what differs is how a constant is made, not the batch."""
-WIDTHS = (64, 320, 1088)
-"""Columns: one block of constants, and two that are no multiple of what the warps of a program take at a time."""
+SHAPES = (
+    (64, 1, False),
+    (64, 2, False),
+    (64, 32, False),
+    (320, 1, False),
+    (320, 9, False),
+    (320, 17, False),
+    (64, 9, True),
+    (320, 1, True),
+)
+"""Columns, batch, and whether constants are quantized again.
+
+64 columns are one block of constants; 320 are more than a program takes at a time, and no multiple of it. The batches are padded to 8, 16 and
+32, one fills its padding.
+"""
 
 
 def main() -> int:
-    """Largest error of each product, relative to its largest value; 1 if one is not float32's."""
+    """Print each result's largest error, relative to its largest value; return 1 if one is larger than float32's rounding."""
+    results = [
+        (f"{name} {width} {batch}{' quantized again' * nested}", *both)
+        for width, batch, nested in SHAPES
+        for name, *both in _products(width, batch, nested=nested)
+    ]
+    results += [(f"prefill {name}", *both) for name, *both in _between_products()]
+    results += [(f"step of batch {batch}", *_step(batch)) for batch in (1, 3)]
     worst = 0.0
-    both = itertools.chain(
-        itertools.product((False,), WIDTHS, BATCHES), itertools.product((True,), WIDTHS, BATCHES_QUANTIZED_AGAIN)
-    )
-    for nested, width, batch in both:
-        for name, seen, wanted in _products(width, batch, nested=nested):
-            error = float((seen - wanted).abs().max() / wanted.abs().max())
-            print(f"{name} {width} {batch} {'quantized again' * nested} {error:.1e}")
-            worst = max(worst, error)
-    for name, seen, wanted in _between_products():
-        error = float((seen - wanted).abs().max() / wanted.abs().max())
-        print(f"prefill {name} {error:.1e}")
+    for name, computed, expected in results:
+        error = float((computed - expected).abs().max() / expected.abs().max())
+        print(f"{name} {error:.1e}")
         worst = max(worst, error)
     print(_refused(96, 32), _refused(64, 24), sep="\n")
     return int(not worst < 1e-5)
@@ -55,17 +65,52 @@ def _products(width: int, batch: int, *, nested: bool) -> list[tuple[str, torch.
     gate, up = (layer(x) for layer in pair)
     return [
         ("side by side, biases", _ours(rows, x, (True, False)), torch.cat([layer(x) for layer in rows], -1)),
-        ("gated", _ours(pair, x, (True, True), gated=True), values_by_eights(functional.silu(gate) * up)),
-        ("residual", _ours(pair[:1], x, (True, True), around=around), values_by_eights(gate + around)),
+        ("gated", _ours(pair, x, (True, True), gated=True), packed_layout(functional.silu(gate) * up)),
+        ("residual", _ours(pair[:1], x, (True, True), around=around), packed_layout(gate + around)),
     ]
 
 
-def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """What stands between the products of a prefill, ours and torch's, of two rows of which one is padded."""
+def _decoder() -> Decoder:
+    torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=96, intermediate_size=64, num_hidden_layers=1, num_attention_heads=6, num_key_value_heads=3
+        hidden_size=96,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        vocab_size=64,
     )
-    decoder = decoder_of(transformers.LlamaForCausalLM(config).eval())
+    return decoder_of(transformers.LlamaForCausalLM(config).eval())
+
+
+def _step(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of two tokens after a padded prompt, by our kernels and by torch's operators: all launches of a step, with plain weights."""
+    decoder = _decoder()
+    turns = decoder.turns(64)
+    logits = []
+    for name in ("triton", "torch"):
+        cache = StaticKeyValues(decoder, batch, 64)
+        cache.begin(40, torch.arange(batch) * 2)
+        cache.whole.copy_(torch.randn(cache.whole.shape, generator=torch.Generator().manual_seed(1)))
+        step: Any = (
+            KernelStep(decoder, cache, turns, int8_head=False, early="none")
+            if name == "triton"
+            else PlainStep(decoder, cache, turns, decoder.head, eager=True)
+        )
+        tokens = torch.arange(batch)
+        with torch.no_grad():
+            both = []
+            for _ in range(2):
+                both.append(step(tokens).clone())
+                cache.filled += 1
+                cache.length += 1
+            logits.append(torch.stack(both))
+    return logits[0], logits[1]
+
+
+def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """What stands between the products of a prefill, by our kernels and by torch's operators; one of two rows is padded."""
+    decoder = _decoder()
     turns = decoder.turns(24)
     width, first = 20, torch.tensor([5, 0], dtype=torch.int32)
     positions = (torch.arange(width)[None] - first[:, None]).clamp(min=0)
@@ -99,14 +144,14 @@ def _layer(columns: int, rows: int, *, has_bias: bool = False, nested: bool = Fa
 def _ours(
     layers: Sequence[Any],
     x: torch.Tensor,
-    permuted: tuple[bool, bool],
+    packed: tuple[bool, bool],
     *,
     gated: bool = False,
     around: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early="none", gated=gated, permuted=permuted)
+    product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early="none", gated=gated, packed=packed)
     out = torch.full((len(x), product.out_rows), float("nan"))
-    product(values_by_eights(x), out, None if around is None else values_by_eights(around))
+    product(packed_layout(x), out, None if around is None else packed_layout(around))
     return out
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 from hpc_core.engines.kernels.four_bit_format import constants_of
-from hpc_core.engines.kernels.layout import distances
+from hpc_core.engines.kernels.layout import pointer_offsets
 
 
 def _states(*rows: int, nested: bool) -> list[Any]:
@@ -43,16 +43,17 @@ def test_a_byte_stands_for_what_bitsandbytes_decodes(rows: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_nothing_but_the_offsets_is_copied(nested: bool) -> None:
-    """The launch reads bitsandbytes' own tensors, the second and third by their distance from the first."""
+    """The launch reads bitsandbytes' own tensors, the second and third by their offset from the first."""
     states = _states(512, 64, 64, nested=nested)
     constants = constants_of(states)
     assert [each.data_ptr() for each in constants.each] == [state.absmax.data_ptr() for state in states]
-    told = constants.arguments(torch.zeros(1))
-    width = told["absmax"].element_size()
-    assert told["absmax"].data_ptr() + told["absmax_third"] * width == states[2].absmax.data_ptr()
+    offsets = constants.offsets_of_pointers()
+    width = constants.each[0].element_size()
+    assert constants.each[0].data_ptr() + offsets["absmax_third"] * width == states[2].absmax.data_ptr()
     if nested:
-        assert told["outer"].data_ptr() + 4 * told["outer_second"] == states[1].state2.absmax.data_ptr()
-        assert told["offsets"].tolist() == [float(state.offset) for state in states]
+        assert constants.outer[0].data_ptr() + 4 * offsets["outer_second"] == states[1].state2.absmax.data_ptr()
+        assert constants.offsets is not None
+        assert constants.offsets.tolist() == [float(state.offset) for state in states]
     else:
         assert constants.offsets is None
 
@@ -64,7 +65,7 @@ def test_constants_that_one_launch_cannot_read_are_refused() -> None:
         constants_of([*plain, *nested])
     state = nested[0]
     wider = SimpleNamespace(**vars(state) | {"state2": SimpleNamespace(**vars(state.state2) | {"blocksize": 512})})
-    with pytest.raises(BuildError, match=r"by 256, these are by 512"):
+    with pytest.raises(BuildError, match=r"blocks of 256, these are in blocks of 512"):
         constants_of([wider])
     other = SimpleNamespace(**vars(state) | {"state2": SimpleNamespace(**vars(state.state2) | {"code": state.code})})
     with pytest.raises(BuildError, match="different codes"):
@@ -72,10 +73,10 @@ def test_constants_that_one_launch_cannot_read_are_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=3))
-def test_distances_lead_from_the_first_tensor_to_the_others(sizes: list[int]) -> None:
+def test_pointer_offsets_lead_from_the_first_tensor_to_the_others(sizes: list[int]) -> None:
     """Counted in elements; 0 for those that are not there."""
     tensors = [torch.zeros(size) for size in sizes]
-    far = distances(tensors)
+    far = pointer_offsets(tensors)
     for tensor, elements in zip(tensors[1:], far, strict=False):
         assert tensors[0].data_ptr() + 4 * elements == tensor.data_ptr()
     assert far[len(tensors) - 1 :] == (0, 0)[len(tensors) - 1 :]

@@ -335,7 +335,7 @@ def test_tuning_takes_one_of_the_candidates(device: torch.device, monkeypatch: p
         products = [layer[name] for layer in step._layers]
         assert len({product.blocks for product in products}) == 1
         assert products[0].blocks in products[0].candidates()
-        assert said[name].startswith(products[0].blocks.said)
+        assert said[name].startswith(products[0].blocks.text)
         assert said[name].endswith(" us")
 
 

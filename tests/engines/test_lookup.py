@@ -21,7 +21,7 @@ VALUES = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.
 _UNSIGNED = {"and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "shr.u32": lambda a, b: a >> b}
 
 
-def _permuted(low: int, high: int, selector: int) -> int:
+def _packed(low: int, high: int, selector: int) -> int:
     """PTX's `prmt.b32` in its default mode, for selectors without the sign bit."""
     source = low.to_bytes(4, "little") + high.to_bytes(4, "little")
     picks = [selector >> 4 * at & 15 for at in range(4)]
@@ -55,7 +55,7 @@ def _played(assembly: str, first: int, operands: list[int]) -> dict[str, int]:
         if name.endswith("f16x2"):
             held[names[0]] = _fused(name, values)
         elif name == "prmt.b32":
-            held[names[0]] = _permuted(*values)
+            held[names[0]] = _packed(*values)
         elif name != "mov.b32":
             held[names[0]] = _UNSIGNED[name](*values)
     return held

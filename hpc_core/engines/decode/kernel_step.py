@@ -20,7 +20,7 @@ from hpc_core.engines.decode.products import (
 )
 from hpc_core.engines.kernels.attention import attend_part, join_parts
 from hpc_core.engines.kernels.batch import embed, norm_rows
-from hpc_core.engines.kernels.layout import values_by_eights
+from hpc_core.engines.kernels.layout import Heads, packed_layout
 
 _KEYS_A_BLOCK = 32
 _PROGRAMS = 192
@@ -49,18 +49,18 @@ class KernelStep:
         self.head = "int8" if int8_head else "plain"
         self._batch = cache.batch
         self._early = _early_launches(decoder.device, cache.batch) if early is None else early
-        self._permuted = decoder.four_bit
-        """Activations are stored by eights; see `vector_kernels`."""
+        self._packed = decoder.four_bit
+        """Whether activations are stored in the packed layout; see `kernels.vector`."""
         self._dummy = torch.zeros(1, dtype=decoder.dtype, device=decoder.device)
         self._layers = [self._prepared(layer) for layer in decoder.layers]
         gain = self._gain(decoder.final_norm)
         self._final_gain = gain
-        self._head = self._product([decoder.head], gain, permuted=(self._permuted, False), int8=int8_head)
+        self._head = self._product([decoder.head], gain, packed=(self._packed, False), int8=int8_head)
         self._make_buffers()
 
     def _gain(self, norm: Any) -> torch.Tensor:
         weight: torch.Tensor = norm.weight.detach()
-        return values_by_eights(weight) if self._permuted else weight
+        return packed_layout(weight) if self._packed else weight
 
     def _product(self, modules: Any, gain: torch.Tensor | None = None, **options: Any) -> Product:
         return product_of(
@@ -74,14 +74,14 @@ class KernelStep:
         )
 
     def _prepared(self, layer: Layer) -> dict[str, Any]:
-        inside, both = (self._permuted, False), (self._permuted, self._permuted)
+        inside, both = (self._packed, False), (self._packed, self._packed)
         gains = self._gain(layer.input_norm), self._gain(layer.post_norm)
         return {
             "gains": gains,
-            "qkv": self._product(layer.qkv, gains[0], permuted=inside),
-            "output": self._product([layer.output], permuted=both),
-            "gate_up": self._product(layer.gate_up, gains[1], gated=True, permuted=both),
-            "down": self._product([layer.down], permuted=both),
+            "qkv": self._product(layer.qkv, gains[0], packed=inside),
+            "output": self._product([layer.output], packed=both),
+            "gate_up": self._product(layer.gate_up, gains[1], gated=True, packed=both),
+            "down": self._product([layer.down], packed=both),
         }
 
     def _make_buffers(self) -> None:
@@ -149,7 +149,7 @@ class KernelStep:
             decoder.embedding,
             self._hidden,
             decoder.hidden,
-            permuted=self._permuted,
+            packed=self._packed,
             block=_EMBED_BLOCK,
             **launched(self._early),
         )
@@ -176,15 +176,16 @@ class KernelStep:
     def _attend(self, kept: Any) -> None:
         decoder, cache = self._decoder, self._cache
         groups, shared, width = decoder.groups, decoder.heads // decoder.groups, decoder.head_width
+        padded = max(16, 1 << (shared - 1).bit_length())
+        form = Heads(groups, shared, padded, width, self._parts, _KEYS_A_BLOCK)
         attend_part[(self._batch * groups, self._parts)](
             self._qkv, *self._turns, kept.keys, kept.values, cache.first, cache.filled,
             self._highest, self._weight, self._part, 1.0 / math.sqrt(width), cache.capacity,
-            groups=groups, shared=shared, shared_padded=max(16, 1 << (shared - 1).bit_length()), width=width,
-            parts=self._parts, block=_KEYS_A_BLOCK, num_warps=4, **launched(self._early),
+            heads_form=form, num_warps=4, **launched(self._early),
         )  # fmt: skip
         join_parts[(self._batch * decoder.heads,)](
             self._highest, self._weight, self._part, self._mixed, decoder.heads,
-            permuted=self._permuted, width=width, parts=self._parts, num_warps=2, **launched(self._early),
+            packed=self._packed, width=width, parts=self._parts, num_warps=2, **launched(self._early),
         )  # fmt: skip
 
 

@@ -1,7 +1,16 @@
 """Triton: attention of one new token over the filled part of a static cache, split over the keys (flash decoding).
 
-The heads of one group share a program and so read their keys and values once. How much is filled is read on the device: one
-captured launch serves every length.
+    qkv     (batch, (heads + 2 * groups) * width)      one row: | queries of group 0 | ... | keys | values |
+    keys    (batch, groups, capacity, width)           values likewise
+
+    one row of one group:   | padding | prompt and earlier tokens | new token | free |
+    place                   0         first                       filled      filled + 1 ... capacity
+                                      |  part 0  |  part 1  | ...
+
+`attend_part`: one program instance takes the query heads of one group, which share keys and values, and one part of the places. Part 0 also
+stores the new token's key and value. `join_parts`: one program instance joins the parts of one head.
+
+`filled` is read on the device, so one captured launch serves every length.
 """
 
 from __future__ import annotations
@@ -9,12 +18,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engines.kernels.vector import by_eights, wait_for_others
+from hpc_core.engines.kernels.vector import packed_place, wait_for_others
 
 
 @triton.jit
 def rotated(at, partner, sign, cos, sin, inside):
-    """Rotary embedding of what lies at these places: x · cos + half-swapped x · sin."""
+    """Return the rotary embedding of the values at these places: x · cos + half-swapped x · sin."""
     plain = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     swapped = tl.load(partner, mask=inside, other=0.0).to(tl.float32)
     return plain * cos + sign * swapped * sin
@@ -34,20 +43,20 @@ def attend_part(
     mixed,
     scale,
     capacity,
-    groups: tl.constexpr,
-    shared: tl.constexpr,
-    shared_padded: tl.constexpr,
-    width: tl.constexpr,
-    parts: tl.constexpr,
-    block: tl.constexpr,
+    heads_form: tl.constexpr,
     early: tl.constexpr,
 ):
-    """One group of query heads against one part of the cache; part 0 also stores the new token's key and value, and sees it.
+    """Attend with one group of query heads to one part of the cache; part 0 also stores the new token's key and value, and attends to it.
 
-    qkv (batch, (groups·shared + 2·groups)·width) as projected; keys and values (batch, groups, capacity, width); first (batch,) is
-    where a row's prompt begins; filled (1,) is how many places hold earlier tokens. Leaves, for each (batch, head, part), the
-    highest score, the sum of weights relative to it, and the weighted sum of values.
+    cos and sin (capacity, width); first (batch,) is where a row's prompt begins; filled (1,) counts the places of earlier tokens.
+    Stores, for each (batch, head, part): the highest score, the sum of weights relative to it, and the weighted sum of values.
     """
+    groups: tl.constexpr = heads_form.groups
+    shared: tl.constexpr = heads_form.shared
+    shared_padded: tl.constexpr = heads_form.shared_padded
+    width: tl.constexpr = heads_form.width
+    parts: tl.constexpr = heads_form.parts
+    block: tl.constexpr = heads_form.block
     item, group, part = tl.program_id(0) // groups, tl.program_id(0) % groups, tl.program_id(1)
     old = tl.load(filled)
     begin = tl.load(first + item)
@@ -111,12 +120,12 @@ def join_parts(
     mixed,
     out,
     heads,
-    permuted: tl.constexpr,
+    packed: tl.constexpr,
     width: tl.constexpr,
     parts: tl.constexpr,
     early: tl.constexpr,
 ):
-    """out (batch, heads·width): the parts of one head, weighted by what they are relative to the highest score of all."""
+    """out (batch, heads·width): the parts of one head, each weighted relative to the highest score of all."""
     wait_for_others(early)
     row = tl.program_id(0)
     item, head = row // heads, row % heads
@@ -125,5 +134,5 @@ def join_parts(
     fade = tl.exp(tops - tl.max(tops, 0))
     total = tl.sum(tl.load(weight + row * parts + every) * fade, 0)
     mix = tl.sum(tl.load(mixed + (row * parts + every)[:, None] * width + lanes[None, :]) * fade[:, None], 0)
-    place = by_eights(head * width + lanes, heads * width, permuted)
+    place = packed_place(head * width + lanes, heads * width, packed)
     tl.store(out + item * heads * width + place, (mix / total).to(out.dtype.element_ty))

@@ -1,6 +1,16 @@
 """Triton: a few activation rows (batch 2 to 32) times a weight matrix by tensor cores, and the small kernels around a product.
 
-The batch is padded to sixteen or thirty-two rows inside the kernel. 4-bit matrices: `four_bit_batch`. Layouts, distances and "by eights" are those of `vector_kernels`.
+    x    (batch, k_size)     padded to `padded` = 16 or 32 rows inside the kernel
+    W    (n_all, k_size)     up to three matrices, as in `vector`
+    out  (batch, n_all)
+
+         k_size           padded                 padded
+       +---------+      +--------+             +--------+
+       | block_n |  x   |  x.T   | k_size  =   | block_n|      one program instance
+       +---------+      +--------+             +--------+
+
+A program instance takes block_n rows of W and all rows of x, and adds up block_k columns at a time. The packed layout of activations and
+the early start of launches are those of `vector`; 4-bit matrices are in `four_bit_batch`.
 """
 
 from __future__ import annotations
@@ -8,28 +18,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hpc_core.engines.kernels.vector import (
-    by_eights,
-    silu_times,
-    start_of,
-    wait_for_others,
-)
+from hpc_core.engines.kernels.vector import packed_place, silu_times, start_of, wait_for_others
 
 
 @triton.jit
-def embed(tokens, table, out, hidden, permuted: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
-    """Each row's embedding: out (rows, hidden) = table[tokens]."""
+def embed(tokens, table, out, hidden, packed: tl.constexpr, block: tl.constexpr, early: tl.constexpr):
+    """out (rows, hidden) = table[tokens]; a program instance copies `block` columns of one row."""
     wait_for_others(early)
     row, part = tl.program_id(0), tl.program_id(1)
     columns = part * block + tl.arange(0, block)
     inside = columns < hidden
     values = tl.load(table + tl.load(tokens + row) * hidden + columns, mask=inside)
-    tl.store(out + row * hidden + by_eights(columns, hidden, permuted), values, mask=inside)
+    tl.store(out + row * hidden + packed_place(columns, hidden, packed), values, mask=inside)
 
 
 @triton.jit
 def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr, early: tl.constexpr):
-    """RMS norm of each row, rounded where transformers rounds; x and gain in the same order."""
+    """RMS norm of x (rows, hidden), a program instance a row, rounded where transformers rounds. x and gain have the same order."""
     wait_for_others(early)
     row = tl.program_id(0)
     columns = tl.arange(0, block)
@@ -42,39 +47,20 @@ def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr, early: tl.constexp
 
 
 @triton.jit
-def leave(
-    total,
-    other,
-    bias,
-    residual,
-    row_scale,
-    out,
-    row,
-    base,
-    local,
-    n_all,
-    batch,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    scaled: tl.constexpr,
-    out_permuted: tl.constexpr,
-    block_n: tl.constexpr,
-    padded: tl.constexpr,
-):
-    """What follows a product of (block_n, padded): scale, bias, SiLU, residual, and the store."""
-    rows = row + tl.arange(0, block_n)
-    if scaled:
-        total *= tl.load(row_scale + rows)[:, None]
-    if has_bias:
-        total += tl.load(bias + base + local + tl.arange(0, block_n)).to(tl.float32)[:, None]
-    if gated:
+def finish_rows(total, other, around, out, row, rows, batch, bias_base, bias_local, form: tl.constexpr):
+    """Finish a product (block_n, padded) and store it: scale of a row, bias, SiLU, residual."""
+    lines = row + tl.arange(0, form.block_n)
+    if form.scaled:
+        total *= tl.load(around.row_scale + lines)[:, None]
+    if form.bias:
+        total += tl.load(around.bias + bias_base + bias_local + tl.arange(0, form.block_n)).to(tl.float32)[:, None]
+    if form.gated:
         total = silu_times(total, other, out)
-    items = tl.arange(0, padded)
-    places = items[None, :] * n_all + by_eights(rows, n_all, out_permuted)[:, None]
-    inside = (items < batch)[None, :] & (rows < n_all)[:, None]
-    if has_residual:
-        added = tl.load(residual + places, mask=inside, other=0.0).to(tl.float32)
+    items = tl.arange(0, form.padded)
+    places = items[None, :] * rows.all + packed_place(lines, rows.all, form.out_packed)[:, None]
+    inside = (items < batch)[None, :] & (lines < rows.all)[:, None]
+    if form.residual:
+        added = tl.load(around.residual + places, mask=inside, other=0.0).to(tl.float32)
         total = total.to(out.dtype.element_ty).to(tl.float32) + added
     tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
 
@@ -83,67 +69,37 @@ def leave(
 def plain_rows(
     x,
     w,
-    bias,
-    residual,
-    row_scale,
+    around,
     out,
-    n_first,
-    n_second,
-    n_all,
+    rows,
     k_size,
     batch,
     second: tl.int64,
     third: tl.int64,
     bias_second: tl.int64,
     bias_third: tl.int64,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    scaled: tl.constexpr,
-    x_permuted: tl.constexpr,
-    out_permuted: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    padded: tl.constexpr,
-    stages: tl.constexpr,
-    early: tl.constexpr,
+    form: tl.constexpr,
 ):
     """out (batch, n_all) = f(x (batch, k_size) · Wᵀ)."""
-    wait_for_others(early)
+    block_n: tl.constexpr = form.block_n
+    block_k: tl.constexpr = form.block_k
+    padded: tl.constexpr = form.padded
+    wait_for_others(form.early)
     row = tl.program_id(0) * block_n
-    base, local = start_of(row, n_first, n_second, second, third)
+    base, local = start_of(row, rows, second, third)
     start = w + base + (local + tl.arange(0, block_n))[:, None].to(tl.int64) * k_size
     items = tl.arange(0, padded)
     total = tl.zeros((block_n, padded), tl.float32)
     other = tl.zeros((block_n, padded), tl.float32)
-    for k in tl.range(0, k_size, block_k, num_stages=stages):
+    for k in tl.range(0, k_size, block_k, num_stages=form.stages):
         columns = k + tl.arange(0, block_k)
         inside = columns < k_size
-        at = items[None, :] * k_size + by_eights(columns, k_size, x_permuted)[:, None]
+        at = items[None, :] * k_size + packed_place(columns, k_size, form.x_packed)[:, None]
         values = tl.load(x + at, mask=inside[:, None] & (items < batch)[None, :], other=0.0)
         weights = tl.load(start + columns[None, :], mask=inside[None, :], other=0.0).to(values.dtype)
         total = tl.dot(weights, values, total, input_precision="ieee")
-        if gated:
+        if form.gated:
             weights = tl.load(start + second + columns[None, :], mask=inside[None, :], other=0.0).to(values.dtype)
             other = tl.dot(weights, values, other, input_precision="ieee")
-    bias_base, bias_local = start_of(row, n_first, n_second, bias_second, bias_third)
-    leave(
-        total,
-        other,
-        bias,
-        residual,
-        row_scale,
-        out,
-        row,
-        bias_base,
-        bias_local,
-        n_all,
-        batch,
-        gated,
-        has_bias,
-        has_residual,
-        scaled,
-        out_permuted,
-        block_n,
-        padded,
-    )
+    bias_base, bias_local = start_of(row, rows, bias_second, bias_third)
+    finish_rows(total, other, around, out, row, rows, batch, bias_base, bias_local, form)

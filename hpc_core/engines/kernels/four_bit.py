@@ -1,6 +1,16 @@
-"""Triton: one activation vector times a 4-bit matrix in bitsandbytes' layout, dequantized on the way.
+"""Triton: one activation vector times a 4-bit matrix in bitsandbytes' layout, dequantized on the way. As `vector`, which see first.
 
-As `vector_kernels`, which see for layouts and launches. Bound by instructions as much as by bytes: hence the lookup without memory.
+    one row of W, k_size weights:
+       codes      | word 0 | word 1 | ... | word 7 | word 8 | ...      int32, eight codes of 4 bits each
+       constants  |        absmax of block 0       | absmax of ...     one for each 64 weights = 8 words
+    one byte of a word: the even element's code in the high half, the odd one's in the low half
+
+    weight = value[code] * constant(block)
+
+A constant is stored as a float32, or as a byte that is dequantized first (`form.nested`; see `four_bit_format`).
+A program instance takes block_n rows and walks over their words, block_k words at a time. It multiplies eight values by eight activations,
+which the packed layout stores as four pairs, and applies a block's constant to the sum. Instructions bound its speed as much as bytes do:
+hence the lookup of codes by byte permutes, without memory.
 """
 
 from __future__ import annotations
@@ -9,16 +19,16 @@ import triton
 import triton.language as tl
 
 from hpc_core.engines.kernels.four_bit_format import EIGHT_PRODUCTS
-from hpc_core.engines.kernels.vector import leave_vector, start_of, wait_for_others
+from hpc_core.engines.kernels.vector import finish_vector, start_of, wait_for_others
 
 PRODUCTS = tl.constexpr(EIGHT_PRODUCTS)
 SHRINK = tl.constexpr(1 / 16)
-"""Activations are this much smaller in float16: 260,000 times a weight still does not overflow, 1e-6 is still something."""
+"""Activations are scaled by this in float16: then 260,000 times a weight does not overflow, and 1e-6 does not vanish."""
 
 
 @triton.jit
 def unpacked(word, bf16: tl.constexpr):
-    """The two elements of a word, in float32: low half, high half."""
+    """Return the two elements of a word in float32: low half, high half."""
     if bf16:
         low = (word << 16).to(tl.float32, bitcast=True)
         high = (word & -65536).to(tl.float32, bitcast=True)
@@ -35,12 +45,12 @@ def unpacked(word, bf16: tl.constexpr):
 
 
 @triton.jit
-def pair(x, gain, at, inside, norm: tl.constexpr, bf16: tl.constexpr):
-    """A word of activations times their gains as two float16, made smaller; and the squares of what was there."""
-    low, high = unpacked(tl.load(x + at, mask=inside, other=0), bf16)
+def pair(x, gain, at, inside, form: tl.constexpr):
+    """Return a word of activations times their gains as two float16, times SHRINK; and the sum of the activations' squares."""
+    low, high = unpacked(tl.load(x + at, mask=inside, other=0), form.bf16)
     square = low * low + high * high
-    if norm:
-        gain_low, gain_high = unpacked(tl.load(gain + at, mask=inside, other=0), bf16)
+    if form.norm:
+        gain_low, gain_high = unpacked(tl.load(gain + at, mask=inside, other=0), form.bf16)
         low *= gain_low
         high *= gain_high
     word = tl.inline_asm_elementwise(
@@ -50,8 +60,10 @@ def pair(x, gain, at, inside, norm: tl.constexpr, bf16: tl.constexpr):
 
 
 @triton.jit
-def products_by_bytes(codes, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3):
-    """Sum of eight values times eight activations for each word of codes (rows, words); see `code_lookup`."""
+def products_by_bytes(codes, tables, pairs):
+    """Return the sum of eight values times eight activations for each word of codes (rows, words); see `four_bit_format`."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = tables
+    x0, x1, x2, x3 = pairs
     return tl.inline_asm_elementwise(
         PRODUCTS,
         "=f,r,r,r,r,r,r,r,r,r,r,r,r,r",
@@ -64,7 +76,7 @@ def products_by_bytes(codes, t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3):
 
 @triton.jit
 def element(x, gain, at, inside, norm: tl.constexpr):
-    """The elements of x at these places, times their gains, and their squares without."""
+    """Return the elements of x at these places times their gains, and the squares of the elements."""
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     square = value * value
     if norm:
@@ -74,7 +86,7 @@ def element(x, gain, at, inside, norm: tl.constexpr):
 
 @triton.jit
 def two_products(codes, table, x, gain, at, inside, shift: tl.constexpr, norm: tl.constexpr):
-    """Two codes of each word, the even element's above the odd one's, looked up in memory and multiplied in float32."""
+    """Look up two codes of each word in memory and multiply them in float32; the even element's code is above the odd one's."""
     even, even_square = element(x, gain, at, inside, norm)
     odd, odd_square = element(x, gain, at + 1, inside, norm)
     total = tl.load(table + ((codes >> (shift + 4)) & 15)) * even[None, :]
@@ -84,7 +96,7 @@ def two_products(codes, table, x, gain, at, inside, shift: tl.constexpr, norm: t
 
 @triton.jit
 def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.constexpr):
-    """As `products_by_bytes` in float32 throughout, and the squares of x (words,)."""
+    """As `products_by_bytes`, in float32 throughout; also return the squares of x (words,)."""
     p0, s0 = two_products(codes, table, x, gain, 2 * columns, inside, 0, norm)
     p1, s1 = two_products(codes, table, x, gain, 2 * (words + columns), inside, 8, norm)
     p2, s2 = two_products(codes, table, x, gain, 2 * (2 * words + columns), inside, 16, norm)
@@ -94,13 +106,13 @@ def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.co
 
 @triton.jit
 def outer_at(outer, blocks, inside):
-    """What the bytes of these blocks of 64 weights, counted from their matrix's first, are multiplied by."""
+    """Load the outer constants of these blocks of 64 weights, which are counted from the first of their matrix."""
     return tl.load(outer + (blocks >> 8), mask=inside, other=0.0)
 
 
 @triton.jit
 def constant(stored, outer, code, offset, nested: tl.constexpr):
-    """The constants of blocks, in float32: as they are stored, or what their bytes stand for (see `block_constants`)."""
+    """Return the constants of blocks in float32, from floats or from bytes."""
     if nested:  # noqa: SIM108 - a choice at compile time
         value = tl.load(code + stored.to(tl.int32)) * outer + offset
     else:
@@ -109,8 +121,12 @@ def constant(stored, outer, code, offset, nested: tl.constexpr):
 
 
 @triton.jit
-def four_bit_tile(codes_of, scales_of, blocks_of, outer, columns, words, whole: tl.constexpr, nested: tl.constexpr):
-    """These words of the rows that begin at `codes_of`, and what makes the constant of each; zero beyond the last."""
+def four_bit_tile(starts, outer, columns, words, whole: tl.constexpr, nested: tl.constexpr):
+    """Load these words of some rows, and what makes the constant of each; zero beyond the last word.
+
+    starts: of the rows' codes, of their constants, and their first blocks, (block_n, 1) each.
+    """
+    codes_of, scales_of, blocks_of = starts
     blocks = (columns // 8)[None, :]
     if whole:
         codes = tl.load(codes_of + columns[None, :])
@@ -127,11 +143,9 @@ def four_bit_tile(codes_of, scales_of, blocks_of, outer, columns, words, whole: 
 
 @triton.jit
 def starts_of_rows(
-    w,
-    absmax,
+    matrix,
     row,
-    n_first,
-    n_second,
+    rows,
     words,
     second: tl.int64,
     third: tl.int64,
@@ -139,156 +153,99 @@ def starts_of_rows(
     absmax_third: tl.int64,
     block_n: tl.constexpr,
 ):
-    """Where the words, and the constants, of the rows from `row` on begin: (block_n,) pointers each."""
-    base, local = start_of(row, n_first, n_second, second, third)
-    absmax_base, _ = start_of(row, n_first, n_second, absmax_second, absmax_third)
+    """Return where the words, and the constants, of the rows from `row` on begin: (block_n,) pointers each."""
+    base, local = start_of(row, rows, second, third)
+    absmax_base, _ = start_of(row, rows, absmax_second, absmax_third)
     lines = (local + tl.arange(0, block_n)).to(tl.int64)
-    return w + base + lines * words, absmax + absmax_base + lines * (words // 8)
+    return matrix.codes + base + lines * words, matrix.absmax + absmax_base + lines * (words // 8)
 
 
 @triton.jit
-def outer_of_rows(
-    outer,
-    offsets,
-    row,
-    n_first,
-    n_second,
-    words,
-    outer_second: tl.int64,
-    outer_third: tl.int64,
-    gated: tl.constexpr,
-    nested: tl.constexpr,
-    block_n: tl.constexpr,
-):
-    """Where the outer constants begin of the matrix that the rows from `row` on belong to, these rows' first blocks in it (block_n,), its offset, and of
-    two side by side the other's.
+def outer_of_rows(matrix, row, rows, words, outer_second: tl.int64, outer_third: tl.int64, form: tl.constexpr):
+    """Return, for the rows from `row` on, where their matrix's outer constants begin, the rows' first blocks in it (block_n,), its offset,
+    and the offset of the second of two gated matrices.
     """
-    offset, offset_up = 0.0, 0.0
-    base, local = start_of(row, n_first, n_second, outer_second, outer_third)
-    blocks = (local + tl.arange(0, block_n)) * (words // 8)
-    if nested:
+    outer, offset, offset_up = matrix.outer, 0.0, 0.0
+    base, local = start_of(row, rows, outer_second, outer_third)
+    blocks = (local + tl.arange(0, form.block_n)) * (words // 8)
+    if form.nested:
         outer += base
-        if gated:
-            offset, offset_up = tl.load(offsets), tl.load(offsets + 1)
+        if form.gated:
+            offset, offset_up = tl.load(matrix.offsets), tl.load(matrix.offsets + 1)
         else:
-            offset = tl.load(offsets + (row >= n_first).to(tl.int32) + (row >= n_first + n_second).to(tl.int32))
+            number = (row >= rows.first).to(tl.int32) + (row >= rows.first + rows.second).to(tl.int32)
+            offset = tl.load(matrix.offsets + number)
     return outer, blocks, offset, offset_up
 
 
 @triton.jit
 def four_bit_vector(
     x,
-    w,
-    absmax,
-    table,
-    tables,
+    matrix,
     gain,
-    bias,
-    residual,
+    around,
     out,
-    n_first,
-    n_second,
-    n_all,
-    k_size: tl.constexpr,
+    rows,
     second: tl.int64,
     third: tl.int64,
     absmax_second: tl.int64,
     absmax_third: tl.int64,
-    outer,
     outer_second: tl.int64,
     outer_third: tl.int64,
-    code,
-    offsets,
     bias_second: tl.int64,
     bias_third: tl.int64,
     eps,
-    norm: tl.constexpr,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    out_permuted: tl.constexpr,
-    whole: tl.constexpr,
-    permutes: tl.constexpr,
-    nested: tl.constexpr,
-    bf16: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    early: tl.constexpr,
+    form: tl.constexpr,
 ):
-    """As `plain_vector` for bitsandbytes' 4-bit layout: words of eight codes, a constant for each 64 weights of a row, in float32 or as a byte (`nested`).
-
-    x and gain are stored by eights, and are words where codes are looked up by permutes. `block_k` counts words. `table` holds the sixteen
-    values in float32, `tables` their bytes.
-    """
+    """out = f(W · norm(x)), W in 4 bits. x and gain are in the packed layout, as words where codes are looked up by permutes."""
+    block_n: tl.constexpr = form.block_n
+    block_k: tl.constexpr = form.block_k
+    words: tl.constexpr = form.k_size // 8
+    nested: tl.constexpr = form.nested
     row = tl.program_id(0) * block_n
-    words: tl.constexpr = k_size // 8
-    codes_of, scales_of = starts_of_rows(
-        w, absmax, row, n_first, n_second, words, second, third, absmax_second, absmax_third, block_n
-    )
-    outer, blocks_of, offset, offset_up = outer_of_rows(
-        outer, offsets, row, n_first, n_second, words, outer_second, outer_third, gated, nested, block_n
-    )
-    codes_of, scales_of, blocks_of = codes_of[:, None], scales_of[:, None], blocks_of[:, None]
-    up_of, scales_up_of, outer_up = codes_of + second, scales_of + absmax_second, outer + outer_second
+    codes_of, scales_of = starts_of_rows(matrix, row, rows, words, second, third, absmax_second, absmax_third, block_n)
+    outer, blocks_of, offset, offset_up = outer_of_rows(matrix, row, rows, words, outer_second, outer_third, form)
+    starts = (codes_of[:, None], scales_of[:, None], blocks_of[:, None])
+    starts_up = (starts[0] + second, starts[1] + absmax_second, starts[2])
+    outer_up = outer + outer_second
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)
     columns = tl.arange(0, block_k)
-    tile = four_bit_tile(codes_of, scales_of, blocks_of, outer, columns, words, whole, nested)
+    tile = four_bit_tile(starts, outer, columns, words, form.whole, nested)
     up = tile
-    if gated:
-        up = four_bit_tile(up_of, scales_up_of, blocks_of, outer_up, columns, words, whole, nested)
-    t0, t1, t2, t3 = tl.load(tables), tl.load(tables + 1), tl.load(tables + 2), tl.load(tables + 3)
-    t4, t5, t6, t7 = tl.load(tables + 4), tl.load(tables + 5), tl.load(tables + 6), tl.load(tables + 7)
-    wait_for_others(early)
+    if form.gated:
+        up = four_bit_tile(starts_up, outer_up, columns, words, form.whole, nested)
+    at = matrix.tables
+    t0, t1, t2, t3 = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+    t4, t5, t6, t7 = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6), tl.load(at + 7)
+    tables = (t0, t1, t2, t3, t4, t5, t6, t7)
+    wait_for_others(form.early)
     for k in tl.range(0, words, block_k):
         columns = k + tl.arange(0, block_k)
-        inside = (columns < words) | whole
+        inside = (columns < words) | form.whole
         after = columns + block_k
-        next_tile = four_bit_tile(codes_of, scales_of, blocks_of, outer, after, words, False, nested)
+        next_tile = four_bit_tile(starts, outer, after, words, False, nested)
         next_up = next_tile
-        if gated:
-            next_up = four_bit_tile(up_of, scales_up_of, blocks_of, outer_up, after, words, False, nested)
-        if permutes:
-            x0, s0 = pair(x, gain, columns, inside, norm, bf16)
-            x1, s1 = pair(x, gain, words + columns, inside, norm, bf16)
-            x2, s2 = pair(x, gain, 2 * words + columns, inside, norm, bf16)
-            x3, s3 = pair(x, gain, 3 * words + columns, inside, norm, bf16)
+        if form.gated:
+            next_up = four_bit_tile(starts_up, outer_up, after, words, False, nested)
+        if form.permutes:
+            x0, s0 = pair(x, gain, columns, inside, form)
+            x1, s1 = pair(x, gain, words + columns, inside, form)
+            x2, s2 = pair(x, gain, 2 * words + columns, inside, form)
+            x3, s3 = pair(x, gain, 3 * words + columns, inside, form)
             square = s0 + s1 + s2 + s3
-            part = products_by_bytes(tile[0], t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+            part = products_by_bytes(tile[0], tables, (x0, x1, x2, x3))
         else:
-            part, square = products_by_loads(tile[0], table, x, gain, columns, words, inside, norm)
-        total += part * constant(tile[1], tile[2], code, offset, nested)
+            part, square = products_by_loads(tile[0], matrix.table, x, gain, columns, words, inside, form.norm)
+        total += part * constant(tile[1], tile[2], matrix.code, offset, nested)
         squares += square
-        if gated:
-            if permutes:
-                part = products_by_bytes(up[0], t0, t1, t2, t3, t4, t5, t6, t7, x0, x1, x2, x3)
+        if form.gated:
+            if form.permutes:
+                part = products_by_bytes(up[0], tables, (x0, x1, x2, x3))
             else:
-                part, square = products_by_loads(up[0], table, x, gain, columns, words, inside, norm)
-            other += part * constant(up[1], up[2], code, offset_up, nested)
+                part, square = products_by_loads(up[0], matrix.table, x, gain, columns, words, inside, form.norm)
+            other += part * constant(up[1], up[2], matrix.code, offset_up, nested)
         tile, up = next_tile, next_up
-    leave_vector(
-        total,
-        other,
-        squares,
-        bias,
-        residual,
-        bias,
-        out,
-        row,
-        n_first,
-        n_second,
-        n_all,
-        k_size,
-        bias_second,
-        bias_third,
-        eps,
-        1 / SHRINK if permutes else 1.0,
-        norm,
-        gated,
-        has_bias,
-        has_residual,
-        False,
-        out_permuted,
-        block_n,
-    )
+    factor: tl.constexpr = 1 / SHRINK if form.permutes else 1.0
+    finish_vector(total, other, squares, around, out, row, rows, bias_second, bias_third, eps, factor, form)

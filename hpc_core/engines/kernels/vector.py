@@ -1,17 +1,31 @@
-"""Triton: one activation vector times a weight matrix, for batch 1. Bound by the bytes of the matrix.
+"""Triton: one activation vector times a weight matrix, for batch 1. Its speed is bound by the bytes of the matrix.
 
-One program takes `block_n` rows and walks over their columns. What comes before and after a product is part of it: the RMS norm of
-the vector (its scale is one number, so it is applied after the sum), dequantization, bias, SiLU times the second half, residual.
+    x  (k_size,)          activations, in rotation order or in the packed layout (below)
+    W  (n_all, k_size)    row-major; up to three matrices that share x, each where the model holds it
 
-A "product" may have up to three matrices one below the other (q, k, v), or two side by side (gate, up). They stay where the model
-holds them: `second` and `third` are the distances of their first elements from that of the first.
+            k_size                       one program instance:
+         +-----------+                     - takes block_n rows of one matrix
+    W1   |  q        |  n_first rows       - walks over their columns, block_k at a time
+         +-----------+                     - sums in float32: total (block_n, block_k)
+    W2   |  k        |  n_second rows      - finishes with norm scale, bias, SiLU, residual, store
+         +-----------+                         out (n_all,)
+    W3   |  v        |  the rest
+         +-----------+
 
-A launch may begin early, while the one before still runs (programmatic dependent launch): it takes in its first weights, which do
-not depend on anything, and only then waits for what the one before leaves. Every kernel waits before it writes, so that the wait for one launch
-is a wait for all before it.
+The kernels get the address of the first matrix. `second` and `third` are the offsets, in elements, from its first element to those of the
+others. A gated product has two matrices side by side instead: W1 is the gate, W2 (at `second`) the up projection, and out = SiLU(W1 x) * (W2 x).
 
-Where 4-bit weights are about, activations are stored "by eights": of each eight, which meet the eight codes of a word, first the first two
-of all, then the next two of all. Neighbouring words then load neighbouring pairs.
+The RMS norm of x is part of the product. Its scale is one number, so it multiplies the finished sum.
+
+Programmatic dependent launch: a launch may begin while the one before it still runs. It loads its first weights, which depend on nothing,
+and then waits for the results of the launch before it. Every kernel waits before it writes, so waiting for one launch waits for all before it.
+
+Packed layout, where 4-bit weights are used. A word holds the codes of eight neighbouring elements. Activations are stored in pairs, so that
+neighbouring words load neighbouring pairs:
+
+    element   0 1 2 3 4 5 6 7 | 8 9 10 11 12 13 14 15 | ...      (one word of codes each)
+    stored    0 1  8 9 ... | 2 3  10 11 ... | 4 5  12 13 ... | 6 7  14 15 ...
+              first pairs    second pairs     third pairs      fourth pairs
 """
 
 from __future__ import annotations
@@ -23,16 +37,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_others(early: tl.constexpr):
-    """Wait until those before have left their results, then let the next launch begin: so never two are ahead."""
+    """Wait for the results of the launches before, then let the next one begin: never are two ahead."""
     if early:
         gdc_wait()
         gdc_launch_dependents()
 
 
 @triton.jit
-def by_eights(index, size, permuted: tl.constexpr):
-    """Where element `index` of a vector of `size` is stored."""
-    if permuted:  # noqa: SIM108 - a choice at compile time
+def packed_place(index, size, packed: tl.constexpr):
+    """Return where element `index` of a vector of `size` elements is stored."""
+    if packed:  # noqa: SIM108 - a choice at compile time
         place = (index % 8 // 2 * (size // 8) + index // 8) * 2 + index % 2
     else:
         place = index
@@ -40,71 +54,63 @@ def by_eights(index, size, permuted: tl.constexpr):
 
 
 @triton.jit
-def start_of(row, n_first, n_second, second: tl.int64, third: tl.int64):
-    """The distance to the matrix that `row` belongs to, and the row's number in it."""
-    in_first = row < n_first
-    in_second = row < n_first + n_second
+def start_of(row, rows, second: tl.int64, third: tl.int64):
+    """Return the offset of the matrix that `row` belongs to, and the row's number in it."""
+    in_first = row < rows.first
+    in_second = row < rows.first + rows.second
     base = tl.where(in_first, 0, tl.where(in_second, second, third))
-    skipped = tl.where(in_first, 0, tl.where(in_second, n_first, n_first + n_second))
+    skipped = tl.where(in_first, 0, tl.where(in_second, rows.first, rows.first + rows.second))
     return base, row - skipped
 
 
 @triton.jit
 def silu_times(gate, up, out):
-    """SiLU(gate) · up, rounded where the plain path rounds."""
+    """Return SiLU(gate) * up, rounded to the type of `out` where torch rounds."""
     dtype = out.dtype.element_ty
     gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     return (gate * tl.sigmoid(gate)).to(dtype).to(tl.float32) * up
 
 
 @triton.jit
-def leave_vector(
+def finish_vector(
     total,
     other,
     squares,
-    bias,
-    residual,
-    row_scale,
+    around,
     out,
     row,
-    n_first,
-    n_second,
-    n_all,
-    k_size: tl.constexpr,
+    rows,
     bias_second: tl.int64,
     bias_third: tl.int64,
     eps,
     factor: tl.constexpr,
-    norm: tl.constexpr,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    scaled: tl.constexpr,
-    out_permuted: tl.constexpr,
-    block_n: tl.constexpr,
+    form: tl.constexpr,
 ):
-    """What follows a product: its sum, times `factor`, the norm's scale, a row's scale, bias, SiLU, residual, and the store."""
-    rows = row + tl.arange(0, block_n)
+    """Finish a product and store it: sum, `factor`, scale of the norm, scale of a row, bias, SiLU, residual.
+
+    total and other (block_n, block_k); squares (block_k,), of x.
+    """
+    lines = row + tl.arange(0, form.block_n)
     spread = factor
-    if norm:
-        spread = factor * tl.rsqrt(tl.sum(squares, 0) / k_size + eps)
+    if form.norm:
+        spread = factor * tl.rsqrt(tl.sum(squares, 0) / form.k_size + eps)
     result = tl.sum(total, 1) * spread
-    if scaled:
-        result *= tl.load(row_scale + rows)
-    if has_bias:
-        base, local = start_of(row, n_first, n_second, bias_second, bias_third)
-        result += tl.load(bias + base + local + tl.arange(0, block_n)).to(tl.float32)
-    if gated:
+    if form.scaled:
+        result *= tl.load(around.row_scale + lines)
+    if form.bias:
+        base, local = start_of(row, rows, bias_second, bias_third)
+        result += tl.load(around.bias + base + local + tl.arange(0, form.block_n)).to(tl.float32)
+    if form.gated:
         result = silu_times(result, tl.sum(other, 1) * spread, out)
-    places = by_eights(rows, n_all, out_permuted)
-    if has_residual:
-        result = result.to(out.dtype.element_ty).to(tl.float32) + tl.load(residual + places).to(tl.float32)
+    places = packed_place(lines, rows.all, form.out_packed)
+    if form.residual:
+        result = result.to(out.dtype.element_ty).to(tl.float32) + tl.load(around.residual + places).to(tl.float32)
     tl.store(out + places, result.to(out.dtype.element_ty))
 
 
 @triton.jit
 def plain_tile(start, columns, k_size, whole: tl.constexpr):
-    """These columns of the rows that begin at `start`; zero beyond the last."""
+    """Load these columns of the rows that begin at `start`; zero beyond the last column."""
     if whole:
         tile = tl.load(start + columns[None, :])
     else:
@@ -117,79 +123,47 @@ def plain_vector(
     x,
     w,
     gain,
-    bias,
-    residual,
-    row_scale,
+    around,
     out,
-    n_first,
-    n_second,
-    n_all,
-    k_size: tl.constexpr,
+    rows,
     second: tl.int64,
     third: tl.int64,
     bias_second: tl.int64,
     bias_third: tl.int64,
     eps,
-    norm: tl.constexpr,
-    gated: tl.constexpr,
-    has_bias: tl.constexpr,
-    has_residual: tl.constexpr,
-    scaled: tl.constexpr,
-    x_permuted: tl.constexpr,
-    out_permuted: tl.constexpr,
-    whole: tl.constexpr,
-    block_n: tl.constexpr,
-    block_k: tl.constexpr,
-    early: tl.constexpr,
+    form: tl.constexpr,
 ):
-    """out = f(W · norm(x)); W (n_all, k_size) in float32, bfloat16, float16, or int8 with a scale a row; sums in float32."""
+    """out = f(W · norm(x)); W in float32, bfloat16, float16, or int8 with a scale for each row; sums in float32.
+
+    The next tile is loaded before the present one is multiplied.
+    """
+    block_n: tl.constexpr = form.block_n
+    block_k: tl.constexpr = form.block_k
+    k_size: tl.constexpr = form.k_size
     row = tl.program_id(0) * block_n
-    base, local = start_of(row, n_first, n_second, second, third)
+    base, local = start_of(row, rows, second, third)
     lines = local + tl.arange(0, block_n)
     start = w + base + lines[:, None].to(tl.int64) * k_size
     total = tl.zeros((block_n, block_k), tl.float32)
     other = tl.zeros((block_n, block_k), tl.float32)
     squares = tl.zeros((block_k,), tl.float32)
     columns = tl.arange(0, block_k)
-    weights = plain_tile(start, columns, k_size, whole)
-    beside = plain_tile(start + second, columns, k_size, whole) if gated else weights
-    wait_for_others(early)
+    weights = plain_tile(start, columns, k_size, form.whole)
+    up = plain_tile(start + second, columns, k_size, form.whole) if form.gated else weights
+    wait_for_others(form.early)
     for k in tl.range(0, k_size, block_k):
         columns = k + tl.arange(0, block_k)
-        inside = (columns < k_size) | whole
+        inside = (columns < k_size) | form.whole
         after = columns + block_k
         next_weights = plain_tile(start, after, k_size, False)
-        next_beside = plain_tile(start + second, after, k_size, False) if gated else next_weights
-        values = tl.load(x + by_eights(columns, k_size, x_permuted), mask=inside, other=0.0).to(tl.float32)
-        if norm:
+        next_up = plain_tile(start + second, after, k_size, False) if form.gated else next_weights
+        values = tl.load(x + packed_place(columns, k_size, form.x_packed), mask=inside, other=0.0).to(tl.float32)
+        if form.norm:
             squares += values * values
-            values *= tl.load(gain + by_eights(columns, k_size, x_permuted), mask=inside, other=0.0).to(tl.float32)
+            gains = tl.load(gain + packed_place(columns, k_size, form.x_packed), mask=inside, other=0.0)
+            values *= gains.to(tl.float32)
         total += weights.to(tl.float32) * values[None, :]
-        if gated:
-            other += beside.to(tl.float32) * values[None, :]
-        weights, beside = next_weights, next_beside
-    leave_vector(
-        total,
-        other,
-        squares,
-        bias,
-        residual,
-        row_scale,
-        out,
-        row,
-        n_first,
-        n_second,
-        n_all,
-        k_size,
-        bias_second,
-        bias_third,
-        eps,
-        1.0,
-        norm,
-        gated,
-        has_bias,
-        has_residual,
-        scaled,
-        out_permuted,
-        block_n,
-    )
+        if form.gated:
+            other += up.to(tl.float32) * values[None, :]
+        weights, up = next_weights, next_up
+    finish_vector(total, other, squares, around, out, row, rows, bias_second, bias_third, eps, 1.0, form)
