@@ -40,12 +40,12 @@ SHAPES = (
 
 def main() -> int:
     """Print each result's largest error, relative to its largest value; return 1 if one is larger than float32's rounding."""
-    results = [
-        (f"{name} {width} {batch}{' quantized again' * nested}", *both)
-        for width, batch, nested in SHAPES
-        for name, *both in _products(width, batch, nested=nested)
-    ]
-    results += [(f"prefill {name}", *both) for name, *both in _between_products()]
+    results: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+    for width, batch, nested in SHAPES:
+        for name, computed, expected in _products(width, batch, nested=nested):
+            results.append((f"{name} {width} {batch}{' quantized again' * nested}", computed, expected))
+    for name, computed, expected in _between_products():
+        results.append((f"prefill {name}", computed, expected))
     results += [(f"step of batch {batch}", *_step(batch)) for batch in (1, 3)]
     worst = 0.0
     for name, computed, expected in results:
