@@ -43,7 +43,7 @@ predict: $(INSTALLED) ## predict every full-size case without a GPU, against bas
 	$(BIN)/python -m pytest --benchmark bench/test_predicted.py --perf-predict all $(ARGS)
 
 test: $(INSTALLED) ## run this project's own tests (CPU, tiny models)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not nightly" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not nightly" $(ARGS)
 
 test-all: $(INSTALLED) ## the same with the long tests that `make test` leaves out, then every fault; nightly and before a release
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --hypothesis-profile thorough $(ARGS)

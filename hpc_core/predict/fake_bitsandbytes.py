@@ -179,7 +179,7 @@ def _gemm_4bit(gpu: Gpu, launch: Launch, **given: Any) -> torch.Tensor:
     """
     a, shape, bias = given["A"], given["shapeB"], given.get("bias")
     rows, inner = a.numel() // a.shape[-1], a.shape[-1]
-    if rows <= _MOST_ROWS and inner % given["blocksize"] == 0 and _rule(gpu)(0, a.dtype, rows, shape[0], inner):
+    if rows <= _MOST_ROWS and inner % given["blocksize"] == 0 and _rule(gpu.multiprocessors, gpu.capability)(0, a.dtype, rows, shape[0], inner):
         launch("gemm_4bit, fused", 1)
         return torch.empty((*a.shape[:-1], shape[0]), dtype=a.dtype, device=a.device)
     constants = given.get("absmax_8bit")
@@ -247,7 +247,7 @@ CONSTANTS_FIRST = {"quantize_4bit", "quantize_blockwise"}
 
 
 @functools.cache
-def _rule(gpu: Gpu) -> Any:
+def _rule(multiprocessors: int, capability: tuple[int, int]) -> Any:
     """Take bitsandbytes' own rule from its source: the module cannot be imported without its CUDA library."""
     found = importlib.util.find_spec("bitsandbytes")
     assert found is not None
@@ -265,7 +265,7 @@ def _rule(gpu: Gpu) -> Any:
         "torch": torch,
         "functools": functools,
         "_GEMM_4BIT_CUSTOM_FLOOR_M": 4,
-        "_gpu_dispatch_props": lambda _: (gpu.multiprocessors, *gpu.capability),
+        "_gpu_dispatch_props": lambda _: (multiprocessors, *capability),
     }
     exec(compile(ast.Module([rule], []), str(path), "exec"), names)  # noqa: S102 - an installed package's own code
     return names[_RULE]

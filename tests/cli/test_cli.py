@@ -57,7 +57,7 @@ def run(*arguments: str | Path) -> int:
         (["report", __file__, "--html", "."], ".: is a folder, and --html names the file"),
         (["report", "nowhere"], "nowhere: no such file or folder"),
         (["explain", "nowhere.json"], "nowhere.json: No such file"),
-        (["predict", "tiny/lora", "--gpu", "voodoo"], "No kind of GPU is called 'voodoo'"),
+        (["predict", "tiny/lora", "--gpu", "voodoo"], "No GPU is called 'voodoo'"),
     ],
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
 )

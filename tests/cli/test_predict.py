@@ -77,8 +77,8 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     ("arguments", "said"),
     [
         (["tiny/lroa"], "Near: tiny/lora"),
-        (["tiny/lora", "--gpu", "RTX"], "2 kinds of GPU are called 'RTX' here. Say one of: H100 80GB HBM3, H200,"),
-        (["tiny/lora", "--gpu", "Voodoo"], "No kind of GPU is called 'Voodoo'"),
+        (["tiny/lora", "--gpu", "RTX"], "'RTX' matches RTX 4090 and RTX 5090. Known GPUs: H100 80GB HBM3,"),
+        (["tiny/lora", "--gpu", "Voodoo"], "No GPU is called 'Voodoo'"),
         (["tiny/lora", "--set", "batc=8"], "has no field 'batc' to vary. It has: ahead, alpha, attention, batch,"),
         (["tiny/lora", "--set", "batch"], "say --set batch=8"),
         (["tiny/lora", "--set", "batch=x"], "batch='x'"),

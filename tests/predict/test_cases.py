@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -73,23 +72,28 @@ MORE: tuple[Case, ...] = (
 _KINDS = "generate-bf16 generate-nf4-dq generate-int8 full-bf16 full-fp32 lora lora-gc qlora qlora-prepare lora-padded lora-packed"
 PLAIN = tuple(_BY_VARIANT[name] for name in _KINDS.split())
 CASES = {case.id: case for case in (*PLAIN, *MORE)}
+_MARKS = dict.fromkeys((case.id for case in MORE), pytest.mark.nightly)
 
 
-def _many(cases: Sequence[Case]) -> dict[str, Record]:
-    return {record.case.id: record for record in predicted(cases)}
+def _each(*ids: str) -> list[Any]:
+    """Parameters of a test: the plain cases by day, all others by night."""
+    return [pytest.param(name, marks=_MARKS.get(name, ())) for name in ids]
 
 
 @functools.cache
-def _all() -> dict[str, Record]:
-    with ThreadPoolExecutor(2) as pool:
-        halves = pool.map(_many, (PLAIN, MORE))
-        return {name: record for half in halves for name, record in half.items()}
+def _batch(cases: tuple[Case, ...]) -> dict[str, Record]:
+    return {record.case.id: record for record in predicted(cases)}
 
 
-@pytest.mark.parametrize("case_id", CASES)
+def _record(case_id: str) -> Record:
+    """The prediction of a case. All of its batch are made in one process."""
+    return _batch(PLAIN if case_id not in _MARKS else MORE)[case_id]
+
+
+@pytest.mark.parametrize("case_id", _each(*CASES))
 def test_a_prediction_is_a_sound_record(case_id: str) -> None:
     """It comes out valid, passes the laws of physics, equals its JSON, and has bytes, counts and FLOPs but no times."""
-    record = _all()[case_id]
+    record = _record(case_id)
     seen = values(record)
     assert (record.status, record.reasons) == ("ok", ())
     assert impossible(record) == ()
@@ -98,10 +102,10 @@ def test_a_prediction_is_a_sound_record(case_id: str) -> None:
     assert {metric.noise for metric in record.metrics.values()} == {"exact"}
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", _each(*CASES))
 def test_what_a_case_holds_is_as_the_closed_forms_say(case_id: str) -> None:
     """Weights, adapter and optimizer state to the byte; all of it and the gradients are there when the optimizer begins."""
-    record = _all()[case_id]
+    record = _record(case_id)
     seen, expected = values(record), expected_bytes(CASES[case_id])
     for name in ("weights_bytes", "adapter_weights_bytes", "optimizer_bytes"):
         assert seen.get(name) == expected.get(name), name
@@ -110,10 +114,10 @@ def test_what_a_case_holds_is_as_the_closed_forms_say(case_id: str) -> None:
     assert seen[last] >= sum(held.values())
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", _each(*CASES))
 def test_memory_adds_up(case_id: str) -> None:
     """Categories and rounding add up to the peak, the peak is the highest phase, and no more is in use than is reserved."""
-    seen = values(_all()[case_id])
+    seen = values(_record(case_id))
     categories = sum(value for name, value in seen.items() if name.startswith("at_peak_"))
     phases = {name: value for name, value in seen.items() if name in _PHASE_PEAKS}
     assert categories == seen["peak_bytes"] == max(phases.values())
@@ -123,10 +127,12 @@ def test_memory_adds_up(case_id: str) -> None:
 _PHASE_PEAKS = {f"peak_{phase}_bytes" for phase in ("forward", "backward", "optimizer", "prefill", "decode")}
 
 
-@pytest.mark.parametrize("case_id", [name for name, case in CASES.items() if isinstance(case.workload, FinetuneSpec)])
+@pytest.mark.parametrize(
+    "case_id", _each(*(name for name, case in CASES.items() if isinstance(case.workload, FinetuneSpec)))
+)
 def test_training_computes_at_least_its_products(case_id: str) -> None:
     """FLOPs of the first step are no fewer than those that the shape needs in any implementation."""
-    case, record = CASES[case_id], _all()[case_id]
+    case, record = CASES[case_id], _record(case_id)
     assert isinstance(case.workload, FinetuneSpec)
     positions = case.workload.batch * case.workload.length
     floor = train_floor(case, positions)
@@ -135,9 +141,10 @@ def test_training_computes_at_least_its_products(case_id: str) -> None:
         assert floor.flops <= values(record)["flops"] < 2.5 * floor.flops
 
 
+@pytest.mark.nightly
 def test_paged_optimizer_state_lies_outside_the_allocator() -> None:
     """State of at least 100,000 numbers is managed memory: part of the optimizer's bytes, and of no peak."""
-    plain, paged = (values(_all()[f"tiny/{name}"]) for name in ("full-8bit", "full-paged"))
+    plain, paged = (values(_record(f"tiny/{name}")) for name in ("full-8bit", "full-paged"))
     shape = FULL.model.sizes if FULL.model is not None else None
     assert shape is not None
     table = shape.vocab_size * shape.hidden_size
@@ -148,17 +155,19 @@ def test_paged_optimizer_state_lies_outside_the_allocator() -> None:
     assert paged["operators"] == plain["operators"]
 
 
+@pytest.mark.nightly
 def test_a_cache_grows_by_keys_and_values_alone() -> None:
     """Generation without a cache computes more and holds no keys and values."""
-    kept, off = (_all()[f"tiny/generate-{name}"] for name in ("batch", "no-cache"))
+    kept, off = (_record(f"tiny/generate-{name}") for name in ("batch", "no-cache"))
     assert isinstance(off.case.workload, GenerateSpec)
     assert "at_peak_kv_cache_bytes" in kept.metrics
     assert "at_peak_kv_cache_bytes" not in off.metrics
 
 
+@pytest.mark.nightly
 def test_a_static_cache_has_its_last_size_at_once() -> None:
     """Keys and values of all places but the last, which is never fed back, from the first token on."""
-    record = _all()["tiny/generate-static"]
+    record = _record("tiny/generate-static")
     assert record.case.model is not None
     shape = record.case.model.sizes
     assert shape is not None

@@ -13,7 +13,7 @@ from hpc_core.catalogue import TINY
 from hpc_core.record.record import Record
 from tests.predicting import predicted
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 _CASES = {case.id: case for case in TINY}
 _FEW = [_CASES[f"tiny/{name}"] for name in ("lora-gc", "qlora-prepare", "generate-nf4", "full-bf16")]

@@ -18,7 +18,7 @@ from tests.predicting import predicted
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_flops_between_three_watched_widths_are_exact() -> None:
     """A step's FLOPs are a parabola of its width: from three of ten ragged widths the others follow, as a run counts them."""
     case = next(case for case in TINY if case.id == "tiny/lora-padded").vary("lora-wide", steps=10, batch=3)
