@@ -179,7 +179,11 @@ def _gemm_4bit(gpu: Gpu, launch: Launch, **given: Any) -> torch.Tensor:
     """
     a, shape, bias = given["A"], given["shapeB"], given.get("bias")
     rows, inner = a.numel() // a.shape[-1], a.shape[-1]
-    if rows <= _MOST_ROWS and inner % given["blocksize"] == 0 and _rule(gpu.multiprocessors, gpu.capability)(0, a.dtype, rows, shape[0], inner):
+    if (
+        rows <= _MOST_ROWS
+        and inner % given["blocksize"] == 0
+        and _rule(gpu.multiprocessors, gpu.capability)(0, a.dtype, rows, shape[0], inner)
+    ):
         launch("gemm_4bit, fused", 1)
         return torch.empty((*a.shape[:-1], shape[0]), dtype=a.dtype, device=a.device)
     constants = given.get("absmax_8bit")
