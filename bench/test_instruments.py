@@ -12,8 +12,9 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from hpc_core.case.case import Case, ModelSpec, QuantSpec
+from hpc_core.case.case import Case
 from hpc_core.case.limits import MiB
+from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.catalogue import finetune, generate, lora
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession

@@ -21,8 +21,7 @@ Parts = dict[str, tuple[str, ...]]
 CASE_FIELDS: Parts = {
     "hpc_core.case.case": ("Case",),
     "hpc_core.case.parts": ("ModelSpec", "QuantSpec", "AdapterSpec", "DataSpec"),
-    "hpc_core.case.workloads": ("GenerateSpec", "FinetuneSpec", "CallableSpec"),
-    "hpc_core.case.feed": ("FeedSpec",),
+    "hpc_core.case.workloads": ("GenerateSpec", "FinetuneSpec", "FeedSpec", "CallableSpec"),
     "hpc_core.case.limits": ("Limits",),
 }
 """The modules and classes that a case is made of."""

@@ -9,17 +9,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc_core.case.case import (
-        AdapterSpec,
-        CallableSpec,
-        Case,
-        DataSpec,
-        FinetuneSpec,
-        GenerateSpec,
-        ModelSpec,
-        QuantSpec,
-    )
+    from hpc_core.case.case import Case
     from hpc_core.case.limits import GiB, Limits, MiB
+    from hpc_core.case.parts import AdapterSpec, DataSpec, ModelSpec, QuantSpec
+    from hpc_core.case.workloads import CallableSpec, FinetuneSpec, GenerateSpec
     from hpc_core.launch.predictions import predicted
     from hpc_core.plugin.cases import perf_cases
     from hpc_core.plugin.predicting import predicted_cases
@@ -28,21 +21,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "hpc_core.case.case": ("Case",),
     "hpc_core.case.limits": ("GiB", "Limits", "MiB"),
+    "hpc_core.case.parts": ("AdapterSpec", "DataSpec", "ModelSpec", "QuantSpec"),
+    "hpc_core.case.workloads": ("CallableSpec", "FinetuneSpec", "GenerateSpec"),
     "hpc_core.plugin.cases": ("perf_cases",),
     "hpc_core.plugin.predicting": ("predicted_cases",),
     "hpc_core.launch.predictions": ("predicted",),
     "hpc_core.record.record": ("Metric", "Record"),
-    "hpc_core.case.case": (
-        "AdapterSpec",
-        "CallableSpec",
-        "Case",
-        "DataSpec",
-        "FinetuneSpec",
-        "GenerateSpec",
-        "ModelSpec",
-        "QuantSpec",
-    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

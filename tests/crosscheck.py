@@ -16,7 +16,8 @@ from unittest import mock
 
 import msgspec
 
-from hpc_core.case.case import CallableSpec, Case, FinetuneSpec
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 
 __all__ = ["Real", "really_run"]
 
@@ -78,7 +79,8 @@ def _run(case: Case, *, count: bool) -> Real:
         return _run_callable(case.workload)
     import torch
 
-    from hpc_core.builders import build, causal_lm
+    from hpc_core.builders import causal_lm
+    from hpc_core.builders.assemble import build
     from hpc_core.engines.finetune import finetune_program
     from hpc_core.instruments.allocations import StorageWatch
     from hpc_core.instruments.clock import quiet

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.record.job import (
     Event,
     Finished,

@@ -6,18 +6,15 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from hpc_core.case.case import (
+from hpc_core.case.case import Case
+from hpc_core.case.limits import Limits
+from hpc_core.case.parts import (
     AdapterSpec,
-    CallableSpec,
-    Case,
     DataSpec,
-    FeedSpec,
-    FinetuneSpec,
-    GenerateSpec,
     ModelSpec,
     QuantSpec,
 )
-from hpc_core.case.limits import Limits
+from hpc_core.case.workloads import CallableSpec, FeedSpec, FinetuneSpec, GenerateSpec
 from hpc_core.record.record import (
     Circumstances,
     Fact,

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 
 from hpc_core.audit.forwards import ForwardsSeen
-from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.engines.generate import GenerateProgram
 from hpc_core.instruments.counters import attention_families
 from hpc_core.record.findings import Findings, checked

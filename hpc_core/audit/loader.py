@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from hpc_core.builders.data.loader import Fed
-from hpc_core.case.case import FeedSpec
+from hpc_core.case.workloads import FeedSpec
 from hpc_core.record.findings import Findings
 from hpc_core.record.record import Fact
 

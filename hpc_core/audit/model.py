@@ -28,7 +28,9 @@ from hpc_core.audit.facts import dtype_name, names
 from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.builders.drawn import STD, drawn
 from hpc_core.builders.quantization import dequantized_weight, packing_for, packing_of, quantized_layers
-from hpc_core.case.case import Case, FinetuneSpec, ModelSpec, QuantSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.instruments.owners import owned_bytes
 from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact

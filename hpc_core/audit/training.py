@@ -19,7 +19,9 @@ from hpc_core.audit.model import linear_layers
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
-from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import AdapterSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact

@@ -27,11 +27,9 @@ from hpc_core.bounds.reading import (
     step_seconds,
     value_of,
 )
-from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import Gpu, gpu_of
 from hpc_core.record.record import Record
-
-__all__ = ["impossible", "judged", "suspicious"]
 
 _WEIGHTS_OFF = 0.01
 """Weights may differ from the closed form by so much: buffers and tables of other library versions."""

@@ -21,8 +21,10 @@ from hpc_core.bounds.footprint import (
     prompt_lengths,
     shape_of,
 )
-from hpc_core.case.case import AdapterSpec, Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import AdapterSpec
 from hpc_core.case.shapes import Shape
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import Gpu
 
 _STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}

@@ -10,26 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 
-from hpc_core.case.case import (
-    AdapterSpec,
-    Case,
-    FinetuneSpec,
-    GenerateSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.parts import AdapterSpec, QuantSpec
 from hpc_core.case.shapes import Shape
-
-__all__ = [
-    "WIDTHS",
-    "embedding_bytes",
-    "expected_bytes",
-    "kv_bytes_per_token",
-    "prompt_lengths",
-    "shape_of",
-    "unexplained_bytes",
-]
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number."""

@@ -12,10 +12,8 @@ from hpc_core.bounds.reading import (
     step_seconds,
     value_of,
 )
-from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
-
-__all__ = ["BUSY_MARGIN", "WALL_MARGIN", "checkpointing_impossible", "four_bit_impossible", "ratio_impossible"]
 
 BUSY_MARGIN = 0.9
 """Full may take so much of LoRA's GPU-busy time: LoRA's small kernels cost time that its FLOPs do not show (seen: 1.10)."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import statistics
 
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.record import Record
-
-__all__ = ["bytes_text", "flops_text", "positions_of", "seconds_text", "step_seconds", "value_of"]
 
 _PROFILED_STEPS = 10
 """Steps that `busy_s` is the mean of."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from hpc_core.bounds.cost import decode_bytes, int8_head_bytes, train_flops
 from hpc_core.bounds.footprint import unexplained_bytes
-from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
 

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from hpc_core.builders.libraries import library
-from hpc_core.case.case import AdapterSpec
 from hpc_core.case.errors import BuildError
-
-__all__ = ["adapter_parameters", "attach_adapter", "merged", "prepare_for_training"]
+from hpc_core.case.parts import AdapterSpec
 
 
 def prepare_for_training(model: torch.nn.Module, checkpointing: str) -> torch.nn.Module:

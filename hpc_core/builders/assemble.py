@@ -13,8 +13,9 @@ import torch
 from hpc_core.builders.adapter import attach_adapter, merged, prepare_for_training
 from hpc_core.builders.causal_lm import causal_lm, tokenizer_of
 from hpc_core.builders.quantization import quantize
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import FinetuneSpec
 
 
 def enable_checkpointing(model: torch.nn.Module, kind: str, *, frozen_inputs: bool) -> None:

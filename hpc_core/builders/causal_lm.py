@@ -15,11 +15,9 @@ import torch
 from hpc_core.builders.drawn import draw_weights
 from hpc_core.builders.libraries import library
 from hpc_core.builders.quantization import bitsandbytes_config
-from hpc_core.case.case import ModelSpec, QuantSpec
 from hpc_core.case.errors import BuildError, DataError, MissingLibraryError
+from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import Shape
-
-__all__ = ["causal_lm", "gguf_file", "model_config", "read_config", "tokenizer_of", "torch_dtype"]
 
 
 def torch_dtype(name: str) -> torch.dtype:

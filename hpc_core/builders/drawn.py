@@ -9,8 +9,6 @@ import hashlib
 
 import torch
 
-__all__ = ["STD", "draw_weights", "drawn"]
-
 STD = 0.02
 """transformers' own initializer_range of these architectures."""
 

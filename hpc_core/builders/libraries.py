@@ -7,8 +7,6 @@ from types import ModuleType
 
 from hpc_core.case.errors import MissingLibraryError
 
-__all__ = ["library"]
-
 _EXTRA = {
     "bitsandbytes": "quantization",
     "datasets": "hub",

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from hpc_core.builders.libraries import library
-from hpc_core.case.case import QuantSpec
 from hpc_core.case.errors import BuildError
+from hpc_core.case.parts import QuantSpec
 
 
 def bitsandbytes_config(spec: QuantSpec) -> Any:

@@ -12,28 +12,10 @@ from typing import Any, Literal
 import msgspec
 
 from hpc_core.case.errors import SpecError
-from hpc_core.case.feed import FeedSpec
 from hpc_core.case.limits import Limits
-from hpc_core.case.parts import AdapterSpec, DataSpec, Dtype, ModelSpec, QuantSpec, Strict, check_types, essence, refuse
+from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec, Strict, check_types, essence, refuse
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec, GenerateSpec, Workload
-
-__all__ = [
-    "SCHEMA",
-    "AdapterSpec",
-    "CallableSpec",
-    "Case",
-    "DataSpec",
-    "Dtype",
-    "FeedSpec",
-    "FinetuneSpec",
-    "GenerateSpec",
-    "ModelSpec",
-    "QuantSpec",
-    "Workload",
-    "case_from_json",
-    "case_to_json",
-]
 
 SCHEMA = 1
 """Version of cases, records and baselines. Digests omit defaults, so changing a default requires a new version."""

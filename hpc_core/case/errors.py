@@ -18,20 +18,6 @@ A message says what happened with its numbers, against which limit, and what to 
 
 from __future__ import annotations
 
-__all__ = [
-    "BaselineError",
-    "BuildError",
-    "DataError",
-    "HpcCoreError",
-    "LaunchError",
-    "MeasureError",
-    "MissingCompilerError",
-    "MissingLibraryError",
-    "PredictError",
-    "RepositoryError",
-    "SpecError",
-]
-
 
 class HpcCoreError(Exception):
     """Anything hpc-core refuses on purpose; its text is meant for the user."""

@@ -11,8 +11,6 @@ from importlib.resources import files
 
 from hpc_core.case.errors import DataError
 
-__all__ = ["recorded_lengths"]
-
 _KEYS = {"gsm8k": "prompt", "wikitext2": "row"}
 """Which list of the file holds the lengths of prompts or rows. GSM8K's file holds those of the answers too."""
 

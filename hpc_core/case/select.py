@@ -15,8 +15,6 @@ from pathlib import Path
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 
-__all__ = ["load_case_file", "matches", "near", "unknown_glob"]
-
 _NEAREST = 4
 
 

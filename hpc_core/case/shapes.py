@@ -9,8 +9,6 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 
-__all__ = ["SHAPES", "Shape", "shape"]
-
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The sizes of a decoder-only transformer with gated MLP, RMS norm and grouped-query attention."""

@@ -9,10 +9,7 @@ import msgspec
 
 from hpc_core.case.engines import check_engine
 from hpc_core.case.errors import SpecError
-from hpc_core.case.feed import FeedSpec
 from hpc_core.case.parts import DataSpec, Strict, check_types, refuse
-
-__all__ = ["ENGINE_FIELDS", "CallableSpec", "FinetuneSpec", "GenerateSpec", "Workload"]
 
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
@@ -48,8 +45,39 @@ ENGINE_FIELDS = {
 """By kind of work, the fields that say how an engine does it and not what is done. Sampling, and stopping early, are other work."""
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+_MOST_WORKERS = 64
+_MOST_AHEAD = 64
 _MOST_ROWS = 32
 """The graph engine's largest batch."""
+
+
+class FeedSpec(Strict, frozen=True, kw_only=True):
+    """The data path of a fine-tuning case. Which batches a step sees does not depend on it."""
+
+    way: Literal["resident", "loader"] = "resident"
+    """resident: every batch lies on the device before the first step. loader: torch's DataLoader hands them over one by one."""
+    tokenize: Literal["cached", "fetch"] = "cached"
+    """cached: tokenized, packed or padded once, and read from a file ever after. fetch: texts are tokenized when their batch is asked for."""
+    workers: int = 0
+    """Processes that make batches; 0 makes them in the training process."""
+    pinned: bool = False
+    """Batches go through page-locked memory of the host, which a GPU copies from without the host's help."""
+    ahead: int = 0
+    """So many batches are copied to the device before their step begins, on a stream of their own; 0 copies each when its step begins."""
+
+    def __post_init__(self) -> None:
+        """Ranges, and nothing said of a loader where there is none.
+
+        Raises:
+            SpecError: otherwise.
+        """
+        check_types(self)
+        refuse(not 0 <= self.workers <= _MOST_WORKERS, f"workers must be 0 to {_MOST_WORKERS}, got {self.workers}.")
+        refuse(not 0 <= self.ahead <= _MOST_AHEAD, f"ahead must be 0 to {_MOST_AHEAD}, got {self.ahead}.")
+        if self.way == "resident":
+            defaults = {"tokenize": "cached", "workers": 0, "pinned": False, "ahead": 0}
+            said = [name for name, default in defaults.items() if getattr(self, name) != default]
+            refuse(bool(said), f"{', '.join(said)} belongs to a feed with way='loader'; the way is 'resident'.")
 
 
 class GenerateSpec(Strict, tag="generate", tag_field="kind", frozen=True, kw_only=True):

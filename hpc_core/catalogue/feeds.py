@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.case.case import Case, DataSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec
 from hpc_core.catalogue.shorthand import (
     finetune,
     llama_3b,

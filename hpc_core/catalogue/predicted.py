@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue import (
     FULL,
     finetune,
@@ -19,8 +15,6 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
-
-__all__ = ["HELD_OUT", "PREDICTED"]
 
 _1b, _8b, _13b = ModelSpec(shape="llama-3.2-1b"), ModelSpec(shape="llama-3.1-8b"), ModelSpec(shape="llama-2-13b")
 _qwen = ModelSpec(shape="qwen2.5-1.5b")

@@ -6,16 +6,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import (
-    AdapterSpec,
-    Case,
-    FinetuneSpec,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
-
-__all__ = ["Method", "finetune", "full", "generate", "llama_3b", "lora", "qlora", "smollm2", "tiny"]
+from hpc_core.case.case import Case
+from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 
 llama_3b = ModelSpec(shape="llama-3.2-3b")
 """Llama-3.2-3B's shape with random bfloat16 weights: time and memory are those of the true ones."""

@@ -13,7 +13,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import Case, DataSpec, GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue.shorthand import (
     finetune,
     full,

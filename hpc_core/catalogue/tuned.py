@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
 from hpc_core.catalogue.shorthand import (
     finetune,
     generate,

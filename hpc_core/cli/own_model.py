@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from hpc_core.case.case import Case, ModelSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from hpc_core.case.parts import ModelSpec
 from hpc_core.catalogue import (
     finetune,
     full,

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc_core.case.case import Case, FinetuneSpec, GenerateSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError, SpecError
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting

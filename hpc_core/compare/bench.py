@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Literal, Self
 
-from hpc_core.case.case import CallableSpec, Case, FinetuneSpec
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 from hpc_core.compare.environments import Side
 from hpc_core.compare.trial import SideName
 from hpc_core.launch.launcher import Launcher

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import msgspec
 
-from hpc_core.case.case import CallableSpec, Case, case_to_json
+from hpc_core.case.case import Case, case_to_json
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.compare.environments import Side
 from hpc_core.launch.interpreter import worker_environment
 from hpc_core.worker.describe import Description, Question, describe

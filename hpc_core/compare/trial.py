@@ -6,7 +6,8 @@ from typing import Literal
 
 import msgspec
 
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.compare.differences import (
     Difference,
     Rule,

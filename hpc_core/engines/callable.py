@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.builders.assemble import Built
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.engine import Engine
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.instruments.program import Program as Steps

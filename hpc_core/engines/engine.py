@@ -12,10 +12,11 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from hpc_core.builders import Built
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.builders.assemble import Built
+from hpc_core.case.case import Case
 from hpc_core.case.engines import BUILT_IN, registered
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.findings import Findings
 

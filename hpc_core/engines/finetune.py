@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.data.batching import (
     Batch,
     BlockSource,
@@ -26,8 +26,10 @@ from hpc_core.builders.data.fetched import FetchedEpoch
 from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.builders.libraries import library
-from hpc_core.case.case import Case, DataSpec, FinetuneSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.engine import Engine
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.findings import Findings

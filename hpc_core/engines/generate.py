@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.data.rows import PromptBatch, prompt_batches
-from hpc_core.case.case import Case, GenerateSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import MeasureError
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.engine import Engine
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.findings import Findings

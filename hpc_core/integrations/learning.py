@@ -9,8 +9,6 @@ import torch
 
 from hpc_core.record.record import Fact
 
-__all__ = ["Learning"]
-
 _NUMBERS = 16
 """Of each trainable tensor, from its beginning."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-__all__ = ["StepClock", "thinned"]
-
 
 class StepClock:
     """Measures from one step's end to the next, loading of data included; what is said to be no training is left out."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["TrainedTokens"]
-
 
 class TrainedTokens:
     """A hook before the model's forward: counts `input_ids`, and on the device what `attention_mask` leaves in."""

@@ -22,8 +22,6 @@ from hpc_core.integrations.training import Training
 from hpc_core.record.files import write_whole
 from hpc_core.record.record import Failure, FailureKind, record_to_json
 
-__all__ = ["PerfCallback"]
-
 _LOG = logging.getLogger("hpc_core")
 _PHASE = "train"
 

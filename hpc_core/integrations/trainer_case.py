@@ -12,10 +12,9 @@ from typing import Any
 import msgspec
 import torch
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.limits import Limits
-
-__all__ = ["FACTORY", "settings", "trainer_case"]
+from hpc_core.case.workloads import CallableSpec
 
 FACTORY = "transformers:Trainer"
 _ASKED = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")

@@ -12,9 +12,10 @@ from typing import Any, Literal
 import msgspec
 import pytest
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.case.limits import Limits
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.plugin.cases import case_id_of
 from hpc_core.plugin.outcome import Ending, ending, properties
 from hpc_core.plugin.predicting import predicted_gpu

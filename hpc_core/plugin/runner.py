@@ -13,8 +13,9 @@ import msgspec
 
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import last_accepted
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
 from hpc_core.launch.launcher import Launcher

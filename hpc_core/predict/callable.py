@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import PredictError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.engine import Program
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.kernels import BUSY_STEPS

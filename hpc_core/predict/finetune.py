@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.kernels import BUSY_STEPS

@@ -9,7 +9,7 @@ import torch
 
 from hpc_core.audit.model import weight_facts
 from hpc_core.audit.training import trainable_facts
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.case.case import Case
 from hpc_core.engines.engine import Engine
 from hpc_core.instruments.attribution import profile_of

@@ -21,19 +21,6 @@ from hpc_core.record.git import head, is_dirty
 from hpc_core.record.gpu_state import read_energy_mj, read_state
 from hpc_core.record.record import Circumstances, Machine
 
-__all__ = [
-    "STACK_PACKAGES",
-    "circumstances",
-    "commit",
-    "compute_capability",
-    "cpu_machine",
-    "gpu_energy_mj",
-    "gpu_state",
-    "machine",
-    "stack",
-    "visible_gpus",
-]
-
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
 """Packages whose version can move a metric."""
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from hpc_core.case.errors import MeasureError
 
-__all__ = ["flags", "other_processes", "read_energy_mj", "read_state", "setup_notes", "throttle_words"]
-
 _THROTTLES = {
     0x4: "power cap",
     0x8: "hardware slowdown",

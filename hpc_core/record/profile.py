@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["KernelUse", "ModuleSeen", "OperatorUse", "Piece", "Profile"]
-
 
 class _Row(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A line of a table: its fields are written without their names, since there are hundreds."""

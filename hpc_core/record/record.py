@@ -14,21 +14,6 @@ from hpc_core.case.case import SCHEMA, Case
 from hpc_core.case.errors import SpecError
 from hpc_core.record.profile import Profile
 
-__all__ = [
-    "Better",
-    "Circumstances",
-    "Fact",
-    "Failure",
-    "KernelFamily",
-    "Machine",
-    "MemoryTimeline",
-    "Metric",
-    "Process",
-    "Record",
-    "record_from_json",
-    "record_to_json",
-]
-
 Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
 Dependence = Literal["case", "stack", "machine"]

@@ -14,8 +14,6 @@ from hpc_core.case.errors import SpecError
 from hpc_core.record.gpu_state import flags
 from hpc_core.record.record import Metric, Process, Record
 
-__all__ = ["busy_values", "merged"]
-
 
 def merged(first: Record, more: Sequence[Record]) -> Record:
     """The record of a case whose full process gave `first` and whose further processes gave `more`.

@@ -21,7 +21,7 @@ from hpc_core.bounds.cost import (
     train_floor,
 )
 from hpc_core.bounds.reading import positions_of, step_seconds
-from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import gpu_of
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hpc_core.case.case import CallableSpec
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.callable import CallableProgram
 from hpc_core.instruments.attribution import profile_step
 from hpc_core.instruments.clock import wall_steps

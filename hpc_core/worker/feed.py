@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from hpc_core.audit.loader import feed_facts
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.data.device_batches import Batches, Resident
 from hpc_core.builders.data.loader import PREFETCHED, Fed, host_batch
-from hpc_core.case.case import FeedSpec, FinetuneSpec
 from hpc_core.case.errors import MeasureError
+from hpc_core.case.workloads import FeedSpec, FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram, resident_batches
 from hpc_core.instruments.clock import quiet, seconds_of
 from hpc_core.instruments.gaps import Idle, Window, idle_while

@@ -13,7 +13,7 @@ from hpc_core.audit.loss import loss_facts
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.audit.training import Ran, trainable_facts, training_facts
 from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of

@@ -15,7 +15,7 @@ from hpc_core.audit.generation import attention_facts, generation_facts
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.audit.training import trainable_facts
 from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
-from hpc_core.case.case import GenerateSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from hpc_core.audit.model import module_facts, value_facts, weight_facts
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.engines.engine import Engine

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.case.case import Case, DataSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
 

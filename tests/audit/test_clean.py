@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from hpc_core.audit.model import linear_layers, quantized_bytes
-from hpc_core.builders import build
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    QuantSpec,
-)
+from hpc_core.builders.assemble import build
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     TINY,
     finetune,

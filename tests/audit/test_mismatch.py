@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from hpc_core.audit.model import linear_layers
-from hpc_core.builders import Built, build
-from hpc_core.case.case import Case, QuantSpec
+from hpc_core.builders.assemble import Built, build
+from hpc_core.case.case import Case
+from hpc_core.case.parts import QuantSpec
 from hpc_core.catalogue import (
     TINY,
     finetune,

@@ -12,8 +12,9 @@ import torch
 
 from hpc_core.audit.model import module_facts
 from hpc_core.baselines.lookup import find
-from hpc_core.builders import build
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.builders.assemble import build
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict

@@ -17,9 +17,10 @@ from hpc_core.audit.reference import (
     reference_bytes,
     turn_into_reference,
 )
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.quantization import quantized_layers
-from hpc_core.case.case import Case, ModelSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.record.findings import Findings

@@ -11,20 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.bounds import (
-    expected_bytes,
-    impossible,
-    judged,
-    ratio_impossible,
-    suspicious,
-)
+from hpc_core.bounds.check import impossible, judged, suspicious
 from hpc_core.bounds.cost import (
     decode_floor,
     peak_rate,
     prefill_floor,
     train_floor,
 )
-from hpc_core.case.case import Case, ModelSpec
+from hpc_core.bounds.footprint import expected_bytes
+from hpc_core.bounds.ratio import ratio_impossible
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import (
     finetune,

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hpc_core.bounds.cost import decode_bytes, forward_flops, train_flops
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.causal_lm import model_config
-from hpc_core.case.case import ModelSpec
+from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES, Shape
 from hpc_core.catalogue import (
     finetune,

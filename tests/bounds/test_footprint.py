@@ -12,18 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.bounds import expected_bytes
-from hpc_core.bounds.footprint import kv_bytes_per_token, prompt_lengths, unexplained_bytes
-from hpc_core.builders import build
+from hpc_core.bounds.footprint import expected_bytes, kv_bytes_per_token, prompt_lengths, unexplained_bytes
 from hpc_core.builders.adapter import adapter_parameters
-from hpc_core.case.case import (
-    Case,
-    FinetuneSpec,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.builders.assemble import build
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import (
     finetune,
     full,

@@ -13,16 +13,12 @@ from hypothesis import strategies as st
 
 from hpc_core.audit.model import int4_bytes
 from hpc_core.bounds.footprint import expected_bytes
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.quantization import dequantized_weight, quantized_layers
-from hpc_core.case.case import (
-    Case,
-    GenerateSpec,
-    QuantSpec,
-    case_from_json,
-    case_to_json,
-)
+from hpc_core.case.case import Case, case_from_json, case_to_json
 from hpc_core.case.errors import BuildError, MissingLibraryError, SpecError
+from hpc_core.case.parts import QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import (
     INT4,
     finetune,

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.quantization import bitsandbytes_config, quantize, quantized_layers
-from hpc_core.case.case import ModelSpec, QuantSpec
 from hpc_core.case.errors import BuildError
+from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import (
     catalogue,

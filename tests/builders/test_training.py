@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hpc_core.audit.forwards import count_layer_forwards
-from hpc_core.builders import build
 from hpc_core.builders.adapter import adapter_parameters
-from hpc_core.case.case import ModelSpec
+from hpc_core.builders.assemble import build
 from hpc_core.case.errors import BuildError
+from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import (
     finetune,

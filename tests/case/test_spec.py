@@ -13,20 +13,19 @@ from hypothesis import strategies as st
 
 from hpc_core.case.case import (
     SCHEMA,
-    AdapterSpec,
-    CallableSpec,
     Case,
-    DataSpec,
-    FeedSpec,
-    FinetuneSpec,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
     case_from_json,
     case_to_json,
 )
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
+from hpc_core.case.parts import (
+    AdapterSpec,
+    DataSpec,
+    ModelSpec,
+    QuantSpec,
+)
+from hpc_core.case.workloads import CallableSpec, FeedSpec, FinetuneSpec, GenerateSpec
 from tests.strategies import a_case, cases
 
 NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")

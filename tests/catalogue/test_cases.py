@@ -7,15 +7,9 @@ import importlib.util
 import pytest
 
 from bench.studies.stock_and_tuned.paired import are_twins
-from hpc_core.case.case import (
-    Case,
-    FeedSpec,
-    FinetuneSpec,
-    GenerateSpec,
-    case_from_json,
-    case_to_json,
-)
+from hpc_core.case.case import Case, case_from_json, case_to_json
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import FeedSpec, FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import (
     ALL,
     DATA,
@@ -197,7 +191,7 @@ def test_true_weights_know_english_and_arithmetic() -> None:
     """The embedded SmolLM2 predicts an English sentence well and answers a sum in words with its digits."""
     import torch
 
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
 
     built = build(catalogue()["smollm2-135m/generate"], torch.device("cpu"))
     assert built.tokenizer is not None

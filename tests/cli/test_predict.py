@@ -12,9 +12,11 @@ import msgspec
 import pytest
 
 import hpc_core
-from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError, SpecError
+from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import catalogue
 from hpc_core.cli import predict as command
 from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.cli import main
 from hpc_core.compare.arrange import KINDS, SideOptions, arrange
 from hpc_core.compare.checkouts import Checkouts

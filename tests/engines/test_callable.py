@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.case.case import CallableSpec
 from hpc_core.case.errors import BuildError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.callable import load_factory
 
 MODULE = """

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.builders import build
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.builders.assemble import build
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     lora,

@@ -11,16 +11,12 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.builders import Built, build
 from hpc_core.builders.adapter import attach_adapter
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.data.rows import PromptBatch
-from hpc_core.case.case import (
-    AdapterSpec,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
 from hpc_core.case.errors import SpecError
+from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.decode.cache import capacity_for
 from hpc_core.engines.decode.model import decoder_of, int8_rows

@@ -7,16 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.data.batching import batches
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    ModelSpec,
-)
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError, DataError
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,

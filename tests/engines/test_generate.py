@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.data.rows import PromptBatch
-from hpc_core.case.case import DataSpec, GenerateSpec, ModelSpec
 from hpc_core.case.errors import MeasureError
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.generate import (
     AskedInChat,

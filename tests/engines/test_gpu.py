@@ -9,9 +9,10 @@ import msgspec
 import pytest
 import torch
 
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.data.rows import PromptBatch
-from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.capture import captured, forget_workspaces
 from hpc_core.engines.decode.cache import StaticKeyValues

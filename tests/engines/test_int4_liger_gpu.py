@@ -9,14 +9,11 @@ import torch
 import transformers.models.llama.modeling_llama as llama
 
 from hpc_core.bounds.footprint import expected_bytes
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.quantization import dequantized_weight, quantized_layers
-from hpc_core.case.case import (
-    Case,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import (
     finetune,
     full,

@@ -10,9 +10,10 @@ import transformers.models.llama.modeling_llama as llama
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.builders import build
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.builders.assemble import build
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError, SpecError
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     lora,

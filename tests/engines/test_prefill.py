@@ -9,9 +9,10 @@ import pytest
 import torch
 import transformers
 
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.libraries import library
-from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.capture import forget_workspaces, keep_workspaces
 from hpc_core.engines.decode.cache import StaticKeyValues

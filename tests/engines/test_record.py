@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.case.case import AdapterSpec, Case, QuantSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import AdapterSpec, QuantSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.decode import plain_step
 from hpc_core.record.job import Job

@@ -10,9 +10,9 @@ import pytest
 
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.lookup import find
-from hpc_core.case.case import GenerateSpec
 from hpc_core.case.engines import registered
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.engine import engine_of
 from hpc_core.gate.judge import judge

@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpc_core.builders import build
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    ModelSpec,
-)
+from hpc_core.builders.assemble import build
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,

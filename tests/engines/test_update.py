@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.builders import build
-from hpc_core.case.case import FinetuneSpec
+from hpc_core.builders.assemble import build
 from hpc_core.case.errors import SpecError
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, full, tiny
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
 from hpc_core.engines.tuned.pointwise import Pointwise

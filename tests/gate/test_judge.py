@@ -8,8 +8,8 @@ import msgspec
 import pytest
 
 from hpc_core.baselines.baseline import Damaged, Missing, OlderSchema
-from hpc_core.case.case import AdapterSpec
 from hpc_core.case.limits import GiB, Limits, MiB
+from hpc_core.case.parts import AdapterSpec
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record.record import Machine, Metric

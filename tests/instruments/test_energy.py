@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.builders import build
-from hpc_core.case.case import FinetuneSpec, GenerateSpec
+from hpc_core.builders.assemble import build
 from hpc_core.case.errors import MeasureError
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import (
     finetune,
     generate,

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform

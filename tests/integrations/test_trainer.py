@@ -19,7 +19,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
-from hpc_core.integrations import PerfCallback
+from hpc_core.integrations.trainer import PerfCallback
 from hpc_core.integrations.training import Training
 from hpc_core.record.record import Record, record_from_json
 

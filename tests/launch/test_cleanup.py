@@ -15,7 +15,8 @@ import msgspec
 import psutil
 import pytest
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Event, Job, Phase
 from tests.launch.conftest import Listening

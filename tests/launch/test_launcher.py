@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.errors import LaunchError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import (
     Event,

@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 
-from hpc_core.bounds import expected_bytes, impossible
+from hpc_core.bounds.check import impossible
 from hpc_core.bounds.cost import train_floor
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.bounds.footprint import expected_bytes
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import TINY, generate, tiny
 from hpc_core.record.record import Record, record_from_json, record_to_json
 from tests.predicting import predicted, values

@@ -10,12 +10,9 @@ import functools
 
 import pytest
 
-from hpc_core.case.case import (
-    CallableSpec,
-    Case,
-    FinetuneSpec,
-    ModelSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec
+from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,

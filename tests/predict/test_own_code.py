@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 
 from hpc_core.baselines.lookup import find
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record

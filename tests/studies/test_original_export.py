@@ -11,14 +11,10 @@ import pytest
 from bench.studies.original_report.__main__ import main
 from bench.studies.original_report.export import FINETUNE_FILE, INFERENCE_FILE, original_files
 from bench.studies.original_report.protocol import protocol
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    GenerateSpec,
-    ModelSpec,
-)
+from hpc_core.case.case import Case
 from hpc_core.case.limits import GiB
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from tests.strategies import a_record, failed_record, peak, wall
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench.studies.original_report.rows import REAL_TOKENS, main, report_records
-from hpc_core.bounds import ratio_impossible
 from hpc_core.bounds.cost import train_floor
+from hpc_core.bounds.ratio import ratio_impossible
 from hpc_core.record.record import Record
 
 ROOT = Path(__file__).parents[2]

@@ -19,9 +19,10 @@ from bench.studies.stock_and_tuned.comparison import (
 )
 from bench.studies.stock_and_tuned.memory import memory_told
 from bench.studies.stock_and_tuned.paired import are_twins, changed_work, work_of
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB, Limits, MiB
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import ALL, SWEEP, catalogue
 from hpc_core.record.record import Metric, Record, record_to_json
 from tests.strategies import a_record, around, busy, cases, peak, wall

@@ -16,13 +16,9 @@ import torch
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.data.batching import batches
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.case.case import (
-    Case,
-    FinetuneSpec,
-    GenerateSpec,
-    case_to_json,
-)
+from hpc_core.case.case import Case, case_to_json
 from hpc_core.case.shapes import SHAPES
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import TINY, TINY_DATA, catalogue
 from hpc_core.record.job import Event, Job, Kind, Measure, Phase, Repeat, Retime
 from hpc_core.record.record import Record, record_from_json, record_to_json

@@ -12,7 +12,9 @@ import torch
 from hpc_core.audit.forwards import checkpointing_seen
 from hpc_core.builders.adapter import attach_adapter
 from hpc_core.builders.assemble import enable_checkpointing
-from hpc_core.case.case import CallableSpec, Case, ModelSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.catalogue import (
     catalogue,
     finetune,

@@ -13,8 +13,9 @@ import torch
 
 from hpc_core.baselines.accept import accept
 from hpc_core.builders.data.loader import Fed, HostBatch
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.catalogue import TINY_DATA, catalogue
 from hpc_core.cli.profile import nsight_commands
 from hpc_core.instruments.trace import _table, named_ranges, shown

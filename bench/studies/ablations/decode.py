@@ -14,12 +14,9 @@ import argparse
 from typing import Any
 
 from bench.studies.ablations.rows import chosen_cases, options_of, run_rows
-from hpc_core.case.case import (
-    Case,
-    GenerateSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.launch.forkserver import gpus_by_nvml
 
@@ -80,7 +77,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     import torch
 
     from bench.studies.ablations.decode_trial import seen_of
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
     from hpc_core.case.errors import MeasureError
 
     assert isinstance(case.workload, GenerateSpec)

@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built, build
-from hpc_core.case.case import GenerateSpec, ModelSpec, QuantSpec
+from hpc_core.builders.assemble import Built, build
+from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.decode.program import GraphProgram, graph_program
 from hpc_core.engines.generate import GenerateProgram, generate_program

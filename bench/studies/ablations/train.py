@@ -22,7 +22,9 @@ from bench.studies.ablations.rows import (
     options_of,
     run_rows,
 )
-from hpc_core.case.case import Case, FinetuneSpec, ModelSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import ModelSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,
@@ -119,7 +121,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     """One row: seconds, memory, kernels, losses, in this process."""
     import torch
 
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
     from hpc_core.engines.tuned.program import TunedProgram, training_program
     from hpc_core.instruments.clock import quiet, seconds_of
 

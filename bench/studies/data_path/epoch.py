@@ -24,13 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.studies.refusals import what_is_missing
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    ModelSpec,
-)
+from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, lora
 from hpc_core.launch.forkserver import gpus_by_nvml
 
@@ -67,7 +64,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     """One row, in this process: first use, then an epoch or as many steps of it as the case holds."""
     import torch
 
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
     from hpc_core.builders.data.loader import Fed
     from hpc_core.engines.tuned.program import training_program
     from hpc_core.instruments.clock import quiet, synchronize

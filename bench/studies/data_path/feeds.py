@@ -20,7 +20,7 @@ import pytest
 
 from bench.studies.refusals import what_is_missing
 from hpc_core import Case, perf_cases
-from hpc_core.case.case import FeedSpec, FinetuneSpec
+from hpc_core.case.workloads import FeedSpec, FinetuneSpec
 from hpc_core.catalogue import DATA, TINY_DATA
 from hpc_core.plugin.fixture import Perf
 from hpc_core.plugin.session import PerfSession
@@ -106,7 +106,7 @@ def main() -> None:
 def _measured(first: Case, others: list[Case], device_name: str) -> Any:
     import torch
 
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
     from hpc_core.engines.finetune import fed_batches, resident_batches
     from hpc_core.engines.tuned.program import training_program
 

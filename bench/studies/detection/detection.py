@@ -18,7 +18,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import CallableSpec, Case
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import CallableSpec
 from hpc_core.catalogue import finetune, full, llama_3b
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job, Repeat
@@ -31,7 +32,7 @@ _CALIBRATION_CYCLES = 100_000_000
 
 def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
     """One training step, and then a kernel that does nothing for so many seconds; none for 0."""
-    from hpc_core.builders import build
+    from hpc_core.builders.assemble import build
     from hpc_core.engines.finetune import finetune_program
 
     torch: Any = importlib.import_module("torch")  # untyped in parts, and not imported where only the driver runs

@@ -17,8 +17,8 @@ from bench.studies.original_report import rows
 from bench.studies.original_report.export import original_files
 from bench.studies.original_report.protocol import protocol
 from bench.studies.original_report.run import run_protocol
-from hpc_core.case.case import ModelSpec
 from hpc_core.case.errors import SpecError
+from hpc_core.case.parts import ModelSpec
 from hpc_core.cli import run_app
 from hpc_core.cli.console import say, show, tell
 from hpc_core.cli.running import read_record

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from hpc_core.case.case import FinetuneSpec, GenerateSpec
 from hpc_core.case.limits import GiB
+from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
 
 __all__ = ["EPOCHS", "FINETUNE_FILE", "INFERENCE_FILE", "original_files"]

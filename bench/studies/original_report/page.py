@@ -16,8 +16,8 @@ from hpc_core.bounds.cost import (
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
 from hpc_core.bounds.reading import positions_of, value_of
-from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.limits import GiB
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.gpus import gpu_of
 from hpc_core.record.record import Record
 

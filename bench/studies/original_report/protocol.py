@@ -9,13 +9,9 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from hpc_core.bounds.check import judged
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FinetuneSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.case import Case
 from hpc_core.case.lengths import recorded_lengths
 from hpc_core.case.limits import GiB
+from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import (
     finetune,
     full,

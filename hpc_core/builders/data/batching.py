@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_core.builders.data.rows import PAD_ID, shuffled
-from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import DataError
+from hpc_core.case.workloads import FinetuneSpec
 
 IGNORED_LABEL = -100
 """The label that a cross-entropy loss passes over."""

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from hpc_core.builders.data.batching import Batch, Block, BlockSize, EpochSize, batches, epoch_size
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.builders.data.texts import texts
-from hpc_core.case.case import DataSpec, FinetuneSpec
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
-from hpc_core.case.parts import essence
+from hpc_core.case.parts import DataSpec, essence
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.files import write_whole
 
 _MAKERS = ("batching.py", "rows.py")

@@ -11,8 +11,6 @@ import torch
 
 from hpc_core.builders.data.batching import BlockSize
 
-__all__ = ["Batches", "DeviceBatch", "Resident"]
-
 
 @dataclass(frozen=True)
 class DeviceBatch:

@@ -18,10 +18,8 @@ from hpc_core.builders.data.rows import (
     token_rows,
 )
 from hpc_core.builders.data.texts import texts
-from hpc_core.case.case import FinetuneSpec
 from hpc_core.case.errors import DataError
-
-__all__ = ["FetchedEpoch"]
+from hpc_core.case.workloads import FinetuneSpec
 
 
 class FetchedEpoch:

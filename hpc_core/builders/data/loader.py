@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from hpc_core.builders.data.batching import IGNORED_LABEL, BlockSize, BlockSource
 from hpc_core.builders.data.device_batches import DeviceBatch
-from hpc_core.case.case import FeedSpec
+from hpc_core.case.workloads import FeedSpec
 from hpc_core.instruments.garbage import uncollected
 
 PREFETCHED = 2

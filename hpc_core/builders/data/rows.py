@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import msgspec
 
 from hpc_core.builders.data.texts import texts
-from hpc_core.case.case import DataSpec, GenerateSpec
 from hpc_core.case.errors import DataError, MissingLibraryError
 from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.workloads import GenerateSpec
 
 if TYPE_CHECKING:
     from numpy.random import Generator

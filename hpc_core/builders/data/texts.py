@@ -16,10 +16,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.case.case import DataSpec
 from hpc_core.case.errors import DataError, MissingDataError, MissingLibraryError
-
-__all__ = ["Problem", "problems", "texts"]
+from hpc_core.case.parts import DataSpec
 
 _FIELDS = ("question", "text")
 """Fields of a JSON line that may hold its text, the first one found counts."""

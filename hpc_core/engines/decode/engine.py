@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-from hpc_core.builders import Built
-from hpc_core.case.case import Case, GenerateSpec
+from hpc_core.builders.assemble import Built
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.capture import make_workspace
 from hpc_core.engines.decode.program import GraphProgram
 from hpc_core.engines.generate import GenerationEngine, prompts_for

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.data.rows import PromptBatch
-from hpc_core.case.case import GenerateSpec
 from hpc_core.case.errors import MeasureError, MissingLibraryError, SpecError
+from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.capture import Captured, captured
 from hpc_core.engines.decode.cache import StaticKeyValues, capacity_for
 from hpc_core.engines.decode.model import Decoder, decoder_of, int8_rows

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.builders.assemble import Built
+from hpc_core.case.case import Case
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import TrainingEngine, fed_case, finetune_program, unpredictable_switch
 from hpc_core.engines.tuned.compile import compiled_layers
 from hpc_core.engines.tuned.forward import TunedForward, restore

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders import Built
+from hpc_core.builders.assemble import Built
 from hpc_core.builders.data.device_batches import DeviceBatch
-from hpc_core.case.case import Case, FinetuneSpec
+from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.capture import CapturedWork
 from hpc_core.engines.finetune import FinetuneProgram, finetune_program
 from hpc_core.engines.tuned.compile import compile_layers, eager_where_counted, settled

@@ -16,8 +16,9 @@ from hpc_core.builders.data.batching import (
     epoch_size,
 )
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.case.case import DataSpec, FinetuneSpec
 from hpc_core.case.errors import DataError
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.workloads import FinetuneSpec
 
 Padding = Literal["longest", "max_length"]
 WIKITEXT = DataSpec(source="trace", name="wikitext2")

@@ -16,18 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.audit.loader import feed_facts
-from hpc_core.builders import Built, build
+from hpc_core.builders.assemble import Built, build
 from hpc_core.builders.data import loader
 from hpc_core.builders.data.batching import Block, BlockSource
 from hpc_core.builders.data.device_batches import Resident
 from hpc_core.builders.data.loader import Fed, HostBatch, host_batch
-from hpc_core.case.case import (
-    Case,
-    DataSpec,
-    FeedSpec,
-    FinetuneSpec,
-    ModelSpec,
-)
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec, ModelSpec
+from hpc_core.case.workloads import FeedSpec, FinetuneSpec
 from hpc_core.catalogue import TINY_DATA, finetune, lora
 from hpc_core.engines.finetune import fed_batches, resident_batches
 from hpc_core.engines.tuned.program import training_program

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.builders import build
+from hpc_core.builders.assemble import build
 from hpc_core.builders.data.loader import Fed
-from hpc_core.case.case import Case, DataSpec, FinetuneSpec
+from hpc_core.case.case import Case
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, lora, tiny
 from hpc_core.engines.finetune import resident_batches
 from hpc_core.engines.tuned.program import TunedProgram, training_program

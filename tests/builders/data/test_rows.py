@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from hpc_core.builders.data.rows import ByteTokenizer, prompt_batches, token_rows
 from hpc_core.builders.data.texts import texts
-from hpc_core.case.case import DataSpec, GenerateSpec
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
+from hpc_core.case.parts import DataSpec
+from hpc_core.case.workloads import GenerateSpec
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 RANDOM = DataSpec()

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from hpc_core.builders.data.texts import Problem, problems, texts
-from hpc_core.case.case import DataSpec
 from hpc_core.case.errors import DataError, MissingLibraryError
+from hpc_core.case.parts import DataSpec
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 PROBLEMS = problems()
