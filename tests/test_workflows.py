@@ -43,7 +43,7 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 
 def test_there_are_workflows() -> None:
     """The other tests here look at something."""
-    assert {path.stem for path in WORKFLOWS} == {"bench", "ci"}
+    assert {path.stem for path in WORKFLOWS} == {"bench", "ci", "nightly"}
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
