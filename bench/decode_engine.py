@@ -13,8 +13,7 @@ import pytest
 
 from hpc_core import Case, perf_cases
 from hpc_core.catalogue import SWEEP, TUNED
-from hpc_core.plugin.fixture import Perf
-from hpc_core.plugin.session import PerfSession
+from hpc_core.plugin.fixture import Perf, PerfSession
 from hpc_core.record.record import Record
 
 CASES: tuple[Case, ...] = tuple(case for case in (*TUNED, *SWEEP) if case.kind == "generate")

@@ -16,8 +16,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.limits import MiB
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.catalogue import finetune, generate, lora
-from hpc_core.plugin.fixture import Perf
-from hpc_core.plugin.session import PerfSession
+from hpc_core.plugin.fixture import Perf, PerfSession
 from hpc_core.record.gpus import gpu_of
 from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.record.record import Record

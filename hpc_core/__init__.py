@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from hpc_core.case.parts import AdapterSpec, DataSpec, ModelSpec, QuantSpec
     from hpc_core.case.workloads import CallableSpec, FinetuneSpec, GenerateSpec
     from hpc_core.launch.predictions import predicted
-    from hpc_core.plugin.cases import perf_cases
-    from hpc_core.plugin.predicting import predicted_cases
+    from hpc_core.plugin.cases import perf_cases, predicted_cases
     from hpc_core.record.record import Metric, Record
 
 __version__ = "0.1.0"
@@ -25,8 +24,7 @@ _HOMES = {
     "hpc_core.case.limits": ("GiB", "Limits", "MiB"),
     "hpc_core.case.parts": ("AdapterSpec", "DataSpec", "ModelSpec", "QuantSpec"),
     "hpc_core.case.workloads": ("CallableSpec", "FinetuneSpec", "GenerateSpec"),
-    "hpc_core.plugin.cases": ("perf_cases",),
-    "hpc_core.plugin.predicting": ("predicted_cases",),
+    "hpc_core.plugin.cases": ("perf_cases", "predicted_cases"),
     "hpc_core.launch.predictions": ("predicted",),
     "hpc_core.record.record": ("Metric", "Record"),
 }

@@ -15,7 +15,7 @@ from types import ModuleType
 import pytest
 
 from hpc_core.case import errors
-from hpc_core.cli.known import known_cases
+from hpc_core.cli.inputs import known_cases
 
 ROOT = Path(__file__).parent.parent
 TRACKED = frozenset(

@@ -1,9 +1,9 @@
-"""`hpc-core baseline …`: what is accepted, what a record would change, and accepting records made elsewhere."""
+"""`hpc-core baseline …`: list accepted numbers, compare records with them, and accept records made elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -14,19 +14,15 @@ from hpc_core.baselines.lookup import find, parsed
 from hpc_core.baselines.profiles import profile_to_keep
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
-from hpc_core.cli.baselines_json import baseline_told
 from hpc_core.cli.console import say, say_json, show
-from hpc_core.cli.running import read_record
 from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.judge import judge
 from hpc_core.record import units as sizes
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import read_record, write_whole
 from hpc_core.record.record import Metric
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import accepted_line, change_line, changed_metric
-
-__all__ = ["baseline_app"]
 
 baseline_app = typer.Typer(
     help="Look at accepted numbers, and accept new ones.",
@@ -251,3 +247,16 @@ def _of_revisions(one: str, other: str | None, baselines: Path, *, as_json: bool
     where = f"{old.commit[:10]}..{'here' if new is None else new.commit[:10]}"
     for line in told or [f"No baseline changed in {where}."]:
         say(line)
+
+
+def baseline_told(machine: str, case: str, lookup: Lookup, *, metrics: bool = False) -> dict[str, Any]:
+    """Machine, case and `state` ("sound", "damaged", "other schema", "gone"); of a sound one who accepted it, and its metrics if asked."""
+    said: dict[str, Any] = {"machine": machine, "case": case}
+    if isinstance(lookup, Baseline):
+        said |= {"state": "sound", "digest": lookup.digest, "accepted": lookup.accepted, "stack": lookup.stack}
+        return said | ({"metrics": lookup.metrics} if metrics else {"metric_count": len(lookup.metrics)})
+    if isinstance(lookup, Damaged):
+        return said | {"state": "damaged", "reason": lookup.reason}
+    if isinstance(lookup, OlderSchema):
+        return said | {"state": "other schema", "schema": lookup.found}
+    return said | {"state": "gone"}

@@ -1,4 +1,7 @@
-"""`hpc-core bisect`: which version of a package first moved a metric. For commits there is `git bisect run pytest --perf-bisect`."""
+"""`hpc-core bisect`: find the version of a package that first changed a metric.
+
+Commits are searched by git: `git bisect run pytest --benchmark --perf-bisect --case CASE`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,8 @@ import typer
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import HpcCoreError, SpecError
-from hpc_core.cli.ab import duration_s, ratio_of
 from hpc_core.cli.console import say, tell
-from hpc_core.cli.known import Files, known_case
+from hpc_core.cli.inputs import Files, known_case, parse_duration, parse_ratio
 from hpc_core.compare.arrange import place_of
 from hpc_core.compare.bench import Bench, Device
 from hpc_core.compare.bisect import Answer, Found, Question, Versions, VersionSides, search
@@ -49,8 +51,8 @@ def bisect(
             f"then git bisect run pytest --benchmark --perf-bisect --case {case}"
         )
     chosen = known_case(case, files)
-    rule = Rule(wall=ratio_of("--wall-tolerance", wall), busy=ratio_of("--busy-tolerance", busy))
-    deadline = time.monotonic() + duration_s("--budget", budget)
+    rule = Rule(wall=parse_ratio("--wall-tolerance", wall), busy=parse_ratio("--busy-tolerance", busy))
+    deadline = time.monotonic() + parse_duration("--budget", budget)
     named = Versions.parse(package, versions, ends, python_for or [])
     here = Path.cwd().resolve()
     place, _ = place_of(here, needs_git=False)

@@ -1,4 +1,4 @@
-"""Where the command line writes: results to stdout, progress to stderr. Knows widths and colours, no case."""
+"""Print results to stdout and progress to stderr."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import msgspec
 
 from hpc_core.report.entry import Row
 from hpc_core.report.terminal import render
-
-__all__ = ["say", "say_json", "show", "tell"]
 
 
 def say(text: str = "") -> None:

@@ -1,6 +1,6 @@
-"""`hpc-core doctor`: what hpc-core needs of this machine, what is missing, and the command that gets it.
+"""`hpc-core doctor`: check what hpc-core needs of this machine, and name the command that installs what is missing.
 
-It checks what only hpc-core knows. `python -m torch.utils.collect_env` and `python -m bitsandbytes` describe the libraries, and are named at the end.
+It checks what only hpc-core knows. `python -m torch.utils.collect_env` and `python -m bitsandbytes` describe the libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`hpc-core explain RECORD`: why a record is not as its baseline, from the files alone."""
+"""`hpc-core explain RECORD`: say why a record differs from its baseline, from files alone."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import typer
 from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json
-from hpc_core.cli.running import read_record
 from hpc_core.explain.before import before_of, stored_before
 from hpc_core.explain.explain import Cause, explain
 from hpc_core.gate.judge import judge
+from hpc_core.record.files import read_record
 from hpc_core.record.record import Record
-
-__all__ = ["explain_record"]
 
 
 def explain_record(

@@ -1,4 +1,4 @@
-"""The largest whole number whose memory fits: a search that asks for few peaks, since each takes seconds. Pure."""
+"""Find the largest value whose memory fits, with few predictions, since each takes seconds."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hpc_core.case.errors import PredictError
-
-__all__ = ["Search", "largest_fitting"]
 
 _BISECT_EVERY = 3
 """Interpolation may creep up on a bent curve; every third question halves what is left."""

@@ -1,4 +1,4 @@
-"""`hpc-core history CASE [METRIC]`: a metric over sessions and commits, where it moved, and a picture of it."""
+"""`hpc-core history CASE [METRIC]`: show a metric over sessions and commits, where it changed, and a chart of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from hpc_core.case.select import near
 from hpc_core.cli.console import say, tell
 from hpc_core.report.history import as_json, counted, lines, overview, series
 from hpc_core.report.pictures import check_picture, write_series
-
-__all__ = ["history"]
 
 
 def history(
@@ -74,7 +72,7 @@ def _found(case: str, machine: str | None, baselines: Path, records: list[Path],
 
 def _of_records(folders: list[Path], case: str) -> set[str]:
     """The machines that records of a case are of."""
-    from hpc_core.cli.running import read_record
+    from hpc_core.record.files import read_record
 
     paths = [path for folder in folders for path in folder.rglob(f"{case.rpartition('/')[2]}*.json")]
     found = set()

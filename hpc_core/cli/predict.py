@@ -1,4 +1,4 @@
-"""`hpc-core predict …`: what a case would take on a GPU that need not be there, for one case, a sweep, or the largest that fits."""
+"""`hpc-core predict …`: predict what a case takes on a GPU that is not here: one case, a sweep, or the largest that fits."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ import typer
 from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
-from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
 from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting
-from hpc_core.cli.known import Files, known_case
-from hpc_core.cli.own_model import Way, case_of_model, context_length
-from hpc_core.cli.running import read_record
+from hpc_core.cli.inputs import (
+    Files,
+    Way,
+    case_of_model,
+    context_length,
+    known_case,
+    parse_bytes,
+    parse_changes,
+    parse_sweep,
+    with_changes,
+)
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record import units as sizes
+from hpc_core.record.files import read_record
 from hpc_core.record.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.pictures import check_picture, write_memory
 from hpc_core.report.predictions import fits, prediction_block, sweep_table
-
-__all__ = ["predict"]
 
 _MOST = 4096
 """Where --fit stops, unless the model's context ends before."""
@@ -66,11 +72,11 @@ def predict(
     if sweep is not None and fit is not None:
         raise SpecError("--sweep and --fit are two questions: ask one at a time.")
     drawn = _drawing(plot, over, alone=sweep is None and fit is None)
-    card, kept = gpu_named(gpu), bytes_said("--margin", margin)
+    card, kept = gpu_named(gpu), parse_bytes("--margin", margin)
     if kept >= card.memory_bytes:
         raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
     base = _base(case, model, method, cases)
-    asked = with_changes(base, _short(base, batch, length, changes_said(changes or [])))
+    asked = with_changes(base, _short(base, batch, length, parse_changes(changes or [])))
     if sweep is not None:
         _sweep(asked, sweep, card.name, kept, as_json=as_json)
     elif fit is not None:
@@ -156,7 +162,7 @@ def _answered(record: Record) -> Record:
 
 
 def _sweep(case: Case, said: str, gpu: str, kept: int, *, as_json: bool) -> None:
-    field, values = sweep_said(said)
+    field, values = parse_sweep(said)
     varied = [(str(value), with_changes(case, {field: value})) for value in values]  # what is wrong is said first
     rows = []
     with predicting_launcher(several=len(varied) > 1) as launcher:

@@ -1,6 +1,6 @@
-"""`hpc-core profile CASE`: where the time of a step goes, by operator; a trace, a memory snapshot, and the way to NVIDIA's tools.
+"""`hpc-core profile CASE`: show where the time of a step goes, and write a trace and a memory snapshot.
 
-A profiled run is none of the measured ones; nothing of it reaches a baseline.
+A profiled run is not a measured one: none of its numbers reaches a baseline.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import typer
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json, tell
-from hpc_core.cli.known import Files, known_case
+from hpc_core.cli.inputs import Files, known_case
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record import units as sizes
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
-
-__all__ = ["nsight_commands", "profile"]
 
 _NAME_WIDTH = 60
 _MEMORY_VIEWER = "https://pytorch.org/memory_viz"

@@ -1,4 +1,4 @@
-"""`hpc-core report RECORDS…`: records as a table, Markdown, a page, CSV and pictures."""
+"""`hpc-core report RECORDS…`: show records as a table, Markdown, a page, CSV and charts."""
 
 from __future__ import annotations
 

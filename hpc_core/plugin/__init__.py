@@ -1,7 +1,6 @@
-"""The pytest plugin: inert until `--benchmark`, and without torch even then.
+"""The pytest plugin. It does nothing without `--benchmark`, and never imports torch.
 
-Here is what is always there: options, markers, the fixture `perf`, and the skipping of tests that use it unasked.
-`suite` is the rest.
+This module is always loaded: options, markers, fixtures, and the skipping of tests that measure. `suite` is the rest.
 """
 
 from __future__ import annotations
@@ -14,17 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from hpc_core.plugin.fixture import Perf
-    from hpc_core.plugin.session import PerfSession
-
-__all__ = [
-    "perf",
-    "perf_session",
-    "pytest_addoption",
-    "pytest_cmdline_main",
-    "pytest_collection_modifyitems",
-    "pytest_configure",
-]
+    from hpc_core.plugin.fixture import Perf, PerfSession
 
 _SUITE = "hpc-core-suite"
 

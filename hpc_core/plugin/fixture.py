@@ -1,12 +1,12 @@
-"""What a test gets as `perf`: runs one case, hands its samples to pytest-benchmark, and ends the test as the gate says.
+"""The fixtures: `perf` runs a case and ends the test by its verdict; `perf_session` is for tests of several records.
 
-Knows the test item, the runner and how a verdict becomes an outcome.
+Wall samples reach pytest-benchmark through its public API: a timer that replays them, and `pedantic`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -16,16 +16,13 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.plugin.cases import case_id_of
+from hpc_core.plugin.cases import case_id_of, predicted_gpu
 from hpc_core.plugin.outcome import Ending, ending, properties
-from hpc_core.plugin.predicting import predicted_gpu
-from hpc_core.plugin.replay import replay
 from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import visible_gpus
+from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Row
-
-__all__ = ["ENDING", "Perf", "default_steps"]
 
 ENDING = pytest.StashKey[Ending]()
 """How the test is to end, once its case has run."""
@@ -190,3 +187,69 @@ def _extra(row: Row) -> dict[str, Any]:
         # All of it, so that `hpc-core report` needs no other file.
         "record": msgspec.to_builtins(row.record),
     }
+
+
+class PerfSession:
+    """The fixture `perf_session`."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.shown: list[tuple[str, str]] = []
+        """Sections for the end of the run, as (title, text)."""
+
+    @property
+    def records(self) -> Mapping[str, Record]:
+        """What ran in this session and is sound, by case id."""
+        return {row.case: row.record for row in self._runner.rows if row.record.status == "ok"}
+
+    def run(self, job: Job) -> Record:
+        """The record of a job in a process of its own, neither judged nor listed.
+
+        Raises:
+            LaunchError: no worker can be started at all.
+        """
+        return self._runner.run_unjudged(job)
+
+    def show(self, title: str, text: str) -> None:
+        """Print a section below the table that ends the run."""
+        self.shown.append((title, text))
+
+
+_TIMER = pytest.StashKey["ReplayTimer"]()
+
+
+class ReplayTimer:
+    """Tells recorded durations as if they passed between two calls: 0, first sample, 0, second sample."""
+
+    __name__ = "replayed"  # pytest-benchmark prints a timer's name
+
+    def __init__(self) -> None:
+        self._readings: Iterator[float] = iter(())
+
+    def load(self, samples: Sequence[float]) -> None:
+        """Tell these durations next."""
+        self._readings = iter([reading for sample in samples for reading in (0.0, sample)])
+
+    def __call__(self) -> float:
+        """The next reading; 0 once all are told."""
+        return next(self._readings, 0.0)
+
+
+def with_timer(item: pytest.Item, group: str) -> None:
+    """Give a test its replaying timer, and its group unless its author has chosen one."""
+    timer = item.stash[_TIMER] = ReplayTimer()
+    own = item.get_closest_marker("benchmark")
+    said = {"group": group} | ({} if own is None else dict(own.kwargs))
+    # The closest marker wins and the others are not read at all, so it carries the author's arguments too.
+    item.add_marker(pytest.mark.benchmark(**(said | {"timer": timer})), append=False)
+
+
+def replay(item: pytest.Item, benchmark: Any, samples: Sequence[float]) -> None:
+    """Make these samples the rounds of this test's benchmark. Does nothing where pytest-benchmark is disabled."""
+    if samples and benchmark.enabled:
+        item.stash[_TIMER].load(samples)
+        benchmark.pedantic(_nothing, rounds=len(samples))
+
+
+def _nothing() -> None:
+    """What pytest-benchmark believes to time."""

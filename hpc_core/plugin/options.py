@@ -1,4 +1,4 @@
-"""The command line and the ini file, read once into one frozen value. Knows every option's rules and no test."""
+"""The command line, the ini file and the file of waivers, read once into one frozen value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ import pytest
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
-from hpc_core.gate.waivers import Waiver
-from hpc_core.plugin.predicting import Extent
-from hpc_core.plugin.replicating import MOST
-from hpc_core.plugin.waiver_file import WAIVERS, read_waivers
+from hpc_core.gate.waivers import Waiver, waivers_from_toml
+from hpc_core.plugin.cases import Extent
+from hpc_core.plugin.repeats import MOST
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Way
-
-__all__ = ["ACTIVE", "Settings", "add_options", "read_settings"]
 
 ACTIVE = "perf_active"
 """Where pytest keeps `--benchmark`."""
@@ -297,3 +294,27 @@ def _case_files(config: pytest.Config) -> tuple[Path, ...]:
         except SpecError as error:
             raise pytest.UsageError(str(error)) from error
     return files
+
+
+WAIVERS = "perf-waivers.toml"
+"""Its name below the root folder, unless the ini file says another."""
+
+
+def read_waivers(config: pytest.Config) -> tuple[Waiver, ...]:
+    """The entries of the file; none where there is no file and the ini file names none.
+
+    Raises:
+        pytest.UsageError: a file that is named and not there, or that cannot be read as waivers.
+    """
+    name = str(config.getini("perf_waivers"))
+    path = config.rootpath / name
+    if not path.exists():
+        if name != WAIVERS:
+            raise pytest.UsageError(f"perf_waivers: there is no file {path}.")
+        return ()
+    try:
+        return waivers_from_toml(path.read_text(encoding="utf-8"), name)
+    except SpecError as error:
+        raise pytest.UsageError(str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise pytest.UsageError(f"{name} cannot be read: {error}") from error

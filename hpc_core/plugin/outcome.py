@@ -1,7 +1,4 @@
-"""From a row to a test's outcome: passed, failed or skipped, with which text, and which exit code a run ends with.
-
-Knows pytest's words and the gate's. Runs and judges nothing.
-"""
+"""Turn a row into a test's outcome and its text, and all outcomes into the exit code of a run."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import Row
-
-__all__ = ["Blame", "Ending", "ending", "exit_code", "properties"]
 
 Blame = Literal["worse", "broken", "not comparable", "other"]
 """What made a test fail: a number, the run itself, nothing to compare with, or something that is not ours."""

@@ -1,6 +1,6 @@
-"""What a run says while it runs: one live line below pytest's own on a terminal, one plain line a case elsewhere.
+"""Show where a run is: one live line below pytest's own on a terminal, one plain line per case elsewhere.
 
-Writes to a descriptor of its own, so that pytest's capture is neither seen nor disturbed. Knows no record.
+Writes to its own file descriptor, so that pytest's capture neither sees it nor is disturbed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import TextIO
-
-__all__ = ["Progress", "duration"]
 
 _TICK_S = 0.5
 # Make room for a line below without leaving this one, remember the place, write below, come back.

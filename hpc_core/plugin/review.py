@@ -1,7 +1,4 @@
-"""What a reviewer wants to see of a run: against which baselines it was judged, which of them changed, what is waived.
-
-Holds the baselines of the merge base and the waivers for a whole session. Launches nothing and writes nothing.
-"""
+"""Judge records for a review: against the baselines of the working tree or of the merge base, with waivers applied."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ from hpc_core.record.git import merge_base
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import change_line, waiver_line
-
-__all__ = ["Review"]
 
 
 class Review:

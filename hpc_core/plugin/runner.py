@@ -1,11 +1,13 @@
-"""Runs cases one after another and says what the gate thinks of each: launcher, store and gate in one place.
+"""Run cases one after another, and judge each: launcher, baselines and gate in one place.
 
 Knows no pytest item and no outcome. Nothing starts before the first case does.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,11 +21,10 @@ from hpc_core.case.workloads import CallableSpec
 from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
 from hpc_core.launch.launcher import Launcher
-from hpc_core.plugin.bare import load_measuring_half, measure_here
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
-from hpc_core.plugin.replicating import Enough, Plan, narrow, replicated
-from hpc_core.plugin.resuming import Earlier
+from hpc_core.plugin.repeats import Enough, Plan, narrow, replicated
+from hpc_core.plugin.resume import Earlier
 from hpc_core.plugin.review import Review
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.files import write_whole
@@ -35,10 +36,8 @@ from hpc_core.record.job import (
     Predict,
     Repeat,
 )
-from hpc_core.record.record import Circumstances, Record, record_to_json
+from hpc_core.record.record import Circumstances, Metric, Record, record_to_json
 from hpc_core.report.entry import Row, grown
-
-__all__ = ["Runner"]
 
 
 class Runner:
@@ -234,3 +233,38 @@ def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:
     if isinstance(case.workload, CallableSpec) or case.scale != "tiny":
         return "cuda"
     return "auto"
+
+
+NOTE = "measured in the test process: time is reported, not gated"
+
+
+def load_measuring_half() -> None:
+    """Import torch and what measures with it. What their imports warn of is not the user's affair."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("hpc_core.worker.perform")
+
+
+def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], None]) -> Record:
+    """The record of calling `step`. What the step raises leaves this function, for the traceback and for `--pdb`.
+
+    Raises:
+        ModuleNotFoundError: torch is not installed.
+        Exception: whatever the step raises.
+    """
+    began = time.perf_counter()
+    load_measuring_half()
+    # Named, not imported: the plugin must load, and collect, without torch.
+    perform = importlib.import_module("hpc_core.worker.perform").perform
+    job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")
+    record: Record = perform(job, emit, began=began, step=step)
+    seen = record.circumstances
+    return msgspec.structs.replace(
+        record,
+        metrics={name: _ungated_time(metric) for name, metric in record.metrics.items()},
+        circumstances=msgspec.structs.replace(seen, notes=(NOTE, *seen.notes)),
+    )
+
+
+def _ungated_time(metric: Metric) -> Metric:
+    return msgspec.structs.replace(metric, gated=False) if metric.noise == "busy" else metric

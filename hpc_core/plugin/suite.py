@@ -1,6 +1,6 @@
-"""A run with `--benchmark`: which tests take part, what their reports say, and what ends the run.
+"""The hooks of a run with `--benchmark`: which tests take part, how they are reported, and how the run ends.
 
-One object, registered only when asked for; everything pytest calls in such a run is here.
+One plugin object, registered only when it is needed.
 """
 
 from __future__ import annotations
@@ -17,22 +17,17 @@ import pytest
 import hpc_core
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
-from hpc_core.plugin.cases import CaseFile, case_id_of, case_of
-from hpc_core.plugin.fixture import ENDING, Perf
-from hpc_core.plugin.lock import GpuInUseError, GpuLocks
+from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
+from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
+from hpc_core.plugin.fixture import ENDING, Perf, PerfSession, with_timer
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.outcome import Blame, bisect_exit_code, exit_code
-from hpc_core.plugin.predicting import predicted_gpu, takes_part
 from hpc_core.plugin.progress import Progress, duration
-from hpc_core.plugin.replay import with_timer
 from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
-from hpc_core.plugin.session import PerfSession
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.record import Record
 from hpc_core.report.terminal import render
-
-__all__ = ["NAME", "Suite"]
 
 NAME = "hpc-core-suite"
 _NO_GPU = "needs a CUDA GPU: none is visible"

@@ -54,7 +54,7 @@ def run(*arguments: str | Path) -> int:
         (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
         (["faults", "--out", "here"], "--out needs --explain"),
         (["faults", "--explain", "--scale", "full", "--out", "there"], "needs a CUDA GPU"),
-        (["report", __file__, "--html", "."], ".: is a folder, and --html names the file"),
+        (["report", __file__, "--html", "."], ".: this is a folder; --html takes the file to write"),
         (["report", "nowhere"], "nowhere: no such file or folder"),
         (["explain", "nowhere.json"], "nowhere.json: No such file"),
         (["predict", "tiny/lora", "--gpu", "voodoo"], "No GPU is called 'voodoo'"),

@@ -19,8 +19,7 @@ from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import catalogue
 from hpc_core.cli import predict as command
-from hpc_core.cli.changes import bytes_said, changes_said, sweep_said, with_changes
-from hpc_core.cli.own_model import case_of_model, context_length
+from hpc_core.cli.inputs import case_of_model, context_length, parse_bytes, parse_changes, parse_sweep, with_changes
 from hpc_core.record.gpus import gpu_named
 from hpc_core.record.record import (
     Failure,
@@ -119,7 +118,7 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.C
 
 def test_values_are_json_or_text() -> None:
     """Numbers, lists and null as in JSON; whatever is none of it is text."""
-    said = changes_said(["batch=8", 'targets=["q_proj"]', "quantization=null", "model_dtype=float16", "prepare=true"])
+    said = parse_changes(["batch=8", 'targets=["q_proj"]', "quantization=null", "model_dtype=float16", "prepare=true"])
     assert said == {
         "batch": 8,
         "targets": ["q_proj"],
@@ -127,9 +126,9 @@ def test_values_are_json_or_text() -> None:
         "model_dtype": "float16",
         "prepare": True,
     }
-    assert sweep_said("batch=1, 2,4") == ("batch", [1, 2, 4])
-    assert sweep_said("optimizer=adamw-fused,adamw-8bit") == ("optimizer", ["adamw-fused", "adamw-8bit"])
-    assert sweep_said('targets=[["q_proj"],["v_proj"]]') == ("targets", [["q_proj"], ["v_proj"]])
+    assert parse_sweep("batch=1, 2,4") == ("batch", [1, 2, 4])
+    assert parse_sweep("optimizer=adamw-fused,adamw-8bit") == ("optimizer", ["adamw-fused", "adamw-8bit"])
+    assert parse_sweep('targets=[["q_proj"],["v_proj"]]') == ("targets", [["q_proj"], ["v_proj"]])
 
 
 def test_a_changed_case_says_so_in_its_id() -> None:
@@ -145,13 +144,13 @@ def test_a_changed_case_says_so_in_its_id() -> None:
 )
 def test_sizes_with_units(text: str, size: int) -> None:
     """Powers of 1024 and of 1000, with or without a space."""
-    assert bytes_said("--margin", text) == size
+    assert parse_bytes("--margin", text) == size
 
 
 def test_a_size_without_sense_is_refused() -> None:
     """A unit that is none."""
     with pytest.raises(SpecError, match="no size"):
-        bytes_said("--margin", "1 furlong")
+        parse_bytes("--margin", "1 furlong")
 
 
 def test_fit_gives_the_largest_and_what_it_kept(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:

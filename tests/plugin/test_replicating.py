@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.plugin import resuming, runner
-from hpc_core.plugin.replicating import MOST, Plan, narrow, replicated
-from hpc_core.plugin.resuming import Earlier, code_state
+from hpc_core.plugin import resume, runner
+from hpc_core.plugin.repeats import MOST, Plan, narrow, replicated
+from hpc_core.plugin.resume import Earlier, code_state
 from hpc_core.record import environment
 from hpc_core.record.job import Job, Repeat
 from hpc_core.record.record import (
@@ -271,7 +271,7 @@ def test_a_second_call_takes_what_the_first_left(
     pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With --perf-resume the second call runs only the processes that are missing, and says whence the others came."""
-    monkeypatch.setattr(resuming.Earlier, "_moved", lambda self, found, case, device: None)
+    monkeypatch.setattr(resume.Earlier, "_moved", lambda self, found, case, device: None)
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")

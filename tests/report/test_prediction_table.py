@@ -10,7 +10,7 @@ from hpc_core.baselines.history import last_accepted
 from hpc_core.case.case import Case
 from hpc_core.catalogue import FULL
 from hpc_core.catalogue.predicted import HELD_OUT, PREDICTED
-from hpc_core.cli.prediction import Miss, compare, machine_key, markdown, worst
+from hpc_core.cli.prediction_table import Miss, compare, machine_key, markdown, worst
 from hpc_core.record.gpus import DEFAULT
 
 BASELINES = Path(__file__).parents[2] / "baselines"

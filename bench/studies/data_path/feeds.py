@@ -22,8 +22,7 @@ from bench.studies.refusals import what_is_missing
 from hpc_core import Case, perf_cases
 from hpc_core.case.workloads import FeedSpec, FinetuneSpec
 from hpc_core.catalogue import DATA, TINY_DATA
-from hpc_core.plugin.fixture import Perf
-from hpc_core.plugin.session import PerfSession
+from hpc_core.plugin.fixture import Perf, PerfSession
 from hpc_core.record.record import Record
 
 CASES: tuple[Case, ...] = (*DATA, *TINY_DATA)

@@ -24,7 +24,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.cli.console import say, tell
-from hpc_core.cli.known import Files, known_cases, suite_cases
+from hpc_core.cli.inputs import Files, known_cases, suite_cases
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.files import write_whole

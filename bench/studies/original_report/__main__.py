@@ -21,9 +21,8 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.parts import ModelSpec
 from hpc_core.cli import run_app
 from hpc_core.cli.console import say, show, tell
-from hpc_core.cli.running import read_record
 from hpc_core.gate.exit_code import ExitCode
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import read_record, write_whole
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Row
 

@@ -13,8 +13,7 @@ import pytest
 from bench.studies.original_report.artefacts import NEEDED, artefacts
 from hpc_core import Case, perf_cases
 from hpc_core.catalogue import DEVICE_BOUND, FULL
-from hpc_core.plugin.fixture import Perf
-from hpc_core.plugin.session import PerfSession
+from hpc_core.plugin.fixture import Perf, PerfSession
 
 
 @perf_cases(case for case in (*FULL, *DEVICE_BOUND) if case.id.rpartition("/")[2] in NEEDED)

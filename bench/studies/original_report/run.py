@@ -10,9 +10,9 @@ from typing import Literal
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import tell
-from hpc_core.cli.running import read_record, write_record
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
+from hpc_core.record.files import read_record, write_record
 from hpc_core.record.job import Job, MeasureCeilings
 from hpc_core.record.record import Record
 

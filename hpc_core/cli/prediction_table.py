@@ -1,26 +1,28 @@
-"""Predictions beside measurements: every baseline of a GPU that can be predicted, metric by metric, misses included."""
+"""`hpc-core prediction-table`: predict every case that has a baseline of a GPU, and compare metric by metric."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+import typer
 
 from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.catalogue.predicted import PREDICTED
+from hpc_core.cli.console import say, say_json, tell
 from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
-from hpc_core.record.gpus import GPUS
+from hpc_core.record.gpus import DEFAULT, GPUS, gpu_named
 from hpc_core.record.record import Record
-
-__all__ = ["Miss", "compare", "markdown", "predictions", "worst"]
 
 _CATEGORY = "at_peak_"
 _SMALL_BYTES = 2**20
-"""Categories below this say nothing in percent: a few loose scalars."""
+"""Smaller categories are a few scalars, for which a percentage means nothing."""
 
 
 class Miss(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,12 +35,12 @@ class Miss(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def ratio(self) -> float:
-        """Predicted over measured, less one."""
+        """Predicted over measured, minus one."""
         return self.predicted / self.measured - 1 if self.measured else float(self.predicted != 0)
 
 
 def predictions(cases: Iterable[Case], gpu: str, tell: Callable[[str], None]) -> list[Record]:
-    """The predicted records of these cases, in order.
+    """Predict these cases, in order.
 
     Raises:
         SpecError: a case cannot be predicted.
@@ -56,7 +58,7 @@ def predictions(cases: Iterable[Case], gpu: str, tell: Callable[[str], None]) ->
 
 
 def compare(records: Iterable[Record], baselines: Path, key: str) -> list[Miss]:
-    """Each predicted metric that a baseline of the machine `key` has too."""
+    """Return each predicted metric that a baseline of the machine `key` also has."""
     misses = []
     for record in records:
         found = find(baselines, key, record.case.id)
@@ -70,7 +72,7 @@ def compare(records: Iterable[Record], baselines: Path, key: str) -> list[Miss]:
 
 
 def worst(misses: Iterable[Miss], kind: str) -> Miss | None:
-    """The largest miss of one kind: "peak", "phase", "category", "kernels", "flops" or "operators"."""
+    """Return the largest miss of one kind: "peak", "phase", "category", "kernels", "flops" or "operators"."""
     of_kind = [miss for miss in misses if _kind(miss) == kind]
     return max(of_kind, key=lambda miss: abs(miss.ratio), default=None)
 
@@ -93,7 +95,7 @@ _COLUMNS = ("peak", "phase", "category", "flops", "operators", "kernels")
 
 
 def markdown(misses: list[Miss]) -> str:
-    """A table with a line a case: peak in bytes, and the largest miss of each kind in percent."""
+    """Return a Markdown table with one row per case: peak in bytes, and the largest miss of each kind in percent."""
     lines = [
         "| case | peak predicted | peak measured | peak | worst phase | worst category | FLOPs | operators | kernels |",
         "|---|---:|---:|---:|---|---|---:|---:|---:|",
@@ -117,19 +119,38 @@ def _cell(miss: Miss | None, *, named: bool) -> str:
     return f"{miss.ratio:+.4%}{name}" if abs(miss.ratio) < 1e-3 else f"{miss.ratio:+.2%}{name}"
 
 
-def chosen(pattern: str, match: Callable[[str, str], bool]) -> list[Case]:
-    """The predicted cases whose id matches.
+def _chosen(glob: str) -> list[Case]:
+    """Return the predicted cases whose id matches.
 
     Raises:
         SpecError: none does.
     """
-    found = [case for case in PREDICTED if match(case.id, pattern)]
+    found = [case for case in PREDICTED if fnmatchcase(case.id, glob)]
     if not found:
-        raise SpecError(f"No predicted case is called {pattern!r}. There are: {', '.join(c.id for c in PREDICTED)}.")
+        raise SpecError(f"No predicted case is called {glob!r}. There are: {', '.join(c.id for c in PREDICTED)}.")
     return found
 
 
 def machine_key(gpu: str) -> str:
-    """The baselines' folder of a GPU, as `environment.machine` would name it."""
+    """Return the name of a GPU's folder of baselines, as `environment.machine` derives it."""
     memory = GPUS[gpu].memory_bytes
     return f"nvidia-{gpu.lower().replace(' ', '-')}-{round(memory / 2**30)}gib"
+
+
+def prediction_table(
+    only: Annotated[str, typer.Option(help="Only these cases: a glob over full ids.")] = "*",
+    gpu: Annotated[str, typer.Option(help="The GPU whose baselines are compared.")] = DEFAULT,
+    baselines: Annotated[Path, typer.Option(help="The folder of baselines.")] = Path("baselines"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print every number as JSON.")] = False,
+) -> None:
+    """Predict every case that was measured on a GPU, and print both numbers."""
+    name = gpu_named(gpu).name
+    key = machine_key(name)
+    cases = [case for case in _chosen(only) if isinstance(find(baselines, key, case.id), Baseline)]
+    if not cases:
+        raise SpecError(f"{baselines / key} holds no baseline of a case that matches {only!r}.")
+    misses = compare(predictions(cases, name, tell), baselines, key)
+    if as_json:
+        say_json(misses)
+    else:
+        say(markdown(misses))

@@ -1,6 +1,6 @@
-"""Records of an earlier call that still hold, so that a long run can be done in several: `--perf-resume DIR`.
+"""Reuse records of an earlier run that still hold, so that a long run can be split: `--perf-resume DIR`.
 
-A record is taken only if nothing that could move it has moved: the case, the code, the stack, the machine.
+A record is reused only if the case, the code, the stack and the machine are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import RepositoryError, SpecError
-from hpc_core.plugin.replicating import Plan
+from hpc_core.plugin.repeats import Plan
 from hpc_core.record.environment import (
     commit,
     machine,
@@ -24,8 +24,6 @@ from hpc_core.record.environment import (
 from hpc_core.record.files import write_whole
 from hpc_core.record.git import CODE_SUFFIXES, git
 from hpc_core.record.record import Record, record_from_json
-
-__all__ = ["Earlier", "code_state"]
 
 _CODES = "code-states.json"
 

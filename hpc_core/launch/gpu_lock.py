@@ -1,4 +1,4 @@
-"""One run a GPU: a lock file in the temporary folder, held until this process ends. Knows GPUs by their uuid only."""
+"""Allow one run per GPU: a lock file in the temporary folder, held until this process ends. GPUs are identified by UUID."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-__all__ = ["GpuInUseError", "GpuLocks"]
 
 
 class GpuInUseError(Exception):

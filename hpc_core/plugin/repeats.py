@@ -1,4 +1,4 @@
-"""How many processes a case gets, and when there are enough: further ones run until the plan is done. Knows no pytest."""
+"""How many processes a case gets: further ones run until the plan is done. Knows no pytest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import msgspec
 
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
-
-__all__ = ["DEFAULT_ON_GPU", "HALF_WIDTH", "MOST", "Enough", "Plan", "narrow", "replicated"]
 
 Enough = Callable[[Sequence[float]], bool]
 """Whether the samples of one busy metric, one a process, suffice."""
