@@ -18,15 +18,19 @@ What a data path hands on: batches as arrays, one at a time by index. No tensors
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from hpc_core.builders.data.rows import PAD_ID, shuffled
 from hpc_core.case.errors import DataError
 from hpc_core.case.workloads import FinetuneSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Ids = NDArray[np.int64]
 
 IGNORED_LABEL = -100
 """The label that a cross-entropy loss passes over."""
@@ -172,9 +176,6 @@ def _packed_batch(stream: list[int], number: int, spec: FinetuneSpec) -> Batch:
     return Batch(
         ids=blocks, mask=None, labels=[list(block) for block in blocks], tokens=spec.batch * spec.length, padded=0
     )
-
-
-Ids = NDArray[np.int64]
 
 
 class Block(NamedTuple):
