@@ -16,6 +16,7 @@ import torch
 from hpc_core.audit.facts import names
 from hpc_core.audit.forwards import ForwardsSeen, StepSeen
 from hpc_core.audit.model import linear_layers
+from hpc_core.bounds.adapter import has_closed_form, layer_parameters, layer_tensors, tensor_sizes
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
@@ -55,19 +56,18 @@ def _live(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def _asked_count(case: Case, model: torch.nn.Module) -> int:
-    """Closed form: every parameter, or rank x (inputs + outputs) for each layer that the adapter targets."""
+    """Return how many parameters the case trains, in closed form: all of them, or the tensors of its adapter."""
     assert case.model is not None
     shape = case.model.sizes
     if case.adapter is None:
         return sum(part.numel() for part in model.parameters()) if shape is None else shape.parameter_count()
-    known = {} if shape is None else shape.linear_shapes()
-    if shape is not None and set(case.adapter.targets) <= set(known):
-        return case.adapter.rank * shape.num_hidden_layers * sum(sum(known[name]) for name in case.adapter.targets)
+    if shape is not None and has_closed_form(shape, case.adapter):
+        return sum(tensor_sizes(case.adapter, shape))
     return _adapter_count(case.adapter, model)
 
 
 def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
-    """By the linear layers of a model whose shape has no name here.
+    """Return the adapter's parameters in a model whose shape has no name, by the sizes of its linear layers.
 
     Raises:
         LookupError: a target is not a linear layer, so there is no closed form.
@@ -78,8 +78,9 @@ def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
     empty = [target for target, found in layers.items() if not found]
     if empty:
         raise LookupError(f"no linear layer is called {', '.join(empty)}")
-    widths: list[int] = [layer.in_features + layer.out_features for found in layers.values() for layer in found]
-    return adapter.rank * sum(widths)
+    return sum(
+        layer_parameters(adapter, layer.out_features, layer.in_features) for found in layers.values() for layer in found
+    )
 
 
 def _names(case: Case, model: torch.nn.Module) -> Fact:
@@ -88,7 +89,7 @@ def _names(case: Case, model: torch.nn.Module) -> Fact:
     if case.adapter is None:
         frozen = [name for name, _ in model.named_parameters() if name not in live]
         return Fact(asked="all", seen=f"all but {_few(frozen)}" if frozen else "all")
-    asked = sorted(f"{target}.{half}" for target in case.adapter.targets for half in ("lora_A", "lora_B"))
+    asked = sorted(f"{target}.{half}" for target in case.adapter.targets for half in layer_tensors(case.adapter, 1, 1))
     frozen = [name for name in adapter_parameters(model) if name not in live]
     seen = sorted({_short(name) for name in live})
     if frozen:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
+from hpc_core.bounds.adapter import has_closed_form, layer_train_flops
 from hpc_core.bounds.footprint import (
     embedding_bytes,
     expected_bytes,
@@ -73,10 +74,9 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
         total -= attention * 5 // 2 // shape.num_hidden_layers
     for name in adapter.targets:
         rows, columns = shapes[name]
-        down, up = 2 * tokens * adapter.rank * columns, 2 * tokens * adapter.rank * rows
-        total += 3 * (down + up) * shape.num_hidden_layers
-        if name in spared:
-            total -= down
+        inner = layer_train_flops(adapter, rows, columns, tokens, input_gradient=True)
+        first = layer_train_flops(adapter, rows, columns, tokens, input_gradient=name not in spared)
+        total += first + inner * (shape.num_hidden_layers - 1)
     return total
 
 
@@ -141,7 +141,7 @@ def train_floor(case: Case, positions: float | None = None) -> Floor | None:
     shape, workload, adapter = shape_of(case), case.workload, case.adapter
     if shape is None or not isinstance(workload, FinetuneSpec):
         return None
-    if adapter is not None and not set(adapter.targets) <= set(shape.linear_shapes()):
+    if adapter is not None and not has_closed_form(shape, adapter):
         return None
     if positions is None:
         positions = workload.batch * workload.length

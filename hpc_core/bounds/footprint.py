@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import ceil
 
+from hpc_core.bounds.adapter import has_closed_form, tensor_sizes
 from hpc_core.case.case import Case
 from hpc_core.case.errors import DataError
 from hpc_core.case.lengths import recorded_lengths
-from hpc_core.case.parts import AdapterSpec, QuantSpec
+from hpc_core.case.parts import QuantSpec
 from hpc_core.case.shapes import Shape
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 
@@ -117,8 +118,8 @@ def _training(shape: Shape, case: Case, workload: FinetuneSpec) -> dict[str, int
     adapter = case.adapter
     if adapter is None:
         sizes, width = _parameter_sizes(shape), WIDTHS[case.model.dtype]
-    elif set(adapter.targets) <= set(shape.linear_shapes()):
-        sizes, width = _adapter_sizes(shape, adapter), WIDTHS[adapter.dtype]
+    elif has_closed_form(shape, adapter):
+        sizes, width = tensor_sizes(adapter, shape), WIDTHS[adapter.dtype]
         found["adapter_weights_bytes"] = sum(sizes) * width
     else:
         return found
@@ -136,12 +137,6 @@ def _parameter_sizes(shape: Shape) -> list[int]:
         layer += [linear[name][0] for name in ("q_proj", "k_proj", "v_proj")]
     embeddings = [shape.vocab_size * shape.hidden_size] * (1 if shape.tie_word_embeddings else 2)
     return layer * shape.num_hidden_layers + embeddings + [shape.hidden_size]
-
-
-def _adapter_sizes(shape: Shape, adapter: AdapterSpec) -> list[int]:
-    linear = shape.linear_shapes()
-    layer = [adapter.rank * edge for name in adapter.targets for edge in linear[name]]
-    return layer * shape.num_hidden_layers
 
 
 def _optimizer(sizes: list[int], width: int, optimizer: str) -> int:

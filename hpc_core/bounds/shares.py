@@ -5,14 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from hpc_core.bounds.adapter import has_closed_form
 from hpc_core.bounds.cost import decode_bytes, int8_head_bytes, train_flops
-from hpc_core.bounds.footprint import unexplained_bytes
+from hpc_core.bounds.footprint import embedding_bytes, kv_bytes_per_token, unexplained_bytes
 from hpc_core.case.case import Case
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
-
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def share_of_copy(
@@ -33,11 +32,9 @@ def share_of_copy(
     ceiling, shape = ceilings.get("copy_bytes_per_s"), model.sizes
     if ceiling is None or shape is None:
         return Findings()
-    width = _DTYPE_BYTES[model.dtype]
     length = statistics.fmean(prompt_widths) + new_tokens / 2
-    row_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * width
-    cache = int(row_bytes * length * workload.batch)
-    embedding = shape.vocab_size * shape.hidden_size * width
+    cache = int(kv_bytes_per_token(shape, model.dtype) * length * workload.batch)
+    embedding = embedding_bytes(shape, model.dtype)
     weights = int(found.metrics["weights_bytes"].value)
     needed = decode_bytes(weights, embedding, shape.tie_word_embeddings, cache)
     if workload.head == "int8":
@@ -56,7 +53,7 @@ def share_of_matmul(case: Case, step_s: float, ceilings: Mapping[str, float]) ->
     ceiling, shape = ceilings.get(f"matmul_{dtype}_flop_per_s"), model.sizes
     if shape is None or ceiling is None or workload.data.source != "random":
         return Findings()
-    if adapter is not None and not set(adapter.targets) <= set(shape.linear_shapes()):
+    if adapter is not None and not has_closed_form(shape, adapter):
         return Findings()  # an adapter elsewhere, on the head for one: no closed form
     needed = train_flops(shape, workload.batch, workload.length, adapter)
     note = "FLOPs without recomputation over wall time and the measured matmul rate"
