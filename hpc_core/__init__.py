@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hpc_core.record.version import __version__
+
 if TYPE_CHECKING:
     from hpc_core.case.case import Case
     from hpc_core.case.limits import GiB, Limits, MiB
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from hpc_core.launch.predictions import predicted
     from hpc_core.plugin.cases import perf_cases, predicted_cases
     from hpc_core.record.record import Metric, Record
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "hpc_core.case.case": ("Case",),

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-import hpc_core
 from hpc_core.case.case import Case, case_to_json
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
@@ -26,6 +25,7 @@ from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Phase
 from hpc_core.record.record import Record, record_to_json
+from hpc_core.record.version import __version__
 from hpc_core.report.entry import Row
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ _SHOWN_PHASES = ("build", "warm-up", "measure", "memory", "counters", "busy")
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        say(f"hpc-core {hpc_core.__version__}")
+        say(f"hpc-core {__version__}")
         raise typer.Exit
 
 

@@ -21,13 +21,13 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-import hpc_core
 from hpc_core.cli.console import say, say_json
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.record import units as sizes
 from hpc_core.record.environment import machine, visible_gpus
 from hpc_core.record.gpu_state import read_state, setup_notes, throttle_words
 from hpc_core.record.record import Machine
+from hpc_core.record.version import __version__
 
 State = Literal["ok", "note", "missing", "too old", "broken"]
 _PURPOSES = {
@@ -85,7 +85,7 @@ def doctor(
     if as_json:
         say_json(
             {
-                "version": hpc_core.__version__,
+                "version": __version__,
                 "python": platform.python_version(),
                 "machine": msgspec.to_builtins(found),
                 "gpus": gpus,
@@ -94,7 +94,7 @@ def doctor(
             }
         )
     else:
-        say(f"hpc-core {hpc_core.__version__}, Python {platform.python_version()}, {found.name} [{found.key}]")
+        say(f"hpc-core {__version__}, Python {platform.python_version()}, {found.name} [{found.key}]")
         for line in [*_gpu_lines(gpus), *_check_lines(checks)]:
             say(line)
     if not good:

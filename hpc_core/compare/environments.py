@@ -16,9 +16,9 @@ from pathlib import Path
 
 import msgspec
 
-import hpc_core
 from hpc_core.case.errors import SpecError
 from hpc_core.launch.interpreter import executable
+from hpc_core.record.version import PACKAGE_FOLDER
 
 _DATA = "HPC_CORE_DATA"
 _COMMIT = "HPC_CORE_COMMIT"
@@ -120,7 +120,7 @@ def _link_to_hpc_core(folder: Path) -> Path:
     link = folder / "hpc_core"
     if not link.is_symlink():
         folder.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path(hpc_core.__file__).resolve().parent)
+        link.symlink_to(PACKAGE_FOLDER)
     return folder
 
 

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hpc_core
 from hpc_core.case.errors import LaunchError
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.supervisor import ENVIRONMENT
+from hpc_core.record.version import PACKAGE_FOLDER
 
 
 def executable(python: str | os.PathLike[str] | None) -> str:
@@ -38,7 +38,7 @@ def worker_environment(extra: dict[str, str] | None) -> dict[str, str]:
     neighbours would be another interpreter's packages.
     """
     changed = dict(extra or {})
-    home = Path(hpc_core.__file__).resolve().parent.parent
+    home = PACKAGE_FOLDER.parent
     if home.name not in {"site-packages", "dist-packages"}:
         known = changed.get("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
         changed["PYTHONPATH"] = os.pathsep.join([part for part in (known, str(home)) if part])

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import hpc_core
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
@@ -27,6 +26,7 @@ from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.record import Record
+from hpc_core.record.version import __version__
 from hpc_core.report.terminal import render
 
 NAME = "hpc-core-suite"
@@ -94,7 +94,7 @@ class Suite:
         fault = f", fault {settings.fault}" if settings.fault else ""
         where = f"baselines {self._short(settings.baselines)}"
         predict = "" if settings.predict == "off" else f", predictions: {settings.predict}"
-        return f"hpc-core: {hpc_core.__version__}, {what}{predict}, {where}, {settings.way}{fault}"
+        return f"hpc-core: {__version__}, {what}{predict}, {where}, {settings.way}{fault}"
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
         """A case file below a folder that runs anyway: pytest 9 drops the file from its arguments for the folder's sake."""
@@ -260,7 +260,7 @@ class Suite:
         device = "cuda" if visible_gpus() else "cpu"
         where = machine("cuda" if device == "cuda" else "cpu")
         machine_info["hpc_core"] = {
-            "version": hpc_core.__version__,
+            "version": __version__,
             "machine": where.key,
             "name": where.name,
             "stack": stack("cuda" if device == "cuda" else "cpu"),

@@ -9,15 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
 
-import hpc_core
 from hpc_core.case.case import SCHEMA, case_from_json
 from hpc_core.record.job import Job, Kind
 from hpc_core.record.record import Record
+from hpc_core.record.version import PACKAGE_FOLDER
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,7 +60,7 @@ def describe(question: Question) -> Description:
     """Describe what a worker in this process would run."""
     structures: dict[str, Any] = msgspec.json.schema(Record).get("$defs", {})
     return Description(
-        home=str(Path(hpc_core.__file__).resolve().parent),
+        home=str(PACKAGE_FOLDER),
         schema=SCHEMA,
         record_fields={name: tuple(sorted(part.get("properties", {}))) for name, part in structures.items()},
         job_fields=Job.__struct_fields__,

@@ -18,11 +18,11 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-import hpc_core
 from hpc_core.baselines.reading import plain
 from hpc_core.case.case import case_to_json
 from hpc_core.gate.verdict import MetricVerdict
 from hpc_core.record import units
+from hpc_core.record.version import __version__
 from hpc_core.report import charts
 from hpc_core.report.charts import Panel
 from hpc_core.report.entry import BUSY, NOTHING, WALL, Entry
@@ -60,7 +60,7 @@ def page(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
     scripts = [_vega(), _asset("charts.js")] if specs else []
     style, script = _asset("page.css"), _asset("page.js")
     content: dict[str, Any] = {
-        "version": hpc_core.__version__,
+        "version": __version__,
         "style": style,
         "scripts": [*scripts, script],
         "policy": _policy([style], [*scripts, script]),
