@@ -84,7 +84,7 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         (["tiny/lora", "--set", "batch"], "say --set batch=8"),
         (["tiny/lora", "--set", "batch=x"], "batch='x'"),
         (["tiny/lora", "--set", "batch=1", "--set", "batch=2"], "--set batch is said twice"),
-        (["tiny/lora", "--set", "dtype=float16"], "say one of model_dtype, adapter_dtype"),
+        (["tiny/lora", "--set", "dtype=float16"], "use one of model_dtype, adapter_dtype"),
         (["tiny/lora", "--sweep", "batch"], "--sweep 'batch' says no field"),
         (["tiny/lora", "--sweep", "batch="], "says no value"),
         (["tiny/lora", "--sweep", "batch=1,0"], "batch must be at least 1, got 0"),
@@ -93,7 +93,7 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         (["tiny/lora-padded", "--fit", "length"], "bring their own lengths"),
         (["tiny/generate-bf16", "--fit", "rank"], "that can be fitted: batch, prompt_length, new_tokens"),
         (["tiny/lora", "--margin", "much"], "--margin 'much' is no size"),
-        (["tiny/lora", "--plot", "m.txt"], "say what to draw by its suffix: .svg, .png, .pdf"),
+        (["tiny/lora", "--plot", "m.txt"], "the suffix says what to draw; it is one of .svg, .png, .pdf"),
         (["tiny/lora", "--plot", "m.svg", "--fit", "batch"], "--plot draws one prediction"),
         (["tiny/lora", "--over", "m.json"], "say --plot memory.svg too"),
         (["tiny/lora", "--plot", "m.svg", "--over", "nowhere.json"], "nowhere.json: No such file"),
@@ -206,46 +206,47 @@ def test_what_does_not_fit_is_said_first() -> None:
 
 @predicts
 @pytest.mark.slow
-def test_three_lines_of_python_and_the_command_agree(capsys: pytest.CaptureFixture[str]) -> None:
-    """`hpc_core.predicted` gives the record that `hpc-core predict --json` prints, with the peak where the README says."""
-    record = hpc_core.predicted(catalogue()["tiny/lora"], gpu="RTX 4090")
-    assert run("predict", "tiny/lora", "--gpu", "RTX 4090", "--json", "--timeline") == 0
+def test_python_and_the_command_agree_on_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder with only a config.json is predicted by the command as its shape is by `hpc_core.predicted`, byte by byte."""
+    (tmp_path / "My Model").mkdir()
+    (tmp_path / "My Model" / "config.json").write_text(json.dumps(tiny_config()))
+    options = ["--gpu=RTX 4090", "--batch=2", "--length=64", "--set=steps=5", "--json", "--timeline"]
+    assert run("predict", "--model", tmp_path / "My Model", "--method", "lora", *options) == 0
     printed = capsys.readouterr().out
+    own = record_from_json(printed)
+    assert own.case.id == "my-model/lora+batch-2+length-64+steps-5"
+    assert own.case.model == ModelSpec(weights="config", path=str(tmp_path / "My Model"))
+
+    record = hpc_core.predicted(catalogue()["tiny/lora"], gpu="RTX 4090")
+    assert own.metrics == record.metrics
     assert json.loads(printed)["metrics"]["peak_bytes"]["value"] == record.metrics["peak_bytes"].value > 10 * 2**20
-    assert record_from_json(printed).metrics == record.metrics
     assert record.circumstances.machine.name == "RTX 4090"
-    over_the_step = record_from_json(printed).timeline
     assert record.timeline is None
-    assert over_the_step is not None
-    assert over_the_step.phases == ("forward", "backward", "optimizer")
-    assert max(over_the_step.totals) == record.metrics["peak_requested_bytes"].value
+    assert own.timeline is not None
+    assert own.timeline.phases == ("forward", "backward", "optimizer")
+    assert max(own.timeline.totals) == record.metrics["peak_requested_bytes"].value
 
 
 @predicts
 @pytest.mark.slow
-def test_what_has_no_model_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    """A static cache: one line from the worker, no traceback, and the same words as an exception from Python."""
-    assert run("predict", "tiny/generate-bf16", "--set", "cache=static") == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert "static cache" in err
-    assert err.count("\n") == 1
+def test_what_cannot_be_predicted_is_refused_by_name() -> None:
+    """A static cache: the worker refuses it, and Python raises the worker's message."""
     with pytest.raises(PredictError, match="static cache"):
         hpc_core.predicted(catalogue()["tiny/generate-bf16"].vary("static", cache="static"))
 
 
-@predicts
-@pytest.mark.slow
-def test_any_model_by_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder with nothing but a config.json of a known shape is predicted as that shape is, to the byte and the kernel."""
-    (tmp_path / "My Model").mkdir()
-    (tmp_path / "My Model" / "config.json").write_text(json.dumps(tiny_config()))
-    asked = ["--batch", "2", "--length", "64", "--set", "steps=5", "--json"]
-    assert run("predict", "--model", tmp_path / "My Model", "--method", "lora", *asked) == 0
-    own = record_from_json(capsys.readouterr().out)
-    assert own.case.id == "my-model/lora+batch-2+length-64+steps-5"
-    assert own.case.model == ModelSpec(weights="config", path=str(tmp_path / "My Model"))
-    assert own.metrics == hpc_core.predicted(catalogue()["tiny/lora"]).metrics
+def test_a_failed_prediction_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command prints why, without a traceback, and exits with 2."""
+    failure = Failure(kind="refused", message="No model of it.", phase="build")
+    monkeypatch.setattr(
+        command,
+        "prediction",
+        lambda _, case, **__: Record(
+            case=case, status="failed", failure=failure, circumstances=a_record().circumstances
+        ),
+    )
+    assert run("predict", "tiny/lora") == 2
+    assert capsys.readouterr() == ("", "hpc-core: tiny/lora: No model of it.\n")
 
 
 def test_the_case_of_a_model(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch
     assert run(*unknown, "--perf-bisect").ret == ExitCode.CANNOT_TEST
 
 
+@pytest.mark.nightly
 def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
     """The command under a red case, as it is printed, finds the commit, past one whose step and one whose conftest.py does not import."""
     root = tmp_path / "repo"

@@ -1,8 +1,12 @@
-"""Predictions in a run with --benchmark, told as stories with a tiny model: no GPU, and none needed."""
+"""Predictions of a tiny model in runs with --benchmark. They need no GPU."""
 
 from __future__ import annotations
 
 import pytest
+
+from hpc_core import predicted_cases
+from hpc_core.case.errors import PredictError
+from hpc_core.catalogue import finetune, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +22,6 @@ SUITE = """
         assert "step_s" not in record.metrics
         assert record.circumstances.machine.key == "predicted"
 """
-CASES = "from hpc_core.catalogue import finetune, tiny\ncase = finetune(tiny, batch=2, length=64, steps=2)\n"
 
 
 def suite(pytester: pytest.Pytester, source: str = SUITE) -> None:
@@ -31,17 +34,14 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pytester) -> None:
-    """Accepted once it passes under strict; logits that stay alive are red, with the operator that made them."""
+    """Logits that stay alive are red, with the operator that made them; a case without a baseline is skipped with the reason."""
     suite(pytester)
     accepted = run(pytester, "--perf-predict=short", "--perf-update", "--reason=first")
     accepted.stdout.fnmatch_lines(["*predictions: short*", "created baselines/predicted/tiny/lora.json*"])
     accepted.assert_outcomes(passed=1, deselected=1)
 
-    again = run(pytester, "--case=tiny/lora", "--perf-strict")
-    again.assert_outcomes(passed=1, deselected=1)
-
-    worse = run(pytester, "--case=tiny/lora", "--perf-fault=retained-64mib")
-    worse.assert_outcomes(failed=1, deselected=1)
+    worse = run(pytester, "--perf-predict=all", "--perf-fault=retained-64mib", "-rs")
+    worse.assert_outcomes(failed=1, skipped=1)
     worse.stdout.fnmatch_lines(
         [
             "*tiny/lora peak_bytes:*+64.00 MiB*",
@@ -49,31 +49,35 @@ def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pyt
             "*Run it again:*test_predicted.py*",
         ]
     )
+    worse.stdout.fnmatch_lines(["*no baseline of tiny/full for predicted*"])
 
 
-def test_no_baseline_is_a_skip_and_off_is_off(pytester: pytest.Pytester) -> None:
-    """Without a baseline a prediction is skipped with the reason; `--perf-predict off` takes none; all takes all."""
+@pytest.mark.nightly
+def test_a_second_prediction_is_green(pytester: pytest.Pytester) -> None:
+    """The same case is predicted again in another process and passes under strict. By day, bench/test_predicted.py shows this."""
     suite(pytester)
-    run(pytester, "--perf-predict=off").assert_outcomes(deselected=2)
-    everything = run(pytester, "--perf-predict=all", "-rs")
-    everything.assert_outcomes(skipped=2)
-    everything.stdout.fnmatch_lines(["*no baseline of tiny/lora for predicted*"])
+    run(pytester, "--perf-predict=short", "--perf-update", "--reason=first").assert_outcomes(passed=1, deselected=1)
+    run(pytester, "--case=tiny/lora", "--perf-strict").assert_outcomes(passed=1, deselected=1)
 
 
-@pytest.mark.parametrize(
-    ("decorator", "message"),
-    [
-        ('predicted_cases([case], gpu="TPU v9")', "*No GPU is called 'TPU v9'. Known GPUs: H100*"),
-        ('predicted_cases([case], gpu="RTX")', "*'RTX' matches RTX 4090 and RTX 5090*"),
-        ('predicted_cases([case], short=["tiny/lora"])', "*names no case of its list: tiny/lora*"),
-    ],
-)
-def test_a_wrong_decorator_is_one_clear_line(pytester: pytest.Pytester, decorator: str, message: str) -> None:
-    """A GPU that nobody knows, two that a name could mean, and a short case that is not there."""
+def test_predictions_can_be_switched_off(pytester: pytest.Pytester) -> None:
+    """`--perf-predict off` deselects all of them."""
+    suite(pytester)
+    pytester.runpytest_inprocess("--benchmark", "--perf-predict=off").assert_outcomes(deselected=2)
+
+
+def test_a_wrong_decorator_is_one_clear_line(pytester: pytest.Pytester) -> None:
+    """An unknown GPU, an ambiguous name, and a short case that is not in the list. pytest shows the message as a collection error."""
+    case = finetune(tiny, batch=2, length=64, steps=2)
+    with pytest.raises(PredictError, match="No GPU is called 'TPU v9'"):
+        predicted_cases([case], gpu="TPU v9")
+    with pytest.raises(PredictError, match="'RTX' matches"):
+        predicted_cases([case], gpu="RTX")
     suite(
         pytester,
-        f"from hpc_core import predicted_cases\n{CASES}\n@{decorator}\ndef test_predicted(case, perf): perf(case)\n",
+        "from hpc_core import predicted_cases\nfrom hpc_core.catalogue import finetune, tiny\n"
+        "@predicted_cases([finetune(tiny)], short=['tiny/lora'])\ndef test_predicted(case, perf): perf(case)\n",
     )
-    result = run(pytester)
+    result = pytester.runpytest_inprocess("--benchmark")
     assert result.ret == pytest.ExitCode.INTERRUPTED
-    result.stdout.fnmatch_lines([message])
+    result.stdout.fnmatch_lines(["*names no case of its list: tiny/lora*"])

@@ -1,4 +1,4 @@
-"""The plugin with real workers, in a project of somebody else: their factory, their callable, Ctrl-C, a debugger."""
+"""The plugin with real workers, in a user's project: a factory, a bare callable, Ctrl-C, a debugger."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_nothing(seconds):
     return lambda: time.sleep(seconds)
 
 def breaks():
-    raise ValueError("the factory has no mind to")
+    raise ValueError("the factory refuses")
 """
 TESTS = """
 import torch_free
@@ -52,7 +52,7 @@ def test_breaks(perf):
 
 @pytest.fixture
 def project(pytester: pytest.Pytester) -> Path:
-    """A project that knows nothing of hpc-core but its fixture."""
+    """A project that uses only the fixture of hpc-core."""
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\nperf_paths = ["performance"]\n')
     pytester.makepyfile(steps=STEPS)
     pytester.mkdir("performance")
@@ -70,7 +70,7 @@ def test_factories_in_fresh_processes(pytester: pytest.Pytester, project: Path) 
     result.assert_outcomes(skipped=1, failed=2)
     result.stdout.fnmatch_lines([
         "peak_bytes * limit at most 1.00 MiB*",
-        "error in build: ValueError: the factory has no mind to",
+        "error in build: ValueError: the factory refuses",
         "*Run it again: pytest --benchmark --case 'test_steps/test_breaks'",
         "test_steps/test_factory *NO_BASELINE*",
         "test_steps/test_too_much *REGRESSED*",
@@ -82,7 +82,7 @@ def test_factories_in_fresh_processes(pytester: pytest.Pytester, project: Path) 
     assert all(len(entry["stats"]["data"]) == 3 for entry in entries)
 
 
-CALLABLE = """
+INLINE = """
 def test_bare(perf):
     import torch
 
@@ -94,28 +94,22 @@ def test_bare(perf):
 
 def test_needs_something(perf):
     perf(lambda batch: None)
+
+def test_breaks(perf):
+    perf("steps:breaks")
 """
 
 
-def test_a_bare_callable_is_measured_in_place(pytester: pytest.Pytester, project: Path) -> None:
-    """A callable of the test itself: exact metrics are gated, time is reported; one that wants arguments is refused."""
-    (project / "performance" / "test_bare.py").write_text(CALLABLE)
-    result = pytester.runpytest_subprocess("--benchmark", "-W", "ignore", "--perf-update", "--reason", "first")
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["A bare callable takes no arguments*"])
-    assert (project / "baselines" / "cpu" / "test_bare" / "test_bare.json").is_file()
-
-
-def test_inline_raises_where_the_code_is(pytester: pytest.Pytester, project: Path) -> None:
-    """With --perf-inline an error of the code under test is the test's own error, so that --pdb stops there."""
-    (project / "performance" / "test_steps.py").write_text(TESTS.replace("import torch_free", ""))
+def test_what_runs_in_the_test_process(pytester: pytest.Pytester, project: Path) -> None:
+    """A bare callable has its exact metrics gated and its time reported; inline, a factory's error is the test's own, for --pdb."""
+    (project / "performance" / "test_inline.py").write_text(INLINE)
     result = pytester.runpytest_subprocess(
-        "--benchmark", "--perf-inline", "--case", "test_steps/test_breaks", "-W", "ignore"
+        "--benchmark", "--perf-inline", "-W", "ignore", "--perf-update", "--reason", "first"
     )
-    assert result.ret == 1
-    result.stdout.fnmatch_lines(
-        ["*raise ValueError*", "E*ValueError: the factory has no mind to", "steps.py:*: ValueError"]
-    )
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(["A bare callable takes no arguments*"])
+    result.stdout.fnmatch_lines(["*raise ValueError*", "E*ValueError: the factory refuses", "steps.py:*: ValueError"])
+    assert (project / "baselines" / "cpu" / "test_inline" / "test_bare.json").is_file()
 
 
 def test_ctrl_c_leaves_nothing(project: Path) -> None:
@@ -127,9 +121,9 @@ def test_ctrl_c_leaves_nothing(project: Path) -> None:
     with subprocess.Popen(command, cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
         workers = _wait_for_worker(running.pid)
         running.send_signal(signal.SIGINT)
-        said, _ = running.communicate(timeout=60)
-    assert running.returncode == 2, said
-    assert "INTERNALERROR" not in said
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 2, output
+    assert "INTERNALERROR" not in output
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
 
 
