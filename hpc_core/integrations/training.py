@@ -1,10 +1,13 @@
-"""One training that is being watched: clock, memory, tokens, losses, and the record they become. Knows no event of the Trainer."""
+"""One training that is being recorded: clock, memory, tokens, losses, and the record they become. Independent of the Trainer."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,27 +16,110 @@ from hpc_core.audit.facts import verdict
 from hpc_core.case.case import Case
 from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.memory import host_peak_bytes, memory_metrics, model_metrics
-from hpc_core.instruments.owners import (
-    gradient_tensors,
-    optimizer_tensors,
-    owned_bytes,
-    weight_tensors,
-)
-from hpc_core.integrations.learning import Learning
-from hpc_core.integrations.step_clock import StepClock, thinned
-from hpc_core.integrations.trained_tokens import TrainedTokens
+from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
-from hpc_core.record.record import Failure, Metric, Record
+from hpc_core.record.record import Circumstances, Fact, Failure, Metric, Record
 
 _MOST_SAMPLES = 1000
 _WATCHED_STEP = 2
-"""On a CPU, the step (from 0) whose tensors are watched: the optimizer has its state by then."""
+"""The step, counted from 0, whose tensors are watched on a CPU. By then the optimizer has its state."""
+_COMPARED_NUMBERS = 16
+"""Leading numbers of each trainable tensor that are compared before and after the training."""
+
+
+class StepClock:
+    """Seconds of training steps by the host's clock.
+
+    A step lasts from the end of the step before it to its own end, so loading data is part of it. Pauses are left out.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.samples: list[float] = []
+        """Seconds of each step that was kept, in order."""
+        self.first_step_s: float | None = None
+        """Seconds from the creation of this clock to the end of the first step."""
+        self.left_out_s = 0.0
+        """Seconds of pauses between steps: evaluation, saving, logging."""
+        self._now = now
+        self._created = now()
+        self._since: float | None = None
+
+    def resume(self) -> None:
+        """End a pause: the time since the last step's end is left out, and the next step begins now."""
+        now = self._now()
+        if self._since is not None:
+            self.left_out_s += now - self._since
+        self._since = now
+
+    def step_begins(self) -> None:
+        """Begin the first step. Later steps began when the one before them ended."""
+        if self._since is None:
+            self._since = self._now()
+
+    def step_ended(self, *, keep: bool = True) -> None:
+        """End a step. With `keep` its seconds become a sample."""
+        now = self._now()
+        if self.first_step_s is None:
+            self.first_step_s = now - self._created
+        if keep and self._since is not None:
+            self.samples.append(now - self._since)
+        self._since = now
+
+
+def thinned(samples: Sequence[float], most: int) -> tuple[float, ...]:
+    """Return at most `most` of the samples, evenly spread and in order.
+
+    Raises:
+        ValueError: `most` is below 1.
+    """
+    if most < 1:
+        raise ValueError(f"At least one sample must be kept, not {most}.")
+    if len(samples) <= most:
+        return tuple(samples)
+    return tuple(samples[index * len(samples) // most] for index in range(most))
+
+
+class TrainedTokens:
+    """Counts the tokens that enter a model in training, by a hook before its forward. Never waits for the device while training runs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.positions = 0
+        """Tokens of all training forwards, padding included."""
+        self.uncounted = 0
+        """Training forwards whose input was not understood. If there is one, `unpadded` is meaningless."""
+        self._without_mask = 0
+        self._masked: torch.Tensor | None = None
+        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Remove the hook. May be called again."""
+        self._handle.remove()
+
+    def unpadded(self) -> int:
+        """Return the tokens without padding. Waits for the device."""
+        return self._without_mask + (0 if self._masked is None else int(self._masked.item()))
+
+    def _count(self, module: torch.nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        if not module.training or not torch.is_grad_enabled():
+            return  # an evaluation
+        ids = named.get("input_ids", args[0] if args else None)
+        mask = named.get("attention_mask")
+        if not isinstance(ids, torch.Tensor) or (mask is not None and getattr(mask, "shape", None) != ids.shape):
+            self.uncounted += 1
+            return
+        self.positions += ids.numel()
+        if mask is None:
+            self._without_mask += ids.numel()
+            return
+        with torch.no_grad():  # summed on the device
+            kept = torch.count_nonzero(mask)
+            self._masked = kept if self._masked is None else self._masked.add_(kept)
 
 
 class Training:
-    """What is seen of one training, from its first step to its record."""
+    """Everything observed of one training, from its first step to its record."""
 
     def __init__(self, case: Case, model: torch.nn.Module, optimizer: Any, device: torch.device, notes: list[str]):
         self.case = case
@@ -46,23 +132,23 @@ class Training:
         self._started = datetime.datetime.now(datetime.UTC)
         self._on_gpu = device.type == "cuda"
         self._gpu_before = gpu_state() if self._on_gpu else {}
-        self._learning = Learning(model)
+        self._numbers_before = _leading_numbers(model)
         self._gradient_bytes: int | None = None
         self._peak_bytes = 0
         self._watch: StorageWatch | None = None
         self._watched: dict[str, Metric] = {}
 
     def count_tokens(self) -> None:
-        """Count what enters the model from now on."""
+        """Count the tokens that enter the model from now on."""
         self.tokens = TrainedTokens(self._model)
 
-    def forget_peak(self) -> None:
-        """What has used memory since the last step's end was no training."""
+    def reset_peak(self) -> None:
+        """Forget the memory that was used since the last step, such as an evaluation's."""
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
 
     def step_begins(self, *, watch: bool) -> None:
-        """With `watch`, the tensors of one step on a CPU are watched; who asks must call `leave` if that step raises."""
+        """Begin a step. With `watch`, one step's tensors are watched on a CPU; the caller must call `leave` if that step raises."""
         self.clock.step_begins()
         if watch and not self._on_gpu and self.steps == _WATCHED_STEP:
             self._watch = StorageWatch(["step"])
@@ -72,8 +158,8 @@ class Training:
             self._watch("step")
             self._watch.__enter__()
 
-    def gradients_are_there(self) -> None:
-        """Between backward and optimizer."""
+    def gradients_ready(self) -> None:
+        """Measure the gradients. Called between the backward pass and the optimizer's step."""
         if self._gradient_bytes is None or self._watch is not None:
             gradients = gradient_tensors(self._model)
             self._gradient_bytes = owned_bytes(gradients)
@@ -81,7 +167,7 @@ class Training:
                 self._watch.own("gradients", gradients)
 
     def step_ended(self) -> None:
-        """Read the peak, which waits for nothing, and the clock. The seconds of a watched step are no sample."""
+        """End a step: read the peak, which does not synchronize, and the clock. A watched step is slow and gives no sample."""
         was_watched = self._watch is not None
         if self._watch is not None:
             self._watch.__exit__(None, None, None)
@@ -94,7 +180,7 @@ class Training:
         self.clock.step_ended(keep=not was_watched)
 
     def leave(self) -> None:
-        """Leave nothing in the process: no watch, no hook. May be called again."""
+        """Remove every hook and watch from the process. May be called again."""
         if self._watch is not None:
             with contextlib.suppress(Exception):
                 self._watch.__exit__(None, None, None)
@@ -103,21 +189,36 @@ class Training:
             self.tokens.stop()
 
     def failed(self, failure: Failure) -> Record:
-        """The record of a training that gave no numbers."""
+        """Return the record of a training that gave no numbers."""
         return Record(case=self.case, status="failed", failure=failure, circumstances=self._circumstances())
 
     def record(self, warm_up: int) -> Record:
-        """The record of a training that ended; the first `warm_up` steps are no samples of its time."""
+        """Return the record of a finished training. The first `warm_up` steps are not samples of its time."""
         self.leave()
-        metrics = self._bytes() | self._times(warm_up) | self._tokens()
-        facts = self._learning.facts(self._model, self.losses, self.steps, self.notes)
+        metrics = self._bytes() | self._times(warm_up) | self._token_counts()
+        facts = self._facts()
         found = Findings(metrics=metrics, facts=facts, reasons=verdict(facts), losses=tuple(self.losses))
         return found.record(self.case, self._circumstances())
 
-    def _circumstances(self) -> Any:
+    def _circumstances(self) -> Circumstances:
         kind: Literal["cpu", "cuda"] = "cuda" if self._on_gpu else "cpu"
         gpu = {"before": self._gpu_before, "after": gpu_state()} if self._on_gpu else {}
         return circumstances(kind, "inline", started_at=self._started, gpu=gpu, notes=tuple(self.notes))
+
+    def _facts(self) -> dict[str, Fact]:
+        """Return `weights_moved` after two steps (the first step of a warm-up has a rate of 0), and `losses_finite` if any loss was logged."""
+        facts: dict[str, Fact] = {}
+        now = dict(self._model.named_parameters())
+        known = [name for name in self._numbers_before if name in now]  # a wrapper may rename them
+        moved = [name for name in known if _moved(self._numbers_before[name], now[name])]
+        if known and self.steps > 1:
+            facts["weights_moved"] = Fact(asked=True, seen=bool(moved))
+            self.notes.append(
+                f"{len(moved)} of {len(known)} trainable tensors moved in their first {_COMPARED_NUMBERS} numbers"
+            )
+        if self.losses:
+            facts["losses_finite"] = Fact(asked=True, seen=all(map(math.isfinite, self.losses)))
+        return facts
 
     def _bytes(self) -> dict[str, Metric]:
         trainable = sum(part.numel() for part in self._model.parameters() if part.requires_grad)
@@ -137,11 +238,11 @@ class Training:
     def _times(self, warm_up: int) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {}
         if self.clock.first_step_s is not None:
-            note = "from the training's begin to its first finished step"
+            note = "from the training's start to the end of its first step"
             metrics["cold_start_s"] = metric("cold_start_s", self.clock.first_step_s, note=note)
         samples = self.clock.samples[warm_up:]
         if not samples:
-            self.notes.append(f"{self.steps} steps are too few for a time: {warm_up} warm up")
+            self.notes.append(f"{self.steps} steps are too few for a time: the first {warm_up} are warm-up")
             return metrics
         metrics["step_s"] = metric("step_s", samples=thinned(samples, _MOST_SAMPLES))
         self.notes.append(
@@ -150,7 +251,7 @@ class Training:
         )
         return metrics
 
-    def _tokens(self) -> dict[str, Metric]:
+    def _token_counts(self) -> dict[str, Metric]:
         if self.tokens is None or not self.tokens.positions or self.tokens.uncounted:
             if self.tokens is not None and self.tokens.uncounted:
                 self.notes.append(f"tokens were not counted: {self.tokens.uncounted} batches had no plain ids and mask")
@@ -166,3 +267,18 @@ class Training:
             rate = unpadded / self.steps / statistics.fmean(samples)
             metrics["tokens_per_s"] = metric("tokens_per_s", rate, note="unpadded; the mean of all steps")
         return metrics
+
+
+def _leading_numbers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the first numbers of every trainable tensor, copied."""
+    with torch.no_grad():
+        return {
+            name: parameter.detach().flatten()[:_COMPARED_NUMBERS].clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.numel() and parameter.layout == torch.strided
+        }
+
+
+def _moved(before: torch.Tensor, parameter: torch.nn.Parameter) -> bool:
+    after = parameter.detach().flatten()[:_COMPARED_NUMBERS].to(before.device)
+    return after.shape == before.shape and not torch.equal(after, before)

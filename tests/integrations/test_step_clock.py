@@ -1,4 +1,4 @@
-"""The clock of a training that somebody else runs: which seconds are a step's, and which are not."""
+"""The clock of a recorded training: which seconds belong to a step, and which are left out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.integrations.step_clock import StepClock, thinned
+from hpc_core.integrations.training import StepClock, thinned
 
 SECONDS = st.integers(0, 10**6)
 
@@ -18,7 +18,7 @@ SECONDS = st.integers(0, 10**6)
     steps=st.lists(st.tuples(SECONDS, st.lists(SECONDS, max_size=3), st.booleans()), min_size=1, max_size=20),
 )
 def test_each_second_belongs_to_a_step_or_to_a_pause(wait: int, steps: list[tuple[int, list[int], bool]]) -> None:
-    """Samples are the steps' own seconds, whatever pauses lie between them; the pauses are all that was left out."""
+    """Samples are the seconds of the steps, whatever pauses lie between them, and exactly the pauses are left out."""
     now = 0.0
     clock = StepClock(lambda: now)
     now += wait
@@ -28,33 +28,33 @@ def test_each_second_belongs_to_a_step_or_to_a_pause(wait: int, steps: list[tupl
         clock.step_ended(keep=keep)
         for pause in pauses:
             now += pause
-            clock.training_goes_on()
+            clock.resume()
     assert clock.samples == [seconds for seconds, _, keep in steps if keep]
     assert clock.left_out_s == sum(sum(pauses) for _, pauses, _ in steps)
     assert clock.first_step_s == wait + steps[0][0]
 
 
 def test_loading_data_is_part_of_a_step() -> None:
-    """What passes between a step's end and the next one's begin, with no pause told, is waited for by the training."""
+    """Time between two steps that is not reported as a pause belongs to the later step."""
     times: Iterator[float] = iter([0.0, 1.0, 3.0, 9.0])
     clock = StepClock(lambda: next(times))
     clock.step_begins()
     clock.step_ended()
-    clock.step_begins()  # 4 s after the end, unasked
+    clock.step_begins()  # 2 s after the end, without a pause
     clock.step_ended()
     assert clock.samples == [2.0, 6.0]
 
 
 @given(samples=st.lists(st.floats(0, 1), max_size=60), most=st.integers(1, 40))
 def test_thinned_samples_are_some_of_the_samples_in_order(samples: list[float], most: int) -> None:
-    """Few are kept as they are; of many, as many as may be kept are, evenly spread and from the first on."""
+    """Up to the limit all samples are kept; beyond it, exactly as many as allowed, in order and from the first on."""
     kept = thinned(list(enumerate(samples)), most)  # type: ignore[arg-type]  # numbered, to tell equal ones apart
     assert len(kept) == min(len(samples), most)
     assert list(kept) == sorted(kept)
     assert len(samples) <= most or kept[0][0] == 0  # type: ignore[index]
 
 
-def test_none_cannot_be_kept() -> None:
-    """A record with no sample would be no record of a time."""
+def test_keeping_no_sample_is_refused() -> None:
+    """A limit below one sample is an error."""
     with pytest.raises(ValueError, match="At least one sample"):
         thinned([1.0], 0)
