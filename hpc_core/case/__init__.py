@@ -1,1 +1,1 @@
-"""What to run in one folder."""
+"""What to run: cases, their parts and their limits. Imports no torch."""

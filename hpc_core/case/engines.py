@@ -1,4 +1,4 @@
-"""The names of the engines that a case may ask for: the built-in ones, and those of installed packages. Loads none of them."""
+"""The names of the engines that a case may name: built-in ones and those of installed packages. Loads none of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import importlib.metadata
 from hpc_core.case.errors import SpecError
 
 ENTRY_POINTS = "hpc_core.engines"
-"""Group of entry points by which a package registers an engine, under the name that a case writes."""
+"""The group of entry points in which a package registers an engine, under the name that a case uses."""
 
 BUILT_IN = {
     "generate": {
@@ -21,7 +21,7 @@ BUILT_IN = {
     },
     "callable": {"callable": "hpc_core.engines.callable:CallableEngine"},
 }
-"""By workload and name, where the engine is."""
+"""`module:class` of each engine, by workload and name."""
 
 
 @functools.cache
@@ -31,15 +31,15 @@ def registered() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def check_engine(workload: str, name: str) -> None:
-    """Refuse an engine that neither hpc-core nor an installed package has.
+    """Check that hpc-core or an installed package has the engine.
 
     Raises:
-        SpecError: with the names that exist.
+        SpecError: the engine is unknown; the message lists the known ones.
     """
     if name in BUILT_IN[workload] or name in registered():
         return
     known = sorted({*BUILT_IN[workload], *registered()})
     raise SpecError(
-        f"There is no engine {name!r} for this workload. There are: {', '.join(known)}. A package adds one by the entry point "
+        f"There is no engine {name!r} for this workload. There are: {', '.join(known)}. A package adds one with the entry point "
         f"{ENTRY_POINTS!r}."
     )

@@ -6,21 +6,21 @@ HpcCoreError
 ├── DataError                prompts or rows are not available in the requested form
 │   └── MissingDataError     a data set is not on this machine and cannot be fetched
 ├── BuildError               the model that was built is not the one that the case describes
-├── MeasureError             an instrument saw something that makes its own reading void
+├── MeasureError             an instrument observed something that makes its reading invalid
 ├── PredictError             a case cannot be predicted, or this machine cannot predict
 │   └── MissingCompilerError prediction needs a C++ compiler; also a MissingLibraryError
 ├── LaunchError              no worker process could be started at all
 ├── RepositoryError          git has no repository, no such revision or no merge base
 └── BaselineError            a baseline cannot be written, or must not be
 
-A message says what happened with its numbers, against which limit, and what to do next.
+A message contains what happened with the numbers, the limit, and what to do next.
 """
 
 from __future__ import annotations
 
 
 class HpcCoreError(Exception):
-    """Anything hpc-core refuses on purpose; its text is meant for the user."""
+    """Base class. The message is meant for the user."""
 
 
 class SpecError(HpcCoreError, ValueError):
@@ -32,7 +32,7 @@ class MissingLibraryError(HpcCoreError):
 
 
 class DataError(HpcCoreError):
-    """Prompts or rows cannot be had in the form asked for."""
+    """Prompts or rows are not available in the requested form."""
 
 
 class MissingDataError(DataError):
@@ -40,11 +40,11 @@ class MissingDataError(DataError):
 
 
 class BuildError(HpcCoreError):
-    """The model that was built is not the one asked for."""
+    """The model that was built is not the one that the case describes."""
 
 
 class MeasureError(HpcCoreError):
-    """An instrument saw something that makes its own reading void."""
+    """An instrument observed something that makes its reading invalid."""
 
 
 class LaunchError(HpcCoreError):
@@ -56,12 +56,12 @@ class BaselineError(HpcCoreError):
 
 
 class RepositoryError(HpcCoreError):
-    """Git cannot say what was asked: no repository, no such revision, no merge base."""
+    """Git has no repository, no such revision or no merge base."""
 
 
 class PredictError(HpcCoreError):
-    """A case cannot be predicted: something in it has no model here, or the machine cannot predict at all."""
+    """The case cannot be predicted, or this machine cannot predict."""
 
 
 class MissingCompilerError(PredictError, MissingLibraryError):
-    """Prediction needs a C++ compiler once, and this machine has none: something to install, no fault of the case."""
+    """Prediction needs a C++ compiler and this machine has none. The case itself is fine."""

@@ -1,7 +1,4 @@
-"""Choosing cases: a user's own case files, globs over whole ids, and what a mistyped id was meant to be.
-
-Knows cases and files. Runs a case file as Python, and nothing else.
-"""
+"""Select cases: load case files, match globs against ids, and suggest ids for a mistyped one."""
 
 from __future__ import annotations
 
@@ -19,30 +16,30 @@ _NEAREST = 4
 
 
 def load_case_file(path: Path) -> tuple[Case, ...]:
-    """The list `CASES` of a Python file.
+    """Run a Python file and return its list `CASES`.
 
     Raises:
-        SpecError: there is no such file, it cannot be run, or its CASES is no list of cases.
+        SpecError: the file is missing, raises, or its CASES is not a list of cases.
     """
     if not path.is_file():
-        raise SpecError(f"{path}: no such case file. It is a Python file with a list CASES.")
+        raise SpecError(f"{path}: no such case file. Give a Python file with a list CASES.")
     spec = importlib.util.spec_from_file_location(f"hpc_core_cases_{abs(hash(path.resolve()))}", path)
     if spec is None or spec.loader is None:
-        raise SpecError(f"{path}: a case file ends in .py.")
+        raise SpecError(f"{path}: the name of a case file must end in .py.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
     except Exception as error:  # a user's file may raise anything; the message must name the file
-        raise SpecError(f"{path}: cannot be run: {type(error).__name__}: {error}") from error
+        raise SpecError(f"{path}: running it raised {type(error).__name__}: {error}") from error
     return checked_cases(getattr(module, "CASES", None), str(path))
 
 
 def checked_cases(found: object, where: str) -> tuple[Case, ...]:
-    """These objects, if they are cases with ids of their own.
+    """Return the objects as cases.
 
     Raises:
-        SpecError: they are not.
+        SpecError: they are not a list of cases, or two of them share an id.
     """
     if not isinstance(found, list | tuple) or not all(isinstance(case, Case) for case in found):
         raise SpecError(f"{where}: CASES must be a list of hpc_core.Case, got {type(found).__name__}.")
@@ -54,12 +51,12 @@ def checked_cases(found: object, where: str) -> tuple[Case, ...]:
 
 
 def matches(case_id: str, globs: Sequence[str]) -> bool:
-    """Whether one of the globs matches the whole id; without a glob every id is chosen."""
+    """Return whether one of the globs matches the whole id. Without globs every id matches."""
     return not globs or any(fnmatch.fnmatchcase(case_id, glob) for glob in globs)
 
 
 def near(wrong: str, ids: Iterable[str]) -> list[str]:
-    """The ids that come closest, the closest first; those with the same variant or shape where none is close."""
+    """Return the closest ids, closest first. If none is close, return those with the same variant or shape."""
     known = sorted(set(ids))
     close = difflib.get_close_matches(wrong, known, n=_NEAREST, cutoff=0.6)
     parts = {part.strip("*?") for part in wrong.split("/")} - {""}
@@ -67,7 +64,7 @@ def near(wrong: str, ids: Iterable[str]) -> list[str]:
 
 
 def unknown_glob(glob: str, ids: Iterable[str]) -> str:
-    """One line on a glob that matches none of these ids: how many there are, and what was probably meant."""
+    """Return a sentence about a glob that matches none of these ids, with the closest ones."""
     known = list(ids)
     close = near(glob, known)
     hint = f"Near: {', '.join(close)}." if close else "List the built-in ones: hpc-core cases."

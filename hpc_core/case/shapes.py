@@ -1,7 +1,4 @@
-"""Named model shapes: the numbers of a `config.json`, without torch and without weights.
-
-Knows sizes only. Values are those of the models' public configuration files on the hub; `tiny` is ours.
-"""
+"""Named model shapes: the sizes in a `config.json`. Values are those of the models' public configuration files on the hub; `tiny` is ours."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     rope_scaling: dict[str, float | str] | None = None
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """`(out_features, in_features)` of the seven linear layers of one decoder layer, by name."""
+        """Return `(out_features, in_features)` of the seven linear layers of one decoder layer, by name."""
         heads, groups = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         return {
             "q_proj": (heads, self.hidden_size),
@@ -44,7 +41,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         }
 
     def parameter_count(self) -> int:
-        """Parameters of the whole model; a tied head counts once."""
+        """Return the parameters of the whole model. A tied head counts once."""
         layer = sum(rows * columns for rows, columns in self.linear_shapes().values()) + 2 * self.hidden_size
         if self.attention_bias:
             layer += (self.num_attention_heads + 2 * self.num_key_value_heads) * self.head_dim
@@ -167,7 +164,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def shape(name: str) -> Shape:
-    """The named shape.
+    """Return the named shape.
 
     Raises:
         SpecError: the name is unknown; the message lists the known ones.
@@ -176,5 +173,5 @@ def shape(name: str) -> Shape:
         return SHAPES[name]
     except KeyError:
         known = ", ".join(sorted(SHAPES))
-        msg = f"Unknown shape {name!r}. Known shapes: {known}. For any other model give weights='folder', 'hub' or 'gguf' and its path."
+        msg = f"Unknown shape {name!r}. Known shapes: {known}. For another model use weights='folder', 'hub' or 'gguf' with its path."
         raise SpecError(msg) from None
