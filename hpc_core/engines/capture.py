@@ -1,9 +1,8 @@
-"""Capture work in one CUDA graph, and say what memory its replays take.
-
-Work of fixed shapes captured once in a CUDA graph and replayed: one launch in place of thousands. And what that takes of memory.
+"""CUDA graphs: capture work once, replay it with one launch, and report the memory that replays take.
 
 A graph keeps what its work allocated in a private pool. After the capture the allocator counts the pool's temporaries as free, although no
-other work may have them, and a replay allocates nothing: the counters see neither. `peak_bytes` counts the pool whole.
+other work may have them, and a replay allocates nothing. No counter shows them, so both ways to capture report them: `captured` warms
+up by itself on a stream of its own; `CapturedWork` captures work that has already run on the caller's stream.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _WARM_UPS = 3
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph to replay. `hidden_bytes` is used by every replay and shown by no counter of the allocator after the capture."""
+    """A graph to replay. Every replay uses `hidden_bytes`, which the allocator's counters do not show after the capture."""
 
     graph: torch.cuda.CUDAGraph
     hidden_bytes: int
@@ -38,15 +37,15 @@ _OUTSIDE: WeakSet[Any] = WeakSet()
 
 
 def keep_workspaces(graph: Any) -> None:
-    """While this graph lives no workspace is let go: it was captured on a stream that had one already, and its replays write there."""
+    """Free no workspace while this graph lives: it was captured on a stream that had one already, and its replays write there."""
     _OUTSIDE.add(graph)
 
 
 def forget_workspaces() -> None:
-    """Let all of this process's cuBLAS workspaces go: 32 MiB on Hopper for each stream that ever multiplied, until the end of the process.
+    """Free all cuBLAS workspaces of this process: on Hopper 32 MiB for each stream that ever multiplied, until the process ends.
 
-    The next product on a stream makes its own anew. One that a graph was captured with, where there was none before, lies in the graph's private
-    pool: its replays go on using it. Nothing is let go while a graph lives that needs one elsewhere (`keep_workspaces`).
+    The next product on a stream makes a new one. A workspace that was made during a capture lies in the graph's private pool, and its replays go on
+    using it. Nothing is freed while a graph lives that needs one elsewhere (`keep_workspaces`).
     """
     if _OUTSIDE:
         return
@@ -55,7 +54,7 @@ def forget_workspaces() -> None:
 
 
 def make_workspace(device: torch.device) -> None:
-    """A product on the current stream: its cuBLAS workspace is there then, if it had been let go."""
+    """Multiply on the current stream, so that its cuBLAS workspace exists even if it was freed."""
     one = torch.ones(1, 1, device=device)
     torch.mm(one, one)
 
@@ -68,11 +67,11 @@ def captured(
     generator: torch.Generator | None = None,
     pool: Any = None,
 ) -> Captured:
-    """Run `work` a few times, then capture it; `before` puts the state that it changes back before each time.
+    """Run `work` a few times, then capture it. `before` restores the state that the work changes, before each run.
 
-    What `work` allocates and frees while it is captured stays in the graph's private pool: the allocator calls it free, and each replay
-    writes there. So the highest point of the capture above what it left is the graph's own; what the driver keeps of its nodes is not in it. Graphs
-    that never run at once, and whose results are held for as long as they are wanted, may share a `pool` (`torch.cuda.graph_pool_handle()`): the largest of them is then what they use.
+    `hidden_bytes` is the peak of the capture above what it leaves allocated, without what the driver keeps for the graph's nodes. Graphs that
+    never run at the same time, and whose results are held for as long as they are needed, may share a `pool`
+    (`torch.cuda.graph_pool_handle()`): together they use what the largest of them uses.
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -98,23 +97,23 @@ def captured(
 
 
 class CapturedWork:
-    """A CUDA graph of `work`, which must have run on `stream` before: compiling, tuning and first allocations are then over.
+    """A CUDA graph of `work`, which must have run on `stream` before, so that compiling, tuning and first allocations are over.
 
     Raises:
         BuildError: the work cannot be captured; torch's reason is in the message, and its error the cause.
     """
 
     def __init__(self, work: Callable[[], None], stream: torch.cuda.Stream, *, other_threads: bool = False):
-        """`other_threads`: threads that the work does not know may call CUDA meanwhile, as those that pin a loader's batches do.
+        """Set `other_threads` if other threads may call CUDA meanwhile, as those that pin a loader's batches do.
 
-        CUDA's mode "global" would make such a call fail, and the capture with it; "thread_local" holds only this thread to the rules.
+        In CUDA's mode "global" such a call would fail, and the capture with it; "thread_local" restricts only this thread.
         """
         self._device = stream.device
         self._graph = torch.cuda.CUDAGraph()
         keep_workspaces(self)  # the stream has multiplied before
         torch.cuda.synchronize(self._device)
         gc.collect()
-        torch.cuda.empty_cache()  # what is cached outside cannot serve the pool
+        torch.cuda.empty_cache()  # the pool cannot use what is cached outside it
         torch.cuda.reset_peak_memory_stats(self._device)
         first: list[Exception] = []
         try:
@@ -123,7 +122,7 @@ class CapturedWork:
                 try:
                     work()
                 except Exception as error:
-                    first.append(error)  # ending a broken capture raises too, and would hide the reason
+                    first.append(error)  # ending a broken capture raises too and would hide the reason
                     raise
         except Exception as error:
             cause = first[0] if first else error
@@ -132,20 +131,20 @@ class CapturedWork:
             ) from cause
         torch.cuda.synchronize(self._device)
         self.capture_peak_bytes = int(torch.cuda.max_memory_allocated(self._device))
-        """Highest allocated bytes of the process while it was captured."""
+        """Peak allocated bytes of the process during the capture."""
 
     def replay(self) -> None:
         """Queue the work on the current stream."""
         self._graph.replay()
 
     def pool_bytes(self) -> tuple[int, int]:
-        """Bytes that the private pool holds of the device, and how many of these the allocator counts as allocated."""
+        """Return the bytes of device memory in the private pool, and how many of them the allocator counts as allocated."""
         pool = tuple(self._graph.pool())
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
         own = [segment for segment in segments if tuple(segment["segment_pool_id"]) == pool]
         return sum(one["total_size"] for one in own), sum(one["allocated_size"] for one in own)
 
     def peak_bytes(self) -> int:
-        """Highest bytes of capture and replay: what is allocated outside the pool, which a replay does not change, and the whole pool."""
+        """Return the peak bytes of capture and replay: the whole pool, and what is allocated outside it, which a replay does not change."""
         held, counted = self.pool_bytes()
         return max(self.capture_peak_bytes, int(torch.cuda.memory_allocated(self._device)) - counted + held)

@@ -1,4 +1,4 @@
-"""One decode step by our own kernels: six launches a layer, every buffer made once. Imports triton."""
+"""One decode step by our own kernels: six launches a layer, every buffer allocated once. This module imports triton."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from hpc_core.engines.kernels.layout import Heads, packed_layout
 
 _KEYS_A_BLOCK = 32
 _PROGRAMS = 192
-"""Attention is cut into about so many programs: more than a GPU has multiprocessors."""
+"""Attention is divided into about so many programs, more than a GPU has multiprocessors."""
 _EMBED_BLOCK = 1024
 _PRODUCTS = ("qkv", "output", "gate_up", "down")
 
 
 class KernelStep:
-    """Logits of the next token. Activations live in the buffers below and are overwritten by each layer."""
+    """Logits of the next token. Activations live in buffers that each layer overwrites."""
 
     kernels = "triton"
 
@@ -106,7 +106,7 @@ class KernelStep:
         self._part = empty(heads, self._parts, decoder.head_width, dtype=torch.float32)
 
     def owned_weights(self) -> list[torch.Tensor]:
-        """Copies of weights beside the model's own: an int8 head, the offsets of constants that are quantized again."""
+        """Return the weights that it holds in addition to the model's own: an int8 head, and offsets of nested constants."""
         held = [
             tensor
             for tensor in (self._head.weight, self._head.scales)
@@ -116,15 +116,15 @@ class KernelStep:
         return held + [each.offsets for each in constants if each is not None and each.offsets is not None]
 
     def between(self) -> Between:
-        """What a prefill does between products: our own kernels."""
+        """Return what a prefill computes between products: our own kernels."""
         return KernelBetween(self._decoder, self._turns)
 
     def logits_buffer(self) -> torch.Tensor:
-        """(batch, vocabulary) that the first token's logits may be left in: that of the others."""
+        """Return the buffer (batch, vocabulary) of all tokens' logits, for the first token's too."""
         return self._logits
 
     def settle(self) -> dict[str, str]:
-        """Choose block sizes by trying them on the model's own weights, on a GPU; says what was chosen."""
+        """On a GPU, choose block sizes by trying them on the model's own weights; return what was chosen."""
         if self._decoder.device.type == "cpu":
             return {}
         chosen = {}
@@ -141,7 +141,7 @@ class KernelStep:
         return chosen
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocabulary) after `tokens` (batch,), in a buffer that the next call overwrites."""
+        """Return logits (batch, vocabulary) after `tokens` (batch,), in a buffer that the next call overwrites."""
         decoder = self._decoder
         grid = (self._batch, -(-decoder.hidden // _EMBED_BLOCK))
         embed[grid](
@@ -163,7 +163,7 @@ class KernelStep:
         return self._logits
 
     def _norm(self, x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        """At batch 1 the norm is part of the product that follows."""
+        """Return the RMS norm of x; at batch 1 x itself, since there the norm is part of the next product."""
         if self._batch == 1:
             return x
         hidden = self._decoder.hidden
@@ -190,11 +190,11 @@ class KernelStep:
 
 
 def _early_launches(device: torch.device, batch: int) -> Early:
-    """Programmatic dependent launch is Hopper's.
+    """Return which launches may begin early: none before Hopper, which introduced programmatic dependent launch.
 
-    A product at batch 1 takes in its first weights while the launch before it ends. Under a batch it has few programs and took
-    up to twice as long so (bench/studies/ablations/first-token-h200.json): it seems that they begin wherever there is room while the one before still runs,
-    several on one multiprocessor and none on others.
+    At batch 1 a product loads its first weights while the launch before it ends. With a batch it has few programs, and took up to twice as long
+    (bench/studies/ablations/first-token-h200.json): they seem to begin wherever there is room while the launch before still runs, several on
+    one multiprocessor and none on others.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return "none"

@@ -1,11 +1,4 @@
-"""Products with torchao's int4 weights as the engine takes them: the packed tensors themselves, for torch's tinygemm kernels.
-
-torchao's own linear pads its input even where nothing is to be padded, which copies it each time; this does not. Plain tensors can be
-handed to torch.compile as arguments, so that one compiled layer serves all.
-
-
-What the engine takes from a transformers model: its layers' modules, sizes and rotary tables. Refused by name where it cannot.
-"""
+"""A transformers model as the decoder sees it: its layers' modules, sizes and rotary tables. Models that it cannot run are refused by name."""
 
 from __future__ import annotations
 
@@ -23,20 +16,24 @@ aten: Any = torch.ops.aten
 
 
 class PackedWeight(NamedTuple):
-    """A weight as torchao packed it; nothing is copied."""
+    """An int4 weight as torchao packed it, for torch's tinygemm kernels; nothing is copied."""
 
     codes: torch.Tensor
-    """Packed for the device: see `build.packed_int4`."""
+    """Packed for the device: see `builders.packed_int4`."""
     scale_and_zero: torch.Tensor
     """(columns with padding / group, rows with padding, 2), bfloat16."""
     group: int
     """Weights of a row that share a scale and a zero."""
     rows: int
-    """Of the weight without padding."""
+    """Rows of the weight without padding."""
 
 
 class PackedLinear:
-    """Stands for a linear layer with an int4 weight."""
+    """A linear layer with an int4 weight.
+
+    torchao's own layer pads its input, and so copies it, even where no padding is needed; this one does not. Its tensors can be arguments of
+    a compiled function, so one compiled layer serves all.
+    """
 
     def __init__(self, module: Any):
         packed = module.weight
@@ -47,12 +44,12 @@ class PackedLinear:
         self.in_features, self.out_features = int(module.in_features), int(module.out_features)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's output (…, out) of x (…, in)."""
+        """Return the layer's output (…, out) of x (…, in)."""
         return times(x, self.weight, self.bias)
 
 
 def times(x: torch.Tensor, weight: torch.Tensor | PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (…, in) times the weight's transpose, plus the bias: (…, out), whether the weight is plain or packed."""
+    """Return x (…, in) times the transpose of a plain or packed weight, plus the bias: (…, out)."""
     if not isinstance(weight, PackedWeight):
         return functional.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
@@ -71,7 +68,7 @@ _ADAPTED = "merge the adapter into its model first: model = model.merge_and_unlo
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer's modules; products that share an input stand together. An int4 layer is a `PackedLinear`."""
+    """The modules of one decoder layer. Products that share an input are one field; an int4 layer is a `PackedLinear`."""
 
     input_norm: Any
     qkv: tuple[Any, Any, Any]
@@ -88,7 +85,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as the engine sees it. Nothing is copied: every weight stays where the model holds it."""
+    """A model as the decoder sees it. Nothing is copied: every weight stays where the model holds it."""
 
     layers: tuple[Layer, ...]
     embedding: torch.Tensor
@@ -116,17 +113,17 @@ class Decoder:
 
     @property
     def inner(self) -> int:
-        """Width between gate and down."""
+        """Width between the gate and down projections."""
         return int(self.layers[0].down.in_features)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, cache and unquantized weights."""
+        """Type of activations, cache and unquantized weights."""
         return self.embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.embedding.device
 
     @property
@@ -143,7 +140,7 @@ class Decoder:
         return any(kind_of(module) == kind for layer in self.layers for module in layer.products)
 
     def turns(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the first `count` positions, (count, head width), rounded to the model's dtype as its layers do."""
+        """Return cosines and sines of the first `count` positions, (count, head width), rounded to the model's dtype as its layers do."""
         positions = torch.arange(count, device=self.device)[None]
         example = torch.zeros(1, device=self.device, dtype=self.dtype)
         with torch.no_grad():
@@ -152,7 +149,7 @@ class Decoder:
 
 
 def decoder_of(model: Any, ends: Sequence[int] = ()) -> Decoder:
-    """The model as the engine sees it.
+    """Return the model as the decoder sees it.
 
     Raises:
         SpecError: another architecture, an adapter that is not merged, 8-bit layers, sliding windows, another activation, several devices.
@@ -208,10 +205,10 @@ def _product(module: Any) -> Any:
 
 
 def kind_of(module: Any) -> str:
-    """Whether a layer is "plain", "4-bit" (bitsandbytes) or "int4" (torchao).
+    """Return whether a layer is "plain", "4-bit" (bitsandbytes) or "int4" (torchao).
 
     Raises:
-        SpecError: neither, such as LLM.int8 or LoRA.
+        SpecError: it is of another kind, such as LLM.int8 or LoRA.
     """
     name = type(module).__name__
     if isinstance(module, PackedLinear):
@@ -232,7 +229,7 @@ def kind_of(module: Any) -> str:
 
 
 def int8_rows(weight: torch.Tensor, rows: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrix (n, k) in int8 and a float32 scale for each row, made some rows at a time; a row's largest is 127."""
+    """Return the matrix (n, k) in int8 and a float32 scale for each row, quantized some rows at a time; a row's largest code is 127."""
     codes = torch.empty_like(weight, dtype=torch.int8)
     scales = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     for start in range(0, weight.shape[0], rows):

@@ -1,4 +1,4 @@
-"""One decode step in plain torch: the path of machines without CUDA, and the one that the kernels are held against."""
+"""One decode step in plain torch: used without CUDA, and as the reference that the kernels are compared with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_core.engines.decode.prefill import Between, PlainBetween
 
 
 def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of (batch, heads, tokens, width) by cos and sin that broadcast to it."""
+    """Return the rotary embedding of (batch, heads, tokens, width) by cos and sin that broadcast to it."""
     left, right = heads.chunk(2, dim=-1)
     return heads * cos + torch.cat([-right, left], dim=-1) * sin
 
@@ -30,9 +30,9 @@ def _mlp(layer: Layer, hidden: torch.Tensor) -> torch.Tensor:
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: torch.Tensor, filled: torch.Tensor | int
 ) -> torch.Tensor:
-    """One token's attention: query (batch, heads, width) over keys and values (batch, groups, places, width), gives (batch, heads, width).
+    """Return one token's attention: query (batch, heads, width) over keys and values (batch, groups, places, width), gives (batch, heads, width).
 
-    Places before `first` (batch,) and from `filled` on are not seen. The heads of a group share their keys without a copy of them.
+    Places before `first` (batch,) and from `filled` on are masked. The heads of a group share their keys without a copy.
     """
     batch, heads, width = query.shape
     groups, places = keys.shape[1:3]
@@ -46,7 +46,7 @@ def attend(
 
 
 class PlainStep:
-    """Logits of the next token by torch's own operators. Captured, it sees the whole cache through a mask; eager, its filled part."""
+    """Logits of the next token by torch's own operators. Captured, it reads the whole cache through a mask; eager, only the filled part."""
 
     kernels = "torch"
 
@@ -74,24 +74,24 @@ class PlainStep:
             self._layer = torch.compile(_layer_step, fullgraph=True, dynamic=False, options=options)
 
     def owned_weights(self) -> list[torch.Tensor]:
-        """Copies of weights beside the model's own."""
+        """Return the weights that it holds in addition to the model's own."""
         return [value for value in vars(self._head).values() if isinstance(value, torch.Tensor)]
 
     def between(self) -> Between:
-        """What a prefill does between products: torch's own operators."""
+        """Return what a prefill computes between products: torch's own operators."""
         return PlainBetween()
 
     def logits_buffer(self) -> torch.Tensor:
-        """(batch, vocabulary) that the first token's logits may be left in."""
+        """Return a buffer (batch, vocabulary) for the first token's logits."""
         decoder = self._decoder
         return torch.zeros(self._cache.batch, decoder.vocabulary, dtype=decoder.dtype, device=decoder.device)
 
     def settle(self) -> dict[str, str]:
-        """Nothing to choose."""
+        """Return nothing: there are no block sizes to choose."""
         return {}
 
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocabulary) after `tokens` (batch,); the cache takes them in, its counters are left to the caller."""
+        """Return logits (batch, vocabulary) after `tokens` (batch,), which enter the cache; the caller updates the cache's counters."""
         cache, decoder = self._cache, self._decoder
         positions = (cache.filled - cache.first).long()
         cos, sin = (part[positions][:, None] for part in self._turns)
@@ -115,7 +115,7 @@ class PlainStep:
 
 
 def _taken(layer: Layer, *, compiled: bool) -> Any:
-    """The layer's modules, or for the compiler their tensors: modules would be compiled anew for each layer."""
+    """Return the layer's modules, or their tensors for the compiler, which would compile modules again for each layer."""
     if not compiled:
         return layer
     return (

@@ -1,15 +1,8 @@
-"""Let whoever follows modules see one at work, though its forward is not called.
+"""Prefill: write a prompt's keys and values into the static cache, and return the hidden state that its first token is chosen by.
 
-Products of a prefill: many activation rows times one of the model's matrices, or the same added to the stream in place.
-
-What a product takes beside its result is kept small, since a static cache is there already: plain weights are multiplied where they lie, and
-4-bit ones some rows of the matrix at a time, so that never a whole matrix is dequantized at once.
-
-
-Prefill: a prompt's keys and values into the static cache, and the hidden state that its first token is chosen by.
-
-The whole cache is there already, with room for an answer that transformers' cache has yet to grow to. So a prefill takes little on top of it: it
-works on a third or a quarter of the rows at a time, and what is made is made in place where it can be, and let go at once.
+The whole cache already exists, with room for the answer, so a prefill uses little memory on top: it takes a third or a quarter of the rows at
+a time, works in place where it can, and frees tensors at once. Plain weights are multiplied where they are; 4-bit ones some rows of
+the matrix at a time, so that a whole matrix is never dequantized.
 """
 
 from __future__ import annotations
@@ -30,9 +23,9 @@ from hpc_core.engines.decode.model import Decoder, Layer, kind_of
 
 @contextlib.contextmanager
 def at_module(module: Any) -> Iterator[None]:
-    """torch's global hooks of forwards run as if this module's forward were the block; they are given no input and no output. Its own hooks do not.
+    """Run torch's global forward hooks as if the block were this module's forward, without inputs and outputs. Its own hooks do not run.
 
-    What a profile says of a place then holds for work that is done with a module's weights and not by the module.
+    A profile then attributes the block to the module whose weights it uses, although its forward is not called.
     """
     whole: Any = hooks
     for hook in tuple(whole._global_forward_pre_hooks.values()):
@@ -57,17 +50,17 @@ _ROWS_STEP = 256
 
 
 class PrefillProduct(Protocol):
-    """A linear layer as a prefill takes it."""
+    """A linear layer of a prefill."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
+        """Return x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
-        """The same, added to the stream (tokens, out) in place."""
+        """Add the product to the stream (tokens, out) in place."""
 
 
 class _ByModule:
-    """Whatever multiplies by itself."""
+    """A module that computes its own product."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -81,7 +74,7 @@ class _ByModule:
 
 
 class _Plain:
-    """torch's linear layer: its product can be added where the sum lies."""
+    """torch's linear layer; its product can be added in place."""
 
     def __init__(self, module: Any):
         self._module = module
@@ -104,12 +97,12 @@ class Piece(NamedTuple):
     packed: torch.Tensor
     shape: list[int]
     constants: tuple[torch.Tensor, ...]
-    """A float32 for each block; or those of 256 blocks, and the blocks' own bytes."""
+    """A float32 for each block; or a float32 for each 256 blocks, and a byte for each block."""
     bias: torch.Tensor | None
 
 
 def pieces_of(module: Any, at_most_weights: int) -> list[Piece]:
-    """Views of a 4-bit layer's matrix, each of about as many rows, of which each has at most so many weights, or 256 rows."""
+    """Return views of a 4-bit layer's matrix with about equally many rows each: at most so many weights, but at least 256 rows."""
     state = module.weight.quant_state
     rows, columns = state.shape
     most = max(_ROWS_STEP, at_most_weights // columns // _ROWS_STEP * _ROWS_STEP)
@@ -139,20 +132,20 @@ def _piece(module: Any, start: int, rows: int) -> Piece:
 
 
 class FourBit:
-    """bitsandbytes' 4-bit layer, by its own product, a piece of the matrix after the other."""
+    """bitsandbytes' 4-bit layer, multiplied by bitsandbytes one piece of the matrix at a time."""
 
     def __init__(self, module: Any, pieces: Iterable[Piece]):
         self.module = module
         self.compute: torch.dtype | None = module.compute_dtype
-        """The type that this layer multiplies in, where it is not that of x."""
+        """The type that this layer multiplies in, if it is not that of x."""
         self._state = module.weight.quant_state
         self._pieces = list(pieces)
         ends = list(itertools.accumulate((piece.shape[0] for piece in self._pieces), initial=0))
         self.parts = [slice(start, end) for start, end in itertools.pairwise(ends)]
-        """Columns of the result, a piece each."""
+        """Columns of the result for each piece."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
+        """Return x (tokens, in) times the weight's transpose, plus the bias: (tokens, out)."""
         cast = self.cast(x)
         with at_module(self.module):
             if len(self._pieces) == 1:
@@ -163,11 +156,11 @@ class FourBit:
             return whole
 
     def cast(self, x: torch.Tensor) -> torch.Tensor:
-        """x in the type that this layer computes in."""
+        """Return x in the type that this layer multiplies in."""
         return x if self.compute is None else x.to(self.compute)
 
     def times(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """The columns of one piece, of x in the type computed in, and in that type."""
+        """Return the columns of one piece, for x in the type that this layer multiplies in, and in that type."""
         state, piece = self._state, self._pieces[index]
         again: dict[str, Any] = {}
         if state.nested:
@@ -189,7 +182,7 @@ class FourBit:
         return product
 
     def add_to(self, stream: torch.Tensor, x: torch.Tensor) -> None:
-        """The same, added to the stream (tokens, out) in place."""
+        """Add the product to the stream (tokens, out) in place."""
         x = self.cast(x)
         with at_module(self.module):
             for index, part in enumerate(self.parts):
@@ -203,9 +196,9 @@ def gated_product(
     x: torch.Tensor,
     gated: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """`gated` of both products of x (tokens, in): (tokens, out). Of two that are in equal pieces, piece by piece, so that neither is ever there whole.
+    """Return `gated` of both products of x (tokens, in): (tokens, out).
 
-    To whoever follows modules each piece is a forward.
+    Two products in equal pieces are computed piece by piece, so that neither exists as a whole. A profile sees each piece as a forward.
     """
     if not (isinstance(gate, FourBit) and isinstance(up, FourBit) and len(gate.parts) > 1 and gate.parts == up.parts):
         return gated(gate(x), up(x))
@@ -222,11 +215,11 @@ def gated_product(
 
 
 def prefill_product(module: Any, dtype: torch.dtype, *, batch: int = 1) -> PrefillProduct:
-    """How a prefill of so many rows, whose activations have this type, multiplies by the module's weight."""
+    """Return how a prefill of so many rows, with activations of this type, multiplies by the module's weight."""
     kind = kind_of(module)
     if kind == "plain":
         return _Plain(module)
-    # A CPU's 4-bit weights may be packed anew by their first product.
+    # On a CPU, bitsandbytes may repack 4-bit weights at their first product.
     if kind == "4-bit" and module.weight.is_cuda and _in_pieces(module):
         return FourBit(module, pieces_of(module, _piece_weights(batch)))
     return _ByModule(module)
@@ -246,18 +239,18 @@ def _in_pieces(module: Any) -> bool:
 
 
 _PARTS, _PARTS_IN_FOUR_BITS = 4, 3
-"""Parts that the rows of a batch are taken in. One more reads all weights, and dequantizes them, once more; one less takes a third more memory."""
+"""Number of parts that the rows of a batch are split into. One more reads and dequantizes all weights once more; one less needs a third more memory."""
 _HALVED_TOKENS = 64
-"""From so many tokens on the MLP of plain weights takes one half of them after the other: gate and up are most of what a layer makes."""
+"""From so many tokens on, an MLP with plain weights runs in two halves: gate and up are most of a layer's temporaries."""
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where some rows of a batch stand, and what each of their tokens may see."""
+    """Positions of some rows of a batch, and what each of their tokens may attend to."""
 
     width: int
     first: torch.Tensor
-    """(rows,) where each row's prompt begins, after its padding."""
+    """(rows,) the place where each row's prompt begins, after its padding."""
     cos: torch.Tensor
     sin: torch.Tensor
     """(rows or 1, width, head width), by each token's place in its own prompt."""
@@ -266,10 +259,10 @@ class Places:
 
 
 class Between(Protocol):
-    """What stands between the products of a layer."""
+    """What is computed between the products of a layer."""
 
     def normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        """RMS norm of x (tokens, hidden) by this module's weight."""
+        """Return the RMS norm of x (tokens, hidden) by this module's weight."""
 
     def keep(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: LayerKeyValues, places: Places
@@ -277,14 +270,14 @@ class Between(Protocol):
         """Rotate the query (tokens, heads · width) in place; store the rotated key and the value (tokens, groups · width) in the rows' cache."""
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """SiLU(gate) · up, in the gate's place."""
+        """Return SiLU(gate) · up, computed in place of the gate."""
 
 
 class PlainBetween:
-    """By torch's own operators."""
+    """The same by torch's own operators."""
 
     def normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        """RMS norm of x (tokens, hidden), by the module itself."""
+        """Return the RMS norm of x (tokens, hidden) by the module itself."""
         result: torch.Tensor = norm(x)
         return result
 
@@ -304,12 +297,12 @@ class PlainBetween:
         kept.values[:, :, : places.width].copy_(value.view(shape).transpose(1, 2))
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """SiLU(gate) · up, in the gate's place."""
+        """Return SiLU(gate) · up, computed in place of the gate."""
         return functional.silu(gate, inplace=True).mul_(up)
 
 
 def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotary embedding of (…, width) in place: `plain_step.turned`, which is compiled, makes three tensors of that size."""
+    """Apply the rotary embedding to (…, width) in place; `plain_step.turned`, which gets compiled, would make three tensors of that size."""
     left, right = heads.chunk(2, dim=-1)
     swapped = torch.cat([-right, left], dim=-1)
     heads.mul_(cos).addcmul_(swapped, sin)
@@ -327,7 +320,7 @@ class _Products:
 
 
 class Prefill:
-    """Fills the cache from prompts, any number of times."""
+    """Fill the cache from prompts, any number of times."""
 
     def __init__(
         self,
@@ -351,7 +344,7 @@ class Prefill:
         return _Products(layer, tuple(map(made, layer.qkv)), made(layer.output), gate, up, made(layer.down), plain)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Fill the cache from (batch, width) ids and give the last position's hidden state (batch, hidden), normed.
+        """Fill the cache from ids (batch, width) and return the last position's hidden state (batch, hidden), normed.
 
         Padding stands on the left; `mask` (batch, width) is zero there, and None where there is none.
         """
@@ -383,14 +376,14 @@ class Prefill:
             return Places(width, first, cos[None, :width], sin[None, :width], None)
         places = torch.arange(width, device=first.device)
         positions = (places[None] - first[:, None]).clamp(min=0)
-        # Padding sees itself, so that no row of the softmax is empty; nobody reads what it gives.
+        # Padding attends to itself, so that no row of the softmax is empty. Its result is not used.
         real = (places[None, :] >= first[:, None])[:, None, None, :]
         causal = places[None, :] <= places[:, None]
         allowed = causal & (real | (places[None, :] == places[:, None]))
         return Places(width, first, cos[positions], sin[positions], allowed)
 
     def _attend(self, products: _Products, kept: LayerKeyValues, stream: torch.Tensor, places: Places) -> None:
-        """Attention, added to the stream (tokens, hidden); its keys and values stay in the cache, its other tensors end with this call."""
+        """Add attention to the stream (tokens, hidden). Only its keys and values, in the cache, outlive this call."""
         decoder = self._decoder
         query = self._kept(products, kept, stream, places)
         mixed = functional.scaled_dot_product_attention(
@@ -405,7 +398,7 @@ class Prefill:
         products.output.add_to(stream, mixed.transpose(1, 2).reshape(stream.shape[0], -1))
 
     def _kept(self, products: _Products, kept: LayerKeyValues, stream: torch.Tensor, places: Places) -> torch.Tensor:
-        """The rotated query; keys and values are in the cache then."""
+        """Write keys and values into the cache; return the rotated query."""
         normed = self._between.normed(products.layer.input_norm, stream)
         query, key, value = (product(normed) for product in products.qkv)
         del normed

@@ -1,4 +1,15 @@
-"""Triton: what stands between the products of a prefill, a launch each. Imports triton."""
+"""Triton: what is computed between the products of a prefill, one launch each. This module imports triton.
+
+`turn_and_keep`, one program instance a token of a prompt (rows * width of them):
+
+    query  (rows * width, heads * 2 half)      rotated in place
+    key    (rows * width, groups * 2 half)     rotated, then written into  keys    (rows, groups, capacity, 2 half)
+    value  (rows * width, groups * 2 half)     written into                values  (rows, groups, capacity, 2 half)
+
+    one head:  | left half | right half |      rotation: left * cos - right * sin | right * cos + left * sin
+
+`gate_in_place`, one program instance `block` neighbouring elements: gate = SiLU(gate) * up.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +31,7 @@ _GATE_BLOCK = 2048
 
 @triton.jit
 def turned_halves(at, cos, sin, half: tl.constexpr, inside):
-    """Rotary embedding of heads whose left halves lie at `at`, in float32: their new left and right halves."""
+    """Return the rotated left and right halves, in float32, of heads whose left halves are at `at`."""
     left = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     right = tl.load(at + half, mask=inside, other=0.0).to(tl.float32)
     cos_left, cos_right = tl.load(cos).to(tl.float32), tl.load(cos + half).to(tl.float32)
@@ -28,7 +39,7 @@ def turned_halves(at, cos, sin, half: tl.constexpr, inside):
     return left * cos_left - right * sin_left, right * cos_right + left * sin_right
 
 
-@triton.jit(do_not_specialize=["width"])  # or the first prompt of another width would compile it anew
+@triton.jit(do_not_specialize=["width"])  # or a prompt of another width would compile it again
 def turn_and_keep(
     query,
     key,
@@ -46,7 +57,7 @@ def turn_and_keep(
     groups_padded: tl.constexpr,
     half: tl.constexpr,
 ):
-    """One token: its query (heads · 2 half) is rotated in place, its rotated key and its value go to their place in the cache.
+    """Rotate the query of one token in place; write its rotated key and its value to their place in the cache.
 
     query, key and value (rows · width, …); keys and values (rows, groups, capacity, 2 half); first (rows,) is where a row's prompt begins.
     """
@@ -84,14 +95,14 @@ def gate_in_place(gate, up, count, block: tl.constexpr):
 
 
 class KernelBetween:
-    """By our own kernels."""
+    """`Between` by our own kernels."""
 
     def __init__(self, decoder: Decoder, turns: tuple[torch.Tensor, torch.Tensor]):
         self._decoder = decoder
         self._turns = turns
 
     def normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        """RMS norm of x (tokens, hidden) by this module's weight."""
+        """Return the RMS norm of x (tokens, hidden) by this module's weight."""
         x = x.contiguous()
         out = torch.empty_like(x)
         hidden = x.shape[1]
@@ -114,7 +125,7 @@ class KernelBetween:
         )  # fmt: skip
 
     def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        """SiLU(gate) · up, in the gate's place."""
+        """Return SiLU(gate) · up, computed in place of the gate."""
         count = gate.numel()
         gate_in_place[(triton.cdiv(count, _GATE_BLOCK),)](gate, up, count, block=_GATE_BLOCK, num_warps=8)
         return gate

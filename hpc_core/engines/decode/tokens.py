@@ -1,6 +1,6 @@
-"""From logits to the next token, on the device: greedy or sampled, ends respected, answers and counters kept. Nothing waits for the host.
+"""From logits to the next token, and the first token of each prompt. Everything stays on the device; nothing waits for the host.
 
-The first token of each prompt: prefill, head, choice. On a GPU as a CUDA graph a prompt, where launching it would take longer than running it.
+The first token is prefill, head and choice. On a GPU each prompt gets a CUDA graph for it, where launching would take longer than running.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from hpc_core.engines.decode.model import Decoder, kind_of
 from hpc_core.engines.decode.prefill import Prefill, at_module
 
 PAD_ID = 0
-"""What a row that has ended goes on with."""
+"""The token of a row that has already ended."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; greedy where `temperature` is None."""
+    """How tokens are drawn; greedy if `temperature` is None."""
 
     temperature: float | None = None
     top_k: int | None = None
@@ -31,7 +31,7 @@ class Sampling:
 
 
 class Chooser:
-    """Chooses a token for each row and remembers it. Every tensor is made once, so that its work can be captured."""
+    """Choose a token for each row and store it. Every tensor is allocated once, so that the work can be captured."""
 
     def __init__(self, batch: int, most: int, device: torch.device, sampling: Sampling, ends: tuple[int, ...] | None):
         self.tokens = torch.zeros(batch, dtype=torch.long, device=device)
@@ -44,14 +44,14 @@ class Chooser:
         self.generator = None if sampling.temperature is None else torch.Generator(device=device)
 
     def begin(self, query: int) -> None:
-        """Forget the query before; query number `query` draws the same in every run."""
+        """Begin query number `query`, which draws the same numbers in every run."""
         self.ended.zero_()
         self._count.zero_()
         if self.generator is not None:
             self.generator.manual_seed(self._sampling.seed * 1_000_003 + query)
 
     def __call__(self, logits: torch.Tensor) -> None:
-        """Choose by (batch, vocabulary) logits: into `tokens`, and into the next column of `answers`."""
+        """Choose by logits (batch, vocabulary); store into `tokens` and into the next column of `answers`."""
         chosen = self._drawn(logits) if self.generator is not None else logits.argmax(dim=-1)
         if self._ends is not None:
             chosen = torch.where(self.ended, PAD_ID, chosen)
@@ -61,7 +61,7 @@ class Chooser:
         self._count += 1
 
     def _drawn(self, logits: torch.Tensor) -> torch.Tensor:
-        """By exponential races: the smallest of e_i / p_i is i with probability p_i; no sort, no wait."""
+        """Draw by exponential races: e_i / p_i is the smallest with probability p_i. This needs no sort and no wait."""
         assert self._sampling.temperature is not None
         scaled = logits.float() / self._sampling.temperature
         if self._sampling.top_k is not None:
@@ -72,14 +72,14 @@ class Chooser:
 
 
 _MOST_PROMPTS = 8
-"""Prompts that get a graph of their own. The driver keeps about 3 kB a launch of each, outside torch's allocator: 30 MiB for 4-bit weights under a batch."""
+"""At most so many prompts get graphs. The driver keeps about 3 kB for each launch, outside torch's allocator: 30 MiB for 4-bit weights and a batch."""
 _LONG_PART_TOKENS, _LONG_PART_TOKENS_IN_FOUR_BITS = 2048, 4096
-"""A part of so many tokens keeps a GPU busy for about as long as a host takes to launch it, and what a graph holds grows with them. In pieces there are more
-launches."""
+"""A part of so many tokens keeps a GPU busy for as long as the host takes to launch it, and a graph's memory grows with the tokens. 4-bit weights are
+multiplied in pieces, which takes more launches."""
 
 
 class FirstTokens:
-    """Fills the cache from one of the prompts, and chooses the token that follows it."""
+    """Fill the cache from one of the prompts and choose the token after it."""
 
     def __init__(
         self,
@@ -90,16 +90,16 @@ class FirstTokens:
         prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
         logits: torch.Tensor,
     ):
-        """`prompts`: ids (batch, width), and the mask where a row is padded. They are read where they lie, also by every replay."""
+        """`prompts`: ids (batch, width), and the mask where a row is padded. Replays read them in place."""
         self._cache = cache
         self._prefill = prefill
         self._chooser = chooser
         self._prompts = prompts
         self._head = decoder.head
-        # Plain rows are multiplied into the buffer itself; other heads give a tensor of their own, which is copied.
+        # A plain head multiplies into the buffer itself; other heads return a tensor, which is copied.
         self._head_transposed = decoder.head.weight.detach().t() if kind_of(decoder.head) == "plain" else None
         self.logits = logits
-        """(batch, vocabulary) that the first token of the last query was chosen by, until its next token is made."""
+        """(batch, vocabulary) logits of the last query's first token, until its next token is computed."""
         self._graphs: dict[int, Captured] = {}
         self._long = _LONG_PART_TOKENS_IN_FOUR_BITS if decoder.four_bit else _LONG_PART_TOKENS
         self.replayed: set[int] = set()
@@ -107,17 +107,17 @@ class FirstTokens:
 
     @property
     def hidden_bytes(self) -> int:
-        """What replays take and the allocator's counters do not show. Graphs share their memory: no two run at once."""
+        """Bytes that replays use and the allocator's counters do not show. The graphs share memory, since no two run at the same time."""
         return max((graph.hidden_bytes for graph in self._graphs.values()), default=0)
 
     @property
     def worth_capturing(self) -> bool:
-        """Whether graphs are there for a GPU: few prompts, and parts that take longer to launch than to run."""
+        """Whether prompts get graphs on a GPU: few prompts, and parts that take longer to launch than to run."""
         return not self.why_not
 
     @property
     def why_not(self) -> str:
-        """Why prefills get no graph even on a GPU; "" where they do."""
+        """Why prefills get no graph even on a GPU; "" if they do."""
         tokens = self._prefill.rows_at_once * max(ids.shape[1] for ids, _ in self._prompts)
         if len(self._prompts) > _MOST_PROMPTS:
             return f"{len(self._prompts)} prompts, at most {_MOST_PROMPTS} get graphs"
@@ -129,7 +129,7 @@ class FirstTokens:
         return len(self.replayed) == len(self._prompts)
 
     def capture(self, *, before: Callable[[], None], pool: Any) -> None:
-        """One graph a prompt in this pool, if that is worth it; `before` puts back what choosing a token changes."""
+        """Capture one graph for each prompt in this pool, if that is worth it; `before` restores what choosing a token changes."""
         if not self.worth_capturing:
             return
         for index in range(len(self._prompts)):
@@ -142,7 +142,7 @@ class FirstTokens:
             )
 
     def __call__(self, index: int, *, watched: bool) -> None:
-        """The first token after the prompt at this index. `watched`, or under a dispatch mode or global hooks of forwards, operator by operator."""
+        """Choose the first token after this prompt; operator by operator if `watched`, or under a dispatch mode or global forward hooks."""
         graph = None if watched or _followed() else self._graphs.get(index)
         if graph is None:
             self._run(index)

@@ -1,6 +1,6 @@
 """torch.compile of each decoder layer: masks and positions are made outside, so one layer's code serves all.
 
-Compiling must have settled before a step is captured: `settled` makes a recompilation an error, with its reason.
+A step is captured only after compilation has settled: `settled` turns a recompilation into an error with its reason.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _LIMIT = 64
-"""Compilations of one layer's code. Layers share them, but the first has an input without gradient, and adapters are guarded by layer."""
+"""Compilations of one layer's code. Layers share them, but the first one's input has no gradient, and adapters are guarded by layer."""
 _LIMIT_OF_ALL = 256
-"""torch's own for all compilations of one piece of code."""
+"""torch's own limit for all compilations of one piece of code."""
 
 
 def room_for_shapes() -> None:
-    """Let one function be compiled for more shapes than torch's eight, after which it would fail: batches as wide as their longest row have many."""
-    import torch._dynamo  # not there on its own; costs a second, so only where it is wanted
+    """Allow more compilations of a function than torch's eight: batches as wide as their longest row have many shapes."""
+    import torch._dynamo  # takes a second, so import it only where it is needed
 
     torch._dynamo.config.recompile_limit = max(_LIMIT, torch._dynamo.config.recompile_limit)
     torch._dynamo.config.accumulated_recompile_limit = max(
@@ -36,13 +36,13 @@ def compile_layers(layers: Any) -> None:
 
 
 def compiled_layers(layers: Any) -> int:
-    """How many of these layers run compiled."""
+    """Return how many of these layers run compiled."""
     return sum(getattr(layer, "_compiled_call_impl", None) is not None for layer in layers)
 
 
 @contextlib.contextmanager
 def settled(*, compiled: bool) -> Iterator[None]:
-    """While the block runs, a recompilation raises; torch's error names the guard that failed."""
+    """Make a recompilation in the block an error; torch's message names the guard that failed."""
     if not compiled:
         yield
         return
@@ -51,7 +51,7 @@ def settled(*, compiled: bool) -> Iterator[None]:
 
 
 def eager_where_counted(*, compiled: bool) -> contextlib.AbstractContextManager[Any]:
-    """While a dispatch mode counts operators, compiled layers run as they are written: torch.compile refuses to run there."""
+    """Run compiled layers eagerly while a dispatch mode counts operators, since torch.compile refuses to run there."""
     if compiled and is_in_torch_dispatch_mode():
         eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return eager

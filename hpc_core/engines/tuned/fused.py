@@ -1,18 +1,8 @@
-"""Autograd functions over projections: linear layers alone, behind a norm, and behind a gate. Each saves the least that its backward needs.
+"""Autograd functions over projections, and a decoder layer of Llama's kind made of them. Each function saves as little as its backward needs.
 
-The norm's output and the gated product are not saved: both are made again from what is there anyway, by one kernel.
-
-
-What attention takes in, by one product: norm, queries, keys and values side by side, rotation. One autograd function.
-
-Two of the three products are small (1,024 of 5,120 columns at 3B with grouped heads) and would each read the input, and in the backward add to its
-gradient, once more. Keys and queries before their rotation are not kept.
-
-
-A decoder layer of Llama's kind in two halves, attention and MLP, each a few functions that save little.
-
-Each half takes what runs along (`stream`) and what is to be added to it (`delta`), so that the addition happens inside the next norm's
-kernel. Each is put in the place of its module's forward: hooks on `self_attn` and `mlp` see every call, a recomputed one too.
+A layer has two halves, attention and MLP. Each half takes the residual stream and a `delta` to be added to it, so that the addition happens in
+the kernel of the next norm. A half takes the place of its module's forward, so hooks on `self_attn` and `mlp` see every call, recomputed ones
+too. The outputs of the norm and of the gate are not saved; one kernel computes each again from what is saved anyway.
 """
 
 from __future__ import annotations
@@ -87,11 +77,7 @@ class _NormedLinears(torch.autograd.Function):
         inner = ctx.run("norm_again", total, scale, weight) if _wants_input(needs[6:]) else None
         wanted = any(needs[3:6])
         d_inner, found = backward_of(ctx.parts, tensors, gradients, inner, low, needs[6:], need_input=wanted)
-        d_total = d_weight = None
-        if d_inner is not None and (needs[3] or needs[4]):
-            d_total = ctx.run("norm_backward", d_inner, total, scale, weight, beside)
-        if d_inner is not None and needs[5]:
-            d_weight = ctx.run("norm_weight_gradient", d_inner, total, scale)
+        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, beside)
         return (None, None, None, d_total, d_total if ctx.added else None, d_weight, *found)
 
 
@@ -129,6 +115,24 @@ class _GatedLinear(torch.autograd.Function):
         return (None, None, None, d_gate, d_up, *found)
 
 
+def _norm_gradients(
+    ctx: Any,
+    d_inner: torch.Tensor | None,
+    total: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    beside: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of a norm's input and weight, None unless needed; x, delta and weight are inputs 3 to 5 of the function."""
+    needs = ctx.needs_input_grad
+    d_total = d_weight = None
+    if d_inner is not None and (needs[3] or needs[4]):
+        d_total = ctx.run("norm_backward", d_inner, total, scale, weight, beside)
+    if d_inner is not None and needs[5]:
+        d_weight = ctx.run("norm_weight_gradient", d_inner, total, scale)
+    return d_total, d_weight
+
+
 class _AddedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -149,17 +153,17 @@ class _AddedNorm(torch.autograd.Function):
 
 
 def _wants_input(needs: Sequence[bool]) -> bool:
-    """Whether some weight or A wants a gradient, for which the input is needed; B and bias do not need it."""
+    """Return whether some weight or A needs a gradient, which takes the input; those of B and bias do not."""
     return any(wanted and index % PER in (0, 2) for index, wanted in enumerate(needs))
 
 
 def _nobody_reads(like: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """A tensor of this shape, of one element in memory."""
+    """Return zeros of this shape that take one element of memory."""
     return like.new_zeros(()).expand(shape)
 
 
 def linears(parts: Sequence[Projection], x: torch.Tensor, *, unread: Shape | None = None) -> tuple[torch.Tensor, ...]:
-    """Each projection of x, (rows, in). `unread`: as of `gated_linear`, for one projection."""
+    """Return each projection of x (rows, in). `unread`: as in `gated_linear`, for one projection."""
     found: tuple[torch.Tensor, ...] = _Linears.apply(parts, unread, x, *tensors_of(parts))
     return found
 
@@ -172,13 +176,13 @@ def normed_linears(
     eps: float,
     run: Pointwise,
 ) -> tuple[torch.Tensor, ...]:
-    """x + delta, or x itself where there is no delta, and each projection of its RMS norm. x and delta: (rows, features)."""
+    """Return x + delta (x itself without a delta), and each projection of its RMS norm. x and delta: (rows, features)."""
     found: Any = _NormedLinears.apply(parts, eps, run, x, delta, weight, *tensors_of(parts))
     return tuple(found) if delta is not None else (x, *found)
 
 
 def added_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, run: Pointwise) -> torch.Tensor:
-    """RMS norm of x + delta, both (rows, features)."""
+    """Return the RMS norm of x + delta, both (rows, features)."""
     found: torch.Tensor = _AddedNorm.apply(eps, run, x, delta, weight)
     return found
 
@@ -186,16 +190,16 @@ def added_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: 
 def gated_linear(
     part: Projection, gate: torch.Tensor, up: torch.Tensor, run: Pointwise, *, unread: Shape | None = None
 ) -> torch.Tensor:
-    """The projection of silu(gate) * up, both (rows, inner).
+    """Return the projection of silu(gate) * up, both (rows, inner).
 
-    `unread`: the output's shape, where only what the backward needs is to be made again; the output is then zeros, and no product is computed.
+    `unread`: the output's shape, if only what the backward needs is computed again; the output is then zeros, and no product is computed.
     """
     found: torch.Tensor = _GatedLinear.apply((part,), run, unread, gate, up, *tensors_of((part,)))
     return found
 
 
 def patch_linears(layer: torch.nn.Module) -> int:
-    """Let each linear layer below `layer` that has an adapter or 4-bit weights compute by `linears`. How many did.
+    """Make each linear layer below `layer` that has an adapter or 4-bit weights compute by `linears`; return how many.
 
     Raises:
         BuildError: one of them has an adapter of a kind that is not known here.
@@ -224,6 +228,12 @@ def _forward_by(part: Projection) -> Any:
 
 
 class _AttentionInput(torch.autograd.Function):
+    """Norm, one product for queries, keys and values, and rotation; keys and queries before their rotation are not saved.
+
+    Keys and values are small with grouped heads (1,024 of 5,120 columns at 3B). Products of their own would each read the input, and add to its
+    gradient, once more.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -266,11 +276,7 @@ class _AttentionInput(torch.autograd.Function):
             need_input=wanted,
             begun=side_by_side @ whole.dense(side_by_side) if wanted else None,
         )
-        d_total = d_weight = None
-        if d_inner is not None and (needs[3] or needs[4]):
-            d_total = ctx.run("norm_backward", d_inner, total, scale, weight, beside)
-        if d_inner is not None and needs[5]:
-            d_weight = ctx.run("norm_weight_gradient", d_inner, total, scale)
+        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, beside)
         return (None, None, None, d_total, d_total if ctx.added else None, d_weight, None, None, *found)
 
 
@@ -283,7 +289,7 @@ def attention_input(
     angles: tuple[torch.Tensor, torch.Tensor],
     run: Pointwise,
 ) -> tuple[torch.Tensor, ...]:
-    """x + delta, or x itself where there is no delta, and rotated queries, rotated keys and values of its RMS norm.
+    """Return x + delta (x itself without a delta), and the rotated queries, rotated keys and values of its RMS norm.
 
     x and delta: (rows, features); angles: cos and sin, (length, 1, width); queries, keys, values: (batch, length, heads, width).
     """
@@ -313,7 +319,7 @@ class _Rotate(torch.autograd.Function):
 
 
 class Half:
-    """One half of a layer, in the place of its module's forward. With `again` its inside is computed again in the backward."""
+    """One half of a layer, in place of its module's forward. With `again` it is computed again in the backward."""
 
     def __init__(self, name: str, module: Any, inside: Callable[..., Pair]):
         self.name = name
@@ -323,7 +329,7 @@ class Half:
         self._second = False
 
     def __call__(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
-        """The stream with delta added, and what this half adds to it next. All (rows, features); cos and sin (length, 1, width)."""
+        """Return the stream plus delta, and the delta that this half adds next. All (rows, features); cos and sin (length, 1, width)."""
         return self.inside(stream, delta, cos, sin, unread=self._second)
 
     @contextlib.contextmanager
@@ -335,7 +341,7 @@ class Half:
             self._second = False
 
     def through(self, stream: torch.Tensor, delta: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor) -> Pair:
-        """The same by way of the module, so that its hooks see the call, and a second one where only the input is kept."""
+        """Call the module, so that its hooks see the call, and a second call if only the input is saved."""
         if not (self.again and torch.is_grad_enabled()):
             plain: Pair = self.module(stream, delta, cos, sin)
             return plain
@@ -348,14 +354,14 @@ class Half:
             sin,
             use_reentrant=False,
             context_fn=lambda: (contextlib.nullcontext(), self._computing_again()),
-            preserve_rng_state=False,  # a function of its input alone
+            preserve_rng_state=False,  # it depends on its input alone
             determinism_check="none",
         )
         return total, output[1]
 
 
 def fuse_halves(layer: Any, run: Pointwise) -> list[Half]:
-    """Give attention and MLP of a decoder layer the forwards of this module; a call of either is then a call of its half.
+    """Replace the forwards of a decoder layer's attention and MLP by halves, and return these.
 
     Raises:
         BuildError: the layer is not built like Llama's: other parts, norms of queries, another activation, a sliding window.

@@ -1,6 +1,6 @@
-"""Head and cross-entropy in one, some rows at a time: the logits, (rows, vocabulary), never exist as a whole.
+"""Head and cross-entropy together, some rows at a time, so that the logits (rows, vocabulary) never exist as a whole.
 
-The gradients are made in the forward, while a chunk's logits are there, so the backward only scales them. A frozen head has none. After
+The forward computes the gradients while it has a chunk's logits; the backward only scales them. A frozen head has none. After
 "Cut Your Losses in Large-Vocabulary Language Models" (Wijmans et al., 2024) and Liger's fused linear cross-entropy; in chunks of hundreds of
 rows the head's weights, read once a chunk, hide behind the products.
 """
@@ -14,7 +14,7 @@ import torch
 from hpc_core.engines.tuned.pointwise import Pointwise
 
 IGNORED = -100
-"""The label that the loss passes over."""
+"""The label that the loss ignores."""
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -51,7 +51,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         (arrived,) = gradients
-        # In place: nobody else holds them, and the head's is 0.8 GB at a vocabulary of 128 thousand.
+        # In place: nothing else holds them, and the head's is 0.8 GB at a vocabulary of 128 thousand.
         scaled = [None if each is None else each.mul_(arrived.to(each.dtype)) for each in (d_hidden, d_head)]
         return (*scaled, None, None, None)
 
@@ -61,7 +61,7 @@ def _wide_dtype(tensor: torch.Tensor) -> torch.dtype:
 
 
 def next_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Labels (batch, length) moved so that each place holds what it predicts; the last place of a row predicts nothing."""
+    """Return labels (batch, length) shifted so that each place holds the token it predicts; the last place of a row predicts none."""
     moved = torch.full_like(labels, IGNORED)
     moved[:, :-1] = labels[:, 1:]
     return moved
@@ -70,9 +70,9 @@ def next_tokens(labels: torch.Tensor) -> torch.Tensor:
 def chunked_cross_entropy(
     hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, chunk: int, run: Pointwise
 ) -> torch.Tensor:
-    """Mean cross-entropy over the labels that are not -100, a float32 scalar, as transformers' causal loss gives it.
+    """Return the mean cross-entropy over the labels that are not -100, a float32 scalar, as transformers' causal loss gives it.
 
-    hidden: (batch, length, features); head: (vocabulary, features); labels: (batch, length), as given to the model, not moved.
+    hidden: (batch, length, features); head: (vocabulary, features); labels: (batch, length), as given to the model, not shifted.
     A batch without any label gives 0, where a plain mean would give NaN. Backward may be taken once.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])

@@ -1,10 +1,8 @@
-"""Which halves of decoder layers are computed again in the backward, so that a step stays within a budget of memory.
+"""Which halves of decoder layers are computed again in the backward, so that a step stays within a memory budget.
 
-Not saving a half's activations takes its forward once more, without the last product, whose output nobody needs. All layers are alike, so a
-plan is two numbers: how many attentions and how many MLPs. The cheapest pair that fits is taken; there are (layers + 1)² of them.
-
-
-From a memory budget to a plan for this very model: what halves save is measured on one layer, the rest counted; on a GPU the first step corrects it.
+Not saving a half's activations costs its forward once more, without the last product, whose output is not needed. All layers are alike, so a
+plan is two numbers: how many attentions and how many MLPs. The cheapest pair that fits is taken, of (layers + 1)² pairs. What a half saves is
+measured on one layer, the rest is counted; on a GPU the second step corrects the plan.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ _GIB = 1024**3
 
 @dataclass(frozen=True)
 class HalfCost:
-    """One half of a layer: bytes that it saves for the backward beside its input, and nominal seconds of computing them again."""
+    """One half of a layer: bytes that it saves for the backward besides its input, and nominal seconds to compute them again."""
 
     saved_bytes: int
     again_s: float
@@ -31,7 +29,7 @@ class HalfCost:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a step holds beside what the halves save: `fixed_bytes` while the loss is made, `end_bytes` after the backward."""
+    """What a step holds besides what the halves save: `fixed_bytes` during the loss, `end_bytes` after the backward."""
 
     layers: int
     fixed_bytes: int
@@ -42,7 +40,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many attentions and MLPs are computed again, and the peak that this should give."""
+    """How many attentions and MLPs are computed again, and the expected peak."""
 
     attentions: int
     mlps: int
@@ -50,10 +48,10 @@ class Plan:
 
 
 def plan_for(sizes: Sizes, budget_bytes: int) -> Plan:
-    """The plan of least time whose peak is at most the budget.
+    """Return the fastest plan whose peak is at most the budget.
 
-    The first layers are computed again, the last in the backward: what the others saved is gone by then. So one half computed again
-    counts only where nothing else is saved.
+    The first layers are computed again, which come last in the backward, when what the others saved is already freed. So one half that is
+    computed again counts only if nothing else is saved.
 
     Raises:
         BuildError: even computing every half again needs more; the message has the numbers.
@@ -88,23 +86,23 @@ def _peak(sizes: Sizes, attentions: int, mlps: int) -> int:
 
 
 _WIDE_LOGITS = 4
-"""Float32 copies of a chunk's logits beside themselves, where no kernel hides them."""
+"""Float32 copies of a chunk's logits, where no fused kernel avoids them."""
 _WIDE_GATES = 5
-"""Float32 copies of a gate in its backward, where no kernel hides them."""
+"""Float32 copies of a gate in its backward, where no fused kernel avoids them."""
 _WIDE_UPDATE = 8
-"""Float32 copies of a weight in AdamW's update inside the backward, where no kernel hides them."""
+"""Float32 copies of a weight in AdamW's update inside the backward, where no fused kernel avoids them."""
 _HIDDEN_HELD = 5
 """Copies of the hidden states around last norm and loss: embedded, to be added, sum, normed, gradient."""
 _WORKSPACE_BYTES = 64 * 2**20
 """What cuBLAS keeps on a GPU."""
 _GRAPH_SHARE = 0.02
-"""Of a graph's pool so much may be lost between blocks: a replay's memory is the pool whole. LoRA at 3B lost 1.6 % on an H100, QLoRA, whose layers make
-and free whole weights, 6 %: what is lost beyond this share is seen after the capture, and a tighter plan captured."""
+"""Share of a graph's pool that may be lost between blocks; a replay uses the whole pool. On an H100 at 3B, LoRA lost 1.6 %, and QLoRA, whose layers
+allocate and free whole weights, 6 %. If more is lost, that shows after the capture, and a tighter plan is captured."""
 
 
 _FLOPS_PER_S, _BYTES_PER_S = 989e12, 3.35e12
-"""Dense bfloat16 and memory of an H100 SXM (NVIDIA H100 data sheet). Only their ratio tells a plan from another; the same on every card, so
-that plans, and with them bytes and kernels, do not depend on where they are made."""
+"""Dense bfloat16 and memory of an H100 SXM (NVIDIA H100 data sheet). Only their ratio matters for a plan. They are the same on every
+GPU, so that plans, and with them bytes and kernels, do not depend on the machine."""
 
 
 def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_bytes: int | None = None) -> Plan:
@@ -133,7 +131,7 @@ def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_b
 
 
 def sizes_of(program: Any) -> Sizes:
-    """What a step of this program holds, measured and counted on its widest batch."""
+    """Return what a step of this program holds, measured and counted on its widest batch."""
     forward, batch = program.forward, program.batches[program.widest]
     rows, item = batch.ids.numel(), forward.causal.lm_head.weight.element_size()
     config = forward.causal.config
@@ -169,7 +167,7 @@ def sizes_of(program: Any) -> Sizes:
 
 
 def _held(program: Any) -> tuple[int, int, int]:
-    """Bytes of weights with the batches, of gradients that are there at the end, and of the optimizer's state once it is there."""
+    """Return bytes of weights and batches, of gradients at the end of the backward, and of the optimizer's state."""
     owned = sum(owned_bytes(tensors) for tensors in weight_tensors(program.model).values())
     batches = program.batches.held_bytes()
     trained = sum(part.nbytes for part in program.model.parameters() if part.requires_grad)
@@ -182,14 +180,14 @@ def _largest_trained(program: Any) -> int:
 
 
 def _saved_bytes(program: Any, half: Half) -> int:
-    """What autograd saves in one call of this half on the widest batch, beside its input and what the model owns."""
+    """Return the bytes that autograd saves in one call of this half on the widest batch, besides its input and what the model owns."""
     forward, batch = program.forward, program.batches[program.widest]
     head = forward.causal.lm_head.weight
     stream = head.new_zeros((batch.ids.numel(), int(forward.causal.config.hidden_size))).requires_grad_()
     cos, sin = (
         each[0].unsqueeze(1) for each in forward._angles_of(stream.detach().view(*batch.ids.shape, stream.shape[-1]))
     )
-    # By the storage itself, not its address, which a fake tensor has none of.
+    # By the storage itself: a fake tensor has no address.
     known = {part.untyped_storage()._cdata for part in (*program.model.parameters(), stream, cos, sin)}
     saved: list[torch.Tensor] = []
 
@@ -205,9 +203,9 @@ def _saved_bytes(program: Any, half: Half) -> int:
 
 
 def _again_s(forward: Any, rows: int, length: int, item: int) -> tuple[float, float]:
-    """Nominal seconds of each half's forward without its last product, whose output no backward needs: its FLOPs and its bytes, one after the other.
+    """Return nominal seconds of each half's forward without its last product, whose output no backward needs: its FLOPs and its bytes, one after the other.
 
-    By FLOPs alone an attention looks cheaper than it is: its products are small, and norm, adapters and rotation only move memory.
+    FLOPs alone underestimate attention: its products are small, and norm, adapters and rotation only move memory.
     """
     layer = forward.decoder.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
@@ -229,7 +227,7 @@ def _product_flops(module: Any, rows: int) -> int:
 
 
 def _product_bytes(module: Any, rows: int, item: int) -> int:
-    """What a linear layer reads and writes: weights (4-bit ones are written out and read again), activations, and an adapter's two thin products."""
+    """Return the bytes that a linear layer reads and writes: weights (4-bit ones are written out and read again), activations, and an adapter's two thin products."""
     inner, outer = int(module.in_features), int(module.out_features)
     weight = module.get_base_layer().weight if hasattr(module, "get_base_layer") else module.weight
     dense = inner * outer * item

@@ -1,7 +1,7 @@
-"""AdamW inside the backward: each weight is stepped as soon as its gradient is whole, and the gradient is freed.
+"""AdamW inside the backward: each weight is updated as soon as its gradient is complete, and the gradient is freed.
 
-All gradients never exist at once: in full fine-tuning they are as many bytes as the weights. The arithmetic is that of torch's fused AdamW, one
-kernel a weight. After torchtune's `optimizer_in_bwd` and Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (2023).
+So the gradients never all exist at once; in full fine-tuning they are as large as the weights. The arithmetic is that of torch's fused AdamW, one
+kernel for each weight. After torchtune's `optimizer_in_bwd` and Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (2023).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hpc_core.engines.tuned.pointwise import Pointwise
 class AdamWInBackward(torch.optim.AdamW):
     """AdamW whose work is done by hooks; `step` only counts. Its state has the names, dtypes and sizes of the fused one's.
 
-    A backward without a `step` after it has trained all the same. One backward a step: gradients are not accumulated over several.
+    A backward trains even without a `step` after it. There is one backward for each step: gradients are not accumulated.
     """
 
     frees_gradients = True
-    """None is left when `step` is called."""
+    """No gradient is left when `step` is called."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, lr: float, run: Pointwise):
         super().__init__(parameters, lr=lr, fused=True)
@@ -40,7 +40,7 @@ class AdamWInBackward(torch.optim.AdamW):
             self._stepped.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; and what a step that broke, or a capture that was given up, has updated so far is counted by no later one."""
+        """As torch's. Updates of a step that failed, or of a capture that was abandoned, are not counted by a later step."""
         super().zero_grad(set_to_none)
         self._stepped.clear()
 

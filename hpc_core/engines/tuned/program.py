@@ -183,10 +183,10 @@ class TunedProgram(FinetuneProgram):
 
 
 def training_program(built: Built, case: Case, workload: FinetuneSpec) -> FinetuneProgram:
-    """The program of a fine-tuning case by its engine, stock or tuned.
+    """Return the program of a fine-tuning case by its engine, stock or tuned.
 
     Raises:
-        DataError, BuildError, MissingLibraryError: as `run.finetune.finetune_program`; and a model or budget that the switches cannot serve.
+        DataError, BuildError, MissingLibraryError: as `engines.finetune.finetune_program`; or the switches do not fit the model or the budget.
     """
     if workload.engine == "stock":
         return finetune_program(built, case, workload)

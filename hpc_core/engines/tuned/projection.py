@@ -1,7 +1,7 @@
-"""Linear layers side by side on one input, each with its adapter: forward and backward written out, so that nothing is done twice.
+"""Linear layers with a common input, each with its adapter: forward and backward written out, so that nothing is computed twice.
 
-A layer's weight is plain or in 4 bits; the latter is dequantized once in the forward and once in the backward, and never kept. The update of
-an adapter is added inside the product that makes it. What is saved: the input (or what it can be made from), and the low-rank product.
+A layer's weight is plain or in 4 bits; the latter is dequantized once in the forward and once in the backward, and never kept. An
+adapter's update is added inside the product that computes it. Saved are the input (or what it can be computed from) and the low-rank product.
 Shapes: input (rows, in), outputs (rows, out), A (rank, in), B (out, rank).
 """
 
@@ -17,13 +17,13 @@ from hpc_core.builders.libraries import library
 from hpc_core.case.errors import BuildError
 
 PER = 4
-"""Tensors a projection: weight, bias, A, B."""
+"""Tensors of a projection: weight, bias, A, B."""
 Given = Sequence[torch.Tensor | None]
 
 
 @dataclass(frozen=True)
 class Projection:
-    """What a linear layer multiplies with. Of a quantized one `weight` is None for autograd, and `packed` holds it."""
+    """What a linear layer multiplies by. If it is quantized, `weight` is None for autograd and `packed` holds it."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -35,7 +35,7 @@ class Projection:
     """bitsandbytes' function for `packed`; looked up beforehand, since torch.compile traces no import."""
 
     def dense(self, weight: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        """The weight as (out, in) in `dtype`; a 4-bit one is dequantized into a new tensor."""
+        """Return the weight (out, in) in `dtype`; a 4-bit one is dequantized into a new tensor."""
         if weight is not None:
             return weight
         whole: torch.Tensor = self.dequantize(self.packed.data, self.packed.quant_state)
@@ -43,7 +43,7 @@ class Projection:
 
 
 def projection_of(module: Any) -> Projection:
-    """The projection that this module computes: a linear layer of torch or bitsandbytes (4-bit), or peft's LoRA on one.
+    """Return the projection that this module computes: a linear layer of torch or bitsandbytes (4-bit), or peft's LoRA on one.
 
     Raises:
         BuildError: it is of another kind, or its adapter does more than a plain LoRA: dropout, several at once, DoRA.
@@ -119,7 +119,7 @@ def joined(projections: Sequence[Projection], dtype: torch.dtype) -> Joined | No
 
 
 def tensors_of(projections: Sequence[Projection]) -> list[torch.Tensor | None]:
-    """The tensors that autograd must know of, four a projection."""
+    """Return the tensors that autograd must know of, four for each projection."""
     return [each for one in projections for each in (one.weight, one.bias, one.lora_a, one.lora_b)]
 
 
@@ -130,7 +130,7 @@ def _parts(tensors: Given, index: int) -> tuple[torch.Tensor | None, ...]:
 def _downs(
     projections: Sequence[Projection], tensors: Given, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, list[int]]:
-    """All A below each other, so that the input is read once for all, and each one's rank; 0 without an adapter."""
+    """Return all A stacked, so that the input is read once, and the rank of each; 0 without an adapter."""
     found = [tensors[PER * index + 2] for index in range(len(projections))]
     ranks = [0 if each is None else int(each.shape[0]) for each in found]
     kept = [each.detach().to(dtype) for each in found if each is not None]
@@ -140,7 +140,7 @@ def _downs(
 
 
 def low_of(projections: Sequence[Projection], tensors: Given, x: torch.Tensor) -> torch.Tensor | None:
-    """x times all A, (rows, sum of ranks); None where there is no adapter."""
+    """Return x times all A, (rows, sum of ranks); None without an adapter."""
     downs, _ = _downs(projections, tensors, x.dtype)
     return None if downs is None else x @ downs.t()
 
@@ -148,7 +148,7 @@ def low_of(projections: Sequence[Projection], tensors: Given, x: torch.Tensor) -
 def forward_of(
     projections: Sequence[Projection], tensors: Given, x: torch.Tensor, made: Sequence[torch.Tensor] | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Each projection of `x`, and x times all A, (rows, sum of ranks); None where there is no adapter.
+    """Return each projection of `x`, and x times all A, (rows, sum of ranks); None without an adapter.
 
     `made`: the products with the weights, without bias, where they are there already; the adapters' are added in place.
     """
@@ -176,7 +176,7 @@ def backward_of(
     need_input: bool,
     begun: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-    """Gradient of the input, None unless wanted, and of each tensor in the order of `tensors_of`, None where `needs` says so.
+    """Return the gradient of the input, None unless needed, and of each tensor in the order of `tensors_of`, None where `needs` says so.
 
     `x` may be None where no weight and no A wants a gradient. `begun`: the input's gradient by all weights, where
     it is there already; the adapters' is added in place.
