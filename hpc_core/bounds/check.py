@@ -1,7 +1,7 @@
-"""Why a record cannot be: faster than its card's data sheet, shorter than its floor, smaller than its own weights.
+"""Find records that are impossible: faster than the GPU's data sheet, or smaller than their own weights.
 
-Judges what a record claims by closed forms and data sheets alone, and skips what cannot be computed: no sheet for
-CPUs, no closed form for weights that bring their own shape. Reasons say the claim, the limit and where it is from.
+The limits come from closed forms and data sheets alone. What cannot be computed is skipped: CPUs have no sheet, and weights with a
+shape of their own have no closed form. A reason contains the claim, the limit and its source.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from hpc_core.record.gpus import Gpu, gpu_of
 from hpc_core.record.record import Record
 
 _WEIGHTS_OFF = 0.01
-"""Weights may differ from the closed form by so much: buffers and tables of other library versions."""
+"""Relative difference of weights from the closed form that is allowed, for buffers and tables of other library versions."""
 _STATE_SLACK = 0.99
-"""A peak may lie so far below weights, gradients and optimizer state: step counts live on the CPU for some optimizers."""
+"""A peak must reach this share of weights, gradients and optimizer state: some optimizers keep step counts on the CPU."""
 _THROUGHPUT_OFF = 0.01
 _CEILING_OFF = 1.05
-"""Above a ceiling measured in the same session by more than this, something is odd: clocks, or a count."""
+"""A rate above this multiple of a ceiling measured in the same session is suspicious: the clocks changed, or a count is wrong."""
 _MEMORY_OFF = 1.01
 """Drivers reserve different amounts of a card's memory, so the reported total varies by less than this factor."""
 _CLOCKS = {"step_s": "wall time", "busy_s": "GPU-busy time"}
 
 
 def impossible(record: Record) -> tuple[str, ...]:
-    """Reasons why the record cannot be, one sentence each; empty when nothing speaks against it. Never raises."""
+    """Return why the record is impossible, one sentence per reason. Never raises."""
     reasons = [*_more_than_the_card(record), *_less_than_its_own(record), *_weights(record), *_throughput(record)]
     sheet = gpu_of(record.circumstances.machine)
     if sheet is not None and isinstance(record.case.workload, FinetuneSpec):
@@ -55,7 +55,7 @@ def impossible(record: Record) -> tuple[str, ...]:
 
 
 def judged(record: Record) -> Record:
-    """The record, INVALID if it cannot be; a failed one as it is."""
+    """Return the record, INVALID if it is impossible. A failed record is returned unchanged."""
     reasons = () if record.failure is not None else impossible(record)
     if not reasons:
         return record
@@ -63,7 +63,7 @@ def judged(record: Record) -> Record:
 
 
 def suspicious(record: Record) -> tuple[str, ...]:
-    """Warnings: more than 5 % above a ceiling measured in the same session. A ceiling is a measurement, so no proof."""
+    """Return warnings about rates more than 5 % above a ceiling of the same session. A ceiling is itself measured, so this proves nothing."""
     ceilings, workload = record.circumstances.ceilings, record.case.workload
     rates = [ceilings.get(f"matmul_{name.removeprefix('t')}_flop_per_s") for name in compute_dtypes(record.case)]
     known = [rate for rate in rates if rate is not None]
@@ -74,7 +74,7 @@ def suspicious(record: Record) -> tuple[str, ...]:
             seconds = step_seconds(record, name, workload)
             if floor is not None and seconds and floor.flops / seconds > _CEILING_OFF * max(known):
                 warnings.append(
-                    f"{name}: {flops_text(floor.flops / seconds)} of needed work, above the {flops_text(max(known))} that a large product reached in this session."
+                    f"{name}: {flops_text(floor.flops / seconds)} of necessary work, above the {flops_text(max(known))} that a large matrix product reached in this session."
                 )
     copy, token = ceilings.get("copy_bytes_per_s"), decode_floor(record.case)
     for name in ("decode_token_s", "busy_decode_token_s"):
@@ -90,11 +90,11 @@ def _more_than_the_card(record: Record) -> Iterator[str]:
     machine = record.circumstances.machine
     sheet = gpu_of(machine)
     if sheet is not None and machine.memory_bytes > _MEMORY_OFF * sheet.memory_bytes:
-        yield f"The machine claims {bytes_text(machine.memory_bytes)} of memory, the {sheet.name} has {bytes_text(sheet.memory_bytes)}."
+        yield f"The machine reports {bytes_text(machine.memory_bytes)} of memory, but the {sheet.name} has {bytes_text(sheet.memory_bytes)}."
     for name in ("peak_bytes", "reserved_bytes"):
         value = value_of(record, name)
         if value is not None and value > machine.memory_bytes:
-            yield f"{name}: {bytes_text(value)} were in use at once, {machine.name} has {bytes_text(machine.memory_bytes)}."
+            yield f"{name}: {bytes_text(value)} were in use at once, but {machine.name} has {bytes_text(machine.memory_bytes)}."
 
 
 def _less_than_its_own(record: Record) -> Iterator[str]:
@@ -107,13 +107,13 @@ def _less_than_its_own(record: Record) -> Iterator[str]:
     workload = record.case.workload
     names = ["weights_bytes"]
     if isinstance(workload, FinetuneSpec):
-        # Before the optimizer's step all of them are alive; a paged state may lie in the host's memory.
+        # Before the optimizer's step all of them exist. A paged state may be in host memory.
         names += ["adapter_weights_bytes", "gradient_bytes"]
         names += [] if "paged" in workload.optimizer else ["optimizer_bytes"]
     parts = {name: held[name] for name in names if name in held}
     if "weights_bytes" in parts and peak < _STATE_SLACK * sum(parts.values()):
         words = " + ".join(f"{name.removesuffix('_bytes')} {bytes_text(size)}" for name, size in parts.items())
-        yield f"peak_bytes: {bytes_text(peak)} is less than what must be there at once, {bytes_text(sum(parts.values()))} ({words}; closed form)."
+        yield f"peak_bytes: {bytes_text(peak)} is less than what must exist at once, {bytes_text(sum(parts.values()))} ({words}; closed form)."
     elif peak < held.get("weights_bytes", 0) * 0.999:
         yield f"peak_bytes: {bytes_text(peak)} is less than the model's own weights, {bytes_text(held['weights_bytes'])} (closed form)."
 
@@ -121,7 +121,7 @@ def _less_than_its_own(record: Record) -> Iterator[str]:
 def _weights(record: Record) -> Iterator[str]:
     weights, expected = value_of(record, "weights_bytes"), expected_bytes(record.case).get("weights_bytes")
     if weights is not None and expected is not None and abs(weights - expected) > _WEIGHTS_OFF * expected:
-        yield f"weights_bytes: {bytes_text(weights)}, but such weights take {bytes_text(expected)} (closed form): {weights / expected - 1:+.1%}."
+        yield f"weights_bytes: {bytes_text(weights)}, but these weights take {bytes_text(expected)} (closed form): {weights / expected - 1:+.1%}."
 
 
 def _throughput(record: Record) -> Iterator[str]:
@@ -134,7 +134,7 @@ def _throughput(record: Record) -> Iterator[str]:
         return
     seconds = sum(metric.samples) if metric.samples is not None else metric.value * count
     if seconds > 0 and abs(claimed * seconds - tokens) > _THROUGHPUT_OFF * tokens:
-        yield f"tokens_per_s: {claimed:,.1f} is claimed, but {tokens:,.0f} tokens in {seconds_text(seconds)} ({name}) are {tokens / seconds:,.1f}."
+        yield f"tokens_per_s: {claimed:,.1f} is reported, but {tokens:,.0f} tokens in {seconds_text(seconds)} ({name}) are {tokens / seconds:,.1f}."
 
 
 def _training(record: Record, workload: FinetuneSpec, sheet: Gpu) -> list[str]:
@@ -179,24 +179,24 @@ def _generation(record: Record, workload: GenerateSpec, sheet: Gpu) -> list[str]
 
 
 def _too_fast(record: Record, what: str, clock: str, seconds: float, floor: Floor, sheet: Gpu) -> list[str]:
-    """By its FLOPs, by its bytes, or both."""
+    """Return reasons by FLOPs, by bytes, or by both."""
     peak = peak_rate(record.case, sheet)
     if peak is None:
         return []
     dtype, rate = peak
-    told = f"{what} in {seconds_text(seconds)} of {clock}"
+    claim = f"{what} in {seconds_text(seconds)} of {clock}"
     if seconds <= 0:
-        return [f"{told}, but nothing takes no time: at least {seconds_text(floor.seconds(sheet, rate))}."]
+        return [f"{claim}, but it takes at least {seconds_text(floor.seconds(sheet, rate))}."]
     reasons = []
     if floor.flops > rate * seconds:
         reasons.append(
-            f"{told} would be {flops_text(floor.flops / seconds)} ({flops_text(floor.flops, 'FLOP')} at least), "
+            f"{claim} would be {flops_text(floor.flops / seconds)} ({flops_text(floor.flops, 'FLOP')} at least), "
             f"{floor.flops / seconds / rate:.1f} times the {flops_text(rate)} in {dtype} of {sheet.source}."
         )
     moved = floor.memory_bytes(sheet)
     if moved > sheet.bytes_per_s * seconds:
         reasons.append(
-            f"{told} would move {moved / seconds / 1e12:.2f} TB/s ({bytes_text(moved)} at least), "
+            f"{claim} would move {moved / seconds / 1e12:.2f} TB/s ({bytes_text(moved)} at least), "
             f"{moved / seconds / sheet.bytes_per_s:.1f} times the {sheet.bytes_per_s / 1e12:.2f} TB/s of {sheet.source}."
         )
     return reasons

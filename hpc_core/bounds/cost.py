@@ -1,13 +1,10 @@
-"""What a step must at least cost: FLOPs of its matrix products and bytes that a decoded token must read, in closed form.
+"""The least cost of a training step, a prefill and a decoded token, in closed form: FLOPs, and bytes of device memory.
 
-Counts as torch's FlopCounterMode does: 2 FLOP a multiply-add, attention scores not halved for the causal mask.
-Recomputation by gradient checkpointing is left out: it is a choice, not a need. Knows no torch.
+FLOPs are counted as torch's FlopCounterMode does: 2 per multiply-add, attention scores not halved for the causal mask.
+Recomputation by gradient checkpointing is left out, because it is not necessary.
 
-
-What a step, a prefill and a decoded token must at least take: FLOPs over the peak rate, or bytes over the bandwidth.
-
-Lower bounds, so everything doubtful is left out: attention counts the causal half and no recomputed scores, weights
-are read once, what fits into the L2 cache is not read again. Padding counts, because the case asks for it.
+A `Floor` is a lower bound, so everything doubtful is left out: attention counts the causal half and no recomputed scores, weights are
+read once, and what fits into the L2 cache is not read again. Padding counts, because the case asks for it.
 """
 
 from __future__ import annotations
@@ -29,14 +26,14 @@ from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import Gpu
 
 _STAGE = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "o_proj": 1, "gate_proj": 2, "up_proj": 2, "down_proj": 3}
-"""In which order a decoder layer's linear layers follow each other; attention lies between 0 and 1."""
+"""The order of the linear layers in a decoder layer. Attention lies between 0 and 1."""
 
 
 def forward_flops(shape: Shape, batch: int, length: int, *, past: int = 0, logits: int | None = None) -> int:
-    """FLOPs of one forward over `length` new tokens a row after `past` cached ones.
+    """Return the FLOPs of one forward over `length` new tokens per row after `past` cached ones.
 
-    `logits`: positions a row that the head is applied to (default all). Source: matrix products of the decoder,
-    2·m·n·k each; attention 2 products of (length x head_dim x (past + length)) a head.
+    The head is applied to `logits` positions per row, by default to all. Source: the matrix products of the decoder,
+    2·m·n·k each; attention has 2 products of (length x head_dim x (past + length)) per head.
     """
     tokens = batch * length
     linear = sum(rows * columns for rows, columns in shape.linear_shapes().values()) * shape.num_hidden_layers
@@ -47,15 +44,15 @@ def forward_flops(shape: Shape, batch: int, length: int, *, past: int = 0, logit
 
 
 def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | None) -> int:
-    """FLOPs of one training step without recomputation.
+    """Return the FLOPs of one training step without recomputation.
 
-    Full: every product once forward, twice backward (input and weight gradients). With an adapter the frozen weights
+    Full: every product runs once forward and twice backward (input and weight gradients). With an adapter, the frozen weights
     have no weight gradient, nothing in the first layer up to its first adapter needs an input gradient, and the
-    low-rank products are added. Attention's backward has five products where forward has two (flash attention
+    adapter's products are added. Attention's backward has five products where forward has two (flash attention
     recomputes the scores; FlopCounterMode counts it).
 
     Raises:
-        KeyError: the adapter sits on something other than the seven linear layers of a decoder layer.
+        KeyError: a target is not one of the seven linear layers of a decoder layer.
     """
     tokens = batch * length
     width = shape.num_attention_heads * shape.head_dim
@@ -68,7 +65,7 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
     if adapter is None:
         return total + 2 * forward
     reached = min(_STAGE[name] for name in adapter.targets)
-    spared = [name for name in shapes if _STAGE[name] <= reached]  # in the first layer they read what takes no gradient
+    spared = [name for name in shapes if _STAGE[name] <= reached]  # in the first layer their input needs no gradient
     total += forward - 2 * tokens * sum(shapes[name][0] * shapes[name][1] for name in spared)
     if reached > 0:
         total -= attention * 5 // 2 // shape.num_hidden_layers
@@ -81,22 +78,22 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
 
 
 def decode_bytes(weights_bytes: int, embedding_bytes: int, tied: bool, cache_bytes: int) -> int:
-    """Bytes that one decoded token must read from device memory: every weight once, and the whole KV cache.
+    """Return the bytes that one decoded token must read from device memory: every weight once, and the whole KV cache.
 
-    Of an untied embedding only one row is read, so its table does not count; a tied one is the head and does.
+    Only one row of an untied embedding is read, so its table does not count. A tied one is also the head and counts.
     """
     return weights_bytes - (0 if tied else embedding_bytes) + cache_bytes
 
 
 def int8_head_bytes(shape: Shape) -> int:
-    """Bytes of a head in int8: one a weight, and a float32 scale a row."""
+    """Return the bytes of a head in int8: one per weight, and a float32 scale per row."""
     return shape.vocab_size * (shape.hidden_size + 4)
 
 
 _TRAIN_PASSES = 4
-"""How often a training step may find the L2 cache full of what it needs: forward, backward, gradients, optimizer."""
+"""How often a training step may find what it needs in the L2 cache: forward, backward, gradients, optimizer."""
 _ATTENTION_NEEDED = (1 / 2) * (6 / 7)
-"""Of the attention products that are counted: the causal half, and backward's four products where five run."""
+"""The necessary share of the counted attention products: the causal half, and four of the five products in the backward pass."""
 
 
 class Floor(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,19 +102,19 @@ class Floor(msgspec.Struct, frozen=True, kw_only=True):
     flops: float
     bytes: float
     passes: int = 1
-    """How often the L2 cache may save its own size."""
+    """How often the L2 cache can save reading its own size."""
 
     def seconds(self, sheet: Gpu, rate: float) -> float:
-        """The longer of the two, as if they overlapped perfectly; `rate` in FLOP/s."""
+        """Return the longer of compute and memory time, as if they overlapped perfectly. `rate` is in FLOP/s."""
         return max(self.flops / rate, self.memory_bytes(sheet) / sheet.bytes_per_s)
 
     def memory_bytes(self, sheet: Gpu) -> float:
-        """The bytes that miss the L2 cache whatever it keeps."""
+        """Return the bytes that miss the L2 cache whatever it holds."""
         return max(0.0, self.bytes - self.passes * sheet.l2_bytes)
 
 
 def compute_dtypes(case: Case) -> tuple[str, ...]:
-    """In which dtypes the case's products may run; float32 may run as tfloat32, if the user's torch allows it."""
+    """Return the dtypes in which the case's products may run. float32 may run as tfloat32, if torch is set so."""
     if case.model is None:
         return ()
     found = {case.model.dtype}
@@ -131,13 +128,13 @@ def compute_dtypes(case: Case) -> tuple[str, ...]:
 
 
 def peak_rate(case: Case, sheet: Gpu) -> tuple[str, float] | None:
-    """The fastest of the case's dtypes on this card and its FLOP/s; None for a callable."""
+    """Return the fastest of the case's dtypes on this GPU and its FLOP/s; None for a callable."""
     rates = {dtype: sheet.flop_per_s[dtype] for dtype in compute_dtypes(case) if dtype in sheet.flop_per_s}
     return max(rates.items(), key=lambda item: item[1]) if rates else None
 
 
 def train_floor(case: Case, positions: float | None = None) -> Floor | None:
-    """One training step over so many tokens, padding included (default: full rows). None where there is no closed form."""
+    """Return the floor of a training step over `positions` tokens, padding included (default: full rows); None without a closed form."""
     shape, workload, adapter = shape_of(case), case.workload, case.adapter
     if shape is None or not isinstance(workload, FinetuneSpec):
         return None
@@ -150,7 +147,7 @@ def train_floor(case: Case, positions: float | None = None) -> Floor | None:
     quadratic = (two - 2 * one) / 2
     length = 0 if workload.padding == "longest" else workload.length  # rows of unknown widths: attention left out
     flops = positions * (one - quadratic + quadratic * length * _ATTENTION_NEEDED)
-    # An optimizer inside the backward reads and writes as much; its gradients only never exist at once.
+    # An optimizer inside the backward pass moves as many bytes, although its gradients never exist at once.
     after = msgspec.structs.replace(workload, optimizer_in_backward=False)
     held = expected_bytes(msgspec.structs.replace(case, workload=after))
     read = held.get("weights_bytes", 0) + held.get("adapter_weights_bytes", 0) - _unread_embedding(shape, case)
@@ -160,7 +157,7 @@ def train_floor(case: Case, positions: float | None = None) -> Floor | None:
 
 
 def prefill_floor(case: Case) -> Floor | None:
-    """The forward over the shortest prompt, with one logit a row."""
+    """Return the floor of the forward over the shortest prompt, with one logit per row; None without a closed form."""
     shape, workload = shape_of(case), case.workload
     weights = expected_bytes(case).get("weights_bytes")
     if shape is None or weights is None or not isinstance(workload, GenerateSpec):
@@ -172,7 +169,7 @@ def prefill_floor(case: Case) -> Floor | None:
 
 
 def decode_floor(case: Case) -> Floor | None:
-    """One token more after the shortest prompt: every weight once, and its cache."""
+    """Return the floor of one more token after the shortest prompt: every weight once, and the cache. None without a closed form."""
     shape, workload = shape_of(case), case.workload
     weights = expected_bytes(case).get("weights_bytes")
     if shape is None or weights is None or case.model is None or not isinstance(workload, GenerateSpec):
@@ -187,7 +184,7 @@ def decode_floor(case: Case) -> Floor | None:
 
 
 def _unread_embedding(shape: Shape, case: Case) -> int:
-    """Of an untied embedding only the rows of the tokens are read."""
+    """Return the bytes of an untied embedding, of which only the tokens' rows are read."""
     if shape.tie_word_embeddings or case.model is None:
         return 0
     return embedding_bytes(shape, case.model.dtype)

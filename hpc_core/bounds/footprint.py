@@ -1,6 +1,6 @@
-"""How many bytes a case's weights, adapter, gradients, optimizer state and KV cache take, in closed form.
+"""Bytes of a case's weights, adapter, gradients, optimizer state and KV cache, in closed form.
 
-Only named shapes have a closed form: weights from a folder, hub or GGUF file bring sizes that the case does not say.
+Only named shapes have a closed form: the case does not give the sizes of weights from a folder, hub or GGUF file.
 Sources: the layouts of bitsandbytes 0.50 (`functional.QuantState`, `optim.optimizer`), torchao 0.18 (`Int4TilePackedTo4dTensor`),
 torch's AdamW, peft's LoRA.
 """
@@ -21,36 +21,35 @@ from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of one number."""
 _BLOCK = 64
-"""4-bit weights a block; each block has one constant (bitsandbytes' default for nf4 and fp4)."""
+"""4-bit weights per block. Each block has one constant (bitsandbytes' default for nf4 and fp4)."""
 _DOUBLE_BLOCK = 256
-"""Block constants that share a constant of their own, with double quantization."""
+"""With double quantization, block constants that share a second constant."""
 _CODE_4BIT = 16 * 4
-"""Table of a layer's 16 values, float32."""
+"""A layer's table of 16 values, float32."""
 _DOUBLE_EXTRA = 256 * 4 + 4
-"""With double quantization: a layer's table of 256 values, and the offset that was taken off."""
+"""With double quantization, a layer's table of 256 values and the offset, float32."""
 _INT4_TILE = (8, 1024)
-"""Rows and columns to whose multiples torchao pads an int4 weight on a GPU; a CPU pads nothing."""
+"""torchao pads the rows and columns of an int4 weight to multiples of these on a GPU. A CPU pads nothing."""
 _SCALE_AND_ZERO = 2 * 2
-"""Of a group of int4 weights, in bfloat16."""
+"""Bytes of scale and zero point of a group of int4 weights, in bfloat16."""
 _OPTIMIZER_BLOCK = 256
-"""State values that share a constant, in bitsandbytes' 8-bit optimizers."""
+"""State values per constant in bitsandbytes' 8-bit optimizers."""
 _MIN_8BIT = 4096
-"""Parameters with fewer numbers keep a float32 state there (`min_8bit_size`)."""
+"""bitsandbytes keeps a float32 state for smaller parameters (`min_8bit_size`)."""
 _ROTARY_TABLES = 2
-"""`inv_freq` and the copy of it that transformers keeps, float32, half a head wide each."""
+"""`inv_freq` and transformers' copy of it, float32, half a head wide each."""
 
 
 def shape_of(case: Case) -> Shape | None:
-    """The case's named shape; None where its weights bring their own, and for callables."""
+    """Return the case's named shape; None if its weights define the shape, and for callables."""
     return None if case.model is None else case.model.sizes
 
 
 def expected_bytes(case: Case) -> dict[str, int]:
-    """Bytes by metric name, as far as the case says enough: weights, adapter, gradients, optimizer, KV cache.
+    """Return bytes by metric name: weights, adapter, gradients, optimizer, KV cache.
 
-    `kv_cache_bytes` is that of the longest prompt after its last token. A head that is quantized too has no closed
-    form here, nor has an adapter on anything but the seven linear layers, nor int4 in widths that a GPU pads and a CPU does
-    not: their entries are left out.
+    `kv_cache_bytes` is the cache of the longest prompt after its last token. Entries without a closed form are left out: a quantized
+    head, an adapter on other modules than the seven linear layers, and int4 in widths that a GPU pads and a CPU does not.
     """
     shape = shape_of(case)
     if shape is None or case.model is None:
@@ -70,9 +69,9 @@ def expected_bytes(case: Case) -> dict[str, int]:
 
 
 def unexplained_bytes(case: Case, measured: Mapping[str, int], *, cached_tokens: int | None = None) -> dict[str, int]:
-    """Measured minus expected bytes by category, for those that have a closed form; empty where none has.
+    """Return measured minus expected bytes, by category that has a closed form.
 
-    `cached_tokens` are the tokens a row that the measured cache held; None where no cache was measured.
+    `cached_tokens` is the tokens per row in the measured cache; None if no cache was measured.
     """
     expected = {name: value for name, value in expected_bytes(case).items() if name != "kv_cache_bytes"}
     shape = shape_of(case)
@@ -101,7 +100,7 @@ def _weights(shape: Shape, width: int, case: Case) -> int | None:
 
 
 def _quantized(rows: int, columns: int, spec: QuantSpec) -> int:
-    """One quantized linear layer with its constants."""
+    """Return the bytes of one quantized linear layer with its constants."""
     if spec.kind == "int8":
         return rows * columns + 4 * rows
     if spec.kind == "int4":
@@ -123,14 +122,14 @@ def _training(shape: Shape, case: Case, workload: FinetuneSpec) -> dict[str, int
         found["adapter_weights_bytes"] = sum(sizes) * width
     else:
         return found
-    # Those that are there at once: stepped in the backward, each is gone before the next layer's is made.
+    # Bytes that exist at once: an optimizer in the backward pass frees each gradient before the next layer's is made.
     found["gradient_bytes"] = 0 if workload.optimizer_in_backward else sum(sizes) * width
     found["optimizer_bytes"] = _optimizer(sizes, width, workload.optimizer)
     return found
 
 
 def _parameter_sizes(shape: Shape) -> list[int]:
-    """Numbers in each parameter tensor of the model; a tied head counts once."""
+    """Return the numbers in each parameter tensor of the model. A tied head counts once."""
     linear = shape.linear_shapes()
     layer = [rows * columns for rows, columns in linear.values()] + [shape.hidden_size] * 2
     if shape.attention_bias:
@@ -140,7 +139,7 @@ def _parameter_sizes(shape: Shape) -> list[int]:
 
 
 def _optimizer(sizes: list[int], width: int, optimizer: str) -> int:
-    """AdamW's two moments a parameter: in its dtype and a step count by torch, in 8 bits with constants by bitsandbytes."""
+    """Return the bytes of AdamW's two moments: by torch in the parameter's dtype with a step count, by bitsandbytes in 8 bits with constants."""
     if "8bit" not in optimizer:
         return sum(2 * size * width + 4 for size in sizes)
     tables = 2 * 256 * 4 if any(size >= _MIN_8BIT for size in sizes) else 0  # shared by all parameters
@@ -150,17 +149,17 @@ def _optimizer(sizes: list[int], width: int, optimizer: str) -> int:
 
 
 def kv_bytes_per_token(shape: Shape, dtype: str) -> int:
-    """Keys and values of one token in every layer."""
+    """Return the bytes of one token's keys and values in all layers."""
     return 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * WIDTHS[dtype]
 
 
 def embedding_bytes(shape: Shape, dtype: str) -> int:
-    """The embedding table alone."""
+    """Return the bytes of the embedding table."""
     return shape.vocab_size * shape.hidden_size * WIDTHS[dtype]
 
 
 def prompt_lengths(workload: GenerateSpec) -> tuple[int, ...]:
-    """Tokens of each prompt that the case generates from; empty where texts decide."""
+    """Return the tokens of each prompt; empty if texts decide the lengths."""
     count = workload.batch * workload.prompts
     if workload.prompt_length is not None:
         return (workload.prompt_length,) * count

@@ -1,4 +1,4 @@
-"""What two records cannot both claim: full fine-tuning faster than LoRA, recomputation for nothing, 4-bit products for less."""
+"""Find pairs of records that cannot both be true: full fine-tuning faster than LoRA, checkpointing without cost, a 4-bit prefill far faster."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
 
 BUSY_MARGIN = 0.9
-"""Full may take so much of LoRA's GPU-busy time: LoRA's small kernels cost time that its FLOPs do not show (seen: 1.10)."""
+"""Least share of LoRA's GPU-busy time that full fine-tuning takes. LoRA's small kernels cost time beyond their FLOPs (measured: 1.10)."""
 WALL_MARGIN = 0.5
-"""And so much of its wall time, where the host launches LoRA's many more kernels (seen on a slow host: 0.80)."""
+"""The same for wall time. The host launches many more kernels for LoRA (measured on a slow host: 0.80)."""
 
 _SAME_PEAK = 0.99
 
 
 def ratio_impossible(a: Record, b: Record) -> tuple[str, ...]:
-    """Why these two cannot both be, in either order; empty where they are not full and LoRA of the same work.
+    """Return why two records cannot both be true; empty if they are not full fine-tuning and LoRA of the same work. The order is free.
 
-    Full fine-tuning needs LoRA's products, the weight gradients besides, and the traffic of an optimizer over all
-    weights. Whoever reports it faster by more than the margin did not do the same work in both rows.
+    Full fine-tuning needs LoRA's products, the weight gradients, and the memory traffic of an optimizer over all weights. If it is
+    faster by more than the margin, the two did not do the same work.
     """
     full, lora = (a, b) if a.case.adapter is None else (b, a)
     if not _comparable(full, lora):
         return ()
     name = "busy_s" if "busy_s" in full.metrics and "busy_s" in lora.metrics else "step_s"
-    least, margin = ("GPU-busy time", BUSY_MARGIN) if name == "busy_s" else ("wall time", WALL_MARGIN)
+    clock, margin = ("GPU-busy time", BUSY_MARGIN) if name == "busy_s" else ("wall time", WALL_MARGIN)
     times = _per_token(full, name), _per_token(lora, name)
     floors = _one_token(full), _one_token(lora)
     if times[0] is None or times[1] is None or floors[0] is None or floors[1] is None:
@@ -41,16 +41,16 @@ def ratio_impossible(a: Record, b: Record) -> tuple[str, ...]:
     if times[0] >= margin * times[1]:
         return ()
     return (
-        f"{full.case.id} takes {seconds_text(times[0])} of {least} a token and {lora.case.id} {seconds_text(times[1])}: "
-        f"{times[0] / times[1]:.2f} of it, below {margin:g}. In equal precision and tokens full fine-tuning needs "
-        f"{floors[0].flops / floors[1].flops:.2f} times the FLOPs, and {bytes_text(floors[0].bytes - floors[1].bytes)} more traffic a step: they did not do the same work.",
+        f"{full.case.id} takes {seconds_text(times[0])} of {clock} per token and {lora.case.id} {seconds_text(times[1])}: "
+        f"{times[0] / times[1]:.2f} of it, below {margin:g}. At equal precision and tokens, full fine-tuning needs "
+        f"{floors[0].flops / floors[1].flops:.2f} times the FLOPs, and {bytes_text(floors[0].bytes - floors[1].bytes)} more memory traffic per step: they did not do the same work.",
     )
 
 
 def checkpointing_impossible(plain: Record, checkpointed: Record) -> tuple[str, ...]:
-    """Why these two cannot be the same training step without and with checkpointing; empty where they can, or are not.
+    """Return why these cannot be the same training step without and with checkpointing; empty if they can, or are not comparable.
 
-    Checkpointing runs every layer's forward once more and keeps less: it cannot take less GPU-busy time, nor peak as high.
+    Checkpointing runs every layer's forward twice and keeps fewer activations: it cannot take less GPU-busy time, nor peak as high.
     """
     one, other = plain.case, checkpointed.case
     if not isinstance(one.workload, FinetuneSpec) or not isinstance(other.workload, FinetuneSpec):
@@ -63,20 +63,20 @@ def checkpointing_impossible(plain: Record, checkpointed: Record) -> tuple[str, 
     times = value_of(plain, "busy_s"), value_of(checkpointed, "busy_s")
     if times[0] is not None and times[1] is not None and times[1] < times[0]:
         reasons.append(
-            f"{other.id} takes {seconds_text(times[1])} of GPU-busy time a step, {one.id} {seconds_text(times[0])}: recomputing every layer takes no less."
+            f"{other.id} takes {seconds_text(times[1])} of GPU-busy time per step, {one.id} {seconds_text(times[0])}: recomputing every layer cannot take less."
         )
     peaks = value_of(plain, "peak_bytes"), value_of(checkpointed, "peak_bytes")
     if peaks[0] is not None and peaks[1] is not None and peaks[1] >= _SAME_PEAK * peaks[0]:
         reasons.append(
-            f"{other.id} peaks at {bytes_text(peaks[1])}, {one.id} at {bytes_text(peaks[0])}: with checkpointing fewer activations live, so both or neither checkpointed."
+            f"{other.id} peaks at {bytes_text(peaks[1])}, {one.id} at {bytes_text(peaks[0])}: checkpointing keeps fewer activations, so both or neither checkpointed."
         )
     return tuple(reasons)
 
 
 def four_bit_impossible(plain: Record, quantized: Record) -> tuple[str, ...]:
-    """Why a 4-bit prefill cannot be that much faster than the unquantized one; empty where it can, or where they differ otherwise.
+    """Return why a 4-bit prefill cannot be that much faster than the unquantized one; empty if it can, or if they are not comparable.
 
-    The weights are dequantized and multiplied in a float dtype: the same products, and the dequantization besides.
+    The weights are dequantized and multiplied in a float dtype: the same products, plus the dequantization.
     """
     one, other = plain.case, quantized.case
     if one.quantization is not None or other.quantization is None or other.quantization.kind == "int8":
@@ -99,7 +99,7 @@ def _same_machine(a: Record, b: Record) -> bool:
 
 
 def _comparable(full: Record, lora: Record) -> bool:
-    """Full and LoRA of one model on one machine, not quantized, over the same tokens."""
+    """Return whether these are full fine-tuning and LoRA of one unquantized model on one machine, over the same tokens."""
     one, other = full.case, lora.case
     if one.adapter is not None or other.adapter is None:
         return False
@@ -113,7 +113,7 @@ def _comparable(full: Record, lora: Record) -> bool:
 
 
 def _work(workload: FinetuneSpec) -> FinetuneSpec:
-    """The workload without what leaves a token's time as it is."""
+    """Return the workload without the fields that do not change the time per token."""
     return msgspec.structs.replace(workload, steps=1, epoch_rows=None, learning_rate=1.0)
 
 

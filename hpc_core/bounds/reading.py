@@ -1,4 +1,4 @@
-"""What a record says of itself, read so that nothing missing or absurd raises; and numbers in words."""
+"""Read a record's metrics without raising on missing ones, and format numbers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.record import Record
 
 _PROFILED_STEPS = 10
-"""Steps that `busy_s` is the mean of."""
+"""`busy_s` is the mean of this many steps."""
 
 
 def value_of(record: Record, name: str) -> float | None:
-    """A metric's value; None where the record has none."""
+    """Return a metric's value; None if the record does not have it."""
     metric = record.metrics.get(name)
     return None if metric is None else float(metric.value)
 
 
 def positions_of(record: Record, workload: FinetuneSpec) -> float | None:
-    """Tokens of a step, padding included: as counted, or full rows. None where only the data would know."""
+    """Return the tokens of a step, padding included: as counted, or for full rows. None if only the data decides."""
     tokens = value_of(record, "tokens")
     if tokens is not None:
         return (tokens + (value_of(record, "padded_tokens") or 0.0)) / workload.steps
@@ -26,10 +26,10 @@ def positions_of(record: Record, workload: FinetuneSpec) -> float | None:
 
 
 def step_seconds(record: Record, name: str, workload: FinetuneSpec) -> float | None:
-    """Seconds of a step by `step_s` or `busy_s`; None where they are not those of the counted tokens.
+    """Return the seconds of a step by `step_s` or `busy_s`; None if they do not belong to the counted tokens.
 
-    Where widths differ a median step is no mean step, so the samples' mean is taken, and busy time only over whole
-    passes. Where all steps are equal, the shorter of value and mean.
+    If widths differ, the median step is not the mean step: the mean of the samples is used, and busy time only over whole passes.
+    If all steps are equal, the shorter of value and mean is used.
     """
     metric = record.metrics.get(name)
     if metric is None:
@@ -44,7 +44,7 @@ def step_seconds(record: Record, name: str, workload: FinetuneSpec) -> float | N
 
 
 def flops_text(rate: float, unit: str = "FLOP/s") -> str:
-    """1.06 PFLOP/s, 209.5 TFLOP/s."""
+    """Format a rate: 1.06 PFLOP/s, 209.5 TFLOP/s."""
     for prefix, factor in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9)):
         if rate >= factor:
             return f"{rate / factor:.4g} {prefix}{unit}"
@@ -52,7 +52,7 @@ def flops_text(rate: float, unit: str = "FLOP/s") -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """37.8 s, 37.8 ms, 37.8 µs."""
+    """Format seconds: 37.8 s, 37.8 ms, 37.8 µs."""
     for unit, factor in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}" if seconds < 1000 else f"{seconds:.1f} s"
@@ -60,7 +60,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """28.45 GiB, 1.10 MiB."""
+    """Format bytes: 28.45 GiB, 1.10 MiB."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Measured numbers as shares of what the hardware reaches, and bytes beyond their closed forms. Pure."""
+"""Compare measured numbers with the measured ceilings of the hardware, and measured bytes with their closed forms."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from hpc_core.record.metrics import metric
 def share_of_copy(
     case: Case, found: Findings, ceilings: Mapping[str, float], prompt_widths: Sequence[int], new_tokens: int
 ) -> Findings:
-    """Return `mbu`, model bandwidth utilization of decoding: bytes that must be read over wall time and the measured copy rate.
+    """Return `mbu`, the model bandwidth utilization of decoding: bytes that must be read, over wall time and the measured copy rate.
 
     Args:
         case: a generation.
-        found: holds `weights_bytes` and `decode_token_s`.
-        ceilings: measured rates; without `copy_bytes_per_s` nothing is returned.
-        prompt_widths: tokens a row of each prompt.
-        new_tokens: after each prompt.
+        found: contains `weights_bytes` and `decode_token_s`.
+        ceilings: measured rates; without `copy_bytes_per_s` the result is empty.
+        prompt_widths: tokens per row of each prompt.
+        new_tokens: tokens generated after each prompt.
     """
     workload, model = case.workload, case.model
     assert isinstance(workload, GenerateSpec)
@@ -45,7 +45,7 @@ def share_of_copy(
 
 
 def share_of_matmul(case: Case, step_s: float, ceilings: Mapping[str, float]) -> Findings:
-    """Return `mfu`, model FLOPs utilization of training: FLOPs without recomputation over wall time and the measured rate."""
+    """Return `mfu`, the model FLOPs utilization of training: FLOPs without recomputation, over wall time and the measured rate."""
     model, workload, adapter = case.model, case.workload, case.adapter
     assert model is not None
     assert isinstance(workload, FinetuneSpec)
@@ -54,7 +54,7 @@ def share_of_matmul(case: Case, step_s: float, ceilings: Mapping[str, float]) ->
     if shape is None or ceiling is None or workload.data.source != "random":
         return Findings()
     if adapter is not None and not has_closed_form(shape, adapter):
-        return Findings()  # an adapter elsewhere, on the head for one: no closed form
+        return Findings()  # an adapter on another module, such as the head, has no closed form
     needed = train_flops(shape, workload.batch, workload.length, adapter)
     note = "FLOPs without recomputation over wall time and the measured matmul rate"
     return Findings(metrics={"mfu": metric("mfu", needed / step_s / ceiling, note=note)})
@@ -63,8 +63,8 @@ def share_of_matmul(case: Case, step_s: float, ceilings: Mapping[str, float]) ->
 def unexplained(case: Case, found: Findings, *, cached_tokens: int | None = None) -> Findings:
     """Return `unexplained_bytes`: by how much weights, adapter, gradients, optimizer state and KV cache differ from their closed forms.
 
-    Too little is as odd as too much, and must not hide it, so the differences are added without their signs. Activations and
-    temporaries have no closed form; what nobody owns at the peak has a metric of its own, `at_peak_other_bytes`.
+    Absolute differences are added, so that too few bytes in one category cannot hide too many in another. Activations and temporaries
+    have no closed form. Memory at the peak that belongs to no category has its own metric, `at_peak_other_bytes`.
     """
     measured = {name: int(each.value) for name, each in found.metrics.items() if name.endswith("_bytes")}
     differences = unexplained_bytes(case, measured, cached_tokens=cached_tokens)
@@ -77,5 +77,5 @@ def unexplained(case: Case, found: Findings, *, cached_tokens: int | None = None
 
 
 def bound_by(share: float) -> str:
-    """Say what bounds a step, by the share of wall time in which the device worked."""
+    """Return what bounds a step, by the share of wall time in which the device worked."""
     return "device-bound" if share >= 0.9 else "launch-bound: the device waits for the host"

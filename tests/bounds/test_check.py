@@ -55,7 +55,7 @@ def seconds(value: float) -> Metric:
 
 
 def claim(case: Case, machine: Machine = H100, /, **metrics: Metric) -> Record:
-    """An ok record that claims these metrics."""
+    """Return an ok record with these metrics."""
     return a_record(metrics, case=case, circumstances=around(machine))
 
 
@@ -134,7 +134,7 @@ PINNED: dict[str, tuple[Record, str]] = {
     ),
     "no time": (
         claim(ANSWER, busy_prefill_s=seconds(0.0)),
-        "busy_prefill_s: the prefill in 0 s of GPU-busy time, but nothing takes no time: at least 1.9 ms.",
+        "busy_prefill_s: the prefill in 0 s of GPU-busy time, but it takes at least 1.9 ms.",
     ),
     "below its weights": (
         claim(ANSWER, peak_bytes=peak(5 * GIB), weights_bytes=peak(6425500160)),
@@ -142,11 +142,11 @@ PINNED: dict[str, tuple[Record, str]] = {
     ),
     "below its state": (
         claim(FULL, peak_bytes=peak(20 * GIB)),
-        "peak_bytes: 20.00 GiB is less than what must be there at once, 23.94 GiB (weights 5.98 GiB + gradient 5.98 GiB + optimizer 11.97 GiB; closed form).",
+        "peak_bytes: 20.00 GiB is less than what must exist at once, 23.94 GiB (weights 5.98 GiB + gradient 5.98 GiB + optimizer 11.97 GiB; closed form).",
     ),
     "other weights": (
         claim(finetune(llama_3b, qlora()), weights_bytes=peak(6425500160)),
-        "weights_bytes: 5.98 GiB, but such weights take 2.21 GiB (closed form): +170.7%.",
+        "weights_bytes: 5.98 GiB, but these weights take 2.21 GiB (closed form): +170.7%.",
     ),
     "above the card": (
         claim(LORA, peak_bytes=peak(81 * GIB)),
@@ -154,7 +154,7 @@ PINNED: dict[str, tuple[Record, str]] = {
     ),
     "a larger card": (
         claim(LORA, Machine(key="x", name="NVIDIA H100 80GB HBM3", memory_bytes=96 * GIB)),
-        "The machine claims 96.00 GiB of memory, the H100 80GB HBM3 has 79.65 GiB.",
+        "The machine reports 96.00 GiB of memory, but the H100 80GB HBM3 has 79.65 GiB.",
     ),
     "throughput": (
         claim(
@@ -163,7 +163,7 @@ PINNED: dict[str, tuple[Record, str]] = {
             tokens=wall(20480),
             tokens_per_s=wall(20480),
         ),
-        "tokens_per_s: 20,480.0 is claimed, but 20,480 tokens in 2 s (step_s) are 10,240.0.",
+        "tokens_per_s: 20,480.0 is reported, but 20,480 tokens in 2 s (step_s) are 10,240.0.",
     ),
 }
 

@@ -45,11 +45,11 @@ def test_in_real_tokens_the_row_stands_and_the_ratio_falls() -> None:
 
 
 def test_full_precision_does_not_fit() -> None:
-    """As float32 the row's memory is impossible too: 47.9 GiB must be there at once, 28.45 GiB were seen."""
+    """As float32 the row's memory is impossible too: 47.9 GiB must exist at once, but 28.45 GiB were measured."""
     assert (
         REPORT["full-fp32"]
         .reasons[0]
-        .startswith("peak_bytes: 28.45 GiB is less than what must be there at once, 47.87 GiB")
+        .startswith("peak_bytes: 28.45 GiB is less than what must exist at once, 47.87 GiB")
     )
 
 
