@@ -1,7 +1,4 @@
-"""Where a run happens: machine, stack, host, commit. Read without torch and without touching CUDA.
-
-Everything here is a fact about the surroundings; nothing here measures.
-"""
+"""Read where a run happens: machine, stack, host, commit. Imports no torch and does not initialize CUDA."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ from hpc_core.record.gpu_state import read_energy_mj, read_state
 from hpc_core.record.record import Circumstances, Machine
 
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
-"""Packages whose version can move a metric."""
+"""Packages whose version can change a metric."""
 
 
 @functools.cache
 def visible_gpus() -> tuple[dict[str, Any], ...]:
-    """Name, memory in bytes, uuid and driver of each CUDA GPU that CUDA_VISIBLE_DEVICES leaves visible, by NVML. Empty without one."""
+    """Return name, memory in bytes, uuid and driver of each GPU that CUDA_VISIBLE_DEVICES leaves visible, by NVML; empty without one."""
     import pynvml
 
     try:
@@ -43,7 +40,7 @@ def visible_gpus() -> tuple[dict[str, Any], ...]:
 
 
 def compute_capability(position: int = 0) -> tuple[int, int] | None:
-    """That of the visible GPU at this position, by NVML: CUDA stays untouched. None where there is none."""
+    """Return the compute capability of the visible GPU at this position, by NVML; None without one. Does not initialize CUDA."""
     import pynvml
 
     gpus = visible_gpus()
@@ -84,7 +81,7 @@ def _visible(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def machine(device: Literal["cpu", "cuda"]) -> Machine:
-    """The first visible GPU, or the CPU. The GPU's key is its model and memory, such as `nvidia-h100-80gb-hbm3-80gib`."""
+    """Return the first visible GPU, or the CPU. A GPU's key is its model and memory, such as `nvidia-h100-80gb-hbm3-80gib`."""
     gpus = visible_gpus()
     if device == "cpu" or not gpus:
         return cpu_machine()
@@ -94,7 +91,7 @@ def machine(device: Literal["cpu", "cuda"]) -> Machine:
 
 
 def cpu_machine() -> Machine:
-    """Any CPU has the key "cpu": nothing gated there depends on which."""
+    """Return the CPU. Every CPU has the key "cpu", because no gated metric depends on its model."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(key="cpu", name=_cpu_name(), memory_bytes=memory)
 
@@ -109,7 +106,7 @@ def _cpu_name() -> str:
 
 
 def stack(device: Literal["cpu", "cuda"]) -> dict[str, str]:
-    """Installed versions of the packages that can move a metric, and the driver on a GPU."""
+    """Return the installed versions of packages that can change a metric, and the driver on a GPU."""
     versions = {}
     for package in STACK_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -123,7 +120,7 @@ def stack(device: Literal["cpu", "cuda"]) -> dict[str, str]:
 
 @functools.cache
 def _cuda_of_torch() -> dict[str, str]:
-    """The CUDA that the installed torch was built for, read from its version file: importing it would take seconds."""
+    """Return the CUDA version that the installed torch was built for, from its version file: importing torch would take seconds."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return {}
@@ -137,15 +134,15 @@ def _cuda_of_torch() -> dict[str, str]:
 
 @functools.cache
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
-    """The commit that runs, and whether its code was changed since; (None, None) outside a git repository or without git.
+    """Return the commit that runs, and whether its code was changed since; (None, None) outside a git repository or without git.
 
-    The environment variable HPC_CORE_COMMIT wins where it is set. It speaks for trees that were copied, which may hold no
-    repository, or an older one; whether such a tree was changed is unknown, so the second is then None. What counts as a
-    change is said at `repository.is_dirty`: baselines that the run itself writes do not.
+    The environment variable HPC_CORE_COMMIT takes precedence. It is for trees that were copied without their repository; whether such
+    a tree was changed is unknown, so the second value is then None. `git.is_dirty` defines what counts as a change: baselines that the
+    run itself writes do not.
     """
-    told = os.environ.get("HPC_CORE_COMMIT", "").strip()
-    if told:
-        return told, None
+    given = os.environ.get("HPC_CORE_COMMIT", "").strip()
+    if given:
+        return given, None
     found = head(Path(folder))
     if found is None:
         return None, None
@@ -156,16 +153,16 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
 
 
 def gpu_state() -> dict[str, Any]:
-    """`gpu_state.read_state` of the first visible GPU, and its uuid. {} without one."""
+    """Return `gpu_state.read_state` of the first visible GPU, and its uuid; {} without one."""
     gpus = visible_gpus()
     return {"uuid": gpus[0]["uuid"], **read_state(gpus[0]["index"])} if gpus else {}
 
 
 def gpu_energy_mj() -> int:
-    """Millijoules that the first visible GPU's board took since its driver was loaded.
+    """Return the millijoules that the first visible GPU's board consumed since its driver was loaded.
 
     Raises:
-        MeasureError: there is no GPU, or it has no such counter.
+        MeasureError: there is no GPU, or it has no energy counter.
     """
     gpus = visible_gpus()
     if not gpus:
@@ -181,11 +178,12 @@ def circumstances(
     fault: str | None = None,
     started_at: datetime.datetime | None = None,
     where: Machine | None = None,
-    **seen: Any,
+    **observed: Any,
 ) -> Circumstances:
-    """Everything around a run that can be told before it, completed by what the run itself saw (`gpu=`, `phase_s=`, `notes=`).
+    """Return everything around a run that could explain a number.
 
-    `where` speaks for a machine that was predicted for, in place of this one.
+    Keyword arguments add what the run itself observed (`gpu=`, `phase_s=`, `notes=`). `where` is the machine that was predicted for, in
+    place of this one.
     """
     revision, dirty = commit()
     when = started_at or datetime.datetime.now(datetime.UTC)
@@ -200,5 +198,5 @@ def circumstances(
         dirty=dirty,
         ceilings=ceilings or {},
         fault=fault,
-        **seen,
+        **observed,
     )

@@ -11,12 +11,12 @@ from hpc_core.record.record import Record, record_from_json, record_to_json
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replace a file by this content, or leave it as it was; make the folders above it."""
+    """Replace a file with this content, or leave it unchanged if that fails. Creates missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         draft.write_bytes(content)
-        os.replace(draft, path)  # noqa: PTH105 - the atomic one, by its name
+        os.replace(draft, path)  # noqa: PTH105 - named for what matters: it is atomic
     finally:
         draft.unlink(missing_ok=True)
 

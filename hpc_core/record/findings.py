@@ -1,4 +1,4 @@
-"""What one observation of a case found: a part of its record. Parts are joined with `|`; nobody changes one."""
+"""What one observation of a case found: a part of its record. Parts are immutable and joined with `|`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hpc_core.record.record import Circumstances, Fact, KernelFamily, MemoryTime
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True):
-    """Metrics, facts and remarks from one instrument, or from all that have run so far."""
+    """Metrics, facts and notes from one instrument, or from all that have run so far."""
 
     metrics: Mapping[str, Metric] = {}
     facts: Mapping[str, Fact] = {}
-    """What was asked for and what ran, by name; one that does not hold makes the record INVALID."""
+    """What was asked for and what ran, by name. One that does not hold makes the record INVALID."""
     notes: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     """Why the record is INVALID, beyond its facts."""
@@ -29,10 +29,10 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     timeline: MemoryTimeline | None = None
     profile: Profile | None = None
     observed: Mapping[str, Any] = {}
-    """What later instruments need and no record holds, such as the operators of a counted step."""
+    """Data for later instruments that no record contains, such as the operators of a counted step."""
 
     def __or__(self, later: Findings) -> Findings:
-        """Return both; where both have a metric or a fact of one name, the later one counts."""
+        """Return both. If both have a metric or fact of one name, the later one counts."""
         return Findings(
             metrics={**self.metrics, **later.metrics},
             facts={**self.facts, **later.facts},
@@ -48,7 +48,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def record(self, case: Case, circumstances: Circumstances) -> Record:
-        """Return the record that these findings make; it is INVALID if there is a reason for that."""
+        """Return the record of these findings. It is INVALID if there are reasons."""
         return Record(
             case=case,
             status="invalid" if self.reasons else "ok",
@@ -60,7 +60,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
             profile=self.profile,
             losses=tuple(
                 loss for loss in self.losses if math.isfinite(loss)
-            ),  # JSON has no NaN; a fact says that there were some
+            ),  # JSON has no NaN; the fact losses_finite reports them
             answers=self.answers,
             kernel_families=dict(self.kernel_families),
             circumstances=circumstances,
@@ -73,7 +73,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def checked(checks: Mapping[str, Callable[[], Fact | None]]) -> Findings:
-    """Return the facts of these checks. A check that raises is left out and noted: an unknown structure is no mismatch."""
+    """Return the facts of these checks. A check that raises is left out and noted, because an unknown structure is not a mismatch."""
     facts: dict[str, Fact] = {}
     notes: list[str] = []
     for name, check in checks.items():
@@ -82,6 +82,6 @@ def checked(checks: Mapping[str, Callable[[], Fact | None]]) -> Findings:
         except Exception as error:  # a library's next version may be built differently
             notes.append(f"audit: {name} could not be determined: {type(error).__name__}: {error}")
             continue
-        if fact is not None:  # None: the question makes no sense for this case
+        if fact is not None:  # None: the check does not apply to this case
             facts[name] = fact
     return Findings(facts=facts, notes=tuple(notes))

@@ -1,7 +1,4 @@
-"""Read a git repository: its commit, whether the code differs from it, files of other commits.
-
-Every call starts git; each function says what happens without it.
-"""
+"""Read a git repository: its commit, whether the code differs from it, files of other commits. Every call starts git."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from hpc_core.case.errors import RepositoryError
 
 _SECONDS = 120
 _OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
-"""Set inside git's hooks; they would point every command at the hook's repository."""
+"""Variables that git sets inside hooks. They would direct every command to the hook's repository."""
 CODE_SUFFIXES = frozenset(
     {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"}
 )
-"""Untracked files count as changes only if they can be code: a report or a record does not."""
+"""Suffixes of untracked files that count as changes: files that can be code."""
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,9 +41,9 @@ def head(folder: Path) -> str | None:
 def is_dirty(folder: Path) -> bool:
     """Return whether the code of the whole tree around `folder` differs from its commit.
 
-    What hpc-core itself writes does not count, or the first baseline that a run accepts would make the tree dirty for all
-    that follow: `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` of a history. Untracked files count only
-    where they can be code.
+    Files that hpc-core itself writes do not count, or the first accepted baseline would make the tree dirty for all that follow:
+    `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside a history. Untracked files count only if they
+    can be code.
 
     Raises:
         RepositoryError: not a repository, or no git.
@@ -76,7 +73,7 @@ def uncommitted(folder: Path) -> tuple[str, ...]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return what changes with the working tree: a hash of its commit, and path, size and time of each file that differs from it.
+    """Return a hash that changes with the working tree: its commit, and path, size and time of each file that differs from it.
 
     Raises:
         RepositoryError: not a repository, or no git.
@@ -114,7 +111,7 @@ def merge_base(folder: Path, revision: str) -> str:
     """Return the newest commit that HEAD and a revision share: what a pull request against it started from.
 
     Raises:
-        RepositoryError: no such revision, no common commit, or a clone too shallow to tell.
+        RepositoryError: no such revision, no common commit, or the clone is too shallow.
     """
     fetch = "In a workflow, give actions/checkout `fetch-depth: 0`; by hand: git fetch --unshallow origin."
     shallow = _is_shallow(folder)
@@ -127,7 +124,7 @@ def merge_base(folder: Path, revision: str) -> str:
     try:
         return git(folder, "merge-base", commit, "HEAD").decode().strip()
     except RepositoryError as error:
-        why = f"This clone is shallow and does not reach it. {fetch}" if shallow else "They have no commit in common."
+        why = f"This clone is shallow and does not contain it. {fetch}" if shallow else "They have no commit in common."
         raise RepositoryError(f"HEAD and {revision} have no merge base here. {why}") from error
 
 
@@ -143,7 +140,7 @@ def resolved(folder: Path, revision: str) -> str:
     """
     top(folder)
     try:
-        # A revision that begins with a dash is no option.
+        # --end-of-options: a revision may begin with a dash.
         output = git(folder, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     except RepositoryError as error:
         shallow = " The clone is shallow: git fetch --unshallow." if _is_shallow(folder) else ""
@@ -154,7 +151,7 @@ def resolved(folder: Path, revision: str) -> str:
 
 
 def contents(folder: Path, wanted: Sequence[tuple[str, Path]]) -> tuple[bytes | None, ...]:
-    """Return what files held at commits, for each (commit, path), by one call of git; None where a file was not there.
+    """Return the content of files at commits, for each (commit, path), with one call of git; None for a file that did not exist.
 
     Raises:
         RepositoryError: a path lies outside the repository, or git fails.
@@ -175,7 +172,7 @@ def contents(folder: Path, wanted: Sequence[tuple[str, Path]]) -> tuple[bytes | 
 
 
 def listing(folder: Path, commit: str, path: Path) -> tuple[Path, ...]:
-    """Return the files below a folder at a commit, as paths of today; none if it was not there.
+    """Return the files below a folder at a commit, as paths in the working tree; none if the folder did not exist.
 
     Raises:
         RepositoryError: the path lies outside the repository, or git fails.
@@ -202,7 +199,7 @@ def revisions_of(folder: Path, paths: Iterable[Path]) -> tuple[Revision, ...]:
 
 
 def _inside(root: Path, path: Path) -> str:
-    """Return the path as git names it, from the root of the tree."""
+    """Return the path relative to the root of the tree."""
     root, whole = root.resolve(), path.resolve()
     if not whole.is_relative_to(root):
         raise RepositoryError(f"{path} lies outside the repository {root}, so git cannot read it.")
@@ -214,7 +211,7 @@ def git(folder: Path, *arguments: str, stdin: bytes | None = None) -> bytes:
     """Run a git command in the repository around `folder`, without hooks, and return its output.
 
     Raises:
-        RepositoryError: git is not installed, takes too long, or fails; the message holds its own words.
+        RepositoryError: git is not installed, takes too long, or fails; the message contains its output.
     """
     command = ["git", "-c", "core.hooksPath=/dev/null", "-C", str(folder), *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in _OF_ANOTHER_REPOSITORY}

@@ -1,7 +1,4 @@
-"""The state of a GPU, and what is strange about it: clocks, temperature, throttling, MIG, other processes.
-
-NVML is read in one function; the rest turns its numbers into words and knows no GPU.
-"""
+"""Read the state of a GPU through NVML, and describe what makes its times doubtful: throttling, MIG, other processes."""
 
 from __future__ import annotations
 
@@ -19,19 +16,19 @@ _THROTTLES = {
     0x40: "thermal slowdown by hardware",
     0x80: "power brake",
 }
-"""Bits of nvmlClocksEventReasons (nvml.h) that slow a busy GPU. An idle GPU and clocks that somebody set are none."""
-_SET_BY_SOMEBODY = {0x2: "application clocks", 0x100: "display clocks"}
+"""Bits of nvmlClocksEventReasons (nvml.h) that slow down a busy GPU. An idle GPU and user-set clocks do not count."""
+_SET_BY_USER = {0x2: "application clocks", 0x100: "display clocks"}
 
 
 def throttle_words(reasons: int) -> tuple[str, ...]:
-    """What holds the clock of a busy GPU down, by NVML's bit mask; empty for nothing, idle, and clocks that somebody set."""
+    """Return what lowers the clock of a busy GPU, by NVML's bit mask; empty for an idle GPU and user-set clocks."""
     return tuple(word for bit, word in _THROTTLES.items() if reasons & bit)
 
 
 def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
-    """Why to doubt a busy time, given the states around it: the clock was throttled, or the GPU was shared.
+    """Return why to doubt a busy time: the clock was throttled, or the GPU was shared.
 
-    `gpu` holds states of `read_state`: `before`, read before this process used the GPU, and in `busy` those `before`,
+    `gpu` contains states of `read_state`: `before`, read before this process used the GPU, and in `busy` those `before`,
     `during` and `after` the measurement. Any may be missing.
     """
     busy = gpu.get("busy", {})
@@ -43,7 +40,7 @@ def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
         found.append(f"throttled: {', '.join(words)}{clock}")
     slowed = [(kind, _more(busy, f"{kind}_violation_ns")) for kind in ("power", "thermal")]
     found += [
-        f"throttled: {kind} held the clock down for {ns / 1e6:.0f} ms" for kind, ns in slowed if ns > 0 and not words
+        f"throttled: {kind} limited the clock for {ns / 1e6:.0f} ms" for kind, ns in slowed if ns > 0 and not words
     ]
     others = other_processes(gpu.get("before", {}), during)
     if others > 0:
@@ -52,37 +49,37 @@ def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def other_processes(before: Mapping[str, Any], during: Mapping[str, Any]) -> int:
-    """How many processes but this one use the GPU, by a state before this one used it and one while it does."""
+    """Return how many other processes use the GPU, by a state before this process used it and one while it does."""
     return max(int(before.get("processes", 0)), int(during.get("processes", 1)) - 1)
 
 
 def _more(busy: Mapping[str, Any], name: str) -> int:
-    """By how much a counter grew over the measurement; 0 where it was not read."""
+    """Return how much a counter grew during the measurement; 0 if it was not read."""
     before, after = busy.get("before", {}).get(name), busy.get("after", {}).get(name)
     return 0 if before is None or after is None else int(after) - int(before)
 
 
 def setup_notes(state: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of the GPU's setup a reader of its times should know: MIG, no persistence, clocks that somebody set."""
+    """Return notes on the GPU's setup that affect its times: MIG, no persistence mode, user-set clocks."""
     notes = []
     if state.get("mig_mode"):
-        notes.append("the GPU is split by MIG: its times are those of a slice")
+        notes.append("the GPU is split by MIG: its times are those of one slice")
     if state.get("persistence_mode") == 0:
         notes.append(
             "the GPU's persistence mode is off: the driver may unload between processes (nvidia-smi -pm 1 turns it on)"
         )
     notes += [
-        f"somebody has set the GPU's {word}"
-        for bit, word in _SET_BY_SOMEBODY.items()
+        f"the GPU's {word} are set by the user"
+        for bit, word in _SET_BY_USER.items()
         if int(state.get("throttle_reasons", 0)) & bit
     ]
     return tuple(notes)
 
 
 def read_state(index: int) -> dict[str, Any]:
-    """The state of NVML's GPU number `index`, now; a reading that its driver does not give is left out.
+    """Return the current state of NVML's GPU number `index`. Readings that its driver does not provide are left out.
 
-    `throttle_reasons` is NVML's bit mask, `*_violation_ns` how long the clock was held down since the driver was loaded.
+    `throttle_reasons` is NVML's bit mask, `*_violation_ns` how long the clock was limited since the driver was loaded.
     """
     import pynvml
 
@@ -91,7 +88,7 @@ def read_state(index: int) -> dict[str, Any]:
         handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         state: dict[str, Any] = {}
         for name, read in _readings(pynvml, handle).items():
-            # A virtual machine may hide single sensors, and an old driver lack a function.
+            # A virtual machine may hide some sensors, and an old driver may lack a function.
             with contextlib.suppress(pynvml.NVMLError):
                 state[name] = read()
         return state
@@ -100,12 +97,12 @@ def read_state(index: int) -> dict[str, Any]:
 
 
 def read_energy_mj(index: int) -> int:
-    """Millijoules that the board of NVML's GPU number `index`, memory included, took since its driver was loaded.
+    """Return the millijoules that the board of NVML's GPU number `index`, memory included, consumed since its driver was loaded.
 
     Source: nvmlDeviceGetTotalEnergyConsumption in NVIDIA's NVML reference; Volta or newer.
 
     Raises:
-        MeasureError: this GPU or driver has no such counter, or hides it.
+        MeasureError: this GPU or driver has no energy counter, or hides it.
     """
     import pynvml
 

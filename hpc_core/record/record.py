@@ -1,6 +1,6 @@
-"""What was seen when a case ran: metrics, audit, circumstances. Frozen values, equal to their JSON.
+"""What was observed when a case ran: metrics, audit, circumstances. Frozen values, equal to their JSON.
 
-No torch, no I/O, no opinion: judging is `gate`'s work. A run that failed is a record too, with a reason.
+A failed run is also a record, with its reason. The gate judges records.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FailureKind = Literal[
 
 
 class _Seen(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of everything seen: immutable, keyword-only, strict about unknown keys."""
+    """Base of every part of a record: immutable, keyword-only, strict about unknown keys."""
 
 
 class Metric(_Seen, frozen=True, kw_only=True):
@@ -44,13 +44,13 @@ class Metric(_Seen, frozen=True, kw_only=True):
     """A caveat printed with the number, such as "extrapolated from 64 new tokens"."""
 
     def __post_init__(self) -> None:
-        """A number that is no number never becomes a metric.
+        """Check the numbers.
 
         Raises:
-            SpecError: NaN, infinity or beyond 64 bits, in the value or a sample; no sample in the samples.
+            SpecError: the value or a sample is NaN, infinite or beyond 64 bits, or `samples` is empty.
         """
         numbers = (self.value, *(self.samples or ()))
-        # The range first: math.isfinite raises OverflowError for an int beyond the floats.
+        # Check the range first: math.isfinite raises OverflowError for an int beyond the range of floats.
         if not all(
             -_BEYOND < number < _BEYOND if isinstance(number, int) else math.isfinite(number) for number in numbers
         ):
@@ -62,14 +62,14 @@ class Metric(_Seen, frozen=True, kw_only=True):
 
 
 class Fact(_Seen, frozen=True, kw_only=True):
-    """One fact of the audit: what the case asked for, and what was seen in the live module or in what ran."""
+    """One fact of the audit: what the case asked for, and what was observed in the live module or during the run."""
 
     asked: Any
     seen: Any
 
     @property
     def holds(self) -> bool:
-        """Whether what ran is what was asked."""
+        """Return whether what ran is what was asked for."""
         return bool(self.asked == self.seen)
 
 
@@ -80,13 +80,13 @@ class Failure(_Seen, frozen=True, kw_only=True):
     message: str
     """One or two sentences with the numbers and what to do next."""
     phase: str
-    """The phase in which it happened: start, build, warm-up, measure …"""
+    """The phase in which it happened: start, build, warm-up, measure, …"""
     detail: str = ""
-    """Traceback or end of the worker's output, for the curious."""
+    """The traceback or the end of the worker's output."""
 
 
 class Machine(_Seen, frozen=True, kw_only=True):
-    """Where it ran. `key` names the folder of baselines: "cpu" for every CPU, the GPU's model and memory otherwise."""
+    """Where it ran. `key` is the name of the folder of baselines: "cpu" for every CPU, otherwise the GPU's model and memory."""
 
     key: str
     name: str
@@ -98,7 +98,7 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
 
     machine: Machine
     stack: dict[str, str]
-    """Versions of driver, cuda, torch, transformers, peft, bitsandbytes, accelerate; absent packages are left out."""
+    """Versions of driver, cuda, torch, transformers, peft, bitsandbytes, accelerate, … Packages that are not installed are left out."""
     python: str
     host_cpu: str
     launched: Literal["warm", "exec", "inline"]
@@ -109,9 +109,9 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     ceilings: dict[str, float] = {}
     """Measured in this session: matmul_flop_per_s by dtype, copy_bytes_per_s."""
     canary: dict[str, float] = {}
-    """Seconds of work that no change of the code under test can move, "compute" and "memory", timed in this session."""
+    """Seconds of reference work that the code under test cannot change, "compute" and "memory", timed in this session."""
     gpu: dict[str, Any] = {}
-    """`before`, `after`, and around the busy measurement: uuid, clocks in MHz, temperature, throttle reasons, other processes."""
+    """State `before`, `after` and around the `busy` measurement: uuid, clocks in MHz, temperature, throttle reasons, other processes."""
     phase_s: dict[str, float] = {}
     """Seconds spent in each phase of the worker."""
     fault: str | None = None
@@ -120,48 +120,50 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
 
 
 class MemoryTimeline(_Seen, frozen=True, kw_only=True):
-    """Live bytes of one step by category, at some hundred of its events; as asked for, without the allocator's rounding."""
+    """Live bytes of one step by category, at a few hundred of its events. Requested bytes, without the allocator's rounding."""
 
     phases: tuple[str, ...]
     events: tuple[int, ...]
-    """Allocations and frees since the step began, one number a sample."""
+    """Allocations and frees since the step began, one number per sample."""
     phase: tuple[int, ...]
-    """Index of the phase that each sample lies in; -1 before the first."""
+    """Index of each sample's phase; -1 before the first."""
     bytes_by_category: dict[str, tuple[int, ...]]
 
     def __post_init__(self) -> None:
-        """Columns of one length.
+        """Check that the columns fit together.
 
         Raises:
-            SpecError: they differ, or a sample's phase is none.
+            SpecError: their lengths differ, or a sample's phase does not exist.
         """
         lengths = {len(self.events), len(self.phase), *map(len, self.bytes_by_category.values())}
         if len(lengths) > 1 or any(not -1 <= index < len(self.phases) for index in self.phase):
-            raise SpecError(f"A timeline has one phase and one value a category for each event, got {sorted(lengths)}.")
+            raise SpecError(
+                f"A timeline needs one phase and one value per category for each event, got columns of {sorted(lengths)}."
+            )
 
     @property
     def totals(self) -> tuple[int, ...]:
-        """Live bytes of all categories, a sample each."""
+        """Return the live bytes of all categories together, one number per sample."""
         return tuple(map(sum, zip(*self.bytes_by_category.values(), strict=True))) or (0,) * len(self.events)
 
 
 class KernelFamily(_Seen, frozen=True, kw_only=True):
-    """What the kernels of one family took, as totals over the work that `kernels` counts."""
+    """Totals of one family of kernels, over the work that the metric `kernels` counts."""
 
     seconds: float
     kernels: int
 
 
 class Process(_Seen, frozen=True, kw_only=True):
-    """One of the processes that a case's samples come from; those without a failure stand in the order of the samples."""
+    """One of the processes that a case's samples come from. Those without a failure are in the order of the samples."""
 
     started_at: str
     seconds: float
-    """What the whole process took."""
+    """Seconds of the whole process."""
     wall_s: dict[str, float] = {}
     """Median of each wall metric that it measured, in seconds."""
     gpu: dict[str, Any] = {}
-    """As in the circumstances."""
+    """As in `Circumstances.gpu`."""
     flags: tuple[str, ...] = ()
     """Why to doubt its sample: a throttled clock, another process on the GPU."""
     failure: str = ""
@@ -169,66 +171,66 @@ class Process(_Seen, frozen=True, kw_only=True):
 
 
 class Record(_Seen, frozen=True, kw_only=True):
-    """What was seen when a case ran."""
+    """What was observed when a case ran."""
 
     schema: int = SCHEMA
     case: Case
     status: Literal["ok", "invalid", "failed"]
-    """invalid: it ran, but not what was asked, or beyond what is possible; its numbers are neither gated nor stored."""
+    """invalid: something else ran than was asked for, or the numbers are impossible. They are neither gated nor stored."""
     failure: Failure | None = None
     metrics: dict[str, Metric] = {}
     audit: dict[str, Fact] = {}
     reasons: tuple[str, ...] = ()
     """Why the record is invalid, one sentence each."""
     makers_at_peak: dict[str, int] = {}
-    """Bytes alive at the highest point by "category operator", the largest; where operators are watched, as in a prediction."""
+    """The largest entries of the bytes alive at the peak, by "category operator". Only if operators were watched, as in a prediction."""
     timeline: MemoryTimeline | None = None
-    """Memory over the step that gave the categories, where it was asked for."""
+    """Memory over the step that the categories were measured in, if requested."""
     profile: Profile | None = None
-    """Memory, operators and kernels by module, from a pass of its own. Kept beside the baseline, not in its history."""
+    """Memory, operators and kernels by module, from a separate pass. Stored beside the baseline, not in its history."""
     losses: tuple[float, ...] = ()
-    """Loss of every step, from the first, in order."""
+    """The loss of every step, in order."""
     answers: tuple[str, ...] = ()
-    """Generated text or token ids, for the eye and for equivalence."""
+    """Generated text or token ids, to read and to compare."""
     kernel_families: dict[str, KernelFamily] = {}
-    """Where the GPU's time went in the first process, by family of kernels."""
+    """GPU time of the first process, by family of kernels."""
     processes: tuple[Process, ...] = ()
-    """Where the samples come from, the full process first; empty where it was the only one."""
+    """The processes that the samples come from, the full one first; empty if there was only one."""
     circumstances: Circumstances
 
     def __post_init__(self) -> None:
-        """Status and content must agree.
+        """Check that status and content agree.
 
         Raises:
-            SpecError: a failed record without failure, an invalid one without reason, an ok one with either.
+            SpecError: a failed record without a failure, an invalid one without reasons, an ok one with either.
         """
         if (self.status == "failed") != (self.failure is not None):
             raise SpecError(
-                f"A record fails with a failure, and only then: status {self.status!r}, failure {self.failure!r}."
+                f"A record has a failure exactly if its status is 'failed', got status {self.status!r} and failure {self.failure!r}."
             )
         if (self.status == "invalid") != bool(self.reasons):
             raise SpecError(
-                f"A record is invalid for reasons, and only then: status {self.status!r}, reasons {self.reasons!r}."
+                f"A record has reasons exactly if its status is 'invalid', got status {self.status!r} and reasons {self.reasons!r}."
             )
 
     @property
     def wall_samples(self) -> tuple[float, ...]:
-        """Seconds a clock on the host saw, one a round: what pytest-benchmark's table shows. Empty when nothing was timed."""
+        """Return the wall seconds of each round, as shown in pytest-benchmark's table; empty if nothing was timed."""
         metric = self.metrics.get("step_s") or self.metrics.get("query_s")
         return () if metric is None else metric.samples or (float(metric.value),)
 
 
 def record_to_json(record: Record, *, indent: int = 0) -> bytes:
-    """JSON with sorted keys; `indent` spaces a level, 0 for one line."""
+    """Return JSON with sorted keys, indented by `indent` spaces per level; 0 gives one line."""
     text = msgspec.json.encode(record, order="sorted")
     return msgspec.json.format(text, indent=indent) if indent else text
 
 
 def record_from_json(text: bytes | str) -> Record:
-    """The record that this JSON says.
+    """Parse a record.
 
     Raises:
-        SpecError: the JSON is malformed, of another schema, or contradicts itself; the message holds the path.
+        SpecError: the JSON is malformed, of another schema, or contradicts itself; the message contains the path.
     """
     try:
         record = msgspec.json.decode(text, type=Record)

@@ -1,7 +1,4 @@
-"""Several processes of one case as one record: busy times become samples, counts must agree, all else is the first process's.
-
-Pure: records in, a record out. Launches nothing and judges nothing.
-"""
+"""Merge the records of several processes of one case: busy times become samples, counts must agree, the rest is the first process's."""
 
 from __future__ import annotations
 
@@ -16,21 +13,21 @@ from hpc_core.record.record import Metric, Process, Record
 
 
 def merged(first: Record, more: Sequence[Record]) -> Record:
-    """The record of a case whose full process gave `first` and whose further processes gave `more`.
+    """Return the record of a case whose full process gave `first` and whose further processes gave `more`.
 
-    * A busy metric has one sample a process; its value is their median. Without further processes nothing changes.
+    * A busy metric gets one sample per process; its value is their median. Without further processes nothing changes.
     * A gated count or size must be equal in every process that measured it. If not, the record is invalid, with both numbers.
-    * Peaks, wall samples, audit, losses and answers are the first's. The medians of each process's wall times are in `processes`.
-    * A further process that failed or is invalid costs its sample, not the case; a note says so.
+    * Peaks, wall samples, audit, losses and answers are those of the first process. `processes` contains the median wall times of each.
+    * A further process that failed or is invalid gives no sample, and a note says why. The case is not affected.
 
-    `first` may be a merged record itself: more processes are added to it. One that failed or is invalid stays as it is.
+    `first` may itself be a merged record: more processes are added to it. If it failed or is invalid, it is returned unchanged.
 
     Raises:
-        SpecError: they are records of different cases.
+        SpecError: the records are of different cases.
     """
-    strange = next((record.case.id for record in more if record.case.digest != first.case.digest), None)
-    if strange is not None:
-        raise SpecError(f"{strange} is no further process of {first.case.id}: they differ in what runs.")
+    other = next((record.case.id for record in more if record.case.digest != first.case.digest), None)
+    if other is not None:
+        raise SpecError(f"{other} cannot be merged into {first.case.id}: the cases run different work.")
     if not more or first.status != "ok":
         return first
     before = first.processes or (_process(first),)
@@ -40,8 +37,8 @@ def merged(first: Record, more: Sequence[Record]) -> Record:
     reasons = [reason for number, record in numbered.items() for reason in _contradictions(first, record, number)]
     processes = (*before, *map(_process, more))
     metrics = {name: _with_samples(name, metric, sound) for name, metric in first.metrics.items()}
-    said = first.circumstances.notes
-    notes = [*said, *(note for number, record in numbered.items() for note in _notes(number, record, said))]
+    shared = first.circumstances.notes
+    notes = [*shared, *(note for number, record in numbered.items() for note in _notes(number, record, shared))]
     return msgspec.structs.replace(
         first,
         status="invalid" if reasons else "ok",
@@ -53,7 +50,7 @@ def merged(first: Record, more: Sequence[Record]) -> Record:
 
 
 def busy_values(record: Record) -> dict[str, tuple[float, ...]]:
-    """The samples of each busy metric, one a process."""
+    """Return the samples of each busy metric, one per process."""
     return {name: _samples(metric) for name, metric in record.metrics.items() if metric.noise == "busy"}
 
 
@@ -70,13 +67,13 @@ def _with_samples(name: str, metric: Metric, more: Sequence[Record]) -> Metric:
 
 
 def _contradictions(first: Record, record: Record, number: int) -> list[str]:
-    """Counts and sizes that must be equal in every process, and are not."""
+    """Return a reason for each count or size that differs from the first process."""
     if record.status != "ok":
         return []
     return [
         f"{name} is {metric.value:,} in process 1 and {other.value:,} in process {number} of the same case"
-        f"{_per(metric.unit)}: what is counted must be equal in every process. Find what differs between them (hpc-core run), "
-        "or take out of the step what runs in some steps only."
+        f"{_per(metric.unit)}: counts must be equal in every process. Find what differs between them (hpc-core run), "
+        "or remove from the step what does not run in every step."
         for name, metric in first.metrics.items()
         if _is_exact(metric) and _is_exact(other := record.metrics.get(name, metric)) and metric.value != other.value
     ]
@@ -91,15 +88,15 @@ def _per(unit: str) -> str:
 
 
 def _process(record: Record) -> Process:
-    seen, failure = record.circumstances, record.failure
-    trouble = "" if failure is None else f"{failure.kind} in {failure.phase}: {failure.message}"
+    around, failure = record.circumstances, record.failure
+    message = "" if failure is None else f"{failure.kind} in {failure.phase}: {failure.message}"
     return Process(
-        started_at=seen.started_at,
-        seconds=round(sum(seen.phase_s.values()), 3),
+        started_at=around.started_at,
+        seconds=round(sum(around.phase_s.values()), 3),
         wall_s=_medians(record.metrics),
-        gpu=seen.gpu,
-        flags=flags(seen.gpu),
-        failure=trouble or " ".join(record.reasons),
+        gpu=around.gpu,
+        flags=flags(around.gpu),
+        failure=message or " ".join(record.reasons),
     )
 
 
@@ -111,8 +108,8 @@ def _medians(metrics: Mapping[str, Metric]) -> dict[str, float]:
     }
 
 
-def _notes(number: int, record: Record, said: Sequence[str]) -> list[str]:
-    who = f"process {number} of {record.case.id}"
+def _notes(number: int, record: Record, shared: Sequence[str]) -> list[str]:
+    process = f"process {number} of {record.case.id}"
     if record.status != "ok":
-        return [f"{who} gave no sample: {_process(record).failure}"]
-    return [f"{who}: {note}" for note in record.circumstances.notes if note not in said]
+        return [f"{process} gave no sample: {_process(record).failure}"]
+    return [f"{process}: {note}" for note in record.circumstances.notes if note not in shared]

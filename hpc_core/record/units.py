@@ -1,7 +1,4 @@
-"""Numbers as people read them: "+1.88 GiB", "+3.2 %", "1,617 → 1,645". Knows units, no metric and no limit.
-
-A difference that is not zero never prints as zero.
-"""
+"""Format numbers for people: "+1.88 GiB", "+3.2 %", "1,617 → 1,645". A difference that is not zero is never shown as zero."""
 
 from __future__ import annotations
 
@@ -16,9 +13,9 @@ _PLAIN_DIGITS = 15
 
 
 def quantity(value: float, unit: str) -> str:
-    """A value with its unit: bytes in powers of 1024, seconds and FLOP in powers of 1000, counts (unit "1") bare.
+    """Return a value with its unit: bytes in powers of 1024, seconds and FLOP in powers of 1000, counts (unit "1") without a unit.
 
-    What a total covers follows it: "1 per 10 steps" gives "52,940 per 10 steps".
+    A unit may end in what a total covers: "1 per 10 steps" gives "52,940 per 10 steps".
     """
     unit, per, covered = unit.partition(" per ")
     if per:
@@ -35,7 +32,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def axis(largest: float, unit: str) -> tuple[float, str]:
-    """Return what one unit of an axis is worth, and its name: (2**30, "GiB") for bytes that reach one GiB, (1e-3, "ms") below a second."""
+    """Return the size and name of an axis's unit: (2**30, "GiB") for bytes from one GiB on, (1e-3, "ms") below a second."""
     if unit == "bytes":
         return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
     if unit == "s":
@@ -44,18 +41,18 @@ def axis(largest: float, unit: str) -> tuple[float, str]:
 
 
 def change(difference: float, unit: str) -> str:
-    """A difference with its sign: "+1.88 GiB", "-3 ms", "+0 B"."""
+    """Return a difference with its sign: "+1.88 GiB", "-3 ms", "+0 B"."""
     text = quantity(difference, unit)
     return text if text.startswith("-") else f"+{text}"
 
 
 def percent(ratio: float) -> str:
-    """A relative difference with its sign and at least two significant digits: 0.032 is "+3.2 %", 2e-7 "+0.00002 %"."""
+    """Return a relative difference with its sign and at least two significant digits: 0.032 is "+3.2 %", 2e-7 "+0.00002 %"."""
     return f"{_number(ratio * 100, sign='+', digits=2)} %"
 
 
 def pair(old: float, new: float, unit: str) -> str:
-    """Old and new, in as many digits as it takes to tell them apart."""
+    """Return old and new, with enough digits to tell them apart."""
     unit, per, covered = unit.partition(" per ")
     if per:
         return f"{pair(old, new, unit)} per {covered}"
@@ -68,7 +65,7 @@ def pair(old: float, new: float, unit: str) -> str:
 
 
 def _finer(old: float, new: float, scale: Any) -> str:
-    """Both in the larger one's prefix, in the fewest decimals that tell them apart."""
+    """Return both in the larger one's prefix, with the fewest decimals that tell them apart."""
     size, name = next(((size, name) for size, name in scale if max(abs(old), abs(new)) >= size), scale[-1])
     texts = [(f"{old / size:,.{digits}f}", f"{new / size:,.{digits}f}") for digits in range(3, 17)]
     first, second = next((pair for pair in texts if pair[0] != pair[1]), (repr(old / size), repr(new / size)))
@@ -80,7 +77,7 @@ def _exact(value: float) -> str:
 
 
 def _number(value: float, *, sign: str = "", digits: int | None = None) -> str:
-    """Grouped digits; `digits` decimals at least where the value is small enough to need more to be seen."""
+    """Return grouped digits with at least `digits` decimals, and more if the value is too small to show."""
     if isinstance(value, int):
         return f"{value:{sign},}"
     if not math.isfinite(value):

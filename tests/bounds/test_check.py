@@ -150,7 +150,7 @@ PINNED: dict[str, tuple[Record, str]] = {
     ),
     "above the card": (
         claim(LORA, peak_bytes=peak(81 * GIB)),
-        "peak_bytes: 81.00 GiB were in use at once, NVIDIA H100 80GB HBM3 has 80.00 GiB.",
+        "peak_bytes: 81.00 GiB were in use at once, but NVIDIA H100 80GB HBM3 has 80.00 GiB.",
     ),
     "a larger card": (
         claim(LORA, Machine(key="x", name="NVIDIA H100 80GB HBM3", memory_bytes=96 * GIB)),

@@ -63,7 +63,7 @@ def test_a_slowdown_between_two_readings_is_seen() -> None:
         "during": {"throttle_reasons": 0},
         "after": {"power_violation_ns": 31_000_000},
     }
-    assert flags({"busy": busy}) == ("throttled: power held the clock down for 30 ms",)
+    assert flags({"busy": busy}) == ("throttled: power limited the clock for 30 ms",)
     assert flags({"busy": busy | {"during": {"throttle_reasons": 4}}}) == ("throttled: power cap",)
 
 

@@ -48,10 +48,10 @@ def test_samples_are_not_empty() -> None:
 @pytest.mark.parametrize(
     ("changes", "fragment"),
     [
-        ({"status": "failed"}, "fails with a failure"),
-        ({"failure": failed_record().failure}, "fails with a failure"),
-        ({"status": "invalid"}, "invalid for reasons"),
-        ({"reasons": ("too fast",)}, "invalid for reasons"),
+        ({"status": "failed"}, "has a failure exactly if"),
+        ({"failure": failed_record().failure}, "has a failure exactly if"),
+        ({"status": "invalid"}, "has reasons exactly if"),
+        ({"reasons": ("too fast",)}, "has reasons exactly if"),
     ],
 )
 def test_status_and_content_agree(changes: dict[str, Any], fragment: str) -> None:

@@ -142,7 +142,7 @@ def test_a_case_that_gave_nothing_stays_as_it_is(status: str) -> None:
 def test_processes_of_another_case_are_refused() -> None:
     """A record of other work is no sample."""
     other = further(case=a_case("tiny/other", seed=7))
-    with pytest.raises(SpecError, match="tiny/other is no further process of tiny/lora"):
+    with pytest.raises(SpecError, match="tiny/other cannot be merged into tiny/lora"):
         merged(full(), [other])
 
 
