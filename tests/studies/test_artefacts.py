@@ -84,7 +84,7 @@ def test_recomputing_every_layer_takes_no_less(records: dict[str, Record]) -> No
     """A checkpointed step that is faster on the GPU is refused; other work, or another machine, is not compared."""
     plain, fast = records["lora"], changed(records["lora-gc"], busy_s=0.09)
     [reason] = checkpointing_impossible(plain, fast)
-    assert reason.startswith("llama-3.2-3b/lora-gc takes 90 ms of GPU-busy time a step, llama-3.2-3b/lora 105 ms")
+    assert reason.startswith("llama-3.2-3b/lora-gc takes 90 ms of GPU-busy time per step, llama-3.2-3b/lora 105 ms")
     assert checkpointing_impossible(records["qlora"], fast) == ()
     assert checkpointing_impossible(plain, records["lora-gc"]) == ()
     assert checkpointing_impossible(plain, records["generate-fp16"]) == ()
