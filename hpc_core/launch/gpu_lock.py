@@ -12,21 +12,21 @@ from typing import Any
 
 
 class GpuInUseError(Exception):
-    """Another run holds a GPU; the text says which, and who."""
+    """Another run uses a GPU; the message names the GPU and the process."""
 
 
 class GpuLocks:
-    """Holds the locks of some GPUs. The operating system frees them when this process ends, however it ends."""
+    """Locks of GPUs. The operating system releases them when this process ends, even after a crash."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = Path(tempfile.gettempdir()) if folder is None else folder
         self._held: list[int] = []
 
     def take(self, gpus: Sequence[dict[str, Any]]) -> None:
-        """Lock each of these GPUs, as `environment.visible_gpus` tells them, or none.
+        """Lock all of these GPUs, as `environment.visible_gpus` returns them, or none.
 
         Raises:
-            GpuInUseError: another process holds one.
+            GpuInUseError: another process uses one of them.
         """
         for gpu in gpus:
             try:
@@ -53,6 +53,6 @@ class GpuLocks:
         return fd
 
     def release(self) -> None:
-        """Free all of them. May be called again."""
+        """Release all locks. May be called again."""
         while self._held:
             os.close(self._held.pop())

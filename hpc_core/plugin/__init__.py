@@ -19,19 +19,19 @@ _SUITE = "hpc-core-suite"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options and ini options."""
+    """Add options and ini options."""
     from hpc_core.plugin.options import add_options
 
     add_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register markers always, the suite only when asked for.
+    """Register markers, and with `--benchmark` the suite.
 
     Raises:
-        pytest.UsageError: options that contradict each other.
+        pytest.UsageError: options contradict each other.
     """
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `perf_cases` marks such cases by itself")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `perf_cases` marks such cases")
     config.addinivalue_line(
         "markers", "perf_predicted: predicts a case without a GPU; `predicted_cases` marks such tests"
     )
@@ -51,7 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
-    """For `git bisect run`, a commit whose conftest.py cannot be imported cannot be tested; pytest's own exit code would call it bad."""
+    """Tell `git bisect run` to skip a commit whose conftest.py cannot be imported; by pytest's exit code it would be bad."""
     try:
         return (yield)
     except Exception as error:
@@ -62,7 +62,7 @@ def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None
 
 @pytest.hookimpl(wrapper=True)
 def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object]:
-    """For `git bisect run`, so cannot one that lacks the case, or a folder or file that was named."""
+    """Tell `git bisect run` to skip a commit that lacks the case, or a folder or file on the command line."""
     try:
         return (yield)
     except pytest.UsageError as error:
@@ -79,20 +79,20 @@ def _cannot_test(error: Exception) -> int:
 
 
 def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path, ...]) -> list[str]:
-    there = [path for path in paths if Path(path.partition("::")[0]).exists()]
-    if there or case_files:
-        return [*there, *map(str, case_files)]
+    existing = [path for path in paths if Path(path.partition("::")[0]).exists()]
+    if existing or case_files:
+        return [*existing, *map(str, case_files)]
     root = config.rootpath
-    hint = "Give a path, or say perf_paths in the ini file."
+    hint = "Give a path, or set perf_paths in the ini file."
     if not config.invocation_params.dir.is_relative_to(root):
-        # pytest looks for its root folder before it knows our options, and takes their values for paths of tests.
+        # pytest chooses its root folder before it knows our options, and mistakes their values for paths of tests.
         hint = f"pytest took {root} for the root folder: write options with '=', as --perf-baselines=DIR."
     raise pytest.UsageError(f"--benchmark has nothing to run: {', '.join(paths)} does not exist. {hint}")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip tests that measure, unless measuring was asked for."""
+    """Skip tests that measure in a run without `--benchmark`."""
     if not config.getoption("perf_active"):
         for item in items:
             if not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ())):
@@ -101,15 +101,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def perf(request: pytest.FixtureRequest, benchmark: Any) -> Perf:
-    """Runs a case and judges it: `perf(case)`, `perf("package.module:factory", batch=4)`, or `perf(step)`."""
+    """Run a case and judge it: `perf(case)`, `perf("package.module:factory", batch=4)`, or `perf(step)`."""
     suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
-    made: Perf = suite.perf(request.node, benchmark)
-    return made
+    perf: Perf = suite.perf(request.node, benchmark)
+    return perf
 
 
 @pytest.fixture
 def perf_session(request: pytest.FixtureRequest) -> PerfSession:
-    """The session so far: its sound records by case id, unjudged runs, and text for its end."""
+    """Give access to the session's records, run jobs without judging them, and print sections at the end."""
     suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
     session: PerfSession = suite.session
     return session

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from hpc_core.case.case import Case
+from hpc_core.case.errors import SpecError
 from hpc_core.case.select import checked_cases
 from hpc_core.record.gpus import DEFAULT, gpu_named
 
@@ -16,10 +17,10 @@ _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
 def perf_cases(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Parametrize a test over its argument `case`: one test a case, called by its id, marked `gpu` if it needs one.
+    """Parametrize a test over its argument `case`: one test per case, named by its id and marked `gpu` if it needs a GPU.
 
     Raises:
-        SpecError: something is no case, or two share an id.
+        SpecError: an element is not a case, or two cases share an id.
     """
     checked = checked_cases(list(cases), "perf_cases")
     parameters = [
@@ -30,14 +31,14 @@ def perf_cases(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable
 
 
 def case_of(item: pytest.Item) -> Case | None:
-    """The case that a test is parametrized with."""
+    """Return the case that a test is parametrized with, or None."""
     callspec = getattr(item, "callspec", None)
     values = () if callspec is None else callspec.params.values()
     return next((value for value in values if isinstance(value, Case)), None)
 
 
 def case_id_of(item: pytest.Item) -> str:
-    """The id of a test's case: the parametrized one, or `<module>/<test>` for a test that brings a step of its own."""
+    """Return the id of a test's case; `<module>/<test>` for a test with a step of its own."""
     case = case_of(item)
     if case is not None:
         return case.id
@@ -49,10 +50,10 @@ def _plain(name: str) -> str:
 
 
 class CaseFile(pytest.Module):
-    """A user's file with a list CASES, collected as a test module with one test a case."""
+    """A user's file with a list CASES, collected as a test module with one test per case."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        """The file's own tests, and one for each of its cases."""
+        """Collect the file's own tests, and one test for each of its cases."""
 
         @perf_cases(self.obj.CASES)
         def test_case(case: Case, perf: Callable[[Case], Any]) -> None:
@@ -64,28 +65,26 @@ class CaseFile(pytest.Module):
 
 MARK = "perf_predicted"
 Extent = Literal["short", "all", "off"]
-"""How many predictions a run makes: those called short, all of them, or none."""
+"""Which predictions a run makes: the short set, all of them, or none."""
 
 
 def predicted_cases(
     cases: Iterable[Case], *, gpu: str = DEFAULT, short: Collection[str] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Parametrize a test over its argument `case`, and predict each for `gpu` instead of running it.
+    """Parametrize a test over its argument `case`, and predict each case for `gpu` instead of running it.
 
     Args:
-        cases: of generation and fine-tuning; no GPU is needed for any of them.
-        gpu: a name from `hpc_core.record.gpus`, or a part of one.
-        short: ids of those that also run without `--perf-predict all`.
+        cases: generation and fine-tuning. None of them needs a GPU.
+        gpu: a name from `hpc_core.record.gpus`, or an unambiguous part of one.
+        short: ids of the cases in the short set, which run without `--perf-predict all`.
 
     Raises:
-        PredictError: no kind of GPU has this name.
-        SpecError: something is no case, two share an id, or `short` names a case that is not there.
+        PredictError: no GPU, or more than one, has this name.
+        SpecError: an element is not a case, two cases share an id, or `short` names a case that is not in the list.
     """
     checked = checked_cases(list(cases), "predicted_cases")
     unknown = sorted(set(short) - {case.id for case in checked})
     if unknown:
-        from hpc_core.case.errors import SpecError
-
         raise SpecError(f"predicted_cases(short=…) names no case of its list: {', '.join(unknown)}.")
     name = gpu_named(gpu).name
     parameters = [
@@ -97,12 +96,12 @@ def predicted_cases(
 
 
 def predicted_gpu(item: pytest.Item) -> str | None:
-    """The GPU that a test's case is predicted for; None for a test that runs its case."""
+    """Return the GPU that a test's case is predicted for; None for a test that runs its case."""
     mark = item.get_closest_marker(MARK)
     return None if mark is None else str(mark.kwargs["gpu"])
 
 
 def takes_part(item: pytest.Item, extent: Extent) -> bool:
-    """Whether a prediction is among those that were asked for."""
+    """Return whether a prediction belongs to the set that this run makes."""
     mark = item.get_closest_marker(MARK)
     return mark is not None and (extent == "all" or (extent == "short" and bool(mark.kwargs["short"])))

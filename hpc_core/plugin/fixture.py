@@ -17,16 +17,16 @@ from hpc_core.case.errors import LaunchError, SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.plugin.cases import case_id_of, predicted_gpu
-from hpc_core.plugin.outcome import Ending, ending, properties
+from hpc_core.plugin.outcome import Outcome, outcome_of, properties
 from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Row
 
-ENDING = pytest.StashKey[Ending]()
-"""How the test is to end, once its case has run."""
-default_steps = 10
+OUTCOME = pytest.StashKey[Outcome]()
+"""The outcome of the test, once its case has run."""
+_DEFAULT_STEPS = 10
 
 
 class Perf:
@@ -45,7 +45,7 @@ class Perf:
         what: Case | str | Callable[[], Any],
         *,
         limits: Limits | None = None,
-        steps: int = default_steps,
+        steps: int = _DEFAULT_STEPS,
         timeout_s: float = 300.0,
         device: Literal["any", "cuda"] = "any",
         arguments: dict[str, Any] | None = None,
@@ -55,20 +55,20 @@ class Perf:
         """Run a case and judge it against its baseline.
 
         Args:
-            what: a `Case`; or "package.module:factory", which is called in a fresh process with the arguments and
-                returns the step; or a callable, which is measured in this process.
-            limits: of this case; for a `Case`, instead of its own.
+            what: a `Case`; "package.module:factory", which is called in a fresh process with the arguments and returns the
+                step; or a callable, which is measured in this process.
+            limits: limits of this case; they replace those of a `Case`.
             steps: how many steps of a factory or callable are timed.
             timeout_s: wall-clock seconds for a factory's case.
-            device: "cuda" for a factory that needs a GPU: elsewhere the test is skipped.
-            arguments: of the factory, for those called like one of these.
-            judge: False for a test whose own assertions are all there is: no baseline is asked for, and none written. A run that
-                broke, or was not what was asked, fails all the same.
-            **named: further arguments of the factory; JSON values.
+            device: "cuda" for a factory that needs a GPU. Without one, the test is skipped.
+            arguments: arguments of the factory whose names clash with those above.
+            judge: False for a test that relies on its own assertions: no baseline is read or written. A broken or invalid run
+                still fails.
+            **named: further arguments of the factory, as JSON values.
 
         Returns:
-            The record: `record.metrics["peak_bytes"].value`. Where there is nothing to compare with, the test goes on,
-            and is skipped at its end.
+            The record, as in `record.metrics["peak_bytes"].value`. If there is nothing to compare with, the test goes on and
+            is skipped at its end.
         """
         __tracebackhide__ = True
         if self._used:
@@ -77,7 +77,7 @@ class Perf:
         given = (arguments or {}) | named
         try:
             if not judge and limits is not None:
-                raise SpecError("perf(judge=False) judges nothing, so limits= would be ignored: drop one of the two.")
+                raise SpecError("perf(judge=False) ignores limits=. Drop one of the two.")
             if isinstance(what, Case):
                 case = _with_limits(what, limits, given)
             else:
@@ -91,13 +91,13 @@ class Perf:
             row = self._run(case, what, gpu, judge=judge)
         except LaunchError as error:
             self._end(
-                Ending(outcome="failed", blame="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
+                Outcome(result="failed", kind="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
             )
             raise
         self._report(row)
-        chosen = ending(row, strict=self._strict, command=self._command)
-        # With good numbers that only cannot be compared, the test's own assertions come first.
-        self._end(chosen, can_wait=row.record.status == "ok" and chosen.blame == "not comparable")
+        outcome = outcome_of(row, strict=self._strict, command=self._command)
+        # If sound numbers merely cannot be compared, the test's own assertions come first.
+        self._end(outcome, can_wait=row.record.status == "ok" and outcome.kind == "not comparable")
         return row.record
 
     def _run(self, case: Case, what: Case | str | Callable[[], Any], gpu: str | None, *, judge: bool) -> Row:
@@ -108,7 +108,7 @@ class Perf:
                 return self._runner.run_bare(case, what, self._command, judge=judge)
             return self._runner.run(case, self._command, judge=judge)
         except KeyboardInterrupt:
-            # pytest tears this test down after all filters are gone, and pytest-benchmark would warn that it was unused.
+            # pytest tears this test down without its warning filters, and pytest-benchmark would warn that it was unused.
             self._benchmark.skipped = True
             raise
 
@@ -124,7 +124,7 @@ class Perf:
     ) -> Case:
         if callable(what) and (arguments or _needed(what)):
             raise SpecError(
-                "A bare callable takes no arguments; name a factory: perf('package.module:factory', batch=4)."
+                "A bare callable takes no arguments. Name a factory instead: perf('package.module:factory', batch=4)."
             )
         factory = what if isinstance(what, str) else self._name_of_test()
         workload = CallableSpec(factory=factory, arguments=arguments, steps=steps, device=device)
@@ -137,21 +137,21 @@ class Perf:
         )
 
     def _name_of_test(self) -> str:
-        """A bare callable has no importable name of its own, so it goes by its test's."""
+        """Return the test's name for a bare callable, which has no importable name."""
         name = getattr(self._item, "originalname", None) or "test"
         return f"{''.join(c if c.isalnum() else '_' for c in self._item.path.stem)}:{name}"
 
     def _report(self, row: Row) -> None:
         self._item.user_properties += properties(row)
         self._benchmark.extra_info["record"] = _extra(row)
-        if row.record.status == "ok":  # a number of an invalid run enters no table
+        if row.record.status == "ok":  # numbers of an invalid run enter no table
             replay(self._item, self._benchmark, row.record.wall_samples)
 
-    def _end(self, chosen: Ending, *, can_wait: bool = False) -> None:
+    def _end(self, outcome: Outcome, *, can_wait: bool = False) -> None:
         __tracebackhide__ = True
-        self._item.stash[ENDING] = chosen
+        self._item.stash[OUTCOME] = outcome
         if not can_wait:
-            chosen.happen()
+            outcome.apply()
 
 
 def _needed(step: Callable[[], Any]) -> Sequence[str]:
@@ -165,14 +165,16 @@ def _needed(step: Callable[[], Any]) -> Sequence[str]:
 
 def _with_limits(case: Case, limits: Limits | None, arguments: dict[str, Any]) -> Case:
     if arguments:
-        raise SpecError(f"{case.id} is a whole case: vary() it instead of giving perf() {', '.join(arguments)}.")
+        raise SpecError(
+            f"{case.id} is a complete case: use case.vary() instead of passing perf() {', '.join(arguments)}."
+        )
     if limits is None:
         return case
     return type(case)(**{name: getattr(case, name) for name in case.__struct_fields__} | {"limits": limits})
 
 
 def _extra(row: Row) -> dict[str, Any]:
-    """What a reader of pytest-benchmark's JSON gets beside the statistics."""
+    """Return what pytest-benchmark's JSON holds in addition to its statistics."""
     judgement, seen = row.judgement, row.record.circumstances
     metrics = {} if row.record.status != "ok" else row.record.metrics
     return {
@@ -184,7 +186,7 @@ def _extra(row: Row) -> dict[str, Any]:
         "stack": dict(seen.stack),
         "metrics": {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()},
         "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
-        # All of it, so that `hpc-core report` needs no other file.
+        # The whole record, so that `hpc-core report` needs no other file.
         "record": msgspec.to_builtins(row.record),
     }
 
@@ -199,11 +201,11 @@ class PerfSession:
 
     @property
     def records(self) -> Mapping[str, Record]:
-        """What ran in this session and is sound, by case id."""
+        """The sound records of this session, by case id."""
         return {row.case: row.record for row in self._runner.rows if row.record.status == "ok"}
 
     def run(self, job: Job) -> Record:
-        """The record of a job in a process of its own, neither judged nor listed.
+        """Run a job in a process of its own, and neither judge nor list it.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -219,7 +221,7 @@ _TIMER = pytest.StashKey["ReplayTimer"]()
 
 
 class ReplayTimer:
-    """Tells recorded durations as if they passed between two calls: 0, first sample, 0, second sample."""
+    """A timer that replays recorded durations: it reads 0, the first sample, 0, the second sample, and so on."""
 
     __name__ = "replayed"  # pytest-benchmark prints a timer's name
 
@@ -227,29 +229,29 @@ class ReplayTimer:
         self._readings: Iterator[float] = iter(())
 
     def load(self, samples: Sequence[float]) -> None:
-        """Tell these durations next."""
+        """Replay these durations next."""
         self._readings = iter([reading for sample in samples for reading in (0.0, sample)])
 
     def __call__(self) -> float:
-        """The next reading; 0 once all are told."""
+        """Return the next reading; 0 after the last."""
         return next(self._readings, 0.0)
 
 
 def with_timer(item: pytest.Item, group: str) -> None:
-    """Give a test its replaying timer, and its group unless its author has chosen one."""
+    """Give a test its replaying timer, and its group unless its author has outcome one."""
     timer = item.stash[_TIMER] = ReplayTimer()
     own = item.get_closest_marker("benchmark")
-    said = {"group": group} | ({} if own is None else dict(own.kwargs))
-    # The closest marker wins and the others are not read at all, so it carries the author's arguments too.
-    item.add_marker(pytest.mark.benchmark(**(said | {"timer": timer})), append=False)
+    arguments = {"group": group} | ({} if own is None else dict(own.kwargs))
+    # pytest-benchmark reads only the closest marker, so it also carries the author's arguments.
+    item.add_marker(pytest.mark.benchmark(**(arguments | {"timer": timer})), append=False)
 
 
 def replay(item: pytest.Item, benchmark: Any, samples: Sequence[float]) -> None:
-    """Make these samples the rounds of this test's benchmark. Does nothing where pytest-benchmark is disabled."""
+    """Make these samples the rounds of this test's benchmark. Do nothing if pytest-benchmark is disabled."""
     if samples and benchmark.enabled:
         item.stash[_TIMER].load(samples)
         benchmark.pedantic(_nothing, rounds=len(samples))
 
 
 def _nothing() -> None:
-    """What pytest-benchmark believes to time."""
+    """The function that pytest-benchmark times."""

@@ -27,12 +27,12 @@ _GPU_WORD = re.compile(r"\bgpu\b")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for, without contradictions."""
+    """The options of a run. They do not contradict each other."""
 
     scale: Literal["tiny", "small", "full"] | None
     """None: every scale."""
     why_scale: str
-    """Who chose it, for the header."""
+    """Why this scale was chosen, for the header."""
     globs: tuple[str, ...]
     update: bool
     reason: str
@@ -41,39 +41,39 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     way: Way
     records: Path | None
     resume: Path | None
-    """Where an earlier call left records that may still hold."""
+    """The folder of records of an earlier run."""
     processes: int | Literal["auto"]
     budget_s: float | None
     case_files: tuple[Path, ...]
     fault: str | None
     predict: Extent
-    """How many predictions are made."""
+    """Which predictions are made."""
     paths: tuple[str, ...]
-    """What `--benchmark` runs without a path."""
+    """The folders that `--benchmark` runs when no path is given."""
     dirty: bool = False
-    """Numbers of uncommitted code may be accepted."""
+    """Whether numbers of uncommitted code may be accepted."""
     bisect: bool = False
-    """Exit codes are for `git bisect run`."""
+    """Whether exit codes are for `git bisect run`."""
     base: str | None = None
-    """The revision whose merge base is judged against."""
+    """The revision whose merge base provides the baselines."""
     waivers: tuple[Waiver, ...] = ()
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Options and ini options. Nothing happens without the first."""
+    """Add options and ini options. All of them need the first."""
     group = parser.getgroup("hpc-core", "performance regressions (hpc-core)")
     add = group.addoption
     add(
         "--benchmark",
         action="store_true",
         dest=ACTIVE,
-        help="run the performance suite: perf_paths, or the paths given",
+        help="run the performance suite: the given paths, or perf_paths",
     )
     add(
         "--perf-scale",
         choices=_SCALES,
         default=None,
-        help="tiny (CPU, seconds), small (CPU, true weights), full (GPU); auto: full on a GPU, else tiny",
+        help="tiny (CPU, seconds), small (CPU, real weights), full (GPU); auto: full on a GPU, else tiny",
     )
     add(
         "--case",
@@ -81,26 +81,26 @@ def add_options(parser: pytest.Parser) -> None:
         default=[],
         metavar="GLOB",
         dest="perf_case",
-        help="only cases whose whole id matches, as 'tiny/lora*'; repeatable",
+        help="run only cases whose full id matches, such as 'tiny/lora*'; repeatable",
     )
-    add("--perf-update", action="store_true", help="make what runs now the baseline; needs --reason")
+    add("--perf-update", action="store_true", help="make the results of this run the baselines; needs --reason")
     add(
         "--reason",
         default="",
         metavar="TEXT",
         dest="perf_reason",
-        help="why the new numbers are right; kept in the baseline",
+        help="why the new numbers are right; stored in the baseline",
     )
     add(
         "--perf-dirty",
         action="store_true",
-        help="with --perf-update: accept numbers of code that is not committed",
+        help="with --perf-update: accept numbers of uncommitted code",
     )
     add(
         "--perf-base",
         default=None,
         metavar="REV",
-        help="judge against the baselines of the merge base with REV, as origin/main: a baseline changed since is shown as such",
+        help="judge against the baselines of the merge base with REV (such as origin/main), and list the baselines that changed since",
     )
     add(
         "--perf-baselines",
@@ -111,38 +111,38 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--perf-strict",
         action="store_true",
-        help="fail, not skip, where nothing can be compared (exit code 10)",
+        help="fail instead of skip where nothing can be compared (exit code 10)",
     )
     add(
         "--perf-bisect",
         action="store_true",
-        help="for git bisect run: as --perf-strict, and exit 125 (skip this commit) where nothing got worse but the case cannot be judged",
+        help="for git bisect run: like --perf-strict, but exit with 125 (skip this commit) where nothing got worse and the case cannot be judged",
     )
     add("--perf-inline", action="store_true", help="run cases in this process, for --pdb")
     add(
         "--perf-launch",
         choices=("warm", "exec"),
         default="warm",
-        help="fork workers from a preloaded parent (default), or start an interpreter each",
+        help="fork workers from a preloaded parent (warm, the default), or start an interpreter for each (exec)",
     )
     add("--perf-records", default=None, metavar="DIR", help="write each record as DIR/<shape>/<variant>.json")
     add(
         "--perf-resume",
         default=None,
         metavar="DIR",
-        help="as --perf-records, and take what an earlier call left there if case, code, stack and machine are the same",
+        help="like --perf-records, and reuse the records of an earlier run there if case, code, stack and machine are the same",
     )
     add(
         "--perf-processes",
         default=None,
         metavar="N|auto",
-        help="processes a case, for its busy time (ini: perf_processes); auto, the default: 3 on a GPU, else 1",
+        help="processes per case, for its GPU-busy time (ini: perf_processes); auto, the default: 3 on a GPU, else 1",
     )
     add(
         "--perf-budget",
         default=None,
         metavar="MINUTES",
-        help="start no further process of a case once the run takes this long; with auto, run more until times are narrow",
+        help="start no further process of a case after this time; with auto, run more processes until their times agree",
     )
     add(
         "--perf-cases",
@@ -151,13 +151,13 @@ def add_options(parser: pytest.Parser) -> None:
         default=[],
         metavar="FILE",
         dest="perf_case_files",
-        help="a Python file whose CASES are run too (ini: perf_cases)",
+        help="also run the CASES of this Python file (ini: perf_cases)",
     )
     add(
         "--perf-fault",
         default=None,
         metavar="NAME",
-        help="inject a fault, to see whether the gate catches it",
+        help="inject a fault, to check that the gate catches it",
     )
     add(
         "--perf-predict",
@@ -165,18 +165,18 @@ def add_options(parser: pytest.Parser) -> None:
         default=None,
         help="predict GPU memory without a GPU: a short set (the default where none is visible), all cases, or none",
     )
-    parser.addini("perf_paths", "what --benchmark runs when no path is given", type="args", default=["bench"])
+    parser.addini("perf_paths", "paths that --benchmark runs when none is given", type="args", default=["bench"])
     parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
     parser.addini("perf_waivers", "file of waivers, below the root folder", default=WAIVERS)
-    parser.addini("perf_processes", "processes a case: a number, or auto", default="auto")
-    parser.addini("perf_cases", "Python files whose CASES are run too", type="args", default=[])
+    parser.addini("perf_processes", "processes per case: a number, or auto", default="auto")
+    parser.addini("perf_cases", "Python files whose CASES also run", type="args", default=[])
 
 
 def read_settings(config: pytest.Config) -> Settings:
-    """The settings of a run with `--benchmark`.
+    """Return the settings of a run with `--benchmark`.
 
     Raises:
-        pytest.UsageError: options contradict each other, or name what is not there.
+        pytest.UsageError: options contradict each other, or name something that does not exist.
     """
     option = config.getoption
     update, reason = bool(option("perf_update")), str(option("perf_reason")).strip()
@@ -186,7 +186,9 @@ def read_settings(config: pytest.Config) -> Settings:
     where = option("perf_baselines")
     records, resume = option("perf_records"), option("perf_resume")
     if records is not None and resume is not None:
-        raise pytest.UsageError("--perf-records and --perf-resume both say where records lie. Drop --perf-records.")
+        raise pytest.UsageError(
+            "--perf-records and --perf-resume both name the folder of records. Drop --perf-records."
+        )
     here = config.invocation_params.dir
     return Settings(
         scale=scale,
@@ -217,30 +219,34 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
     if not plugins.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark, which is switched off: drop -p no:benchmark.")
     if config.getoption("numprocesses", None) or config.getoption("tx", None):
-        raise pytest.UsageError("--benchmark with -n: cases that run at the same time disturb each other. Drop -n.")
+        raise pytest.UsageError("--benchmark with -n: cases that run in parallel disturb each other. Drop -n.")
     if update and not reason:
         raise pytest.UsageError('--perf-update needs --reason "…": why are the new numbers right?')
     if reason and not update:
-        raise pytest.UsageError("--reason belongs to --perf-update, which is missing: nothing would be written.")
+        raise pytest.UsageError("--reason needs --perf-update; without it nothing is written.")
     if config.getoption("perf_bisect") and (update or fault):
-        raise pytest.UsageError("--perf-bisect only judges: drop --perf-update and --perf-fault.")
+        raise pytest.UsageError("--perf-bisect only judges. Drop --perf-update and --perf-fault.")
     if config.getoption("perf_dirty") and not update:
-        raise pytest.UsageError("--perf-dirty belongs to --perf-update, which is missing: nothing would be written.")
+        raise pytest.UsageError("--perf-dirty needs --perf-update; without it nothing is written.")
     if fault and fault not in (known := _faults()):
-        raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. There are: {', '.join(known)}.")
+        raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. Faults: {', '.join(known)}.")
     if update and fault:
-        raise pytest.UsageError(f"--perf-fault {fault} with --perf-update: a faulted run is no baseline. Drop one.")
+        raise pytest.UsageError(
+            f"--perf-fault {fault} with --perf-update: a run with a fault cannot be a baseline. Drop one of the two."
+        )
 
 
 def _processes(config: pytest.Config) -> int | Literal["auto"]:
-    asked = config.getoption("perf_processes")
-    text = str(config.getini("perf_processes") if asked is None else asked).strip()
+    given = config.getoption("perf_processes")
+    text = str(config.getini("perf_processes") if given is None else given).strip()
     if text == "auto":
         return "auto"
     if not text.isdecimal() or not 1 <= int(text) <= MOST:
-        raise pytest.UsageError(f"--perf-processes: a number from 1 to {MOST}, or auto, got {text!r}.")
+        raise pytest.UsageError(f"--perf-processes: expected a number from 1 to {MOST}, or auto, got {text!r}.")
     if int(text) > 1 and config.getoption("perf_inline"):
-        raise pytest.UsageError(f"--perf-processes {text} with --perf-inline: inline there is one process. Drop one.")
+        raise pytest.UsageError(
+            f"--perf-processes {text} with --perf-inline: an inline run has one process. Drop one of the two."
+        )
     return int(text)
 
 
@@ -253,19 +259,19 @@ def _budget_s(config: pytest.Config) -> float | None:
     except ValueError:
         minutes = math.nan
     if not 0 < minutes < math.inf:
-        raise pytest.UsageError(f"--perf-budget: minutes above 0, got {text!r}.")
+        raise pytest.UsageError(f"--perf-budget: expected minutes above 0, got {text!r}.")
     return minutes * 60
 
 
 def _faults() -> list[str]:
-    # Named, not imported: faults belong to the measuring half, but their names need no torch.
+    # Imported by name, since faults belong to the measuring half. Their names need no torch.
     return sorted(importlib.import_module("hpc_core.faults.catalogue").FAULTS)
 
 
 def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | None, str]:
-    asked = config.getoption("perf_scale")
-    if asked in ("tiny", "small", "full"):
-        return asked, "as asked"
+    given = config.getoption("perf_scale")
+    if given in ("tiny", "small", "full"):
+        return given, "--perf-scale"
     if config.getoption("perf_case"):
         return None, "--case"
     if _GPU_WORD.search(str(config.getoption("markexpr", ""))):
@@ -275,42 +281,42 @@ def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | No
 
 
 def _extent(config: pytest.Config, why_scale: str) -> Extent:
-    """All where cases are named one by one; the short set where no GPU could measure; none where a scale was asked for."""
-    asked = config.getoption("perf_predict")
-    if asked is not None:
-        return cast("Extent", asked)
+    """Choose all predictions with `--case`, the short set where no GPU is visible, and none where a scale was chosen."""
+    given = config.getoption("perf_predict")
+    if given is not None:
+        return cast("Extent", given)
     if why_scale == "--case":
         return "all"
-    return "off" if why_scale in ("as asked", "-m") or visible_gpus() else "short"
+    return "off" if why_scale in ("--perf-scale", "-m") or visible_gpus() else "short"
 
 
 def _case_files(config: pytest.Config) -> tuple[Path, ...]:
-    asked = [config.invocation_params.dir / name for name in config.getoption("perf_case_files")]
-    stated = [config.rootpath / name for name in config.getini("perf_cases")]
-    files = tuple(dict.fromkeys(path.resolve() for path in [*asked, *stated]))
+    given = [config.invocation_params.dir / name for name in config.getoption("perf_case_files")]
+    configured = [config.rootpath / name for name in config.getini("perf_cases")]
+    files = tuple(dict.fromkeys(path.resolve() for path in [*given, *configured]))
     for path in files:
         try:
-            load_case_file(path)  # what is wrong with it should be one line, not a collection error
+            load_case_file(path)  # so that an error is one line, not a collection error
         except SpecError as error:
             raise pytest.UsageError(str(error)) from error
     return files
 
 
 WAIVERS = "perf-waivers.toml"
-"""Its name below the root folder, unless the ini file says another."""
+"""The default name, below the root folder."""
 
 
 def read_waivers(config: pytest.Config) -> tuple[Waiver, ...]:
-    """The entries of the file; none where there is no file and the ini file names none.
+    """Read the file of waivers. Return none if the file is missing and the ini file does not name it.
 
     Raises:
-        pytest.UsageError: a file that is named and not there, or that cannot be read as waivers.
+        pytest.UsageError: the file that the ini file names does not exist, or a file is not valid.
     """
     name = str(config.getini("perf_waivers"))
     path = config.rootpath / name
     if not path.exists():
         if name != WAIVERS:
-            raise pytest.UsageError(f"perf_waivers: there is no file {path}.")
+            raise pytest.UsageError(f"perf_waivers: the file {path} does not exist.")
         return ()
     try:
         return waivers_from_toml(path.read_text(encoding="utf-8"), name)

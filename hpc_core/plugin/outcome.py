@@ -13,24 +13,24 @@ from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.report.entry import Row
 
-Blame = Literal["worse", "broken", "not comparable", "other"]
-"""What made a test fail: a number, the run itself, nothing to compare with, or something that is not ours."""
+FailureKind = Literal["worse", "broken", "not comparable", "other"]
+"""Why a test failed: a number, a broken run, nothing to compare with, or the test's own code."""
 _TO_INSTALL = ("missing_library", "missing_data")
 _BAD = (Verdict.REGRESSED, Verdict.INVALID)
 
 
-class Ending(msgspec.Struct, frozen=True, kw_only=True):
-    """How a test ends."""
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of a test, with the text that pytest shows."""
 
-    outcome: Literal["passed", "failed", "skipped"]
-    blame: Blame = "other"
+    result: Literal["passed", "failed", "skipped"]
+    kind: FailureKind = "other"
     text: str = ""
 
-    def happen(self) -> None:
-        """Fail or skip the running test, or do nothing."""
-        if self.outcome == "failed":
+    def apply(self) -> None:
+        """Fail or skip the running test, or do nothing if it passed."""
+        if self.result == "failed":
             self._fail()
-        if self.outcome == "skipped":
+        if self.result == "skipped":
             pytest.skip(self.text)
 
     def _fail(self) -> NoReturn:
@@ -38,29 +38,29 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True):
         pytest.fail(self.text, pytrace=False)
 
 
-def ending(row: Row, *, strict: bool, command: str) -> Ending:
-    """The ending that a row deserves; `command` runs just this case."""
+def outcome_of(row: Row, *, strict: bool, command: str) -> Outcome:
+    """Return the outcome of a case's row; `command` runs only this case."""
     failure, judgement = row.record.failure, row.judgement
     again = f"Run it again: {command}"
     if failure is not None:
         headline = f"{failure.kind} in {failure.phase}: {failure.message}"
         if failure.kind in _TO_INSTALL:
-            outcome: Literal["failed", "skipped"] = "failed" if strict else "skipped"
-            return Ending(outcome=outcome, blame="not comparable", text=f"{row.case}: {headline}")
-        return Ending(outcome="failed", blame="broken", text=_paragraph(headline, failure.detail, again))
+            missing: Literal["failed", "skipped"] = "failed" if strict else "skipped"
+            return Outcome(result=missing, kind="not comparable", text=f"{row.case}: {headline}")
+        return Outcome(result="failed", kind="broken", text=_paragraph(headline, failure.detail, again))
     if row.refused is not None:
-        return Ending(outcome="failed", blame="worse", text=_paragraph(row.refused, again))
+        return Outcome(result="failed", kind="worse", text=_paragraph(row.refused, again))
     if judgement is None:
-        return Ending(outcome="passed")
-    outcome_ = judgement.outcome(strict=strict)
-    if row.expired and outcome_ != "failed":
-        return Ending(outcome="failed", blame="worse", text=_paragraph(*row.expired, again))
-    if outcome_ == "passed":
-        return Ending(outcome="passed")
-    if outcome_ == "skipped":
-        return Ending(outcome="skipped", blame="not comparable", text=f"{judgement.verdict}: {judgement.headline}")
-    blame: Blame = "worse" if judgement.verdict in _BAD else "not comparable"
-    return Ending(outcome="failed", blame=blame, text=_explained(row, judgement, again, command))
+        return Outcome(result="passed")
+    result = judgement.outcome(strict=strict)
+    if row.expired and result != "failed":
+        return Outcome(result="failed", kind="worse", text=_paragraph(*row.expired, again))
+    if result == "passed":
+        return Outcome(result="passed")
+    if result == "skipped":
+        return Outcome(result="skipped", kind="not comparable", text=f"{judgement.verdict}: {judgement.headline}")
+    kind: FailureKind = "worse" if judgement.verdict in _BAD else "not comparable"
+    return Outcome(result="failed", kind=kind, text=_explained(row, judgement, again, command))
 
 
 def _paragraph(*parts: str) -> str:
@@ -68,8 +68,8 @@ def _paragraph(*parts: str) -> str:
 
 
 def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
-    """Headline, each bad metric, suspects, what next, how to accept, how to run it again."""
-    # What holds for the case as a whole, such as a missing baseline, is not said again for each metric.
+    """Return headline, cause, each bad metric, suspects, the next step, and the commands to accept and to run again."""
+    # A reason that holds for the whole case, such as a missing baseline, is not repeated for each metric.
     alike = [each for each in judgement.metrics if each.verdict is judgement.verdict]
     bad = [each for each in alike if each.reason != judgement.reason or each.change is not None]
     moved = f"Suspects, moved since the baseline: {', '.join(judgement.moved)}" if judgement.moved and bad else ""
@@ -102,7 +102,7 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
 
 
 def _bisect(row: Row, command: str) -> str:
-    """Return what finds the commit that made a case worse; empty where no commit lies between."""
+    """Return the command that finds the commit which made a case worse; empty if no commit lies between."""
     bad = row.record.circumstances.commit
     if bad is None or bad == row.good_commit or row.judgement is None or row.judgement.verdict is not Verdict.REGRESSED:
         return ""
@@ -120,7 +120,7 @@ def _metric_line(case: str, row: MetricVerdict) -> str:
 
 
 def properties(row: Row) -> list[tuple[str, object]]:
-    """What JUnit's XML says of a test: case, digest, verdict, headline, the two lines of its cause, and each metric's value."""
+    """Return the properties of a test in JUnit's XML: case, digest, verdict, headline, cause, and each metric's value."""
     found: list[tuple[str, object]] = [
         ("perf_case", row.case),
         ("perf_digest", row.record.case.digest),
@@ -135,19 +135,19 @@ def properties(row: Row) -> list[tuple[str, object]]:
     return found
 
 
-def exit_code(blames: Collection[Blame]) -> int:
-    """1 if anything got worse or another test failed, else 11 if a run broke, else 10."""
-    if set(blames) <= {"not comparable"}:
+def exit_code(kinds: Collection[FailureKind]) -> int:
+    """Return 1 if anything got worse or another test failed, else 11 if a run broke, else 10."""
+    if set(kinds) <= {"not comparable"}:
         return ExitCode.NOT_COMPARABLE
-    return ExitCode.BROKEN if set(blames) <= {"not comparable", "broken"} else ExitCode.FAILED
+    return ExitCode.BROKEN if set(kinds) <= {"not comparable", "broken"} else ExitCode.FAILED
 
 
-def bisect_exit_code(exit_status: int, blames: Collection[Blame]) -> ExitCode:
+def bisect_exit_code(exit_status: int, kinds: Collection[FailureKind]) -> ExitCode:
     """Return what `git bisect run` reads as bad, good, or a commit that cannot be tested.
 
-    A commit is bad only if a number got worse. Whatever else went wrong says nothing about it: the code does not import, a run
-    broke, there is nothing to compare with.
+    A commit is bad only if a number got worse. Code that does not import, a broken run, and a missing baseline say nothing
+    about it.
     """
-    if "worse" in blames:
+    if "worse" in kinds:
         return ExitCode.FAILED
     return ExitCode.OK if exit_status == ExitCode.OK else ExitCode.CANNOT_TEST

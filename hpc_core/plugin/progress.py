@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from typing import TextIO
 
 _TICK_S = 0.5
-# Make room for a line below without leaving this one, remember the place, write below, come back.
+# Scroll if this is the last line, save the cursor, write the line below, and return.
 _BELOW = "\x1bD\x1b[A\x1b7\x1b[B\r{text}\x1b[K\x1b8"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: "8 s", "2 min 05 s", "1 h 02 min"."""
+    """Format seconds: "8 s", "2 min 05 s", "1 h 02 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -29,10 +29,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts cases and shows where the run is.
+    """Count cases, and show where the run is.
 
     Args:
-        ticking: keep the seconds moving from a thread; not where cases run in this very process.
+        ticking: update the seconds from a thread. False if cases run in this process.
     """
 
     def __init__(self, *, ticking: bool = True) -> None:
@@ -46,12 +46,12 @@ class Progress:
         self._phase = ""
 
     def show_on(self, fd: int) -> None:
-        """Keep a live line on the terminal that this descriptor is; it may be redirected later."""
+        """Show a live line on the terminal of this file descriptor, which may be redirected later."""
         self._stream = os.fdopen(os.dup(fd), "w", encoding="utf-8", errors="replace")
 
     @property
     def count(self) -> str:
-        """The case that runs, or ran last, of how many: "3/14"."""
+        """The number of the current or last case, and of all: "3/14"."""
         return f"{self._done}/{max(self.total, self._done)}"
 
     @property
@@ -61,7 +61,7 @@ class Progress:
 
     @contextlib.contextmanager
     def case(self, case_id: str) -> Iterator[None]:
-        """A case runs; its line is gone afterwards."""
+        """Show a line while a case runs, and remove it afterwards."""
         if self._done == 0:
             self._began = time.monotonic()
         self._done += 1
@@ -83,13 +83,13 @@ class Progress:
             self._write("")
 
     def phase(self, name: str) -> None:
-        """The case enters a phase."""
+        """Show that the case enters a phase."""
         self._phase = name
         if self._stream is not None:
             self._draw()
 
     def close(self) -> None:
-        """Leave the terminal alone. May be called again."""
+        """Release the terminal. May be called again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
@@ -108,7 +108,7 @@ class Progress:
         self._write(" · ".join(parts)[: shutil.get_terminal_size().columns - 1])
 
     def _write(self, text: str) -> None:
-        # A terminal that is gone must not fail a test.
+        # A closed terminal must not fail a test.
         with contextlib.suppress(OSError, ValueError):
             if self._stream is not None:
                 self._stream.write(_BELOW.format(text=text))

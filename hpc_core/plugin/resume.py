@@ -29,13 +29,13 @@ _CODES = "code-states.json"
 
 
 class Earlier:
-    """The records that an earlier call left in a folder.
+    """The records that an earlier run left in a folder.
 
     Args:
-        folder: where they lie, as `--perf-records` writes them. May be empty or not there yet.
-        plan: how many processes a case should have.
-        baselines: a folder whose changes do not matter: accepting a case must not void the records of the others.
-        fault: injected in this run.
+        folder: the records, as `--perf-records` writes them. It may be empty or missing.
+        plan: how many processes a case needs.
+        baselines: changes in this folder are ignored: accepting one case must not invalidate the records of others.
+        fault: the fault that this run injects.
     """
 
     def __init__(self, folder: Path, plan: Plan, *, baselines: Path, fault: str | None = None) -> None:
@@ -44,8 +44,8 @@ class Earlier:
         self._fault = fault
         self._code = code_state(Path.cwd(), (folder, baselines))
         self._codes = self._read_codes()
-        self.said: list[str] = []
-        """One line a record that was found: taken, or why not."""
+        self.notes: list[str] = []
+        """A line for each record that was found: reused, or why not."""
 
     def _read_codes(self) -> dict[str, str]:
         try:
@@ -54,9 +54,9 @@ class Earlier:
             return {}
 
     def record(self, case: Case, device: Literal["cpu", "cuda"]) -> Record | None:
-        """The record of this case that can stand in for a run; None if there is none, which `said` explains.
+        """Return the record of this case that can replace a run, or None; `notes` explains why.
 
-        It may have fewer processes than planned: what is missing can be added on the same GPU.
+        It may have fewer processes than planned: the missing ones can be added on the same GPU.
         """
         path = self._folder / f"{case.id}.json"
         if not path.exists():
@@ -64,18 +64,18 @@ class Earlier:
         try:
             found = record_from_json(path.read_bytes())
         except (OSError, SpecError) as error:
-            self.said.append(f"{case.id} runs again: {path} is no record ({error})")
+            self.notes.append(f"{case.id} runs again: {path} is not a record ({error})")
             return None
         why = self._moved(found, case, device)
-        self.said.append(
-            f"{case.id} taken from {path}, of {found.circumstances.started_at}"
+        self.notes.append(
+            f"{case.id} reused from {path}, measured at {found.circumstances.started_at}"
             if why is None
             else f"{case.id} runs again: {why}"
         )
         return found if why is None else None
 
     def _moved(self, found: Record, case: Case, device: Literal["cpu", "cuda"]) -> str | None:
-        """Why an earlier record says nothing of what would run now, or None."""
+        """Return why an earlier record cannot replace a run now, or None."""
         seen, revision, now = found.circumstances, commit()[0], stack(device)
         packages = [name for name in sorted(now | seen.stack) if seen.stack.get(name) != now.get(name)]
         done, gpu = max(1, len(found.processes)), seen.gpu.get("before", {}).get("uuid")
@@ -84,16 +84,16 @@ class Earlier:
             (found.case.digest != case.digest, f"the case changed, digest {found.case.digest} to {case.digest}"),
             (seen.fault != self._fault, f"the earlier run had the fault {seen.fault}, this one has {self._fault}"),
             (seen.machine.key != machine(device).key, f"it was measured on {seen.machine.key}"),
-            (bool(packages), f"{', '.join(packages)} moved since"),
+            (bool(packages), f"{', '.join(packages)} changed since"),
             (seen.commit != revision, f"it was measured at commit {seen.commit}, this is {revision}"),
-            (revision is None, "neither git nor HPC_CORE_COMMIT says which code this is"),
-            (self._codes.get(case.id) != self._code, "what is not committed differs from what it was measured with"),
-            (done < self._plan.total(found) and gpu != _gpu_uuid(), f"it has {done} processes, of another GPU"),
+            (revision is None, "neither git nor HPC_CORE_COMMIT identifies this code"),
+            (self._codes.get(case.id) != self._code, "uncommitted changes differ from those that it was measured with"),
+            (done < self._plan.total(found) and gpu != _gpu_uuid(), f"its {done} processes ran on another GPU"),
         )
         return next((reason for is_so, reason in checks if is_so), None)
 
     def keep(self, case_id: str) -> None:
-        """Say beside a record that was just written which code it is of."""
+        """Store which code a record that was just written belongs to."""
         if self._codes.get(case_id) != self._code:
             self._codes[case_id] = self._code
             write_whole(self._folder / _CODES, msgspec.json.encode(self._codes, order="sorted") + b"\n")
@@ -105,9 +105,9 @@ def _gpu_uuid() -> str | None:
 
 
 def code_state(folder: Path, ignoring: Sequence[Path] = ()) -> str:
-    """A digest of commit and uncommitted changes of the git repository around `folder`, new files included.
+    """Return a digest of commit and uncommitted changes of the git repository around `folder`, new files included.
 
-    Outside a repository, or without git, it says what `environment.commit` says: there only a stated commit is known.
+    Outside a repository, or without git, it names the commit that `environment.commit` returns.
     """
     excluded = [f":(exclude){path.resolve()}" for path in ignoring if path.resolve().is_relative_to(folder.resolve())]
     digest = hashlib.sha256()
@@ -117,12 +117,12 @@ def code_state(folder: Path, ignoring: Sequence[Path] = ()) -> str:
             ["diff", "HEAD", "--binary", "--", ".", *excluded],
             ["ls-files", "-z", "--others", "--exclude-standard", "--", ".", *excluded],
         ):
-            said = git(folder, *arguments)
+            output = git(folder, *arguments)
             if arguments[0] != "ls-files":
-                digest.update(said)
+                digest.update(output)
     except RepositoryError:
         return f"no git, commit {commit(str(folder))[0]}"
-    for name in sorted(filter(None, said.split(b"\0"))):
+    for name in sorted(filter(None, output.split(b"\0"))):
         path = folder / name.decode("utf-8", "surrogateescape")
         if path.suffix in CODE_SUFFIXES and path.is_file():
             digest.update(name + b"\0" + path.read_bytes())

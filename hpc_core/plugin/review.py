@@ -27,10 +27,10 @@ from hpc_core.report.lines import change_line, waiver_line
 
 
 class Review:
-    """Judges records, and knows what a report must say beside the verdicts."""
+    """Judge records, and report which baselines changed and what is waived."""
 
     def __init__(self, settings: Settings, today: datetime.date | None = None) -> None:
-        """Read the baselines of the merge base, where one was named.
+        """Read the baselines of the merge base, if `--perf-base` is given.
 
         Raises:
             pytest.UsageError: git knows no such merge base.
@@ -39,14 +39,14 @@ class Review:
         self._today = today or datetime.datetime.now(datetime.UTC).date()
         self._base = _at_merge_base(settings.baselines, settings.base)
         self.known: tuple[str, ...] | None = None
-        """Ids of all cases of the suite; None if only a part of it was collected."""
+        """Ids of all cases of the suite; None if only part of it was collected."""
 
     def judged(self, record: Record, alpha: float) -> Judgement:
-        """The verdict on a record, with what excuses it; `alpha` is its share of the suite's false alarms."""
+        """Judge a record, and apply its waivers; `alpha` is its share of the suite's false alarms."""
         key, case_id = record.circumstances.machine.key, record.case.id
         here = find(self._settings.baselines, key, case_id)
-        kept = partial(sessions, self._settings.baselines, key, case_id, digest=record.case.digest)
-        judgement = _against(record, here, kept, alpha)
+        accepted_sessions = partial(sessions, self._settings.baselines, key, case_id, digest=record.case.digest)
+        judgement = _against(record, here, accepted_sessions, alpha)
         if self._base is not None:
             there = self._base.find(key, case_id)
             past = partial(self._base.sessions, key, case_id, digest=record.case.digest)
@@ -54,17 +54,17 @@ class Review:
         return waived(judgement, record, self._settings.waivers, self._today)
 
     def good_commit(self, record: Record) -> str | None:
-        """Return the commit whose numbers the record's baseline holds; None where that is unknown, or had uncommitted changes."""
+        """Return the commit that the record's baseline was measured at; None if it is unknown or had uncommitted changes."""
         key, case_id = record.circumstances.machine.key, record.case.id
         lookup = find(self._settings.baselines, key, case_id) if self._base is None else self._base.find(key, case_id)
         return lookup.accepted.commit if isinstance(lookup, Baseline) and not lookup.accepted.dirty else None
 
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
-        """A sentence on each waiver whose day has passed: of a case, or of all."""
+        """Return a sentence for each expired waiver: of one case, or of all."""
         return expired(self._settings.waivers, self._today, case_id)
 
     def sections(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
-        """Titles and texts for the end of a run: the baselines that changed, the waivers."""
+        """Return titles and texts for the end of a run: the baselines that changed, and the waivers."""
         found = []
         if self._base is not None:
             title = f"baselines changed since the merge base with {self._settings.base} ({self._base.commit[:10]})"
@@ -76,12 +76,14 @@ class Review:
         return found
 
 
-def _against(record: Record, lookup: Lookup, kept: Callable[[], tuple[Session, ...]], alpha: float) -> Judgement:
-    """The verdict by a baseline and the sessions that were accepted for it; a damaged history is a damaged baseline."""
+def _against(
+    record: Record, lookup: Lookup, accepted_sessions: Callable[[], tuple[Session, ...]], alpha: float
+) -> Judgement:
+    """Judge by a baseline and the sessions that were accepted for it. A damaged history counts as a damaged baseline."""
     if not isinstance(lookup, Baseline):
         return judge(record, lookup, alpha=alpha)
     try:
-        found = sessions_of_regime([session.metrics for session in kept()], lookup.metrics)
+        found = sessions_of_regime([session.metrics for session in accepted_sessions()], lookup.metrics)
     except BaselineError as error:
         return judge(record, Damaged(path=f"the history of {record.case.id}", reason=str(error)), alpha=alpha)
     return judge(record, lookup, sessions=found, alpha=alpha)

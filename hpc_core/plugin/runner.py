@@ -41,21 +41,21 @@ from hpc_core.report.entry import Row, grown
 
 
 class Runner:
-    """One launcher for a whole session, and the rows it gave.
+    """Run and judge the cases of a session with one launcher, and collect their rows.
 
-    `enough` says whether a case's busy times, one a process, suffice; it is asked where there is a time budget.
+    `enough` decides whether a case's busy times, one per process, suffice. It is called if there is a time budget.
     """
 
     def __init__(self, settings: Settings, progress: Progress, review: Review, *, enough: Enough = narrow) -> None:
         self._enough = enough
         self.rows: list[Row] = []
         self.alpha = SUITE_ALPHA
-        """The share of the suite's false alarms that one case has."""
+        """The share of the suite's false alarms that each case has."""
         self._settings = settings
         self._review = review
         self._progress = progress
         self._machine: Circumstances | None = None
-        """What the machine can do and how fast it is today: ceilings and canary, measured once a session."""
+        """Ceilings and canary of the machine, measured once per session."""
         self._plan = Plan(processes=settings.processes, budget_s=settings.budget_s)
         self._began: float | None = None
         self.earlier: Earlier | None = None
@@ -63,22 +63,22 @@ class Runner:
             self.earlier = Earlier(settings.resume, self._plan, baselines=settings.baselines, fault=settings.fault)
         self._process = ""
         inline = settings.way == "inline"
-        self._launcher = Launcher(settings.way, on_event=lambda _, event: self._heard(event), debug=inline)
+        self._launcher = Launcher(settings.way, on_event=lambda _, event: self._on_event(event), debug=inline)
         self._predicting: Launcher | None = None
-        """Made with the first prediction: its parent is another than that of cases that run."""
+        """Created for the first prediction; its forkserver differs from that of cases that run."""
 
-    def _heard(self, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         if isinstance(event, Phase):
             self._progress.phase(f"{self._process}{event.name}")
 
     def run(self, case: Case, command: str, *, judge: bool = True) -> Row:
-        """Run the case in a process of its own, and judge it; `command` is what runs just this case.
+        """Run the case in a process of its own, and judge it; `command` runs only this case.
 
-        Without `judge` no baseline is looked at or written; what is no sound record is bad all the same.
+        Without `judge` no baseline is read or written; a broken or invalid record still fails.
 
         Raises:
             LaunchError: no worker can be started at all.
-            Exception: under `--perf-inline`, whatever the code under test raises.
+            Exception: under `--perf-inline`, any exception of the code under test.
         """
         self._began = time.monotonic() if self._began is None else self._began
         with self._progress.case(case.id):
@@ -89,7 +89,7 @@ class Runner:
         return None if self.earlier is None else self.earlier.record(case, _device_of(case))
 
     def _first(self, case: Case) -> Record:
-        """The record of the full process."""
+        """Run the first process, which measures everything."""
         if self._settings.way == "inline":
             load_measuring_half()
         else:
@@ -107,7 +107,7 @@ class Runner:
 
     def _replicated(self, case: Case, first: Record) -> Record:
         if self._settings.way == "inline":
-            return first  # a further process is what this way does not have
+            return first  # an inline run has one process
         job = Job(case=case, device=_device(case), fault=self._settings.fault, kind=Repeat())
 
         def further(number: int, total: int) -> Record:
@@ -135,19 +135,19 @@ class Runner:
 
     def _predicting_launcher(self) -> Launcher:
         if self._predicting is None:
-            # Never inline: the empty CUDA device must be there before torch is imported.
+            # Never inline: the fake CUDA device must exist before torch is imported.
             way = "warm" if self._settings.way == "inline" else self._settings.way
-            self._predicting = Launcher(way, on_event=lambda _, event: self._heard(event), predicting=True)
+            self._predicting = Launcher(way, on_event=lambda _, event: self._on_event(event), predicting=True)
         return self._predicting
 
     def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
-            record = measure_here(case, step, self._heard)
+            record = measure_here(case, step, self._on_event)
         return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def run_unjudged(self, job: Job) -> Record:
-        """Run a job as it is, and neither judge nor list it: for tests of the suite itself.
+        """Run a job, and neither judge nor list it: for tests of the suite itself.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -159,7 +159,7 @@ class Runner:
             return self._launcher.run(msgspec.structs.replace(job, device=_device(job.case)))
 
     def _measured_machine(self, case: Case) -> Circumstances:
-        """Once a session; a failure leaves the numbers without ceilings and canary, and the next case says why it fails."""
+        """Measure the machine once per session. If that fails, numbers have no ceilings and canary, and the case reports the failure."""
         if self._machine is None:
             job = Job(case=case, device="cuda", kind=MeasureCeilings(canary=True))
             self._machine = self._launcher.run(job).circumstances
@@ -172,7 +172,7 @@ class Runner:
         return row
 
     def _keep(self, record: Record) -> None:
-        """Write the record where it was asked for; a sound one may stand in for a run in a later call."""
+        """Write the record if a folder is given, so that a later run can reuse it."""
         if self._settings.records is not None:
             write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
             if self.earlier is not None:
@@ -211,11 +211,11 @@ class Runner:
             )
         except BaselineError as error:
             return msgspec.structs.replace(row, refused=str(error))
-        # Judged again: a limit that the case's owner has set is not lifted by accepting a number beyond it.
+        # Judge again: accepting a number beyond the case's limit does not lift the limit.
         return msgspec.structs.replace(row, acceptance=acceptance, judgement=self._judgement(row.record))
 
     def close(self) -> None:
-        """Leave no process and no live line. May be called again."""
+        """End all processes and remove the live line. May be called again."""
         self._launcher.close()
         if self._predicting is not None:
             self._predicting.close()
@@ -227,7 +227,7 @@ def _device_of(case: Case) -> Literal["cpu", "cuda"]:
 
 
 def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:
-    """A step of the user's own runs on the GPU where there is one, whatever scale it is filed under."""
+    """Choose the device. A step of the user's own runs on the GPU if there is one, whatever its scale."""
     if not visible_gpus():
         return "auto"
     if isinstance(case.workload, CallableSpec) or case.scale != "tiny":
@@ -239,22 +239,24 @@ NOTE = "measured in the test process: time is reported, not gated"
 
 
 def load_measuring_half() -> None:
-    """Import torch and what measures with it. What their imports warn of is not the user's affair."""
+    """Import torch and the measuring half, without the warnings of their imports."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         importlib.import_module("hpc_core.worker.perform")
 
 
 def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], None]) -> Record:
-    """The record of calling `step`. What the step raises leaves this function, for the traceback and for `--pdb`.
+    """Measure calls of `step` in this process. Exceptions of the step propagate, for the traceback and for `--pdb`.
+
+    Exact metrics are gated. Busy time is only reported, because it includes whatever else this process does.
 
     Raises:
         ModuleNotFoundError: torch is not installed.
-        Exception: whatever the step raises.
+        Exception: any exception of the step.
     """
     began = time.perf_counter()
     load_measuring_half()
-    # Named, not imported: the plugin must load, and collect, without torch.
+    # Imported by name: the plugin must load, and collect, without torch.
     perform = importlib.import_module("hpc_core.worker.perform").perform
     job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")
     record: Record = perform(job, emit, began=began, step=step)

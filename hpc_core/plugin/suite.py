@@ -18,9 +18,9 @@ from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
-from hpc_core.plugin.fixture import ENDING, Perf, PerfSession, with_timer
+from hpc_core.plugin.fixture import OUTCOME, Perf, PerfSession, with_timer
 from hpc_core.plugin.options import Settings
-from hpc_core.plugin.outcome import Blame, bisect_exit_code, exit_code
+from hpc_core.plugin.outcome import FailureKind, bisect_exit_code, exit_code
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
@@ -31,12 +31,12 @@ from hpc_core.report.terminal import render
 
 NAME = "hpc-core-suite"
 _NO_GPU = "needs a CUDA GPU: none is visible"
-_ENDS = (pytest.fail.Exception, pytest.skip.Exception)
+_OUTCOMES = (pytest.fail.Exception, pytest.skip.Exception)
 _UNUSED = "ignore:Benchmark fixture was not used at all"
 
 
 def uses_perf(item: pytest.Item) -> bool:
-    """Whether a test takes part in performance runs."""
+    """Return whether a test takes part in performance runs."""
     return not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
@@ -47,7 +47,7 @@ class Suite:
         self._config = config
         self._settings = settings
         self._locks = GpuLocks()
-        self._blames: list[Blame] = []
+        self._failure_kinds: list[FailureKind] = []
         self._plain = False
         self._progress = Progress(ticking=settings.way != "inline")
         self._review = Review(settings)
@@ -55,12 +55,12 @@ class Suite:
         self.session = PerfSession(self._runner)
 
     def perf(self, item: pytest.Item, benchmark: Any) -> Perf:
-        """The fixture's value for one test."""
+        """Return the fixture's value for one test."""
         return Perf(item, benchmark, self._runner, strict=self._settings.strict, command=self._command(item))
 
     def _command(self, item: pytest.Item) -> str:
-        """The one line that runs just this case."""
-        # A file that pytest only collects when it is named, such as bench/studies/original_report/original_report.py, must be named.
+        """Return the command that runs only this case."""
+        # A file that pytest only collects when it is named, such as bench/studies/original_report/original_report.py, must be named here too.
         own = self._is_found(item.path) and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
         path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
@@ -70,7 +70,7 @@ class Suite:
         return f"pytest --benchmark {path}--case '{case_id_of(item)}'{fault}"
 
     def _is_found(self, path: Path) -> bool:
-        """Whether pytest collects this file by its name, without being told."""
+        """Return whether pytest collects a file of this name by itself."""
         return any(fnmatchcase(path.name, pattern) for pattern in self._config.getini("python_files"))
 
     def _short(self, path: Path) -> str:
@@ -78,7 +78,7 @@ class Suite:
         return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
     def pytest_sessionstart(self) -> None:
-        """Choose how to say where the run is: a live line on a terminal, a line a case elsewhere, nothing if quiet."""
+        """Choose how progress is shown: a live line on a terminal, a line per case elsewhere, nothing with -q."""
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self._config.get_verbosity() < 0:
             return
@@ -88,7 +88,7 @@ class Suite:
         self._plain = not reporter.isatty and self._config.get_verbosity() == 0
 
     def pytest_report_header(self) -> str:
-        """What runs where."""
+        """Return the header: scale, baselines, and how workers are started."""
         settings = self._settings
         what = f"scale {settings.scale or 'any'} ({settings.why_scale})"
         fault = f", fault {settings.fault}" if settings.fault else ""
@@ -97,22 +97,22 @@ class Suite:
         return f"hpc-core: {__version__}, {what}{predict}, {where}, {settings.way}{fault}"
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-        """A case file below a folder that runs anyway: pytest 9 drops the file from its arguments for the folder's sake."""
+        """Collect a case file below a folder that also runs: pytest 9 drops such a file from its arguments."""
         own = file_path.resolve() in self._settings.case_files
         if not own or parent.session.isinitpath(file_path) or self._is_found(file_path):
-            return None  # no case file, or one that pytest collects by itself
+            return None  # not a case file, or one that pytest collects by itself
         return self.pytest_pycollect_makemodule(file_path, parent)
 
     def pytest_pycollect_makemodule(self, module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-        """A case file is a test module whose tests are its cases."""
+        """Collect a case file as a test module whose tests are its cases."""
         if module_path.resolve() not in self._settings.case_files:
             return None
-        made: pytest.Module = CaseFile.from_parent(parent, path=module_path)
-        return made
+        module: pytest.Module = CaseFile.from_parent(parent, path=module_path)
+        return module
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keep what was asked for, and give each kept test its timer."""
+        """Keep the chosen tests, and give each of them its timer."""
         taking_part = [item for item in items if uses_perf(item)]
         ids = [case_id_of(item) for item in taking_part]
         if config.args_source is not pytest.Config.ArgsSource.ARGS:
@@ -121,7 +121,7 @@ class Suite:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
         dropped = [item for item in taking_part if not self._is_chosen(item)]
-        _refuse_twins([item for item in taking_part if item not in dropped])
+        _refuse_duplicates([item for item in taking_part if item not in dropped])
         if dropped:
             gone = set(dropped)
             config.hook.pytest_deselected(items=dropped)
@@ -136,15 +136,15 @@ class Suite:
             return False
         if predicted_gpu(item) is not None:
             return takes_part(item, self._settings.predict)
-        # A test that brings a step of its own belongs to no scale.
+        # A test with a step of its own belongs to no scale.
         return case is None or self._settings.scale in (None, case.scale)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Count what will run, and divide the suite's false alarms over it; a case divides its share over its metrics."""
+        """Count what will run, and divide the suite's false alarms over the cases. A case divides its share over its metrics."""
         self._progress.total = sum(
             uses_perf(item) and item.get_closest_marker("skip") is None for item in session.items
         )
-        # A prediction has no time to be judged by an interval. Cases that turn out to have none leave their share unused.
+        # A prediction has no time that an interval could judge. Measured cases without one leave their share unused.
         self._runner.alpha = share(
             sum(
                 uses_perf(item) and item.get_closest_marker("skip") is None and predicted_gpu(item) is None
@@ -154,7 +154,7 @@ class Suite:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        """Hold the GPUs before the first test."""
+        """Lock the GPUs before the first test."""
         if self._progress.total and not session.config.option.collectonly:
             try:
                 self._locks.take(visible_gpus())
@@ -163,33 +163,33 @@ class Suite:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-        """End a test that had nothing to compare with, once its own assertions have passed."""
+        """Apply the outcome of a test that had nothing to compare with, once its own assertions have passed."""
         result = yield
-        ending = pyfuncitem.stash.get(ENDING, None)
-        if ending is not None:
-            ending.happen()
+        outcome = pyfuncitem.stash.get(OUTCOME, None)
+        if outcome is not None:
+            outcome.apply()
         return result
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Note what a failure is to blame on; say that a skip is the test's, not the plugin's."""
+        """Record why a test failed, and report a skip at the test's line instead of the plugin's."""
         report = yield
-        ending = item.stash.get(ENDING, None)
+        outcome = item.stash.get(OUTCOME, None)
         raised = None if call.excinfo is None else call.excinfo.value
-        ours = ending is not None and isinstance(raised, _ENDS) and raised.msg == ending.text
+        ours = outcome is not None and isinstance(raised, _OUTCOMES) and raised.msg == outcome.text
         if report.failed:
-            self._blames.append(ending.blame if ours and ending is not None else "other")
-        if report.skipped and ours and ending is not None:
+            self._failure_kinds.append(outcome.kind if ours and outcome is not None else "other")
+        if report.skipped and ours and outcome is not None:
             path, line, _ = item.location
-            report.longrepr = (path, (line or 0) + 1, f"Skipped: {ending.text}")
+            report.longrepr = (path, (line or 0) + 1, f"Skipped: {outcome.text}")
         if call.when == "call" and uses_perf(item) and self._plain and self._runner.rows:
-            self._say(item)
+            self._print_row(item)
         return report
 
-    def _say(self, item: pytest.Item) -> None:
-        """Where there is no terminal, one line a case."""
+    def _print_row(self, item: pytest.Item) -> None:
+        """Print one line for a case where there is no terminal."""
         row = self._runner.rows[-1]
         if row.case != case_id_of(item):
             return
@@ -201,7 +201,7 @@ class Suite:
         reporter.write_line(f"  [{self._progress.count}] {row.case}  {row.verdict}  {took}  {headline}".rstrip())
 
     def pytest_report_teststatus(self, report: pytest.CollectReport | pytest.TestReport) -> tuple[str, str, str] | None:
-        """No letter for a test that has its own line."""
+        """Print no letter for a test that has its own line."""
         if (
             not self._plain
             or report.when != "call"
@@ -212,10 +212,10 @@ class Suite:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
-        """No process stays; the exit code tells worse, broken and not comparable apart.
+        """End all processes, and choose the exit code: worse, broken or not comparable.
 
-        Entered before pytest-benchmark's: where no case gave a number it has nothing to save and warns, which in a project
-        that makes warnings errors would be a traceback in place of the failures that explain it.
+        Runs around pytest-benchmark's own hook. Without any numbers that hook warns that there is nothing to save. In a project
+        that turns warnings into errors, this would be a traceback that hides the failures.
         """
         warnings.filterwarnings("ignore", message="Not saving anything, no benchmarks have been run")
         try:
@@ -223,21 +223,21 @@ class Suite:
         finally:
             self._runner.close()
             self._locks.release()
-            if exitstatus == pytest.ExitCode.TESTS_FAILED and self._blames:
-                session.exitstatus = exit_code(self._blames)
+            if exitstatus == pytest.ExitCode.TESTS_FAILED and self._failure_kinds:
+                session.exitstatus = exit_code(self._failure_kinds)
             elif exitstatus == pytest.ExitCode.OK and self._review.expired():
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
             if self._settings.bisect:
-                session.exitstatus = bisect_exit_code(exitstatus, self._blames)
+                session.exitstatus = bisect_exit_code(exitstatus, self._failure_kinds)
 
     def pytest_unconfigure(self) -> None:
-        """As above, where a session never began or never finished."""
+        """End all processes of a session that never began or never finished."""
         self._runner.close()
         self._locks.release()
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> Generator[None, object, object]:
-        """Our table, after pytest-benchmark's."""
+        """Print our table after pytest-benchmark's."""
         try:
             result = yield
         finally:
@@ -246,9 +246,9 @@ class Suite:
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
                 terminalreporter.write_line(text)
-            if self._runner.earlier is not None and self._runner.earlier.said:
+            if self._runner.earlier is not None and self._runner.earlier.notes:
                 terminalreporter.section("resumed", sep="=")
-                terminalreporter.write_line("\n".join(self._runner.earlier.said))
+                terminalreporter.write_line("\n".join(self._runner.earlier.notes))
             for title, text in [*self._review.sections(self._runner.rows), *self.session.shown]:
                 terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
@@ -256,7 +256,7 @@ class Suite:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:
-        """GPU and stack beside pytest-benchmark's own facts; nothing that changes from run to run."""
+        """Add machine and stack to pytest-benchmark's facts; nothing that changes from run to run."""
         device = "cuda" if visible_gpus() else "cpu"
         where = machine("cuda" if device == "cuda" else "cpu")
         machine_info["hpc_core"] = {
@@ -268,28 +268,28 @@ class Suite:
 
 
 def _took(record: Record) -> str:
-    """Seconds of the case's processes, and how many there were if more than one."""
+    """Return how long the case's processes took, and how many there were if more than one."""
     processes = record.processes
     if not processes:
         return duration(sum(record.circumstances.phase_s.values()))
     return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} processes"
 
 
-def _refuse_twins(items: list[pytest.Item]) -> None:
+def _refuse_duplicates(items: list[pytest.Item]) -> None:
     seen: dict[tuple[str, str | None], str] = {}
     for item in items:
         other = seen.setdefault((case_id_of(item), predicted_gpu(item)), item.nodeid)
         if other != item.nodeid:
             raise pytest.UsageError(
-                f"two tests have the case {case_id_of(item)!r}, and so one baseline: {other} and {item.nodeid}. "
-                "Rename one."
+                f"two tests share the case {case_id_of(item)!r}, and so its baseline: {other} and {item.nodeid}. "
+                "Rename one of them."
             )
 
 
 def _prepare(item: pytest.Item) -> None:
     case = case_of(item)
     with_timer(item, f"{case.scale} {case.kind}" if case is not None else case_id_of(item).partition("/")[0])
-    # A case that fails before it has samples leaves pytest-benchmark's fixture unused; that is no second problem.
+    # A case that fails before it has samples leaves pytest-benchmark's fixture unused; it should not warn about that.
     item.add_marker(pytest.mark.filterwarnings(_UNUSED))
     if item.get_closest_marker("gpu") is not None and not visible_gpus():
         item.add_marker(pytest.mark.skip(reason=_NO_GPU))

@@ -42,7 +42,7 @@ def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
         "*assert 1073741824 < 1073741824",
         "invalid: It ran without the quantization that was asked for.",
         "crash in build: it went wrong.",
-        "perf(judge=False) judges nothing, so limits= would be ignored: drop one of the two.",
+        "perf(judge=False) ignores limits=. Drop one of the two.",
         "test_own/test_sound *OK*",
     ])  # fmt: skip
     assert (pytester.path / "out.json").exists()

@@ -45,13 +45,13 @@ def test_an_update_needs_a_reason(refused: Refused) -> None:
     """Numbers are accepted with a reason or not at all; a reason alone does nothing and says so."""
     assert "needs --reason" in refused("--perf-update")
     assert "needs --reason" in refused("--perf-update", "--reason", "  ")
-    assert "belongs to --perf-update" in refused("--reason", "because")
+    assert "--reason needs --perf-update" in refused("--reason", "because")
 
 
 def test_a_fault_is_never_accepted(refused: Refused) -> None:
     """An injected fault and an update exclude each other; an unknown fault is told the known ones."""
     fault = next(iter(FAULTS))
-    assert "no baseline" in refused("--perf-fault", fault, "--perf-update", "--reason", "x")
+    assert "cannot be a baseline" in refused("--perf-fault", fault, "--perf-update", "--reason", "x")
     assert fault in refused("--perf-fault", "unheard-of")
 
 
@@ -96,7 +96,7 @@ def test_a_case_file_that_is_wrong(refused: Refused, tmp_path: Path, text: str |
 def test_two_tests_cannot_share_a_baseline(pytester: pytest.Pytester, refused: Refused) -> None:
     """Two tests with one case would overwrite each other's baseline."""
     (pytester.path / "bench" / "test_again.py").write_text((pytester.path / "bench" / "test_all.py").read_text())
-    assert "Rename one" in refused()
+    assert "Rename one of them" in refused()
 
 
 def test_own_cases_are_collected_beside_the_suite(pytester: pytest.Pytester, refused: Refused) -> None:

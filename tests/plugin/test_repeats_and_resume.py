@@ -87,7 +87,7 @@ def test_a_spent_budget_ends_it_and_is_said() -> None:
     """Nothing starts once the budget is spent; a case that should have had more says so, with the numbers."""
     record, asked = ran(timed(1.0), Plan(processes=5, budget_s=20.0), 1.0)
     assert asked == [(2, 5), (3, 5)]
-    assert record.circumstances.notes[0].startswith("the time budget ended with 3 of 5 processes of tiny/lora")
+    assert record.circumstances.notes[0].startswith("the time budget ended after 3 of 5 processes of tiny/lora")
 
 
 def test_a_broken_case_has_no_further_process() -> None:
@@ -149,18 +149,18 @@ def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
     (repository / "log.txt").write_text("no code")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") == record
-    assert again.said == [
-        f"tiny/lora taken from {repository}/records/tiny/lora.json, of {record.circumstances.started_at}"
+    assert again.notes == [
+        f"tiny/lora reused from {repository}/records/tiny/lora.json, measured at {record.circumstances.started_at}"
     ]
     assert again.record(a_case("tiny/other"), "cpu") is None
-    assert len(again.said) == 1  # what never ran needs no word
+    assert len(again.notes) == 1  # what never ran needs no word
 
 
 @pytest.mark.parametrize(
     ("changes", "named", "why"),
     [
         ({"commit": "0123abc"}, {}, "it was measured at commit 0123abc, this is"),
-        ({"stack": {"torch": "1.0"}}, {}, "torch, .*moved since"),
+        ({"stack": {"torch": "1.0"}}, {}, "torch, .*changed since"),
         ({"machine": a_record().circumstances.machine}, {}, "it was measured on nvidia-h100"),
         ({}, {"fault": "rank"}, "the earlier run had the fault None, this one has rank"),
     ],
@@ -172,8 +172,8 @@ def test_a_record_of_anything_else_is_not(
     record = left(repository / "records", **changes)
     again = earlier(repository / "records", **named)
     assert again.record(record.case, "cpu") is None
-    assert again.said[0].startswith("tiny/lora runs again: ")
-    assert re.search(why, again.said[0]), again.said
+    assert again.notes[0].startswith("tiny/lora runs again: ")
+    assert re.search(why, again.notes[0]), again.notes
 
 
 @pytest.mark.parametrize("name", ["code.py", "new.py"])
@@ -183,19 +183,19 @@ def test_code_that_is_not_committed_counts(repository: Path, name: str) -> None:
     (repository / name).write_text("x = 2\n")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
-    assert "what is not committed differs" in again.said[0]
+    assert "uncommitted changes differ" in again.notes[0]
     left(repository / "records")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
 
 
 def test_a_damaged_record_runs_again(repository: Path) -> None:
-    """Half a file is no record, and no traceback."""
+    """Half a file is not a record, and no traceback."""
     record = left(repository / "records")
     path = repository / "records" / "tiny" / "lora.json"
     path.write_bytes(path.read_bytes()[:100])
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
-    assert "is no record" in again.said[0]
+    assert "is not a record" in again.notes[0]
 
 
 def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.M
     record = left(tmp_path / "records")
     again = earlier(tmp_path / "records")
     assert again.record(record.case, "cpu") is None
-    assert "neither git nor HPC_CORE_COMMIT" in again.said[0]
+    assert "neither git nor HPC_CORE_COMMIT" in again.notes[0]
     environment.commit.cache_clear()
     assert code_state(tmp_path) == "no git, commit None"
     environment.commit.cache_clear()
@@ -276,7 +276,9 @@ def test_a_second_call_takes_what_the_first_left(
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")
     assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True, True]
-    result.stdout.fnmatch_lines(["*= resumed =*", "test_own/test_step taken from *left/test_own/test_step.json, of *"])
+    result.stdout.fnmatch_lines(
+        ["*= resumed =*", "test_own/test_step reused from *left/test_own/test_step.json, measured at *"]
+    )
     record = record_from_json((pytester.path / "left" / "test_own" / "test_step.json").read_text())
     assert len(record.processes) == 4
 
@@ -284,13 +286,13 @@ def test_a_second_call_takes_what_the_first_left(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--perf-processes=0",), "--perf-processes: a number from 1 to 12, or auto, got '0'"),
+        (("--perf-processes=0",), "--perf-processes: expected a number from 1 to 12, or auto, got '0'"),
         (("--perf-processes=many",), "got 'many'"),
-        (("--perf-processes=2", "--perf-inline"), "inline there is one process"),
-        (("--perf-budget=0",), "--perf-budget: minutes above 0, got '0'"),
+        (("--perf-processes=2", "--perf-inline"), "an inline run has one process"),
+        (("--perf-budget=0",), "--perf-budget: expected minutes above 0, got '0'"),
         (("--perf-budget=inf",), "got 'inf'"),
         (("--perf-budget=soon",), "got 'soon'"),
-        (("--perf-records=a", "--perf-resume=b"), "both say where records lie"),
+        (("--perf-records=a", "--perf-resume=b"), "both name the folder of records"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run: Run, options: tuple[str, ...], said: str) -> None:
