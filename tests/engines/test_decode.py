@@ -232,8 +232,8 @@ def test_a_prediction_is_refused() -> None:
     [
         ({"head": "int8"}, "head belongs to engine='graph'"),
         ({"kernels": "torch", "eos_every": 4}, "kernels, eos_every belongs to engine='graph'"),
-        ({"engine": "graph", "cache": "static"}, "drop cache='static'"),
-        ({"engine": "graph", "batch": 33}, "a batch of 1 to 32, got 33"),
+        ({"engine": "graph", "cache": "static"}, "remove cache='static'"),
+        ({"engine": "graph", "batch": 33}, "supports batches of 1 to 32, got 33"),
         ({"engine": "graph", "temperature": 0.0}, "temperature must be above 0"),
         ({"engine": "graph", "top_k": 3}, "top_k=3 needs a temperature"),
         ({"engine": "graph", "cache_step": 0}, "cache_step must be at least 1"),
@@ -248,12 +248,12 @@ def test_specs_that_contradict_themselves_are_refused(workload: dict[str, Any], 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ({"adapter": AdapterSpec()}, "not built yet for engine='stock'.*runs it merged"),
+        ({"adapter": AdapterSpec()}, "does not generate with an adapter.*which merges it"),
         (
             {"engine": "graph", "quantization": QuantSpec(kind="int8", compute_dtype="float16")},
             "no kernels for LLM.int8",
         ),
-        ({"engine": "graph", "attention": "eager"}, "brings its own attention"),
+        ({"engine": "graph", "attention": "eager"}, "has its own attention"),
     ],
 )
 def test_cases_that_the_engine_cannot_run_are_refused(case: dict[str, Any], message: str) -> None:

@@ -39,8 +39,8 @@ def _case(**switches: Any) -> Case:
     ("switches", "says"),
     [
         ({"fusion": "liger", "compile": "layers"}, "compiled already"),
-        ({"loss": "liger", "graph": True}, "say loss='chunked'"),
-        ({"loss": "liger", "fusion": "blocks"}, "say loss='chunked'"),
+        ({"loss": "liger", "graph": True}, "use loss='chunked'"),
+        ({"loss": "liger", "fusion": "blocks"}, "use loss='chunked'"),
         ({"fusion": "liger", "budget_bytes": 1 << 30}, "budget_bytes needs fusion='blocks'"),
     ],
 )
