@@ -18,7 +18,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 MEASURING = {"audit", "builders", "engines", "faults", "instruments", "integrations", "predict", "worker"}
-IMPORT_SECONDS = 0.2
 
 WITHOUT_TORCH = """
 import importlib, pkgutil, sys
@@ -28,11 +27,10 @@ module = importlib.import_module(sys.argv[1])
 for found in pkgutil.walk_packages(getattr(module, "__path__", []), sys.argv[1] + "."):
     importlib.import_module(found.name)
 """
-TIMED_IMPORT = """
-import sys, time
-start = time.perf_counter()
+LOADED = """
+import sys
 import hpc_core
-print(time.perf_counter() - start, "torch" in sys.modules)
+print(sorted({"torch", "numpy", "pytest"} & set(sys.modules)))
 """
 
 
@@ -64,14 +62,6 @@ def contracts() -> list[dict[str, Any]]:
     return found
 
 
-def exported(tree: ast.Module) -> set[str]:
-    """The names in a module's `__all__`."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
-            return set(ast.literal_eval(node.value))
-    return set()
-
-
 def test_modules_are_named_for_what_they_do() -> None:
     """No module is a drawer for what has no place."""
     drawers = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
@@ -90,14 +80,9 @@ def test_the_judging_half_works_without_torch(name: str) -> None:
     python(WITHOUT_TORCH, f"hpc_core.{name}")
 
 
-def test_importing_the_package_is_quick_and_loads_no_torch() -> None:
-    """`import hpc_core` costs a user's test session nothing to speak of (best of five, since a busy machine delays)."""
-    seconds = []
-    for _ in range(5):
-        took, torch_loaded = python(TIMED_IMPORT).split()
-        assert torch_loaded == "False"
-        seconds.append(float(took))
-    assert min(seconds) < IMPORT_SECONDS
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    """`import hpc_core` costs a test session nothing: it loads neither torch nor numpy nor pytest."""
+    assert python(LOADED).strip() == "[]"
 
 
 def test_no_public_name_is_a_module_too() -> None:
@@ -105,15 +90,6 @@ def test_no_public_name_is_a_module_too() -> None:
     import hpc_core
 
     assert not [name for name in hpc_core.__all__ if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=relative)
-def test_what_is_exported_is_described(path: Path) -> None:
-    """Each function and class that a module exports has a docstring."""
-    tree = ast.parse(path.read_text())
-    names = exported(tree)
-    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
-    assert [node.name for node in public if node.name in names and not ast.get_docstring(node)] == []
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)

@@ -27,15 +27,15 @@ BASELINES = Path(__file__).parents[2] / "baselines"
 LORA = catalogue()["tiny/lora"]
 
 LEAKS = {
-    "class_forward": "LlamaMLP.forward from tests.leaky_factories",
-    "function": "modeling_llama.apply_rotary_pos_emb from tests.leaky_factories",
-    "whole_class": "modeling_llama.LlamaRMSNorm from tests.leaky_factories",
+    "class_forward": "LlamaMLP.forward from tests.audit.leaky_factories",
+    "function": "modeling_llama.apply_rotary_pos_emb from tests.audit.leaky_factories",
+    "whole_class": "modeling_llama.LlamaRMSNorm from tests.audit.leaky_factories",
 }
 
 
 def leaking(factory: str) -> Job:
     """A case whose factory patches transformers for its whole process."""
-    workload = CallableSpec(factory=f"tests.leaky_factories:{factory}", steps=1)
+    workload = CallableSpec(factory=f"tests.audit.leaky_factories:{factory}", steps=1)
     return Job(case=Case(id="own/leaky", scale="tiny", workload=workload), device="cpu")
 
 

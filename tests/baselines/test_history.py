@@ -15,7 +15,7 @@ from hpc_core.baselines.history import HISTORY_LENGTH
 from hpc_core.baselines.over_time import over_time
 from hpc_core.cli import main
 from hpc_core.record.record import Record, record_to_json
-from tests.git_project import GitProject
+from tests.record.git_project import GitProject
 from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, peak
 
 CASE = "tiny/lora"

@@ -15,7 +15,7 @@ from hpc_core.baselines.history import HISTORY_BYTES, HISTORY_LENGTH, sessions
 from hpc_core.baselines.lookup import history_path
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Record, record_from_json
-from tests.git_project import GitProject
+from tests.record.git_project import GitProject
 from tests.strategies import CPU, H100, a_case, a_record, around, busy, counted, peak, wall
 
 CASE = "tiny/lora"

@@ -34,7 +34,7 @@ from hpc_core.launch import forkserver
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.main import run_job
-from tests.predicting import predicted, values
+from tests.predict.predicting import predicted, values
 
 _CPU = torch.device("cpu")
 _SHORT: dict[str, Any] = {"prompts": 1, "prompt_length": 20, "new_tokens": 6}

@@ -14,8 +14,8 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.profiles import profile_path
 from hpc_core.cli import main
 from hpc_core.record.record import record_to_json
-from tests.git_project import GitProject
-from tests.profiles import a_profile, weights
+from tests.explain.profiles import a_profile, weights
+from tests.record.git_project import GitProject
 from tests.strategies import a_case, a_record, around, failed_record, peak
 
 ROOT = Path(__file__).parents[2]

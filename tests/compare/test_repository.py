@@ -20,7 +20,7 @@ from hpc_core.compare.arrange import KINDS, SideOptions, arrange
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.describe import check_protocol, described
 from hpc_core.compare.environments import side_of
-from tests.compare_repository import STEP, git, repository
+from tests.compare.compare_repository import STEP, git, repository
 
 ROOT = Path(__file__).parents[2]
 FILE = ("--cases", "perf_cases.py")

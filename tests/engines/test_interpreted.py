@@ -14,10 +14,10 @@ pytest.importorskip("triton", reason="triton is not installed: extra test")
 
 def test_kernels_give_what_torchs_operators_give() -> None:
     """4-bit products of every kind, what stands between the products of a prefill, and whole steps; layers that do not fit are refused."""
-    from tests.interpreted import SHAPES
+    from tests.engines.interpreted import SHAPES
 
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.interpreted"],
+        [sys.executable, "-m", "tests.engines.interpreted"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -35,7 +35,15 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
-from tests.profiles import GIB, HEAD, MLP, MODULES, a_profile, seen, weights
+from tests.explain.profiles import (
+    GIB,
+    HEAD,
+    MLP,
+    MODULES,
+    a_profile,
+    seen,
+    weights,
+)
 from tests.strategies import H100, around, busy, counted, peak
 
 

@@ -21,7 +21,7 @@ from hpc_core.gate.intervals import (
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
 from hpc_core.record.record import Metric
-from tests.judging import stored
+from tests.gate.judging import stored
 from tests.strategies import a_record, around, busy, counted
 
 STEADY = [

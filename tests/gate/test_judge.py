@@ -13,7 +13,7 @@ from hpc_core.case.parts import AdapterSpec
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record.record import Machine, Metric
-from tests.judging import CPU_BYTES, UPDATE, baseline
+from tests.gate.judging import CPU_BYTES, UPDATE, baseline
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
 

@@ -21,7 +21,7 @@ from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Metric, Record
-from tests.judging import busy_interval, paired_interval, stored
+from tests.gate.judging import busy_interval, paired_interval, stored
 from tests.strategies import a_record, busy, counted, metrics, names, peak, percentages, records
 
 GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]

@@ -15,7 +15,7 @@ from hpc_core.gate.judge import judge
 from hpc_core.gate.pull_request import Side, judge_pull_request
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.record import Metric, Record
-from tests.judging import stored
+from tests.gate.judging import stored
 from tests.strategies import STACK, a_record, busy, counted, failed_record, peak
 
 NONE = Missing(path="base")

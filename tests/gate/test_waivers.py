@@ -14,7 +14,7 @@ from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import Waiver, expired, waived, waivers_from_toml
 from hpc_core.record.record import Metric, Record
-from tests.judging import stored
+from tests.gate.judging import stored
 from tests.strategies import a_record, busy, counted, peak
 
 TODAY = datetime.date(2026, 11, 24)

@@ -58,7 +58,7 @@ def marker() -> Iterator[str]:
 
 
 def job(marker: str, *, hang: bool, timeout_s: float = 60.0) -> Job:
-    factory = "tests.launch_factories:leaves_children"
+    factory = "tests.launch.launch_factories:leaves_children"
     workload = CallableSpec(factory=factory, arguments={"marker": marker, "hang": hang}, steps=1)
     return Job(case=Case(id="own/family", scale="tiny", workload=workload, timeout_s=timeout_s), device="cpu")
 
@@ -129,7 +129,7 @@ def test_a_worker_does_not_survive_its_supervisor(warm: Launcher, listening: Lis
             workers.extend(supervisor.children())
             supervisor.kill()
 
-    workload = CallableSpec(factory="tests.launch_factories:hangs", steps=1)
+    workload = CallableSpec(factory="tests.launch.launch_factories:hangs", steps=1)
     hanging = Job(case=Case(id="own/hangs", scale="tiny", workload=workload, timeout_s=20), device="cpu")
     listening.listener = kill_supervisor
     record = warm.run(hanging)

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def job(factory: str, *, timeout_s: float = 60.0, **arguments: Any) -> Job:
-    workload = CallableSpec(factory=f"tests.launch_factories:{factory}", arguments=arguments, steps=3)
+    workload = CallableSpec(factory=f"tests.launch.launch_factories:{factory}", arguments=arguments, steps=3)
     return Job(case=Case(id="own/case", scale="tiny", workload=workload, timeout_s=timeout_s), device="cpu")
 
 

@@ -19,8 +19,8 @@ import pytest
 from hpc_core.baselines.reading import read_records
 from hpc_core.report.csv import records_csv
 from hpc_core.report.entry import entries_of
-from tests.scripted_launcher import SAMPLES
-from tests.scripted_project import Run, scripted_project
+from tests.plugin.scripted_launcher import SAMPLES
+from tests.plugin.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 

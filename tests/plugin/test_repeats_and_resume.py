@@ -24,7 +24,7 @@ from hpc_core.record.record import (
     record_from_json,
     record_to_json,
 )
-from tests.scripted_launcher import ScriptedLauncher
+from tests.plugin.scripted_launcher import ScriptedLauncher
 from tests.strategies import a_case, a_record
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from hpc_core.plugin import runner
-from tests.git_project import GitProject
-from tests.scripted_launcher import ScriptedLauncher
+from tests.plugin.scripted_launcher import ScriptedLauncher
+from tests.record.git_project import GitProject
 
 pytestmark = pytest.mark.slow
 Run = Callable[..., pytest.RunResult]

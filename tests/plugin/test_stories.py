@@ -13,8 +13,8 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.lookup import find
 from hpc_core.record.record import record_from_json
-from tests.scripted_launcher import SAMPLES
-from tests.scripted_project import Run, scripted_project
+from tests.plugin.scripted_launcher import SAMPLES
+from tests.plugin.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.scripted_project import Run, scripted_project
+from tests.plugin.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from hpc_core.case.parts import DataSpec, ModelSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import TINY, generate, tiny
 from hpc_core.record.record import Record, record_from_json, record_to_json
-from tests.predicting import predicted, values
+from tests.predict.predicting import predicted, values
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 from hpc_core.case.case import Case
 from hpc_core.catalogue import TINY
 from hpc_core.record.record import Record
-from tests.predicting import predicted
+from tests.predict.predicting import predicted
 
 pytestmark = pytest.mark.nightly
 

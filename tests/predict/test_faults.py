@@ -17,7 +17,7 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown, safe
 from hpc_core.report.page import page
 from hpc_core.report.terminal import render
-from tests.predicting import GPU, predicted_jobs
+from tests.predict.predicting import GPU, predicted_jobs
 
 SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}
 

@@ -15,7 +15,7 @@ shim.load()
 from hpc_core.worker.main import run_job
 from hpc_core.record.job import Job, Predict
 from hpc_core.catalogue import catalogue
-from tests.predicting import GPU
+from tests.predict.predicting import GPU
 gc.disable()  # nothing is freed by chance
 for name in ("tiny/qlora", "tiny/generate-nf4"):
     record = run_job(Job(case=catalogue()[name], kind=Predict(gpu=GPU)), lambda event: None)

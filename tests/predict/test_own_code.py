@@ -17,8 +17,8 @@ from hpc_core.case.workloads import CallableSpec
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
-from tests import own_steps
-from tests.predicting import predicted, values
+from tests.predict import own_steps
+from tests.predict.predicting import predicted, values
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def _case(name: str, factory: str, **arguments: Any) -> Case:
     return Case(
         id=f"own/{name}",
         scale="tiny",
-        workload=CallableSpec(factory=f"tests.own_steps:{factory}", arguments=arguments),
+        workload=CallableSpec(factory=f"tests.predict.own_steps:{factory}", arguments=arguments),
     )
 
 

@@ -16,7 +16,7 @@ from hpc_core.catalogue import (
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
-from tests.predicting import GPU, predicted, values
+from tests.predict.predicting import GPU, predicted, values
 
 pytestmark = pytest.mark.slow
 

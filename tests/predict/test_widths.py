@@ -13,7 +13,7 @@ from hpc_core.predict.watch import Counts
 from hpc_core.record.job import Job
 from hpc_core.worker.perform import perform
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
-from tests.predicting import predicted
+from tests.predict.predicting import predicted
 
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 

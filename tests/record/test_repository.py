@@ -18,7 +18,7 @@ from hpc_core.record.git import (
     merge_base,
     revisions_of,
 )
-from tests.git_project import GitProject
+from tests.record.git_project import GitProject
 
 
 @pytest.fixture

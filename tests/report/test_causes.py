@@ -30,10 +30,27 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, VEGA_BYTES, page
 from hpc_core.report.terminal import render
-from tests.hostile import check_error, check_markdown, check_page, numbers, texts
-from tests.many_records import H100, failed, many, with_metric
-from tests.profiles import GIB, HEAD, MLP, a_profile, weights
-from tests.profiles import seen as a_seen
+from tests.explain.profiles import (
+    GIB,
+    HEAD,
+    MLP,
+    a_profile,
+    weights,
+)
+from tests.explain.profiles import seen as a_seen
+from tests.report.hostile import (
+    check_error,
+    check_markdown,
+    check_page,
+    numbers,
+    texts,
+)
+from tests.report.many_records import (
+    H100,
+    failed,
+    many,
+    with_metric,
+)
 from tests.strategies import a_case, counted
 
 GROWN = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)

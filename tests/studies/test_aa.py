@@ -33,7 +33,7 @@ from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict, share
 from hpc_core.record.record import Metric, record_to_json
-from tests.judging import busy_interval
+from tests.gate.judging import busy_interval
 from tests.strategies import a_record, counted
 
 ROOT = Path(__file__).parents[2]
@@ -209,7 +209,7 @@ def test_two_processes_and_their_table(
     own = tmp_path / "own.py"
     own.write_text(
         "from hpc_core import CallableSpec, Case\n"
-        "CASES = [Case(id='own/quiet', scale='tiny', workload=CallableSpec(factory='tests.launch_factories:quiet', steps=3))]\n"
+        "CASES = [Case(id='own/quiet', scale='tiny', workload=CallableSpec(factory='tests.launch.launch_factories:quiet', steps=3))]\n"
     )
     out = tmp_path / "samples.json"
     assert run("--cases", own, "--case", "own/*", "--processes", "2", "--out", out, "--start", "one") == 0

@@ -20,7 +20,7 @@ from hpc_core.gate.intervals import SPREADS, Interval, three_way
 from hpc_core.gate.tolerance import BUSY_RATIOS, PAIRED_RATIO
 from hpc_core.gate.verdict import SUITE_ALPHA, Verdict, share
 from hpc_core.record.metrics import Family
-from tests.judging import busy_interval, paired_interval
+from tests.gate.judging import busy_interval, paired_interval
 
 ALPHA = 0.05
 RUNS = 1500

@@ -112,7 +112,9 @@ def test_the_command_lines_can_be_pasted(tmp_path: Path) -> None:
 
 def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
     """Where taking a step apart fails, the record is as sound as ever, has no profile, and a note says why."""
-    case = Case(id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.own_steps:not_followed"))
+    case = Case(
+        id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.predict.own_steps:not_followed")
+    )
 
     record = run_job(Job(case=case, launched="inline"), lambda _: None)
 
@@ -122,7 +124,7 @@ def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
 
 def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
     """A user's training step is taken apart by its own modules, without being told which model is in it."""
-    workload = CallableSpec(factory="tests.own_steps:train", arguments={"device": "cpu"})
+    workload = CallableSpec(factory="tests.predict.own_steps:train", arguments={"device": "cpu"})
 
     profile = run_job(
         Job(case=Case(id="own/train", scale="tiny", workload=workload), launched="inline"), lambda _: None

@@ -1,4 +1,4 @@
-"""Predict a list of jobs in one fresh process, which loads the empty device before torch: `python -m tests.predicting`.
+"""Predict a list of jobs in one fresh process, which loads the empty device before torch: `python -m tests.predict.predicting`.
 
 Jobs come as JSON on standard input, their records go as JSON to standard output, in the same order.
 """
@@ -19,14 +19,14 @@ from hpc_core.record.record import Record
 
 __all__ = ["GPU", "predicted", "predicted_jobs", "values"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GPU = "H100 80GB HBM3"
 
 
 def predicted(cases: Sequence[Case], gpu: str = GPU, *, first: str = "", timeout_s: float = 300.0) -> list[Record]:
     """The records of these cases' predictions, all made by one process one after another.
 
-    `first`: a function of `tests.odd_models` to call before.
+    `first`: a function of `tests.predict.odd_models` to call before.
     """
     return predicted_jobs([Job(case=case, kind=Predict(gpu=gpu)) for case in cases], first=first, timeout_s=timeout_s)
 
@@ -34,7 +34,7 @@ def predicted(cases: Sequence[Case], gpu: str = GPU, *, first: str = "", timeout
 def predicted_jobs(asked: Sequence[Job], *, first: str = "", timeout_s: float = 300.0) -> list[Record]:
     """As `predicted`, of jobs; a fault that one injects stays for those after it."""
     jobs = msgspec.json.encode(asked)
-    command = [sys.executable, "-m", "tests.predicting", *([first] if first else [])]
+    command = [sys.executable, "-m", "tests.predict.predicting", *([first] if first else [])]
     done = subprocess.run(command, input=jobs, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     return msgspec.json.decode(done.stdout, type=list[Record])
@@ -53,7 +53,7 @@ def _serve(first: str) -> None:
     from hpc_core.worker.main import run_job
 
     if first:
-        from tests import odd_models
+        from tests.predict import odd_models
 
         getattr(odd_models, first)()
     jobs = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Job])

@@ -18,7 +18,7 @@ from hpc_core.record.record import (
 from hpc_core.report.entry import Entry
 from hpc_core.report.pictures import pictures
 
-H100 = Path(__file__).parent.parent / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
+H100 = Path(__file__).parents[2] / "baselines" / "nvidia-h100-80gb-hbm3-80gib"
 
 
 @cache

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import hpc_core.report.page
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page import page
-from tests.many_records import measured
+from tests.report.many_records import measured
 
 ATTACKS = (
     "<script>alert(1)</script>",

@@ -1,4 +1,4 @@
-"""Our Triton kernels, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.interpreted` prints the error of each."""
+"""Our Triton kernels, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.engines.interpreted` prints the error of each."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from hpc_core.plugin import runner
-from tests.scripted_launcher import ScriptedLauncher
+from tests.plugin.scripted_launcher import ScriptedLauncher
 
 Run = Callable[..., pytest.RunResult]
 

@@ -1,4 +1,4 @@
-"""The step of a case run for real on a CPU, for comparison with its prediction: `python -m tests.crosscheck`.
+"""The step of a case run for real on a CPU, for comparison with its prediction: `python -m tests.predict.crosscheck`.
 
 Cases come as JSON on standard input; bytes, FLOPs and operators of each case's widest step go as JSON to standard output.
 """
@@ -21,7 +21,7 @@ from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 
 __all__ = ["Real", "really_run"]
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class Real(msgspec.Struct, kw_only=True):
@@ -37,7 +37,7 @@ class Real(msgspec.Struct, kw_only=True):
 
 def really_run(cases: Sequence[Case], *, count: bool, timeout_s: float = 300.0) -> list[Real]:
     """Each case in a process of its own; `count`: FLOPs and operators too, for which each case does one step more."""
-    command = [sys.executable, "-m", "tests.crosscheck", *(["--count"] if count else [])]
+    command = [sys.executable, "-m", "tests.predict.crosscheck", *(["--count"] if count else [])]
     given = msgspec.json.encode(list(cases))
     done = subprocess.run(command, input=given, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
