@@ -36,7 +36,7 @@ from hpc_core.record.environment import visible_gpus
 Scale = Literal["tiny", "small", "full"]
 
 
-def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | None) -> tuple[Case, ...]:
+def _chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | None) -> tuple[Case, ...]:
     """Return the cases to compare: those of the files, or the built-in ones of a scale.
 
     Without a scale, the built-in ones are the full-size ones on a machine with a GPU, the tiny ones elsewhere.
@@ -45,8 +45,8 @@ def chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | 
         SpecError: a file that cannot be read, a glob that matches nothing, or no case left.
     """
     known = [case for path in files or [] for case in load_case_file(path)] if files else list(ALL)
-    if twice := {case.id for case in known if [other.id for other in known].count(case.id) > 1}:
-        raise SpecError(f"Two cases are called {min(twice)}. Give one of them another variant.")
+    if duplicates := {case.id for case in known if [other.id for other in known].count(case.id) > 1}:
+        raise SpecError(f"Two cases are called {min(duplicates)}. Give one of them another variant.")
     for glob in globs:
         if not any(matches(case.id, [glob]) for case in known):
             raise SpecError(unknown_glob(glob, [case.id for case in known]))
@@ -65,7 +65,7 @@ def default_budget_s(cases: Sequence[Case]) -> float:
     return 170.0 if all(case.scale == "tiny" for case in cases) else 600.0
 
 
-def checked_fault(fault: str | None) -> str | None:
+def _checked_fault(fault: str | None) -> str | None:
     """Return the fault's name.
 
     Raises:
@@ -87,28 +87,30 @@ def ab(
     ] = None,
     head_python: Annotated[str | None, typer.Option("--head-python", help="The same for head.")] = None,
     files: Files = None,
-    case: Annotated[list[str] | None, typer.Option("--case", help="Only these, as a glob over whole ids.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option("--case", help="Only these cases: a glob over full ids; repeatable.")
+    ] = None,
     scale: Annotated[Scale | None, typer.Option(help="Which built-in cases; full with a GPU, else tiny.")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="No pair starts that would end after it. By default 10m; 170s if all cases are tiny."),
+        typer.Option(help="No pair starts that would end after this time: 10m by default, 170s if all cases are tiny."),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One process a side, exact metrics only: bytes, counts, FLOPs.")
     ] = False,
-    wall: Annotated[str, typer.Option("--wall-tolerance", help="What wall time may differ.")] = "5%",
-    busy: Annotated[str, typer.Option("--busy-tolerance", help="What GPU-busy time may differ.")] = "0.5%",
+    wall: Annotated[str, typer.Option("--wall-tolerance", help="The allowed difference of wall time.")] = "5%",
+    busy: Annotated[str, typer.Option("--busy-tolerance", help="The allowed difference of GPU-busy time.")] = "0.5%",
     paths: Annotated[
         list[str] | None,
         typer.Option("--path", help="A folder of the repository to import from, besides its top and src."),
     ] = None,
-    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    device: Annotated[Device, typer.Option(help="The device to run on.")] = "auto",
     launch: Annotated[
         Literal["warm", "exec"],
         typer.Option(help="Fork workers from a process that has imported torch, or start each from scratch."),
     ] = "warm",
     everything: Annotated[bool, typer.Option("--all", help="Show every metric, not only what differs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The comparison as JSON, instead of a table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON instead of a table.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit code 10 if something is undecided.")] = False,
     head_fault: Annotated[
         str | None,
@@ -122,21 +124,21 @@ def ab(
         head=head,
         base_python=base_python,
         head_python=head_python,
-        head_fault=checked_fault(head_fault),
+        head_fault=_checked_fault(head_fault),
         paths=tuple(paths or ()),
     )
     rule = Rule(wall=parse_ratio("--wall-tolerance", wall), busy=parse_ratio("--busy-tolerance", busy))
-    cases = chosen_cases(files, case or [], scale)
+    cases = _chosen_cases(files, case or [], scale)
     budget_s = default_budget_s(cases) if budget is None else parse_duration("--budget", budget)
     here = Path.cwd().resolve()
     place, in_git = place_of(here, needs_git=base is not None)
     with Checkouts(place if in_git else None) as checkouts:
         arranged = arrange(options, cases, checkouts, place, here, in_git)
-        for line in heading(arranged):
+        for line in _heading(arranged):
             (tell if as_json else say)(line)
         plan = Plan(cases=cases, rule=rule, budget_s=budget_s, exact_only=exact, refused=arranged.refused)
         with Bench(arranged.base, arranged.head, cases, way=launch, device=device) as bench:
-            tell(f"{cases_text(len(cases))}{'; importing torch on both sides first' if launch == 'warm' else ''}")
+            tell(f"{_cases_text(len(cases))}{'; importing torch on both sides first' if launch == 'warm' else ''}")
             bench.prepare()
             plan = msgspec.structs.replace(plan, spent_s=time.monotonic() - began)
             comparison = compare(plan, bench.run, tell, check=arranged.check)
@@ -152,9 +154,9 @@ def ab(
 
 def _show(comparison: Comparison, *, everything: bool, seconds: float) -> None:
     say()
-    for line in lines(comparison, everything=everything):
+    for line in _lines(comparison, everything=everything):
         say(line)
-    for line in summary(comparison, seconds):
+    for line in _summary(comparison, seconds):
         say(line)
 
 
@@ -177,32 +179,32 @@ _RIGHT = {"base", "head", "change"}
 _MISSING = "-"
 
 
-def heading(arranged: Arranged) -> list[str]:
+def _heading(arranged: Arranged) -> list[str]:
     """Return both sides, and whose code measures."""
     return [f"base  {arranged.base.label}", f"head  {arranged.head.label}", arranged.measured_by, *arranged.notes]
 
 
-def value_text(value: float | None, unit: str) -> str:
+def _value_text(value: float | None, unit: str) -> str:
     """Return a value, or a dash."""
     return _MISSING if value is None else sizes.quantity(value, unit.partition(" per ")[0])
 
 
-def interval_text(row: Difference) -> str:
+def _interval_text(row: Difference) -> str:
     """Return where the change lies: "+8.1 … +12 %"."""
     if row.interval is None:
         return "exact" if row.noise == "exact" and row.verdict is not None else _MISSING
-    low, high = (rounded(bound).removesuffix(" %") for bound in row.interval)
+    low, high = (_rounded(bound).removesuffix(" %") for bound in row.interval)
     return f"{low} … {high} %"
 
 
-def rounded(ratio: float) -> str:
+def _rounded(ratio: float) -> str:
     """Return a ratio with the digits that noise allows: "+3.2 %", "+0.05 %", "+287 %"."""
     percent = ratio * 100
     decimals = 0 if abs(percent) >= 10 else 1 if abs(percent) >= 1 else 2
     return f"{percent:+,.{decimals}f} %"
 
 
-def cases_text(number: int) -> str:
+def _cases_text(number: int) -> str:
     """Return the number with its noun: "1 case", "18 cases"."""
     return "1 case" if number == 1 else f"{number} cases"
 
@@ -210,23 +212,23 @@ def cases_text(number: int) -> str:
 def _change(row: Difference) -> str:
     if row.ratio is None or row.ratio == 0:
         return _MISSING if row.ratio is None else "="
-    return sizes.percent(row.ratio) if row.noise == "exact" else rounded(row.ratio)
+    return sizes.percent(row.ratio) if row.noise == "exact" else _rounded(row.ratio)
 
 
 def _cells(case: str, row: Difference) -> tuple[str, ...]:
     return (
         case,
         row.metric,
-        value_text(row.base, row.unit),
-        value_text(row.head, row.unit),
+        _value_text(row.base, row.unit),
+        _value_text(row.head, row.unit),
         _change(row),
-        interval_text(row),
+        _interval_text(row),
         "" if row.verdict is None else row.verdict.value,
         row.reason,
     )
 
 
-def lines(comparison: Comparison, *, everything: bool) -> list[str]:
+def _lines(comparison: Comparison, *, everything: bool) -> list[str]:
     """Return the table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
     cells: list[tuple[str, ...]] = []
     for result in comparison.results:
@@ -248,15 +250,15 @@ def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return drawn
 
 
-def summary(comparison: Comparison, seconds: float) -> list[str]:
-    """Return how many differ, what is undecided, the chance of a false alarm, what moved around the code, how long it took."""
+def _summary(comparison: Comparison, seconds: float) -> list[str]:
+    """Return how many metrics differ, which are undecided, the chance of a false alarm, what else changed between the sides, and how long it took."""
     rows = [(result.case, row) for result in comparison.results for row in result.rows if row.verdict is not None]
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
     counts = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
     failed = [result for result in comparison.results if result.failure is not None]
-    text = [f"{cases_text(len(comparison.results))}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"]
+    text = [f"{_cases_text(len(comparison.results))}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"]
     if failed:
-        text[0] += f"; {cases_text(len(failed))} without numbers"
+        text[0] += f"; {_cases_text(len(failed))} without numbers"
     if not any(row.differs for _, row in rows) and not failed:
         text.append("Nothing differs beyond noise.")
     undecided = [f"{case} {row.metric}" for case, row in rows if row.verdict is Verdict.INCONCLUSIVE]

@@ -25,21 +25,21 @@ from hpc_core.report.entry import Row
 from hpc_core.report.lines import accepted_line, change_line, changed_metric
 
 baseline_app = typer.Typer(
-    help="Look at accepted numbers, and accept new ones.",
+    help="Show accepted numbers, and accept new ones.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 Folder = Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")]
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT = Path("baselines")
 
 
 def _all(root: Path) -> list[tuple[str, str]]:
-    """Machine and case id of every file that could be a baseline.
+    """Return machine and case id of every file that could be a baseline.
 
     Raises:
-        SpecError: there is no such folder.
+        SpecError: the folder does not exist.
     """
     if not root.is_dir():
         raise SpecError(
@@ -51,13 +51,13 @@ def _all(root: Path) -> list[tuple[str, str]]:
 
 @baseline_app.command("list")
 def list_all(baselines: Folder = DEFAULT, as_json: AsJson = False) -> None:
-    """List the baselines: machine, case, when and why accepted."""
+    """List the baselines: machine, case, and when and why they were accepted."""
     found = _all(baselines)
     if as_json:
-        say_json([baseline_told(machine, case, find(baselines, machine, case)) for machine, case in found])
+        say_json([_as_json(machine, case, find(baselines, machine, case)) for machine, case in found])
         return
     if not found:
-        say(f"{baselines} holds no baseline.")
+        say(f"{baselines} has no baselines.")
     for machine, case in found:
         say(f"{machine}  {case}  {_line(find(baselines, machine, case))}")
 
@@ -72,17 +72,18 @@ def _line(lookup: Lookup) -> str:
 
 @baseline_app.command("show")
 def show_one(
-    case: Annotated[str, typer.Argument(help="A whole id.")], baselines: Folder = DEFAULT, as_json: AsJson = False
+    case: Annotated[str, typer.Argument(help="A full id, such as tiny/lora.")],
+    baselines: Folder = DEFAULT,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what is accepted for a case, on every machine that has it."""
+    """Show the accepted numbers of a case on every machine that has it."""
     found = _all(baselines)
     machines = [machine for machine, known in found if known == case]
     if not machines:
         close = near(case, [known for _, known in found])
         raise SpecError(f"{baselines} has no baseline of {case!r}. Near: {', '.join(close) or 'none'}.")
     if as_json:
-        told = [baseline_told(machine, case, find(baselines, machine, case), metrics=True) for machine in machines]
-        say_json(told)
+        say_json([_as_json(machine, case, find(baselines, machine, case), metrics=True) for machine in machines])
         return
     for machine in machines:
         lookup = find(baselines, machine, case)
@@ -100,15 +101,15 @@ def accept_records(
         list[Path],
         typer.Argument(help="Records of runs, or folders that --perf-records wrote, such as a GPU run's artifact."),
     ],
-    reason: Annotated[str, typer.Option(help="Why these numbers are right; kept in the baseline.")],
+    reason: Annotated[str, typer.Option(help="Why these numbers are right; stored in the baseline.")],
     baselines: Folder = DEFAULT,
     allow_dirty: Annotated[
-        bool, typer.Option("--allow-dirty", help="Also records of code that was not committed.")
+        bool, typer.Option("--allow-dirty", help="Also accept records of uncommitted code.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make records the baselines of their cases."""
-    # All of them first: one bad file must not leave half of them accepted.
+    # Check all records first: one bad file must not leave half of them accepted.
     read = [read_record(path) for path in _files(records)]
     for record in read:
         refuse(record, reason, allow_dirty)
@@ -128,14 +129,14 @@ def add_profile(
     machine: Annotated[
         str,
         typer.Option(
-            help="Beside the baselines of this machine (a folder of them), where the records are another one's: memory and operators, no kernels."
+            help="Add to the baselines of this machine (its folder), if the records are of another one: memory and operators, no kernels."
         ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Lay the records' profiles beside baselines that are as they are, for explanations; refused where any byte or count differs.
+    """Add the records' profiles to unchanged baselines, for explanations. Refused if any byte or count differs.
 
-    With --machine, records of cases that it has no baseline of are passed over. Nothing is written unless all others are sound.
+    With --machine, records of cases without a baseline there are skipped. Nothing is written unless all others are sound.
     """
     found, without = [], []
     for record in (read_record(path) for path in _files(records)):
@@ -151,14 +152,14 @@ def add_profile(
     for path, _ in found:
         say(f"wrote {path}")
     if without:
-        say(f"passed over, since {machine} has no baseline of them: {', '.join(without)}")
+        say(f"skipped, since {machine} has no baseline of them: {', '.join(without)}")
 
 
 def _files(paths: list[Path]) -> list[Path]:
-    """These files, and those below these folders.
+    """Return these files, and those below these folders.
 
     Raises:
-        SpecError: a folder without a record.
+        SpecError: a folder has no record.
     """
     found: list[Path] = []
     for path in paths:
@@ -166,7 +167,7 @@ def _files(paths: list[Path]) -> list[Path]:
             sorted(each for each in path.rglob("*.json") if not each.name.startswith(".")) if path.is_dir() else [path]
         )
         if not below:
-            raise SpecError(f"{path}: holds no record (*.json).")
+            raise SpecError(f"{path}: the folder has no record (*.json).")
         found += below
     return found
 
@@ -174,7 +175,7 @@ def _files(paths: list[Path]) -> list[Path]:
 @baseline_app.command()
 def diff(
     one: Annotated[str, typer.Argument(help="A record's file, a baseline's file, or a git revision.")],
-    other: Annotated[str | None, typer.Argument(help="Another of the same kind; without it, what is here now.")] = None,
+    other: Annotated[str | None, typer.Argument(help="Another of the same kind; without it, the working tree.")] = None,
     baselines: Folder = DEFAULT,
     as_json: AsJson = False,
 ) -> None:
@@ -210,16 +211,16 @@ def _of_files(one: Path, other: Path, *, as_json: bool) -> None:
     if as_json:
         say_json({"old": name, "new": newer, "changes": changes})
         return
-    told = [f"  {changed_metric(change)}" for change in changes]
-    for line in (f"{name} → {newer}:", *(told or ["  every metric alike"])):
+    lines = [f"  {changed_metric(change)}" for change in changes]
+    for line in (f"{name} → {newer}:", *(lines or ["  all metrics are equal"])):
         say(line)
 
 
 def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
-    """Case, and metrics by name without samples, of a record or of a baseline.
+    """Return the name and the metrics of a record or a baseline.
 
     Raises:
-        SpecError: the file is neither.
+        SpecError: the file is neither of them.
     """
     raw = path.read_bytes()
     lookup = parsed(str(path), raw)
@@ -243,20 +244,20 @@ def _of_revisions(one: str, other: str | None, baselines: Path, *, as_json: bool
             ]
         )
         return
-    told = [change_line(change) for change in changes]
+    lines = [change_line(change) for change in changes]
     where = f"{old.commit[:10]}..{'here' if new is None else new.commit[:10]}"
-    for line in told or [f"No baseline changed in {where}."]:
+    for line in lines or [f"No baseline changed in {where}."]:
         say(line)
 
 
-def baseline_told(machine: str, case: str, lookup: Lookup, *, metrics: bool = False) -> dict[str, Any]:
-    """Machine, case and `state` ("sound", "damaged", "other schema", "gone"); of a sound one who accepted it, and its metrics if asked."""
-    said: dict[str, Any] = {"machine": machine, "case": case}
+def _as_json(machine: str, case: str, lookup: Lookup, *, metrics: bool = False) -> dict[str, Any]:
+    """Return machine, case and `state` ("sound", "damaged", "other schema", "gone"); for a sound baseline also its acceptance and metrics."""
+    content: dict[str, Any] = {"machine": machine, "case": case}
     if isinstance(lookup, Baseline):
-        said |= {"state": "sound", "digest": lookup.digest, "accepted": lookup.accepted, "stack": lookup.stack}
-        return said | ({"metrics": lookup.metrics} if metrics else {"metric_count": len(lookup.metrics)})
+        content |= {"state": "sound", "digest": lookup.digest, "accepted": lookup.accepted, "stack": lookup.stack}
+        return content | ({"metrics": lookup.metrics} if metrics else {"metric_count": len(lookup.metrics)})
     if isinstance(lookup, Damaged):
-        return said | {"state": "damaged", "reason": lookup.reason}
+        return content | {"state": "damaged", "reason": lookup.reason}
     if isinstance(lookup, OlderSchema):
-        return said | {"state": "other schema", "schema": lookup.found}
-    return said | {"state": "gone"}
+        return content | {"state": "other schema", "schema": lookup.found}
+    return content | {"state": "gone"}

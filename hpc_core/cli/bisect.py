@@ -25,29 +25,34 @@ from hpc_core.gate.exit_code import ExitCode
 
 
 def bisect(
-    case: Annotated[str, typer.Argument(help="A whole id, such as tiny/lora.")],
-    metric: Annotated[str, typer.Argument(help="Such as peak_bytes; exact ones take one process a side.")],
+    case: Annotated[str, typer.Argument(help="A full id, such as tiny/lora.")],
+    metric: Annotated[
+        str, typer.Argument(help="A metric, such as peak_bytes. Exact metrics need one process per side.")
+    ],
     ends: Annotated[str | None, typer.Argument(metavar="GOOD..BAD", help="Two versions.")] = None,
     package: Annotated[str | None, typer.Option(help="The package whose versions are searched.")] = None,
-    versions: Annotated[str | None, typer.Option(help="Its versions, the good one first: 5.17,5.20,5.23,5.24.")] = None,
+    versions: Annotated[str | None, typer.Option(help="The versions, the good one first: 5.17,5.20,5.23,5.24.")] = None,
     python_for: Annotated[
         list[str] | None,
         typer.Option(
-            "--python-for", help="VERSION=PATH of an interpreter that has it; else pip makes a temporary environment."
+            "--python-for",
+            help="VERSION=PATH of an interpreter that has it; otherwise pip makes a temporary environment.",
         ),
     ] = None,
     files: Files = None,
-    wall: Annotated[str, typer.Option("--wall-tolerance", help="Good and bad must differ by more.")] = "10%",
+    wall: Annotated[
+        str, typer.Option("--wall-tolerance", help="The least difference of wall time between good and bad.")
+    ] = "10%",
     busy: Annotated[str, typer.Option("--busy-tolerance", help="The same for GPU-busy time.")] = "0.5%",
-    budget: Annotated[str, typer.Option(help="No step starts after it.")] = "2h",
-    device: Annotated[Device, typer.Option(help="Where it runs.")] = "auto",
+    budget: Annotated[str, typer.Option(help="The time after which no step starts.")] = "2h",
+    device: Annotated[Device, typer.Option(help="The device to run on.")] = "auto",
     launch: Annotated[Literal["warm", "exec"], typer.Option(help="As for ab.")] = "warm",
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Find the first bad version of a package by binary search. Exit code 0: found, 10: only narrowed down."""
     if package is None:
         raise SpecError(
-            f"Say which package, with --package. Commits are searched by git: git bisect start BAD GOOD, "
+            f"Name a package with --package. To search commits, use git: git bisect start BAD GOOD, "
             f"then git bisect run pytest --benchmark --perf-bisect --case {case}"
         )
     chosen = known_case(case, files)
@@ -85,7 +90,7 @@ def _searched(
 
         def classify(index: int) -> Answer:
             if time.monotonic() > deadline:
-                return Answer(word="skip", text="the time budget is over; raise --budget")
+                return Answer(word="skip", text="the time budget is spent; raise --budget")
             try:
                 bench.replace_head(sides.candidate(index))
                 answer = question.ask()

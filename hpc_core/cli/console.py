@@ -13,22 +13,22 @@ from hpc_core.report.terminal import render
 
 
 def say(text: str = "") -> None:
-    """A line of the result."""
+    """Print a line of the result."""
     sys.stdout.write(f"{text}\n")
 
 
 def say_json(thing: object) -> None:
-    """A result as JSON that people can read, with sorted keys."""
+    """Print a result as indented JSON with sorted keys."""
     text = msgspec.json.encode(thing, order="sorted")
     say(msgspec.json.format(text, indent=2).decode())
 
 
 def tell(text: str) -> None:
-    """A line about the progress; not part of the result."""
+    """Print a line of progress, which is not part of the result."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
 
 def show(rows: Sequence[Row]) -> None:
-    """The table of these rows, coloured on a terminal."""
+    """Print the table of these rows, in colour on a terminal."""
     say(render(rows, width=shutil.get_terminal_size().columns, color=sys.stdout.isatty()))

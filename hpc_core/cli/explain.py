@@ -18,17 +18,18 @@ from hpc_core.record.record import Record
 
 
 def explain_record(
-    record: Annotated[Path, typer.Argument(help="A record: a file that --perf-records or run --json wrote.")],
-    against: Annotated[Path | None, typer.Option(help="Another record in the baseline's place.")] = None,
+    record: Annotated[Path, typer.Argument(help="A record file, as --perf-records and run --json write it.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Another record to compare with, instead of the baseline.")
+    ] = None,
     baselines: Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")] = Path("baselines"),
-    as_json: Annotated[bool, typer.Option("--json", help="The cause as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the cause as JSON.")] = False,
 ) -> None:
-    """Say why a record differs from its baseline: two lines, then details. Nothing runs and nothing is judged."""
+    """Say why a record differs from its baseline: two lines, then details. Nothing runs, and nothing is judged."""
     seen = read_record(record)
     cause = _cause(seen, baselines) if against is None else _between(read_record(against), seen)
     if as_json:
-        said = {"case": seen.case.id, "cause": cause}
-        say_json(said)
+        say_json({"case": seen.case.id, "cause": cause})
         return
     say(f"{seen.case.id} on {seen.circumstances.machine.key}")
     for line in ("nothing differs",) if cause is None else cause.lines:
@@ -39,17 +40,19 @@ def explain_record(
 
 def _between(before: Record, now: Record) -> Cause | None:
     if before.case.id != now.case.id:
-        raise SpecError(f"--against is of {before.case.id}, the record of {now.case.id}: compare one case with itself.")
+        raise SpecError(
+            f"--against is a record of {before.case.id}, not of {now.case.id}. Compare records of one case."
+        )
     for each in (before, now):
         _refuse_failed(each)
     return explain(before_of(before), now)
 
 
 def _cause(seen: Record, baselines: Path) -> Cause | None:
-    """Why it differs from what is stored.
+    """Return why the record differs from its stored baseline.
 
     Raises:
-        SpecError: the run failed, or there is no sound baseline of its case.
+        SpecError: the run failed, or its case has no sound baseline.
     """
     _refuse_failed(seen)
     key = seen.circumstances.machine.key

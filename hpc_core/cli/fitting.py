@@ -9,30 +9,30 @@ from dataclasses import dataclass, field
 from hpc_core.case.errors import PredictError
 
 _BISECT_EVERY = 3
-"""Interpolation may creep up on a bent curve; every third question halves what is left."""
+"""Interpolation may converge slowly on a curve, so every third step is a bisection."""
 _FARTHEST = 8
-"""A guess goes no further than so many times beyond what was asked already."""
+"""A guess is at most this many times the largest value tried so far."""
 _SLACK = 0.01
 _SLACK_BYTES = 64 << 20
-"""A peak may fall so much from a value to a larger one: allocators hand out whole blocks, and kernels differ by shape."""
+"""A peak may fall by this much at a larger value: allocators round to blocks, and kernels differ by shape."""
 
 
 @dataclass
 class Search:
-    """What was asked so far."""
+    """The predictions so far."""
 
     room_bytes: int
     peaks: dict[int, int] = field(default_factory=dict)
-    """Bytes by value, in the order in which they were asked."""
+    """Peak bytes by value, in the order of the predictions."""
 
     @property
     def fitting(self) -> int | None:
-        """The largest value that was seen to fit."""
+        """The largest value known to fit."""
         return max((value for value, peak in self.peaks.items() if peak <= self.room_bytes), default=None)
 
     @property
     def beyond(self) -> int | None:
-        """The smallest value that was seen not to fit."""
+        """The smallest value known not to fit."""
         return min((value for value, peak in self.peaks.items() if peak > self.room_bytes), default=None)
 
 
@@ -41,11 +41,11 @@ def largest_fitting(
 ) -> Search:
     """Find the largest value from `least` to `most` whose peak is at most `room_bytes`, if there is one.
 
-    Straight-line guesses between what is known, since memory mostly grows evenly, and bisection in between, so that it ends
-    after few questions whatever the curve.
+    Interpolate linearly, since memory mostly grows linearly, and bisect in between, so that the search ends after few
+    predictions for any curve.
 
     Raises:
-        PredictError: a larger value takes clearly less memory, so that no search can be right.
+        PredictError: a larger value takes clearly less memory, so there is no largest one.
     """
     search = Search(room_bytes)
     guess: int | None = min(max(start, least), most)
@@ -70,7 +70,7 @@ def _next(search: Search, least: int, most: int) -> int | None:
 
 
 def _straight(search: Search) -> int | None:
-    """Where a straight line through the two values nearest to the limit meets it."""
+    """Return where a line through the two values nearest to the limit meets it."""
     known = sorted(search.peaks, key=lambda value: abs(search.peaks[value] - search.room_bytes))[:2]
     if len(known) < 2:
         return None
@@ -89,5 +89,5 @@ def _refuse_falling(search: Search, name: str) -> None:
         if after < before - max(_SLACK_BYTES, _SLACK * before):
             raise PredictError(
                 f"{name}={large} would take less ({after / 2**30:.2f} GiB) than {name}={small} ({before / 2**30:.2f} GiB): "
-                f"memory does not grow with {name} here, so there is no largest value. Look at some with --sweep {name}={small},{large}."
+                f"memory does not grow with {name} here, so there is no largest value. Compare values with --sweep {name}={small},{large}."
             )

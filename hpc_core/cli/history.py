@@ -12,21 +12,26 @@ from hpc_core.baselines.over_time import OverTime, over_time
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.console import say, tell
+from hpc_core.record.files import read_record
 from hpc_core.report.history import as_json, counted, lines, overview, series
 from hpc_core.report.pictures import check_picture, write_series
 
 
 def history(
-    case: Annotated[str, typer.Argument(help="A whole id, such as tiny/lora.")],
-    metric: Annotated[str | None, typer.Argument(help="Such as peak_bytes; without it, a line a gated metric.")] = None,
-    baselines: Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")] = Path("baselines"),
-    machine: Annotated[str | None, typer.Option(help="Its key, where several have the case.")] = None,
-    records: Annotated[
-        list[Path] | None, typer.Option(help="A folder that --perf-records wrote, as more points; repeatable.")
+    case: Annotated[str, typer.Argument(help="A full id, such as tiny/lora.")],
+    metric: Annotated[
+        str | None, typer.Argument(help="A metric, such as peak_bytes; without it, one line per gated metric.")
     ] = None,
-    git: Annotated[bool, typer.Option(help="Also what git remembers of the baseline and its history.")] = True,
-    plot: Annotated[Path | None, typer.Option(help="Draw it into this .svg, .png or .pdf.")] = None,
-    as_json_: Annotated[bool, typer.Option("--json", help="Points and change points as JSON.")] = False,
+    baselines: Annotated[Path, typer.Option("--baselines", help="The folder of baselines.")] = Path("baselines"),
+    machine: Annotated[str | None, typer.Option(help="The key of the machine, if several have the case.")] = None,
+    records: Annotated[
+        list[Path] | None, typer.Option(help="A folder that --perf-records wrote, for more points; repeatable.")
+    ] = None,
+    git: Annotated[
+        bool, typer.Option(help="Include earlier versions of the baseline and its history from git.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Write a chart: .svg, .png or .pdf.")] = None,
+    as_json_: Annotated[bool, typer.Option("--json", help="Print points and change points as JSON.")] = False,
 ) -> None:
     """Show a metric of a case over sessions and commits, and where it changed."""
     if plot is not None:
@@ -36,8 +41,8 @@ def history(
     key, found = _found(case, machine, baselines, records or [], git=git)
     chosen = [metric] if metric else sorted({name for point in found.points for name in point.metrics})
     if as_json_:
-        told = as_json(case, key, [series(found.points, name) for name in chosen], found.notes)
-        say(msgspec.json.format(msgspec.json.encode(told), indent=2).decode())
+        content = as_json(case, key, [series(found.points, name) for name in chosen], found.notes)
+        say(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
     else:
         text = overview(found.points) if metric is None else lines(series(found.points, metric))
         first, last = found.points[0], found.points[-1]
@@ -52,10 +57,10 @@ def history(
 
 
 def _found(case: str, machine: str | None, baselines: Path, records: list[Path], *, git: bool) -> tuple[str, OverTime]:
-    """The machine and its points; of several machines that have the case, one must be named.
+    """Return the machine and its points. If several machines have the case, one must be named.
 
     Raises:
-        SpecError: no machine has it, or several do.
+        SpecError: no machine has the case, or several do.
     """
     here = sorted(path.parent.parent.name for path in baselines.glob(f"*/{case}.json"))
     tried = [machine] if machine else here or sorted(_of_records(records, case))
@@ -63,7 +68,7 @@ def _found(case: str, machine: str | None, baselines: Path, records: list[Path],
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
-        raise SpecError(f"{case} is known on {', '.join(found)}: say one with --machine.")
+        raise SpecError(f"{case} is known on {', '.join(found)}: choose one with --machine.")
     known = {f"{path.parent.name}/{path.stem}" for path in baselines.glob("*/*/*.json")}
     close = ", ".join(near(case, known)) or "none; see hpc-core baseline list"
     where = f" on {machine}" if machine else ""
@@ -71,9 +76,7 @@ def _found(case: str, machine: str | None, baselines: Path, records: list[Path],
 
 
 def _of_records(folders: list[Path], case: str) -> set[str]:
-    """The machines that records of a case are of."""
-    from hpc_core.record.files import read_record
-
+    """Return the machines of a case's records."""
     paths = [path for folder in folders for path in folder.rglob(f"{case.rpartition('/')[2]}*.json")]
     found = set()
     for path in paths:

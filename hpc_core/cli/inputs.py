@@ -30,23 +30,23 @@ from hpc_core.catalogue import (
 )
 from hpc_core.catalogue.predicted import PREDICTED
 
-Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES count too; repeatable.")]
+Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES are added; repeatable.")]
 
 
 def suite_cases(files: list[Path] | None) -> dict[str, Case]:
-    """What runs where nobody names a case: the suite's and those of these files, by id.
+    """Return the cases of the suite and of these files, by id.
 
     Raises:
-        SpecError: a file that is none, or holds no cases.
+        SpecError: a file cannot be read, or holds no cases.
     """
     return {case.id: case for case in [*ALL, *_own(files)]}
 
 
 def known_cases(files: list[Path] | None) -> dict[str, Case]:
-    """Whatever can be named: the catalogue's cases and those of these files, by id.
+    """Return every case that a command can name: the catalogue's and those of these files, by id.
 
     Raises:
-        SpecError: a file that is none, or holds no cases.
+        SpecError: a file cannot be read, or holds no cases.
     """
     own = _own(files)
     return {case.id: case for case in [*ALL, *TRIAL, *SWEEP, *DATA, *TINY_DATA, *INT4, *PREDICTED, *own]}
@@ -57,10 +57,10 @@ def _own(files: list[Path] | None) -> list[Case]:
 
 
 def known_case(case_id: str, files: list[Path] | None) -> Case:
-    """The case of this id.
+    """Return the case of this id.
 
     Raises:
-        SpecError: there is none; the message names those that are near.
+        SpecError: there is no such case; the message names similar ones.
     """
     known = known_cases(files)
     if case_id not in known:
@@ -69,45 +69,45 @@ def known_case(case_id: str, files: list[Path] | None) -> Case:
     return known[case_id]
 
 
-Way = Literal["full", "lora", "qlora", "generate"]
+Method = Literal["full", "lora", "qlora", "generate"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
-def case_of_model(model: str, way: Way) -> Case:
-    """The case that trains, or generates with, random weights in the shape of this model's configuration.
+def case_of_model(model: str, method: Method) -> Case:
+    """Return a case that trains, or generates with, random weights in the shape of this model's configuration.
 
-    `model` is a local folder with a config.json, such a file, or a hub id. Everything else is as in the specifications'
-    defaults: rows of 4 x 512, rank 8, bfloat16.
+    `model` is a local folder with a config.json, such a file, or a hub id. All else has its default: batches of 4 x 512
+    tokens, rank 8, bfloat16.
 
     Raises:
-        SpecError: there is no such file, and it is no hub id either.
+        SpecError: the model is neither a file with a configuration nor a hub id.
     """
     path = Path(model).expanduser()
     if not path.exists() and (not _HUB_ID.fullmatch(model) or model.startswith(".")):
-        raise SpecError(f"--model {model}: no such folder or file, and no hub id. Give a folder with a config.json.")
+        raise SpecError(f"--model {model}: no such folder or file, and not a hub id. Give a folder with a config.json.")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise SpecError(f"--model {model}: the folder holds no config.json.")
+        raise SpecError(f"--model {model}: the folder has no config.json.")
     spec = ModelSpec(weights="config", path=str(path) if path.exists() else model)
     settings: dict[str, Any] = {"prefix": _prefix(path), "scale": "full"}
-    if way == "generate":
+    if method == "generate":
         return generate(spec, prompts=1, **settings)
-    return finetune(spec, {"full": full, "lora": lora(), "qlora": qlora()}[way], **settings)
+    return finetune(spec, {"full": full, "lora": lora(), "qlora": qlora()}[method], **settings)
 
 
 def context_length(model: ModelSpec) -> int | None:
-    """How many tokens the model is made for, where a configuration on this machine says so."""
+    """Return the model's context length in tokens; None if its configuration is not on this machine."""
     path = Path(model.path or "")
     file = path / "config.json" if path.is_dir() else path
     try:
-        said = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        configuration = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError):
         return None
-    length = said.get("max_position_embeddings")
+    length = configuration.get("max_position_embeddings")
     return length if isinstance(length, int) and length > 1 else None
 
 
 def _prefix(path: Path) -> str:
-    """What the case's id begins with: the model's own name."""
+    """Return the first part of the case's id: the name of the model."""
     named = path.resolve() if path.exists() else path
     name = named.parent.name if named.suffix == ".json" else named.name
     return _NOT_IN_AN_ID.sub("-", name.lower()).lstrip(".+_-") or "own"
@@ -121,58 +121,58 @@ _DURATION = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?) ?(?P<unit>s|m|h|)
 _SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def parse_changes(said: Sequence[str]) -> dict[str, Any]:
-    """Changes by field, from texts such as "batch=8"; a value is JSON where it can be read as such, else text.
+def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
+    """Return changes by field, from texts such as "batch=8". A value is JSON if it can be parsed, else text.
 
     Raises:
-        SpecError: a text without "=", or a field that is named twice.
+        SpecError: a text has no "=", or a field is named twice.
     """
     changes: dict[str, Any] = {}
-    for text in said:
+    for text in texts:
         field, value = _halves("--set", text)
         if field in changes:
-            raise SpecError(f"--set {field} is said twice: {changes[field]!r} and {value!r}.")
+            raise SpecError(f"--set {field} is given twice: {changes[field]!r} and {value!r}.")
         changes[field] = _value(value)
     return changes
 
 
 def parse_sweep(text: str) -> tuple[str, list[Any]]:
-    """A field and its values, from a text such as "batch=1,2,4" or 'targets=[["q_proj"],["q_proj","v_proj"]]'.
+    """Return a field and its values, from a text such as "batch=1,2,4" or 'targets=[["q_proj"],["q_proj","v_proj"]]'.
 
     Raises:
-        SpecError: a text without "=", or without a value.
+        SpecError: the text has no "=", or no value.
     """
-    field, said = _halves("--sweep", text)
-    whole = _value(said)
-    values = whole if isinstance(whole, list) else [_value(part.strip()) for part in said.split(",") if part.strip()]
+    field, listed = _halves("--sweep", text)
+    whole = _value(listed)
+    values = whole if isinstance(whole, list) else [_value(part.strip()) for part in listed.split(",") if part.strip()]
     if not values:
-        raise SpecError(f"--sweep {text}: says no value. Say several: --sweep {field}=1,2,4.")
+        raise SpecError(f"--sweep {text}: no value. Write several: --sweep {field}=1,2,4.")
     return field, values
 
 
 def with_changes(case: Case, changes: dict[str, Any]) -> Case:
-    """The case with these changes, under an id that says them; the case itself where nothing changes.
+    """Return the case with these changes and an id that names them; the case itself if nothing changes.
 
     Raises:
-        SpecError: an unknown or ambiguous field, a wrong value, or a contradiction.
+        SpecError: a field is unknown or ambiguous, or a value is wrong or contradicts another.
     """
     if not changes:
         return case
     variant = case.id.partition("/")[2]
-    said = "".join(f"+{name}-{_plain(value)}" for name, value in changes.items())
-    found = changed(case, f"{variant}{said}"[:_LONGEST_ID], changes)
+    suffix = "".join(f"+{name}-{_plain(value)}" for name, value in changes.items())
+    found = changed(case, f"{variant}{suffix}"[:_LONGEST_ID], changes)
     return case if found.digest == case.digest else found
 
 
 def parse_bytes(option: str, text: str) -> int:
-    """Bytes, from "1GiB", "512 MiB" or "0".
+    """Return bytes, from "1GiB", "512 MiB" or "0".
 
     Raises:
-        SpecError: a text that is no size.
+        SpecError: the text is not a size.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None or match["unit"].lower() not in _UNITS:
-        raise SpecError(f"{option} {text!r} is no size: say 1GiB, 512MiB or a number of bytes.")
+        raise SpecError(f"{option} {text!r} is not a size: write 1GiB, 512MiB or a number of bytes.")
     return round(float(match["number"]) * _UNITS[match["unit"].lower()])
 
 
@@ -204,7 +204,7 @@ def parse_ratio(option: str, text: str) -> float:
 def _halves(option: str, text: str) -> tuple[str, str]:
     field, equals, value = text.partition("=")
     if not equals or not field.strip():
-        raise SpecError(f"{option} {text!r} says no field: say {option} batch=8.")
+        raise SpecError(f"{option} {text!r} names no field: write {option} batch=8.")
     return field.strip(), value.strip()
 
 

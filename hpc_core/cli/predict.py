@@ -15,7 +15,7 @@ from hpc_core.cli.console import say, tell
 from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.inputs import (
     Files,
-    Way,
+    Method,
     case_of_model,
     context_length,
     known_case,
@@ -35,107 +35,112 @@ from hpc_core.report.pictures import check_picture, write_memory
 from hpc_core.report.predictions import fits, prediction_block, sweep_table
 
 _MOST = 4096
-"""Where --fit stops, unless the model's context ends before."""
+"""The largest value that --fit tries, unless the model's context is shorter."""
 _LONGEST = 1 << 20
 _FITTED = {"finetune": ("batch", "length"), "generate": ("batch", "prompt_length", "new_tokens")}
-"""Fields in which memory grows, by kind of case."""
+"""Fields with which memory grows, by kind of case."""
 _LENGTHS = ("length", "prompt_length", "new_tokens")
-_MARGIN_IS = "for the CUDA context (about 0.5 GiB) and for fragmentation, which are not in the prediction"
+_MARGIN_IS = "for the CUDA context (about 0.5 GiB) and for fragmentation, which the prediction does not include"
 
 
 def predict(
-    case: Annotated[str | None, typer.Argument(help="A whole id, such as llama-3.2-3b/qlora; or --model.")] = None,
+    case: Annotated[str | None, typer.Argument(help="A full id, such as llama-3.2-3b/qlora; or use --model.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Instead of a case: a folder with a config.json, such a file, or a hub id.")
     ] = None,
-    method: Annotated[Way | None, typer.Option(help="What to do with --model; lora if not said.")] = None,
+    method: Annotated[Method | None, typer.Option(help="What to do with --model; lora by default.")] = None,
     batch: Annotated[int | None, typer.Option(help="Short for --set batch=N.")] = None,
-    length: Annotated[int | None, typer.Option(help="Short for --set length=N; of the prompt, for generation.")] = None,
-    gpu: Annotated[str, typer.Option(help=f"For which GPU: {', '.join(GPUS)}, or a part of a name.")] = DEFAULT,
+    length: Annotated[
+        int | None, typer.Option(help="Short for --set length=N, or prompt_length=N for generation.")
+    ] = None,
+    gpu: Annotated[str, typer.Option(help=f"The GPU: {', '.join(GPUS)}, or an unambiguous part of a name.")] = DEFAULT,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field: --set batch=8; repeatable.")
     ] = None,
-    sweep: Annotated[str | None, typer.Option(help="One row a value: --sweep batch=1,2,4,8.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="Predict one row per value: --sweep batch=1,2,4,8.")] = None,
     fit: Annotated[str | None, typer.Option(help="Find the largest batch or length that fits the card.")] = None,
     margin: Annotated[str, typer.Option(help=f"Memory of the card to keep free, {_MARGIN_IS}.")] = "1GiB",
     plot: Annotated[
-        Path | None, typer.Option(help="Draw memory over the step into this file: .svg, .png or .pdf.")
+        Path | None, typer.Option(help="Write a chart of memory over the step: .svg, .png or .pdf.")
     ] = None,
     over: Annotated[
-        Path | None, typer.Option(help="A record to draw over it, such as one by run --timeline --json.")
+        Path | None,
+        typer.Option(help="With --plot: a record to draw over the prediction, such as one by run --timeline --json."),
     ] = None,
-    timeline: Annotated[bool, typer.Option("--timeline", help="Keep memory over the step in the record.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The record as JSON, one a line for a sweep.")] = False,
+    timeline: Annotated[bool, typer.Option("--timeline", help="Store memory over the step in the record.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the record as JSON; for a sweep, one per line.")
+    ] = False,
     cases: Files = None,
 ) -> None:
-    """Predict memory, FLOPs and kernels of a case on a GPU, without one. Exit code 1: it does not fit or is invalid, 11: it broke."""
+    """Predict memory, FLOPs and kernels of a case on a GPU, without one. Exit code 1: does not fit or invalid, 11: broken."""
     if sweep is not None and fit is not None:
-        raise SpecError("--sweep and --fit are two questions: ask one at a time.")
+        raise SpecError("--sweep and --fit cannot be combined. Drop one of them.")
     drawn = _drawing(plot, over, alone=sweep is None and fit is None)
     card, kept = gpu_named(gpu), parse_bytes("--margin", margin)
     if kept >= card.memory_bytes:
         raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
     base = _base(case, model, method, cases)
-    asked = with_changes(base, _short(base, batch, length, parse_changes(changes or [])))
+    changed_case = with_changes(base, _short(base, batch, length, parse_changes(changes or [])))
     if sweep is not None:
-        _sweep(asked, sweep, card.name, kept, as_json=as_json)
+        _sweep(changed_case, sweep, card.name, kept, as_json=as_json)
     elif fit is not None:
-        _fit(asked, fit, card.name, kept, as_json=as_json)
+        _fit(changed_case, fit, card.name, kept, as_json=as_json)
     else:
         with predicting_launcher() as launcher:
-            record = prediction(launcher, asked, gpu=card.name, timeline=timeline or plot is not None)
+            record = prediction(launcher, changed_case, gpu=card.name, timeline=timeline or plot is not None)
         if plot is not None:
-            write_memory(_answered(record), plot, drawn)
+            write_memory(_sound(record), plot, drawn)
         _one(record, kept, as_json=as_json)
 
 
 def _drawing(plot: Path | None, over: Path | None, *, alone: bool) -> Record | None:
-    """The record to be drawn over the plot, if there is one; whatever is wrong with either is found before anything is predicted.
+    """Return the record to draw over the plot, if any. All errors are found before anything is predicted.
 
     Raises:
-        SpecError: a plot of several predictions, a record over no plot or without a timeline, no such file.
+        SpecError: several predictions, a record without a plot, or a record that is missing or has no timeline.
         MissingLibraryError: Altair or vl-convert is not installed.
     """
     if plot is None:
         if over is not None:
-            raise SpecError("--over draws over a plot: say --plot memory.svg too.")
+            raise SpecError("--over draws over a plot: add --plot memory.svg.")
         return None
     if not alone:
         raise SpecError("--plot draws one prediction: drop --sweep and --fit.")
     check_picture(plot)
     record = None if over is None else read_record(over)
     if record is not None and record.timeline is None:
-        raise SpecError(f"{over} holds no timeline: make it with hpc-core run CASE --timeline --json.")
+        raise SpecError(f"{over} has no timeline: make one with hpc-core run CASE --timeline --json.")
     return record
 
 
-def _base(case: str | None, model: str | None, method: Way | None, files: list[Path] | None) -> Case:
-    """The case that is asked about, before any change.
+def _base(case: str | None, model: str | None, method: Method | None, files: list[Path] | None) -> Case:
+    """Return the case to predict, before any change.
 
     Raises:
-        SpecError: none is named, or two are.
+        SpecError: neither a case nor a model is given, or both are.
     """
     if (case is None) == (model is None):
-        raise SpecError("Say either a case, such as tiny/lora (hpc-core cases lists them), or --model PATH_OR_HUB_ID.")
+        raise SpecError("Give either a case, such as tiny/lora (hpc-core cases lists them), or --model PATH_OR_HUB_ID.")
     if model is not None:
         return case_of_model(model, method or "lora")
     if method is not None:
-        raise SpecError(f"--method belongs to --model: {case} has its own.")
+        raise SpecError(f"--method needs --model; {case} has its own method.")
     assert case is not None
     return known_case(case, files)
 
 
 def _short(case: Case, batch: int | None, length: int | None, changes: dict[str, Any]) -> dict[str, Any]:
-    """The changes, with those that have an option of their own.
+    """Return the changes, with those of --batch and --length.
 
     Raises:
-        SpecError: one is said twice.
+        SpecError: a field is given twice.
     """
     name = "prompt_length" if case.kind == "generate" else "length"
-    said = {field: value for field, value in (("batch", batch), (name, length)) if value is not None}
-    if twice := [field for field in said if field in changes]:
-        raise SpecError(f"{twice[0]} is said twice: by its own option and by --set.")
-    return said | changes
+    short = {field: value for field, value in (("batch", batch), (name, length)) if value is not None}
+    if twice := [field for field in short if field in changes]:
+        raise SpecError(f"{twice[0]} is given twice: by its own option and by --set.")
+    return short | changes
 
 
 def _one(record: Record, kept: int, *, as_json: bool) -> None:
@@ -144,30 +149,32 @@ def _one(record: Record, kept: int, *, as_json: bool) -> None:
         if record.failure is not None:
             raise typer.Exit(ExitCode.BROKEN)
     else:
-        _answered(record)
+        _sound(record)
         say(prediction_block(record, kept))
     if record.status == "invalid" or not fits(record, kept):
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _answered(record: Record) -> Record:
-    """The record, if it holds a prediction.
+def _sound(record: Record) -> Record:
+    """Return the record if the prediction succeeded.
 
     Raises:
-        PredictError: it does not; the message says why.
+        PredictError: it failed; the message says why.
     """
     if record.failure is not None:
         raise PredictError(why_not(record))
     return record
 
 
-def _sweep(case: Case, said: str, gpu: str, kept: int, *, as_json: bool) -> None:
-    field, values = parse_sweep(said)
-    varied = [(str(value), with_changes(case, {field: value})) for value in values]  # what is wrong is said first
+def _sweep(case: Case, text: str, gpu: str, kept: int, *, as_json: bool) -> None:
+    field, values = parse_sweep(text)
+    varied = [
+        (str(value), with_changes(case, {field: value})) for value in values
+    ]  # all errors come before the first prediction
     rows = []
     with predicting_launcher(several=len(varied) > 1) as launcher:
         for value, each in varied:
-            rows.append((value, _told(f"{field}={value}", launcher, each, gpu)))
+            rows.append((value, _reported(f"{field}={value}", launcher, each, gpu)))
     if as_json:
         for _, record in rows:
             say(record_to_json(record).decode())
@@ -189,7 +196,7 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
 
         def peak_of(value: int) -> int:
             each = with_changes(case, {field: value})
-            seen = _answered(_told(f"{field}={value}", launcher, each, gpu))
+            seen = _sound(_reported(f"{field}={value}", launcher, each, gpu))
             records[value] = seen
             return int(seen.metrics["peak_bytes"].value)
 
@@ -219,10 +226,10 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
 
 
 def _field_to_fit(case: Case, name: str) -> str:
-    """The workload's field of this name; "length" is a prompt's where there is no other.
+    """Return the workload's field of this name; "length" is the prompt's length for generation.
 
     Raises:
-        SpecError: memory need not grow with this field, or the data ends before it does.
+        SpecError: memory need not grow with this field, or the data bounds it.
     """
     known = _FITTED.get(case.kind, ())
     field = "prompt_length" if name == "length" and "prompt_length" in known else name
@@ -234,14 +241,14 @@ def _field_to_fit(case: Case, name: str) -> str:
     bounded = isinstance(workload, FinetuneSpec) and workload.padding == "longest" and field == "length"
     if getattr(workload, field) is None or bounded:
         raise SpecError(
-            f"--fit {name}: the rows of {workload.data.name} bring their own lengths. Fit the batch, or take random rows: "
+            f"--fit {name}: the rows of {workload.data.name} have their own lengths. Fit the batch, or use random rows: "
             f"a case with data=DataSpec()."
         )
     return field
 
 
 def _most(case: Case, field: str) -> int:
-    """Where the search ends: a length at the model's context, if it is known here."""
+    """Return the largest value to try: for a length, the model's context if it is known."""
     if field not in _LENGTHS:
         return _MOST
     assert case.model is not None
@@ -249,8 +256,8 @@ def _most(case: Case, field: str) -> int:
     return (context_length(case.model) or _LONGEST) if shape is None else shape.max_position_embeddings
 
 
-def _told(what: str, launcher: Launcher, case: Case, gpu: str) -> Record:
-    """One prediction of several, and a line about it on stderr, since they take their time."""
+def _reported(what: str, launcher: Launcher, case: Case, gpu: str) -> Record:
+    """Make one prediction of several, and report it on stderr, since each takes seconds."""
     began = time.monotonic()
     record = prediction(launcher, case, gpu=gpu)
     peak = record.metrics.get("peak_bytes")

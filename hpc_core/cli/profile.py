@@ -28,19 +28,17 @@ _TRACE_VIEWER = "https://ui.perfetto.dev"
 
 
 def profile(
-    case: Annotated[str, typer.Argument(help="A whole id, such as tiny/lora.")],
+    case: Annotated[str, typer.Argument(help="A full id, such as tiny/lora.")],
     phase: Annotated[
         str | None, typer.Option(help="Only this phase of a step: forward, backward, optimizer; prefill, decode.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the files; runs/profile/CASE if not said.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="The folder for the files; runs/profile/CASE by default.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="The device to run on.")] = "auto",
     ranges: Annotated[
         bool,
-        typer.Option(
-            "--ranges", help="Only run three steps with NVTX ranges, for nsys or ncu to watch; write nothing."
-        ),
+        typer.Option("--ranges", help="Only run three steps with NVTX ranges, under nsys or ncu; write nothing."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Table, files and commands as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print table, files and commands as JSON.")] = False,
     cases: Files = None,
 ) -> None:
     """Profile one step of a case: operators by time, a trace, a memory snapshot. Exit code 11: the run broke."""
@@ -57,8 +55,7 @@ def profile(
     files = {name: str(folder / name) for name in _FILES if (folder / name).exists()}
     commands = nsight_commands(chosen.id, folder, phase, cases)
     if as_json:
-        said = {"case": chosen.id, "table": table, "files": files, "commands": commands}
-        say_json(said)
+        say_json({"case": chosen.id, "table": table, "files": files, "commands": commands})
         return
     for line in (*_lines(chosen.id, table), *_where(files), *_commands(commands, table)):
         say(line)
@@ -68,7 +65,7 @@ _FILES = ("operators.json", "trace.json.gz", "memory.pickle")
 
 
 def _run(case: Case, device: Literal["auto", "cpu", "cuda"], trace: Trace) -> Record:
-    # Inline where another program watches this very process.
+    # Inline, because the profiler of NVIDIA observes this process.
     with Launcher("inline" if trace.ranges else "exec") as launcher:
         return launcher.run(Job(case=case, device=device, kind=trace))
 
@@ -79,7 +76,7 @@ def _table(folder: Path) -> TraceTable:
         return msgspec.json.decode(path.read_bytes(), type=TraceTable)
     except (OSError, msgspec.MsgspecError) as error:
         raise SpecError(
-            f"{path}: the run left no table there: {error}. Choose a folder that can be written: --out."
+            f"{path}: the run wrote no table there: {error}. Choose a writable folder with --out."
         ) from error
 
 
@@ -107,7 +104,7 @@ def _commands(commands: dict[str, str], table: TraceTable) -> list[str]:
 
 
 def nsight_commands(case: str, folder: Path, phase: str | None, files: list[Path] | None = None) -> dict[str, str]:
-    """Ready command lines by tool: a timeline of three steps, and the counters of the first kernels of a phase."""
+    """Return a command line per tool: a timeline of three steps, and the counters of the first kernels of a phase."""
     given = [part for path in files or [] for part in ("--cases", str(path))]
     watched = shlex.join(["hpc-core", "profile", case, "--ranges", *given])
     systems = [
@@ -135,5 +132,5 @@ def nsight_commands(case: str, folder: Path, phase: str | None, files: list[Path
 
 
 def _included(phase: str | None) -> list[str]:
-    # The slash means a range that was pushed and popped.
+    # The slash selects a range that was pushed and popped.
     return [] if phase is None else ["--nvtx-include", f"hpc-core:{phase}/"]

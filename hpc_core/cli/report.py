@@ -37,24 +37,24 @@ def report(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown for a pull request.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Write every metric of every record.")] = None,
-    plots: Annotated[Path | None, typer.Option(help="Draw pictures into this folder.")] = None,
-    plot_format: Annotated[Literal["svg", "png", "both"], typer.Option(help="The kind of picture.")] = "svg",
+    plots: Annotated[Path | None, typer.Option(help="Write charts into this folder.")] = None,
+    plot_format: Annotated[Literal["svg", "png", "both"], typer.Option(help="The format of the charts.")] = "svg",
     baselines: Annotated[
         Path | None,
         typer.Option("--baselines", help="Judge by this folder of baselines; without it, nothing is judged."),
     ] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Only these cases, globs over whole ids; repeatable.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only these cases: a glob over full ids; repeatable.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Verdicts and metrics as JSON, instead of the table.")
     ] = False,
 ) -> None:
-    """Show records as a table, and write the files that are asked for. Exit code 0 whatever the records say, 2 if they cannot be read."""
+    """Show records as a table, and write the chosen files. Exit code 0 for any verdicts, 2 if the records cannot be read."""
     if baselines is not None and not baselines.is_dir():
-        raise SpecError(f"{baselines}: no such folder of baselines. Leave --baselines out to judge nothing.")
+        raise SpecError(f"{baselines}: no such folder of baselines. Omit --baselines to judge nothing.")
     for option, path in (("--html", html), ("--markdown", markdown), ("--csv", csv)):
         if path is not None and path.is_dir():
             raise SpecError(f"{path}: this is a folder; {option} takes the file to write.")
-    # Whatever can fail comes before the first file is written.
+    # All that can fail comes before the first file is written.
     with uncollected():
         found = read_records(records)
         chosen = [each for each in found.records if not case or any(fnmatchcase(each.case.id, glob) for glob in case)]

@@ -155,5 +155,5 @@ def test_several_machines_need_a_choice(project: GitProject, capsys: pytest.Capt
     assert "There are: busy_s, operators, peak_bytes." in capsys.readouterr().err
     accept(root, a_record(circumstances=around(msgspec.structs.replace(H100, key="cpu"))), reason="r")
     assert run(CASE, "--baselines", root) == 2
-    assert "say one with --machine" in capsys.readouterr().err
+    assert "choose one with --machine" in capsys.readouterr().err
     assert run(CASE, "--baselines", root, "--machine", "cpu") == 0

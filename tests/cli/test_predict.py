@@ -81,28 +81,28 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
         (["tiny/lora", "--gpu", "RTX"], "'RTX' matches RTX 4090 and RTX 5090. Known GPUs: H100 80GB HBM3,"),
         (["tiny/lora", "--gpu", "Voodoo"], "No GPU is called 'Voodoo'"),
         (["tiny/lora", "--set", "batc=8"], "has no field 'batc' to vary. It has: ahead, alpha, attention, batch,"),
-        (["tiny/lora", "--set", "batch"], "say --set batch=8"),
+        (["tiny/lora", "--set", "batch"], "write --set batch=8"),
         (["tiny/lora", "--set", "batch=x"], "batch='x'"),
-        (["tiny/lora", "--set", "batch=1", "--set", "batch=2"], "--set batch is said twice"),
+        (["tiny/lora", "--set", "batch=1", "--set", "batch=2"], "--set batch is given twice"),
         (["tiny/lora", "--set", "dtype=float16"], "use one of model_dtype, adapter_dtype"),
-        (["tiny/lora", "--sweep", "batch"], "--sweep 'batch' says no field"),
-        (["tiny/lora", "--sweep", "batch="], "says no value"),
+        (["tiny/lora", "--sweep", "batch"], "--sweep 'batch' names no field"),
+        (["tiny/lora", "--sweep", "batch="], "no value. Write several"),
         (["tiny/lora", "--sweep", "batch=1,0"], "batch must be at least 1, got 0"),
-        (["tiny/lora", "--sweep", "batch=1", "--fit", "batch"], "two questions"),
+        (["tiny/lora", "--sweep", "batch=1", "--fit", "batch"], "--sweep and --fit cannot be combined"),
         (["tiny/lora", "--fit", "dropout"], "that can be fitted: batch, length"),
-        (["tiny/lora-padded", "--fit", "length"], "bring their own lengths"),
+        (["tiny/lora-padded", "--fit", "length"], "have their own lengths"),
         (["tiny/generate-bf16", "--fit", "rank"], "that can be fitted: batch, prompt_length, new_tokens"),
-        (["tiny/lora", "--margin", "much"], "--margin 'much' is no size"),
+        (["tiny/lora", "--margin", "much"], "--margin 'much' is not a size"),
         (["tiny/lora", "--plot", "m.txt"], "the suffix says what to draw; it is one of .svg, .png, .pdf"),
         (["tiny/lora", "--plot", "m.svg", "--fit", "batch"], "--plot draws one prediction"),
-        (["tiny/lora", "--over", "m.json"], "say --plot memory.svg too"),
+        (["tiny/lora", "--over", "m.json"], "add --plot memory.svg"),
         (["tiny/lora", "--plot", "m.svg", "--over", "nowhere.json"], "nowhere.json: No such file"),
-        ([], "Say either a case"),
-        (["tiny/lora", "--model", "x"], "Say either a case"),
-        (["tiny/lora", "--method", "full"], "--method belongs to --model"),
-        (["--model", "./nowhere"], "no such folder or file, and no hub id"),
-        (["--model", "/"], "the folder holds no config.json"),
-        (["tiny/lora", "--batch", "2", "--set", "batch=3"], "batch is said twice"),
+        ([], "Give either a case"),
+        (["tiny/lora", "--model", "x"], "Give either a case"),
+        (["tiny/lora", "--method", "full"], "--method needs --model"),
+        (["--model", "./nowhere"], "no such folder or file, and not a hub id"),
+        (["--model", "/"], "the folder has no config.json"),
+        (["tiny/lora", "--batch", "2", "--set", "batch=3"], "batch is given twice"),
         (["tiny/lora", "--margin", "90GiB"], "leaves nothing of H100 80GB HBM3's 79.65 GiB"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
@@ -149,7 +149,7 @@ def test_sizes_with_units(text: str, size: int) -> None:
 
 def test_a_size_without_sense_is_refused() -> None:
     """A unit that is none."""
-    with pytest.raises(SpecError, match="no size"):
+    with pytest.raises(SpecError, match="not a size"):
         parse_bytes("--margin", "1 furlong")
 
 
