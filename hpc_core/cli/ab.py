@@ -20,7 +20,7 @@ from hpc_core.case.select import (
     unknown_glob,
 )
 from hpc_core.catalogue import ALL
-from hpc_core.cli.console import say, tell
+from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.inputs import Files, parse_duration, parse_ratio
 from hpc_core.compare.ab import Comparison, Plan, compare
 from hpc_core.compare.arrange import Arranged, SideOptions, arrange, place_of
@@ -34,6 +34,9 @@ from hpc_core.record import units as sizes
 from hpc_core.record.environment import visible_gpus
 
 Scale = Literal["tiny", "small", "full"]
+_HEAD = ("case", "metric", "base", "head", "change", "interval", "verdict", "")
+_RIGHT = {"base", "head", "change"}
+_MISSING = "-"
 
 
 def _chosen_cases(files: list[Path] | None, globs: Sequence[str], scale: Scale | None) -> tuple[Case, ...]:
@@ -146,7 +149,7 @@ def ab(
     for note in dict.fromkeys(notes):
         tell(note)
     if as_json:
-        say(msgspec.json.format(msgspec.json.encode(_as_json(arranged, comparison)), indent=2).decode())
+        say_json(_as_json(arranged, comparison), order=None)
     else:
         _show(comparison, everything=everything, seconds=time.monotonic() - began)
     raise typer.Exit(comparison.exit_code(strict=strict))
@@ -172,11 +175,6 @@ def _as_json(arranged: Arranged, comparison: Comparison) -> dict[str, Any]:
         "exit_code": comparison.exit_code(),
         "comparison": msgspec.to_builtins(comparison),
     }
-
-
-_HEAD = ("case", "metric", "base", "head", "change", "interval", "verdict", "")
-_RIGHT = {"base", "head", "change"}
-_MISSING = "-"
 
 
 def _heading(arranged: Arranged) -> list[str]:

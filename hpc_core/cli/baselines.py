@@ -191,14 +191,14 @@ def diff(
 
 
 def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
-    seen = read_record(path)
-    lookup = find(baselines, seen.circumstances.machine.key, seen.case.id)
-    judgement = judge(seen, lookup)
-    cause = stored_cause(baselines, seen, judgement)
+    record = read_record(path)
+    lookup = find(baselines, record.circumstances.machine.key, record.case.id)
+    judgement = judge(record, lookup)
+    cause = stored_cause(baselines, record, judgement)
     if as_json:
         say_json({"judgement": judgement, "cause": cause})
     else:
-        show([Row(record=seen, judgement=judgement, cause=cause)])
+        show([Row(record=record, judgement=judgement, cause=cause)])
         for row in judgement.metrics:
             if row.change:
                 say(f"  {row.verdict:<12} {row.reason}")

@@ -14,7 +14,7 @@ import typer
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import HpcCoreError, SpecError
-from hpc_core.cli.console import say, tell
+from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.inputs import Files, known_case, parse_duration, parse_ratio
 from hpc_core.compare.arrange import place_of
 from hpc_core.compare.bench import Bench, Device
@@ -118,7 +118,7 @@ def _show(named: Versions, found: Found, ends: Answer, metric: str, *, as_json: 
                 {"candidate": named.labels[step.index], **msgspec.to_builtins(step.answer)} for step in found.steps
             ],
         }
-        say(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
+        say_json(content, order=None)
         return
     say(f"{'Known to be bad' if suspects else 'First bad'}: {label} (the one before it in the list is {previous})")
     say(f"  against the good end: {at.text}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -17,9 +18,9 @@ def say(text: str = "") -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def say_json(thing: object) -> None:
-    """Print a result as indented JSON with sorted keys."""
-    text = msgspec.json.encode(thing, order="sorted")
+def say_json(thing: object, *, order: Literal["sorted"] | None = "sorted") -> None:
+    """Print a result as indented JSON, with sorted keys unless `order` is None."""
+    text = msgspec.json.encode(thing, order=order)
     say(msgspec.json.format(text, indent=2).decode())
 
 

@@ -26,12 +26,12 @@ def explain_record(
     as_json: Annotated[bool, typer.Option("--json", help="Print the cause as JSON.")] = False,
 ) -> None:
     """Say why a record differs from its baseline: two lines, then details. Nothing runs, and nothing is judged."""
-    seen = read_record(record)
-    cause = _cause(seen, baselines) if against is None else _between(read_record(against), seen)
+    now = read_record(record)
+    cause = _cause(now, baselines) if against is None else _between(read_record(against), now)
     if as_json:
-        say_json({"case": seen.case.id, "cause": cause})
+        say_json({"case": now.case.id, "cause": cause})
         return
-    say(f"{seen.case.id} on {seen.circumstances.machine.key}")
+    say(f"{now.case.id} on {now.circumstances.machine.key}")
     for line in ("nothing differs",) if cause is None else cause.lines:
         say(f"  {line}")
     for detail in () if cause is None else cause.details:
@@ -48,20 +48,20 @@ def _between(before: Record, now: Record) -> Cause | None:
     return explain(before_of(before), now)
 
 
-def _cause(seen: Record, baselines: Path) -> Cause | None:
+def _cause(now: Record, baselines: Path) -> Cause | None:
     """Return why the record differs from its stored baseline.
 
     Raises:
         SpecError: the run failed, or its case has no sound baseline.
     """
-    _refuse_failed(seen)
-    key = seen.circumstances.machine.key
-    lookup = find(baselines, key, seen.case.id)
+    _refuse_failed(now)
+    key = now.circumstances.machine.key
+    lookup = find(baselines, key, now.case.id)
     before = stored_before(baselines, key, lookup)
     if before is None:
-        judgement = judge(seen, lookup)
+        judgement = judge(now, lookup)
         raise SpecError(f"{judgement.reason} Name a folder with --baselines, or a record with --against.")
-    return explain(before, seen, judge(seen, lookup))
+    return explain(before, now, judge(now, lookup))
 
 
 def _refuse_failed(record: Record) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from hpc_core.baselines.over_time import OverTime, over_time
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
-from hpc_core.cli.console import say, tell
+from hpc_core.cli.console import say, say_json, tell
 from hpc_core.record.files import read_record
 from hpc_core.report.history import as_json, counted, lines, overview, series
 from hpc_core.report.pictures import check_picture, write_series
@@ -42,7 +41,7 @@ def history(
     chosen = [metric] if metric else sorted({name for point in found.points for name in point.metrics})
     if as_json_:
         content = as_json(case, key, [series(found.points, name) for name in chosen], found.notes)
-        say(msgspec.json.format(msgspec.json.encode(content), indent=2).decode())
+        say_json(content, order=None)
     else:
         text = overview(found.points) if metric is None else lines(series(found.points, metric))
         first, last = found.points[0], found.points[-1]

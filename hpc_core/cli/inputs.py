@@ -31,6 +31,14 @@ from hpc_core.catalogue import (
 from hpc_core.catalogue.predicted import PREDICTED
 
 Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES are added; repeatable.")]
+Method = Literal["full", "lora", "qlora", "generate"]
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?) ?(?P<unit>[a-z]*)", re.IGNORECASE)
+_DURATION = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?) ?(?P<unit>s|m|h|)")
+_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
+_NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_-]+")
+_LONGEST_ID = 60
 
 
 def suite_cases(files: list[Path] | None) -> dict[str, Case]:
@@ -67,10 +75,6 @@ def known_case(case_id: str, files: list[Path] | None) -> Case:
         close = ", ".join(near(case_id, known)) or "none; see hpc-core cases"
         raise SpecError(f"no case is called {case_id!r}. Near: {close}.")
     return known[case_id]
-
-
-Method = Literal["full", "lora", "qlora", "generate"]
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def case_of_model(model: str, method: Method) -> Case:
@@ -111,14 +115,6 @@ def _prefix(path: Path) -> str:
     named = path.resolve() if path.exists() else path
     name = named.parent.name if named.suffix == ".json" else named.name
     return _NOT_IN_AN_ID.sub("-", name.lower()).lstrip(".+_-") or "own"
-
-
-_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_SIZE = re.compile(r"(?P<number>[0-9]{1,15}(\.[0-9]{1,9})?) ?(?P<unit>[a-z]*)", re.IGNORECASE)
-_NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_-]+")
-_LONGEST_ID = 60
-_DURATION = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,3})?) ?(?P<unit>s|m|h|)")
-_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:

@@ -196,9 +196,9 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
 
         def peak_of(value: int) -> int:
             each = with_changes(case, {field: value})
-            seen = _sound(_reported(f"{field}={value}", launcher, each, gpu))
-            records[value] = seen
-            return int(seen.metrics["peak_bytes"].value)
+            record = _sound(_reported(f"{field}={value}", launcher, each, gpu))
+            records[value] = record
+            return int(record.metrics["peak_bytes"].value)
 
         start = getattr(case.workload, field)
         most = _most(case, field)

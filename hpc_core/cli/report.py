@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import sys
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,14 +13,13 @@ import typer
 
 from hpc_core.baselines.reading import plain, read_records
 from hpc_core.case.errors import SpecError
-from hpc_core.cli.console import say, tell
+from hpc_core.cli.console import say_json, show, tell
 from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.files import write_whole
 from hpc_core.report.csv import records_csv
 from hpc_core.report.entry import Entry, entries_of
 from hpc_core.report.markdown import markdown as as_markdown
 from hpc_core.report.pictures import pictures, require_charts
-from hpc_core.report.terminal import render
 
 _SUMMARY = "GITHUB_STEP_SUMMARY"
 
@@ -66,7 +63,10 @@ def report(
             files += pictures(entries, plots, ("svg", "png") if plot_format == "both" else (plot_format,)).items()
     for path, content in files:
         write_whole(path, content)
-    say(_as_json(entries, found.notes) if as_json else _table(entries))
+    if as_json:
+        say_json({"cases": [_entry(entry) for entry in entries], "notes": list(found.notes)}, order=None)
+    else:
+        show([entry.row for entry in entries])
     for note in found.notes:
         tell(f"note: {note}")
     for path, _ in files:
@@ -102,16 +102,6 @@ def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:
     from hpc_core.report.page import page
 
     return page(entries, notes)
-
-
-def _table(entries: Sequence[Entry]) -> str:
-    width = shutil.get_terminal_size().columns
-    return render([entry.row for entry in entries], width=width, color=sys.stdout.isatty())
-
-
-def _as_json(entries: Sequence[Entry], notes: Sequence[str]) -> str:
-    content: dict[str, Any] = {"cases": [_entry(entry) for entry in entries], "notes": list(notes)}
-    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
 
 
 def _entry(entry: Entry) -> dict[str, Any]:

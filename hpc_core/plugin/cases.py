@@ -13,6 +13,9 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.select import checked_cases
 from hpc_core.record.gpus import DEFAULT, gpu_named
 
+MARK = "perf_predicted"
+Extent = Literal["short", "all", "off"]
+"""Which predictions a run makes: the short set, all of them, or none."""
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
@@ -61,11 +64,6 @@ class CaseFile(pytest.Module):
 
         self.obj.test_case = test_case
         return super().collect()
-
-
-MARK = "perf_predicted"
-Extent = Literal["short", "all", "off"]
-"""Which predictions a run makes: the short set, all of them, or none."""
 
 
 def predicted_cases(

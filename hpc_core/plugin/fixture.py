@@ -175,15 +175,15 @@ def _with_limits(case: Case, limits: Limits | None, arguments: dict[str, Any]) -
 
 def _extra(row: Row) -> dict[str, Any]:
     """Return what pytest-benchmark's JSON holds in addition to its statistics."""
-    judgement, seen = row.judgement, row.record.circumstances
+    judgement, circumstances = row.judgement, row.record.circumstances
     metrics = {} if row.record.status != "ok" else row.record.metrics
     return {
         "case": row.case,
         "digest": row.record.case.digest,
         "status": row.record.status,
         "verdict": row.verdict,
-        "machine": seen.machine.key,
-        "stack": dict(seen.stack),
+        "machine": circumstances.machine.key,
+        "stack": dict(circumstances.stack),
         "metrics": {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()},
         "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
         # The whole record, so that `hpc-core report` needs no other file.

@@ -21,7 +21,8 @@ from hpc_core.record.job import Way
 
 ACTIVE = "perf_active"
 """Where pytest keeps `--benchmark`."""
-
+WAIVERS = "perf-waivers.toml"
+"""The default name, below the root folder."""
 _SCALES = ("tiny", "small", "full", "auto")
 _GPU_WORD = re.compile(r"\bgpu\b")
 
@@ -300,10 +301,6 @@ def _case_files(config: pytest.Config) -> tuple[Path, ...]:
         except SpecError as error:
             raise pytest.UsageError(str(error)) from error
     return files
-
-
-WAIVERS = "perf-waivers.toml"
-"""The default name, below the root folder."""
 
 
 def read_waivers(config: pytest.Config) -> tuple[Waiver, ...]:

@@ -88,5 +88,5 @@ def _is_wide(record: Record, enough: Enough) -> bool:
 
 def _with_budget_note(record: Record, done: int, least: int) -> Record:
     note = f"the time budget ended after {done} of {least} processes of {record.case.id}; raise --perf-budget for narrower times"
-    seen = msgspec.structs.replace(record.circumstances, notes=(*record.circumstances.notes, note))
-    return msgspec.structs.replace(record, circumstances=seen)
+    circumstances = msgspec.structs.replace(record.circumstances, notes=(*record.circumstances.notes, note))
+    return msgspec.structs.replace(record, circumstances=circumstances)

@@ -76,16 +76,16 @@ class Earlier:
 
     def _moved(self, found: Record, case: Case, device: Literal["cpu", "cuda"]) -> str | None:
         """Return why an earlier record cannot replace a run now, or None."""
-        seen, revision, now = found.circumstances, commit()[0], stack(device)
-        packages = [name for name in sorted(now | seen.stack) if seen.stack.get(name) != now.get(name)]
-        done, gpu = max(1, len(found.processes)), seen.gpu.get("before", {}).get("uuid")
+        then, revision, now = found.circumstances, commit()[0], stack(device)
+        packages = [name for name in sorted(now | then.stack) if then.stack.get(name) != now.get(name)]
+        done, gpu = max(1, len(found.processes)), then.gpu.get("before", {}).get("uuid")
         checks = (
             (found.status != "ok", f"the earlier run was {found.status}"),
             (found.case.digest != case.digest, f"the case changed, digest {found.case.digest} to {case.digest}"),
-            (seen.fault != self._fault, f"the earlier run had the fault {seen.fault}, this one has {self._fault}"),
-            (seen.machine.key != machine(device).key, f"it was measured on {seen.machine.key}"),
+            (then.fault != self._fault, f"the earlier run had the fault {then.fault}, this one has {self._fault}"),
+            (then.machine.key != machine(device).key, f"it was measured on {then.machine.key}"),
             (bool(packages), f"{', '.join(packages)} changed since"),
-            (seen.commit != revision, f"it was measured at commit {seen.commit}, this is {revision}"),
+            (then.commit != revision, f"it was measured at commit {then.commit}, this is {revision}"),
             (revision is None, "neither git nor HPC_CORE_COMMIT identifies this code"),
             (self._codes.get(case.id) != self._code, "uncommitted changes differ from those that it was measured with"),
             (done < self._plan.total(found) and gpu != _gpu_uuid(), f"its {done} processes ran on another GPU"),

@@ -39,6 +39,8 @@ from hpc_core.record.job import (
 from hpc_core.record.record import Circumstances, Metric, Record, record_to_json
 from hpc_core.report.entry import Row, grown
 
+_NOTE = "measured in the test process: time is reported, not gated"
+
 
 class Runner:
     """Run and judge the cases of a session with one launcher, and collect their rows.
@@ -100,8 +102,8 @@ class Runner:
         ceilings = {} if today is None else today.ceilings
         record = self._launcher.run(Job(case=case, device=device, ceilings=ceilings, fault=self._settings.fault))
         if today is not None and today.canary:
-            seen = msgspec.structs.replace(record.circumstances, canary=today.canary)
-            record = msgspec.structs.replace(record, circumstances=seen)
+            circumstances = msgspec.structs.replace(record.circumstances, canary=today.canary)
+            record = msgspec.structs.replace(record, circumstances=circumstances)
         self._keep(record)
         return record
 
@@ -235,9 +237,6 @@ def _device(case: Case) -> Literal["auto", "cpu", "cuda"]:
     return "auto"
 
 
-NOTE = "measured in the test process: time is reported, not gated"
-
-
 def load_measuring_half() -> None:
     """Import torch and the measuring half, without the warnings of their imports."""
     with warnings.catch_warnings():
@@ -260,11 +259,11 @@ def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], No
     perform = importlib.import_module("hpc_core.worker.perform").perform
     job = Job(case=case, launched="inline", device="cuda" if visible_gpus() else "cpu")
     record: Record = perform(job, emit, began=began, step=step)
-    seen = record.circumstances
+    circumstances = record.circumstances
     return msgspec.structs.replace(
         record,
         metrics={name: _ungated_time(metric) for name, metric in record.metrics.items()},
-        circumstances=msgspec.structs.replace(seen, notes=(NOTE, *seen.notes)),
+        circumstances=msgspec.structs.replace(circumstances, notes=(_NOTE, *circumstances.notes)),
     )
 
 
