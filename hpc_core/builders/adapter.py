@@ -1,4 +1,4 @@
-"""LoRA adapters through peft, and peft's preparation of quantized models. Knows nothing of optimizers and measuring."""
+"""LoRA adapters through peft, and peft's preparation of quantized models. `hpc_core.bounds.adapter` describes the tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hpc_core.case.parts import AdapterSpec
 
 
 def prepare_for_training(model: torch.nn.Module, checkpointing: str) -> torch.nn.Module:
-    """peft's `prepare_model_for_kbit_training`: freezes, casts what is not quantized to float32, and checkpoints unless told not to.
+    """Call peft's `prepare_model_for_kbit_training`: it freezes, casts what is not quantized to float32, and checkpoints by default.
 
-    "as-prepare-leaves-it" calls it as most code does, without arguments; the other kinds say theirs.
+    "as-prepare-leaves-it" calls it without arguments, as most code does. The other kinds of checkpointing are passed on.
 
     Raises:
         MissingLibraryError: peft is not installed.
@@ -32,10 +32,10 @@ def prepare_for_training(model: torch.nn.Module, checkpointing: str) -> torch.nn
 
 
 def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module:
-    """The model wrapped by peft: the base frozen, LoRA weights trainable and stored in `spec.dtype`.
+    """Return the model wrapped by peft: the base frozen, LoRA weights trainable and stored in `spec.dtype`.
 
     Raises:
-        BuildError: a target module was not found, or a weight has another dtype.
+        BuildError: a target module was not found.
         MissingLibraryError: peft is not installed.
     """
     peft = library("peft", "A LoRA adapter")
@@ -60,16 +60,16 @@ def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module
     missing = [target for target in spec.targets if not any(f".{target}." in name for name in adapter)]
     if missing:
         raise BuildError(
-            f"No module was named {', '.join(missing)}: the adapter would train less than asked. Name others as its "
-            f"targets; this model has: {_targets(model)}."
+            f"No module was named {', '.join(missing)}: the adapter would train less than the case asks for. "
+            f"Choose targets from: {_targets(model)}."
         )
     return wrapped
 
 
 def merged(wrapped: Any) -> torch.nn.Module:
-    """The base model with the adapter's update added to its weights, and no trace of the adapter. 4-bit weights are quantized anew."""
+    """Return the base model with the adapter's update merged into its weights. 4-bit weights are quantized again."""
     with warnings.catch_warnings():
-        # peft says for each 4-bit layer that the merge rounds: it does, and that is what was asked for.
+        # peft warns for each 4-bit layer that merging rounds. That is expected.
         warnings.filterwarnings("ignore", message="Merge lora module to", category=UserWarning)
         model = wrapped.merge_and_unload()
     assert isinstance(model, torch.nn.Module)
@@ -77,7 +77,7 @@ def merged(wrapped: Any) -> torch.nn.Module:
 
 
 def _targets(model: torch.nn.Module) -> str:
-    """Names that an adapter's targets can be chosen from: the matrices of a model, embeddings left out."""
+    """Return the names that targets can be chosen from: those of the model's matrices, without embeddings."""
     found: dict[str, None] = {}
     for name, parameter in model.named_parameters():
         owner, _, kind = name.replace(".base_layer", "").rpartition(".")
@@ -88,5 +88,5 @@ def _targets(model: torch.nn.Module) -> str:
 
 
 def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The LoRA weights of a wrapped model, by name."""
+    """Return the adapter's weights of a wrapped model, by name."""
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}

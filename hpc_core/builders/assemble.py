@@ -1,7 +1,4 @@
-"""Gradient (activation) checkpointing through transformers' own switch. Knows nothing of how much it saves.
-
-The one door: `build(case)` makes the module in a fixed order, model, quantization, `prepare`, adapter, checkpointing.
-"""
+"""`build(case)`: the module of a case, made in a fixed order: model, quantization, `prepare`, adapter, checkpointing."""
 
 from __future__ import annotations
 
@@ -19,16 +16,16 @@ from hpc_core.case.workloads import FinetuneSpec
 
 
 def enable_checkpointing(model: torch.nn.Module, kind: str, *, frozen_inputs: bool) -> None:
-    """Turn checkpointing of every decoder layer on, "reentrant" or "non-reentrant"; "off" leaves the model alone.
+    """Turn on gradient checkpointing of every decoder layer, "reentrant" or "non-reentrant"; "off" changes nothing.
 
-    The reentrant kind only builds a graph when its inputs need gradients. Where the embeddings are frozen
-    (`frozen_inputs`, any adapter) they are made to, as peft does.
+    The reentrant kind builds a graph only if its inputs need gradients. If the embeddings are frozen (`frozen_inputs`, with any
+    adapter), their outputs are made to need gradients, as peft does.
     """
     if kind == "off":
         return
     hugging: Any = model
     reentrant = kind == "reentrant"
-    # transformers 5.24 has a new name for this call and warns; this is the only one that 5.17 knows too.
+    # transformers 5.24 has a new name for this call and warns. Only this name also exists in 5.17.
     hugging.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant and frozen_inputs:
         hugging.enable_input_require_grads()
@@ -36,25 +33,25 @@ def enable_checkpointing(model: torch.nn.Module, kind: str, *, frozen_inputs: bo
 
 @dataclass(frozen=True)
 class Built:
-    """A module ready to run, and what belongs to it."""
+    """A module that is ready to run, with its device and tokenizer."""
 
     model: torch.nn.Module
     device: torch.device
     vocab_size: int
     tokenizer: Any | None
-    """The tokenizer that real weights bring; None for random weights."""
+    """The tokenizer of real weights; None for random weights."""
 
 
 def build(case: Case, device: torch.device) -> Built:
-    """The module that this case describes, on `device`, in training or evaluation mode as its workload needs.
+    """Build the module that this case describes on `device`, in training or evaluation mode as its workload needs.
 
     Raises:
-        SpecError: the case is a callable, which builds its own.
-        BuildError: what was built is not what was asked.
+        SpecError: the case is a callable, which builds its own module.
+        BuildError: the module is not what the case describes.
         MissingLibraryError: a package that the case needs is not installed.
     """
     if case.model is None:
-        raise SpecError(f"{case.id} is a callable case: it builds its own module.")
+        raise SpecError(f"{case.id} is a callable case, which builds its own module.")
     model = causal_lm(case.model, device, quantization=case.quantization)
     if case.quantization is not None:
         quantize(model, case.quantization, device)

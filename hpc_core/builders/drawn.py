@@ -1,6 +1,6 @@
-"""Random weights: what a parameter of this name holds under this seed, whatever else the model has, and in whichever order it was built.
+"""Random weights that depend only on a parameter's name and the seed, not on the rest of the model or the order of building.
 
-Each parameter has a stream of its own, so that one of them can be drawn again, alone, and compared with the live one.
+Each parameter has its own random stream, so that a single one can be drawn again and compared with the live one.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import hashlib
 import torch
 
 STD = 0.02
-"""transformers' own initializer_range of these architectures."""
+"""transformers' initializer_range of these architectures."""
 
 
 def draw_weights(model: torch.nn.Module, seed: int) -> None:
-    """Fill every matrix of the model in place; norms keep their ones, biases their zeros."""
+    """Fill every matrix of the model in place. Norms keep their ones, biases their zeros."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             _fill(parameter.data, name, seed)
 
 
 def drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
-    """What `draw_weights` gives the parameter of this name. The same process, library and device give the same bits; others may not."""
+    """Return what `draw_weights` gives the parameter of this name. Bits are equal within a process, library version and device only."""
     return _fill(torch.empty(shape, dtype=dtype, device=device), name, seed)
 
 

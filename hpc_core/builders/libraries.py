@@ -1,4 +1,4 @@
-"""Import an optional package, or say which one is missing and how to get it."""
+"""Import an optional package, or report which one is missing and how to install it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _EXTRA = {
 
 
 def library(name: str, needed_for: str) -> ModuleType:
-    """The imported package.
+    """Import and return the package.
 
     Raises:
         MissingLibraryError: it is not installed; the message names the extra to install.
@@ -28,9 +28,9 @@ def library(name: str, needed_for: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
-            raise  # the package is there, something that it imports is not: that is another fault
+            raise  # the package is installed, but something that it imports is not
         package = name.partition(".")[0]
         how = f"pip install 'hpc-core[{_EXTRA[package]}]'" if package in _EXTRA else f"pip install {package}"
         raise MissingLibraryError(
-            f"{needed_for} needs the package {package}, which is not installed. Get it with: {how}"
+            f"{needed_for} needs the package {package}, which is not installed. Install it with: {how}"
         ) from error

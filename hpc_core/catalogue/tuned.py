@@ -1,4 +1,4 @@
-"""Cases of our own engines next to the same cases with the stock libraries."""
+"""Cases of our own engines, and the same cases with the stock libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hpc_core.catalogue.stock import FULL
 
 _TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
 _PLAIN_ADAPTER: dict[str, Any] = {"dropout": 0.0, "adapter_dtype": "bfloat16"}
-"""As the tuned engine has them, so the stock twin has them too."""
+"""The tuned engine needs these settings, so the stock case to compare with has them too."""
 _BATCHES = (4, 16, 32)
 _NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
 _NF4_DQ = QuantSpec(kind="nf4", compute_dtype="bfloat16", double_quant=True)
@@ -29,9 +29,9 @@ def _name(case: Case) -> str:
 
 
 def _tuned(*stock: Case) -> list[Case]:
-    """Each by the tuned engine, LoRA and QLoRA beside themselves without dropout and with adapters in bfloat16, as the engine has them.
+    """Return each case with the tuned engine. LoRA and QLoRA come with stock cases that have the engine's dropout and adapter dtype.
 
-    LoRA's budget costs a millisecond or two of recomputation: without one the graph's pool takes 9.68 GiB.
+    LoRA's memory budget costs one or two milliseconds of recomputation. Without it the graph's pool takes 9.68 GiB.
     """
     full, *adapted = (case for name in ("full-bf16", "lora", "qlora") for case in stock if _name(case) == name)
     plain_lora, plain_qlora = (case.vary(f"{_name(case)}-nodrop", **_PLAIN_ADAPTER) for case in adapted)
@@ -47,7 +47,7 @@ def _tuned(*stock: Case) -> list[Case]:
 
 
 def _decode(model: ModelSpec) -> tuple[Case, Case, Case, Case]:
-    """bfloat16 and NF4, each by `generate` and by the graph engine, on the same prompts."""
+    """Return bfloat16 and NF4, each with `generate` and with the graph engine, on the same prompts."""
     bf16 = generate(model, variant="generate-bf16-100", **_ANSWERS)
     nf4 = bf16.vary("generate-nf4-100", quantization=_NF4)
     return (
@@ -66,11 +66,11 @@ TUNED: tuple[Case, ...] = (
     *DECODE,
     _int8_head,
 )
-"""The engines beside their stock twins: same dropout (none), adapters, batch and data; same prompts. In ALL, not in FULL."""
+"""Our engines and the stock cases to compare with: same dropout (none), adapters, batch, data and prompts. In ALL, not in FULL."""
 
 
 def _of_another_shape(shape: str) -> list[Case]:
-    """LoRA, QLoRA and decoding at another size, stock and by our engines; an epoch is the report's 4000 rows."""
+    """Return LoRA, QLoRA and decoding at another size, with stock and our engines. An epoch has the report's 4000 rows."""
     model = ModelSpec(shape=shape)
     step: dict[str, Any] = {"batch": 4, "length": 512, "epoch_rows": 4000}
     adapter: dict[str, Any] = {"dropout": 0.0, "dtype": "bfloat16"}
@@ -85,17 +85,17 @@ def _of_another_shape(shape: str) -> list[Case]:
 
 
 def _report_by_graph() -> list[Case]:
-    """The original report's variants on its own questions by the graph engine, which has no kernels for int8; their stock twins are in FULL."""
-    told = ("generate-fp16", "generate-bf16", "generate-nf4", "generate-nf4-dq")
+    """Return the original report's generation cases with the graph engine, which has no int8 kernels. FULL has the stock cases."""
+    variants = ("generate-fp16", "generate-bf16", "generate-nf4", "generate-nf4-dq")
     return [
         case.vary(f"{_name(case)}-questions-graph", engine="graph", timeout_s=600)
         for case in FULL
-        if _name(case) in told
+        if _name(case) in variants
     ]
 
 
 def _real_epoch() -> list[Case]:
-    """LoRA on the lengths of the report's own 4000 rows: padded to 512 as the report did it, packed, and packed by the tuned engine."""
+    """Return LoRA on the lengths of the report's 4000 rows: padded to 512 as in the report, packed, and packed with the tuned engine."""
     rows = DataSpec(source="trace", name="wikitext2", rows=4000)
     padded = finetune(
         llama_3b,
@@ -125,7 +125,7 @@ SWEEP: tuple[Case, ...] = (
     *_of_another_shape("llama-3.2-1b"),
     *_of_another_shape("llama-3.1-8b"),
 )
-"""Batches, long prompts, kernels, real rows, other sizes: run by name (`bench/decode_engine.py`, `bench/train_engine.py`, `hpc-core run`), not in ALL."""
+"""Batches, long prompts, kernels, real rows and other sizes. Not in ALL: run them by name."""
 
 
 _int4 = generate(
@@ -139,4 +139,4 @@ _int4 = generate(
 )
 
 INT4: tuple[Case, ...] = (_int4, _int4.vary("generate-int4-graph", engine="graph", kernels="inductor"))
-"""Stock and engine. Not in ALL: they need torchao, which is an extra of its own."""
+"""int4 with stock and graph engine. Not in ALL: they need torchao, a separate extra."""

@@ -219,6 +219,7 @@ def test_a_forkserver_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.
     assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own
 
 
+@pytest.mark.nightly  # a prediction takes half a minute; the packing itself is checked by the tests above
 def test_int4_is_predicted_in_the_packing_of_a_gpu() -> None:
     """Weights in closed form; the engine, whose graph has no model, is refused by name."""
     pytest.importorskip("torchao", reason="int4 is packed by torchao")

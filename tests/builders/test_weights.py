@@ -263,14 +263,14 @@ def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({}, "cannot be had"),
-        ({"model_type": "no-such-model"}, "cannot be had"),
-        ({"model_type": "vit"}, "no causal language model"),
+        ({}, "is not available"),
+        ({"model_type": "no-such-model"}, "is not available"),
+        ({"model_type": "vit"}, "cannot build a causal language model"),
         (
             {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
             r"stored quantized \(gptq\)",
         ),
-        (None, "holds no config.json"),
+        (None, "contains no config.json"),
     ],
     ids=["empty", "unknown", "no-language", "quantized", "none"],
 )

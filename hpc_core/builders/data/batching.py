@@ -1,18 +1,13 @@
-"""Training batches out of token rows: unpadded, padded to the longest, padded to a maximum, or packed.
+"""Training batches from token rows: unpadded, padded to the longest, padded to a maximum, or packed.
 
-Knows lists of ids and a FinetuneSpec; knows no tensors, models or tokenizers. Every kind counts real and padding
-tokens apart, because a time per epoch means nothing without them.
+All kinds count real and padding tokens separately, because a time per epoch means nothing without them. Works on lists of ids; no tensors.
 
-Rows of any source but random are shuffled by `data.seed` first. Rows left over at the end that fill no batch are
-dropped, as are the tokens that fill no block when packing.
+Rows of every source except random are shuffled by `data.seed` first. Rows left over at the end that fill no batch are dropped, and so
+are the tokens that fill no block when packing.
 
-Padded batches keep short rows, empty ones too (a third of wikitext's), with two exceptions. A batch in which every
-row has fewer than 2 tokens predicts nothing, so its mean loss would be 0/0 = NaN: it is skipped, and counted. A row
-without any token (a tokenizer that adds no BOS) has nothing to attend to, which makes its softmax NaN: it is left out
-before batches are formed.
-
-
-What a data path hands on: batches as arrays, one at a time by index. No tensors, no devices.
+Padded batches keep short rows, even empty ones (a third of wikitext's), with two exceptions. A batch in which every row has fewer than
+2 tokens predicts nothing, so its mean loss would be 0/0 = NaN: it is skipped, and counted. A row without any token (from a tokenizer
+that adds no BOS) has nothing to attend to, so its softmax would be NaN: it is left out before batches are formed.
 """
 
 from __future__ import annotations
@@ -33,11 +28,11 @@ if TYPE_CHECKING:
     Ids = NDArray[np.int64]
 
 IGNORED_LABEL = -100
-"""The label that a cross-entropy loss passes over."""
+"""The label that a cross-entropy loss ignores."""
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """`spec.batch` rows of equal length, as the model takes them; it shifts the labels by itself."""
+    """`spec.batch` rows of equal length, as the model takes them. The model shifts the labels itself."""
 
     ids: list[list[int]]
     mask: list[list[int]] | None
@@ -54,7 +49,7 @@ class EpochSize(msgspec.Struct, frozen=True):
     """One pass over the rows, in counts."""
 
     rows: int
-    """Rows handed in, those left out or dropped included."""
+    """Rows given, including those left out or dropped."""
     batches: int
     """Batches that `batches` yields."""
     tokens: int
@@ -62,11 +57,11 @@ class EpochSize(msgspec.Struct, frozen=True):
     padded: int
     """Padding tokens in these batches."""
     skipped: int
-    """Batches passed over because no row in them has a next token to predict."""
+    """Batches skipped because no row in them has a next token to predict."""
 
 
 def batches(rows: list[list[int]], spec: FinetuneSpec) -> Iterator[Batch]:
-    """One epoch of training batches, each built when it is asked for; what can be wrong is found before the first.
+    """Return an iterator over one epoch of training batches. Each is built on request; all errors are raised before the first.
 
     padding="none": rows must be `spec.length` long. "longest": rows are cut to `spec.length` and padded to the longest
     of their batch; the mask is given even where that pads nothing. "max_length": cut and padded to `spec.length`.
@@ -84,7 +79,7 @@ def batches(rows: list[list[int]], spec: FinetuneSpec) -> Iterator[Batch]:
 
 
 def epoch_size(rows: list[list[int]], spec: FinetuneSpec) -> EpochSize:
-    """What `batches` yields of these rows, counted without building it.
+    """Return the size of what `batches` yields, without building it.
 
     Raises:
         DataError: as `batches`.
@@ -100,12 +95,12 @@ def epoch_size(rows: list[list[int]], spec: FinetuneSpec) -> EpochSize:
 
 
 def _ordered(rows: list[list[int]], spec: FinetuneSpec) -> list[list[int]]:
-    """Random rows are as good in one order as in another, and stay in theirs."""
+    """Return the rows in the order of the epoch. Random rows are not shuffled."""
     return rows if spec.data.source == "random" else shuffled(rows, spec.data.seed)
 
 
 def _groups(rows: list[list[int]], spec: FinetuneSpec) -> tuple[list[list[list[int]]], int]:
-    """The rows of each batch, cut but not padded, and how many batches were skipped."""
+    """Return the rows of each batch, cut but not padded, and the number of skipped batches."""
     if spec.padding == "none":
         _check_lengths(rows, spec)
     usable = [row[: spec.length] for row in _ordered([row for row in rows if row], spec)]
@@ -131,7 +126,7 @@ def _check_lengths(rows: list[list[int]], spec: FinetuneSpec) -> None:
         if len(row) != spec.length:
             raise DataError(
                 f"Row {number} has {len(row)} tokens, unpadded batches need exactly {spec.length}: "
-                "give rows of that length, or say padding='longest' or padding='max_length'."
+                "give rows of that length, or use padding='longest' or padding='max_length'."
             )
 
 
@@ -172,7 +167,7 @@ def _packed(rows: list[list[int]], spec: FinetuneSpec) -> Iterator[Batch]:
 def _packed_batch(stream: list[int], number: int, spec: FinetuneSpec) -> Batch:
     first = number * spec.batch
     blocks = [stream[block * spec.length : (block + 1) * spec.length] for block in range(first, first + spec.batch)]
-    # Labels are lists of their own, so that a caller who masks some of them leaves the ids alone.
+    # Labels are separate lists, so that masking some of them does not change the ids.
     return Batch(
         ids=blocks, mask=None, labels=[list(block) for block in blocks], tokens=spec.batch * spec.length, padded=0
     )
@@ -188,10 +183,10 @@ class Block(NamedTuple):
 
 
 class BlockSize(NamedTuple):
-    """What is known of a batch without making it."""
+    """The size of a batch, known without making it."""
 
     width: int
-    """Tokens a row, padding included."""
+    """Tokens per row, padding included."""
     tokens: int
     """Real tokens."""
     padded: int
@@ -199,16 +194,16 @@ class BlockSize(NamedTuple):
 
 
 class BlockSource(Protocol):
-    """The batches of an epoch in order. Can be pickled, so that worker processes have it too."""
+    """The batches of an epoch in order, by index. Can be pickled for worker processes."""
 
     tokenize: str
     """"cached" or "fetch", as in FeedSpec."""
     masked: bool
-    """Whether the model is given a mask."""
+    """Whether the model gets a mask."""
     epoch: EpochSize
     sizes: list[BlockSize]
-    """One a batch of the epoch."""
+    """One per batch of the epoch."""
 
     def block(self, index: int) -> Block:
-        """The batch at this index, made or read now."""
+        """Make or read the batch at this index."""
         ...

@@ -1,11 +1,10 @@
 r"""Tokenized batches on disk, under a key of everything they were made from.
 
-The folder is $HPC_CORE_CACHE, else $XDG_CACHE_HOME/hpc-core, else ~/.cache/hpc-core. Its files can be deleted at any time.
+The folder is $HPC_CORE_CACHE, else $XDG_CACHE_HOME/hpc-core, else ~/.cache/hpc-core. The files can be deleted at any time.
 
 A whole epoch is one file, written once and then mapped into memory:
 
-    b"hpc-core batches
-" | length of the header, 8 bytes little-endian | header: JSON, padded with spaces to 64 bytes | int32 numbers
+    b"hpc-core batches\n" | length of the header, 8 bytes little-endian | header: JSON, padded with spaces to 64 bytes | int32 numbers
 
 The numbers are the width of each batch, then the unpadded tokens of each row, then the ids row by row. The header holds the
 CRC-32 of itself (without that field) and of the numbers.
@@ -35,11 +34,11 @@ from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.files import write_whole
 
 _MAKERS = ("batching.py", "rows.py")
-"""What turns a data set into batches: another text of one of them is another key."""
+"""The modules that turn a data set into batches. Their source is part of the key."""
 
 
 def cache_folder() -> Path:
-    """Where batches are kept; it need not exist yet."""
+    """Return the folder of the cache. It need not exist."""
     if chosen := os.environ.get("HPC_CORE_CACHE"):
         return Path(chosen).expanduser()
     # An empty or relative XDG_CACHE_HOME counts as unset: XDG Base Directory Specification 0.8.
@@ -50,24 +49,24 @@ def cache_folder() -> Path:
 def cached_epoch(
     workload: FinetuneSpec, *, count: int | None, vocab_size: int, tokenizer: Any | None
 ) -> tuple[CollatedEpoch, str]:
-    """All batches that `batching.batches` makes of the workload's data, from the cache; made first where it has none.
+    """Return all batches that `batching.batches` makes of the workload's data, from the cache. They are made if it has none.
 
     Args:
-        workload: says data, batch, length, padding and packing.
+        workload: defines data, batch, length, padding and packing.
         count: rows to take, as in `token_rows`.
         vocab_size: ids lie below it.
         tokenizer: as in `token_rows`.
 
     Returns:
-        the epoch, and a sentence that says whether it was found, made, or made again and why.
+        the epoch, and a note on whether it was found, made, or made again and why.
 
     Raises:
-        DataError: the data cannot be had, the tokenizer cannot be told from others, or the folder cannot be written.
+        DataError: the data is not available, the tokenizer cannot be identified, or the folder cannot be written.
     """
     key = cache_key(workload, count=count, vocab_size=vocab_size, tokenizer=tokenizer)
     path = cache_folder() / "batches" / f"{key}.batches"
-    how = f"made and kept as {path.name}"
-    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises where a folder above may not be searched; then it cannot be written either
+    how = f"made and stored as {path.name}"
+    if os.path.exists(path):  # noqa: PTH110 - Path.exists raises if a parent folder may not be searched
         try:
             return CollatedEpoch(path, key), f"found as {path.name}"
         except DataError as error:
@@ -79,22 +78,22 @@ def cached_epoch(
         write_collated(path, key, batches(rows, workload), size, batch=workload.batch)
     except OSError as error:
         raise DataError(
-            f"Batches cannot be kept in {path.parent}: {error}. Set HPC_CORE_CACHE to a folder that can be written."
+            f"Batches cannot be stored in {path.parent}: {error}. Set HPC_CORE_CACHE to a folder that can be written."
         ) from error
     return CollatedEpoch(path, key), how
 
 
 def cache_key(workload: FinetuneSpec, *, count: int | None, vocab_size: int, tokenizer: Any | None) -> str:
-    """32 hex digits of SHA-256 over everything that decides the batches, the code that makes them included.
+    """Return 32 hex digits of SHA-256 over everything that determines the batches, including the code that makes them.
 
     Raises:
-        DataError: the tokenizer cannot be told from others.
+        DataError: the tokenizer cannot be identified.
     """
     folder = files("hpc_core.builders.data")
-    said = {
+    parts = {
         "format": FORMAT,
         "made by": {name: _digest(folder.joinpath(name).read_bytes()) for name in _MAKERS},
-        "numpy": np.__version__,  # its generators may draw otherwise in another version
+        "numpy": np.__version__,  # another version's generators may draw other numbers
         "data": essence(workload.data),
         "content": _content(workload.data),
         "tokenizer": None if workload.data.source in ("random", "trace") else _identity(tokenizer),
@@ -102,7 +101,7 @@ def cache_key(workload: FinetuneSpec, *, count: int | None, vocab_size: int, tok
         "count": count,
         "batches": [workload.batch, workload.length, workload.padding, workload.packing],
     }
-    return _digest(msgspec.json.encode(said, order="sorted"))
+    return _digest(msgspec.json.encode(parts, order="sorted"))
 
 
 def _digest(content: bytes) -> str:
@@ -110,7 +109,7 @@ def _digest(content: bytes) -> str:
 
 
 def _content(data: DataSpec) -> str:
-    """Of the texts themselves: a file of one name can hold others tomorrow."""
+    """Return a digest of the texts themselves, because a file can change under the same name."""
     if data.source == "random":
         return ""
     if data.source == "trace":
@@ -119,7 +118,7 @@ def _content(data: DataSpec) -> str:
 
 
 def _identity(tokenizer: Any | None) -> str:
-    """What tells a tokenizer from others: all that its fast half holds, else its vocabulary, and how it encodes a probe."""
+    """Return a digest that identifies a tokenizer: its fast backend or else its vocabulary, and how it encodes a probe."""
     if tokenizer is None:
         return "bytes"
     fast = getattr(tokenizer, "backend_tokenizer", None)
@@ -129,7 +128,7 @@ def _identity(tokenizer: Any | None) -> str:
         whole = msgspec.json.encode(sorted(tokenizer.get_vocab().items())).decode()
     else:
         raise DataError(
-            f"{type(tokenizer).__name__} has neither backend_tokenizer nor get_vocab, so its batches cannot be told from another's: say tokenize='fetch'."
+            f"{type(tokenizer).__name__} has neither backend_tokenizer nor get_vocab, so its batches cannot be identified in the cache: use tokenize='fetch'."
         )
     probe = list(tokenizer.encode("Two words, 12.5 %."))
     return _digest(f"{type(tokenizer).__qualname__} {probe} {whole}".encode())
@@ -154,7 +153,7 @@ class _Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def write_collated(path: Path, key: str, made: Iterable[Batch], epoch: EpochSize, *, batch: int) -> None:
-    """Write every batch of an epoch, whole or not at all; `batch` rows each.
+    """Write every batch of an epoch, of `batch` rows each, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written.
@@ -167,7 +166,7 @@ def write_collated(path: Path, key: str, made: Iterable[Batch], epoch: EpochSize
         ids.append(np.asarray(each.ids, dtype=_NUMBER).reshape(-1))
     numbers = np.concatenate([np.asarray(widths, _NUMBER), np.asarray(lengths, _NUMBER), *ids])
     body = numbers.tobytes()
-    said = _Header(
+    header_fields = _Header(
         format=FORMAT,
         key=key,
         batches=len(widths),
@@ -177,18 +176,18 @@ def write_collated(path: Path, key: str, made: Iterable[Batch], epoch: EpochSize
         checksum=0,
         epoch=epoch,
     )
-    header = msgspec.json.encode(msgspec.structs.replace(said, checksum=_checksum(said, body)))
+    header = msgspec.json.encode(msgspec.structs.replace(header_fields, checksum=_checksum(header_fields, body)))
     header += b" " * (-(len(_MAGIC) + 8 + len(header)) % _ALIGNED)
     write_whole(path, _MAGIC + len(header).to_bytes(8, "little") + header + body)
 
 
 class CollatedEpoch:
-    """The batches of such a file. A BlockSource; only its path is pickled."""
+    """The batches of a cache file. A BlockSource; only its path and key are pickled."""
 
     tokenize = "cached"
 
     def __init__(self, path: Path, key: str):
-        """Map the file and check it against its checksum.
+        """Map the file into memory and verify its checksum.
 
         Raises:
             DataError: the file is damaged, cut off, of another format, or of another key.
@@ -200,13 +199,15 @@ class CollatedEpoch:
         widths = numbers[: max(header.batches, 0)].tolist()
         if min(header.batches, header.batch, *widths) < 1 or ends > len(numbers):
             raise DataError(
-                f"{path} says that it holds {header.batches} batches of {header.batch} rows in {len(numbers)} numbers, or a row without width: delete it."
+                f"{path} is damaged: its header has {header.batches} batches of {header.batch} rows in {len(numbers)} numbers, or a width of 0. Delete it."
             )
         self._lengths = numbers[header.batches : ends].reshape(header.batches, header.batch)
         areas = [width * header.batch for width in widths]
         self._starts = [ends, *(ends + np.cumsum(areas)).tolist()]
         if self._starts[-1] != len(numbers):
-            raise DataError(f"{path} holds {len(numbers)} numbers, its widths say {self._starts[-1]}: delete it.")
+            raise DataError(
+                f"{path} is damaged: it has {len(numbers)} numbers, but its widths add up to {self._starts[-1]}. Delete it."
+            )
         tokens = self._lengths.sum(axis=1, dtype=np.int64).tolist()
         self.sizes = [
             BlockSize(width, real, area - real) for width, real, area in zip(widths, tokens, areas, strict=True)
@@ -217,10 +218,10 @@ class CollatedEpoch:
         return CollatedEpoch, (self._path, self._key)
 
     def block(self, index: int) -> Block:
-        """The batch at this index, copied out of the file's pages.
+        """Return a copy of the batch at this index.
 
         Raises:
-            IndexError: there is none.
+            IndexError: there is no such batch.
         """
         width = self.sizes[index].width
         part = self._numbers[self._starts[index] : self._starts[index + 1]]
@@ -228,17 +229,17 @@ class CollatedEpoch:
 
 
 def _checksum(header: _Header, body: bytes | memoryview) -> int:
-    """Of the header without its checksum, and of the numbers."""
+    """Return the CRC-32 of the header without its checksum, and of the numbers."""
     return zlib.crc32(body, zlib.crc32(msgspec.json.encode(msgspec.structs.replace(header, checksum=0))))
 
 
 def _read(path: Path, key: str) -> tuple[_Header, NDArray[np.int32]]:
-    damaged = f"{path} is no intact file of batches"
+    damaged = f"{path} is not an intact file of batches"
     try:
         with path.open("rb") as file:
             magic, size = file.read(len(_MAGIC)), int.from_bytes(file.read(8), "little")
             if magic != _MAGIC or size > path.stat().st_size:
-                raise DataError(f"{damaged}: it begins otherwise. Delete it.")
+                raise DataError(f"{damaged}: it does not begin with the format's magic bytes. Delete it.")
             header = msgspec.json.decode(file.read(size), type=_Header)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DataError(f"{damaged}: {error}. Delete it.") from error
@@ -247,7 +248,7 @@ def _read(path: Path, key: str) -> tuple[_Header, NDArray[np.int32]]:
     begin = len(_MAGIC) + 8 + size
     expected = begin + header.numbers * _NUMBER.itemsize
     if path.stat().st_size != expected or not header.numbers:
-        raise DataError(f"{damaged}: it has {path.stat().st_size} bytes, its header says {expected}. Delete it.")
+        raise DataError(f"{damaged}: it has {path.stat().st_size} bytes, but its header needs {expected}. Delete it.")
     numbers = np.memmap(path, dtype=_NUMBER, mode="r", offset=begin, shape=(header.numbers,))
     checksum = _checksum(header, numbers.data)
     if checksum != header.checksum:

@@ -1,4 +1,4 @@
-"""The batches of a training program on its device: by index and one after another, whoever brings them; here those that are all there."""
+"""The batches of a training program on its device: the protocol, and the batches that are all resident."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_core.builders.data.batching import BlockSize
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One batch on the device. ids and labels: (batch, width) int64; mask the same, or None where nothing is padded."""
+    """One batch on the device. ids and labels: (batch, width) int64; mask the same, or None without padding."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -32,13 +32,13 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> DeviceBatch:
-        """The batch at this index on the device, to look at."""
+        """Return the batch at this index on the device, for inspection."""
         ...
 
     def __iter__(self) -> Iterator[DeviceBatch]: ...
 
     def clear(self) -> None:
-        """Let go of every batch and of whatever brings them."""
+        """Release every batch, and the processes and buffers behind them."""
 
     def size(self, index: int) -> BlockSize:
         """Width and tokens of this batch."""
@@ -49,17 +49,17 @@ class Batches(Protocol):
         ...
 
     def go_to(self, index: int) -> None:
-        """The next batch asked for will be this one; whatever can be done ahead for it is done now."""
+        """Prepare for a `take` of this index: start whatever can run ahead."""
 
     def take(self, index: int) -> DeviceBatch:
-        """The batch of the step that now begins; valid on the current stream until the next is taken."""
+        """Return the batch of the step that now begins. It is valid on the current stream until the next one is taken."""
         ...
 
     def taken(self) -> None:
-        """Everything that reads the batch taken last has been queued."""
+        """Report that everything that reads the batch has been queued."""
 
     def by_index(self) -> contextlib.AbstractContextManager[None]:
-        """In the block batches come by index and nothing runs ahead, so that steps can be counted."""
+        """Take batches by index within the block, with nothing running ahead, so that steps can be counted."""
         ...
 
 
@@ -79,15 +79,15 @@ class Resident(list[DeviceBatch]):
         return sum(part.nbytes for part in parts)
 
     def go_to(self, index: int) -> None:
-        """Nothing to do: every batch is there."""
+        """Do nothing: every batch is resident."""
 
     def take(self, index: int) -> DeviceBatch:
-        """The batch at this index, round and round."""
+        """Return the batch at this index, modulo their number."""
         return self[index % len(self)]
 
     def taken(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def by_index(self) -> contextlib.AbstractContextManager[None]:
-        """They always do."""
+        """Do nothing: batches are always taken by index."""
         return contextlib.nullcontext()

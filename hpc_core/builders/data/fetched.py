@@ -1,6 +1,6 @@
-"""Batches whose texts are tokenized when they are asked for: the same batches as `batching.batches`, one at a time by index.
+"""Batches whose texts are tokenized on request: the same batches as `batching.batches`, one at a time by index.
 
-Which rows a batch takes depends on the token count of every row, so each is counted once, at the beginning.
+The rows of a batch depend on the token count of every row, so all rows are counted once at the start.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hpc_core.case.workloads import FinetuneSpec
 
 
 class FetchedEpoch:
-    """The texts of a workload's data, and which of them each batch is made of. A BlockSource."""
+    """The texts of a workload's data, and which of them each batch needs. A BlockSource."""
 
     tokenize = "fetch"
 
@@ -35,7 +35,7 @@ class FetchedEpoch:
         """
         if workload.data.source in ("random", "trace"):
             raise DataError(
-                f"tokenize='fetch' needs texts, and source={workload.data.source!r} has none: say tokenize='cached', or take source='embedded'."
+                f"tokenize='fetch' needs texts, and source={workload.data.source!r} has none: use tokenize='cached' or source='embedded'."
             )
         self._workload = workload
         self._encoder: Tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
@@ -54,10 +54,10 @@ class FetchedEpoch:
         self.sizes = [self._size(index) for index in range(len(self._firsts))]
 
     def block(self, index: int) -> Block:
-        """The batch at this index, its texts tokenized now.
+        """Tokenize and return the batch at this index.
 
         Raises:
-            IndexError: there is none.
+            IndexError: there is no such batch.
         """
         first, spec = self._firsts[index], self._workload
         if spec.packing:
@@ -85,14 +85,14 @@ class FetchedEpoch:
         return list(self._encoder.encode(self._texts[number]))
 
     def _first_rows(self) -> list[int]:
-        """The row that each batch begins with, or in, in this order."""
+        """Return the row in which each batch begins."""
         spec = self._workload
         if spec.packing:
             begins = np.arange(self.epoch.batches) * spec.batch * spec.length
             firsts: list[int] = np.searchsorted(self._ends, begins, side="right").tolist()
             return firsts
         firsts = list(range(0, len(self._counts) - spec.batch + 1, spec.batch))
-        # As batching: a batch without any next token is skipped.
+        # As in batching, a batch without any next token is skipped.
         return [first for first in firsts if max(self._counts[first : first + spec.batch]) >= 2]
 
     def _size(self, index: int) -> BlockSize:

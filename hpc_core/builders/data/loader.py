@@ -1,9 +1,7 @@
-"""Batches as tensors of the host, one after another without end, by torch's DataLoader.
+"""Batches fed to a training program by torch's DataLoader while it runs: the same as resident ones, in the same order.
 
-Batches fed to a training program while it runs: the same as resident ones, in the same order.
-
-They are copied into buffers that are made once, so a step allocates nothing for them, and a buffer is written again only after the step that
-read it: the device's streams wait for each other by events, the host for none.
+They are copied into buffers that are made once, so a step allocates nothing for them. A buffer is written again only after the step that
+read it: the device's streams wait for each other by events, and the host never waits.
 """
 
 from __future__ import annotations
@@ -28,15 +26,13 @@ from hpc_core.case.workloads import FeedSpec
 from hpc_core.instruments.garbage import uncollected
 
 PREFETCHED = 2
-"""Batches that each worker has made or begun before they are asked for; torch's default, named because measuring must empty them."""
-
-
+"""Batches that each worker makes ahead. torch's default, named here because measuring must empty them."""
 _PATIENCE_S = 60.0
-"""So long a batch of a worker may take; then the loader says so, where it would wait for ever."""
+"""Seconds that a worker may take for a batch before the loader raises. Without it the loader would wait for ever."""
 
 
 class HostBatch(NamedTuple):
-    """One batch in the host's memory. ids, labels and mask: (batch, width) int64; mask None where nothing is padded."""
+    """One batch in host memory. ids, labels and mask: (batch, width) int64; mask None without padding."""
 
     ids: torch.Tensor
     labels: torch.Tensor
@@ -44,14 +40,14 @@ class HostBatch(NamedTuple):
     place: int
     """Its index in the epoch."""
     maker: int
-    """Number of the process that made it."""
+    """The id of the process that made it."""
 
 
 def host_batch(source: BlockSource, index: int) -> HostBatch:
-    """The batch at this index, made in this process now.
+    """Make the batch at this index in this process.
 
     Raises:
-        IndexError: there is none.
+        IndexError: there is no such batch.
     """
     block = source.block(index)
     ids = torch.from_numpy(block.ids)
@@ -69,7 +65,7 @@ class _Indexed(Dataset[HostBatch]):
 
 
 class _Round(Sampler[int]):
-    """0, 1 … count - 1, and from the beginning again."""
+    """0, 1 … count - 1, repeated without end."""
 
     def __init__(self, count: int):
         self._count = count
@@ -80,10 +76,10 @@ class _Round(Sampler[int]):
 
 
 def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> Iterator[HostBatch]:
-    """The first `count` batches round and round, from batch 0, as the feed says. Worker processes end when it is let go of.
+    """Return an endless iterator over the first `count` batches, from batch 0. Worker processes end when it is garbage-collected.
 
-    Pinning needs a GPU: without one batches come unpinned, and say so themselves (`is_pinned`). A worker that takes more than a minute
-    for a batch ends the iteration with torch's RuntimeError.
+    Pinning needs a GPU: without one, batches are not pinned (`is_pinned` reports it). If a worker takes more than a minute for a batch,
+    torch raises a RuntimeError.
     """
     workers = feed.workers
     loader = DataLoader(
@@ -93,40 +89,40 @@ def supply(source: BlockSource, feed: FeedSpec, count: int, *, on_gpu: bool) -> 
         num_workers=workers,
         pin_memory=feed.pinned and on_gpu,
         prefetch_factor=PREFETCHED if workers else None,
-        # A child that is forked touches no CUDA and need not import what its parent has.
+        # A forked child does not call CUDA, and need not import what its parent has imported.
         multiprocessing_context="fork" if workers else None,
-        generator=torch.Generator(),  # else the loader draws its seed from the stream that dropout draws from
+        generator=torch.Generator(),  # otherwise the loader takes its seed from the generator that dropout uses
         timeout=_PATIENCE_S if workers else 0,
         worker_init_fn=_leave_the_parents_garbage if workers else None,
     )
-    with warnings.catch_warnings(), uncollected():  # a child forked here collects nothing either
-        # Python 3.12 warns of every fork beside other threads. These children read a file or texts, and run torch on one thread.
+    with warnings.catch_warnings(), uncollected():  # a child forked here does not collect either
+        # Python 3.12 warns about every fork in a process with threads. These children read files or texts, and run torch on one thread.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         return iter(loader)
 
 
 def _leave_the_parents_garbage(_: int) -> None:
-    """In a worker: what came with the fork is never collected there. Events and graphs among it would call CUDA, which after a fork fails or hangs."""
+    """Never collect inherited objects in a worker: CUDA events and graphs among them would call CUDA, which fails or hangs after a fork."""
     gc.freeze()
     gc.enable()
 
 
 @dataclass
 class FeedSeen:
-    """What came through a feed since it was last emptied."""
+    """What was observed of a feed since its last `go_to`."""
 
     fetched_ns: list[tuple[int, int]] = field(default_factory=list)
-    """From when to when the host waited for each batch, by its clock of the day."""
+    """Start and end of the host's wait for each batch, by `time.time_ns`."""
     copied_ns: list[tuple[int, int]] = field(default_factory=list)
-    """From when to when it was busy queueing each copy, which lasts where memory is not pinned."""
+    """Start and end of queueing each copy, which takes long if memory is not pinned."""
     makers: set[int] = field(default_factory=set)
     pinned: set[bool] = field(default_factory=set)
     ahead: set[int] = field(default_factory=set)
-    """How many batches were queued for the device when a step asked for its own."""
+    """How many batches were queued for the device when a step requested its own."""
 
 
 class _Slot:
-    """Buffers of the device for one batch of any width."""
+    """Device buffers for one batch of any width."""
 
     def __init__(self, rows: int, width: int, device: torch.device, *, masked: bool):
         self._rows = rows
@@ -135,10 +131,10 @@ class _Slot:
         self.filled = torch.cuda.Event() if device.type == "cuda" else None
         self.used = torch.cuda.Event() if device.type == "cuda" else None
         self.index = -1
-        """Which batch it holds."""
+        """The index of the batch that it contains."""
 
     def fill(self, host: HostBatch, size: BlockSize) -> None:
-        """Copy a batch in, on the current stream. Torch keeps pinned memory until the copy is over; other memory is staged before this returns."""
+        """Copy a batch in, on the current stream. torch keeps pinned memory until the copy ends, and stages other memory before this returns."""
         views = self._views_of(size.width)
         for target, part in zip(views, (host.ids, host.labels, host.mask), strict=False):
             assert part is not None
@@ -148,7 +144,7 @@ class _Slot:
 
     def _views_of(self, width: int) -> list[torch.Tensor]:
         if width not in self._views:
-            with _disable_current_modes():  # made once: no step counts them
+            with _disable_current_modes():  # made once, so no step counts them
                 self._views[width] = [part[: self._rows * width].view(self._rows, width) for part in self._parts]
         return self._views[width]
 
@@ -157,10 +153,10 @@ class _Slot:
 
 
 class Fed:
-    """Batches that come one by one from a DataLoader. What it is asked for out of order costs the loader's batches in between."""
+    """Batches that come one by one from a DataLoader. A request out of order fetches and drops the batches in between."""
 
     def __init__(self, source: BlockSource, feed: FeedSpec, count: int, device: torch.device, note: str):
-        """The first `count` batches of the source; `note` says where the source came from."""
+        """Feed the first `count` batches of the source. `note` says where the source came from."""
         self.source, self.feed, self.device, self.note = source, feed, device, note
         self.seen = FeedSeen()
         self.other_threads = feed.pinned and feed.workers > 0
@@ -182,7 +178,7 @@ class Fed:
         if not 0 <= index < self._count:
             raise IndexError(f"batch {index} of {self._count}")
         size = self.size(index)
-        with _disable_current_modes():  # to look at, not of a step
+        with _disable_current_modes():  # for inspection, not part of a step
             host = host_batch(self.source, index)
             mask = None if host.mask is None else host.mask.to(self.device)
             return DeviceBatch(host.ids.to(self.device), host.labels.to(self.device), mask, size.tokens, size.padded)
@@ -200,7 +196,7 @@ class Fed:
         return sum(slot.nbytes() for slot in slots)
 
     def clear(self) -> None:
-        """End the workers and let go of the buffers."""
+        """End the workers and release the buffers."""
         if self._stream is not None:
             self._stream.synchronize()
         self._supply = self._current = None
@@ -209,13 +205,13 @@ class Fed:
         self._count = 0
 
     def go_to(self, index: int) -> None:
-        """Begin again at this batch: what ran ahead is dropped, and as many batches as are asked for run ahead from here."""
+        """Restart at this batch: drop what ran ahead, and queue as many batches ahead as the feed asks for."""
         if self._current is not None:
             self._free.append(self._current)
             self._current = None
         self._free.extend(self._ready)
         self._ready.clear()
-        if self._stream is not None:  # whatever was queued for these buffers comes first
+        if self._stream is not None:  # work already queued on these buffers comes first
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         self.seen = FeedSeen()
         while self._next != index % self._count:
@@ -224,7 +220,7 @@ class Fed:
             self._send()
 
     def take(self, index: int) -> DeviceBatch:
-        """The batch of the step that now begins, on the device as far as the current stream can tell."""
+        """Return the batch of the step that now begins. The current stream waits for its copy."""
         place = index % self._count
         if self._by_index:
             return self._at_rest(place)
@@ -242,7 +238,7 @@ class Fed:
         return slot.batch
 
     def taken(self) -> None:
-        """Everything that reads the batch has been queued: its buffers become free behind it, and the next batch runs ahead."""
+        """Free the batch's buffers behind the work that reads them, and queue the next batch."""
         slot, self._current = self._current, None
         if slot is None:
             return
@@ -254,7 +250,7 @@ class Fed:
 
     @contextlib.contextmanager
     def by_index(self) -> Iterator[None]:
-        """In the block a step's batch is made in this process, by index, into the same buffers."""
+        """Within the block, make each step's batch in this process, by index, in the same buffers."""
         before, self._by_index = self._by_index, True
         try:
             yield
@@ -263,11 +259,11 @@ class Fed:
 
     @property
     def next_index(self) -> int:
-        """Index of the batch that the loader gives next."""
+        """Return the index of the batch that the loader gives next."""
         return self._next
 
     def fetch_for_nobody(self, count: int) -> float:
-        """Seconds that the loader takes for so many batches that nobody trains on."""
+        """Return the seconds that the loader takes for `count` batches that no step uses."""
         began = time.perf_counter()
         for _ in range(count):
             self._fetch()
@@ -286,7 +282,7 @@ class Fed:
             host = host_batch(self.source, place)
         slot = self._free[0]
         slot.fill(host, self.size(place))
-        slot.index = -1  # the next step in order begins anew
+        slot.index = -1  # the next step in order must restart
         return slot.batch
 
     def _send(self) -> None:
@@ -298,7 +294,7 @@ class Fed:
         if self._stream is None or slot.used is None or slot.filled is None:
             slot.fill(host, size)
         else:
-            self._stream.wait_event(slot.used)  # at once for one that was never recorded
+            self._stream.wait_event(slot.used)  # returns at once for an event that was never recorded
             with torch.cuda.stream(self._stream):
                 slot.fill(host, size)
                 slot.filled.record(self._stream)
@@ -307,7 +303,7 @@ class Fed:
 
     def _fetch(self) -> HostBatch:
         began = time.time_ns()
-        # What the loader does for itself is the host's, and no part of the step that is counted.
+        # The loader's own tensor operations are not part of the step that is counted.
         with _disable_current_modes():
             if self._supply is None:
                 self._supply = supply(self.source, self.feed, self._count, on_gpu=self.device.type == "cuda")

@@ -1,14 +1,10 @@
-"""Seeded random numbers: the token ids of a row and the order of an epoch.
+"""Token rows and prompt batches: what a workload's data is made of before it becomes tensors, and the random numbers behind them.
 
-Knows numpy's PCG64 and nothing of data sets. The same seed gives the same numbers on every machine, whatever
-PYTHONHASHSEED says. numpy is imported on first use, so that reading texts needs the standard library alone.
+The same seed gives the same numbers on every machine (numpy's PCG64). numpy is imported on first use, so that reading texts needs the
+standard library alone.
 
-
-Token rows and prompt batches: what a workload's data is made of before it becomes tensors.
-
-Knows sources, lengths and a tokenizer's `encode`; knows nothing of models, devices or training batches. Ids below 3
-are special: 0 pads, 1 begins a sequence (BOS), 2 ends one. Random ids are never special, except that a trace row
-begins with BOS, because its recorded length counts one.
+Ids below 3 are special: 0 pads, 1 begins a sequence (BOS), 2 ends one. Random ids are never special, except that a trace row begins
+with BOS, because its recorded length counts one.
 """
 
 from __future__ import annotations
@@ -28,17 +24,17 @@ if TYPE_CHECKING:
 
 
 FIRST_FREE_ID = 3
-"""Ids 0, 1 and 2 are padding, BOS and EOS; random and byte-level ids start here."""
+"""Ids 0, 1 and 2 are padding, BOS and EOS. Random and byte-level ids start here."""
 
 _SHUFFLE_STREAM = 1
-"""Mixed into the seed of shuffling, so that rows are not ordered by the numbers that their ids were drawn from."""
+"""Mixed into the seed of shuffling, so that the order does not use the numbers that the ids were drawn from."""
 
 _T = TypeVar("_T")
 
 
 def _generator(entropy: list[int]) -> Generator:
     if entropy[0] < 0:
-        raise DataError(f"A data seed must be 0 or above, got {entropy[0]}: say DataSpec(seed={-entropy[0]}).")
+        raise DataError(f"A data seed must be 0 or above, got {entropy[0]}: use DataSpec(seed={-entropy[0]}).")
     try:
         from numpy.random import PCG64, Generator, SeedSequence
     except ImportError as error:
@@ -50,7 +46,7 @@ def _generator(entropy: list[int]) -> Generator:
 
 
 class IdSource:
-    """Draws token ids from [3, vocab_size), one row after another, so that fewer rows are a prefix of more rows."""
+    """Draws token ids from [3, vocab_size), row by row, so that fewer rows are a prefix of more rows."""
 
     def __init__(self, seed: int, vocab_size: int) -> None:
         """Start the stream of this seed.
@@ -74,7 +70,7 @@ class IdSource:
 
 
 def shuffled(items: list[_T], seed: int) -> list[_T]:
-    """A new list with the same items in the order that this seed gives.
+    """Return a new list with the same items, shuffled with this seed.
 
     Raises:
         DataError: the seed is negative.
@@ -89,34 +85,34 @@ BOS_ID = 1
 
 
 class Tokenizer(Protocol):
-    """Whatever turns a text into token ids; the tokenizers of `transformers` do."""
+    """Anything that turns a text into token ids, such as the tokenizers of `transformers`."""
 
     def encode(self, text: str, /) -> list[int]:
-        """The ids of a text, with whatever special tokens the tokenizer adds by itself."""
+        """Return the ids of a text, with the special tokens that the tokenizer adds."""
         ...
 
 
 class ByteTokenizer:
-    """Stand-in where no tokenizer can be had: BOS, then 3 + byte for each byte of the text's UTF-8.
+    """Replaces a missing tokenizer: BOS, then 3 + byte for each byte of the text's UTF-8.
 
-    Rows come out three to five times as long as a real tokenizer's, so its lengths say nothing about a data set. An
+    Rows are three to five times as long as a real tokenizer's, so their lengths say nothing about a data set. An
     empty text is one token long, as with Llama's tokenizer. Needs a vocabulary of at least `VOCAB_SIZE` ids.
     """
 
     VOCAB_SIZE = FIRST_FREE_ID + 256
 
     def encode(self, text: str, /) -> list[int]:
-        """BOS and one id in [3, 259) for each byte. A lone surrogate, which UTF-8 cannot hold, counts as "?"."""
+        """Return BOS and one id in [3, 259) for each byte. A lone surrogate, which UTF-8 cannot encode, becomes "?"."""
         return [BOS_ID, *(FIRST_FREE_ID + byte for byte in text.encode("utf-8", errors="replace"))]
 
 
 class PromptBatch(msgspec.Struct, frozen=True):
-    """Prompts that are generated from together."""
+    """Prompts that are generated from together, as one batch."""
 
     ids: list[list[int]]
-    """Rows of equal length, padded with 0 on the left, where generation does not continue."""
+    """Rows of equal length, padded with 0 on the left, because generation continues on the right."""
     mask: list[list[int]] | None
-    """1 at real tokens, 0 at padding; None where nothing is padded."""
+    """1 at real tokens, 0 at padding; None without padding."""
     tokens: int
     """Real tokens."""
     padded: int
@@ -126,19 +122,19 @@ class PromptBatch(msgspec.Struct, frozen=True):
 def token_rows(
     data: DataSpec, *, count: int | None, length: int | None, vocab_size: int, tokenizer: Tokenizer | None
 ) -> list[list[int]]:
-    """Rows of token ids, in the order of the data.
+    """Return rows of token ids, in the order of the data.
 
     Args:
         data: the source. random draws ids, trace draws ids at recorded lengths, the others are texts to be tokenized.
-        count: how many rows; None takes `data.rows`, or all where that is None too (random data must be told).
+        count: how many rows; None takes `data.rows`, or all if that is None too (random data needs a count).
         length: tokens in a row: exactly so many for random data, at most so many otherwise (the rest is cut off).
         vocab_size: ids lie below it.
-        tokenizer: for texts; None takes `ByteTokenizer`. Random ids and traces use none.
+        tokenizer: for texts; None takes `ByteTokenizer`. Random ids and traces need none.
 
-    The first rows of a longer answer equal a shorter one. A tokenizer that adds no BOS gives empty rows no token.
+    Fewer rows are a prefix of more rows. With a tokenizer that adds no BOS, empty rows have no token.
 
     Raises:
-        DataError: fewer rows than asked for, no count or length for random data, ids outside the vocabulary, or
+        DataError: fewer rows than requested, no count or length for random data, ids outside the vocabulary, or
             texts that cannot be read (see `texts`).
         MissingLibraryError: numpy or `datasets` is needed and absent.
     """
@@ -157,7 +153,7 @@ def token_rows(
 
 
 def prompt_batches(spec: GenerateSpec, *, vocab_size: int, tokenizer: Tokenizer | None) -> list[PromptBatch]:
-    """`spec.prompts` batches of `spec.batch` prompts, in the order of the data, padded with 0 on the left.
+    """Return `spec.prompts` batches of `spec.batch` prompts, in the order of the data, padded with 0 on the left.
 
     Raises:
         DataError: fewer prompts than prompts x batch, a prompt without any token, or see `token_rows`.
@@ -174,17 +170,17 @@ def prompt_batches(spec: GenerateSpec, *, vocab_size: int, tokenizer: Tokenizer 
         if not row:
             raise DataError(
                 f"Prompt {number} of {spec.data.name!r} has no token, so there is nothing to continue: "
-                "drop the empty rows from the data, or use a tokenizer that adds BOS."
+                "remove the empty rows from the data, or use a tokenizer that adds BOS."
             )
     return [_prompt_batch(rows[start : start + spec.batch]) for start in range(0, len(rows), spec.batch)]
 
 
 def _how_many(data: DataSpec, count: int | None, available: int) -> int:
-    """Rows to take out of those that the data has, `data.rows` being the user's own limit."""
+    """Return how many of the available rows to take. `data.rows` is the user's limit."""
     if data.rows is not None and data.rows > available:
         raise DataError(
             f"{data.rows} rows were asked of {data.name!r} ({data.source}), which has {available}: "
-            f"say rows={available} or fewer, or leave rows out to take all."
+            f"use rows={available} or fewer, or omit rows to take all."
         )
     limit = available if data.rows is None else data.rows
     if count is None:
@@ -193,14 +189,14 @@ def _how_many(data: DataSpec, count: int | None, available: int) -> int:
         reason = "which has" if data.rows is None else "which is limited by rows= to"
         raise DataError(
             f"{count} rows are needed of {data.name or 'random ids'!r} ({data.source}), {reason} {limit}: "
-            "ask for fewer batches, a smaller batch or more rows."
+            "use fewer batches, a smaller batch or more rows."
         )
     return count
 
 
 def _random_rows(data: DataSpec, count: int | None, length: int | None, vocab_size: int) -> list[list[int]]:
     if length is None:
-        raise DataError("Random rows have no length of their own: give length=, the tokens in each row.")
+        raise DataError("Random rows have no length: give length=, the tokens in each row.")
     wanted = count if count is not None else data.rows
     if wanted is None:
         raise DataError("Random rows have no end: give count=, or DataSpec(rows=...).")
@@ -215,7 +211,7 @@ def _text_rows(
     if tokenizer is None and vocab_size < ByteTokenizer.VOCAB_SIZE:
         raise DataError(
             f"Without a tokenizer texts become bytes, which need {ByteTokenizer.VOCAB_SIZE} ids; the model has "
-            f"{vocab_size}. Give a tokenizer, or take data of source='random' or 'trace'."
+            f"{vocab_size}. Give a tokenizer, or use data with source='random' or 'trace'."
         )
     encoder = ByteTokenizer() if tokenizer is None else tokenizer
     found = texts(data)

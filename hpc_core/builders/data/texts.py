@@ -1,8 +1,7 @@
 """Texts of a data set: from the package, through `datasets`, or from a local file.
 
-Knows files and fields; knows nothing of tokens, models or batches. `datasets`, which loads torch where it finds it, is
-loaded only for source="hub". A row's text never holds its line end, so the hub's wikitext and the same file read from
-disk give equal rows.
+`datasets`, which loads torch if it is installed, is imported only for source="hub". A row's text never contains its line end, so the
+hub's wikitext and the same file from disk give equal rows.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from hpc_core.case.errors import DataError, MissingDataError, MissingLibraryErro
 from hpc_core.case.parts import DataSpec
 
 _FIELDS = ("question", "text")
-"""Fields of a JSON line that may hold its text, the first one found counts."""
+"""Fields of a JSON line that may contain its text. The first one found counts."""
 
 _HUB = {
     "gsm8k": ("openai/gsm8k", "main", "question"),
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
 }
-"""Repository, configuration and field. Both are read from the split "test", which the recorded lengths are of."""
+"""Repository, configuration and field. The split is "test", as for the recorded lengths."""
 _LOCAL = {"gsm8k": "gsm8k/test.jsonl", "wikitext2": "wikitext2/wiki.test.raw"}
-"""The same split as a file, below the folder that the environment variable HPC_CORE_DATA names."""
+"""The same split as a file, in the folder of the environment variable HPC_CORE_DATA."""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -39,9 +38,9 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 def texts(data: DataSpec) -> list[str]:
-    """The rows of an embedded, hub or file data set, the first `data.rows` of them where that is given.
+    """Return the rows of an embedded, hub or file data set; with `data.rows`, the first ones.
 
-    A blank line of a text file is an empty row, as in wikitext; a blank line between JSON lines is nothing.
+    A blank line of a text file is an empty row, as in wikitext. Blank lines between JSON lines are ignored.
 
     Raises:
         DataError: the source has no texts, the file is missing, empty or malformed, the hub cannot be reached, or
@@ -56,20 +55,20 @@ def texts(data: DataSpec) -> list[str]:
         rows = _file(Path(data.name or "").expanduser())
     else:
         raise DataError(
-            f"source={data.source!r} has token ids but no texts: ask token_rows for them, or say source='embedded'."
+            f"source={data.source!r} has token ids but no texts: get them from token_rows, or use source='embedded'."
         )
     if data.rows is None:
         return rows
     if data.rows > len(rows):
         raise DataError(
             f"{data.rows} rows were asked of {data.name!r} ({data.source}), which has {len(rows)}: "
-            f"say rows={len(rows)} or fewer, or leave rows out to take all."
+            f"use rows={len(rows)} or fewer, or omit rows to take all."
         )
     return rows[: data.rows]
 
 
 def problems() -> list[Problem]:
-    """The word problems that the package carries, with their worked answers."""
+    """Return the word problems in the package, with their worked answers."""
     return [msgspec.json.decode(line, type=Problem) for line in _packaged("problems.jsonl").splitlines()]
 
 
@@ -84,12 +83,12 @@ def _embedded(name: str) -> list[str]:
 
 
 def _lines(content: str) -> list[str]:
-    """One row a line; a line of blanks is an empty row. The end of the last line begins no further row."""
+    """Return one row per line. A blank line is an empty row; the end of the last line does not begin another row."""
     return [line if line.strip() else "" for line in content.removesuffix("\n").split("\n")]
 
 
 def _hub(name: str) -> list[str]:
-    """The data set's test split: from the folder that HPC_CORE_DATA names if it lies there, else through `datasets`."""
+    """Return the data set's test split: from the folder HPC_CORE_DATA if it is there, otherwise through `datasets`."""
     local = Path(os.environ.get("HPC_CORE_DATA", "")) / _LOCAL[name]
     if os.environ.get("HPC_CORE_DATA") and local.is_file():
         return _file(local)
@@ -106,11 +105,11 @@ def _through_datasets(repository: str, configuration: str, field: str) -> list[s
         ) from error
     try:
         table: Any = datasets.load_dataset(repository, configuration, split="test")
-    # Whatever keeps the data from us (no network, no such repository, a broken cache) has the same way out.
+    # Every cause (no network, no such repository, a broken cache) has the same remedy.
     except Exception as error:
         raise MissingDataError(
             f"{repository} ({configuration}, test) could not be loaded: {type(error).__name__}: {error}. "
-            "Without the hub, put its files under the folder that HPC_CORE_DATA names, give source='file' with a local "
+            "Without the hub, put its files into the folder HPC_CORE_DATA, use source='file' with a local "
             "copy, or source='embedded'."
         ) from error
     if field not in table.column_names:
@@ -130,7 +129,7 @@ def _file(path: Path) -> list[str]:
             "or .txt or .raw (one row a line)."
         )
     try:
-        content = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
+        content = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError as error:
         raise DataError(
             f"No file at {path} (looked for {path.absolute()}): correct name=, or give source='embedded'."

@@ -117,7 +117,7 @@ def test_an_epoch_is_made_once(folder: Path) -> None:
     """The second time it is found, and tells the same; nothing lies beside the one file."""
     rows = token_rows(TRACE, count=200, length=None, vocab_size=1000, tokenizer=None)
     (first, made), (second, found) = _cached(), _cached()
-    assert made.startswith("made and kept as")
+    assert made.startswith("made and stored as")
     assert found.startswith("found as")
     assert [path.suffix for path in folder.iterdir()] == [".batches"]
     for epoch in (first, second):
@@ -131,8 +131,8 @@ def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
     _, how = _cached()
-    assert how.startswith(f"made again, because {path} is no intact file")
-    assert f"has {len(whole) - 5} bytes, its header says {len(whole)}" in how
+    assert how.startswith(f"made again, because {path} is not an intact file")
+    assert f"has {len(whole) - 5} bytes, but its header needs {len(whole)}" in how
     assert path.read_bytes() == whole
 
 
@@ -176,7 +176,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, said: dict[str, int]) -> 
     told = msgspec.json.encode(true)
     told += b" " * (-(len(cache._MAGIC) + 8 + len(told)) % 64)
     path.write_bytes(cache._MAGIC + len(told).to_bytes(8, "little") + told + body)
-    with pytest.raises(DataError, match=f"it holds {true.batches} batches of {true.batch} rows in 4 numbers"):
+    with pytest.raises(DataError, match=f"its header has {true.batches} batches of {true.batch} rows in 4 numbers"):
         CollatedEpoch(path, "key")
 
 

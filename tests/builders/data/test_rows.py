@@ -60,7 +60,11 @@ def test_random_count_may_come_from_the_data() -> None:
 
 @pytest.mark.parametrize(
     ("count", "length", "message"),
-    [(None, 4, "no end: give count="), (4, None, "no length of their own"), (0, 4, "count must be at least 1, got 0")],
+    [
+        (None, 4, "no end: give count="),
+        (4, None, "Random rows have no length"),
+        (0, 4, "count must be at least 1, got 0"),
+    ],
 )
 def test_random_rows_must_be_told_count_and_length(count: int | None, length: int | None, message: str) -> None:
     """Random data has neither end nor length, so both must be given and be positive."""

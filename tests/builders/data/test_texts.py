@@ -110,7 +110,7 @@ def test_embedded_problems_are_their_questions() -> None:
 
 def test_more_rows_than_there_are_is_refused() -> None:
     """Asking for 5000 problems says how many there are, instead of giving fewer in silence."""
-    with pytest.raises(DataError, match=rf"5000 rows .*has {len(PROBLEMS)}: say rows={len(PROBLEMS)} or fewer"):
+    with pytest.raises(DataError, match=rf"5000 rows .*has {len(PROBLEMS)}: use rows={len(PROBLEMS)} or fewer"):
         texts(DataSpec(source="embedded", name="problems", rows=5000))
 
 
@@ -234,7 +234,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(DataError, match=r"openai/gsm8k.*give source='file' with a local copy, or source='embedded'"):
+    with pytest.raises(DataError, match=r"openai/gsm8k.*use source='file' with a local copy, or source='embedded'"):
         texts(DataSpec(source="hub", name="gsm8k"))
 
 
