@@ -1,4 +1,4 @@
-"""The command line: starts at once, answers mistakes in one line, and goes on where it was stopped."""
+"""The command line: it starts without torch, reports mistakes in one line, and manages baselines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def record(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path) -> int:
-    """The exit code of a command."""
+    """Run a command and return its exit code."""
     try:
         main([str(argument) for argument in arguments])
     except SystemExit as end:
@@ -40,7 +40,7 @@ def run(*arguments: str | Path) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["run", "tiny/lroa"], "Near: tiny/lora"),
         (["baseline", "list", "--baselines", "nowhere"], "no such folder"),
@@ -62,7 +62,11 @@ def run(*arguments: str | Path) -> int:
     ids=lambda value: "-".join(value[:2]) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Bad input: exit code 2, one line on stderr that names it, nothing on stdout, no traceback."""
     monkeypatch.chdir(tmp_path)
@@ -70,7 +74,7 @@ def test_a_mistake_is_one_line(
     assert run(*arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert expected in err
     assert err.count("\n") == 1
 
 
@@ -112,10 +116,8 @@ def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_profiles_are_lent_to_the_baselines_that_there_are_or_to_none(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With --machine, cases without a baseline there are passed over and named; one record that cannot explain, and nothing is written."""
+def test_profiles_are_added_to_existing_baselines_or_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --machine, cases without a baseline are skipped and named. If one record has no profile, nothing is written."""
     root, folder = tmp_path / "b", tmp_path / "records"
     profile = a_profile(weights())
     known = a_record(RECORD.metrics, profile=profile)
@@ -138,8 +140,8 @@ def test_profiles_are_lent_to_the_baselines_that_there_are_or_to_none(
     (folder / "2.json").unlink()
     assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 0
     assert lies.exists()
-    told = capsys.readouterr().out
-    assert f"skipped, since {key} has no baseline of them: {unknown.case.id}" in " ".join(told.split())
+    printed = capsys.readouterr().out
+    assert f"skipped, since {key} has no baseline of them: {unknown.case.id}" in " ".join(printed.split())
 
 
 def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,7 +155,7 @@ def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_changed_between_revisions_and_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Baselines of two revisions, of a revision and today, and two files of any kind are compared value by value."""
+    """Baselines of two revisions, of a revision and the working tree, and two files of any kind are compared value by value."""
     project = GitProject(tmp_path / "project")
     monkeypatch.chdir(project.root)
     records = {"old": RECORD, "new": a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})}
@@ -174,8 +176,8 @@ def test_what_changed_between_revisions_and_files(
     assert "peak_bytes 2.00 GiB → 3.00 GiB (+50 %)" in capsys.readouterr().out
 
 
-def test_uncommitted_code_is_accepted_only_if_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One dirty record among several accepts none of them, unless --allow-dirty says that it is meant."""
+def test_uncommitted_code_needs_allow_dirty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One dirty record among several accepts none of them, unless --allow-dirty is given."""
     for name, dirty in (("a", False), ("b", True)):
         case = a_case(f"tiny/{name}")
         (tmp_path / f"{name}.json").write_bytes(record_to_json(a_record(case=case, circumstances=around(dirty=dirty))))
@@ -195,10 +197,10 @@ def test_uncommitted_code_is_accepted_only_if_told(tmp_path: Path, capsys: pytes
     assert run(*accept, "--allow-dirty") == 0
 
 
-def test_baselines_are_told_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Accepting, listing, showing and comparing speak JSON too, with the exit codes that they have without it."""
+def test_baselines_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Accepting, listing, showing and comparing can print JSON, with the same exit codes."""
     folder = ("--baselines", tmp_path / "kept", "--json")
-    said = []
+    outputs = []
     for command in (
         ["accept", record, "--reason", "first", "--allow-dirty"],
         ["list"],
@@ -207,9 +209,9 @@ def test_baselines_are_told_as_json(record: Path, tmp_path: Path, capsys: pytest
         ["diff", record, record],
     ):
         assert run("baseline", *command, *folder) == 0
-        said.append(json.loads(capsys.readouterr().out))
+        outputs.append(json.loads(capsys.readouterr().out))
 
-    accepted, listed, shown, judged, alike = said
+    accepted, listed, shown, judged, alike = outputs
     assert (accepted[0]["action"], listed[0]["state"], listed[0]["case"]) == ("created", "sound", "tiny/lora")
     assert shown[0]["metrics"]["peak_bytes"]["value"] == RECORD.metrics["peak_bytes"].value
     assert (judged["judgement"]["verdict"], judged["cause"], alike["changes"]) == ("PASS", None, [])

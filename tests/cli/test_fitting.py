@@ -1,4 +1,4 @@
-"""The search for the largest value that fits: right for whatever grows, with few questions."""
+"""The search for the largest value that fits: it is right for any growing curve, and needs few predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpc_core.cli.fitting import largest_fitting
     start=st.integers(-5, 250),
 )
 def test_it_finds_the_largest_that_fits(rises: list[int], room: int, start: int) -> None:
-    """Whatever the curve, as long as it does not fall: the answer is that of trying every value, in a logarithm of questions."""
+    """For any curve that does not fall, the result equals that of trying every value, after logarithmically many predictions."""
     peaks = dict(enumerate(itertools.accumulate(rises), start=1))
     search = largest_fitting(peaks.__getitem__, room, start=start, least=1, most=len(peaks))
     assert search.fitting == max((value for value, peak in peaks.items() if peak <= room), default=None)
@@ -33,20 +33,20 @@ def test_it_finds_the_largest_that_fits(rises: list[int], room: int, start: int)
     room=st.integers(1, 80 << 30),
     start=st.integers(1, 64),
 )
-def test_memory_that_grows_evenly_takes_a_handful_of_questions(held: int, each: int, room: int, start: int) -> None:
-    """A straight line, as most cases are, is found in few predictions, though the largest value may be in the thousands."""
+def test_linear_memory_takes_a_handful_of_predictions(held: int, each: int, room: int, start: int) -> None:
+    """For linear memory, as in most cases, few predictions suffice, even if the largest value is in the thousands."""
     search = largest_fitting(lambda value: held + each * value, room, start=start, least=1, most=4096)
     assert search.fitting == (min(4096, (room - held) // each) if room >= held + each else None)
     assert len(search.peaks) <= 9
 
 
 def test_it_does_not_go_beyond_the_most() -> None:
-    """Where everything fits, the last value tried is the most."""
+    """If every value fits, the last one tried is the upper bound."""
     search = largest_fitting(lambda value: 5, 10, start=4, least=1, most=100)
     assert (search.fitting, search.beyond) == (100, None)
 
 
 def test_falling_memory_is_refused() -> None:
-    """A larger value that clearly takes less memory: no answer could be trusted, and the message says what to do."""
+    """If a larger value clearly takes less memory, the search is refused, and the message says what to do."""
     with pytest.raises(PredictError, match=r"rank=8 would take less .* --sweep rank=4,8"):
         largest_fitting(lambda value: (20 - value) << 30, 40 << 30, start=4, least=1, most=100, name="rank")

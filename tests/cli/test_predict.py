@@ -1,4 +1,4 @@
-"""`hpc-core predict` and `hpc_core.predicted`: will it fit, said in seconds and without a GPU."""
+"""`hpc-core predict` and `hpc_core.predicted`: whether a case fits a GPU that is not here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ predicts = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="prediction
 
 
 def predicted_record(case: Case, gpu: str, peak_bytes: int) -> Record:
-    """What a prediction of this peak looks like."""
+    """Return a predicted record with this peak."""
     card = gpu_named(gpu)
     metrics = {"peak_bytes": peak(peak_bytes), "peak_backward_bytes": peak(peak_bytes), "peak_load_bytes": peak(GIB)}
     metrics |= {"at_peak_weights_bytes": peak(GIB), "weights_bytes": peak(GIB)}
@@ -48,7 +48,7 @@ def predicted_record(case: Case, gpu: str, peak_bytes: int) -> Record:
 
 def tiny_config() -> dict[str, Any]:
     """The configuration of the shape `tiny`, as a model's folder would hold it."""
-    said = msgspec.to_builtins(SHAPES["tiny"])
+    parsed = msgspec.to_builtins(SHAPES["tiny"])
     names: tuple[str, ...] = (
         "hidden_size",
         "intermediate_size",
@@ -57,7 +57,7 @@ def tiny_config() -> dict[str, Any]:
         "num_key_value_heads",
     )
     names += ("head_dim", "vocab_size", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps", "rope_theta")
-    return {"model_type": said["architecture"]} | {name: said[name] for name in names}
+    return {"model_type": parsed["architecture"]} | {name: parsed[name] for name in names}
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["tiny/lroa"], "Near: tiny/lora"),
         (["tiny/lora", "--gpu", "RTX"], "'RTX' matches RTX 4090 and RTX 5090. Known GPUs: H100 80GB HBM3,"),
@@ -107,19 +107,21 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bad input: exit code 2, one line that names it and what to say instead, and nothing is predicted."""
+def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bad input: exit code 2, one line that names it and the remedy, and nothing is predicted."""
     assert run("predict", *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert said in err
+    assert expected in err
     assert err.count("\n") == 1
 
 
 def test_values_are_json_or_text() -> None:
-    """Numbers, lists and null as in JSON; whatever is none of it is text."""
-    said = parse_changes(["batch=8", 'targets=["q_proj"]', "quantization=null", "model_dtype=float16", "prepare=true"])
-    assert said == {
+    """Numbers, lists and null are parsed as JSON; anything else is text."""
+    parsed = parse_changes(
+        ["batch=8", 'targets=["q_proj"]', "quantization=null", "model_dtype=float16", "prepare=true"]
+    )
+    assert parsed == {
         "batch": 8,
         "targets": ["q_proj"],
         "quantization": None,
@@ -131,8 +133,8 @@ def test_values_are_json_or_text() -> None:
     assert parse_sweep('targets=[["q_proj"],["v_proj"]]') == ("targets", [["q_proj"], ["v_proj"]])
 
 
-def test_a_changed_case_says_so_in_its_id() -> None:
-    """What is predicted never carries the name of another case; saying what is so already changes nothing."""
+def test_the_id_of_a_changed_case_names_the_changes() -> None:
+    """A changed case has its own id; setting a field to its present value changes nothing."""
     case = a_case()
     assert with_changes(case, {"batch": 8, "model_dtype": "float16"}).id == "tiny/lora+batch-8+model_dtype-float16"
     assert with_changes(case, {"batch": 4}) == case
@@ -148,13 +150,13 @@ def test_sizes_with_units(text: str, size: int) -> None:
 
 
 def test_a_size_without_sense_is_refused() -> None:
-    """A unit that is none."""
+    """An unknown unit."""
     with pytest.raises(SpecError, match="not a size"):
         parse_bytes("--margin", "1 furlong")
 
 
-def test_fit_gives_the_largest_and_what_it_kept(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
-    """24 GiB less the margin of 1 and the 2 that are held: 21 rows; the margin and its reason are said."""
+def test_fit_finds_the_largest_within_the_margin(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """24 GiB minus the margin of 1 and 2 fixed: 21 rows. The output shows the margin and its reason."""
     assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090") == 0
     out, err = capsys.readouterr()
     assert "largest batch that fits: 21 (batch=22 would take 24.00 GiB" in out
@@ -164,7 +166,7 @@ def test_fit_gives_the_largest_and_what_it_kept(a_gib_a_row: list[Case], capsys:
 
 
 def test_fit_says_when_nothing_fits(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
-    """Not even the least value: an error with the numbers."""
+    """If not even the least value fits, the error has the numbers."""
     assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090", "--margin", "22GiB") == 2
     assert (
         "does not fit one RTX 4090 with any batch: batch=1 takes 3.00 GiB, and 2.00 GiB are left"
@@ -173,8 +175,8 @@ def test_fit_says_when_nothing_fits(a_gib_a_row: list[Case], capsys: pytest.Capt
     assert a_gib_a_row
 
 
-def test_sweep_is_a_row_a_value(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
-    """The case's own value is a row like any other; what does not fit says by how much."""
+def test_sweep_prints_a_row_per_value(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """The case's own value is a row like any other; a row that does not fit shows by how much."""
     assert run("predict", "tiny/lora", "--sweep", "batch=1,2,40", "--gpu", "4090") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["batch", "peak"]
@@ -183,8 +185,8 @@ def test_sweep_is_a_row_a_value(a_gib_a_row: list[Case], capsys: pytest.CaptureF
     assert [case.id for case in a_gib_a_row] == ["tiny/lora+batch-1", "tiny/lora", "tiny/lora+batch-40"]
 
 
-def test_a_row_that_fails_says_why_and_the_others_stand() -> None:
-    """A table keeps its row for it."""
+def test_a_failed_row_of_a_sweep_says_why() -> None:
+    """The table keeps its row, and a line below has the reason."""
     case = a_case()
     good = predicted_record(case, "4090", 3 * GIB)
     failure = Failure(kind="refused", message="No model of it.", phase="build")
@@ -194,8 +196,8 @@ def test_a_row_that_fails_says_why_and_the_others_stand() -> None:
     assert table[-1] == "batch=2: No model of it."
 
 
-def test_what_does_not_fit_is_said_first() -> None:
-    """The first line of the block is the answer; an audit's complaint is its last."""
+def test_the_first_line_says_whether_it_fits() -> None:
+    """The first line says whether it fits; the last one shows a failed audit."""
     record = predicted_record(a_case(), "4090", 30 * GIB)
     lines = prediction_block(record, GIB).splitlines()
     assert lines[1].split("  ")[1].strip() == "DOES NOT FIT"
@@ -250,7 +252,7 @@ def test_a_failed_prediction_is_one_line(capsys: pytest.CaptureFixture[str], mon
 
 
 def test_the_case_of_a_model(tmp_path: Path) -> None:
-    """A hub id need not be here; the context that a local configuration says bounds --fit length."""
+    """A hub id need not be downloaded; the context length of a local configuration bounds --fit length."""
     hub = case_of_model("some-owner/Some-Model-8B", "qlora")
     assert (hub.id, hub.quantization is not None) == ("some-model-8b/qlora", True)
     assert hub.model == ModelSpec(weights="config", path="some-owner/Some-Model-8B")
@@ -264,6 +266,6 @@ def test_the_case_of_a_model(tmp_path: Path) -> None:
 
 
 def test_a_wrong_gpu_in_python_starts_no_process() -> None:
-    """The list of kinds comes at once."""
+    """An ambiguous name is refused at once, with the names that match."""
     with pytest.raises(PredictError, match="RTX 5090"):
         hpc_core.predicted(a_case(), gpu="RTX")

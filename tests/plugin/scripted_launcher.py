@@ -1,4 +1,4 @@
-"""A launcher that makes up records instead of running workers: a case's factory names what it "measured"."""
+"""A launcher that returns scripted records instead of running workers: a case's factory names what it "measured"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another project, whose workers are scripted, not run: its warnings are errors, its suite lies in bench/."""
+"""A project with scripted workers and a suite in bench/, which turns warnings into errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`git bisect run pytest --benchmark --perf-bisect`: which commits are bad, good, or cannot be tested. Real git, pytest and workers."""
+"""`git bisect run pytest --benchmark --perf-bisect`: which commits are bad, good, or cannot be tested."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ addopts = ["--perf-launch=exec", "-p", "no:cacheprovider"]
     ],
 )
 def test_only_a_worse_number_makes_a_commit_bad(exit_status: int, blames: list[str], code: int) -> None:
-    """Whatever else went wrong, errors of collection included, skips the commit."""
+    """Any other failure, errors of collection included, skips the commit."""
     assert bisect_exit_code(exit_status, blames) is ExitCode(code)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case without a baseline, and a case that is not there, end with 125 only for a bisection."""
+    """A case without a baseline, and a missing case, exit with 125 only in a bisection."""
     suite = "def test_step(perf):\n    perf('scripted:step')\n"
     run: Run = scripted_project(pytester, monkeypatch, {"test_it.py": suite})
     assert run("--benchmark").ret == 0
@@ -61,7 +61,7 @@ def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch
 
 @pytest.mark.nightly
 def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
-    """The command under a red case, as it is printed, finds the commit, past one whose step and one whose conftest.py does not import."""
+    """The command printed below a red case finds the commit. It skips one whose step and one whose conftest.py cannot be imported."""
     root = tmp_path / "repo"
     repository(root, 64)
     (root / "pyproject.toml").write_text(PYPROJECT)

@@ -1,4 +1,4 @@
-"""What others read from `--benchmark-json`: pytest-benchmark's own `compare`, github-action-benchmark and Bencher.
+"""What other tools read from `--benchmark-json`: pytest-benchmark's own `compare`, github-action-benchmark and Bencher.
 
 Each reader here takes the fields that the tool's public source takes, by the same names, and fails where that would fail.
 """
@@ -78,7 +78,7 @@ def _as_bencher(text: str, average: str) -> dict[str, tuple[float, float, float]
 
 
 def test_github_action_benchmark_reads_our_samples(report: Path) -> None:
-    """Its value is one over the mean of our samples, its spread theirs, its rounds as many as there are samples."""
+    """Its value is one divided by the mean of our samples; spread and rounds are those of the samples."""
     read = _as_github_action_benchmark(report.read_text())
     assert [each["name"] for each in read] == NAMES
     mean = statistics.fmean(SAMPLES)
@@ -101,7 +101,7 @@ def test_bencher_reads_our_samples(report: Path) -> None:
 
 
 def test_our_own_report_reads_it(report: Path) -> None:
-    """The same file is all that `hpc-core report` needs: each record is in it, whole."""
+    """`hpc-core report` needs only this file: it holds each complete record."""
     records = read_records([report]).records
     assert sorted(record.case.id for record in records) == sorted(
         each["extra_info"]["record"]["case"] for each in _benchmarks(report)
@@ -128,7 +128,7 @@ def test_compare_reads_two_runs(pytester: pytest.Pytester, run: Run, report: Pat
         rows = list(csv.DictReader(file))
     assert sorted(row["name"] for row in rows) == sorted(NAMES * len(files))
     for row in rows:
-        said = tuple(float(row[name]) for name in ("min", "max", "mean", "median", "rounds"))
+        reported = tuple(float(row[name]) for name in ("min", "max", "mean", "median", "rounds"))
         expected = (min(SAMPLES), max(SAMPLES), statistics.fmean(SAMPLES), statistics.median(SAMPLES), len(SAMPLES))
-        assert said == pytest.approx(expected)
+        assert reported == pytest.approx(expected)
         assert float(row["ops"]) == pytest.approx(1 / statistics.fmean(SAMPLES))

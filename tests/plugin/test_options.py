@@ -1,4 +1,4 @@
-"""What may be asked of the plugin, and how it answers what makes no sense: one line, exit code 4. No case runs here."""
+"""Options of the plugin. Nonsense is refused in one line with exit code 4. No case runs here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(pytester: pytest.Pytester) -> Refused:
-    """What pytest says when it refuses these arguments in a project with a suite."""
+    """Return what pytest prints when it refuses these arguments in a project with a suite."""
     folder = pytester.mkdir("bench")
     (folder / "test_all.py").write_text(
         "from hpc_core import perf_cases\nfrom hpc_core.catalogue import ALL\n\n"
         "@perf_cases(ALL)\ndef test_all(case, perf):\n    perf(case)\n"
     )
 
-    def said(*arguments: str) -> str:
+    def output_of(*arguments: str) -> str:
         result = pytester.runpytest_inprocess("--benchmark", *arguments)
         assert result.ret == pytest.ExitCode.USAGE_ERROR
         text = str(result.stderr) + str(result.stdout)
@@ -33,23 +33,23 @@ def refused(pytester: pytest.Pytester) -> Refused:
         assert "Traceback" not in text
         return text
 
-    return said
+    return output_of
 
 
-def test_a_mistyped_case_names_its_neighbours(refused: Refused) -> None:
-    """An id that matches nothing is an error that says what was probably meant."""
+def test_a_mistyped_case_names_similar_ones(refused: Refused) -> None:
+    """An id that matches nothing is an error that names similar ids."""
     assert "Near: tiny/lora, " in refused("--case", "tiny/lroa")
 
 
 def test_an_update_needs_a_reason(refused: Refused) -> None:
-    """Numbers are accepted with a reason or not at all; a reason alone does nothing and says so."""
+    """Numbers are accepted only with a reason; a reason without an update is refused."""
     assert "needs --reason" in refused("--perf-update")
     assert "needs --reason" in refused("--perf-update", "--reason", "  ")
     assert "--reason needs --perf-update" in refused("--reason", "because")
 
 
 def test_a_fault_is_never_accepted(refused: Refused) -> None:
-    """An injected fault and an update exclude each other; an unknown fault is told the known ones."""
+    """An injected fault and an update exclude each other; for an unknown fault the message lists the known ones."""
     fault = next(iter(FAULTS))
     assert "cannot be a baseline" in refused("--perf-fault", fault, "--perf-update", "--reason", "x")
     assert fault in refused("--perf-fault", "unheard-of")
@@ -62,19 +62,19 @@ def test_cases_do_not_run_in_parallel(refused: Refused) -> None:
 
 
 def test_pytest_benchmark_must_be_there(refused: Refused) -> None:
-    """Without pytest-benchmark there is no table to fill."""
+    """The suite does not run without pytest-benchmark, whose table it fills."""
     assert "drop -p no:benchmark" in refused("-p", "no:benchmark")
 
 
 def test_a_suite_that_is_not_there(pytester: pytest.Pytester) -> None:
-    """Without bench/ and without a path there is nothing to run, and that is said."""
+    """Without bench/ and without a path there is nothing to run, which is a usage error."""
     result = pytester.runpytest_inprocess("--benchmark")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*nothing to run*perf_paths*"])
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (None, "no such case file"),
         ("1 / 0", "ZeroDivisionError"),
@@ -83,14 +83,14 @@ def test_a_suite_that_is_not_there(pytester: pytest.Pytester) -> None:
     ],
     ids=["missing", "raises", "no list", "twins"],
 )
-def test_a_case_file_that_is_wrong(refused: Refused, tmp_path: Path, text: str | None, said: str) -> None:
-    """What is wrong with a file of cases is one line with its name."""
+def test_a_case_file_that_is_wrong(refused: Refused, tmp_path: Path, text: str | None, expected: str) -> None:
+    """An error in a file of cases is one line with the name of the file."""
     path = tmp_path / "mine.py"
     if text is not None:
         path.write_text(text)
-    answer = refused(f"--perf-cases={path}")
-    assert said in answer
-    assert "mine.py" in answer
+    output = refused(f"--perf-cases={path}")
+    assert expected in output
+    assert "mine.py" in output
 
 
 def test_two_tests_cannot_share_a_baseline(pytester: pytest.Pytester, refused: Refused) -> None:
@@ -99,7 +99,7 @@ def test_two_tests_cannot_share_a_baseline(pytester: pytest.Pytester, refused: R
     assert "Rename one of them" in refused()
 
 
-def test_own_cases_are_collected_beside_the_suite(pytester: pytest.Pytester, refused: Refused) -> None:
+def test_own_cases_are_collected_with_the_suite(pytester: pytest.Pytester, refused: Refused) -> None:
     """Each case of a user's file is a test of that file, with the case's id."""
     (pytester.path / "mine.py").write_text(
         "from hpc_core.catalogue import tiny, finetune, lora\nCASES = [finetune(tiny, lora(rank=2), variant='lora-r2')]\n"
@@ -114,14 +114,14 @@ def test_own_cases_are_collected_beside_the_suite(pytester: pytest.Pytester, ref
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without a GPU, wherever this runs."""
+    """Hide any GPU."""
     for module in (options, suite, runner, fixture):
         monkeypatch.setattr(module, "visible_gpus", tuple)
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_what_runs_where_there_is_no_gpu(pytester: pytest.Pytester, refused: Refused) -> None:
-    """By itself the tiny scale is chosen; -m gpu chooses the full one, whose cases are skipped with the reason."""
+    """By default the tiny scale is chosen; -m gpu chooses the full one, whose cases are skipped with the reason."""
     listed = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q").outlines
     ids = [line for line in listed if "::" in line]
     assert ids

@@ -1,4 +1,4 @@
-"""How many processes a case gets, what an earlier call leaves to do, and the plugin's options for both."""
+"""How many processes a case gets, which records of an earlier run are reused, and the options for both."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def timed(value: float) -> Record:
 
 
 class Processes:
-    """Gives these busy times, one a further process, the last again and again; each takes ten seconds of its clock."""
+    """Further processes with these busy times; the last one repeats. Each process takes ten seconds of the clock."""
 
     def __init__(self, *values: float) -> None:
         self._values = values
@@ -52,7 +52,7 @@ class Processes:
 
 
 def ran(first: Record, plan: Plan, *values: float) -> tuple[Record, list[tuple[int, int]]]:
-    """The record after the plan was followed, and the numbers of the processes that ran."""
+    """Return the record after all planned processes, and the numbers of those that ran."""
     more = Processes(*values)
     return replicated(first, more, plan, clock=more.clock), more.asked
 
@@ -66,8 +66,8 @@ def test_three_on_a_gpu_and_one_elsewhere() -> None:
 
 
 @given(st.integers(1, MOST), st.integers(1, MOST))
-def test_a_number_is_kept_to_and_what_ran_before_counts(wanted: int, before: int) -> None:
-    """So many processes in total, those of an earlier call included; never one too many."""
+def test_a_fixed_number_includes_earlier_processes(wanted: int, before: int) -> None:
+    """The number is the total, with the processes of an earlier run included; no further one runs."""
     plan = Plan(processes=wanted)
     first = ran(timed(1.0), Plan(processes=before), 1.0)[0]
     record, asked = ran(first, plan, 2.0)
@@ -83,15 +83,15 @@ def test_a_budget_lets_wide_times_have_more_processes() -> None:
     assert len(ran(timed(1.0), Plan(budget_s=1000.0), 1.001, 1.002)[1]) == 2
 
 
-def test_a_spent_budget_ends_it_and_is_said() -> None:
-    """Nothing starts once the budget is spent; a case that should have had more says so, with the numbers."""
+def test_a_spent_budget_is_reported() -> None:
+    """No process starts once the budget is spent; a note says how many of the planned ones ran."""
     record, asked = ran(timed(1.0), Plan(processes=5, budget_s=20.0), 1.0)
     assert asked == [(2, 5), (3, 5)]
     assert record.circumstances.notes[0].startswith("the time budget ended after 3 of 5 processes of tiny/lora")
 
 
 def test_a_broken_case_has_no_further_process() -> None:
-    """A first process that proves nothing is not repeated, and neither is a case whose counts contradict each other."""
+    """A case whose first process is invalid has no further process."""
     void = a_record(status="invalid", reasons=("It ran unquantized.",))
     assert ran(void, Plan(processes=5), 1.0) == (void, [])
 
@@ -126,7 +126,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path
 
 
 def left(folder: Path, **changes: Any) -> Record:
-    """A record that an earlier call left in `folder` for the code as it is now."""
+    """Write a record of the current code into `folder`, as an earlier run would."""
     seen = environment.circumstances("cpu", "warm")
     record = a_record(circumstances=msgspec.structs.replace(seen, **changes))
     path = folder / f"{record.case.id}.json"
@@ -141,7 +141,7 @@ def earlier(folder: Path, **named: Any) -> Earlier:
 
 
 def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
-    """Case, code, stack and machine are the same: the record stands in for a run, and that is said."""
+    """Case, code, stack and machine are the same: the record replaces a run, and a note says so."""
     record = left(repository / "records")
     (repository / "records" / "junk.py").write_text("")
     (repository / "baselines").mkdir()
@@ -153,7 +153,7 @@ def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
         f"tiny/lora reused from {repository}/records/tiny/lora.json, measured at {record.circumstances.started_at}"
     ]
     assert again.record(a_case("tiny/other"), "cpu") is None
-    assert len(again.notes) == 1  # what never ran needs no word
+    assert len(again.notes) == 1  # a case without a record needs no note
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
 def test_a_record_of_anything_else_is_not(
     repository: Path, changes: dict[str, Any], named: dict[str, Any], why: str
 ) -> None:
-    """Another commit, stack, machine or fault: the case runs again, and the reason is said."""
+    """Another commit, stack, machine or fault: the case runs again, and a note says why."""
     record = left(repository / "records", **changes)
     again = earlier(repository / "records", **named)
     assert again.record(record.case, "cpu") is None
@@ -178,7 +178,7 @@ def test_a_record_of_anything_else_is_not(
 
 @pytest.mark.parametrize("name", ["code.py", "new.py"])
 def test_code_that_is_not_committed_counts(repository: Path, name: str) -> None:
-    """A changed file and a new one void what was measured before them; the same change again does not."""
+    """A changed file and a new file invalidate earlier records; a record of the same change is reused."""
     record = left(repository / "records")
     (repository / name).write_text("x = 2\n")
     again = earlier(repository / "records")
@@ -189,7 +189,7 @@ def test_code_that_is_not_committed_counts(repository: Path, name: str) -> None:
 
 
 def test_a_damaged_record_runs_again(repository: Path) -> None:
-    """Half a file is not a record, and no traceback."""
+    """A truncated record makes the case run again, without a traceback."""
     record = left(repository / "records")
     path = repository / "records" / "tiny" / "lora.json"
     path.write_bytes(path.read_bytes()[:100])
@@ -199,7 +199,7 @@ def test_a_damaged_record_runs_again(repository: Path) -> None:
 
 
 def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside a repository a record is taken only if somebody says which commit this is."""
+    """Outside a repository a record is reused only if HPC_CORE_COMMIT names the commit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
     environment.commit.cache_clear()
@@ -213,12 +213,12 @@ def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.M
 
 
 class BusyLauncher(ScriptedLauncher):
-    """As on a GPU: each process has a busy time of its own, those that follow the first another number of kernels if told."""
+    """Like a GPU: each process has its own busy time, and further processes have another number of kernels if scripted."""
 
     jobs: list[Job] = []
 
     def run(self, job: Job) -> Record:
-        """What is told, with busy time."""
+        """Return the scripted record, with busy time."""
         BusyLauncher.jobs.append(job)
         record = super().run(job)
         if record.status != "ok":
@@ -236,7 +236,7 @@ STORY = 'def test_step(perf):\n    perf("scripted:step", {arguments})\n'
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a project of one case whose workers are told."""
+    """Run a project of one case with scripted workers."""
     monkeypatch.setattr(runner, "Launcher", BusyLauncher)
     BusyLauncher.jobs = []
     pytester.makepyprojecttoml('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
@@ -260,7 +260,7 @@ def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.P
 
 
 def test_counts_that_differ_between_processes_fail_the_case(run: Run) -> None:
-    """A kernel more in a further process is INVALID, with both numbers, and no further process runs."""
+    """An extra kernel in a further process is INVALID, with both numbers, and no further process runs."""
     result = run(arguments="kernels=101")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*kernels is 100 in process 1 and 101 in process 2 of the same case*"])
@@ -270,7 +270,7 @@ def test_counts_that_differ_between_processes_fail_the_case(run: Run) -> None:
 def test_a_second_call_takes_what_the_first_left(
     pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --perf-resume the second call runs only the processes that are missing, and says whence the others came."""
+    """With --perf-resume the second run adds only the missing processes, and says where the others came from."""
     monkeypatch.setattr(resume.Earlier, "_moved", lambda self, found, case, device: None)
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
@@ -284,7 +284,7 @@ def test_a_second_call_takes_what_the_first_left(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (("--perf-processes=0",), "--perf-processes: expected a number from 1 to 12, or auto, got '0'"),
         (("--perf-processes=many",), "got 'many'"),
@@ -295,9 +295,9 @@ def test_a_second_call_takes_what_the_first_left(
         (("--perf-records=a", "--perf-resume=b"), "both name the folder of records"),
     ],
 )
-def test_what_makes_no_sense_is_refused(run: Run, options: tuple[str, ...], said: str) -> None:
+def test_what_makes_no_sense_is_refused(run: Run, options: tuple[str, ...], expected: str) -> None:
     """One line, exit code 4, nothing runs."""
     result = run(*options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert said in str(result.stderr)
+    assert expected in str(result.stderr)
     assert BusyLauncher.jobs == []

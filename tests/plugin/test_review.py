@@ -1,4 +1,4 @@
-"""What a reviewer lives through: a pull request that edits its baselines, waivers, uncommitted code, gains to keep."""
+"""What a reviewer sees: a pull request that edits its baselines, waivers, uncommitted code, gains to keep."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
-    """Write the suite of the project: one test a peak."""
+    """Write the suite of the project: one test per peak."""
     names = ["step", "other"]
     tests = (
         f"def test_{name}(perf):\n    perf('scripted:step', peak={peak}{more})\n"
@@ -47,7 +47,7 @@ def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
 
 
 def lower(pytester: pytest.Pytester, run: Run, peak: int) -> None:
-    """Accept a peak that is not what the suite gives; the case, and so its digest, stays the same."""
+    """Accept a peak that differs from what the suite measures; the case, and so its digest, stays the same."""
     import msgspec
 
     from hpc_core.baselines.accept import accept
@@ -109,7 +109,7 @@ def test_no_merge_base_is_a_usage_error(pytester: pytest.Pytester, run: Run) -> 
 
 def test_a_waiver_until_it_expires(pytester: pytest.Pytester, run: Run) -> None:
     """Within its limit the test passes and every report names owner, reason and days; a tighter one does not help; an
-    expired one fails the run, although nothing is wrong with the metric, and a run of other cases too.
+    expired one fails any run, even if the metric is within its tolerance.
     """
     bench(pytester, GIB, GIB)
     lower(pytester, run, GIB - 2**24)
@@ -152,7 +152,7 @@ def test_a_waiver_of_nothing_is_seen(pytester: pytest.Pytester, run: Run) -> Non
     result.stderr.fnmatch_lines(["ERROR: perf-waivers.toml, waiver 1: *"])
 
 
-def test_uncommitted_code_is_no_baseline_unless_told(pytester: pytest.Pytester, run: Run) -> None:
+def test_uncommitted_code_needs_perf_dirty(pytester: pytest.Pytester, run: Run) -> None:
     """--perf-update refuses numbers of a changed tree and writes nothing; --perf-dirty accepts them."""
     bench(pytester, GIB, more=", dirty=True")
     refused = run("--perf-update", "--reason", "try")

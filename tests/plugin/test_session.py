@@ -1,4 +1,4 @@
-"""Tests that judge a whole session: what they see, when they take part, what they print. Workers are told, not run."""
+"""Tests that judge a whole session: what they see, when they take part, what they print. Workers are scripted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_test_of_the_session_sees_its_records_and_prints_below_the_table(run: Run) -> None:
-    """The section comes after the table of cases, with what the test made of the records."""
+    """The section comes after the table of cases, and shows what the test computed from the records."""
     result = run("--benchmark", "bench/together.py")
     result.assert_outcomes(skipped=1, passed=1)
     result.stdout.fnmatch_lines(["*= hpc-core =*", "*= all of it =*", "one record, 1,073,741,824 bytes"])
 
 
-def test_it_takes_no_part_unless_asked(run: Run) -> None:
-    """Without --benchmark it is skipped; where --case chooses others it is left out; unnamed, the file is not collected."""
+def test_it_takes_part_only_when_named(run: Run) -> None:
+    """Without --benchmark it is skipped; with --case for other cases it is left out; without its name the file is not collected."""
     result = run("-rs", "bench/together.py")
     result.assert_outcomes(skipped=2)
     result.stdout.fnmatch_lines(["*needs --benchmark*"])
@@ -43,13 +43,13 @@ def test_it_takes_no_part_unless_asked(run: Run) -> None:
 
 
 def test_the_command_names_a_file_that_must_be_named(run: Run) -> None:
-    """What runs a case again works as it stands: a file that is only collected when named is in it."""
+    """The printed command includes a file that pytest only collects when it is named."""
     result = run("--benchmark", "bench/together.py", "--perf-strict")
     result.stdout.fnmatch_lines(["*pytest --benchmark bench/together.py --case 'together/test_step'*"])
 
 
-def test_the_suites_false_alarms_are_divided_and_said(run: Run, pytester: pytest.Pytester) -> None:
-    """Two cases with busy time have half of the suite's false alarms each, and the run ends with what they add up to."""
+def test_the_suites_false_alarms_are_divided_and_reported(run: Run, pytester: pytest.Pytester) -> None:
+    """Two cases with busy time have half of the suite's false alarms each, and the end of the run shows their sum."""
     (pytester.path / "bench" / "test_busy.py").write_text("""
 def test_one(perf):
     perf("scripted:step", busy=0.2)

@@ -1,4 +1,4 @@
-"""What a user of the plugin lives through, as stories in a project of their own. Workers are told, not run."""
+"""What a user of the plugin sees, in a project with scripted workers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_step(perf):
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run pytest in a project whose suite each story writes."""
+    """Run pytest in a project whose suite each test writes."""
     return scripted_project(pytester, monkeypatch)
 
 
@@ -55,7 +55,7 @@ def test_without_the_option_nothing_is_measured(pytester: pytest.Pytester, run: 
 
 
 def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -> None:
-    """First skipped without a baseline, then accepted, then passed; more memory fails and says how much, at the start."""
+    """First skipped without a baseline, then accepted, then passed; more memory fails, and the first line says how much."""
     bench(pytester)
     first = run("--benchmark", "-rs")
     assert first.ret == 0
@@ -91,7 +91,7 @@ def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -
 
 
 def lower(pytester: pytest.Pytester, peak: int, without: str = "") -> None:
-    """Accept another peak than what runs gives, and leave out a metric."""
+    """Accept a peak that differs from what runs measure, and leave out a metric."""
     import msgspec
 
     history = baseline(pytester).with_suffix(".history.jsonl")
@@ -102,7 +102,7 @@ def lower(pytester: pytest.Pytester, peak: int, without: str = "") -> None:
 
 
 def test_a_new_metric_fails_nothing_under_strict(pytester: pytest.Pytester, run: Run) -> None:
-    """A metric that the baseline does not hold yet leaves its case passing, and the run says how to have it judged."""
+    """A metric without a baseline leaves its case passing, and the run shows how to accept it."""
     bench(pytester)
     run("--benchmark", "--perf-update", "--reason", "the first one")
     lower(pytester, GIB, without="operators")
@@ -174,22 +174,22 @@ def test_exit_codes_under_strict(pytester: pytest.Pytester, run: Run, chosen: li
     assert result.ret == code
 
 
-def test_a_missing_baseline_is_said_once(pytester: pytest.Pytester, run: Run) -> None:
+def test_a_missing_baseline_is_reported_once(pytester: pytest.Pytester, run: Run) -> None:
     """Under strict a case without a baseline fails with one line on it, how to accept it, and how to run it again."""
     bench(pytester)
-    said = str(run("--benchmark", "--perf-strict").stdout).partition("FAILURES")[2].partition("Run it again")[0]
-    assert said.count("no baseline of") == 1
-    assert "Accept it: pytest --benchmark --case 'test_own/test_step' --perf-update" in said
+    reported = str(run("--benchmark", "--perf-strict").stdout).partition("FAILURES")[2].partition("Run it again")[0]
+    assert reported.count("no baseline of") == 1
+    assert "Accept it: pytest --benchmark --case 'test_own/test_step' --perf-update" in reported
 
 
 def test_another_failure_is_exit_code_1(pytester: pytest.Pytester, run: Run) -> None:
-    """A test that fails by itself beside a broken run: 1 comes before 11."""
+    """If a test fails by itself and a run breaks, the exit code is 1, not 11."""
     bench(pytester, SEVERAL)
     assert run("--benchmark", "--case", "test_own/test_crash").ret == 1
 
 
-def test_a_missing_library_is_something_to_install(pytester: pytest.Pytester, run: Run) -> None:
-    """Without strict, what is not installed skips its cases; a crash fails, with its traceback and no INTERNALERROR."""
+def test_a_missing_library_skips_its_cases(pytester: pytest.Pytester, run: Run) -> None:
+    """Without strict, cases of a missing library are skipped; a crash fails, with its traceback and no INTERNALERROR."""
     bench(pytester, SEVERAL.replace("test_plain", "unused"))
     result = run("--benchmark")
     result.assert_outcomes(failed=2, skipped=2)
@@ -200,7 +200,7 @@ def test_a_missing_library_is_something_to_install(pytester: pytest.Pytester, ru
 
 
 def test_nothing_bad_becomes_a_baseline(pytester: pytest.Pytester, run: Run) -> None:
-    """Under --perf-update an invalid and a crashed run fail as ever, and write nothing."""
+    """Under --perf-update an invalid and a crashed run still fail, and write nothing."""
     bench(pytester, SEVERAL)
     chosen = ["--case", "test_own/test_crash", "--case", "test_own/test_invalid", "-k", "not plain"]
     assert run("--benchmark", "--perf-update", "--reason", "hope", *chosen).ret == 1
@@ -211,12 +211,12 @@ def test_the_numbers_reach_pytest_benchmark(pytester: pytest.Pytester, run: Run)
     """--benchmark-json holds exactly the recorded samples and the record; a failed run has no entry."""
     bench(pytester, SEVERAL)
     assert run("--benchmark", "-k", "new or invalid or crash", "--benchmark-json=out.json").ret == 1
-    told = json.loads((pytester.path / "out.json").read_text())
-    [entry] = told["benchmarks"]
+    content = json.loads((pytester.path / "out.json").read_text())
+    [entry] = content["benchmarks"]
     assert entry["stats"]["data"] == list(SAMPLES)
     assert entry["extra_info"]["record"]["metrics"]["peak_bytes"] == {"value": GIB, "unit": "bytes"}
     assert entry["extra_info"]["record"]["verdict"] == "NO_BASELINE"
-    assert told["machine_info"]["hpc_core"]["machine"] == "cpu"
+    assert content["machine_info"]["hpc_core"]["machine"] == "cpu"
 
 
 def test_pytest_benchmarks_own_gate_works(pytester: pytest.Pytester, run: Run) -> None:
@@ -231,18 +231,18 @@ def test_pytest_benchmarks_own_gate_works(pytester: pytest.Pytester, run: Run) -
 
 
 def test_junit_has_the_verdict_and_the_metrics(pytester: pytest.Pytester, run: Run) -> None:
-    """JUnit's XML says case, verdict and values, and shows a regression as a failure."""
+    """JUnit's XML holds case, verdict and values, and shows a regression as a failure."""
     bench(pytester, STORY.replace("peak={peak}", "peak=2 * GiB, limits=Limits(peak_bytes=GiB)"))
     run("--benchmark", "--junitxml=junit.xml")
     suite = ET.parse(pytester.path / "junit.xml").getroot()[0]
     assert suite.attrib["failures"] == "1"
-    said = {each.attrib["name"]: each.attrib["value"] for each in suite.iter("property")}
-    assert (said["perf_case"], said["perf_verdict"]) == ("test_own/test_step", "REGRESSED")
-    assert said["perf_metric.peak_bytes"] == str(2 * GIB)
+    reported = {each.attrib["name"]: each.attrib["value"] for each in suite.iter("property")}
+    assert (reported["perf_case"], reported["perf_verdict"]) == ("test_own/test_step", "REGRESSED")
+    assert reported["perf_metric.peak_bytes"] == str(2 * GIB)
 
 
-def test_records_are_written_where_asked(pytester: pytest.Pytester, run: Run) -> None:
-    """--perf-records keeps every record, failed ones too, under its case's id."""
+def test_records_are_written_into_a_folder(pytester: pytest.Pytester, run: Run) -> None:
+    """--perf-records writes every record, failed ones too, under its case's id."""
     bench(pytester, SEVERAL)
     run("--benchmark", "--perf-records=records", "-k", "new or crash")
     statuses = {
@@ -252,7 +252,7 @@ def test_records_are_written_where_asked(pytester: pytest.Pytester, run: Run) ->
 
 
 def test_a_baseline_of_another_machine_is_not_touched(pytester: pytest.Pytester, run: Run) -> None:
-    """The folder of baselines can be elsewhere; what is accepted there is a sound baseline."""
+    """The folder of baselines can be elsewhere, and sound baselines are written there."""
     bench(pytester)
     run("--benchmark", "--perf-update", "--reason", "elsewhere", "--perf-baselines=others")
     assert isinstance(find(pytester.path / "others", "cpu", "test_own/test_step"), Baseline)
@@ -260,7 +260,7 @@ def test_a_baseline_of_another_machine_is_not_touched(pytester: pytest.Pytester,
 
 
 def test_a_run_without_numbers_still_shows_its_failures(pytester: pytest.Pytester, run: Run) -> None:
-    """Where no case gave a number to save, the failure is shown, and not pytest-benchmark's complaint about it."""
+    """Without any numbers the failure is shown, instead of pytest-benchmark's warning that there is nothing to save."""
     bench(pytester, SEVERAL)
 
     result = run("--benchmark", "--case", "test_own/test_crash", "--benchmark-json=out.json")

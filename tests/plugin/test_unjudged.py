@@ -1,4 +1,4 @@
-"""`perf(…, judge=False)`: a test whose own assertions are all there is. Workers are told, not run."""
+"""`perf(…, judge=False)`: a test that relies on its own assertions. Workers are scripted."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
-    """Green without a baseline, under strict too; red by its own assertion, a run that broke or was not what was asked, or needless limits."""
+    """Green without a baseline, even under strict; red by its own assertion, a broken or invalid run, or ignored limits."""
     result = run("--benchmark", "--perf-strict", "--benchmark-json=out.json")
     result.assert_outcomes(passed=1, failed=4)
     result.stdout.fnmatch_lines([
@@ -49,14 +49,14 @@ def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
 
 
 def test_nothing_is_accepted(pytester: pytest.Pytester, run: Run) -> None:
-    """--perf-update writes no baseline of it, and says nothing of one."""
+    """--perf-update writes no baseline of it."""
     result = run("--benchmark", "--case=test_own/test_sound", "--perf-update", "--reason=all of them")
     result.assert_outcomes(passed=1, deselected=4)
     assert not (pytester.path / "baselines").exists()
 
 
 def test_properties_of_a_test_reach_junit(pytester: pytest.Pytester, run: Run) -> None:
-    """As the instruments note what they saw: properties of the item are in JUnit's report, without a warning that ends the test."""
+    """A test may record properties, which reach JUnit's report without a warning."""
     (pytester.path / "bench" / "test_own.py").write_text(
         "def test_noted(perf, request):\n    perf('scripted:step', judge=False)\n"
         "    request.node.user_properties.append(('seen.busy_s', 0.25))\n"

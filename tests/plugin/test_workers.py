@@ -113,7 +113,7 @@ def test_what_runs_in_the_test_process(pytester: pytest.Pytester, project: Path)
 
 
 def test_ctrl_c_leaves_nothing(project: Path) -> None:
-    """Ctrl-C while a case runs: exit code 2, no worker left, no traceback of ours."""
+    """Ctrl-C while a case runs: exit code 2, no worker is left, and there is no traceback of ours."""
     (project / "performance" / "test_long.py").write_text(
         "def test_long(perf):\n    perf('steps:make_nothing', seconds=600)\n"
     )
