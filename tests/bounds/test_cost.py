@@ -96,10 +96,9 @@ def test_full_training_flops_are_those_counted(shape: Shape) -> None:
     ],
     ids="-".join,
 )
-@pytest.mark.parametrize("rank", [1, 8])
-def test_adapter_training_flops_are_those_counted(rank: int, targets: tuple[str, ...]) -> None:
+def test_adapter_training_flops_are_those_counted(targets: tuple[str, ...]) -> None:
     """Wherever the adapter sits, frozen weights cost no weight gradient and nothing before it an input gradient."""
-    case = finetune(ModelSpec(shape="tiny", dtype="float32"), lora(rank=rank, targets=targets, dropout=0.0))
+    case = finetune(ModelSpec(shape="tiny", dtype="float32"), lora(rank=3, targets=targets, dropout=0.0))
     assert _trained(build(case, CPU).model) == train_flops(TINY, 2, 32, case.adapter)
 
 

@@ -107,7 +107,7 @@ def test_quantizing_in_place_equals_from_pretrained(name: str, dtype: Any) -> No
 
 @pytest.mark.parametrize("name", KINDS)
 def test_their_settings_are_ours(name: str) -> None:
-    """Every layer carries the quantization type, compute dtype and double quantization that were asked for."""
+    """Every layer has the requested quantization type, compute dtype and double quantization."""
     spec = KINDS[name]
     layers = quantized_layers(_ours(spec, "bfloat16"))
     assert len(layers) == 3 * (7 - (len(spec.skip_modules) - 1))
@@ -125,7 +125,7 @@ def test_their_settings_are_ours(name: str) -> None:
     ("name", "bits", "constants"), [("nf4", 4, 4 / 64), ("fp4", 4, 4 / 64), ("nf4-dq", 4, 1 / 64 + 4 / 64 / 256)]
 )
 def test_four_bit_weights_take_their_closed_form(name: str, bits: int, constants: float) -> None:
-    """A quantized weight takes half a byte and its share of a constant for every 64; the code books come on top."""
+    """A 4-bit weight takes half a byte plus its share of one constant per 64 weights, plus the code tables."""
     model = _ours(KINDS[name], "bfloat16")
     rest = sum(parameter.numel() * 2 for key, parameter in model.named_parameters() if "proj" not in key)
     rest += sum(buffer.nbytes for buffer in model.buffers())
@@ -136,7 +136,7 @@ def test_four_bit_weights_take_their_closed_form(name: str, bits: int, constants
 
 
 def test_int8_weights_take_a_byte_and_a_constant_a_row() -> None:
-    """An int8 weight is one byte, with one float32 a row."""
+    """An int8 weight takes one byte, plus one float32 per row."""
     layers: dict[str, Any] = dict(quantized_layers(_ours(KINDS["int8"], "float16")))
     rows = sum(module.weight.shape[0] for module in layers.values())
     tensors = [tensor for module in layers.values() for tensor in weight_tensors(module)["weights"]]
@@ -145,7 +145,7 @@ def test_int8_weights_take_a_byte_and_a_constant_a_row() -> None:
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_quantized_outputs_are_near_the_plain_ones(name: str) -> None:
-    """The quantized model computes about what the plain one does, and not exactly that."""
+    """The quantized model's outputs are close to the plain one's, but not equal."""
     plain = _logits(build(generate(ModelSpec(shape="tiny", dtype="float16")), CPU).model).float()
     quantized = _logits(_ours(KINDS[name], "float16")).float()
     error = float((plain - quantized).norm() / plain.norm())
@@ -153,7 +153,7 @@ def test_quantized_outputs_are_near_the_plain_ones(name: str) -> None:
 
 
 def test_a_model_without_the_linear_layers_is_refused() -> None:
-    """Quantization that finds nothing to do is an error, not a model in silence."""
+    """Quantizing a model without linear layers is an error."""
     model = causal_lm(tiny, CPU)
     everything = QuantSpec(
         kind="nf4", compute_dtype="float32", skip_modules=("lm_head", *SHAPES["tiny"].linear_shapes())
@@ -163,7 +163,7 @@ def test_a_model_without_the_linear_layers_is_refused() -> None:
 
 
 def test_a_layer_left_unquantized_is_refused() -> None:
-    """A layer that stayed as it was is an error that counts and names it."""
+    """A layer that was not quantized is an error with its name and their number."""
     model = build(generate(tiny, quantization=NF4), CPU).model
     owner = model.get_submodule("model.layers.1.mlp")
     owner.down_proj = torch.nn.Linear(256, 128, bias=False)
@@ -189,7 +189,7 @@ def _gradients(*, evaluated: bool, portable: bool = True) -> dict[str, torch.Ten
 
 
 def test_training_after_an_evaluation_gives_the_same_gradients() -> None:
-    """With our guard every adapter weight gets the gradient that it gets without an evaluation before."""
+    """With our guard, an evaluation before the step does not change any adapter gradient."""
     fresh, after = _gradients(evaluated=False), _gradients(evaluated=True)
     assert len(fresh) == len(after) == 12
     assert all(bool(gradient.any()) for gradient in fresh.values())
@@ -197,7 +197,7 @@ def test_training_after_an_evaluation_gives_the_same_gradients() -> None:
 
 
 def test_without_the_guard_gradients_stop_on_some_cpus() -> None:
-    """The trap that the guard is for: bitsandbytes repacks weights in an evaluation, and no gradient passes them."""
+    """Without the guard, bitsandbytes repacks weights in an evaluation, and the backward pass fails."""
     functional = pytest.importorskip("bitsandbytes.functional")
     if not functional.has_avx512bf16():
         pytest.skip("this CPU has no AVX512-BF16, where bitsandbytes does not repack its weights")
@@ -216,5 +216,5 @@ def test_quantized_cases_of_the_catalogue_are_quantized() -> None:
 
 
 def test_saved_weights_lie_where_they_were_put() -> None:
-    """The folder that from_pretrained read holds safetensors of the tiny model."""
+    """The folder that from_pretrained reads contains safetensors of the tiny model."""
     assert list(Path(_saved("bfloat16")).glob("*.safetensors"))

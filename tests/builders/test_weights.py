@@ -66,7 +66,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_random_weights_have_the_shapes_parameters_in_the_dtype_asked_for(dtype: Any) -> None:
-    """Every parameter has the asked dtype and together they are as many as the shape says."""
+    """Every parameter has the requested dtype, and their number is the shape's."""
     model = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
     assert sum(parameter.numel() for parameter in model.parameters()) == SHAPES["tiny"].parameter_count() == 574_336
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
@@ -100,7 +100,7 @@ def test_attention_is_the_one_asked_for() -> None:
 
 
 def test_a_shape_whose_count_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shape that promises other parameters than transformers builds is an error with both numbers."""
+    """If transformers builds another number of parameters than the shape has, the error contains both."""
     monkeypatch.setattr(Shape, "parameter_count", lambda _: 7)
     with pytest.raises(BuildError, match="7 parameters, transformers built 574,336"):
         causal_lm(tiny, CPU)
@@ -133,7 +133,7 @@ def test_weights_from_a_folder_are_those_that_were_saved(saved: Path) -> None:
 def test_a_folder_is_quantized_while_it_is_loaded_into_what_random_weights_become(
     saved: Path, kind: Any, compute: Any
 ) -> None:
-    """The same weights from a folder and drawn in place end as the same quantized model."""
+    """The same weights, loaded from a folder or drawn in place, give the same quantized model."""
     quantization = QuantSpec(kind=kind, compute_dtype=compute)
     folder = ModelSpec(weights="folder", path=str(saved))
     drawn = build(generate(tiny, quantization=quantization), CPU).model
@@ -242,7 +242,7 @@ def test_fewer_layers_of_a_shape_keep_their_width() -> None:
 
 
 def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
-    """A config.json, in its folder or alone, draws the very weights that its shape draws; no weights are read, and no tokenizer."""
+    """A config.json, in its folder or alone, gives the weights that its shape gives. No weights or tokenizer are read."""
     (saved / "model.safetensors").unlink()
     for path in (saved, saved / "config.json"):
         spec = ModelSpec(weights="config", path=str(path))
@@ -253,7 +253,7 @@ def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
 
 
 def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
-    """It is quantized in place like any drawn model, and the audit finds every weight as drawn."""
+    """A model from a configuration is quantized in place, and the audit finds every weight as drawn."""
     case = finetune(ModelSpec(weights="config", path=str(saved)), qlora(), scale="tiny")
     found = value_facts(case, build(case, CPU).model)
     assert found.facts["weights"].holds
@@ -277,7 +277,7 @@ def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
 def test_a_configuration_that_cannot_be_built_is_refused(
     said: dict[str, Any] | None, message: str, tmp_path: Path
 ) -> None:
-    """Each with its reason, and none with a traceback of a library."""
+    """Every configuration that cannot be built is a DataError or BuildError with the reason."""
     if said is not None:
         (tmp_path / "config.json").write_text(json.dumps(said))
     with pytest.raises((DataError, BuildError), match=message):

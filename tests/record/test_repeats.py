@@ -123,7 +123,7 @@ def test_all_else_is_the_first_process() -> None:
 
 
 def test_a_throttled_process_is_flagged() -> None:
-    """Its sample stays, and its process says why to doubt it; what it noted is told with its number."""
+    """The sample of a doubtful process stays, its flags say why to doubt it, and its notes carry its number."""
     gpu = {"busy": {"during": {"throttle_reasons": 4, "sm_clock_mhz": 1290}}}
     hot = further(0.11, circumstances=around(gpu=gpu, notes=("GPU throttled: power cap at 1290 MHz",)))
     record = merged(full(), [further(), hot])

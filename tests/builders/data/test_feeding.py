@@ -87,7 +87,7 @@ actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]
 def test_a_step_gets_the_batch_of_its_number(
     did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
 ) -> None:
-    """However steps, jumps, looks and watched steps follow each other, and however many batches run ahead, each is the resident one."""
+    """In any order of steps, jumps, inspections and watched steps, with any number of batches ahead, each step gets the resident batch."""
     resident = _resident(_case(LAYOUTS[layout]))
     feed = FeedSpec(way="loader", ahead=ahead)
     fed = Fed(_source(layout, tokenize), feed, len(resident), CPU, "")
@@ -109,7 +109,7 @@ def test_a_step_gets_the_batch_of_its_number(
 
 
 def test_workers_bring_the_same_batches_and_are_gone_after() -> None:
-    """Two processes, two batches ahead, three rounds: every batch in order, made by neither more nor fewer; none is left."""
+    """With two workers and two batches ahead, three rounds give every batch in order, made by exactly two processes, which then end."""
     case = _case(PADDED, workers=2, ahead=2)
     resident, fed = _resident(case), fed_batches(_built(), _workload(case))[0]
     for index in range(3 * len(resident)):
@@ -137,7 +137,7 @@ def _losses(case: Case, steps: int = 12) -> list[float]:
 @pytest.mark.parametrize("engine", ["stock", "tuned"])
 @pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
 def test_fed_steps_train_like_resident_ones(layout: dict[str, Any], engine: str) -> None:
-    """Twelve steps over five or seven batches have the same losses to the bit, with dropout drawn from the same numbers (stock)."""
+    """Twelve steps over five or seven batches give bitwise equal losses, dropout included."""
     tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"} if engine == "tuned" else {}
     method = lora(dropout=0.0 if tuned else 0.1)
     resident = _losses(_case(layout | tuned, method))
@@ -177,7 +177,7 @@ def test_the_record_says_what_the_feed_costs() -> None:
 
 
 def test_pinning_without_a_gpu_is_a_mismatch() -> None:
-    """Nothing falls back in silence: the batches came unpinned, and the fact says why."""
+    """If batches are not pinned although the case asks for it, the fact says why."""
     fed = fed_batches(_built(), _workload(_case(PACKED, pinned=True)))[0]
     fed.take(0)
     facts = feed_facts(fed.feed, fed, on_gpu=False, copies_apart=None).facts
@@ -204,7 +204,7 @@ def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight steps over seven ragged batches: what is compared are the same batches, though the loader goes on from pass to pass."""
+    """Over seven ragged batches, fed and resident passes compare the same batches, although the loader continues from pass to pass."""
     case = _case(PADDED, workers=1, ahead=1)
     program = training_program(build(case, CPU), case, _workload(case))
     fed = program.batches
@@ -223,8 +223,8 @@ def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.Monkey
     assert widths["fed"] == widths["resident"]
 
 
-def test_a_worker_that_hangs_is_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that does not come ends in an error that says after how long; the worker is gone after."""
+def test_a_hanging_worker_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that never arrives raises an error with the time limit, and the worker ends."""
     monkeypatch.setattr(loader, "host_batch", lambda source, index: time.sleep(2.0))
     monkeypatch.setattr(loader, "_PATIENCE_S", 0.3)
     others = set(psutil.Process().children())
@@ -237,7 +237,7 @@ def test_a_worker_that_hangs_is_no_wait_for_ever(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_worker_never_collects_what_came_with_the_fork() -> None:
-    """Garbage of the parent may hold CUDA events: in a worker all of it is frozen, and its own is collected; the parent goes on as before."""
+    """Inherited garbage may contain CUDA events: a worker freezes all of it and collects only its own. The parent is not affected."""
 
     class Told(NamedTuple):
         frozen: int
@@ -279,14 +279,14 @@ FED = Rates(FeedSpec(way="loader"), fed_s=0.05, resident_s=0.05, wait_s=1e-4, id
     ],
 )  # fmt: skip
 def test_what_bounds_is_said_in_words_with_numbers(changed: dict[str, Any], said: str) -> None:
-    """By the GPU's idle time, on a CPU by the wait: nothing, making, handing over, or the way to the step; both rates are given."""
+    """The sentence names the bottleneck, by the GPU's idle time or on a CPU by the wait, with both rates."""
     text = what_bounds(Rates(**{**vars(FED), **changed}))
     assert text.startswith(said)
     assert ("the GPU idles" in text) == (changed.get("idle_s", 0.0) is not None)
 
 
 def test_a_fed_program_asks_for_nothing_that_is_resident() -> None:
-    """Only the buffers in flight count as bytes of the device: one batch and those ahead, of the widest."""
+    """Only the buffers in flight count as device bytes: one batch and those ahead, each of the largest width."""
     case = _case(PADDED, ahead=2)
     fed, resident = fed_batches(_built(), _workload(case))[0], _resident(case)
     assert isinstance(fed, Fed)
