@@ -137,6 +137,7 @@ VARIANTS = [
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.nightly
 @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.id)
 def test_a_rarer_variant_is_no_false_alarm(case: Case) -> None:
     """What no catalogue case asks for holds too: other caches, optimizers, kinds of checkpointing, attention, targets."""

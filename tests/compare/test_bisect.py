@@ -153,7 +153,7 @@ def make():
 """
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_version_that_made_it_bigger_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

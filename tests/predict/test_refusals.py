@@ -45,7 +45,7 @@ def test_an_unknown_operator_is_refused() -> None:
     assert message.startswith("The operator odd_models::doubled cannot be predicted")
 
 
-@pytest.mark.parametrize("first", ["compiled_late", "compiled_module"])
+@pytest.mark.parametrize("first", ["compiled_late", pytest.param("compiled_module", marks=pytest.mark.nightly)])
 def test_a_compiled_model_is_refused(first: str) -> None:
     """torch.compile fuses operators and plans memory: what runs is not what would be watched."""
     message = _refusal(predicted([LORA], first=first)[0])

@@ -200,7 +200,7 @@ def test_a_mistake_is_one_line(
     assert Path("bad.json").read_text() == "{}"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_processes_and_their_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

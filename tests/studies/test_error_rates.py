@@ -126,6 +126,7 @@ def test_an_ab_with_the_known_spread_of_processes_keeps_the_level() -> None:
     assert sum(interval.low > 0 for interval in found) <= most(RUNS, ALPHA)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("alpha", [0.05, 0.005])
 def test_looking_after_each_pair_keeps_the_level(alpha: float) -> None:
     """With a true change at the tolerance, all checks together regress at most alpha; and at most 5 % pass, as is stated."""

@@ -8,7 +8,7 @@ from hpc_core.catalogue import catalogue
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 
 def test_a_clean_soak_is_flat_and_a_leak_of_each_step_is_not() -> None:
