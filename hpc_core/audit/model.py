@@ -1,15 +1,10 @@
-"""Facts of the weights: which layers are quantized and how, their bytes, and the dtypes of everything else.
+"""Facts of the model: quantized layers, weights, dtypes, and whose code it runs.
 
-The fact `weights`: whether the live base weights hold what the case's seed says, each under its own name.
+`weights` compares every matrix of the live model with the same matrix drawn again from the case's seed. It needs no stored
+number, and does not depend on machine or version: both come from the same library on the same device in the same process.
 
-Every matrix is drawn again, alone, and compared. It needs no stored number, so nothing of it depends on machine or version:
-both sides come from the same library on the same device in the same process.
-
-
-The fact `modules_own`: whether the code that the model runs is the libraries' own, or somebody left a patch behind.
-
-Libraries such as Liger replace forwards and functions of transformers for the whole process. In a process of its own a case
-cannot inherit that; where cases share one (`inline`), or a plugin patches on import, this tells.
+`modules_own` finds patches. Libraries such as Liger replace forwards and functions of transformers for the whole process. A
+process of its own protects a case from that; where cases share one (`inline`), this fact reports it.
 """
 
 from __future__ import annotations

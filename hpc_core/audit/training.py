@@ -1,7 +1,4 @@
-"""Facts of what trains: how many parameters, which by name, and in which dtype the adapter is stored.
-
-Facts of training: optimizer, checkpointing and its kind, dropout, autocast, gradients, real and padded tokens.
-"""
+"""Facts of training: what trains and in which dtype, optimizer, checkpointing, dropout, autocast, gradients, tokens."""
 
 from __future__ import annotations
 

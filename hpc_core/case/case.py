@@ -100,7 +100,7 @@ class Case(Strict, frozen=True, kw_only=True):
             self._check_int4(workload)
         refuse(
             self.adapter is not None and not graph,
-            f"{self.id}: engine='stock' does not generate with an adapter: remove adapter=, or use engine='graph', which merges it.",
+            f"{self.id}: engine={workload.engine!r} does not generate with an adapter: remove adapter=, or use engine='graph', which merges it.",
         )
         if not graph:
             return

@@ -1,12 +1,10 @@
-"""The CUDA caching allocator's own history of a step, as a timeline with owners.
+"""Every allocation of a step, as a timeline with owners.
 
-Runs apart from the gated passes: recording does not change what is allocated, but it does cost host time.
+On a GPU it is the history of the CUDA caching allocator. Recording it costs host time but does not change what is allocated, so it
+runs apart from the gated passes.
 
-
-Every tensor storage that a step makes, watched below autograd: the CPU's stand-in for an allocator's history.
-
-Counts the bytes of tensors, not what a CPU kernel takes for itself, so the numbers depend on the stack and not on the
-machine. Works on any device; on CUDA the allocator's own history is exact and is used instead.
+On a CPU it is every tensor storage that a step makes, watched below autograd. It counts the bytes of tensors and not what a
+kernel takes for itself, so the numbers depend on the stack and not on the machine.
 """
 
 from __future__ import annotations

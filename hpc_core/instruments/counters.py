@@ -1,9 +1,7 @@
-"""FLOPs of the operators that torch's FlopCounterMode does not know, or counts wrongly: grouped-query attention, products added in place, int4 and bitsandbytes.
+"""Count exactly: operators dispatched below autograd, and the FLOPs of their matrix products.
 
-Every formula takes shapes, as FlopCounterMode hands them over, and counts 2 FLOP a multiply-add.
-
-
-What can be counted exactly: operators dispatched below autograd, and the FLOPs of their matrix products.
+torch's FlopCounterMode lacks some operators or counts them wrongly: grouped-query attention, products added in place, int4 and
+bitsandbytes. Their formulas here take shapes, as FlopCounterMode's do, and count 2 FLOP per multiply-add.
 """
 
 from __future__ import annotations

@@ -161,11 +161,11 @@ def gpu_named(name: str) -> Gpu:
     """
     wanted = _letters(name)
     exact = [gpu for gpu in GPUS.values() if wanted in {_letters(each) for each in (gpu.name, *gpu.aliases)}]
-    words = re.findall(r"[a-z0-9]+", name.lower().replace("nvidia", " ").replace("geforce", " "))
+    words = _words(name)
     found = exact or [
         gpu
         for gpu in GPUS.values()
-        if wanted and all(any(word in _letters(each) for each in (gpu.name, *gpu.aliases)) for word in words)
+        if wanted and set(words) <= {word for each in (gpu.name, *gpu.aliases) for word in _words(each)}
     ]
     if len(found) == 1:
         return found[0]
@@ -184,6 +184,11 @@ def gpu_of(machine: Machine) -> Gpu | None:
     for word in _VENDOR:
         name = name.removeprefix(word)
     return GPUS.get(name)
+
+
+def _words(name: str) -> list[str]:
+    """Return the words of a name without the vendor's: a whole word must match, since an A10 is no A100."""
+    return [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in ("nvidia", "geforce")]
 
 
 def _letters(name: str) -> str:

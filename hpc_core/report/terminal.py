@@ -68,7 +68,8 @@ def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
         if name in chosen:
             chosen.remove(name)
     # Memory goes last, where not even a cut name would leave it room.
-    if "peak memory" in chosen and _room(lines, chosen, width) < _SHORTEST_NAME:
+    longest = max(cell_len(line["case"]) for line in lines)
+    if "peak memory" in chosen and _room(lines, chosen, width) < min(longest, _SHORTEST_NAME):
         chosen.remove("peak memory")
     return chosen
 
@@ -102,7 +103,9 @@ def table(rows: Sequence[Row], width: int) -> Table:
     for name in chosen:
         side: Literal["left", "right"] = "left" if name in _LEFT else "right"
         ratio = 1 if name == "against baseline" else None
-        most = max(room, _SHORTEST_NAME) if name == "case" else None
+        # rich would shorten every column to make room for the last one, so the last one is limited here.
+        rest = _NARROWEST_CHANGE + max(0, width - _natural(lines, chosen) - 1)
+        most = {"case": max(room, _SHORTEST_NAME), "against baseline": rest}.get(name)
         drawn.add_column(name, justify=side, no_wrap=True, overflow="ellipsis", ratio=ratio, max_width=most)
     for line in lines:
         style = _STYLES.get(line["verdict"], _UNDECIDED)

@@ -12,6 +12,7 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.lookup import find
 from hpc_core.case.engines import registered
 from hpc_core.case.errors import SpecError
+from hpc_core.case.parts import DataSpec
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.engine import engine_of
@@ -21,6 +22,7 @@ from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
 
+_RAGGED = DataSpec(source="trace", name="gsm8k", rows=8)
 ENGINE = '''
 import torch
 from transformers import DynamicCache
@@ -34,10 +36,12 @@ class GreedyLoop(GenerateProgram):
     def step(self, mark=unmarked):
         inputs = self.inputs[self.steps_done % self.period]
         mark("prefill")
-        cache, ids, made = DynamicCache(config=self.model.config), inputs["input_ids"], []
+        ids, mask, made = inputs["input_ids"], inputs["attention_mask"], []
+        options = {"past_key_values": DynamicCache(config=self.model.config), "use_cache": True, "logits_to_keep": 1}
+        places = (mask.cumsum(-1) - 1).clamp(min=0)  # shorter prompts are padded on the left
         with torch.no_grad():
             for count in range(1, self.new_tokens + 1):
-                logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+                logits = self.model(input_ids=ids, attention_mask=mask, position_ids=places, **options).logits
                 ids = logits[:, -1].argmax(-1, keepdim=True)
                 made.append(ids)
                 if self.on_token is not None:
@@ -45,6 +49,7 @@ class GreedyLoop(GenerateProgram):
                     self.on_token(count)
                 if count == 1:
                     mark("decode")
+                mask, places = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), places[:, -1:] + 1
         self.output = torch.cat([inputs["input_ids"], *made], dim=1)
         self.steps_done += 1
 
@@ -70,7 +75,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def _measured(engine: str) -> Record:
-    case = generate(tiny, batch=2, prompts=2, prompt_length=8, new_tokens=6, engine=engine)
+    case = generate(tiny, batch=2, prompts=2, prompt_length=None, new_tokens=6, engine=engine, data=_RAGGED)
     record = perform(Job(case=case, device="cpu", launched="inline"), lambda _: None)
     assert record.status == "ok", (record.reasons, record.failure)
     return record

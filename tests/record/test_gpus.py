@@ -29,7 +29,14 @@ def test_a_common_name_finds_its_gpu(name: str, found: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "problem"), [("RTX", "matches RTX 4090 and RTX 5090"), ("MI300X", "No GPU is"), ("", "No GPU is")]
+    ("name", "problem"),
+    [
+        ("RTX", "matches RTX 4090 and RTX 5090"),
+        ("MI300X", "No GPU is"),
+        ("A10", "No GPU is"),
+        ("H20", "No GPU is"),
+        ("", "No GPU is"),
+    ],
 )
 def test_an_unclear_name_lists_the_gpus(name: str, problem: str) -> None:
     """Nothing is guessed: the message names the candidates and every known GPU."""

@@ -116,6 +116,20 @@ def test_the_narrowest_keeps_verdict_memory_and_change(rows: list[Row]) -> None:
     assert "peak_bytes +14.08 %" in line
 
 
+@pytest.mark.parametrize("width", [72, 76, 80, 84, 90, 100])
+def test_a_long_change_never_cuts_a_verdict(tmp_path: Path, width: int) -> None:
+    """A single case with a short name and a long last column keeps its whole name, verdict and peak memory."""
+    before = a_record(
+        {"peak_optimizer_bytes": peak(1.43 * GiB), "peak_bytes": peak(5.69 * GiB), "tokens_per_s": wall(1151)}
+    )
+    after = a_record(before.metrics | {"peak_optimizer_bytes": peak(1.68 * GiB)})
+    accept(tmp_path, before, reason="first")
+    table = render([row(after, baseline(tmp_path, before))], width=width, color=False).splitlines()
+    line = next(line for line in table if line.startswith("tiny/lora "))
+    assert "REGRESSED" in line
+    assert "5.69 GiB" in line
+
+
 def test_a_pipe_gets_no_colours(rows: list[Row]) -> None:
     """Escape sequences are for terminals."""
     assert "\x1b" not in render(rows, width=100, color=False)
