@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from hpc_core.bounds.reading import bytes_text
 from hpc_core.builders.causal_lm import torch_dtype
 from hpc_core.builders.quantization import dequantized_weight, packed_layers, quantized_layers
 from hpc_core.case.case import Case
@@ -23,6 +22,7 @@ from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
 from hpc_core.record.record import Fact
+from hpc_core.record.units import quantity
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
 """Largest relative error of the logits, |seen - reference| / |reference|, by the coarsest arithmetic on the way.
@@ -99,7 +99,7 @@ def compare_with_reference(
     """
     room = room_bytes(given.ids.device)
     if room is not None and (needed := reference_bytes(model, *given.ids.shape)) > room:
-        why = f"the float32 reference needs {bytes_text(needed)} more and {bytes_text(room)} are left"
+        why = f"the float32 reference needs {quantity(needed, 'bytes')} more and {quantity(room, 'bytes')} are left"
         return _unchecked(f"not checked, {why}")
     try:
         both = _both(case, model, given, restore)

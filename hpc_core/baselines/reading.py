@@ -167,7 +167,7 @@ def _of_baseline(path: Path, lookup: Baseline | OlderSchema) -> list[Record]:
         started_at=lookup.accepted.at,
         commit=lookup.accepted.commit,
         dirty=lookup.accepted.dirty,
-        notes=("Only the gated values are left of this session: its record is not beside the baseline.",),
+        notes=("Only the gated values of this session are stored: its record is not next to the baseline.",),
     )
     made = Record(case=lookup.spec, status="ok", metrics=lookup.metrics, circumstances=seen)
     return [_checked(msgspec.json.encode(made))]

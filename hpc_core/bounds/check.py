@@ -20,7 +20,6 @@ from hpc_core.bounds.cost import (
 )
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.reading import (
-    bytes_text,
     flops_text,
     positions_of,
     seconds_text,
@@ -30,6 +29,7 @@ from hpc_core.bounds.reading import (
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import Gpu, gpu_of
 from hpc_core.record.record import Record
+from hpc_core.record.units import quantity
 
 _WEIGHTS_OFF = 0.01
 """Relative difference of weights from the closed form that is allowed, for buffers and tables of other library versions."""
@@ -90,11 +90,11 @@ def _more_than_the_card(record: Record) -> Iterator[str]:
     machine = record.circumstances.machine
     sheet = gpu_of(machine)
     if sheet is not None and machine.memory_bytes > _MEMORY_OFF * sheet.memory_bytes:
-        yield f"The machine reports {bytes_text(machine.memory_bytes)} of memory, but the {sheet.name} has {bytes_text(sheet.memory_bytes)}."
+        yield f"The machine reports {quantity(machine.memory_bytes, 'bytes')} of memory, but the {sheet.name} has {quantity(sheet.memory_bytes, 'bytes')}."
     for name in ("peak_bytes", "reserved_bytes"):
         value = value_of(record, name)
         if value is not None and value > machine.memory_bytes:
-            yield f"{name}: {bytes_text(value)} were in use at once, but {machine.name} has {bytes_text(machine.memory_bytes)}."
+            yield f"{name}: {quantity(value, 'bytes')} were in use at once, but {machine.name} has {quantity(machine.memory_bytes, 'bytes')}."
 
 
 def _less_than_its_own(record: Record) -> Iterator[str]:
@@ -102,7 +102,7 @@ def _less_than_its_own(record: Record) -> Iterator[str]:
     if peak is None:
         return
     if weights is not None and peak < weights:
-        yield f"peak_bytes: {bytes_text(peak)} is less than the model's own weights, {bytes_text(weights)} (weights_bytes)."
+        yield f"peak_bytes: {quantity(peak, 'bytes')} is less than the model's own weights, {quantity(weights, 'bytes')} (weights_bytes)."
     held = expected_bytes(record.case)
     workload = record.case.workload
     names = ["weights_bytes"]
@@ -112,16 +112,16 @@ def _less_than_its_own(record: Record) -> Iterator[str]:
         names += [] if "paged" in workload.optimizer else ["optimizer_bytes"]
     parts = {name: held[name] for name in names if name in held}
     if "weights_bytes" in parts and peak < _STATE_SLACK * sum(parts.values()):
-        words = " + ".join(f"{name.removesuffix('_bytes')} {bytes_text(size)}" for name, size in parts.items())
-        yield f"peak_bytes: {bytes_text(peak)} is less than what must exist at once, {bytes_text(sum(parts.values()))} ({words}; closed form)."
+        words = " + ".join(f"{name.removesuffix('_bytes')} {quantity(size, 'bytes')}" for name, size in parts.items())
+        yield f"peak_bytes: {quantity(peak, 'bytes')} is less than what must exist at once, {quantity(sum(parts.values()), 'bytes')} ({words}; closed form)."
     elif peak < held.get("weights_bytes", 0) * 0.999:
-        yield f"peak_bytes: {bytes_text(peak)} is less than the model's own weights, {bytes_text(held['weights_bytes'])} (closed form)."
+        yield f"peak_bytes: {quantity(peak, 'bytes')} is less than the model's own weights, {quantity(held['weights_bytes'], 'bytes')} (closed form)."
 
 
 def _weights(record: Record) -> Iterator[str]:
     weights, expected = value_of(record, "weights_bytes"), expected_bytes(record.case).get("weights_bytes")
     if weights is not None and expected is not None and abs(weights - expected) > _WEIGHTS_OFF * expected:
-        yield f"weights_bytes: {bytes_text(weights)}, but these weights take {bytes_text(expected)} (closed form): {weights / expected - 1:+.1%}."
+        yield f"weights_bytes: {quantity(weights, 'bytes')}, but these weights take {quantity(expected, 'bytes')} (closed form): {weights / expected - 1:+.1%}."
 
 
 def _throughput(record: Record) -> Iterator[str]:
@@ -196,7 +196,7 @@ def _too_fast(record: Record, what: str, clock: str, seconds: float, floor: Floo
     moved = floor.memory_bytes(sheet)
     if moved > sheet.bytes_per_s * seconds:
         reasons.append(
-            f"{claim} would move {moved / seconds / 1e12:.2f} TB/s ({bytes_text(moved)} at least), "
+            f"{claim} would move {moved / seconds / 1e12:.2f} TB/s ({quantity(moved, 'bytes')} at least), "
             f"{moved / seconds / sheet.bytes_per_s:.1f} times the {sheet.bytes_per_s / 1e12:.2f} TB/s of {sheet.source}."
         )
     return reasons

@@ -6,7 +6,6 @@ import msgspec
 
 from hpc_core.bounds.cost import Floor, train_floor
 from hpc_core.bounds.reading import (
-    bytes_text,
     positions_of,
     seconds_text,
     step_seconds,
@@ -14,6 +13,7 @@ from hpc_core.bounds.reading import (
 )
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
+from hpc_core.record.units import quantity
 
 BUSY_MARGIN = 0.9
 """Least share of LoRA's GPU-busy time that full fine-tuning takes. LoRA's small kernels cost time beyond their FLOPs (measured: 1.10)."""
@@ -43,7 +43,7 @@ def ratio_impossible(a: Record, b: Record) -> tuple[str, ...]:
     return (
         f"{full.case.id} takes {seconds_text(times[0])} of {clock} per token and {lora.case.id} {seconds_text(times[1])}: "
         f"{times[0] / times[1]:.2f} of it, below {margin:g}. At equal precision and tokens, full fine-tuning needs "
-        f"{floors[0].flops / floors[1].flops:.2f} times the FLOPs, and {bytes_text(floors[0].bytes - floors[1].bytes)} more memory traffic per step: they did not do the same work.",
+        f"{floors[0].flops / floors[1].flops:.2f} times the FLOPs, and {quantity(floors[0].bytes - floors[1].bytes, 'bytes')} more memory traffic per step: they did not do the same work.",
     )
 
 
@@ -68,7 +68,7 @@ def checkpointing_impossible(plain: Record, checkpointed: Record) -> tuple[str, 
     peaks = value_of(plain, "peak_bytes"), value_of(checkpointed, "peak_bytes")
     if peaks[0] is not None and peaks[1] is not None and peaks[1] >= _SAME_PEAK * peaks[0]:
         reasons.append(
-            f"{other.id} peaks at {bytes_text(peaks[1])}, {one.id} at {bytes_text(peaks[0])}: checkpointing keeps fewer activations, so both or neither checkpointed."
+            f"{other.id} peaks at {quantity(peaks[1], 'bytes')}, {one.id} at {quantity(peaks[0], 'bytes')}: checkpointing keeps fewer activations, so both or neither checkpointed."
         )
     return tuple(reasons)
 

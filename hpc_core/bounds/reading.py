@@ -57,11 +57,3 @@ def seconds_text(seconds: float) -> str:
         if seconds >= factor:
             return f"{seconds / factor:.3g} {unit}" if seconds < 1000 else f"{seconds:.1f} s"
     return f"{seconds:.3g} s"
-
-
-def bytes_text(count: float) -> str:
-    """Format bytes: 28.45 GiB, 1.10 MiB."""
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20)):
-        if count >= factor:
-            return f"{count / factor:.2f} {unit}"
-    return f"{count:,.0f} bytes"

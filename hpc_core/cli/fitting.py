@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hpc_core.case.errors import PredictError
+from hpc_core.record.units import quantity
 
 _BISECT_EVERY = 3
 """Interpolation may converge slowly on a curve, so every third step is a bisection."""
@@ -88,6 +89,6 @@ def _refuse_falling(search: Search, name: str) -> None:
         before, after = search.peaks[small], search.peaks[large]
         if after < before - max(_SLACK_BYTES, _SLACK * before):
             raise PredictError(
-                f"{name}={large} would take less ({after / 2**30:.2f} GiB) than {name}={small} ({before / 2**30:.2f} GiB): "
+                f"{name}={large} would take less ({quantity(after, 'bytes')}) than {name}={small} ({quantity(before, 'bytes')}): "
                 f"memory does not grow with {name} here, so there is no largest value. Compare values with --sweep {name}={small},{large}."
             )

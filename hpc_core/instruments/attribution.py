@@ -144,7 +144,7 @@ def _family(name: str) -> str:
 
 
 class Owning(Protocol):
-    """A recorder that can be told whose a tensor is."""
+    """A recorder that accepts the owners of tensors."""
 
     def own(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
         """Say in which category these tensors are."""

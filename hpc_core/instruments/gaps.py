@@ -50,16 +50,16 @@ def idle_while(work: Callable[[], tuple[int, Sequence[Window]]], device: torch.d
     Raises:
         MeasureError: three times in a row a reading was incomplete, or did not show how the clocks lie to each other.
     """
-    trouble = ""
+    problem = ""
     for _ in range(_TRIES):
-        told: list[tuple[int, Sequence[Window]]] = []
+        results: list[tuple[int, Sequence[Window]]] = []
         looks: list[int] = []
 
-        def watched(told: list[tuple[int, Sequence[Window]]] = told, looks: list[int] = looks) -> None:
+        def watched(results: list[tuple[int, Sequence[Window]]] = results, looks: list[int] = looks) -> None:
             looks.append(time.time_ns())
             torch.cuda._sleep(_CYCLES)
             looks.append(time.time_ns())
-            told.append(work())
+            results.append(work())
 
         intervals, calls = sorted_events(recorded(watched, device))
         ordered = kinds(calls)
@@ -67,15 +67,15 @@ def idle_while(work: Callable[[], tuple[int, Sequence[Window]]], device: torch.d
             summarize(intervals, ordered.count("launch"), ordered.count("graph"))
             offset = offset_ns(calls, (looks[0], looks[1]))
         except MeasureError as error:
-            trouble = str(error)
+            problem = str(error)
             continue
         # The sentinels at the ends and our own launch are no work.
         work_of = sorted(intervals, key=lambda one: one.start_ns)[1:-1]
-        since, windows = told[0]
+        since, windows = results[0]
         shifted = [(start + offset, stop + offset) for start, stop in windows]
         own = [one for one in work_of if "spin_kernel" not in one.name]
         return idle_within(own, shifted, since_ns=since + offset)
-    raise MeasureError(f"{trouble} Tried {_TRIES} times; idle time of this run is void.")
+    raise MeasureError(f"{problem} Tried {_TRIES} times; idle time of this run is void.")
 
 
 def offset_ns(calls: Iterable[HostCall], looks: Window) -> int:

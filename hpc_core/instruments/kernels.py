@@ -195,19 +195,19 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
     Raises:
         MeasureError: three times in a row the reading was incomplete.
     """
-    trouble = ""
+    problem = ""
     for _ in range(_TRIES):
         intervals, calls = sorted_events(recorded(work, device))
         ordered = kinds(calls)
         try:
             activity = summarize(intervals, ordered.count("launch"), ordered.count("graph"))
         except MeasureError as error:
-            trouble = str(error)
+            problem = str(error)
             continue
         between = made_between(ordered)
         alike = marked_steps > 0 and steps_alike(between, marked_steps)
         return replace(activity, synchronizations=synchronizations(between), steps_alike=alike)
-    raise MeasureError(f"{trouble} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
+    raise MeasureError(f"{problem} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
 
 
 def recorded(work: Callable[[], None], device: torch.device) -> list[Any]:

@@ -80,7 +80,7 @@ class Places:
 
     def left(self, module: torch.nn.Module, _: Any, output: Any) -> None:
         """It ends, or was broken off: what it added to autograd's graph, and nobody inside claimed, is its own."""
-        # Of a module inside whose end nobody told, nothing is left either.
+        # A module inside it whose end was not seen has ended too.
         while self._stack:
             key, path, began = self._stack.pop()
             if key == id(module):

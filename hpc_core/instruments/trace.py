@@ -90,7 +90,7 @@ class Ranges:
 
 @contextlib.contextmanager
 def named_ranges(*, nvtx: bool, heard: Callable[[str], None] | None = None) -> Iterator[Ranges]:
-    """Ranges around every module's forward while the block runs; `heard` is told each phase at its beginning.
+    """Ranges around every module's forward while the block runs. `heard` is called with each phase as it beging.
 
     An NVTX range is of one thread, and autograd runs the backward of what is on a GPU in threads of its own, so that no kernel of it
     would lie in its phase's range (nsys shows none there, ncu finds none). With `nvtx` the backward runs in the calling thread.

@@ -61,6 +61,6 @@ def warm_up(
         alike = len(set(peaks[-2:])) == 1 and seconds[-1] < _SETTLED_RATIO * min(seconds)
         if len(seconds) >= least and (alike or program.period > 1):
             return Findings(metrics=metrics, observed=observed)
-    said = f"peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s"
-    note = f"warm-up did not settle in {len(seconds)} steps: {said}"
+    last = f"peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s"
+    note = f"warm-up did not settle in {len(seconds)} steps: {last}"
     return Findings(metrics=metrics, notes=(note,), observed=observed)

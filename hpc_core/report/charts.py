@@ -97,7 +97,7 @@ def bar_panel(
     )
     details = {"case": "case", "text": "value", "range": "range", "group": "kind", "changes": "changed"}
     tooltip = [
-        alt.Tooltip(f"{name}:N", title=said) for name, said in details.items() if any(name in row for row in rows)
+        alt.Tooltip(f"{name}:N", title=title) for name, title in details.items() if any(name in row for row in rows)
     ]
     bars = base.mark_bar(height={"band": 0.72}).encode(x=length, color=_colour("group", rows, colours), tooltip=tooltip)
     if any("href" in row for row in rows):

@@ -76,8 +76,8 @@ def _headline(entries: Sequence[Entry], moved: Sequence[Entry]) -> str:
     if not moved:
         return f"{_cases(len(entries))}, {'nothing changed' if _judged(entries) else 'nothing judged'} ✅"
     counts = Counter(entry.row.verdict for entry in moved)
-    told = ", ".join(f"{_MARKS.get(word, _UNDECIDED)} {many} {word}" for word, many in counts.items())
-    return f"{told} of {_cases(len(entries))}"
+    counted = ", ".join(f"{_MARKS.get(word, _UNDECIDED)} {many} {word}" for word, many in counts.items())
+    return f"{counted} of {_cases(len(entries))}"
 
 
 def _cases(many: int) -> str:

@@ -190,7 +190,7 @@ def _problems(rows: Iterable[Row], width: int) -> list[RenderableType]:
         found = _problem(row)
         if found is not None:
             word = "REGRESSED, excused" if _is_excused(row) else row.verdict
-            # Who answers for it, and until when, is said of each case by itself.
+            # Each case states who is responsible for its waiver, and until when.
             own = (
                 row.case if row.expired or (row.judgement and (row.judgement.excuses or row.judgement.remarks)) else ""
             )
@@ -199,8 +199,8 @@ def _problems(rows: Iterable[Row], width: int) -> list[RenderableType]:
     for (verdict, headline, _), alike in shared.items():
         case, problem = alike[0]
         several = len(alike) > 1
-        who, said = (f"{len(alike)} cases", headline) if several else (case, problem.headline)
-        drawn.append(Text.assemble((verdict, _STYLES.get(verdict, _UNDECIDED)), f" {who}: {said}"))
+        who, text = (f"{len(alike)} cases", headline) if several else (case, problem.headline)
+        drawn.append(Text.assemble((verdict, _STYLES.get(verdict, _UNDECIDED)), f" {who}: {text}"))
         # Of cases that moved alike, one stands for the cause of all; what else differs between them is in the records.
         for line in problem.causes_of(case) if several else problem.reasons:
             drawn.append(_hanging(line, width))

@@ -95,7 +95,7 @@ def _time(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class FeedCost:
-    """The numbers of a fed program beside its resident twin, a step each; idle times are None without a GPU."""
+    """The numbers of a program with a loader and of the same program with resident batches, per step. Idle times are None without a GPU."""
 
     fed_s: tuple[float, ...]
     """One a pass."""

@@ -91,7 +91,7 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
         perform = _half(job)
         progress.emit(Phase("start"))
         record = perform(job, progress.emit, began=began)
-        record_to_json(record)  # what cannot travel fails here, where it can still be told
+        record_to_json(record)  # what JSON cannot hold fails here, where it can still be reported
         return record
     # Here, and only here, every exception becomes a record: a case runs code of other people, and whatever it raises
     # is one row of the report. SystemExit and KeyboardInterrupt too, since a factory may call sys.exit.

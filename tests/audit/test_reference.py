@@ -175,7 +175,7 @@ def test_a_reference_that_does_not_fit_is_said_with_both_numbers(monkeypatch: py
 
     assert found.facts == {}
     assert [note.partition("needs ")[0] for note in found.notes] == ["equivalence: not checked, the float32 reference "]
-    assert found.notes[0].endswith("MiB more and 1,000 bytes are left")
+    assert found.notes[0].endswith("MiB more and 1,000 B are left")
 
 
 def test_the_reference_computes_in_float32_whatever_was_allowed() -> None:

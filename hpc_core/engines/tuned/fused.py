@@ -72,12 +72,12 @@ class _NormedLinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arrived: torch.Tensor) -> Found:
         total, scale, weight, low, *tensors = ctx.saved_tensors
-        beside, gradients = (arrived[0], arrived[1:]) if ctx.added else (None, arrived)
+        residual, gradients = (arrived[0], arrived[1:]) if ctx.added else (None, arrived)
         needs = ctx.needs_input_grad
         inner = ctx.run("norm_again", total, scale, weight) if _wants_input(needs[6:]) else None
         wanted = any(needs[3:6])
         d_inner, found = backward_of(ctx.parts, tensors, gradients, inner, low, needs[6:], need_input=wanted)
-        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, beside)
+        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, residual)
         return (None, None, None, d_total, d_total if ctx.added else None, d_weight, *found)
 
 
@@ -121,13 +121,13 @@ def _norm_gradients(
     total: torch.Tensor,
     scale: torch.Tensor,
     weight: torch.Tensor,
-    beside: torch.Tensor | None,
+    residual: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return the gradients of a norm's input and weight, None unless needed; x, delta and weight are inputs 3 to 5 of the function."""
     needs = ctx.needs_input_grad
     d_total = d_weight = None
     if d_inner is not None and (needs[3] or needs[4]):
-        d_total = ctx.run("norm_backward", d_inner, total, scale, weight, beside)
+        d_total = ctx.run("norm_backward", d_inner, total, scale, weight, residual)
     if d_inner is not None and needs[5]:
         d_weight = ctx.run("norm_weight_gradient", d_inner, total, scale)
     return d_total, d_weight
@@ -259,7 +259,7 @@ class _AttentionInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *arrived: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         total, scale, weight, low, cos, sin, *tensors = ctx.saved_tensors
-        beside, gradients = (arrived[0], arrived[1:]) if ctx.added else (None, arrived)
+        residual, gradients = (arrived[0], arrived[1:]) if ctx.added else (None, arrived)
         needs: Sequence[bool] = ctx.needs_input_grad
         whole: Joined = ctx.whole
         side_by_side = ctx.run("rotate_and_join", *gradients, cos, -sin)
@@ -276,7 +276,7 @@ class _AttentionInput(torch.autograd.Function):
             need_input=wanted,
             begun=side_by_side @ whole.dense(side_by_side) if wanted else None,
         )
-        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, beside)
+        d_total, d_weight = _norm_gradients(ctx, d_inner, total, scale, weight, residual)
         return (None, None, None, d_total, d_total if ctx.added else None, d_weight, None, None, *found)
 
 

@@ -42,13 +42,13 @@ def norm_again(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> to
 
 
 def norm_backward(
-    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, beside: torch.Tensor | None
+    gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """Gradient of the norm's input, with `beside`, the gradient that comes to it by the residual path, added."""
+    """Gradient of the norm's input, with `residual`, the gradient that comes to it by the residual path, added."""
     unit = _wide(x) * scale
     inner = _wide(gradient) * _wide(weight)
     found = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
-    return (found if beside is None else found + _wide(beside)).to(x.dtype)
+    return (found if residual is None else found + _wide(residual)).to(x.dtype)
 
 
 def norm_weight_gradient(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
