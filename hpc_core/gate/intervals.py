@@ -302,4 +302,4 @@ def required_sample_size(distance: Distance, alpha: float, tolerance: float, bet
     for count in range(1, _MOST_SESSIONS + 1):
         if decides(distance.grown(sessions=count)):
             return f"{_many(count, 'more accepted session', 'more accepted sessions')}, or an A/B: hpc-core ab"
-    return f"an A/B (hpc-core ab): {_MOST_PROCESSES} more processes or {_MOST_SESSIONS} more sessions would not"
+    return f"an A/B (hpc-core ab), since {_MOST_PROCESSES} more processes or {_MOST_SESSIONS} more sessions would not decide it"

@@ -86,7 +86,7 @@ def test_what_was_accepted_passes() -> None:
             busy(0.2),
             busy(0.206),
             "INCONCLUSIVE",
-            "busy_prefill_s +6.00 ms, limit +3 %, undecided: it takes an A/B (hpc-core ab): 12 more processes or 12 more sessions would not",
+            "busy_prefill_s +6.00 ms, limit +3 %, undecided: it takes an A/B (hpc-core ab), since 12 more processes or 12 more sessions would not decide it",
         ),
         ("busy_decode_token_s", busy(0.2), busy(0.204), "PASS", "busy_decode_token_s +4.00 ms, limit +5 %"),
     ],
