@@ -13,19 +13,10 @@ from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
 from hpc_core.case.parts import DataSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import (
-    TINY,
-    finetune,
-    generate,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import TINY, finetune, generate, lora, qlora, tiny
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CASES = {
     case.id: case for case in TINY if not case.id.endswith("-soak")

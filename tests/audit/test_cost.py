@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from hpc_core.catalogue import catalogue
 from hpc_core.record.job import Job, Measure
 from hpc_core.worker.perform import perform
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 _OF_THE_RUN = {"new_tokens", "losses_finite"}
 """Facts that the timed run itself gives; nothing is done for them."""

@@ -6,21 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from hpc_core.case.case import Case
-from hpc_core.catalogue import (
-    TINY,
-    finetune,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import TINY, finetune, lora, tiny
 from hpc_core.engines.finetune import finetune_program
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 LORA = finetune(tiny, lora(), batch=2, length=16, steps=2)
 
 

@@ -12,21 +12,12 @@ from hpc_core.audit.model import linear_layers
 from hpc_core.builders.assemble import Built, build
 from hpc_core.case.case import Case
 from hpc_core.case.parts import QuantSpec
-from hpc_core.catalogue import (
-    TINY,
-    finetune,
-    generate,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import TINY, finetune, generate, lora, qlora, tiny
 from hpc_core.engines.finetune import finetune_program, make_optimizer
 from hpc_core.engines.generate import generate_program
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 _short: dict[str, Any] = {"batch": 2, "length": 16, "steps": 2}
 LORA = finetune(tiny, lora(), **_short)

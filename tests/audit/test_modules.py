@@ -22,7 +22,6 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 
 pytestmark = pytest.mark.slow
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 BASELINES = Path(__file__).parents[2] / "baselines"
 LORA = catalogue()["tiny/lora"]
 

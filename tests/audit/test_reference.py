@@ -27,8 +27,6 @@ from hpc_core.record.findings import Findings
 from hpc_core.record.job import Job
 from hpc_core.worker.perform import perform
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
-
 
 def _built(variant: str) -> tuple[Case, Any]:
     case = catalogue()[f"tiny/{variant}"]

@@ -15,14 +15,7 @@ from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.drawn import drawn
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
-from hpc_core.catalogue import (
-    TINY,
-    catalogue,
-    finetune,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import TINY, catalogue, finetune, lora, qlora, tiny
 from hpc_core.record.record import Fact
 
 CPU = torch.device("cpu")

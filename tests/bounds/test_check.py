@@ -12,32 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.bounds.check import impossible, judged, suspicious
-from hpc_core.bounds.cost import (
-    decode_floor,
-    peak_rate,
-    prefill_floor,
-    train_floor,
-)
+from hpc_core.bounds.cost import decode_floor, peak_rate, prefill_floor, train_floor
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.ratio import ratio_impossible
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    generate,
-    llama_3b,
-    lora,
-    qlora,
-)
+from hpc_core.catalogue import finetune, full, generate, llama_3b, lora, qlora
 from hpc_core.record.gpus import GPUS, gpu_of
-from hpc_core.record.record import (
-    Machine,
-    Metric,
-    Record,
-    record_from_json,
-)
+from hpc_core.record.record import Machine, Metric, Record, record_from_json
 from tests.strategies import CPU, H100, a_record, around, busy, failed_record, peak, records, wall
 
 BASELINES = Path(__file__).parents[2] / "baselines"

@@ -13,16 +13,9 @@ from hpc_core.builders.assemble import build
 from hpc_core.builders.causal_lm import model_config
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES, Shape
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    lora,
-    qlora,
-)
+from hpc_core.catalogue import finetune, full, lora, qlora
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.owners import cache_tensors, owned_bytes, weight_tensors
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CPU = torch.device("cpu")
 TINY = SHAPES["tiny"]

@@ -19,20 +19,12 @@ from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    generate,
-    lora,
-    qlora,
-)
+from hpc_core.catalogue import finetune, full, generate, lora, qlora
 from hpc_core.engines.decode.cache import capacity_for
 from hpc_core.engines.finetune import make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.record.record import Record, record_from_json
 from tests.strategies import adapters, cases
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 BASELINES = Path(__file__).parents[2] / "baselines"
 CPU = torch.device("cpu")

@@ -19,13 +19,7 @@ from hpc_core.case.case import Case, case_from_json, case_to_json
 from hpc_core.case.errors import BuildError, MissingLibraryError, SpecError
 from hpc_core.case.parts import QuantSpec
 from hpc_core.case.workloads import GenerateSpec
-from hpc_core.catalogue import (
-    INT4,
-    finetune,
-    generate,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import INT4, finetune, generate, lora, tiny
 from hpc_core.engines.decode.model import PackedLinear, decoder_of, times
 from hpc_core.engines.decode.program import graph_program
 from hpc_core.engines.generate import generate_program

@@ -16,16 +16,8 @@ from hpc_core.builders.quantization import bitsandbytes_config, quantize, quanti
 from hpc_core.case.errors import BuildError
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
-from hpc_core.catalogue import (
-    catalogue,
-    finetune,
-    generate,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import catalogue, finetune, generate, qlora, tiny
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 27).reshape(2, 12)

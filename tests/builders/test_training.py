@@ -15,15 +15,7 @@ from hpc_core.builders.assemble import build
 from hpc_core.case.errors import BuildError
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    lora,
-    qlora,
-    tiny,
-)
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
+from hpc_core.catalogue import finetune, full, lora, qlora, tiny
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 131).reshape(2, 64)

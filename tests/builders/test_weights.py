@@ -12,34 +12,16 @@ import torch
 
 from hpc_core.audit.model import value_facts
 from hpc_core.builders.assemble import build
-from hpc_core.builders.causal_lm import (
-    causal_lm,
-    gguf_file,
-    model_config,
-    tokenizer_of,
-)
+from hpc_core.builders.causal_lm import causal_lm, gguf_file, model_config, tokenizer_of
 from hpc_core.builders.libraries import library
 from hpc_core.case.case import Case
-from hpc_core.case.errors import (
-    BuildError,
-    DataError,
-    MissingLibraryError,
-    SpecError,
-)
+from hpc_core.case.errors import BuildError, DataError, MissingLibraryError, SpecError
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES, Shape
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.catalogue import (
-    catalogue,
-    finetune,
-    generate,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import catalogue, finetune, generate, qlora, tiny
 from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 27).reshape(2, 12)

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 
 from hpc_core.case.errors import SpecError
-from hpc_core.case.limits import (
-    GiB,
-    Limits,
-    MiB,
-    relative_limit,
-)
+from hpc_core.case.limits import GiB, Limits, MiB, relative_limit
 
 
 @pytest.mark.parametrize(

@@ -11,20 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.case.case import (
-    SCHEMA,
-    Case,
-    case_from_json,
-    case_to_json,
-)
+from hpc_core.case.case import SCHEMA, Case, case_from_json, case_to_json
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
-from hpc_core.case.parts import (
-    AdapterSpec,
-    DataSpec,
-    ModelSpec,
-    QuantSpec,
-)
+from hpc_core.case.parts import AdapterSpec, DataSpec, ModelSpec, QuantSpec
 from hpc_core.case.workloads import CallableSpec, FeedSpec, FinetuneSpec, GenerateSpec
 from tests.strategies import a_case, cases
 
@@ -93,14 +83,7 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
     },
     FeedSpec: {"way": "resident", "tokenize": "cached", "workers": 0, "pinned": False, "ahead": 0},
     CallableSpec: {"arguments": {}, "steps": 10, "device": "any"},
-    Case: {
-        "model": None,
-        "quantization": None,
-        "adapter": None,
-        "seed": 0,
-        "timeout_s": 300.0,
-        "limits": Limits(),
-    },
+    Case: {"model": None, "quantization": None, "adapter": None, "seed": 0, "timeout_s": 300.0, "limits": Limits()},
 }
 
 
@@ -240,10 +223,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: FinetuneSpec(**TUNED, budget_bytes=2**32), "budget_bytes needs fusion='blocks'"),
     (lambda: FinetuneSpec(**TUNED, fusion="blocks", budget_bytes=0), "budget_bytes must be at least 1, got 0"),
     (lambda: FinetuneSpec(**TUNED, graph=True, optimizer="adamw-8bit"), "graph=True needs steps of one shape"),
-    (
-        lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE),
-        "graph=True needs steps of one shape",
-    ),
+    (lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE), "graph=True needs steps of one shape"),
     (
         lambda: a_case(workload=FinetuneSpec(**TUNED, fusion="blocks")),
         "does not support dropout: use dropout=0, not 0.05",

@@ -9,12 +9,7 @@ import torch
 
 from hpc_core.builders.assemble import build
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import (
-    finetune,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import finetune, lora, qlora, tiny
 from hpc_core.engines.capture import CapturedWork
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
 from hpc_core.engines.tuned.pointwise import Pointwise

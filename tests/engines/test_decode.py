@@ -27,8 +27,6 @@ from hpc_core.engines.engine import engine_of
 from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.program import unmarked
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
-
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
 NF4 = QuantSpec(kind="nf4", compute_dtype="float32")

@@ -14,17 +14,9 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError, DataError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import finetune, full, lora, qlora, tiny
 from hpc_core.engines.finetune import FinetuneProgram, finetune_program, make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32")

@@ -14,15 +14,8 @@ from hpc_core.case.errors import MeasureError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
-from hpc_core.engines.generate import (
-    AskedInChat,
-    GenerateProgram,
-    TokenTimes,
-    generate_program,
-)
+from hpc_core.engines.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
 from hpc_core.instruments.owners import watch_cache
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)

@@ -14,12 +14,7 @@ from hpc_core.builders.quantization import dequantized_weight, quantized_layers
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.workloads import GenerateSpec
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    generate,
-    lora,
-)
+from hpc_core.catalogue import finetune, full, generate, lora
 from hpc_core.engines.decode.program import graph_program
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.generate import generate_program
@@ -128,9 +123,7 @@ def _losses(case: Case, device: torch.device, steps: int = 5) -> tuple[list[floa
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize(
-    "switches",
-    [{}, {"loss": "liger"}, {"loss": "chunked", "graph": True}],
-    ids=["norms", "loss", "graph"],
+    "switches", [{}, {"loss": "liger"}, {"loss": "chunked", "graph": True}], ids=["norms", "loss", "graph"]
 )
 def test_liger_trains_as_the_libraries_do(method: str, switches: dict[str, Any], device: torch.device) -> None:
     """Losses within what bfloat16 rounds, every module by Liger, and the file of Llama as it was: another model of the process is stock."""

@@ -14,12 +14,7 @@ from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError, SpecError
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import (
-    finetune,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import finetune, lora, qlora, tiny
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.tuned.forward import restore
 from hpc_core.engines.tuned.liger import _rotating, chunk_rows, memory_constant

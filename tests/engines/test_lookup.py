@@ -10,12 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.engines.kernels.four_bit_format import (
-    EIGHT_PRODUCTS,
-    EIGHT_VALUES,
-    byte_tables,
-    copied_tables,
-)
+from hpc_core.engines.kernels.four_bit_format import EIGHT_PRODUCTS, EIGHT_VALUES, byte_tables, copied_tables
 
 VALUES = torch.tensor([-1, -0.7, -0.5, -0.4, -0.3, -0.2, -0.1, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1]).half()
 _UNSIGNED = {"and.b32": lambda a, b: a & b, "or.b32": lambda a, b: a | b, "shr.u32": lambda a, b: a >> b}

@@ -7,12 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.case.errors import BuildError
-from hpc_core.engines.tuned.memory_budget import (
-    HalfCost,
-    Plan,
-    Sizes,
-    plan_for,
-)
+from hpc_core.engines.tuned.memory_budget import HalfCost, Plan, Sizes, plan_for
 
 sizes = st.builds(
     Sizes,

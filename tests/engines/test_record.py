@@ -15,8 +15,6 @@ from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
-
 CASE = generate(tiny, variant="graph", prompts=1, prompt_length=12, new_tokens=8, engine="graph", cache_step=64)
 
 

@@ -14,12 +14,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    lora,
-    qlora,
-)
+from hpc_core.catalogue import finetune, full, lora, qlora
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.engines.tuned.forward import restore, tune
 from hpc_core.engines.tuned.pointwise import Pointwise
@@ -27,8 +22,6 @@ from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.engines.tuned.projection import projection_of
 from hpc_core.instruments.counters import own_formulas
 from hpc_core.instruments.owners import owned_bytes
-
-torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32")

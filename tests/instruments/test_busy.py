@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments import kernels
-from hpc_core.instruments.kernels import (
-    HostCall,
-    Interval,
-    device_activity,
-    summarize,
-    union_s,
-)
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+from hpc_core.instruments.kernels import HostCall, Interval, device_activity, summarize, union_s
 
 START = Interval("spin_kernel(long)", "kernel", 7, 0, 10)
 END = Interval("spin_kernel(long)", "kernel", 7, 10_000_000, 10_000_010)

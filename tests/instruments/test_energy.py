@@ -13,12 +13,7 @@ from hypothesis import strategies as st
 from hpc_core.builders.assemble import build
 from hpc_core.case.errors import MeasureError
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
-from hpc_core.catalogue import (
-    finetune,
-    generate,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import finetune, generate, lora, tiny
 from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.engines.tuned.program import training_program
 from hpc_core.instruments import energy
@@ -162,10 +157,7 @@ def test_weights_are_put_back_where_they_were() -> None:
 
 @pytest.mark.parametrize(
     ("states", "why"),
-    [
-        ([{"mig_mode": 1}], "MIG gives this process a slice"),
-        ([{}, {"processes": 3}], "2 other processes used it too"),
-    ],
+    [([{"mig_mode": 1}], "MIG gives this process a slice"), ([{}, {"processes": 3}], "2 other processes used it too")],
 )
 def test_energy_that_is_not_this_processes_alone_is_no_number(
     monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]], why: str

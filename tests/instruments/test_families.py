@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_core.instruments.kernels import FAMILIES, families_of, family
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 NAMES = {
     "nvjet_sm90_hsh_64x8_64x16_4x1_v_bz_splitK_TNT": "gemm",

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.gaps import idle_within, offset_ns
 from hpc_core.instruments.kernels import HostCall, Interval
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 spans = st.tuples(st.integers(0, 400), st.integers(1, 60)).map(lambda pair: (pair[0], sum(pair)))
 

@@ -6,16 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.instruments.kernels import (
-    MARK,
-    MARKS,
-    HostCall,
-    kinds,
-    made_between,
-    steps_alike,
-    synchronizations,
-)
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
+from hpc_core.instruments.kernels import MARK, MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
 
 LAUNCH, WAIT = "cudaLaunchKernel", "cudaStreamSynchronize"
 SENTINEL = [LAUNCH, "cudaDeviceSynchronize"]

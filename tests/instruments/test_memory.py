@@ -8,12 +8,7 @@ import pytest
 import torch
 
 from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
-from hpc_core.instruments.owners import (
-    gradient_tensors,
-    optimizer_tensors,
-    owned_bytes,
-    weight_tensors,
-)
+from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 
 KIB = 1024
 

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_core.instruments.timeline import CATEGORIES, Allocation, Timeline
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 PHASES = ("forward", "backward", "optimizer")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,8 +13,6 @@ from hpc_core.record.job import Job
 from hpc_core.worker.perform import perform
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 from tests.predict.predicting import predicted
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 
 @pytest.mark.nightly

@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given
 
 from hpc_core.case.errors import SpecError
-from hpc_core.record.record import (
-    Fact,
-    Metric,
-    Record,
-    record_from_json,
-    record_to_json,
-)
+from hpc_core.record.record import Fact, Metric, Record, record_from_json, record_to_json
 from tests.strategies import a_record, counted, failed_record, records, wall
 
 

@@ -14,12 +14,7 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import last_accepted
 from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
-from hpc_core.record.record import (
-    Metric,
-    Record,
-    record_from_json,
-    record_to_json,
-)
+from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from hpc_core.record.repeats import busy_values, merged
 from tests.strategies import a_case, a_record, around, counted, failed_record, peak, positive, records
 

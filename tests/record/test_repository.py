@@ -10,14 +10,7 @@ import pytest
 
 from hpc_core.case.errors import RepositoryError
 from hpc_core.record import environment
-from hpc_core.record.git import (
-    contents,
-    head,
-    is_dirty,
-    listing,
-    merge_base,
-    revisions_of,
-)
+from hpc_core.record.git import contents, head, is_dirty, listing, merge_base, revisions_of
 from tests.record.git_project import GitProject
 
 

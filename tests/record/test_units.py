@@ -6,12 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.record.units import (
-    change,
-    pair,
-    percent,
-    quantity,
-)
+from hpc_core.record.units import change, pair, percent, quantity
 
 
 @pytest.mark.parametrize(

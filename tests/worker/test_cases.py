@@ -25,8 +25,6 @@ from hpc_core.record.record import Record, record_from_json, record_to_json
 from hpc_core.record.repeats import merged
 from hpc_core.worker.perform import perform
 
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
-
 # The soak is short here: its two hundred steps are tests/worker/test_soak.py's.
 CASES = {case.id: case.vary("lora-soak", steps=50) if case.id == "tiny/lora-soak" else case for case in TINY}
 _BUILD = [

@@ -15,18 +15,11 @@ from hpc_core.builders.assemble import enable_checkpointing
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.catalogue import (
-    catalogue,
-    finetune,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import catalogue, finetune, lora, tiny
 from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
-
-torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
 
 
 def measured(step: Any, steps: int) -> Record:

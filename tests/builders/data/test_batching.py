@@ -9,12 +9,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from hpc_core.builders.data.batching import (
-    Batch,
-    EpochSize,
-    batches,
-    epoch_size,
-)
+from hpc_core.builders.data.batching import Batch, EpochSize, batches, epoch_size
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.errors import DataError
 from hpc_core.case.parts import DataSpec

@@ -13,21 +13,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hpc_core.builders.data import cache
-from hpc_core.builders.data.batching import (
-    IGNORED_LABEL,
-    Batch,
-    BlockSource,
-    EpochSize,
-    batches,
-    epoch_size,
-)
+from hpc_core.builders.data.batching import IGNORED_LABEL, Batch, BlockSource, EpochSize, batches, epoch_size
 from hpc_core.builders.data.cache import CollatedEpoch, cache_folder, cache_key, cached_epoch, write_collated
 from hpc_core.builders.data.fetched import FetchedEpoch
 from hpc_core.builders.data.rows import token_rows
 from hpc_core.case.errors import DataError, SpecError
 from hpc_core.case.parts import DataSpec
 from hpc_core.case.workloads import FeedSpec, FinetuneSpec
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 TRACE = DataSpec(source="trace", name="wikitext2", rows=200)
 PACKED = FinetuneSpec(batch=2, length=64, packing=True, data=TRACE)

@@ -31,9 +31,6 @@ from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.feed import Rates, feed_cost, same_losses, what_bounds
 from hpc_core.worker.perform import perform
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
-
-torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 TEXTS = DataSpec(source="embedded", name="paragraphs", rows=40)
@@ -78,12 +75,7 @@ def _equal(seen: Any, expected: Any) -> bool:
 actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]), st.integers(0, 20)), max_size=25)
 
 
-@given(
-    actions,
-    st.integers(0, 3),
-    st.sampled_from(["packed", "padded"]),
-    st.sampled_from(["cached", "fetch"]),
-)
+@given(actions, st.integers(0, 3), st.sampled_from(["packed", "padded"]), st.sampled_from(["cached", "fetch"]))
 def test_a_step_gets_the_batch_of_its_number(
     did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
 ) -> None:
