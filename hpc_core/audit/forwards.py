@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.facts import dtype_name
 from hpc_core.audit.loss import LossSeen, watch_loss
+from hpc_core.audit.model import dtype_name
 from hpc_core.engines.finetune import FinetuneProgram
 
 Aside = Callable[[], contextlib.AbstractContextManager[None]]

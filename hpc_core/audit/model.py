@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.facts import dtype_name, names
-from hpc_core.builders.causal_lm import torch_dtype
-from hpc_core.builders.drawn import STD, drawn
+from hpc_core.builders.causal_lm import STD, drawn, torch_dtype
 from hpc_core.builders.quantization import dequantized_weight, packing_for, packing_of, quantized_layers
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec, QuantSpec
@@ -380,3 +378,13 @@ def _origins(function: Any) -> list[str]:
         found.append(str(written or getattr(function, "__module__", None) or type(function).__module__))
         function = getattr(function, "__wrapped__", None)
     return found
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """Return the name that specifications use, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def names(dtypes: Iterable[torch.dtype | None]) -> list[str]:
+    """Return the distinct names, sorted."""
+    return sorted({dtype_name(dtype) for dtype in dtypes})

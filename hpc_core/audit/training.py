@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.facts import names
 from hpc_core.audit.forwards import ForwardsSeen, StepSeen
-from hpc_core.audit.model import linear_layers
+from hpc_core.audit.model import linear_layers, names
 from hpc_core.bounds.adapter import has_closed_form, layer_parameters, layer_tensors, tensor_sizes
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.builders.data.batching import IGNORED_LABEL

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.bounds.cost import Floor, train_floor
-from hpc_core.bounds.reading import (
+from hpc_core.bounds.check import (
     positions_of,
     seconds_text,
     step_seconds,
     value_of,
 )
+from hpc_core.bounds.cost import Floor, train_floor
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Record
 from hpc_core.record.units import quantity

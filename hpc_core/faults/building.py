@@ -232,7 +232,7 @@ def attention_not_causal(original: Call, *args: Any, **kwargs: Any) -> Any:
 )
 def weights_redrawn(original: Call, *args: Any, **kwargs: Any) -> Any:
     """Draw one layer's down-projection from another seed."""
-    from hpc_core.builders.drawn import draw_weights
+    from hpc_core.builders.causal_lm import draw_weights
 
     model = original(*args, **kwargs)
     draw_weights(model.model.layers[1].mlp.down_proj, 1)

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hpc_core.record.findings import Findings
+
 Call = Callable[..., Any]
 Where = Literal["cpu", "gpu", "both"]
 
@@ -60,6 +62,13 @@ class Injection:
         """Count a call, and return whether it must do harm."""
         self.hits += 1
         return self.active
+
+    def findings(self, case_id: str) -> Findings:
+        """Return how often the changed code ran. A fault that was never reached proves nothing: the record is INVALID."""
+        name = self.fault.name
+        note = f"the fault {name} was injected; its changed code ran {self.hits:,} times"
+        reason = f"The fault {name} was injected, but {case_id} never reaches the code that it changes: it proves nothing here."
+        return Findings(notes=(note,), reasons=() if self.hits else (reason,))
 
 
 def fault(

@@ -1,4 +1,4 @@
-"""Wall time of steps, synchronized at both ends, without garbage collections in it."""
+"""Wall time of steps: warm up, then time each step from an idle device to an idle device, without garbage collections."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from hpc_core.instruments.garbage import uncollected
+from hpc_core.instruments.owners import Bystanders
 from hpc_core.instruments.program import Program
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
@@ -43,3 +44,56 @@ def wall_steps(program: Program, device: torch.device, steps: int) -> Findings:
     with quiet():
         samples = [seconds_of(program.step, device) for _ in range(steps)]
     return Findings(metrics={"step_s": metric("step_s", samples=samples)})
+
+
+_MOST_STEPS = 8
+_MOST_PERIOD = 12
+"""Of a long period only so many steps warm up; the others bring new widths, not new kernels."""
+_SETTLED_RATIO = 1.25
+"""A step counts as warm when it takes less than this times the fastest so far."""
+
+
+def warm_up(
+    program: Program,
+    device: torch.device,
+    began: float,
+    *,
+    first_steps: int = 0,
+    after_step: Callable[[], None] | None = None,
+) -> Findings:
+    """Run until memory and time have settled: equal peaks twice in a row, and a step about as fast as the fastest.
+
+    With shapes that change from step to step, a whole period is run first. On a CPU, `observed["bystanders"]` is what was
+    alive before.
+
+    Args:
+        program: to warm up.
+        device: where it runs.
+        began: when this process began, by `time.perf_counter`.
+        first_steps: steps that compile, tune or capture: they settle nothing, and what they took becomes `first_use_s`.
+        after_step: called after every step.
+    """
+    on_gpu = device.type == "cuda"
+    observed = {} if on_gpu else {"bystanders": Bystanders(device)}
+    metrics, seconds, peaks = {}, list[float](), list[int]()
+    least = first_steps + min(max(2, program.period), _MOST_PERIOD)
+    while len(seconds) < least + _MOST_STEPS:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        seconds.append(seconds_of(program.step, device))
+        peaks.append(torch.cuda.max_memory_allocated(device) if on_gpu else 0)
+        if len(seconds) == 1:
+            note = "from the worker's start to its first finished step"
+            metrics["cold_start_s"] = metric("cold_start_s", time.perf_counter() - began, note=note)
+        if len(seconds) == first_steps:
+            note = f"{first_steps} steps that compile, tune and capture"
+            metrics["first_use_s"] = metric("first_use_s", sum(seconds), note=note)
+        if after_step is not None:
+            after_step()
+        # Steps of different widths rightly differ in peak and time: all there is to see is a whole period of them.
+        alike = len(set(peaks[-2:])) == 1 and seconds[-1] < _SETTLED_RATIO * min(seconds)
+        if len(seconds) >= least and (alike or program.period > 1):
+            return Findings(metrics=metrics, observed=observed)
+    last = f"peaks {sorted(set(peaks[-3:]))}, last steps {seconds[-3:]} s"
+    note = f"warm-up did not settle in {len(seconds)} steps: {last}"
+    return Findings(metrics=metrics, notes=(note,), observed=observed)

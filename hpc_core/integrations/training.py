@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from hpc_core.audit.facts import verdict
 from hpc_core.case.case import Case
 from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.memory import host_peak_bytes, memory_metrics, model_metrics
 from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.record.environment import circumstances, gpu_state
-from hpc_core.record.findings import Findings
+from hpc_core.record.findings import Findings, mismatches
 from hpc_core.record.metrics import metric
 from hpc_core.record.record import Circumstances, Fact, Failure, Metric, Record
 
@@ -197,7 +196,7 @@ class Training:
         self.leave()
         metrics = self._bytes() | self._times(warm_up) | self._token_counts()
         facts = self._facts()
-        found = Findings(metrics=metrics, facts=facts, reasons=verdict(facts), losses=tuple(self.losses))
+        found = Findings(metrics=metrics, facts=facts, reasons=mismatches(facts), losses=tuple(self.losses))
         return found.record(self.case, self._circumstances())
 
     def _circumstances(self) -> Circumstances:

@@ -27,9 +27,8 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from hpc_core.builders import quantization
-from hpc_core.builders.drawn import STD
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import PredictError
+from hpc_core.builders.causal_lm import STD
+from hpc_core.case.errors import PredictError, library
 from hpc_core.record.gpus import Gpu
 
 Launch = Callable[[str, int], None]

@@ -17,9 +17,8 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hpc_core.builders import drawn
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import PredictError
+from hpc_core.builders import causal_lm
+from hpc_core.case.errors import PredictError, library
 from hpc_core.predict import shim
 from hpc_core.predict.attention import Attention
 from hpc_core.predict.fake_bitsandbytes import fake_bitsandbytes
@@ -55,7 +54,7 @@ def fake_gpu(gpu: Gpu) -> Iterator[tuple[GpuWatch, ValuePolicy]]:
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", Attention(gpu)))
         stack.enter_context(mock.patch.object(torch.nn.Module, "_apply", _apply))
         # Values do not matter, and a CUDA random number generator needs a GPU.
-        stack.enter_context(mock.patch.object(drawn, "_fill", _filled))
+        stack.enter_context(mock.patch.object(causal_lm, "_fill", _filled))
         # autocast finds no GPU and would disable itself.
         stack.enter_context(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", _no))
         stack.enter_context(mock.patch("torch.cuda.is_bf16_supported", _yes))
@@ -109,7 +108,7 @@ def _compile(model: Any = None, **_: object) -> Any:
 
 
 def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
-    return tensor.normal_(0.0, drawn.STD)
+    return tensor.normal_(0.0, causal_lm.STD)
 
 
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.facts import injected, verdict
 from hpc_core.case.errors import PredictError
 from hpc_core.engines.engine import Engine, engine_of
 from hpc_core.faults.catalogue import inject
@@ -29,7 +28,7 @@ from hpc_core.predict.place import Place
 from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.environment import circumstances
-from hpc_core.record.findings import Findings
+from hpc_core.record.findings import Findings, mismatches
 from hpc_core.record.gpus import Gpu, gpu_named
 from hpc_core.record.job import Event, Job, Predict
 from hpc_core.record.metrics import metric
@@ -67,9 +66,9 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
         raise PredictError(why)
     found = _on_fake_gpu(job, job.kind, gpu, engine, phases)
     phases.enter("done")
-    found |= Findings(reasons=verdict(found.facts))
+    found |= Findings(reasons=mismatches(found.facts))
     if injection is not None:
-        found |= injected(injection.fault.name, injection.hits, job.case.id)
+        found |= injection.findings(job.case.id)
     build_of_torch = "a CUDA build without a GPU" if torch.version.cuda else "a CPU build"
     state: dict[str, Any] = {"predicted": gpu.name, "torch": build_of_torch}
     around = circumstances(

@@ -85,3 +85,10 @@ def checked(checks: Mapping[str, Callable[[], Fact | None]]) -> Findings:
         if fact is not None:  # None: the check does not apply to this case
             facts[name] = fact
     return Findings(facts=facts, notes=tuple(notes))
+
+
+def mismatches(facts: Mapping[str, Fact]) -> tuple[str, ...]:
+    """Return why a record with these facts is INVALID: one sentence for each that does not hold."""
+    return tuple(
+        f"{name}: asked for {fact.asked!r}, saw {fact.seen!r}." for name, fact in facts.items() if not fact.holds
+    )

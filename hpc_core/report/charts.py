@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import altair as alt
 
 from hpc_core.baselines.reading import plain
-from hpc_core.bounds.reading import flops_text
+from hpc_core.bounds.check import flops_text
 from hpc_core.case.errors import SpecError
 from hpc_core.record import units
 from hpc_core.record.record import MemoryTimeline, Record

@@ -8,7 +8,7 @@ from typing import Any
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.callable import CallableProgram
 from hpc_core.instruments.attribution import profile_step
-from hpc_core.instruments.clock import wall_steps
+from hpc_core.instruments.clock import wall_steps, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
 from hpc_core.instruments.instrument import Instrument
@@ -16,7 +16,6 @@ from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
 from hpc_core.instruments.memory import measure_memory, process_memory
 from hpc_core.instruments.program import Program
 from hpc_core.instruments.trace import trace_step
-from hpc_core.instruments.warm_up import warm_up
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric

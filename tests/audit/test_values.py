@@ -11,8 +11,7 @@ import torch
 
 from hpc_core.audit.model import value_facts
 from hpc_core.builders.assemble import build
-from hpc_core.builders.causal_lm import causal_lm
-from hpc_core.builders.drawn import drawn
+from hpc_core.builders.causal_lm import causal_lm, drawn
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.catalogue import TINY, catalogue, finetune, lora, qlora, tiny

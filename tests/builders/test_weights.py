@@ -12,10 +12,20 @@ import torch
 
 from hpc_core.audit.model import value_facts
 from hpc_core.builders.assemble import build
-from hpc_core.builders.causal_lm import causal_lm, gguf_file, model_config, tokenizer_of
-from hpc_core.builders.libraries import library
+from hpc_core.builders.causal_lm import (
+    causal_lm,
+    gguf_file,
+    model_config,
+    tokenizer_of,
+)
 from hpc_core.case.case import Case
-from hpc_core.case.errors import BuildError, DataError, MissingLibraryError, SpecError
+from hpc_core.case.errors import (
+    BuildError,
+    DataError,
+    MissingLibraryError,
+    SpecError,
+    library,
+)
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES, Shape
 from hpc_core.case.workloads import CallableSpec

@@ -10,8 +10,7 @@ import torch
 import transformers
 from torch.nn import functional
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.engines.decode.cache import StaticKeyValues
 from hpc_core.engines.decode.kernel_step import KernelStep
 from hpc_core.engines.decode.model import Decoder, decoder_of

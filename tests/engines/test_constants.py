@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.engines.kernels.four_bit_format import constants_of
 from hpc_core.engines.kernels.layout import pointer_offsets
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from hpc_core.builders.assemble import build
-from hpc_core.builders.libraries import library
+from hpc_core.case.errors import library
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate

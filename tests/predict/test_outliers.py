@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.builders.drawn import STD
+from hpc_core.builders.causal_lm import STD
 from hpc_core.predict.fake_bitsandbytes import Outliers, expected_columns, share_beyond
 from hpc_core.predict.policy import ValuePolicy
 from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible

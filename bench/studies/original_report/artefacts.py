@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
+from hpc_core.bounds.check import value_of
 from hpc_core.bounds.ratio import checkpointing_impossible, four_bit_impossible, ratio_impossible
-from hpc_core.bounds.reading import value_of
 from hpc_core.case.limits import GiB
 from hpc_core.record.record import Record
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from bench.studies.original_report.artefacts import artefacts, device_bound_rows
+from hpc_core.bounds.check import positions_of, value_of
 from hpc_core.bounds.cost import (
     decode_floor,
     peak_rate,
@@ -15,7 +16,6 @@ from hpc_core.bounds.cost import (
 )
 from hpc_core.bounds.footprint import expected_bytes
 from hpc_core.bounds.ratio import BUSY_MARGIN, WALL_MARGIN, ratio_impossible
-from hpc_core.bounds.reading import positions_of, value_of
 from hpc_core.case.limits import GiB
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.record.gpus import gpu_of

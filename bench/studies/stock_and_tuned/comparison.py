@@ -14,8 +14,8 @@ from pathlib import Path
 from bench.studies.stock_and_tuned.memory import memory_told
 from bench.studies.stock_and_tuned.paired import changed_work, twins_of
 from bench.studies.stock_and_tuned.words import HEAD
+from hpc_core.bounds.check import positions_of, value_of
 from hpc_core.bounds.cost import decode_floor, train_floor
-from hpc_core.bounds.reading import positions_of, value_of
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB

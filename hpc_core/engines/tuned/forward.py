@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.tuned.fused import Half, added_norm, fuse_halves, patch_linears
 from hpc_core.engines.tuned.liger import fuse_by_liger, liger_cross_entropy, refuse_without_gpu

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 from hpc_core.engines.tuned.loss import IGNORED, next_tokens
 
 _ROTATE = "apply_rotary_pos_emb"

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.builders.libraries import library
-from hpc_core.case.errors import BuildError
+from hpc_core.case.errors import BuildError, library
 
 PER = 4
 """Tensors of a projection: weight, bias, A, B."""
