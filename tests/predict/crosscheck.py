@@ -1,6 +1,6 @@
-"""The step of a case run for real on a CPU, for comparison with its prediction: `python -m tests.predict.crosscheck`.
+"""Runs one real step of each case on the CPU, to compare it with its prediction: `python -m tests.predict.crosscheck`.
 
-Cases come as JSON on standard input; bytes, FLOPs and operators of each case's widest step go as JSON to standard output.
+Reads cases as JSON from standard input and writes the bytes, FLOPs and operators of each case's widest step to standard output.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ import msgspec
 from hpc_core.case.case import Case
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 
-__all__ = ["Real", "really_run"]
+__all__ = ["Real", "run_for_real"]
 
 ROOT = Path(__file__).parents[2]
 
 
 class Real(msgspec.Struct, kw_only=True):
-    """What a step on the CPU took."""
+    """The bytes, FLOPs and operators of a step on the CPU."""
 
     peak_bytes: int
     """Live bytes of tensor storages, weights included, at the highest point."""
     flops: int = 0
     operators: dict[str, int] = {}
     crashed: int = 0
-    """How the process of this case ended, as `os.waitstatus_to_exitcode` gives it: one that crashes costs one case."""
+    """The exit code of the case's process, as `os.waitstatus_to_exitcode` gives it. A crash costs one case only."""
 
 
-def really_run(cases: Sequence[Case], *, count: bool, timeout_s: float = 300.0) -> list[Real]:
-    """Each case in a process of its own; `count`: FLOPs and operators too, for which each case does one step more."""
+def run_for_real(cases: Sequence[Case], *, count: bool, timeout_s: float = 300.0) -> list[Real]:
+    """Run each case in its own process. With `count`, one more step per case counts FLOPs and operators."""
     command = [sys.executable, "-m", "tests.predict.crosscheck", *(["--count"] if count else [])]
-    given = msgspec.json.encode(list(cases))
-    done = subprocess.run(command, input=given, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
+    encoded = msgspec.json.encode(list(cases))
+    done = subprocess.run(command, input=encoded, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     return msgspec.json.decode(done.stdout, type=list[Real])
 
 
-def _left_alone(*_: object) -> None:
-    """The weights stay as they are."""
+def _keep_weights(*_: object) -> None:
+    """Replace an initializer: the weights stay as they are."""
 
 
 def _run_callable(workload: CallableSpec) -> Real:
-    """A step of the user's own, with what its factory keeps alive."""
+    """Run a step of the user's own, and count what its factory keeps alive."""
     import torch
 
     from hpc_core.engines.callable import load_factory
@@ -61,12 +61,12 @@ def _run_callable(workload: CallableSpec) -> Real:
     torch.set_num_threads(1)
     device = torch.device("cpu")
     with quiet():
-        before = Bystanders(device)
+        earlier = Bystanders(device)
         program = load_factory(workload, "cpu")
         program.step()
         program.step()
         watch = StorageWatch(program.phases)
-        watch.own("other", before.without(living_tensors(device)))
+        watch.own("other", earlier.without(living_tensors(device)))
         with watch:
             program.step(watch)
         with counting() as counts:
@@ -88,14 +88,14 @@ def _run(case: Case, *, count: bool) -> Real:
     from hpc_core.instruments.owners import optimizer_tensors, weight_tensors
 
     assert isinstance(case.workload, FinetuneSpec)
-    torch.set_num_threads(1)  # on a busy machine two threads wait for each other ten times as long as one works
-    # torch's own first numbers will do: to draw a table of 128,256 rows again takes ten times as long as the step.
+    torch.set_num_threads(1)  # on a busy machine two threads spend ten times as long waiting for each other
+    # torch's initial weights suffice: drawing a table of 128,256 rows again takes ten times as long as the step.
     models = importlib.import_module("transformers").PreTrainedModel
-    undrawn = mock.patch.multiple(models, initialize_weights=_left_alone)
-    with undrawn, mock.patch.object(causal_lm, "draw_weights", _left_alone), quiet():
+    no_drawing = mock.patch.multiple(models, initialize_weights=_keep_weights)
+    with no_drawing, mock.patch.object(causal_lm, "draw_weights", _keep_weights), quiet():
         program = finetune_program(build(case, torch.device("cpu")), case, case.workload)
         program.steps_done = program.widest
-        program.step()  # makes the optimizer's state
+        program.step()  # creates the optimizer's state
         watch = StorageWatch(program.phases)
         batches = [
             [batch.ids, batch.labels] + ([] if batch.mask is None else [batch.mask]) for batch in program.batches
@@ -107,7 +107,7 @@ def _run(case: Case, *, count: bool) -> Real:
             watch.own(category, tensors)
         if case.quantization is not None and case.quantization.double_quant:
             tables = importlib.import_module("bitsandbytes.functional").name2qmap
-            watch.own("other", tables.values())  # one for all layers, which quantized their constants by it
+            watch.own("other", tables.values())  # one table, by which every layer quantizes its constants
         watch.own("optimizer", optimizer_tensors(program.optimizer))
         program.steps_done = program.widest
         with watch:
@@ -126,12 +126,12 @@ def _serve(*, count: bool) -> None:
     for name in ("torch", "transformers", "peft", "bitsandbytes"):
         importlib.import_module(name)
     with os.fdopen(os.dup(1), "wb") as out:
-        os.dup2(2, 1)  # what libraries print is none of the answer
+        os.dup2(2, 1)  # what libraries print goes to standard error
         out.write(msgspec.json.encode([_in_a_fork(case, count=count) for case in cases]))
 
 
 def _in_a_fork(case: Case, *, count: bool) -> Real:
-    """Fork, which spares the child the imports, and run one case in it."""
+    """Run one case in a forked child, which inherits the imports."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -145,9 +145,9 @@ def _in_a_fork(case: Case, *, count: bool) -> Real:
             os._exit(1)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
-        answer = pipe.read()
+        encoded = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return msgspec.json.decode(answer, type=Real) if code == 0 else Real(peak_bytes=0, crashed=code)
+    return msgspec.json.decode(encoded, type=Real) if code == 0 else Real(peak_bytes=0, crashed=code)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Models that prediction has no model for: each function makes the tiny case's model odd, in a process that predicts."""
+"""Models that prediction cannot handle. Each function changes the tiny case's model in the predicting process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _mlp() -> Any:
 
 
 def custom_operator() -> None:
-    """Every MLP doubles its result by an operator of its own, which has a fake."""
+    """Every MLP doubles its result with a custom operator that has a fake."""
     doubled = torch.library.custom_op("odd_models::doubled", _double, mutates_args=())
     doubled.register_fake(torch.empty_like)
     original = _mlp().forward
@@ -30,18 +30,18 @@ def _double(x: torch.Tensor) -> torch.Tensor:
 def compiled_late() -> None:
     """Every MLP is compiled when it is called."""
     original: Any = _mlp().forward
-    late: Any = torch
-    _mlp().forward = lambda self, x: late.compile(original, dynamic=True)(self, x)
+    untyped_torch: Any = torch
+    _mlp().forward = lambda self, x: untyped_torch.compile(original, dynamic=True)(self, x)
 
 
 def compiled_module() -> None:
     """The model compiles itself in place, as `model.compile()` does."""
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
-    made = LlamaForCausalLM.__init__
+    original = LlamaForCausalLM.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
+        original(self, *args, **kwargs)
         self.compile()
 
     LlamaForCausalLM.__init__ = init

@@ -1,4 +1,4 @@
-"""Steps as users write them, for tests that predict and run them: one that trains a small model, and ones that cannot be faked."""
+"""Steps as users write them: one trains a small model, the others cannot run on fake tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Step = Callable[[], Any]
 
 
 class TinyModel(nn.Module):
-    """Embeddings, blocks with a residual, and a head that shares its weights with the embeddings."""
+    """Embeddings, residual blocks, and a head that shares the embeddings' weights."""
 
     def __init__(self, vocabulary: int, width: int, layers: int):
         super().__init__()
@@ -36,7 +36,7 @@ class TinyModel(nn.Module):
 def train(
     device: str, vocabulary: int = 512, width: int = 64, layers: int = 2, batch: int = 4, clip: bool = True
 ) -> Step:
-    """A plain training step: moved after it was made, AdamW, clipped gradients, a loss for the log."""
+    """A plain training step: the model is moved after construction, gradients are clipped, the loss is logged."""
     torch.manual_seed(0)
     model = TinyModel(vocabulary, width, layers).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, foreach=True)
@@ -58,17 +58,17 @@ def train(
 
 
 def picks_its_device(batch: int = 4) -> Step:
-    """The idiom of most scripts."""
+    """A step that chooses its device as most scripts do."""
     return train("cuda" if torch.cuda.is_available() else "cpu", batch=batch)
 
 
 def stays_on_the_cpu() -> Step:
-    """Asks for no device."""
+    """A step that never uses a GPU."""
     return train("cpu")
 
 
 def optimizer_first(device: str) -> Step:
-    """The optimizer holds parameters that the model then leaves behind."""
+    """A step whose optimizer holds parameters from before the model was moved."""
     model = nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(model.parameters())
     model.to(device)
@@ -80,8 +80,8 @@ def optimizer_first(device: str) -> Step:
     return step
 
 
-def does(what: str, device: str) -> Step:
-    """Ask a tensor for its value, in one of many ways."""
+def reads_values(what: str, device: str) -> Step:
+    """A step that reads a tensor's value, in one of many ways."""
     values = torch.ones(4, 4, device=device)
     ways: dict[str, Callable[[], Any]] = {
         "branch on a tensor": lambda: 1 if (values > 0).any() else 2,
@@ -101,8 +101,8 @@ def does(what: str, device: str) -> Step:
     return ways[what]
 
 
-def not_followed() -> Step:
-    """A step that refuses to run while somebody follows every module to its end."""
+def refuses_hooks() -> Step:
+    """A step that raises while hooks are registered on every module."""
     linear = nn.Linear(8, 8)
 
     def step() -> None:

@@ -1,6 +1,6 @@
-"""Predict a list of jobs in one fresh process, which loads the empty device before torch: `python -m tests.predict.predicting`.
+"""Predicts a list of jobs in one fresh process, which loads the empty device before torch: `python -m tests.predict.predicting`.
 
-Jobs come as JSON on standard input, their records go as JSON to standard output, in the same order.
+Reads jobs as JSON from standard input and writes their records to standard output in the same order.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ GPU = "H100 80GB HBM3"
 
 
 def predicted(cases: Sequence[Case], gpu: str = GPU, *, first: str = "", timeout_s: float = 300.0) -> list[Record]:
-    """The records of these cases' predictions, all made by one process one after another.
+    """The predictions of these cases, made one after another by one process.
 
-    `first`: a function of `tests.predict.odd_models` to call before.
+    `first` names a function of `tests.predict.odd_models` to call before.
     """
     return predicted_jobs([Job(case=case, kind=Predict(gpu=gpu)) for case in cases], first=first, timeout_s=timeout_s)
 
 
-def predicted_jobs(asked: Sequence[Job], *, first: str = "", timeout_s: float = 300.0) -> list[Record]:
-    """As `predicted`, of jobs; a fault that one injects stays for those after it."""
-    jobs = msgspec.json.encode(asked)
+def predicted_jobs(jobs: Sequence[Job], *, first: str = "", timeout_s: float = 300.0) -> list[Record]:
+    """The predictions of these jobs, as `predicted` makes them. A fault that a job injects stays for the jobs after it."""
     command = [sys.executable, "-m", "tests.predict.predicting", *([first] if first else [])]
-    done = subprocess.run(command, input=jobs, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
+    encoded = msgspec.json.encode(jobs)
+    done = subprocess.run(command, input=encoded, capture_output=True, timeout=timeout_s, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr.decode()
     return msgspec.json.decode(done.stdout, type=list[Record])
 
 
 def values(record: Record) -> dict[str, float | int]:
-    """The numbers of a record that must be there."""
+    """The metrics' values of a record that must not have failed."""
     assert record.failure is None, f"{record.case.id}: {record.failure.message}\n{record.failure.detail}"
     return {name: metric.value for name, metric in record.metrics.items()}
 
@@ -58,7 +58,7 @@ def _serve(first: str) -> None:
         getattr(odd_models, first)()
     jobs = msgspec.json.decode(sys.stdin.buffer.read(), type=list[Job])
     with os.fdopen(os.dup(1), "wb") as out:
-        os.dup2(2, 1)  # what libraries print is none of the answer
+        os.dup2(2, 1)  # what libraries print goes to standard error
         out.write(msgspec.json.encode([run_job(job, lambda _: None) for job in jobs]))
 
 

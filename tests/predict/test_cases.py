@@ -1,4 +1,4 @@
-"""Prediction runs on every kind of case, and its bytes are those of the closed forms. All on a tiny model, many to a process."""
+"""Prediction runs on every kind of case, and its bytes equal the closed forms. All cases are tiny, and many share a process."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ _MARKS = dict.fromkeys((case.id for case in MORE), pytest.mark.nightly)
 
 
 def _each(*ids: str) -> list[Any]:
-    """Parameters of a test: the plain cases by day, all others by night."""
+    """Parameters of a test: the plain cases by day, the others at night."""
     return [pytest.param(name, marks=_MARKS.get(name, ())) for name in ids]
 
 
@@ -82,42 +82,42 @@ def _batch(cases: tuple[Case, ...]) -> dict[str, Record]:
 
 
 def _record(case_id: str) -> Record:
-    """The prediction of a case. All of its batch are made in one process."""
+    """The prediction of a case. One process predicts all cases of its batch."""
     return _batch(PLAIN if case_id not in _MARKS else MORE)[case_id]
 
 
 @pytest.mark.parametrize("case_id", _each(*CASES))
 def test_a_prediction_is_a_sound_record(case_id: str) -> None:
-    """It comes out valid, passes the laws of physics, equals its JSON, and has bytes, counts and FLOPs but no times."""
+    """A prediction is valid, passes the bounds, equals its JSON, and has bytes, counts and FLOPs but no times."""
     record = _record(case_id)
-    seen = values(record)
+    metrics = values(record)
     assert (record.status, record.reasons) == ("ok", ())
     assert impossible(record) == ()
     assert record_from_json(record_to_json(record)) == record
-    assert all(seen[name] > 0 for name in ("peak_bytes", "reserved_bytes", "operators", "kernels", "flops"))
+    assert all(metrics[name] > 0 for name in ("peak_bytes", "reserved_bytes", "operators", "kernels", "flops"))
     assert {metric.noise for metric in record.metrics.values()} == {"exact"}
 
 
 @pytest.mark.parametrize("case_id", _each(*CASES))
-def test_what_a_case_holds_is_as_the_closed_forms_say(case_id: str) -> None:
-    """Weights, adapter and optimizer state to the byte; all of it and the gradients are there when the optimizer begins."""
+def test_persistent_bytes_equal_the_closed_forms(case_id: str) -> None:
+    """Weights, adapter and optimizer state equal the closed forms to the byte, and the last phase holds all of them."""
     record = _record(case_id)
-    seen, expected = values(record), expected_bytes(CASES[case_id])
+    metrics, expected = values(record), expected_bytes(CASES[case_id])
     for name in ("weights_bytes", "adapter_weights_bytes", "optimizer_bytes"):
-        assert seen.get(name) == expected.get(name), name
-    held = {name: size for name, size in expected.items() if name != "optimizer_bytes" or "paged" not in case_id}
+        assert metrics.get(name) == expected.get(name), name
+    persistent = {name: size for name, size in expected.items() if name != "optimizer_bytes" or "paged" not in case_id}
     last = "peak_decode_bytes" if "generate" in case_id else "peak_optimizer_bytes"
-    assert seen[last] >= sum(held.values())
+    assert metrics[last] >= sum(persistent.values())
 
 
 @pytest.mark.parametrize("case_id", _each(*CASES))
 def test_memory_adds_up(case_id: str) -> None:
-    """Categories and rounding add up to the peak, the peak is the highest phase, and no more is in use than is reserved."""
-    seen = values(_record(case_id))
-    categories = sum(value for name, value in seen.items() if name.startswith("at_peak_"))
-    phases = {name: value for name, value in seen.items() if name in _PHASE_PEAKS}
-    assert categories == seen["peak_bytes"] == max(phases.values())
-    assert seen["peak_requested_bytes"] <= seen["peak_bytes"] <= seen["reserved_bytes"]
+    """The categories add up to the peak, the peak is the highest phase, and it fits in the reserved bytes."""
+    metrics = values(_record(case_id))
+    categories = sum(value for name, value in metrics.items() if name.startswith("at_peak_"))
+    phases = {name: value for name, value in metrics.items() if name in _PHASE_PEAKS}
+    assert categories == metrics["peak_bytes"] == max(phases.values())
+    assert metrics["peak_requested_bytes"] <= metrics["peak_bytes"] <= metrics["reserved_bytes"]
 
 
 _PHASE_PEAKS = {f"peak_{phase}_bytes" for phase in ("forward", "backward", "optimizer", "prefill", "decode")}
@@ -127,7 +127,7 @@ _PHASE_PEAKS = {f"peak_{phase}_bytes" for phase in ("forward", "backward", "opti
     "case_id", _each(*(name for name, case in CASES.items() if isinstance(case.workload, FinetuneSpec)))
 )
 def test_training_computes_at_least_its_products(case_id: str) -> None:
-    """FLOPs of the first step are no fewer than those that the shape needs in any implementation."""
+    """The FLOPs of the first step are at least those that any implementation needs."""
     case, record = CASES[case_id], _record(case_id)
     assert isinstance(case.workload, FinetuneSpec)
     positions = case.workload.batch * case.workload.length
@@ -139,7 +139,7 @@ def test_training_computes_at_least_its_products(case_id: str) -> None:
 
 @pytest.mark.nightly
 def test_paged_optimizer_state_lies_outside_the_allocator() -> None:
-    """State of at least 100,000 numbers is managed memory: part of the optimizer's bytes, and of no peak."""
+    """Paged optimizer state of at least 100,000 numbers counts as optimizer bytes and in no peak."""
     plain, paged = (values(_record(f"tiny/{name}")) for name in ("full-8bit", "full-paged"))
     shape = FULL.model.sizes if FULL.model is not None else None
     assert shape is not None
@@ -152,23 +152,22 @@ def test_paged_optimizer_state_lies_outside_the_allocator() -> None:
 
 
 @pytest.mark.nightly
-def test_a_cache_grows_by_keys_and_values_alone() -> None:
-    """Generation without a cache computes more and holds no keys and values."""
-    kept, off = (_record(f"tiny/generate-{name}") for name in ("batch", "no-cache"))
+def test_generation_without_a_cache_holds_no_keys_and_values() -> None:
+    """Generation without a cache has no bytes of keys and values at its peak."""
+    cached, off = (_record(f"tiny/generate-{name}") for name in ("batch", "no-cache"))
     assert isinstance(off.case.workload, GenerateSpec)
-    assert "at_peak_kv_cache_bytes" in kept.metrics
+    assert "at_peak_kv_cache_bytes" in cached.metrics
     assert "at_peak_kv_cache_bytes" not in off.metrics
 
 
 @pytest.mark.nightly
-def test_a_static_cache_has_its_last_size_at_once() -> None:
-    """Keys and values of all places but the last, which is never fed back, from the first token on."""
+def test_a_static_cache_has_its_full_size_from_the_start() -> None:
+    """A static cache holds keys and values for every token that is fed back, from the first token on."""
     record = _record("tiny/generate-static")
     assert record.case.model is not None
     shape = record.case.model.sizes
     assert shape is not None
     places = 16 + 6 - 1
-    entry = (
-        2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
-    )  # keys and values, two bytes each
+    # Keys and values, of two bytes each.
+    entry = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
     assert values(record)["at_peak_kv_cache_bytes"] >= places * entry

@@ -1,4 +1,4 @@
-"""Faults that a prediction alone catches: judged by a clean prediction of the same session, nothing runs."""
+"""Faults that a prediction alone catches: a clean prediction of the same session judges them, and nothing runs."""
 
 from __future__ import annotations
 
@@ -19,30 +19,38 @@ from hpc_core.report.page import page
 from hpc_core.report.terminal import render
 from tests.predict.predicting import GPU, predicted_jobs
 
-SEEN = {name: fault for name, fault in FAULTS.items() if fault.predicted}
+PREDICTED = {name: fault for name, fault in FAULTS.items() if fault.predicted}
 
 
-def test_many_faults_are_seen_without_a_gpu() -> None:
-    """At least ten of them by bytes; those that change values or times alone are none of them."""
-    in_bytes = [name for name, fault in SEEN.items() if any(metric.endswith("_bytes") for metric in fault.predicted)]
-    assert len(in_bytes) >= 10
-    assert not set(SEEN) & {"decode-sleep", "attention-scaled", "weights-shuffled", "loss-scaled", "foreign-forward"}
+def test_at_least_ten_faults_show_in_predicted_bytes() -> None:
+    """At least ten faults change predicted bytes; faults that change only values or times are not listed as predicted."""
+    change_bytes = [
+        name for name, fault in PREDICTED.items() if any(metric.endswith("_bytes") for metric in fault.predicted)
+    ]
+    assert len(change_bytes) >= 10
+    assert not set(PREDICTED) & {
+        "decode-sleep",
+        "attention-scaled",
+        "weights-shuffled",
+        "loss-scaled",
+        "foreign-forward",
+    }
 
 
 @pytest.mark.slow
-def test_a_predicted_fault_is_caught_and_its_twin_is_not() -> None:
-    """One of them on a tiny case; `hpc-core faults --predicted` tries all at full width."""
-    told: list[str] = []
+def test_a_predicted_fault_is_caught_and_its_no_op_passes() -> None:
+    """Prediction catches a fault on a tiny case and passes the fault's no-op. `hpc-core faults --predicted` tries all at full width."""
+    lines: list[str] = []
     cases = trial_cases("tiny")
-    (trial,) = run_trials(["rank-16"], cases=cases, tell=told.append, against="clean", jobs=2, predict=GPU)
+    (trial,) = run_trials(["rank-16"], cases=cases, tell=lines.append, against="clean", jobs=2, predict=GPU)
     assert (trial.outcome, trial.twin) == ("caught", "PASS")
     assert "trainable_parameters" in trial.caught_by
-    assert len(told) == 1
+    assert len(lines) == 1
 
 
 @pytest.fixture(scope="module")
-def recomputed_and_not() -> tuple[Record, Record]:
-    """A case with checkpointing as predicted, and with checkpointing that is silently off."""
+def with_and_without_checkpointing() -> tuple[Record, Record]:
+    """The prediction of a case with checkpointing, and with checkpointing silently off."""
     case = trial_cases("tiny")["lora-gc"]
     before, now = predicted_jobs(
         [Job(case=case, kind=Predict(gpu=GPU)), Job(case=case, kind=Predict(gpu=GPU), fault="gc-off")]
@@ -51,31 +59,32 @@ def recomputed_and_not() -> tuple[Record, Record]:
 
 
 @pytest.mark.slow
-def test_the_cause_of_a_predicted_fault_names_category_and_module(recomputed_and_not: tuple[Record, Record]) -> None:
-    """Checkpointing that is silently off is named by a prediction alone: activations of the attention, no longer recomputed."""
-    found = explained("gc-off", *recomputed_and_not)
-
-    assert found.cause is not None
-    said = " ".join((*found.cause.lines, *found.cause.details))
-    assert "forwards of LlamaAttention (model.layers.*.self_attn) 6 → 3: no longer recomputed" in found.cause.lines[0]
-    assert "activations +1.22 MiB in LlamaAttention (layers.*.self_attn, 3 layers)" in said
-    assert "weights, adapter, optimizer as before" in said
+def test_the_cause_of_a_predicted_fault_names_category_and_module(
+    with_and_without_checkpointing: tuple[Record, Record],
+) -> None:
+    """The cause of silently disabled checkpointing names the category and the module of the added bytes."""
+    cause = explained("gc-off", *with_and_without_checkpointing).cause
+    assert cause is not None
+    text = " ".join((*cause.lines, *cause.details))
+    assert "forwards of LlamaAttention (model.layers.*.self_attn) 6 → 3: no longer recomputed" in cause.lines[0]
+    assert "activations +1.22 MiB in LlamaAttention (layers.*.self_attn, 3 layers)" in text
+    assert "weights, adapter, optimizer as before" in text
 
 
 @pytest.mark.slow
-def test_a_report_of_a_fault_says_why(recomputed_and_not: tuple[Record, Record], tmp_path: Path) -> None:
-    """From the record and the baseline alone, page, Markdown, table and JSON say in the same two lines what explain says."""
-    before, now = recomputed_and_not
+def test_every_report_shows_the_cause(with_and_without_checkpointing: tuple[Record, Record], tmp_path: Path) -> None:
+    """Page, Markdown and terminal show the cause in the same two lines, from the record and the baseline alone."""
+    before, now = with_and_without_checkpointing
     accept(tmp_path / "baselines", before, reason="with checkpointing", allow_dirty=True)
     (entry,) = entries_of([now], tmp_path / "baselines")
 
     assert entry.cause is not None
     first, second = entry.cause.lines
     assert "no longer recomputed" in first
-    shown = html.unescape(page([entry]))
+    html_text = html.unescape(page([entry]))
     for line in (first, second):
-        assert shown.count(f"<p>{line}</p>") == 1
+        assert html_text.count(f"<p>{line}</p>") == 1
         assert f"**Why:** {safe(line, 1500)}" in markdown([entry])
         assert f"Why: {line}" in " ".join(render([entry.row], width=2000, color=False).split("\n    "))
-    assert all(f"<li>{detail}</li>" in shown for detail in entry.cause.details)
+    assert all(f"<li>{detail}</li>" in html_text for detail in entry.cause.details)
     assert len(entry.cause.details) > 3

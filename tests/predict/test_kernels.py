@@ -1,4 +1,4 @@
-"""How many kernels are launched and which attention is taken, against ATen's own rules written down a second time."""
+"""The number of kernels launched and the attention chosen follow ATen's rules, which are written here a second time."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hpc_core.predict.attention import chosen
 from hpc_core.predict.kernels import Launches, multi_tensor_launches, product_kernels
 from hpc_core.predict.strides import with_real_strides
 from hpc_core.record.gpus import GPUS, Gpu
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
+ROOT = Path(__file__).parents[2]
 CUDNN = "_scaled_dot_product_cudnn_attention"
 CHUNK, BLOCKS = 65536, 320
 TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -58,14 +58,14 @@ def _simulated(sizes: list[int], depth: int) -> int:
 
 
 @given(SIZES, DEPTHS)
-def test_launches_over_lists_are_those_of_atens_loop(sizes: list[int], depth: int) -> None:
-    """The count is the same for any sizes, empty tensors and tensors of more chunks than a launch has blocks included."""
+def test_launches_over_lists_equal_those_of_atens_loop(sizes: list[int], depth: int) -> None:
+    """The launches equal those of ATen's loop for any sizes, even empty tensors and tensors larger than a launch."""
     assert multi_tensor_launches(sizes, depth) == _simulated(sizes, depth)
 
 
 @given(SIZES, DEPTHS)
-def test_launches_are_enough_and_not_many(sizes: list[int], depth: int) -> None:
-    """At least as many as the blocks need, at least as many as the tensors need, and no more than both together."""
+def test_launches_are_bounded_by_blocks_and_tensors(sizes: list[int], depth: int) -> None:
+    """The launches are at least those that blocks or tensors need, and at most the sum of both."""
     chunks = sum(-(-size // CHUNK) for size in sizes)
     tensors = sum(size > 0 for size in sizes)
     by_blocks, by_tensors = -(-chunks // BLOCKS), -(-tensors // TENSORS[depth])
@@ -74,7 +74,7 @@ def test_launches_are_enough_and_not_many(sizes: list[int], depth: int) -> None:
 
 @given(SIZES, DEPTHS, st.integers(0, 129), st.integers(0, 50 * CHUNK))
 def test_launches_grow_with_the_last_tensor(sizes: list[int], depth: int, which: int, more: int) -> None:
-    """More numbers behind what is there are no fewer launches, be it another tensor or a longer last one."""
+    """Another tensor or a longer last tensor never needs fewer launches."""
     before = multi_tensor_launches(sizes, depth)
     assert multi_tensor_launches([*sizes, more], depth) >= before
     if sizes:
@@ -82,7 +82,7 @@ def test_launches_grow_with_the_last_tensor(sizes: list[int], depth: int, which:
 
 
 def test_examples_of_launches() -> None:
-    """Nothing launches nothing; 36 tensors fit in a launch of a fused Adam; 320 chunks fill one."""
+    """Nothing launches nothing, 36 tensors fit in one launch of a fused Adam, and 320 chunks fill one."""
     assert multi_tensor_launches([], 4) == multi_tensor_launches([0, 0], 4) == 0
     assert multi_tensor_launches([1] * 36, 4) == 1
     assert multi_tensor_launches([1] * 37, 4) == 2
@@ -95,15 +95,15 @@ SHAPES = st.lists(st.sampled_from([1, 1, 2, 3, 4]), min_size=1, max_size=5)
 
 @given(SHAPES, st.randoms(use_true_random=False))
 def test_views_have_the_strides_of_real_ones(shape: list[int], random: Any) -> None:
-    """A view onto a shape with dimensions of one has the strides that a tensor of numbers would have, whatever a fake says."""
+    """A view onto a shape with dimensions of one has the strides of a real tensor, whatever the fake reports."""
     order = random.sample(range(len(shape)), len(shape))
     source = torch.arange(torch.Size(shape).numel()).view(shape).permute(order)
-    wanted = [size for size in source.shape if size != 1 or random.random() < 0.5]
+    shape_of_view = [size for size in source.shape if size != 1 or random.random() < 0.5]
     for _ in range(random.randint(0, 2)):
-        wanted.insert(random.randint(0, len(wanted)), 1)
-    expected = source.view(wanted)  # only ones come and go, so it is always a view
-    odd = expected.as_strided(expected.shape, [7 if size == 1 else step for size, step in _steps(expected)])
-    out = with_real_strides("view", [source], odd)
+        shape_of_view.insert(random.randint(0, len(shape_of_view)), 1)
+    expected = source.view(shape_of_view)  # only dimensions of one are added or removed, so this is always a view
+    fake = expected.as_strided(expected.shape, [7 if size == 1 else step for size, step in _steps(expected)])
+    out = with_real_strides("view", [source], fake)
     assert (out.shape, out.stride(), out.data_ptr()) == (expected.shape, expected.stride(), source.data_ptr())
     assert torch.equal(out, expected)
 
@@ -113,27 +113,26 @@ def _steps(tensor: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def test_other_operators_keep_their_outputs() -> None:
-    """What is no view, or has no dimension of one, comes back as it is."""
+    """An output that is not a view, or has no dimension of one, is returned unchanged."""
     source, out = torch.ones(2, 3), torch.ones(1, 6)
     assert with_real_strides("mm", [source], out) is out
     whole = source.view(6)
     assert with_real_strides("view", [source], whole) is whole
 
 
-def test_cudnns_attention_answers_in_the_layout_of_its_query() -> None:
-    """A query that is a transposed view gets an output of the same strides; an output of another width keeps its own."""
+def test_cudnns_attention_returns_the_layout_of_its_query() -> None:
+    """An output of cuDNN's attention has the strides of its query; an output of another width keeps its own."""
     query = torch.ones(2, 5, 3, 8).transpose(1, 2)
     out, rest = torch.ones(2, 3, 5, 8), torch.ones(1)
-    name = "_scaled_dot_product_cudnn_attention"
-    assert with_real_strides(name, [query], (out, rest))[0].stride() == query.stride()
+    assert with_real_strides(CUDNN, [query], (out, rest))[0].stride() == query.stride()
     narrow = torch.ones(2, 3, 5, 4)
-    assert with_real_strides(name, [query], (narrow, rest))[0] is narrow
+    assert with_real_strides(CUDNN, [query], (narrow, rest))[0] is narrow
 
 
 HOPPER, ADA, BLACKWELL = GPUS["H100 80GB HBM3"], GPUS["RTX 4090"], GPUS["RTX 5090"]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 TABLE = [
-    # gpu, dtype, width, mask, grouped, what is taken
+    # gpu, dtype, width, mask, grouped, kernel
     (HOPPER, BF16, 128, None, False, "cudnn"),
     (HOPPER, BF16, 128, None, True, "cudnn"),
     (HOPPER, F16, 128, "bool", True, "cudnn"),
@@ -155,16 +154,16 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("gpu", "dtype", "width", "mask", "grouped", "taken"), TABLE)
-def test_which_attention_is_taken(
-    gpu: Gpu, dtype: torch.dtype, width: int, mask: str | None, grouped: bool, taken: str
+@pytest.mark.parametrize(("gpu", "dtype", "width", "mask", "grouped", "kernel"), TABLE)
+def test_the_attention_kernel_is_the_one_that_torch_chooses(
+    gpu: Gpu, dtype: torch.dtype, width: int, mask: str | None, grouped: bool, kernel: str
 ) -> None:
-    """By kind of GPU, dtype, head width, mask and grouped heads: Hopper's data centre cards take cuDNN's kernels first."""
-    assert chosen(gpu, *_heads(dtype, width, grouped), _mask(mask, dtype), grouped=grouped) == taken
+    """Kind of GPU, dtype, head width, mask and grouped heads choose the kernel as torch does."""
+    assert chosen(gpu, *_heads(dtype, width, grouped), _mask(mask, dtype), grouped=grouped) == kernel
 
 
 def test_heads_that_flash_attention_pads_are_refused() -> None:
-    """A width that is no multiple of 8 would be padded inside, in copies that are not modelled."""
+    """A head width that is no multiple of 8 is refused: flash attention pads it in copies that are not modelled."""
     with pytest.raises(PredictError, match="A head width of 100"):
         chosen(ADA, *_heads(BF16, 100, False), None, grouped=False)
 
@@ -173,13 +172,13 @@ def test_heads_that_flash_attention_pads_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 @pytest.mark.parametrize("mask", [None, "bool", "trained"])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_a_choice_keeps_its_kernels_conditions(gpu: Gpu, dtype: torch.dtype, mask: str | None, grouped: bool) -> None:
-    """Half precision for flash and cuDNN, no mask for flash, no grouped heads for the memory-efficient kernels."""
-    taken = chosen(gpu, *_heads(dtype, 128, grouped), _mask(mask, dtype), grouped=grouped)
-    assert taken not in ("flash", "cudnn") or dtype != F32
-    assert taken != "flash" or mask is None
-    assert taken != "efficient" or not grouped
-    assert (taken == "cudnn") == (gpu.capability in ((9, 0), (10, 0)) and dtype != F32 and mask != "trained")
+def test_the_chosen_kernel_supports_its_inputs(gpu: Gpu, dtype: torch.dtype, mask: str | None, grouped: bool) -> None:
+    """Flash and cuDNN need half precision, flash takes no mask, and the memory-efficient kernels take no grouped heads."""
+    kernel = chosen(gpu, *_heads(dtype, 128, grouped), _mask(mask, dtype), grouped=grouped)
+    assert kernel not in ("flash", "cudnn") or dtype != F32
+    assert kernel != "flash" or mask is None
+    assert kernel != "efficient" or not grouped
+    assert (kernel == "cudnn") == (gpu.capability in ((9, 0), (10, 0)) and dtype != F32 and mask != "trained")
 
 
 def _heads(dtype: torch.dtype, width: int, grouped: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -206,10 +205,10 @@ def _mask(kind: str | None, dtype: torch.dtype) -> torch.Tensor | None:
         ((8192, 4096, 8192), "tn", 1),  # a full weight's gradient, which is not in the table
     ],
 )
-def test_a_product_takes_the_kernels_that_an_h100_launched(
+def test_a_product_launches_the_kernels_that_an_h100_launched(
     shape: tuple[int, int, int], layout: str, kernels: int
 ) -> None:
-    """The table is looked up by sizes and layout, in bfloat16 as in float16."""
+    """The kernels of a product are looked up by sizes and layout, in bfloat16 as in float16."""
     rows, inner, columns = shape
     for dtype in (torch.bfloat16, torch.float16):
         left = torch.empty(rows, inner, dtype=dtype, device="meta")
@@ -223,20 +222,18 @@ def test_a_product_takes_the_kernels_that_an_h100_launched(
 
 @given(st.integers(1, 5000), st.integers(1, 20000), st.integers(1, 200000))
 def test_any_product_has_kernels(rows: int, inner: int, columns: int) -> None:
-    """A size that was never seen takes after its nearest neighbour: one kernel, or two with the sum, three with a scaling before."""
+    """An unmeasured size takes its nearest neighbour's count: one, two with a sum, three with a scaling too."""
     left = torch.empty(rows, inner, dtype=torch.bfloat16, device="meta")
     assert product_kernels(left, torch.empty(columns, inner, dtype=torch.bfloat16, device="meta").t()) in (1, 2, 3)
 
 
 def test_cudnn_attention_of_one_query_launches_what_an_h100_launched() -> None:
-    """For each shape that was tried there without a mask, the rule gives the kernels that were seen."""
-    seen = json.loads(
-        (Path(__file__).parents[2] / "bench" / "studies" / "prediction" / "attention-h100.json").read_bytes()
-    )
-    rows = [dict(zip(seen["columns"], row, strict=True)) for row in seen["rows"]]
-    plain = [row for row in rows if not row["mask"]]
-    assert len(plain) > 200
-    for row in plain:
+    """For each shape measured without a mask, the rule gives the number of kernels that an H100 launched."""
+    measured = json.loads((ROOT / "bench" / "studies" / "prediction" / "attention-h100.json").read_bytes())
+    rows = [dict(zip(measured["columns"], row, strict=True)) for row in measured["rows"]]
+    unmasked = [row for row in rows if not row["mask"]]
+    assert len(unmasked) > 200
+    for row in unmasked:
         query = torch.empty(row["batch"], row["query_heads"], row["queries"], row["width"], device="meta")
         key = torch.empty(row["batch"], row["key_heads"], row["keys"], row["width"], device="meta")
         launches = Launches()

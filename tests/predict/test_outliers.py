@@ -1,4 +1,4 @@
-"""LLM.int8's outliers by distribution, and what a widened mask answers: values that a prediction has to know without having any."""
+"""Values that a prediction needs without computing them: LLM.int8's outliers, and whether a widened mask is full."""
 
 from __future__ import annotations
 
@@ -10,63 +10,67 @@ from hypothesis import strategies as st
 from hpc_core.builders.causal_lm import STD
 from hpc_core.predict.fake_bitsandbytes import Outliers, expected_columns, share_beyond
 from hpc_core.predict.policy import ValuePolicy
-from tests import strategies  # noqa: F401 - registers the settings that make examples reproducible
 
 
-def test_the_share_beyond_a_threshold_is_what_drawing_gives() -> None:
-    """silu(gate) * up of drawn normal numbers exceeds 6 as often as the formula says, within five standard errors."""
+def test_the_share_beyond_a_threshold_equals_that_of_drawn_numbers() -> None:
+    """silu(gate) * up of drawn normal numbers exceeds 6 as often as the formula predicts, within five standard errors."""
     deviation, draws = STD * 3072**0.5, 4_000_000
     generator = np.random.default_rng(0)
     gate, up = generator.normal(0, deviation, (2, draws))
-    seen = float(np.mean(np.abs(gate / (1 + np.exp(-gate)) * up) >= 6))
+    share = float(np.mean(np.abs(gate / (1 + np.exp(-gate)) * up) >= 6))
     expected = share_beyond(6, deviation)
-    assert abs(seen - expected) < 5 * (expected / draws) ** 0.5
+    assert abs(share - expected) < 5 * (expected / draws) ** 0.5
 
 
 @given(st.integers(1, 4096), st.integers(1, 20_000), st.floats(1e-9, 0.5))
 def test_expected_columns_grow_with_rows_and_stay_within_the_matrix(rows: int, columns: int, share: float) -> None:
-    """More rows never hold fewer columns with outliers, and there are never more than columns."""
-    found = expected_columns(rows, columns, share)
-    assert 0 <= found <= expected_columns(rows + 1, columns, share) <= columns
+    """The expected number of columns with outliers grows with the rows and never exceeds the columns."""
+    expected = expected_columns(rows, columns, share)
+    assert 0 <= expected <= expected_columns(rows + 1, columns, share) <= columns
 
 
 def test_only_down_proj_has_outliers_where_weights_are_drawn() -> None:
-    """The columns are those of the layer that runs: of down_proj some, of any other none, and none after it has run."""
-    seen: dict[str, int] = {}
+    """With drawn weights only down_proj has outliers, and only while it runs."""
+    columns: dict[str, int] = {}
     outliers = Outliers()
 
     class Layer(torch.nn.Linear):
-        called: str
+        name: str
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            seen[self.called] = outliers.columns(100, 8192, 6.0)
+            columns[self.name] = outliers.columns(100, 8192, 6.0)
             return super().forward(x)
 
     model = torch.nn.ModuleDict({"up_proj": Layer(2, 2), "down_proj": Layer(2, 2)})
     for name in model:
-        model[name].called = name  # type: ignore[assignment]
+        model[name].name = name  # type: ignore[assignment]
     outliers.watch(model, 3072)
     for module in model.values():
         module(torch.zeros(1, 2))
-    assert seen["up_proj"] == 0 < seen["down_proj"] == expected_columns(100, 8192, share_beyond(6.0, STD * 3072**0.5))
+    assert (
+        columns["up_proj"]
+        == 0
+        < columns["down_proj"]
+        == expected_columns(100, 8192, share_beyond(6.0, STD * 3072**0.5))
+    )
     assert outliers.columns(100, 8192, 6.0) == 0
 
 
-def test_a_mask_widened_by_zeros_is_full_in_its_parts_and_never_as_a_whole() -> None:
-    """Of a static cache's mask the prompt's part is full and the rest empty, so its prefill needs no mask; the whole is not full."""
-    answers = ValuePolicy()
+def test_a_mask_widened_by_zeros_is_full_in_its_prompt_only() -> None:
+    """The prompt's part of a static cache's mask is full, so prefill needs no mask; the whole mask is not full."""
+    policy = ValuePolicy()
     mask = torch.ones(1, 4, dtype=torch.bool)
-    answers.know([mask], full=True)
+    policy.know([mask], full=True)
     widened = torch.nn.functional.pad(mask, (0, 3))
-    answers.follow("constant_pad_nd", [mask], [widened])
+    policy.follow("constant_pad_nd", [mask], [widened])
 
     def full(part: torch.Tensor) -> bool:
         total = part.sum()
-        answers.follow("sum", [part], [total])
+        policy.follow("sum", [part], [total])
         equal = total == part.numel()
-        answers.follow("eq", [total], [equal])
-        return bool(answers.scalar(equal))
+        policy.follow("eq", [total], [equal])
+        return bool(policy.scalar(equal))
 
     rest = ~widened[:, 4:]
-    answers.follow("bitwise_not", [widened[:, 4:]], [rest])
+    policy.follow("bitwise_not", [widened[:, 4:]], [rest])
     assert (full(widened[:, :4]), full(rest), full(widened), full(mask)) == (True, True, False, True)

@@ -1,4 +1,4 @@
-"""Steps of the user's own on the fake GPU: what they find there, and what of them cannot be faked, by name and place."""
+"""A user's own steps run on the fake GPU, and what cannot be faked is refused with its name and line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _case(name: str, factory: str, **arguments: Any) -> Case:
     )
 
 
-ASKED = {
+REFUSALS = {
     "branch on a tensor": "decides by the value of a tensor",
     "branch on a number": "decides by the value of a tensor",
     "branch on a sum of numbers": "decides by the value of a tensor",
@@ -49,10 +49,10 @@ ASKED = {
     "equal": "the shape or value of aten.equal.default depends on data",
     "raise": "raised IndexError on fake tensors",
 }
-"""What a step does, and what the refusal says of it."""
+"""How a step reads a value, and the refusal's message."""
 LARGE: Case = runpy.run_path(str(EXAMPLE / "perf" / "test_predicted.py"))["LARGE"]
 CASES = [
-    *(_case(what.replace(" ", "-"), "does", what=what) for what in ASKED),
+    *(_case(what.replace(" ", "-"), "reads_values", what=what) for what in REFUSALS),
     _case("cpu", "stays_on_the_cpu"),
     _case("optimizer", "optimizer_first"),
     _case("given", "train"),
@@ -75,35 +75,35 @@ def _refusal(name: str) -> str:
     return failure.message
 
 
-@pytest.mark.parametrize(("what", "said"), ASKED.items())
-def test_a_step_that_depends_on_values_is_refused(what: str, said: str) -> None:
-    """No value is guessed: a step that chooses its way by one is refused, with what it did and the line of its own file."""
+@pytest.mark.parametrize(("what", "expected"), REFUSALS.items())
+def test_a_step_that_depends_on_values_is_refused(what: str, expected: str) -> None:
+    """A step that branches on a tensor's value is refused, with what it did and the line of its own file."""
     message = _refusal(what.replace(" ", "-"))
-    assert said in message
-    if what != "list":  # whose method is called by us, not by a line of the file
+    assert expected in message
+    if what != "list":  # the worker calls this method, not a line of the file
         assert f"{own_steps.__file__}:" in message
 
 
 def test_a_step_that_stays_on_the_cpu_is_refused() -> None:
-    """Nothing on the GPU is no prediction of nothing; the message says how to be given the device."""
+    """A step without a tensor on the GPU is refused rather than predicted as empty."""
     assert "made no tensor on the GPU" in _refusal("cpu")
 
 
-def test_an_optimizer_that_was_made_too_early_is_refused() -> None:
-    """Its parameters cannot be followed to the GPU here, and its state would be missing in silence."""
+def test_an_optimizer_created_before_the_move_is_refused() -> None:
+    """An optimizer created before its model moved is refused: its state would be missing silently."""
     assert "The AdamW was created before its model was moved" in _refusal("optimizer")
 
 
 def test_a_step_finds_the_gpu_either_way() -> None:
-    """Given as `device`, or found by torch.cuda.is_available(): the same step takes the same bytes, FLOPs and kernels."""
+    """A step predicts the same whether it takes `device` or asks torch.cuda.is_available()."""
     given, found = (values(_records()[f"own/{name}"]) for name in ("given", "found"))
     assert given == found
     assert {"peak_bytes", "flops", "kernels", "operators", "copies"} <= set(given)
-    assert given["copies"] == 20  # the loss goes to the host twice a step, once to be shown and once to be kept
+    assert given["copies"] == 20  # the loss goes to the host twice a step: for the log and as the return value
 
 
-def test_the_prediction_of_the_example_meets_its_baseline() -> None:
-    """The training of 23 GiB that examples/own_code predicts takes no byte, FLOP or kernel more than was accepted there."""
+def test_the_example_meets_its_baseline() -> None:
+    """The training of 23 GiB that examples/own_code predicts takes exactly the accepted bytes, FLOPs and kernels."""
     record = _records()[LARGE.id]
     assert record.failure is None, record.failure
     judged = judge(record, find(EXAMPLE / "baselines", "predicted", LARGE.id))

@@ -113,7 +113,7 @@ def test_the_command_lines_can_be_pasted(tmp_path: Path) -> None:
 def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
     """Where taking a step apart fails, the record is as sound as ever, has no profile, and a note says why."""
     case = Case(
-        id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.predict.own_steps:not_followed")
+        id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.predict.own_steps:refuses_hooks")
     )
 
     record = run_job(Job(case=case, launched="inline"), lambda _: None)
