@@ -8,113 +8,45 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import altair as alt
 
 from hpc_core.baselines.reading import plain
 from hpc_core.bounds.check import flops_text
-from hpc_core.case.errors import SpecError
 from hpc_core.record import units
-from hpc_core.record.record import MemoryTimeline, Record
+from hpc_core.report.chart_parts import (
+    FAMILIES,
+    MOST_ROWS,
+    Panel,
+    Row,
+    bar_panel,
+    colour,
+    counted,
+    data,
+    family,
+    finite,
+    href,
+    label_of,
+)
+from hpc_core.report.charts_memory import memory_categories
 from hpc_core.report.entry import BUSY, WALL, Entry
 from hpc_core.report.history import Series, change_text
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import Ablation, ablations_of, comparable, front, speed_of
 
-# Okabe and Ito's colours, which people with any colour blindness can tell apart.
-_FAMILIES = {
-    "unquantized": "#0072B2",
-    "4 bit": "#D55E00",
-    "int8": "#009E73",
-    "full": "#CC79A7",
-    "LoRA": "#56B4E9",
-    "QLoRA": "#E69F00",
-    "own step": "#999999",
-}
-_CATEGORIES = {
-    "weights": "#0072B2",
-    "adapter": "#56B4E9",
-    "gradients": "#E69F00",
-    "optimizer": "#CC79A7",
-    "kv_cache": "#F0E442",
-    "activations": "#009E73",
-    "temporaries": "#D55E00",
-    "rounding": "#6B6B6B",
-    "other": "#A8A8A8",
-}
-"""Of memory, from what stays to what passes. Rounding is in no timeline."""
 _WORKS = {"step": "#0072B2", "prefill": "#009E73", "decode": "#D55E00"}
 _WORK_NAMES = {"step": "training step", "prefill": "prefill", "decode": "decoded token"}
-_MOST_ROWS = 30
-_ROW_HEIGHT = 22
 _MOST_POINTS = 120
 _MOST_GROUPS = 4
 _MOST_ABLATIONS = 3
 _MOST_EFFECTS = 16
-_MOST_EVENTS = 400
 _MOST_LINES = 40
-_NEAR = 0.6
-"""A card's memory is drawn where the peak takes this share of it; a line far above would flatten everything else."""
-
-Row = Mapping[str, Any]
 
 
 _LOG = alt.Axis(tickCount=5, titleAnchor="end")
-_AXIS = alt.Axis(titleAnchor="end")
-"""At its end, a long title has the room below the names too."""
-
-
-class Panel(NamedTuple):
-    """One chart with a title of its own; a picture is one panel or several."""
-
-    title: str
-    chart: alt.LayerChart
-
-
-def bar_panel(
-    title: str,
-    unit: str,
-    rows: Sequence[Row],
-    colours: Mapping[str, str],
-    *,
-    room: float = 1.42,
-    mark: float | None = None,
-) -> Panel:
-    """Return horizontal bars from the top down with their values written at their ends.
-
-    A row holds `case` (unique), `value`, `text` and `group` (a key of `colours`); optionally `busy`, a thinner and darker bar within;
-    `low` and `high`, a whisker; `href`; and anything that the tooltip shall show (`changes`). The axis ends at `room` times the longest bar; a line marks
-    the value `mark`.
-    """
-    ends = [max(row["value"], row.get("high", 0.0)) for row in rows]
-    rows = [{**row, "end": end} for row, end in zip(rows, ends, strict=True)]
-    base = alt.Chart(_data(rows)).encode(y=alt.Y("case:N", sort=None, title=None))
-    length = alt.X(
-        "value:Q", title=unit, axis=_AXIS, scale=alt.Scale(domain=[0, room * max([*ends, 1e-9])], nice=False)
-    )
-    details = {"case": "case", "text": "value", "range": "range", "group": "kind", "changes": "changed"}
-    tooltip = [
-        alt.Tooltip(f"{name}:N", title=title) for name, title in details.items() if any(name in row for row in rows)
-    ]
-    bars = base.mark_bar(height={"band": 0.72}).encode(x=length, color=_colour("group", rows, colours), tooltip=tooltip)
-    if any("href" in row for row in rows):
-        bars = bars.encode(href="href:N")
-    layers = [bars]
-    if any(row.get("busy") for row in rows):
-        layers.append(base.mark_bar(height={"band": 0.28}, style="busy").encode(x="busy:Q"))
-    ranged = [row for row in rows if row.get("high", 0.0) > row.get("low", 0.0)]
-    if ranged:
-        whiskers = alt.Chart(_data(ranged)).encode(y=alt.Y("case:N", sort=None))
-        layers.append(whiskers.mark_rule().encode(x="low:Q", x2="high:Q"))
-        layers += [whiskers.mark_tick(size=8).encode(x=f"{end}:Q") for end in ("low", "high")]
-    layers.append(base.mark_text(align="left", dx=5).encode(x="end:Q", text="text:N"))
-    if mark is not None:
-        line = alt.Chart(_data([{"mark": mark}])).mark_rule(strokeDash=[4, 3], style="quiet")
-        layers.append(line.encode(x="mark:Q"))
-    return Panel(title, alt.LayerChart(layer=layers, height=_ROW_HEIGHT * len(rows)))
 
 
 def inference_memory(entries: Sequence[Entry]) -> list[Panel]:
@@ -155,31 +87,34 @@ def _of_kind(
     entries: Sequence[Entry], kind: str, title: str, names: Sequence[str], unit: str, busy: Sequence[str] = ()
 ) -> list[Panel]:
     """Return a panel of the first of these metrics, or none where no case of this kind has one."""
-    chosen = [each for each in entries if each.record.case.kind == kind and _finite(each.value(*names))]
+    chosen = [each for each in entries if each.record.case.kind == kind and finite(each.value(*names))]
     if not chosen:
         return []
-    shown = chosen[:_MOST_ROWS]
+    shown = chosen[:MOST_ROWS]
     values = [entry.value(*names) or 0.0 for entry in shown]
     scale, name = units.axis(max(map(abs, values)), _metric_unit(shown[0], names))
     rows = []
     for entry, value in zip(shown, values, strict=True):
         row = _row(entry, shown) | {"value": value / scale, "text": _value_text(entry, names)}
         within = entry.value(*busy) if busy else None
-        if within is not None and _finite(within):
+        if within is not None and finite(within):
             row["busy"] = within / scale
         spread = entry.spread(*names)
-        if spread is not None and _finite(spread.low) and _finite(spread.high) and spread.high > spread.low:
+        if spread is not None and finite(spread.low) and finite(spread.high) and spread.high > spread.low:
             text = units.pair(spread.low, spread.high, _metric_unit(entry, names)).replace("→", "to")
             row |= {"low": spread.low / scale, "high": spread.high / scale, "range": f"{text} in {spread.count}"}
         rows.append(row)
-    return [bar_panel(_counted(title, shown, chosen), unit.format(name), rows, _FAMILIES)]
+    return [bar_panel(counted(title, shown, chosen), unit.format(name), rows, FAMILIES)]
 
 
 def speed_memory(entries: Sequence[Entry]) -> list[Panel]:
-    """Speed against memory, a panel for each model and kind of work with at least two cases; the stairs join those that none beats."""
+    """Speed against memory, a panel for each model and kind of work with at least two cases.
+
+    Stairs join the cases that no other beats in both.
+    """
     groups = []
     for (_, shape, kind), group in comparable(entries).items():
-        timed = [entry for entry in group if speed_of(entry) is not None and _finite(entry.value("peak_bytes"))]
+        timed = [entry for entry in group if speed_of(entry) is not None and finite(entry.value("peak_bytes"))]
         if len(timed) >= 2:
             groups.append((shape, kind, timed))
     groups.sort(key=lambda each: -len(each[2]))  # those that compare most
@@ -192,7 +127,7 @@ def speed_memory(entries: Sequence[Entry]) -> list[Panel]:
 
 
 def _tradeoff(title: str, timed: Sequence[Entry]) -> Panel:
-    shown = timed[:_MOST_ROWS]
+    shown = timed[:MOST_ROWS]
     scale, unit = units.axis(max(entry.value("peak_bytes") or 0.0 for entry in shown), "bytes")
     points = [((entry.value("peak_bytes") or 0.0) / scale, speed_of(entry) or 0.0) for entry in shown]
     best = front(points)
@@ -210,14 +145,14 @@ def _tradeoff(title: str, timed: Sequence[Entry]) -> Panel:
         "y:Q", title="tokens per second (log)", axis=_LOG, scale=alt.Scale(type="log", domain=[low, high], nice=False)
     )
     tooltip = [alt.Tooltip(f"{name}:N") for name in ("case", "memory", "speed", "group")]
-    base = alt.Chart(_data(rows)).encode(x=x, y=y)
+    base = alt.Chart(data(rows)).encode(x=x, y=y)
     marks = base.mark_point(filled=True, size=70, opacity=1).encode(
-        color=_colour("group", rows, _FAMILIES), tooltip=tooltip, href="href:N"
+        color=colour("group", rows, FAMILIES), tooltip=tooltip, href="href:N"
     )
     line = (
-        alt.Chart(_data(stairs)).mark_line(interpolate="step-after", strokeDash=[4, 3], style="quiet").encode(x=x, y=y)
+        alt.Chart(data(stairs)).mark_line(interpolate="step-after", strokeDash=[4, 3], style="quiet").encode(x=x, y=y)
     )
-    return Panel(_counted(title, shown, timed), alt.LayerChart(layer=[line, marks, *_names(rows, x, y)], height=320))
+    return Panel(counted(title, shown, timed), alt.LayerChart(layer=[line, marks, *_names(rows, x, y)], height=320))
 
 
 def roofline(entries: Sequence[Entry]) -> list[Panel]:
@@ -233,10 +168,10 @@ def roofline(entries: Sequence[Entry]) -> list[Panel]:
         {
             "x": point.intensity,
             "y": point.flop_per_s / 1e12,
-            "case": _label_of(point.entry, entries),
+            "case": label_of(point.entry, entries),
             "work": _WORK_NAMES[point.work],
             "rate": f"{flops_text(point.flop_per_s)} of {'GPU-busy' if point.is_busy else 'wall'} time",
-            "href": _href(point.entry),
+            "href": href(point.entry),
         }
         for point in points
     ]
@@ -259,12 +194,12 @@ def roofline(entries: Sequence[Entry]) -> list[Panel]:
     y = alt.Y("y:Q", title="TFLOP/s (log)", axis=_LOG, scale=alt.Scale(type="log", domain=[bottom, top], nice=False))
     colours = {_WORK_NAMES[work]: colour for work, colour in _WORKS.items()}
     marks = (
-        alt.Chart(_data(rows))
+        alt.Chart(data(rows))
         .mark_point(filled=True, size=70, opacity=1)
         .encode(
             x=x,
             y=y,
-            color=_colour("work", rows, colours),
+            color=colour("work", rows, colours),
             tooltip=[alt.Tooltip(f"{name}:N") for name in ("case", "work", "rate")],
             href="href:N",
         )
@@ -274,60 +209,13 @@ def roofline(entries: Sequence[Entry]) -> list[Panel]:
         dash = alt.StrokeDash(
             "roof:N", sort=None, title=None, legend=alt.Legend(orient="bottom", columns=1, labelLimit=420)
         )
-        layers.insert(0, alt.Chart(_data(lines)).mark_line(style="roof").encode(x=x, y=y, strokeDash=dash))
+        layers.insert(0, alt.Chart(data(lines)).mark_line(style="roof").encode(x=x, y=y, strokeDash=dash))
     title = "Roofline: the least work of each case over the time that it took"
     return [Panel(title, alt.LayerChart(layer=[*layers], height=380))]
 
 
-def memory_categories(entries: Sequence[Entry]) -> list[Panel]:
-    """What the peak is made of, a stacked bar a case."""
-    held = {
-        entry.case: {name: size for name in _CATEGORIES if (size := entry.value(f"at_peak_{name}_bytes") or 0.0) > 0}
-        for entry in entries
-    }
-    chosen = [entry for entry in entries if held[entry.case] and _finite(sum(held[entry.case].values()))]
-    if not chosen:
-        return []
-    shown = chosen[:_MOST_ROWS]
-    most = max(sum(held[entry.case].values()) for entry in shown)
-    scale, unit = units.axis(most, "bytes")
-    rows, totals = [], []
-    for entry in shown:
-        begin = 0.0
-        label = _label_of(entry, shown)
-        for name, size in held[entry.case].items():
-            text = units.quantity(size, "bytes")
-            part = {
-                "case": label,
-                "category": name.replace("_", " "),
-                "low": begin / scale,
-                "high": (begin + size) / scale,
-            }
-            rows.append(part | {"text": text, "href": _href(entry)})
-            begin += size
-        totals.append({"case": label, "high": begin / scale, "text": units.quantity(begin, "bytes")})
-    y = alt.Y("case:N", sort=None, title=None)
-    x = alt.X("low:Q", title=unit, axis=_AXIS, scale=alt.Scale(domain=[0, 1.42 * most / scale], nice=False))
-    colours = {name.replace("_", " "): colour for name, colour in _CATEGORIES.items()}
-    bars = (
-        alt.Chart(_data(rows))
-        .mark_bar(height={"band": 0.72})
-        .encode(
-            y=y,
-            x=x,
-            x2="high:Q",
-            color=_colour("category", rows, colours),
-            tooltip=["case:N", "category:N", alt.Tooltip("text:N", title="bytes")],
-            href="href:N",
-        )
-    )
-    ends = alt.Chart(_data(totals)).mark_text(align="left", dx=5).encode(y=y, x="high:Q", text="text:N")
-    title = _counted("Memory at the peak, by category", shown, chosen)
-    return [Panel(title, alt.LayerChart(layer=[bars, ends], height=_ROW_HEIGHT * len(shown)))]
-
-
 def ablation(entries: Sequence[Entry]) -> list[Panel]:
-    """What one to three changed fields do to memory and time, as factors of a base case."""
+    """The effect of one to three changed fields on memory and time, as factors of a base case."""
     found = ablations_of(entries)[:_MOST_ABLATIONS]
     return [_factors(each, what) for each in found for what in ("memory", "time")]
 
@@ -335,19 +223,19 @@ def ablation(entries: Sequence[Entry]) -> list[Panel]:
 def _factors(found: Ablation, what: str) -> Panel:
     effects = found.effects[:_MOST_EFFECTS]
     base = found.base.case.partition("/")[2]
-    rows = [{"case": f"{base} (base)", "value": 1.0, "text": "1", "group": _family(found.base)}]
+    rows = [{"case": f"{base} (base)", "value": 1.0, "text": "1", "group": family(found.base)}]
     for each in effects:
         factor = each.memory if what == "memory" else each.time
         changes = plain(", ".join(each.changes), 70)
         name = f"{each.entry.case.partition('/')[2]}: {changes}"
-        known = factor is not None and _finite(factor)
+        known = factor is not None and finite(factor)
         rows.append(
-            {"case": name, "value": factor if known else 0.0, "text": f"{factor:.3g}" if known else "-", "group": _family(each.entry)}
+            {"case": name, "value": factor if known else 0.0, "text": f"{factor:.3g}" if known else "-", "group": family(each.entry)}
         )  # fmt: skip
     metric = "peak memory" if what == "memory" else (found.time_metric or "time")
     cut = f" (the first {len(effects)} of {len(found.effects)} cases)" if len(found.effects) > len(effects) else ""
     return bar_panel(
-        f"Ablation of {found.base.case}: {what}{cut}", f"{metric}, times the base's", rows, _FAMILIES, mark=1.0
+        f"Ablation of {found.base.case}: {what}{cut}", f"{metric}, times the base's", rows, FAMILIES, mark=1.0
     )
 
 
@@ -375,7 +263,7 @@ def sessions(entries: Sequence[Entry]) -> list[Panel]:
         low, high = min(row["change"] for row in rows), max(row["change"] for row in rows)
         # At least 5 % each way, so that noise looks like noise.
         scale = alt.Scale(domain=[min(low, -0.05), max(high, 0.05)])
-        base = alt.Chart(_data(rows)).encode(
+        base = alt.Chart(data(rows)).encode(
             x=alt.X("session:Q", title="session", axis=alt.Axis(format="d", tickMinStep=1), scale=alt.Scale(zero=False, nice=False)),
             y=alt.Y("change:Q", title="since the first session", axis=alt.Axis(format="+.3~p"), scale=scale),
         )  # fmt: skip
@@ -392,7 +280,7 @@ def _since_first(entry: Entry, names: Sequence[str]) -> list[dict[str, Any]]:
     name = entry.name_of(*names)
     found = [(record, record.metrics[name]) for record in entry.past if name in record.metrics] if name else []
     values = [float(metric.value) for _, metric in found]
-    if len(values) < 2 or not all(map(_finite, values)) or values[0] <= 0 or len({each.unit for _, each in found}) > 1:
+    if len(values) < 2 or not all(map(finite, values)) or values[0] <= 0 or len({each.unit for _, each in found}) > 1:
         return []
     return [
         {
@@ -401,7 +289,7 @@ def _since_first(entry: Entry, names: Sequence[str]) -> list[dict[str, Any]]:
             "change": value / values[0] - 1,
             "value": units.quantity(value, metric.unit),
             "when": plain(record.circumstances.started_at[:16], 20),
-            "href": _href(entry),
+            "href": href(entry),
         }
         for number, ((record, metric), value) in enumerate(zip(found, values, strict=True), start=1)
     ]
@@ -434,16 +322,16 @@ def history(each: Series) -> alt.LayerChart:
         axis=alt.Axis(values=ticks, labelExpr=dates, labelAngle=-35, grid=False),
     )
     y = alt.Y("value:Q", title=f"{each.metric}, {unit}" if unit else each.metric, scale=alt.Scale(zero=False))
-    dots = alt.Chart(_data(rows)).mark_point(filled=True, size=45, opacity=1, color="#0072B2")
+    dots = alt.Chart(data(rows)).mark_point(filled=True, size=45, opacity=1, color="#0072B2")
     layers = [
-        alt.Chart(_data(levels)).mark_rule(color="#0072B2").encode(x="from:Q", x2="to:Q", y="value:Q"),
+        alt.Chart(data(levels)).mark_rule(color="#0072B2").encode(x="from:Q", x2="to:Q", y="value:Q"),
         dots.encode(x=x, y=y, tooltip=["when:N", "text:N"]),
     ]
     if each.changes:
         moved = [
             {"at": change.index + 0.5, "text": change_text(each, change).partition(";")[0]} for change in each.changes
         ]
-        marks = alt.Chart(_data(moved)).encode(x="at:Q")
+        marks = alt.Chart(data(moved)).encode(x="at:Q")
         layers += [
             marks.mark_rule(color="#D55E00", strokeDash=[4, 3]),
             marks.mark_text(color="#D55E00", align="left", dx=4, dy=8).encode(y=alt.value(0), text="text:N"),
@@ -451,147 +339,14 @@ def history(each: Series) -> alt.LayerChart:
     return alt.LayerChart(layer=[*layers], height=260)
 
 
-def timelines(entries: Sequence[Entry]) -> list[Panel]:
-    """Return memory over a step, stacked by category, of the records that hold a timeline."""
-    found = []
-    for entry in entries:
-        timeline = entry.record.timeline
-        if timeline is not None and len(timeline.events) > 1 and max(timeline.totals) > 0:
-            found.append(Panel(f"Memory over a step: {entry.case}", memory_over_step(entry.record)))
-    return found
-
-
-def memory_over_step(record: Record, over: Record | None = None) -> alt.LayerChart:
-    """Return a record's memory over a step, stacked by category, with phases and peak.
-
-    `over` is a second record of the same step, such as a measured one over a prediction: its total becomes a line. Its events are
-    stretched phase by phase, because two recorders do not count alike.
-
-    Raises:
-        SpecError: a record without a timeline, or with other phases.
-    """
-    timeline = _timeline(record)
-    totals = timeline.totals
-    peak = totals.index(max(totals))
-    scale, unit = units.axis(totals[peak], "bytes")
-    every = max(1, math.ceil(len(totals) / _MOST_EVENTS))
-    chosen = sorted({*range(0, len(totals), every), peak, len(totals) - 1})
-    first, last = min(timeline.events), max(*timeline.events, min(timeline.events) + 1)
-    names = [name for name in _CATEGORIES if name in timeline.bytes_by_category]
-    rows = []
-    for index in chosen:
-        begin = 0.0
-        for name in names:
-            end = begin + max(0, timeline.bytes_by_category[name][index]) / scale
-            rows.append(
-                {"event": timeline.events[index], "low": begin, "high": end, "category": name.replace("_", " ")}
-            )
-            begin = end
-    memory, top = record.circumstances.machine.memory_bytes, totals[peak] / scale
-    other = None if over is None else _stretched(timeline, record, over, scale)
-    ceiling = 1.12 * max([top, *(row["total"] for row in other or ())])
-    is_near = totals[peak] > _NEAR * memory
-    if is_near:
-        ceiling = max(ceiling, 1.05 * memory / scale)
-    x = alt.X(
-        "event:Q", title="allocations and frees since the step began", scale=alt.Scale(domain=[first, last], nice=False)
-    )
-    y = alt.Y(
-        "low:Q",
-        title=f"memory of tensors and scratch, {unit}",
-        scale=alt.Scale(domain=[0, max(ceiling, 1e-9)], nice=False),
-    )
-    colours = {name.replace("_", " "): colour for name, colour in _CATEGORIES.items()}
-    areas = alt.Chart(_data(rows)).mark_area(interpolate="step-after").encode(
-        x=x, y=y, y2="high:Q", color=_colour("category", rows, colours), tooltip="category:N"
-    )  # fmt: skip
-    layers: list[Any] = [areas]
-    if other is not None and over is not None:
-        line = alt.Chart(_data(other)).mark_line(interpolate="step-after", style="over", strokeWidth=1.2)
-        layers.append(line.encode(x="event:Q", y="total:Q", strokeDash=_named_line("line")))
-    if is_near:
-        limit = alt.Chart(_data([{"memory": memory / scale, "line": "the card's memory"}]))
-        layers.append(limit.mark_rule(style="over").encode(y="memory:Q", strokeDash=_named_line("line")))
-    spans = _extents(timeline)
-    phases = [
-        {"begin": begin, "middle": (begin + end) / 2, "phase": plain(timeline.phases[index], 20)}
-        for index, (begin, end) in spans.items()
-        if index >= 0
-    ]
-    if phases:
-        marks = alt.Chart(_data(phases))
-        layers.append(marks.mark_rule(strokeDash=[2, 3], style="quiet").encode(x="begin:Q"))
-        layers.append(marks.mark_text(dy=-7).encode(x="middle:Q", y=alt.value(0), text="phase:N"))
-    at = timeline.events[peak]
-    is_right = at > (first + last) / 2
-    label = alt.Chart(_data([{"event": at, "high": top, "text": f"peak {units.quantity(totals[peak], 'bytes')}"}]))
-    layers.append(label.mark_point(filled=True, size=30, style="over").encode(x="event:Q", y="high:Q"))
-    side = label.mark_text(align="right" if is_right else "left", dx=-6 if is_right else 6, dy=-8)
-    layers.append(side.encode(x="event:Q", y="high:Q", text="text:N"))
-    return alt.LayerChart(layer=[*layers], height=260)
-
-
-def _named_line(field: str) -> alt.StrokeDash:
-    scale = alt.Scale(
-        domain=["measured, total", "predicted, total", "the card's memory"], range=[[1, 0], [1, 0], [5, 4]]
-    )
-    return alt.StrokeDash(f"{field}:N", title=None, scale=scale, legend=alt.Legend(orient="bottom"))
-
-
-def _timeline(record: Record) -> MemoryTimeline:
-    if record.timeline is None or not record.timeline.events:
-        raise SpecError(f"The record of {record.case.id} holds no timeline: make it with --timeline.")
-    return record.timeline
-
-
-def _stretched(timeline: MemoryTimeline, record: Record, over: Record, scale: float) -> list[dict[str, Any]]:
-    """Return the totals of `over` at the events of `timeline`, phase by phase."""
-    other = _timeline(over)
-    if other.phases != timeline.phases:
-        raise SpecError(f"{over.case.id} has the phases {other.phases}, {record.case.id} {timeline.phases}.")
-    ours, theirs = _extents(timeline), _extents(other)
-    name = f"{'predicted' if 'predicted' in over.circumstances.gpu else 'measured'}, total"
-    rows = []
-    for event, phase, total in zip(other.events, other.phase, other.totals, strict=True):
-        begin, end = ours.get(phase, (timeline.events[0], timeline.events[0]))
-        first, last = theirs[phase]
-        rows.append(
-            {
-                "event": begin + (end - begin) * (event - first) / max(last - first, 1),
-                "total": total / scale,
-                "line": name,
-            }
-        )
-    return rows
-
-
-def _extents(timeline: MemoryTimeline) -> dict[int, tuple[int, int]]:
-    """Return the first and last event of each phase; a phase ends where the next begins."""
-    firsts = {phase: event for event, phase in reversed(list(zip(timeline.events, timeline.phase, strict=True)))}
-    ends = [*list(firsts.values())[-2::-1], timeline.events[-1]]
-    return {phase: (firsts[phase], end) for phase, end in zip(sorted(firsts), ends, strict=True)}
-
-
-def _data(rows: Sequence[Row]) -> alt.InlineData:
-    return alt.InlineData(values=[dict(row) for row in rows])
-
-
-def _colour(field: str, rows: Sequence[Row], colours: Mapping[str, str]) -> alt.Color:
-    """Return a colour for each value that is there, with a legend where there are several."""
-    used = [name for name in colours if any(row[field] == name for row in rows)]
-    scale = alt.Scale(domain=used, range=[colours[name] for name in used])
-    legend = alt.Legend(orient="top", title=None) if len(used) > 1 else None
-    return alt.Color(f"{field}:N", scale=scale, legend=legend)
-
-
 def _names(rows: Sequence[Row], x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """Return the names of those points that `_label` chose, right or left of them."""
+    """Return the names of the points that `_label` chose, right or left of them."""
     found: list[alt.Chart] = []
     sides: tuple[tuple[Literal["left", "right"], int], ...] = (("left", 7), ("right", -7))
     for side, shift in sides:
         named = [row for row in rows if row.get("side") == side]
         if named:
-            mark = alt.Chart(_data(named)).mark_text(align=side, dx=shift, dy=-7, style="name")
+            mark = alt.Chart(data(named)).mark_text(align=side, dx=shift, dy=-7, style="name")
             found.append(mark.encode(x=x, y=y, text="case:N"))
     return found
 
@@ -629,33 +384,7 @@ def _log_place(values: Sequence[float]) -> Callable[[float], float]:
 
 
 def _row(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
-    return {"case": _label_of(entry, among), "group": _family(entry), "href": _href(entry)}
-
-
-def _label_of(entry: Entry, among: Sequence[Entry]) -> str:
-    """Return the variant, followed by the model where there are several: a name that is cut loses its end."""
-    shapes = {each.case.partition("/")[0] for each in among}
-    shape, _, variant = entry.case.partition("/")
-    return f"{variant} · {shape}" if len(shapes) > 1 else variant
-
-
-def _family(entry: Entry) -> str:
-    """Return how the case is quantized or trained, which is what colours tell apart."""
-    case = entry.record.case
-    if case.kind == "callable":
-        return "own step"
-    if case.kind == "generate":
-        if case.quantization is None:
-            return "unquantized"
-        return "int8" if case.quantization.kind == "int8" else "4 bit"
-    if case.adapter is None:
-        return "full"
-    return "LoRA" if case.quantization is None else "QLoRA"
-
-
-def _href(entry: Entry) -> str:
-    """Return a link to the case's details on the page."""
-    return f"#{entry.anchor}"
+    return {"case": label_of(entry, among), "group": family(entry), "href": href(entry)}
 
 
 def _metric_unit(entry: Entry, names: Sequence[str]) -> str:
@@ -671,14 +400,6 @@ def _value_text(entry: Entry, names: Sequence[str]) -> str:
     return plain(units.quantity(value, unit), 60)
 
 
-def _counted(title: str, shown: Sequence[Entry], chosen: Sequence[Entry]) -> str:
-    return f"{title} (the first {len(shown)} of {len(chosen)} cases)" if len(shown) < len(chosen) else title
-
-
 def _quoted(text: str) -> str:
-    """Return a text of a date and a commit without what could end a string in an expression."""
+    """Return a date and commit without characters that could end a string in an expression."""
     return "".join(letter for letter in text if letter.isalnum() or letter in " -:")
-
-
-def _finite(value: float | None) -> bool:
-    return value is not None and math.isfinite(value) and abs(value) < 1e300

@@ -18,7 +18,7 @@ from hpc_core.report.history import Series, summary
 from hpc_core.report.terminal import caption
 
 if TYPE_CHECKING:
-    from hpc_core.report.charts import Panel
+    from hpc_core.report.chart_parts import Panel
 
 _SUFFIXES = (".svg", ".png", ".pdf")
 _WIDTH = 560
@@ -123,7 +123,8 @@ def write_memory(record: Record, path: Path, over: Record | None = None) -> None
         MissingLibraryError: Altair or vl-convert is not installed.
     """
     check_picture(path)
-    from hpc_core.report.charts import Panel, memory_over_step
+    from hpc_core.report.chart_parts import Panel
+    from hpc_core.report.charts_memory import memory_over_step
 
     chart = memory_over_step(record, over)
     seen = record.circumstances
@@ -146,7 +147,8 @@ def write_series(case_id: str, machine: str, each: Series, path: Path) -> None:
         MissingLibraryError: Altair or vl-convert is not installed.
     """
     check_picture(path)
-    from hpc_core.report.charts import Panel, history
+    from hpc_core.report.chart_parts import Panel
+    from hpc_core.report.charts import history
 
     _write(path, Panel(f"{each.metric} of {case_id}", history(each)), f"On {machine}, {summary(each)}")
 

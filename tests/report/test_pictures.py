@@ -1,4 +1,4 @@
-"""What the pictures of a report rest on, and that each is drawn: the front that none beats, axes, the roofline, what one field does."""
+"""Every picture of a report is drawn with units and captions, and what it rests on holds: the Pareto front, axes, roofline, ablations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record import units
 from hpc_core.record.record import MemoryTimeline
-from hpc_core.report.charts import PICTURES, finetune, memory_over_step
+from hpc_core.report.charts import PICTURES, finetune
+from hpc_core.report.charts_memory import memory_over_step
 from hpc_core.report.entry import entries_of
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
@@ -36,31 +37,31 @@ points = st.lists(
 
 
 @given(points)
-def test_the_front_is_what_none_beats(given_points: list[tuple[float, float]]) -> None:
-    """Each point off the front is matched or beaten in both by one on it, and none on it by any other."""
-    chosen = [given_points[index] for index in front(given_points)]
-    for x, y in given_points:
+def test_the_front_is_the_points_that_none_beats(all_points: list[tuple[float, float]]) -> None:
+    """Some point on the front matches or beats each point, and no point beats one on the front."""
+    chosen = [all_points[index] for index in front(all_points)]
+    for x, y in all_points:
         assert any(a <= x and b >= y for a, b in chosen)
     for x, y in chosen:
-        assert not any((a <= x and b >= y) and (a, b) != (x, y) for a, b in given_points)
+        assert not any((a <= x and b >= y) and (a, b) != (x, y) for a, b in all_points)
     assert chosen == sorted(set(chosen))
 
 
 def test_no_case_lies_above_the_data_sheet() -> None:
-    """Every measured case keeps under its roof: a point above would be no measurement."""
+    """No measured case lies above its roof: a point above would be a wrong measurement."""
     sheet = newest_roofs(ENTRIES)[-1]
     assert not sheet.is_measured
-    found = points_of(ENTRIES)
-    assert {point.work for point in found} == {"step", "prefill", "decode"}
-    assert len({point.entry.case for point in found}) == len(ENTRIES)
-    for point in found:
+    points = points_of(ENTRIES)
+    assert {point.work for point in points} == {"step", "prefill", "decode"}
+    assert len({point.entry.case for point in points}) == len(ENTRIES)
+    for point in points:
         assert point.flop_per_s <= min(sheet.flop_per_s, point.intensity * sheet.bytes_per_s), point.entry.case
 
 
-def test_an_ablation_names_what_was_changed() -> None:
-    """LoRA is the base, since most others are one to three fields away from it; factors are of its own numbers."""
-    found = {each.base.case: each for each in ablations_of(ENTRIES)}
-    effects = {effect.entry.case.partition("/")[2]: effect for effect in found["llama-3.2-3b/lora"].effects}
+def test_an_ablation_names_the_changed_fields() -> None:
+    """LoRA is the base, because most other cases differ from it by one to three fields; factors are relative to it."""
+    ablations = {each.base.case: each for each in ablations_of(ENTRIES)}
+    effects = {effect.entry.case.partition("/")[2]: effect for effect in ablations["llama-3.2-3b/lora"].effects}
     assert effects["lora-gc"].changes == ("checkpointing non-reentrant",)
     assert effects["full-bf16"].changes == ("no adapter",)
     assert effects["lora-bf16"].changes == ("dtype bfloat16",)
@@ -70,7 +71,7 @@ def test_an_ablation_names_what_was_changed() -> None:
 
 
 def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
-    """The report's seven variants fill all eight; each names machine and stack, and its values are written beside its bars."""
+    """The original report's seven variants fill all eight pictures, each with machine, stack and units."""
     chosen = [entry for entry in ENTRIES if entry.case.partition("/")[2] in ORIGINAL]
     drawn = draw_all(chosen, tmp_path / "plots", ["svg"])
     assert [path.name for path in drawn] == [f"{name}.svg" for name in PICTURES]
@@ -87,7 +88,7 @@ def test_every_picture_is_drawn_with_units_and_captions(tmp_path: Path) -> None:
 
 
 def test_a_picture_says_what_it_leaves_out() -> None:
-    """Of 200 cases bars show the first thirty, and their titles count the others."""
+    """Of 200 cases the bars show the first thirty, and their titles count the others."""
     entries = entries_of(many(200))
     titles = {name: [panel.title for panel in panels_of(entries)] for name, panels_of in PICTURES.items()}
     for name in ("inference-memory", "inference-latency", "inference-throughput", "finetune", "memory-categories"):
@@ -104,7 +105,7 @@ def test_a_picture_says_what_it_leaves_out() -> None:
     st.lists(st.integers(0, 2**40), min_size=3, max_size=3),
 )
 def test_any_timeline_is_a_chart(events: list[int], sizes: list[int]) -> None:
-    """Whatever the events and bytes, the chart's numbers are finite and its areas do not overlap."""
+    """For any events and bytes, the chart's numbers are finite and its areas do not overlap."""
     timeline = MemoryTimeline(
         phases=("forward",),
         events=tuple(events),
@@ -119,14 +120,14 @@ def test_any_timeline_is_a_chart(events: list[int], sizes: list[int]) -> None:
 
 
 def test_small_memory_is_in_small_units() -> None:
-    """A peak of some MiB stands on an axis in MiB, that of an H100 on one in GiB."""
+    """A peak of some MiB has an axis in MiB, and that of an H100 one in GiB."""
     tiny = [each for each in read_records([H100.parent / "cpu" / "tiny"]).records if each.case.id == "tiny/lora"]
     for records, unit in ((tiny, "MiB"), (measured()[-1:], "GiB")):
         memory = finetune(entries_of(records))[-1].chart.to_dict(validate=False)
         assert f"{unit} allocated by tensors" in json.dumps(memory)
 
 
-def test_pictures_of_hostile_names_are_pictures(tmp_path: Path) -> None:
+def test_hostile_names_stay_text_in_pictures(tmp_path: Path) -> None:
     """Markup and mathematics in a name stay text, and nothing is written outside the folder."""
     record = next(record for record in measured() if record.case.id == "llama-3.2-3b/lora")
     machine = msgspec.structs.replace(record.circumstances.machine, name="<script>$\\frac{1}{0}$ ../../x")
@@ -140,8 +141,8 @@ def test_pictures_of_hostile_names_are_pictures(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plots"]
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
-    """A record without numbers gives no picture, one sentence, and no folder."""
+def test_records_without_numbers_are_refused(tmp_path: Path) -> None:
+    """Records without numbers give one sentence and no folder."""
     with pytest.raises(SpecError, match="None of 1 cases has a number"):
         draw_all(entries_of([failed(measured()[0], "x")]), tmp_path / "plots", ["svg"])
     assert not (tmp_path / "plots").exists()

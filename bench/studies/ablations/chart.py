@@ -18,7 +18,7 @@ from bench.studies.ablations.ladder import Ladder, Step, read_ladders
 from hpc_core.baselines.reading import plain
 from hpc_core.case.errors import SpecError
 from hpc_core.record.files import write_whole
-from hpc_core.report.charts import Panel, bar_panel
+from hpc_core.report.chart_parts import Panel, bar_panel
 from hpc_core.report.pictures import picture
 
 _COLOURS = {"stock": "#999999", "tuned": "#0072B2"}  # of Okabe and Ito's palette

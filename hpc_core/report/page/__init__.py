@@ -23,8 +23,8 @@ from hpc_core.case.case import case_to_json
 from hpc_core.gate.verdict import MetricVerdict
 from hpc_core.record import units
 from hpc_core.record.version import __version__
-from hpc_core.report import charts
-from hpc_core.report.charts import Panel
+from hpc_core.report import charts, charts_memory
+from hpc_core.report.chart_parts import Panel
 from hpc_core.report.entry import BUSY, NOTHING, WALL, Entry
 from hpc_core.report.terminal import caption
 
@@ -218,7 +218,12 @@ def _machines(entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[dict
 def _panels(entries: Sequence[Entry]) -> list[Panel]:
     drawn = [entry for entry in entries if entry.metrics]
     panels = [panel for panels_of in charts.PICTURES.values() for panel in panels_of(drawn)]
-    return [*panels, *charts.own_steps(drawn), *charts.sessions(drawn), *charts.timelines(entries)[:_MOST_TIMELINES]]
+    return [
+        *panels,
+        *charts.own_steps(drawn),
+        *charts.sessions(drawn),
+        *charts_memory.timelines(entries)[:_MOST_TIMELINES],
+    ]
 
 
 def _details_within(entries: Sequence[Entry], most_bytes: int) -> list[dict[str, Any]]:
