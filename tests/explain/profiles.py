@@ -1,4 +1,4 @@
-"""Records with small profiles for the tests of explanations and of the reports that show them."""
+"""Records with small profiles, for tests of explanations and of the reports that show them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MODULES = {
 
 
 def a_profile(*pieces: Piece, operators: tuple[OperatorUse, ...] = (), **changes: object) -> Profile:
-    """A step of a model with an MLP in each of 28 layers and a head, holding these at its peak."""
+    """A step of a model with an MLP in each of 28 layers and a head, with these pieces at its peak."""
     plain = Profile(work="one step", phases=("forward",), modules=MODULES, at_peak=pieces, operators=operators)
     return msgspec.structs.replace(plain, **changes)
 
 
-def seen(profile: Profile | None, peak_bytes: int = 2 * GIB, **metrics: Metric) -> Record:
+def profiled_record(profile: Profile | None, peak_bytes: int = 2 * GIB, **metrics: Metric) -> Record:
     """A sound record on an H100 with this profile."""
     return a_record({"peak_bytes": peak(peak_bytes), "operators": counted()} | metrics, profile=profile)
 

@@ -1,4 +1,4 @@
-"""Explanations of two records by example, and laws that hold for any two profiles."""
+"""Examples of explanations of two records, and laws that hold for any two profiles."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.explain.profiles import (
     MLP,
     MODULES,
     a_profile,
-    seen,
+    profiled_record,
     weights,
 )
 from tests.strategies import H100, around, busy, counted, peak
@@ -52,11 +52,11 @@ def lines(before: Record, now: Record) -> tuple[str, ...]:
     return () if cause is None else cause.lines
 
 
-def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> None:
-    """Activations of the MLP grew: the line names them, the layers and the operators, and says that weights are as before."""
+def test_the_first_line_names_category_module_and_operator() -> None:
+    """The first line names the grown activations, their module, layers and operator, and that weights are as before."""
     grown = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
 
-    first, second = lines(seen(a_profile(weights())), seen(a_profile(weights(), grown), 3 * GIB))
+    first, second = lines(profiled_record(a_profile(weights())), profiled_record(a_profile(weights(), grown), 3 * GIB))
 
     assert first == (
         "peak +1.00 GiB: activations +1.00 GiB in LlamaMLP (layers.*.mlp, 28 layers): act_fn by silu; weights as before"
@@ -65,13 +65,13 @@ def test_the_two_lines_say_category_module_operator_and_what_did_not_move() -> N
 
 
 def test_a_fact_that_does_not_hold_is_part_of_the_first_line() -> None:
-    """The first line also names a fact of the audit that does not hold, and a forward that no longer runs twice."""
+    """The first line names a fact of the audit that does not hold, and a forward that no longer runs twice."""
     now = msgspec.structs.replace(
-        seen(a_profile(modules=MODULES | {MLP: ModuleSeen("LlamaMLP", 28, 28)}), 3 * GIB),
+        profiled_record(a_profile(modules=MODULES | {MLP: ModuleSeen("LlamaMLP", 28, 28)}), 3 * GIB),
         audit={"checkpointing": Fact(asked="on", seen="off")},
     )
 
-    first, _ = lines(seen(a_profile()), now)
+    first, _ = lines(profiled_record(a_profile()), now)
 
     assert "checkpointing seen 'off', asked for 'on'" in first
     assert "forwards of LlamaMLP (model.layers.*.mlp) 56 → 28: no longer recomputed" in first
@@ -81,8 +81,8 @@ def test_kernels_are_listed_by_module_and_as_new_or_gone() -> None:
     """A kernel that only the new run launches is listed with its module, family and launches."""
     old = KernelUse(MLP, "aten.mm.default", "gemm_a", "gemm", 28, 0.02)
     new = KernelUse(MLP, "aten.add.Tensor", "add_b", "elementwise", 28, 0.005)
-    before = seen(a_profile(kernels=(old,)), busy_s=busy(0.25), kernels=counted(280))
-    now = seen(a_profile(kernels=(old, new)), busy_s=busy(0.255), kernels=counted(308))
+    before = profiled_record(a_profile(kernels=(old,)), busy_s=busy(0.25), kernels=counted(280))
+    now = profiled_record(a_profile(kernels=(old, new)), busy_s=busy(0.255), kernels=counted(308))
 
     cause = explain(before_of(before), now)
 
@@ -92,13 +92,15 @@ def test_kernels_are_listed_by_module_and_as_new_or_gone() -> None:
 
 
 def test_a_much_slower_kernel_comes_before_one_more_launch() -> None:
-    """A head in float32 launches as many products as before, twenty times as slow, and one more copy: the products come first. A few per cent could be noise, and come after the copy."""
+    """A kernel twenty times as slow comes before one more copy; one slower by a few per cent comes after it, as it may be noise."""
     copy = KernelUse(MLP, "aten._to_copy.default", "copy_c", "copy", 1, 1e-5)
 
     def first_line(product_s: float) -> str:
         def side(seconds: float, launched: int, *more: KernelUse) -> Record:
             product = KernelUse(HEAD, "aten.mm.default", "gemm_a", "gemm", 3, seconds)
-            return seen(a_profile(kernels=(product, *more)), busy_s=busy(0.02 + seconds), kernels=counted(launched))
+            return profiled_record(
+                a_profile(kernels=(product, *more)), busy_s=busy(0.02 + seconds), kernels=counted(launched)
+            )
 
         cause = explain(before_of(side(3e-3, 280)), side(product_s, 290, copy))
         assert cause is not None
@@ -111,12 +113,15 @@ def test_a_much_slower_kernel_comes_before_one_more_launch() -> None:
     assert "gemm" not in nothing
 
 
-def test_what_moved_around_is_in_the_second_line() -> None:
-    """Packages that moved are named as suspects, and a field of the case that changed is too."""
-    before = seen(a_profile(weights()))
-    moved = around(H100, stack=before.circumstances.stack | {"transformers": "99.0"})
+def test_the_second_line_names_moved_packages() -> None:
+    """Packages that circumstances are named in the second line."""
+    before = profiled_record(a_profile(weights()))
+    circumstances = around(H100, stack=before.circumstances.stack | {"transformers": "99.0"})
 
-    _, second = lines(before, msgspec.structs.replace(seen(a_profile(weights(2 * GIB)), 3 * GIB), circumstances=moved))
+    _, second = lines(
+        before,
+        msgspec.structs.replace(profiled_record(a_profile(weights(2 * GIB)), 3 * GIB), circumstances=circumstances),
+    )
 
     assert "moved: transformers" in second
     assert "→ 99.0" in second
@@ -124,8 +129,8 @@ def test_what_moved_around_is_in_the_second_line() -> None:
 
 def test_without_profiles_categories_explain() -> None:
     """Without a profile the baseline is explained by category, and the details say how to get more."""
-    before = seen(None, at_peak_activations_bytes=peak(GIB))
-    now = seen(a_profile(weights()), 3 * GIB, at_peak_activations_bytes=peak(2 * GIB))
+    before = profiled_record(None, at_peak_activations_bytes=peak(GIB))
+    now = profiled_record(a_profile(weights()), 3 * GIB, at_peak_activations_bytes=peak(2 * GIB))
 
     cause = explain(before_of(before), now)
 
@@ -164,7 +169,7 @@ def test_changes_by_block_add_up(old: Profile, new: Profile) -> None:
 @given(_PROFILES, _PROFILES)
 def test_any_two_profiles_are_explained_in_two_lines(old: Profile, new: Profile) -> None:
     """There are two lines whenever something differs, and none when nothing does, in both directions."""
-    before, now = (seen(each, 2**41 + each.peak_bytes) for each in (old, new))
+    before, now = (profiled_record(each, 2**41 + each.peak_bytes) for each in (old, new))
     for one, other in ((before, now), (now, before)):
         cause = explain(before_of(one), other)
         assert cause is None or (len(cause.lines) == 2 and not any("\n" in line for line in cause.lines))
@@ -174,27 +179,27 @@ def test_any_two_profiles_are_explained_in_two_lines(old: Profile, new: Profile)
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1000), st.floats(0, 1)), max_size=30))
 def test_every_launch_is_attributed_once(launches: list[tuple[int, int, float]]) -> None:
-    """Kernels inside an operator's range on their thread belong to it, all others to no module, and none is lost."""
+    """Kernels within an operator's range on its thread belong to it, all others to no module, and none is lost."""
     ranges = [Range(1, start, start + 50, f"m{start}", "aten.mm.default") for start in range(0, 1000, 100)]
     work = [DeviceWork("k", seconds, None if thread == 3 else (thread, at)) for thread, at, seconds in launches]
 
-    found = attributed(ranges, work)
+    attribution = attributed(ranges, work)
 
-    assert sum(use.launches for use in found) == len(work)
+    assert sum(use.launches for use in attribution) == len(work)
     inside = sum(thread == 1 and at % 100 <= 50 and at < 1000 for thread, at, _ in launches)
-    assert sum(use.launches for use in found if use.module) == inside
+    assert sum(use.launches for use in attribution if use.module) == inside
 
 
 def test_a_profile_has_a_file_of_its_own(tmp_path: Path) -> None:
-    """Accepting writes the profile to its own file, with the same bytes each time, and leaves it out of the history."""
-    record = seen(a_profile(weights()))
+    """Accepting writes the profile to its own file, with the same bytes each time, and not into the history."""
+    record = profiled_record(a_profile(weights()))
     key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
     path = profile_path(tmp_path, key, record.case.id)
-    once = path.read_bytes()
+    first_bytes = path.read_bytes()
     accept(tmp_path, record, reason="again")
 
-    assert path.read_bytes() == once
+    assert path.read_bytes() == first_bytes
     assert b"held bfloat16" not in path.with_name("lora.history.jsonl").read_bytes()
     assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
 
@@ -218,7 +223,7 @@ def baseline_of(root: Path, record: Record) -> Baseline:
 
 def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
     """A damaged profile, or one of a record with another peak, is ignored; accepting a record without a profile removes the old one."""
-    record = seen(a_profile(weights()))
+    record = profiled_record(a_profile(weights()))
     key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
     path, baseline = profile_path(tmp_path, key, record.case.id), baseline_of(tmp_path, record)
@@ -227,17 +232,17 @@ def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
     assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=other)) is None
     path.write_bytes(path.read_bytes()[:-9])
     assert last_profile(tmp_path, key, baseline) is None
-    accept(tmp_path, seen(None), reason="of an older hpc-core")
+    accept(tmp_path, profiled_record(None), reason="of an older hpc-core")
     assert not path.exists()
 
 
-def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path) -> None:
-    """A record with the same bytes and counts can add its profile; one with others, or with a fault, is refused. No other file changes."""
-    accept(tmp_path, seen(None), reason="of an older hpc-core")
+def test_a_profile_can_be_added_to_an_unchanged_baseline(tmp_path: Path) -> None:
+    """A record with the same bytes and counts can add its profile and changes no other file; any other record is refused."""
+    accept(tmp_path, profiled_record(None), reason="of an older hpc-core")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
-    record = seen(a_profile(weights()))
+    record = profiled_record(a_profile(weights()))
 
-    for refused in (seen(a_profile(weights()), 3 * GIB), seen(None), faulted(record)):
+    for refused in (profiled_record(a_profile(weights()), 3 * GIB), profiled_record(None), faulted(record)):
         with pytest.raises(BaselineError):
             keep_profile(tmp_path, refused)
     path = keep_profile(tmp_path, record)
@@ -248,76 +253,80 @@ def test_a_profile_can_be_added_to_a_baseline_that_stays_as_it_is(tmp_path: Path
 
 
 def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(tmp_path: Path) -> None:
-    """Two GPU models give a case the same bytes and operators but other times, so the profile is stored without kernels, and the explanation says so."""
+    """Another GPU's profile is stored without its kernels, whose times differ, and the explanation names that GPU."""
     use = KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25)
     took = busy(0.25)
-    accept(tmp_path, seen(None, kernels=counted(280), busy_s=took), reason="of an older hpc-core")
-    here = seen(None).circumstances.machine.key
-    there = elsewhere(seen(a_profile(weights(), kernels=(use,)), kernels=counted(281), busy_s=took))
+    accept(tmp_path, profiled_record(None, kernels=counted(280), busy_s=took), reason="of an older hpc-core")
+    here = profiled_record(None).circumstances.machine.key
+    there = elsewhere(profiled_record(a_profile(weights(), kernels=(use,)), kernels=counted(281), busy_s=took))
     with pytest.raises(BaselineError, match="no sound baseline"):
         keep_profile(tmp_path, there)
     with pytest.raises(BaselineError, match=f"nvidia-h300. Machines here: {here}"):
         keep_profile(tmp_path, there, "nvidia-h300")
     with pytest.raises(BaselineError, match="peak_bytes of the record differ from the baseline's"):
-        keep_profile(tmp_path, elsewhere(seen(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here)
+        keep_profile(
+            tmp_path, elsewhere(profiled_record(a_profile(weights()), 3 * GIB, kernels=counted(280), busy_s=took)), here
+        )
 
     keep_profile(tmp_path, there, here)
-    keep_profile(tmp_path, there, here)  # again: a lent one may be replaced
+    keep_profile(tmp_path, there, here)  # another machine's profile may be replaced
 
-    baseline = baseline_of(tmp_path, seen(None))
+    baseline = baseline_of(tmp_path, profiled_record(None))
     assert last_profile(tmp_path, here, baseline) == a_profile(weights())
-    now = seen(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, kernels=counted(280), busy_s=took)
+    now = profiled_record(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, kernels=counted(280), busy_s=took)
     cause = stored_cause(tmp_path, now, None)
     assert cause is not None
     assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
     assert cause.details[-1].startswith("the baseline's profile is of NVIDIA H200,")
     without = stored_cause(tmp_path, msgspec.structs.replace(now, profile=None), None)
     assert without is not None
-    assert not any("profile is of" in text for text in without.details), "nothing is compared by module, lent or not"
-    keep_profile(tmp_path, seen(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here)
+    assert not any("profile is of" in text for text in without.details), "nothing is compared by module"
+    keep_profile(
+        tmp_path, profiled_record(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here
+    )
     with pytest.raises(BaselineError, match="has its own profile, which holds more than one of NVIDIA H200"):
         keep_profile(tmp_path, there, here)
     own = last_profile(tmp_path, here, baseline)
     assert own is not None
-    assert own.kernels == (use,), "the key of one's own machine leaves kernels in"
+    assert own.kernels == (use,), "a machine's own profile keeps its kernels"
     own_cause = stored_cause(tmp_path, now, None)
     assert own_cause is not None
     assert not any("profile is of" in text for text in own_cause.details)
 
 
 def elsewhere(record: Record) -> Record:
-    """The same on another model of GPU."""
+    """The same record on another model of GPU."""
     machine = msgspec.structs.replace(record.circumstances.machine, key="nvidia-h200-140gib", name="NVIDIA H200")
     return msgspec.structs.replace(record, circumstances=msgspec.structs.replace(record.circumstances, machine=machine))
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
-def test_a_profile_explains_what_has_all_its_counts_and_no_other(tmp_path: Path, has_kernels: bool) -> None:
-    """A profile with one count less, more or different is ignored; the count of kernels does not matter to a profile without kernels."""
+def test_a_profile_explains_only_a_baseline_with_its_counts(tmp_path: Path, has_kernels: bool) -> None:
+    """A profile is ignored if one count is missing, added or different; kernels matter only if it has kernels."""
     uses = (KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25),) if has_kernels else ()
-    record = seen(a_profile(weights(), kernels=uses), kernels=counted(280))
+    record = profiled_record(a_profile(weights(), kernels=uses), kernels=counted(280))
     accept(tmp_path, record, reason="first")
     key, baseline = record.circumstances.machine.key, baseline_of(tmp_path, record)
 
-    def found(**metrics: Metric) -> Profile | None:
+    def stored_with(**metrics: Metric) -> Profile | None:
         return last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=baseline.metrics | metrics))
 
-    assert found() == record.profile
-    assert found(operators=counted(9)) is None
-    assert found(copies=counted(3)) is None, "a count that the profile's record did not have"
+    assert stored_with() == record.profile
+    assert stored_with(operators=counted(9)) is None
+    assert stored_with(copies=counted(3)) is None, "a count that the profile's record did not have"
     fewer = {name: metric for name, metric in baseline.metrics.items() if name != "operators"}
     assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=fewer)) is None
-    assert (found(kernels=counted(281)) is None) == has_kernels
+    assert (stored_with(kernels=counted(281)) is None) == has_kernels
 
 
 def faulted(record: Record) -> Record:
-    around_it = msgspec.structs.replace(record.circumstances, fault="extra-clone")
-    return msgspec.structs.replace(record, circumstances=around_it)
+    circumstances = msgspec.structs.replace(record.circumstances, fault="extra-clone")
+    return msgspec.structs.replace(record, circumstances=circumstances)
 
 
-def test_the_stored_baseline_is_all_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_stored_baseline_gives_the_cause(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A record and the folder of baselines give the cause, in Python and by the command; a passing record has none."""
-    before, now = seen(a_profile(weights())), seen(a_profile(weights(2 * GIB)), 3 * GIB)
+    before, now = profiled_record(a_profile(weights())), profiled_record(a_profile(weights(2 * GIB)), 3 * GIB)
     accept(tmp_path / "baselines", before, reason="first")
     (tmp_path / "now.json").write_bytes(record_to_json(now))
     lookup = find(tmp_path / "baselines", now.circumstances.machine.key, now.case.id)
@@ -341,17 +350,19 @@ def test_blocks_are_the_parts_of_a_layer() -> None:
 
 def test_a_record_with_a_profile_equals_its_json() -> None:
     """A profile survives the JSON of its record, and an old record without one is still read."""
-    record = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 3),)))
+    record = profiled_record(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 3),)))
     assert record_from_json(record_to_json(record)) == record
-    assert record_from_json(record_to_json(seen(None))).profile is None
+    assert record_from_json(record_to_json(profiled_record(None))).profile is None
 
 
 def test_what_got_worse_comes_before_what_got_better() -> None:
     """Without a judgement, memory that grew a little comes before operators that fell by half."""
     grown = a_profile(weights(2 * GIB), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 1),))
-    before = seen(a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB)
+    before = profiled_record(
+        a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB
+    )
 
-    first, second = lines(before, seen(grown, 21 * GIB, operators=counted(800)))
+    first, second = lines(before, profiled_record(grown, 21 * GIB, operators=counted(800)))
 
     assert first.startswith("peak +1.00 GiB")
     assert second.startswith("also operators -817, -50.53 %: mm -8 in LlamaMLP")

@@ -23,8 +23,8 @@ def baseline(record: Record, **changes: Any) -> Baseline:
     return msgspec.structs.replace(unstored(record, reason="r"), **changes)
 
 
-def stored(held: dict[str, Metric]) -> Baseline:
-    """Return a baseline of the default case that holds these metrics, sound or not."""
+def stored(metrics: dict[str, Metric]) -> Baseline:
+    """Return a baseline of the default case with these metrics, sound or not."""
     case = a_case()
     return Baseline(
         schema=SCHEMA,
@@ -35,7 +35,7 @@ def stored(held: dict[str, Metric]) -> Baseline:
         stack=STACK,
         python="3.11.9",
         accepted=Accepted(reason="r", at="2026-11-23T12:00:00+00:00", commit=None, dirty=None),
-        metrics=held,
+        metrics=metrics,
     )
 
 

@@ -40,14 +40,14 @@ def judged(
     """Return the verdict on these processes against an accepted busy time of 0.2 s."""
     middle = sorted(processes)[len(processes) // 2]
     record = a_record({name: busy(middle, samples=processes)}, **changes)
-    held = sessions if sessions is None or isinstance(sessions, dict) else {name: sessions}
+    by_metric = sessions if sessions is None or isinstance(sessions, dict) else {name: sessions}
     lookup = stored({name: busy(0.2)})
-    (row,) = judge(record, lookup, Limits(), sessions=held, alpha=alpha).metrics
+    (row,) = judge(record, lookup, Limits(), sessions=by_metric, alpha=alpha).metrics
     return row
 
 
 @pytest.mark.parametrize(
-    ("processes", "sessions", "verdict", "said"),
+    ("processes", "sessions", "verdict", "reason"),
     [
         ((0.2, 0.2002, 0.2001), STEADY, "PASS", "by 3 processes against 5 sessions"),
         ((0.2, 0.2002, 0.2001), None, "PASS", "by 3 processes against 1 session, between sessions 0.3 % assumed"),
@@ -59,24 +59,24 @@ def judged(
         ((0.2, 0.2, 0.2), [*STEADY, (0.0,)], "INVALID", "holds a busy_s that is not above 0"),
     ],
 )
-def test_against_sessions(processes: tuple[float, ...], sessions: Any, verdict: str, said: str) -> None:
-    """The interval decides, and the reason states it and what it rests on; sessions that differ widely decide nothing."""
+def test_against_sessions(processes: tuple[float, ...], sessions: Any, verdict: str, reason: str) -> None:
+    """The interval decides, and the reason gives it and its samples; sessions that differ widely decide nothing."""
     row = judged(*processes, sessions=sessions)
     assert row.verdict.value == verdict
-    assert said in row.reason
+    assert reason in row.reason
     assert (row.interval is None) == (row.alpha is None) == (verdict == "INVALID")
 
 
 def test_the_required_sample_size_decides() -> None:
-    """The stated number of further processes, or sessions, decides if they are like the others; one less does not."""
+    """The stated number of further processes or sessions decides if they are like the others; one fewer does not."""
     spread = SPREADS["train"]
-    for new, old, said in (
+    for new, old, expected in (
         ((0.2052,), [(0.2, 0.2, 0.2001)] * 5, "2 more processes"),
         ((0.207, 0.207, 0.207), [(0.2, 0.2, 0.2001)], "2 more accepted sessions, or an A/B"),
     ):
         distance = stored_distance(new, old, spread)
         text = required_sample_size(distance, 0.001, 0.02, "lower")
-        assert said in text
+        assert expected in text
         count, kind = int(text.split()[0]), "new" if "process" in text else "sessions"
         verdicts = [
             three_way(interval_of(distance.grown(**{kind: more}), 0.001), 0.02, "lower") for more in (count - 1, count)
@@ -88,8 +88,8 @@ def test_the_required_sample_size_decides() -> None:
 
 
 @pytest.mark.parametrize(("new", "sessions"), [(1, 5), (3, 5), (1, 1), (2, 8)])
-def test_the_deviation_is_the_stated_one(new: int, sessions: int) -> None:
-    """between * (1 + 1/K) + within * (1/n_new + 1/n_old), where 1/n is the variance of a median: 1, 1/2, 0.449."""
+def test_the_deviation_follows_its_formula(new: int, sessions: int) -> None:
+    """deviation² = between * (1 + 1/K) + within * (1/n_new + 1/n_old), where 1/n is the variance of a median: 1, 1/2, 0.449."""
     between, within, of_median = 0.02**2, 0.01**2, {1: 1.0, 2: 0.5, 3: 0.44867}
     distance = Distance(
         centre=0.0,
@@ -105,9 +105,9 @@ def test_the_deviation_is_the_stated_one(new: int, sessions: int) -> None:
 
 
 def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
-    """Two busy metrics get half of the case's level each, exact ones none; the line at the end of a run adds up the levels."""
-    held = {"busy_prefill_s": busy(), "busy_decode_token_s": busy(0.01), "kernels": counted()}
-    rows = judge(a_record(held), stored(held), alpha=0.004).metrics
+    """Each of two busy metrics gets half of the case's alpha, exact ones none, and a run's last line adds them up."""
+    metrics = {"busy_prefill_s": busy(), "busy_decode_token_s": busy(0.01), "kernels": counted()}
+    rows = judge(a_record(metrics), stored(metrics), alpha=0.004).metrics
     assert {row.metric: row.alpha for row in rows} == {
         "busy_prefill_s": 0.002, "busy_decode_token_s": 0.002, "kernels": None,
     }  # fmt: skip
@@ -119,7 +119,7 @@ def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
 
 
 def test_a_stricter_share_alarms_later() -> None:
-    """What is REGRESSED alone is undecided as one of a thousand tests."""
+    """A change that is REGRESSED alone is INCONCLUSIVE as one of a thousand tests."""
     verdicts = [judged(0.2075, 0.2075, 0.2075, alpha=alpha).verdict for alpha in (0.01, 0.00001)]
     assert verdicts == [Verdict.REGRESSED, Verdict.INCONCLUSIVE]
 
@@ -135,7 +135,7 @@ def test_a_stricter_share_alarms_later() -> None:
     ],
 )
 def test_a_difference_of_the_clock(name: str, mhz: float, slower: float, verdict: str) -> None:
-    """A difference that vanishes in cycles is not a change of compute-bound work, either way; decoding follows the memory's clock."""
+    """A difference that vanishes in cycles is no change of compute-bound work; decoding follows the memory's clock."""
     gpu = {"busy": {"during": {"sm_clock_mhz": mhz}}, "after": {"sm_clock_mhz": 345}}
     sessions = {name: [list(each) for each in STEADY] * 2, "sm_clock_mhz": [[1980.0]] * 5}
     processes = [0.2 * slower] * 3
@@ -145,7 +145,7 @@ def test_a_difference_of_the_clock(name: str, mhz: float, slower: float, verdict
 
 
 def test_where_the_clock_is_read() -> None:
-    """The clock of the busy device is preferred to the one after the work; without either there is none."""
+    """The clock while busy is preferred to the one after the work; without either there is none."""
     during, after = {"during": {"sm_clock_mhz": 1755}}, {"sm_clock_mhz": 1980}
     assert sm_clock_mhz({"busy": during, "after": after}) == 1755
     assert sm_clock_mhz({"before": {"sm_clock_mhz": 300}, "after": after}) == 1980
@@ -157,7 +157,7 @@ def test_where_the_clock_is_read() -> None:
     [(0.4, 1.0, "PASS"), (0.2, 1.0, "INCONCLUSIVE"), (0.99, 1.0, "INCONCLUSIVE"), (0.99, 2.5, "REGRESSED")],
 )
 def test_another_share_of_wall_time(share: float, slower: float, verdict: str) -> None:
-    """Where shares differ more than twice, busy time is not compared, unless the share moved because busy time did."""
+    """Busy time is not compared where its shares of wall time differ more than twice, unless it caused that itself."""
     shown = Metric(value=share, unit="ratio", noise="wall", better="higher", depends_on=("case",), gated=False)
     metrics = {"busy_s": busy(0.2 * slower), "busy_share": shown}
     sessions: dict[str, Any] = {"busy_s": STEADY, "busy_share": [(0.45,), (0.41,)]}

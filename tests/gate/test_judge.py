@@ -34,7 +34,7 @@ def only(judgement: Judgement) -> MetricVerdict:
 
 
 def test_what_was_accepted_passes() -> None:
-    """The accepted record itself passes in every gated metric; wall time is not among them."""
+    """The accepted record itself passes in every gated metric, which wall time is not."""
     judgement = judge(a_record(), baseline(a_record()))
     assert judgement.verdict is Verdict.PASS
     assert [row.metric for row in judgement.metrics] == ["busy_s", "operators", "peak_bytes"]
@@ -109,7 +109,7 @@ def test_compared(against: Any, name: str, old: Metric, new: Metric, verdict: st
     ],
 )
 def test_limits(against: Any, limits: Limits, verdict: str, limit: str) -> None:
-    """A percentage replaces the default and its floor; a number is checked in addition."""
+    """A percentage replaces the default tolerance; a number is checked in addition."""
     row = only(against("peak_bytes", peak(GiB), peak(GiB + MiB), limits))
     assert (row.verdict.value, row.limit) == (verdict, limit)
 
@@ -123,12 +123,12 @@ def test_limits_come_from_the_case() -> None:
 
 
 def test_an_absolute_limit_needs_no_baseline() -> None:
-    """A broken ceiling is REGRESSED without a baseline; a kept one does not make the case pass."""
+    """An exceeded limit is REGRESSED without a baseline; one that holds does not make the case pass."""
     record, missing = a_record({"peak_bytes": peak(2 * GiB), "operators": counted()}), Missing(path="p")
-    broken = judge(record, missing, Limits(peak_bytes=GiB))
-    assert (broken.verdict, broken.headline) == (Verdict.REGRESSED, "peak_bytes 2.00 GiB, limit at most 1.00 GiB")
-    kept = judge(a_record({"peak_bytes": peak(GiB)}), missing, Limits(peak_bytes=GiB))
-    assert (kept.verdict, only(kept).verdict) == (Verdict.NO_BASELINE, Verdict.PASS)
+    exceeded = judge(record, missing, Limits(peak_bytes=GiB))
+    assert (exceeded.verdict, exceeded.headline) == (Verdict.REGRESSED, "peak_bytes 2.00 GiB, limit at most 1.00 GiB")
+    within = judge(a_record({"peak_bytes": peak(GiB)}), missing, Limits(peak_bytes=GiB))
+    assert (within.verdict, only(within).verdict) == (Verdict.NO_BASELINE, Verdict.PASS)
 
 
 @pytest.mark.parametrize(
@@ -149,19 +149,19 @@ def test_a_limit_on_what_was_not_measured(metrics: dict[str, Metric], fragment: 
 
 
 @pytest.mark.parametrize(
-    ("machine", "limits", "said", "step"),
+    ("machine", "limits", "reason", "step"),
     [
         (CPU, Limits(busy_s=0.06), "only a GPU has busy_s, and this ran on a CPU", "device='cuda'"),
         (CPU, Limits(kernels="1%"), "only a GPU has kernels, and this ran on a CPU", "device='cuda'"),
         (Machine(key="predicted", name="H100", memory_bytes=80 * GiB), Limits(busy_s=0.06), "a prediction has no times", "on a GPU"),
     ],
 )  # fmt: skip
-def test_a_limit_on_the_wrong_machine(machine: Machine, limits: Limits, said: str, step: str) -> None:
-    """The reason says that the machine can never have the metric, and where the limit belongs; other limits are judged as usual."""
+def test_a_limit_on_the_wrong_machine(machine: Machine, limits: Limits, reason: str, step: str) -> None:
+    """A limit on a metric that the machine cannot have says where it belongs; other limits are judged as usual."""
     record = a_record({"peak_bytes": peak(GiB)}, circumstances=around(machine=machine))
     judgement = judge(record, Missing(path="p"), limits)
     assert judgement.verdict is Verdict.INCOMPATIBLE
-    assert said in judgement.reason
+    assert reason in judgement.reason
     assert step in judgement.next_step
     broken = judge(record, Missing(path="p"), Limits(**limits.named() | {"peak_bytes": GiB // 2}))
     assert (broken.verdict, broken.headline) == (Verdict.REGRESSED, "peak_bytes 1.00 GiB, limit at most 512.00 MiB")
@@ -206,15 +206,15 @@ def test_time_is_inconclusive_across_drivers(against: Any, change: dict[str, str
     ],
 )
 def test_values_that_prove_nothing(name: str, old: Metric, new: Metric, verdict: str, fragment: str) -> None:
-    """A zero or negative measurement is INVALID on either side, another quantity INCOMPATIBLE."""
+    """A zero or negative measurement is INVALID on either side, and another quantity INCOMPATIBLE."""
     lookup = baseline(a_record(), metrics={name: old})
     judgement = judge(a_record({name: new}), lookup)
     assert judgement.verdict.value == verdict
     assert fragment in judgement.headline
 
 
-def test_metrics_that_come_and_go() -> None:
-    """A gated metric that vanished, also by losing its gate, is INCOMPATIBLE, whatever is new beside it."""
+def test_a_vanished_metric_is_incompatible() -> None:
+    """A gated metric that vanished or lost its gate is INCOMPATIBLE, even if another metric is new."""
     lookup = baseline(a_record({"operators": counted(), "kernels": counted()}))
     judgement = judge(a_record({"operators": counted(gated=False), "copies": counted(3)}), lookup)
     verdicts = {row.metric: row.verdict.value for row in judgement.metrics}
@@ -238,8 +238,8 @@ def test_nothing_gated_never_passes() -> None:
     assert judge(a_record({"step_s": wall()}), Missing(path="p")).verdict is Verdict.NO_BASELINE
 
 
-def test_the_gravest_leads() -> None:
-    """The worst metric decides, the largest of its kind is named first, and the others are counted."""
+def test_the_worst_metric_leads() -> None:
+    """The worst verdict decides, its largest change is named first, and the others are counted."""
     lookup = baseline(a_record({"kernels": counted(100), "operators": counted(100), "copies": counted(9)}))
     judgement = judge(a_record({"kernels": counted(101), "operators": counted(150), "copies": counted(8)}), lookup)
     assert judgement.headline == "operators +50, limit equal (and 1 more REGRESSED)"
@@ -262,7 +262,7 @@ def test_outcomes() -> None:
 
 
 def test_a_new_metric_is_not_judged_and_hides_no_regression() -> None:
-    """Beside a new metric the case keeps its verdict, under strict too, and says how to accept it; accepting has it judged."""
+    """A new metric leaves the case's verdict as it is, says how to accept it, and is judged once accepted."""
     accepted = baseline(a_record({"peak_bytes": peak(GiB)}))
     new = Metric(value=0, unit="bytes", noise="exact", better="lower", **CPU_BYTES)
     good = judge(a_record({"peak_bytes": peak(GiB), "unexplained_bytes": new}), accepted)
@@ -315,8 +315,8 @@ def test_an_accepted_zero_leaves_no_slack() -> None:
         (OlderSchema(path="p", found=7), "INCOMPATIBLE", ("newer schema 7", "Upgrade hpc-core")),
     ],
 )
-def test_what_is_found_in_a_baselines_place(lookup: Any, verdict: str, fragments: tuple[str, ...]) -> None:
-    """Each has its own verdict, text and next step, for the case and for every metric."""
+def test_a_missing_or_unreadable_baseline(lookup: Any, verdict: str, fragments: tuple[str, ...]) -> None:
+    """A missing, damaged, older or newer baseline has its own verdict, text and next step."""
     judgement = judge(a_record(), lookup)
     assert {judgement.verdict.value, *(row.verdict.value for row in judgement.metrics)} == {verdict}
     assert len(judgement.metrics) == 3

@@ -73,15 +73,17 @@ def test_worse_is_never_judged_better(old: int, one: int, other: int, percentage
 
 
 @given(st.dictionaries(names, metrics(), min_size=1, max_size=6), st.randoms(use_true_random=False), st.data())
-def test_order_does_not_matter(held: dict[str, Metric], random: Any, data: st.DataObject) -> None:
+def test_order_does_not_matter(metrics_by_name: dict[str, Metric], random: Any, data: st.DataObject) -> None:
     """The order of metrics, in the record or in the baseline, changes nothing."""
-    seen = dict(data.draw(st.permutations(list(held.items()))))
-    shuffled = list(held.items())
+    permuted = dict(data.draw(st.permutations(list(metrics_by_name.items()))))
+    shuffled = list(metrics_by_name.items())
     random.shuffle(shuffled)
     accepted = {name: metric for name, metric in shuffled if metric.gated and metric.noise != "wall"}
     assume(accepted)
     worse = {name: data.draw(metrics()) for name in accepted}
-    assert judge(a_record(held), stored(gated_metrics(a_record(held)))) == judge(a_record(seen), stored(accepted))
+    assert judge(a_record(metrics_by_name), stored(gated_metrics(a_record(metrics_by_name)))) == judge(
+        a_record(permuted), stored(accepted)
+    )
     backwards = dict(reversed(list(worse.items())))
     assert judge(a_record(worse), stored(accepted)) == judge(a_record(backwards), stored(accepted))
 
@@ -98,20 +100,20 @@ def test_what_was_accepted_passes(record: Record) -> None:
 
 
 @given(st.dictionaries(names, metrics(), min_size=1, max_size=4), metrics())
-def test_a_new_metric_changes_no_verdict(held: dict[str, Metric], new: Metric) -> None:
-    """A metric that the baseline lacks leaves the verdict and every other metric's row as they are, unless it is INVALID itself."""
-    record = a_record(held)
+def test_a_new_metric_changes_no_verdict(metrics_by_name: dict[str, Metric], new: Metric) -> None:
+    """A metric that the baseline lacks changes no verdict or row of other metrics, unless it is INVALID itself."""
+    record = a_record(metrics_by_name)
     accepted = stored(gated_metrics(record))
-    assume(accepted.metrics and "new" not in held and new.value > 0)
-    before, after = judge(record, accepted), judge(a_record(held | {"new": new}), accepted)
+    assume(accepted.metrics and "new" not in metrics_by_name and new.value > 0)
+    before, after = judge(record, accepted), judge(a_record(metrics_by_name | {"new": new}), accepted)
     assert after.verdict is before.verdict
     assert [row for row in after.metrics if row.metric != "new"] == list(before.metrics)
 
 
 @given(records(), st.dictionaries(names, metrics(), max_size=4))
-def test_judging_never_raises_and_always_explains(record: Record, held: dict[str, Metric]) -> None:
-    """Any record against any baseline gives a verdict, and all but PASS say why and what to do."""
-    judgement = judge(record, stored(held))
+def test_judging_never_raises_and_always_explains(record: Record, metrics_by_name: dict[str, Metric]) -> None:
+    """Any record against any baseline gives a verdict, and each but PASS says why and what to do."""
+    judgement = judge(record, stored(metrics_by_name))
     assert judgement.headline
     for row in judgement.metrics:
         assert row.reason
@@ -145,20 +147,20 @@ def test_the_unit_of_time_does_not_matter(
 def test_directions_mirror_each_other(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, allowed: float
 ) -> None:
-    """An interval and its mirror image get one verdict where lower and where higher is better; "same" takes the graver one."""
-    seen = busy_interval(new, old, spread, alpha)
+    """An interval and its mirror image get one verdict where lower and where higher is better; "same" takes the worse one."""
+    interval = busy_interval(new, old, spread, alpha)
     mirrored = msgspec.structs.replace(
-        seen, low=-seen.high, high=-seen.low, pass_low=-seen.pass_high, pass_high=-seen.pass_low
+        interval, low=-interval.high, high=-interval.low, pass_low=-interval.pass_high, pass_high=-interval.pass_low
     )
-    lower, higher = three_way(seen, allowed, "lower"), three_way(seen, allowed, "higher")
+    lower, higher = three_way(interval, allowed, "lower"), three_way(interval, allowed, "higher")
     assert three_way(mirrored, allowed, "higher") is lower
     assert three_way(mirrored, allowed, "lower") is higher
-    assert (three_way(seen, allowed, "same") is Verdict.REGRESSED) == (Verdict.REGRESSED in (lower, higher))
-    assert (three_way(seen, allowed, "same") is Verdict.PASS) == (lower is higher is Verdict.PASS)
+    assert (three_way(interval, allowed, "same") is Verdict.REGRESSED) == (Verdict.REGRESSED in (lower, higher))
+    assert (three_way(interval, allowed, "same") is Verdict.PASS) == (lower is higher is Verdict.PASS)
 
 
 @given(processes, stored_sessions, families, levels, st.floats(0.0, 1.0), tolerances)
-def test_a_tighter_level_decides_no_more(
+def test_a_smaller_alpha_decides_no_more(
     new: list[float], old: list[list[float]], spread: Any, alpha: float, share: float, allowed: float
 ) -> None:
     """Allowing fewer false alarms never makes anything REGRESSED, and never changes what passes."""
@@ -171,10 +173,10 @@ def test_a_tighter_level_decides_no_more(
 
 @given(st.lists(processes, min_size=2, max_size=7), families, levels, tolerances, st.floats(1.0, 4.0), st.booleans())
 def test_more_spread_decides_no_more(
-    held: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, within: bool
+    drawn: list[list[float]], spread: Any, alpha: float, allowed: float, factor: float, within: bool
 ) -> None:
-    """The same medians, further apart between sessions or within them, never decide what was undecided."""
-    new, *old = held
+    """The same medians, further apart between or within sessions, never decide what was undecided."""
+    new, *old = drawn
     middle = math.exp(statistics.fmean(math.log(statistics.median(each)) for each in old))
 
     def wider(session: list[float]) -> list[float]:
@@ -185,7 +187,7 @@ def test_more_spread_decides_no_more(
 
     before = busy_interval(new, old, spread, alpha)
     after = busy_interval(wider(new) if within else new, [wider(each) for each in old], spread, alpha)
-    assume(after.centre == pytest.approx(before.centre, abs=1e-9))  # the median of two is no power's mean
+    assume(after.centre == pytest.approx(before.centre, abs=1e-9))  # stretching two values moves their median
     assert after.low <= before.low + 1e-9
     assert after.pass_high >= before.pass_high - 1e-9
     graver = three_way(before, allowed, "lower")

@@ -1,4 +1,4 @@
-"""A pull request is judged by the merge base; editing a baseline is no free pass."""
+"""A pull request is judged by the merge base, so editing a baseline does not excuse a regression."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ def of_record(record: Record, base: Lookup, head: Lookup, limits: Limits | None 
 
 
 def judged(base: int | Lookup, head: int | Lookup, new: int, **more: Any) -> Judgement:
-    """Judge a peak of `new` bytes, with these accepted at the merge base and in the pull request."""
+    """Judge a peak of `new` bytes against the baselines of the merge base and of the pull request."""
     old, own = (stored({"peak_bytes": peak(each)}) if isinstance(each, int) else each for each in (base, head))
     return of_record(a_record({"peak_bytes": peak(new)}), old, own, **more)
 
 
 @given(values, values)
 def test_an_untouched_baseline_is_judged_plainly(base: int, new: int) -> None:
-    """If the pull request leaves the baseline alone, the judgement is the plain one."""
+    """A pull request that leaves the baseline alone is judged by it as usual."""
     assert judged(base, base, new) == judge(a_record({"peak_bytes": peak(new)}), stored({"peak_bytes": peak(base)}))
 
 
 @given(values, values, values)
-def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, new: int) -> None:
-    """A test passes only if the record is no worse than the pull request's baseline, that baseline is no worse than the record,
-    and what is worse than the merge base's was accepted as it is. Worse than the merge base is always REGRESSED.
+def test_a_test_passes_only_if_both_baselines_agree(base: int, head: int, new: int) -> None:
+    """A test passes only if the record equals what the pull request accepts or is no worse than the merge base.
+
+    The pull request's baseline must not be worse than the record. Worse than the merge base is always REGRESSED.
     """
     judgement = judged(base, head, new)
     alone = {name: judged(value, value, new).verdict for name, value in (("base", base), ("head", head))}
@@ -57,7 +58,7 @@ def test_a_test_passes_only_where_both_baselines_say_so(base: int, head: int, ne
 
 
 def test_the_excuse_states_what_was_accepted() -> None:
-    """The excuse states both values and the reason; a baseline that does not fit is named."""
+    """The excuse gives both values and the reason; a baseline that does not fit the record is named."""
     [excuse] = judged(5 * GiB, 7 * GiB, 7 * GiB).excuses
     assert excuse.text == "accepted in this pull request: peak_bytes 5.00 GiB → 7.00 GiB, reason: r"
     loose = judged(5 * GiB, 9 * GiB, 7 * GiB)
@@ -87,7 +88,7 @@ def test_another_metric_is_not_excused() -> None:
 
 @pytest.mark.parametrize("base", [NONE, Damaged(path="x", reason="y")])
 def test_what_the_merge_base_cannot_judge_is_judged_by_the_new_baseline(base: Lookup) -> None:
-    """A new case passes or fails by the baseline that comes with it, and says that the merge base has none."""
+    """A new case is judged by its own baseline, with the remark that the merge base has none."""
     assert judged(base, GiB, GiB).verdict is Verdict.PASS
     assert judged(base, GiB, 2 * GiB).verdict is Verdict.REGRESSED
     assert "the merge base has none" in judged(base, GiB, GiB).remarks[0]
@@ -106,8 +107,8 @@ def test_a_limit_of_the_owner_is_not_lifted() -> None:
     assert judged(GiB, 2 * GiB, 2 * GiB, limits=Limits(peak_bytes=GiB)).outcome() == "failed"
 
 
-def test_metrics_come_and_go_as_accepted() -> None:
-    """A metric that the pull request adds or drops, with its baseline, passes under strict; dropping is remarked."""
+def test_an_accepted_change_of_metrics_passes() -> None:
+    """A metric added or dropped together with its baseline passes under strict, and dropping is remarked."""
     old: dict[str, Metric] = {"peak_bytes": peak(), "operators": counted()}
     record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
     judgement = of_record(record, stored(old), stored(record.metrics))
@@ -117,7 +118,7 @@ def test_metrics_come_and_go_as_accepted() -> None:
 
 
 def test_a_new_metric_is_judged_by_the_baseline_that_brings_it() -> None:
-    """A metric that neither baseline holds is new and not judged; one that the pull request's baseline holds is judged by it."""
+    """A metric in neither baseline is not judged; one in the pull request's baseline is judged by it."""
     old: dict[str, Metric] = {"peak_bytes": peak()}
     record = a_record({"peak_bytes": peak(), "kernels": counted(5)})
     neither = of_record(record, stored(old), stored({"peak_bytes": peak(1)}))
@@ -138,7 +139,7 @@ def test_what_cannot_be_decided_is_not_excused() -> None:
 
 
 def test_a_failed_run_stays_one() -> None:
-    """No baseline changes the verdict on a run that gave no numbers."""
+    """A run that gave no numbers is INVALID whatever the baselines hold."""
     judgement = of_record(failed_record(), NONE, stored({"peak_bytes": peak()}))
     assert judgement.broken
     assert judgement.verdict is Verdict.INVALID

@@ -28,17 +28,17 @@ def waiver(**changes: Any) -> Waiver:
     return Waiver(**(fields | {"owner": "jane", "expires": TODAY} | changes))
 
 
-def seen(old: Metric, new: Metric, *more: Waiver) -> tuple[Judgement, Judgement, Record]:
-    """Return the judgement without and with waivers."""
+def with_and_without(old: Metric, new: Metric, *more: Waiver) -> tuple[Judgement, Judgement, Record]:
+    """Return the judgement without and with waivers, and the record."""
     record = a_record({"peak_bytes": new, "operators": counted()})
     plain = judge(record, stored({"peak_bytes": old, "operators": counted()}))
     return plain, waived(plain, record, more, TODAY), record
 
 
 def test_a_waived_regression_passes_and_stays_one() -> None:
-    """Within the limit the test passes; the verdict is still REGRESSED, with the owner and the days left."""
+    """A regression within the limit passes; its verdict stays REGRESSED, with the owner and the days left."""
     over = TODAY + datetime.timedelta(days=12)
-    plain, excused, _ = seen(peak(1000 * 2**20), peak(1040 * 2**20), waiver(expires=over))
+    plain, excused, _ = with_and_without(peak(1000 * 2**20), peak(1040 * 2**20), waiver(expires=over))
     assert (plain.outcome(), excused.outcome(), excused.outcome(strict=True)) == ("failed", "passed", "passed")
     assert excused.verdict is Verdict.REGRESSED
     [excuse] = excused.excuses
@@ -47,7 +47,7 @@ def test_a_waived_regression_passes_and_stays_one() -> None:
 
 def test_beyond_its_limit_it_hides_nothing() -> None:
     """A value beyond the limit fails, and the reason says what was waived."""
-    _, judgement, _ = seen(peak(1000 * 2**20), peak(1060 * 2**20), waiver())
+    _, judgement, _ = with_and_without(peak(1000 * 2**20), peak(1060 * 2**20), waiver())
     assert (judgement.outcome(), judgement.excuses) == ("failed", ())
     assert "waived only up to +5 % by jane" in judgement.metrics[0].reason
 
@@ -63,7 +63,7 @@ def test_it_never_hides_more_than_its_limit(old: int, new: int, better: Any, lim
     """A test that passes because of a waiver has a value within the waiver's limit."""
     relative = limit <= 40
     one = waiver(limit=f"{limit}%") if relative else waiver(limit=limit)
-    plain, excused, _ = seen(make(old, better=better), make(new, better=better), one)
+    plain, excused, _ = with_and_without(make(old, better=better), make(new, better=better), one)
     if plain.outcome() == excused.outcome():
         return
     assert (plain.outcome(), excused.outcome()) == ("failed", "passed")
@@ -86,7 +86,7 @@ def test_it_never_makes_anything_worse(entries: Any, old: int, new: int, strict:
         waiver(limit=f"{percent}%", expires=TODAY + datetime.timedelta(days=days), metric=metric)
         for percent, days, metric in entries
     ]
-    plain, excused, _ = seen(peak(old), peak(new), *given_waivers)
+    plain, excused, _ = with_and_without(peak(old), peak(new), *given_waivers)
     assert [(row.metric, row.verdict, row.new) for row in plain.metrics] == [
         (row.metric, row.verdict, row.new) for row in excused.metrics
     ]
@@ -99,10 +99,10 @@ def test_it_never_makes_anything_worse(entries: Any, old: int, new: int, strict:
 def test_its_last_day_counts_and_the_next_does_not() -> None:
     """A waiver holds through its last day; after that it excuses nothing and is reported."""
     last, gone = waiver(), waiver(expires=TODAY - datetime.timedelta(days=3))
-    assert seen(peak(1000 * 2**20), peak(1040 * 2**20), last)[1].outcome() == "passed"
-    assert seen(peak(1000 * 2**20), peak(1040 * 2**20), gone)[1].outcome() == "failed"
-    said = "waiver of peak_bytes of tiny/* by jane expired on 2026-11-21 (3 days ago): remove it or renew it"
-    assert expired([last, gone], TODAY) == expired([last, gone], TODAY, "tiny/lora") == (said,)
+    assert with_and_without(peak(1000 * 2**20), peak(1040 * 2**20), last)[1].outcome() == "passed"
+    assert with_and_without(peak(1000 * 2**20), peak(1040 * 2**20), gone)[1].outcome() == "failed"
+    notice = "waiver of peak_bytes of tiny/* by jane expired on 2026-11-21 (3 days ago): remove it or renew it"
+    assert expired([last, gone], TODAY) == expired([last, gone], TODAY, "tiny/lora") == (notice,)
     assert expired([last, gone], TODAY, "small/lora") == ()
 
 
@@ -125,7 +125,7 @@ def test_the_file_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         (GOOD.replace("reason", "because"), "waiver 1: .*because"),
         (GOOD.replace('owner = "jane"\n', ""), "waiver 1: .*owner"),
@@ -142,7 +142,7 @@ def test_the_file_is_read() -> None:
         ("waiver = [3]", "waiver 1"),
     ],
 )
-def test_a_mistake_in_the_file_is_one_clear_error(text: str, said: str) -> None:
+def test_a_mistake_in_the_file_is_one_clear_error(text: str, expected: str) -> None:
     """Unknown keys, bad dates and limits, missing and repeated entries are named, with the file and the entry."""
-    with pytest.raises(SpecError, match=f"(?s)w.toml.*{said}"):
+    with pytest.raises(SpecError, match=f"(?s)w.toml.*{expected}"):
         waivers_from_toml(text, "w.toml")

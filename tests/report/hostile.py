@@ -1,4 +1,4 @@
-"""What strangers put into records, and what no report of them may hold."""
+"""Hostile texts and numbers for records, and checks of what a report of them must not contain."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ numbers = (
 STYLE = Path(hpc_core.report.page.__file__).with_name("page.css").read_text()
 
 
-class Seen(HTMLParser):
-    """What a browser would make of the page: tags, links, handlers, scripts."""
+class ParsedPage(HTMLParser):
+    """The page as a browser parses it: tags, links, handlers, scripts."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -59,7 +59,7 @@ class Seen(HTMLParser):
         self._within = ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """Note the tag, and whatever in it loads, leads away or runs."""
+        """Note the tag, and any attribute that loads, links elsewhere or runs."""
         self.tags.add(tag)
         self._within = "specs" if ("type", "application/json") in attrs else tag
         for name, value in attrs:
@@ -67,29 +67,29 @@ class Seen(HTMLParser):
                 self.bad.append(f"<{tag} {name}={value!r}>")
 
     def handle_endtag(self, tag: str) -> None:
-        """Text is of no script any more."""
+        """Leave the script."""
         self._within = ""
 
     def handle_data(self, data: str) -> None:
-        """Keep what would run, and the data of charts, which would not."""
+        """Keep the scripts, and the data of charts, which do not run."""
         if self._within == "script":
             self.scripts.append(data)
         if self._within == "specs":
             self.specs += data
 
 
-def seen(text: str) -> Seen:
-    """A page as a browser would read it; its style, which is ours, left out."""
-    parser = Seen()
+def parse(text: str) -> ParsedPage:
+    """Parse a page without its own style sheet."""
+    parser = ParsedPage()
     parser.feed(text.replace(STYLE, ""))
     parser.close()
     return parser
 
 
 def check_page(text: str) -> None:
-    """Check that no tag, link, handler or script is in the page but its own, and that its charts hold names as data alone."""
-    parsed = seen(text)
-    assert parsed.bad == []
+    """Check that the page has only its own tags, links, handlers and scripts, and that its charts hold names only as data."""
+    parsed = parse(text)
+    assert parsed.bad == [], parsed.bad
     assert parsed.tags <= OWN_TAGS
     assert set(parsed.scripts) <= set(KNOWN.scripts)
     for spec in json.loads(parsed.specs or "[]"):
@@ -97,7 +97,7 @@ def check_page(text: str) -> None:
 
 
 def _check_spec(node: object) -> None:
-    """Check that a chart loads nothing, links to this page alone, and evaluates nothing that a record could have written."""
+    """Check that a chart loads nothing, links to this page alone, and evaluates no text of a record."""
     if isinstance(node, list):
         for each in node:
             _check_spec(each)
@@ -108,19 +108,19 @@ def _check_spec(node: object) -> None:
             _check_spec(each)
 
 
-KNOWN = seen(page(entries_of(measured())))
+KNOWN = parse(page(entries_of(measured())))
 TEMPLATE = Path(hpc_core.report.page.__file__).with_name("page.html.jinja").read_text()
 OWN_TAGS = set(re.findall(r"<([a-z0-9]+)", TEMPLATE))
 
 
 def check_error(text: str) -> None:
-    """It is short, and holds no escape sequence."""
+    """Check that an error is short and holds no escape sequence."""
     assert len(text) < 1000
     assert "\x1b" not in text
 
 
 def check_markdown(text: str) -> None:
-    """No tag but the report's own, no mention, no link."""
+    """Check that Markdown has only the report's own tags, and no mention or link."""
     tags = [piece.partition(">")[0] for piece in text.split("<")[1:]]
     assert set(tags) <= {"details", "details open", "summary", "/summary", "/details", "sub", "/sub"}
     assert "@" not in text

@@ -1,4 +1,4 @@
-"""Records for the tests of reports: those that an H100 wrote, under as many ids as are asked for, and some that moved."""
+"""Records for the tests of reports: the H100's committed ones, copied under other ids, changed or failed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def measured() -> tuple[Record, ...]:
 
 
 def many(count: int) -> list[Record]:
-    """So many different cases, each a copy of a measured one."""
+    """`count` different cases, each a copy of a measured one."""
     source = measured()
     copies = []
     for number in range(count):
@@ -39,7 +39,7 @@ def many(count: int) -> list[Record]:
 
 
 def with_metric(record: Record, name: str, factor: float) -> Record:
-    """The record with one metric so many times as large."""
+    """The record with one metric multiplied by `factor`."""
     metric = record.metrics[name]
     value = int(metric.value * factor) if isinstance(metric.value, int) else metric.value * factor
     changed: dict[str, Metric] = {name: msgspec.structs.replace(metric, value=value)}
@@ -47,13 +47,13 @@ def with_metric(record: Record, name: str, factor: float) -> Record:
 
 
 def failed(record: Record, message: str) -> Record:
-    """The case as it would be had it run out of memory."""
+    """The record of the case had it run out of memory."""
     failure = Failure(kind="out_of_memory", phase="build", message=message)
     return msgspec.structs.replace(record, status="failed", failure=failure, metrics={})
 
 
 def written(folder: Path, records: Iterable[Record]) -> Path:
-    """A folder with a file a record, as `--perf-records` writes it."""
+    """The folder with one file per record, as `--perf-records` writes it."""
     for number, record in enumerate(records):
         path = folder / f"{record.case.id}-{number}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def written(folder: Path, records: Iterable[Record]) -> Path:
 
 
 def draw_all(entries: Sequence[Entry], folder: Path, kinds: Sequence[str]) -> list[Path]:
-    """Draw what the command draws; return the files in the order of the pictures."""
+    """Draw what the command draws, and return the files in the order of the pictures."""
     drawn = pictures(entries, folder, kinds)
     for path, content in drawn.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The page in a real browser: the system's Chromium, headless. It renders, sorts, filters, fits a phone, and obeys the keyboard."""
+"""The page in a real browser (headless Chromium) renders, sorts, filters, fits a phone and works with the keyboard alone."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """One for all tests. Root may start it only without its sandbox, as in a container."""
+    """One browser for all tests. Root may start it only without its sandbox, as in a container."""
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -48,7 +48,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The H100's cases against their baselines: one needs a third more memory, one ran out of it, the others are as accepted."""
+    """The H100's cases against their baselines: one needs a third more memory, one ran out of it, the others are unchanged."""
     folder = tmp_path_factory.mktemp("report")
     newest = {record.case.id: record for record in measured()}
     newest["llama-3.2-3b/qlora"] = with_metric(newest["llama-3.2-3b/qlora"], "peak_bytes", 1.33)
@@ -60,26 +60,26 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(browser: Browser, request: pytest.FixtureRequest) -> Iterator[tuple[Page, list[str]]]:
-    """A tab, and what it complains of: console, errors, and any request but for the page itself."""
+def complaints() -> list[str]:
+    """Messages on the console, errors, and requests other than for the page itself."""
+    return []
+
+
+@pytest.fixture
+def tab(browser: Browser, request: pytest.FixtureRequest, complaints: list[str], report: Path) -> Iterator[Page]:
+    """A tab that shows the report."""
     context = browser.new_context(**getattr(request, "param", {"viewport": {"width": 1280, "height": 900}}))
-    tab, complaints = context.new_page(), []
-    tab.on("console", lambda message: complaints.append(message.text))
-    tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("request", lambda asked: None if asked.url.endswith(".html") else complaints.append(asked.url))
-    yield tab, complaints
+    page = context.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda sent: None if sent.url.endswith(".html") else complaints.append(sent.url))
+    page.goto(report.as_uri())
+    yield page
     context.close()
 
 
-def opened(tab: Page, path: Path) -> Page:
-    tab.goto(path.as_uri())
-    return tab
-
-
-def test_it_renders_without_complaint(told: tuple[Page, list[str]], report: Path) -> None:
-    """No error and nothing asked of any network; what is worse stands first, with its size, and markup stays text."""
-    tab, complaints = told
-    opened(tab, report)
+def test_it_renders_without_complaint(tab: Page, complaints: list[str]) -> None:
+    """The page has no error and sends no request; worse cases come first with their change, and markup stays text."""
     assert complaints == []
     cards = tab.locator(".card").all_inner_texts()
     assert len(cards) == 2
@@ -95,9 +95,8 @@ def test_it_renders_without_complaint(told: tuple[Page, list[str]], report: Path
     assert complaints == []
 
 
-def test_it_sorts_by_each_column(told: tuple[Page, list[str]], report: Path) -> None:
-    """Largest first, then smallest, by the number and not by its text; what has no number stays last both ways."""
-    tab = opened(told[0], report)
+def test_it_sorts_by_each_column(tab: Page) -> None:
+    """A heading sorts by number, first downwards and then upwards; cases without a number stay last."""
     peak = "#cases tbody tr td:nth-child(3)"
     head = tab.get_by_role("button", name="peak memory")
     head.click()
@@ -112,9 +111,8 @@ def test_it_sorts_by_each_column(told: tuple[Page, list[str]], report: Path) -> 
     assert tab.locator("#cases th[aria-sort=descending]").count() == 0
 
 
-def test_it_filters_by_words_and_verdict(told: tuple[Page, list[str]], report: Path) -> None:
-    """Words narrow the table, a minus takes away, a verdict chooses, the count is told, and nothing found is said."""
-    tab = opened(told[0], report)
+def test_it_filters_by_words_and_verdict(tab: Page) -> None:
+    """Words and a verdict select rows, a minus excludes them, and the page shows the count or that nothing matches."""
     tab.fill("#filter", "qlora -gc -prepare -tuned -nodrop")
     assert [text.split("/")[1] for text in tab.locator(NAMES).all_inner_texts()] == ["qlora", "qlora-dq-b1x2048"]
     assert tab.inner_text("#count").startswith("2 of ")
@@ -129,9 +127,8 @@ def test_it_filters_by_words_and_verdict(told: tuple[Page, list[str]], report: P
     assert tab.inner_text("#count") == ""
 
 
-def test_it_needs_no_mouse(told: tuple[Page, list[str]], report: Path) -> None:
-    """The skip link comes first, a slash leads to the filter, a heading sorts by Enter, and a link opens a case's details."""
-    tab = opened(told[0], report)
+def test_it_needs_no_mouse(tab: Page) -> None:
+    """Tab reaches the skip link first, a slash the filter; Enter sorts by a heading and opens a case's details."""
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"
     tab.keyboard.press("/")
@@ -147,7 +144,7 @@ def test_it_needs_no_mouse(told: tuple[Page, list[str]], report: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "told",
+    "tab",
     [
         {"viewport": {"width": 390, "height": 844}, "color_scheme": "light", "has_touch": True, "is_mobile": True},
         {"viewport": {"width": 390, "height": 844}, "color_scheme": "dark", "has_touch": True, "is_mobile": True},
@@ -157,16 +154,14 @@ def test_it_needs_no_mouse(told: tuple[Page, list[str]], report: Path) -> None:
     indirect=True,
     ids=["phone", "phone-dark", "tablet-dark", "desktop"],
 )
-def test_it_fits_every_width_and_theme(told: tuple[Page, list[str]], report: Path) -> None:
-    """The page never scrolls sideways, text stands out from its ground, and the button changes the theme."""
-    tab, complaints = told
-    opened(tab, report)
+def test_it_fits_every_width_and_theme(tab: Page, complaints: list[str]) -> None:
+    """The page never scrolls sideways, its text has enough contrast, and the button changes the theme."""
     assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    ground = tab.evaluate(LIGHTNESS, ["body", "backgroundColor"])
+    lightness = tab.evaluate(LIGHTNESS, ["body", "backgroundColor"])
     for place in ("body", ".dim", ".verdict.bad", ".verdict.good", ".caption", "#cases a", ".why p", ".why h4"):
-        assert _contrast(tab.evaluate(LIGHTNESS, [place, "color"]), tab.evaluate(GROUND, place)) >= 4.5, place
+        assert _contrast(tab.evaluate(LIGHTNESS, [place, "color"]), tab.evaluate(BACKGROUND, place)) >= 4.5, place
     tab.click("#theme")
-    assert (tab.evaluate(LIGHTNESS, ["body", "backgroundColor"]) > 0.5) is not (ground > 0.5)
+    assert (tab.evaluate(LIGHTNESS, ["body", "backgroundColor"]) > 0.5) is not (lightness > 0.5)
     assert complaints == []
 
 
@@ -180,7 +175,7 @@ const luminance = (text) => {
 LIGHTNESS = (
     f"([place, what]) => {{ {_LUMINANCE} return luminance(getComputedStyle(document.querySelector(place))[what]); }}"
 )
-GROUND = f"""(place) => {{ {_LUMINANCE}
+BACKGROUND = f"""(place) => {{ {_LUMINANCE}
   for (let each = document.querySelector(place); each; each = each.parentElement) {{
     const colour = getComputedStyle(each).backgroundColor;
     if (!colour.endsWith(", 0)")) return luminance(colour);
@@ -190,15 +185,13 @@ GROUND = f"""(place) => {{ {_LUMINANCE}
 
 
 def _contrast(one: float, other: float) -> float:
-    """WCAG 2.2's ratio of two relative luminances; 4.5 is asked for of normal text (level AA)."""
+    """WCAG 2.2's ratio of two relative luminances. Level AA asks 4.5 of normal text."""
     light, dark = max(one, other), min(one, other)
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_a_chart_tells_its_values_and_follows_the_theme(told: tuple[Page, list[str]], report: Path) -> None:
-    """A pointer on a bar shows the case and its value, a click opens its details, and the button redraws the chart."""
-    tab, complaints = told
-    opened(tab, report)
+def test_a_chart_shows_its_values_and_follows_the_theme(tab: Page, complaints: list[str]) -> None:
+    """Hovering over a bar shows the case and its value, a click opens its details, and the theme button redraws it."""
     place = tab.locator(".vega").first
     place.scroll_into_view_if_needed()
     place.locator("canvas").wait_for()
@@ -215,12 +208,11 @@ def test_a_chart_tells_its_values_and_follows_the_theme(told: tuple[Page, list[s
     assert complaints == []
 
 
-def test_two_hundred_cases_sort_and_filter(told: tuple[Page, list[str]], tmp_path: Path) -> None:
+def test_two_hundred_cases_sort_and_filter(tab: Page, complaints: list[str], tmp_path: Path) -> None:
     """A page of 200 cases loads, sorts and filters without an error."""
     path = tmp_path / "many.html"
     path.write_text(page(entries_of(many(200))), encoding="utf-8")
-    tab, complaints = told
-    opened(tab, path)
+    tab.goto(path.as_uri())
     tab.get_by_role("button", name="peak memory").click()
     tab.fill("#filter", "qlora")
     assert 0 < tab.locator(NAMES).count() < 200

@@ -1,4 +1,4 @@
-"""Why a case moved, in a report: two lines first, the rest folded, the same in every form, and nothing but text."""
+"""Every form of report shows why a case moved: two lines first, the rest folded, and nothing but text."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from tests.explain.profiles import (
     HEAD,
     MLP,
     a_profile,
+    profiled_record,
     weights,
 )
-from tests.explain.profiles import seen as a_seen
 from tests.report.hostile import (
     check_error,
     check_markdown,
@@ -54,9 +54,9 @@ from tests.report.many_records import (
 from tests.strategies import a_case, counted
 
 GROWN = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
-BEFORE = a_seen(a_profile(weights()))
+BEFORE = profiled_record(a_profile(weights()))
 SMALL = Piece("activations", HEAD, "forward", "aten.mm.default", 2**22, 1)
-"""Too little for the two lines, so that the rest of the cause holds it."""
+"""Too small for the two lines, so it appears only in the folded rest."""
 SECOND = OperatorUse(MLP, "forward", "aten.mm.default", 3)
 
 
@@ -69,24 +69,24 @@ def baselines(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def moved(peak_bytes: int, *pieces: Piece) -> Record:
-    """The accepted case with another peak, made of these, and with some operators more."""
-    return a_seen(a_profile(*pieces, operators=(SECOND,)), peak_bytes, operators=counted(1700))
+    """The accepted case with another peak, made of these pieces, and with more operators."""
+    return profiled_record(a_profile(*pieces, operators=(SECOND,)), peak_bytes, operators=counted(1700))
 
 
 @pytest.mark.parametrize(("peak_bytes", "change"), [(3 * GIB, "+1.00 GiB"), (GIB, "-1.00 GiB")])
 def test_a_case_that_moved_has_its_cause(baselines: Path, peak_bytes: int, change: str) -> None:
-    """Worse or better, what explain says is in the entry; a case as accepted has none, and neither has one that broke."""
+    """A case that got worse or better has the cause that explain gives; an unchanged or broken case has none."""
     (entry,) = entries_of([moved(peak_bytes, weights(peak_bytes - GIB) if peak_bytes > GIB else GROWN)], baselines)
     assert entry.cause == stored_cause(baselines, entry.record, entry.judgement)
     assert entry.cause is not None
     assert change in " ".join(entry.cause.lines)
     assert entries_of([BEFORE], baselines)[0].cause is None
     assert entries_of([failed(BEFORE, "no room")], baselines)[0].cause is None
-    assert entries_of([moved(3 * GIB, GROWN)])[0].cause is None, "nothing was judged"
+    assert entries_of([moved(3 * GIB, GROWN)])[0].cause is None, "without baselines there is no cause"
 
 
-def test_markdown_says_why_before_anything_else(baselines: Path) -> None:
-    """Two lines open the case's fold, above reason and numbers; what else the cause holds is folded below them."""
+def test_markdown_gives_the_cause_before_the_numbers(baselines: Path) -> None:
+    """Two lines of cause open the case's fold, above its metrics; the rest is folded below them."""
     (entry,) = entries_of([moved(3 * GIB, weights(), GROWN, SMALL)], baselines)
     assert entry.cause is not None
     text = markdown([entry])
@@ -97,12 +97,12 @@ def test_markdown_says_why_before_anything_else(baselines: Path) -> None:
     assert text.count("<details") == text.count("</details>") == 2
 
 
-def test_the_page_says_why_on_the_card_and_in_the_details(baselines: Path) -> None:
-    """A card holds both lines and folds the rest under a name that tells the cases apart; details repeat the two lines."""
+def test_the_page_gives_the_cause_on_the_card_and_in_the_details(baselines: Path) -> None:
+    """The card shows both lines and folds the rest under the case's name; the details repeat the two lines."""
     (entry,) = entries_of([moved(3 * GIB, weights(), GROWN, SMALL)], baselines)
     assert entry.cause is not None
-    made = html.unescape(page([entry]))
-    card, _, rest = made.partition("</article>")
+    text = html.unescape(page([entry]))
+    card, _, rest = text.partition("</article>")
     for line in entry.cause.lines:
         assert f"<p>{line}</p>" in card
         assert f'<p class="cause">{line}</p>' in rest
@@ -111,19 +111,19 @@ def test_the_page_says_why_on_the_card_and_in_the_details(baselines: Path) -> No
 
 
 def test_cases_that_moved_alike_share_one_cause(tmp_path: Path) -> None:
-    """The terminal says a headline once for all of them, and the cause of one, with its name."""
+    """The terminal prints one headline and one cause, with its case, for all cases that moved records."""
     names = [f"tiny/lora-{number}" for number in range(3)]
     for name in names:
         accept(tmp_path, msgspec.structs.replace(BEFORE, case=a_case(name)), reason="first")
-    alike = [msgspec.structs.replace(moved(3 * GIB, weights(), GROWN), case=a_case(name)) for name in names]
-    shown = render([entry.row for entry in entries_of(alike, tmp_path)], width=400, color=False)
-    assert shown.count("REGRESSED 3 cases: peak_bytes +1.00 GiB") == 1
-    assert shown.count("Why, in tiny/lora-0: peak +1.00 GiB: activations +1.00 GiB in LlamaMLP") == 1
-    assert "Why, in tiny/lora-1" not in shown
+    records = [msgspec.structs.replace(moved(3 * GIB, weights(), GROWN), case=a_case(name)) for name in names]
+    text = render([entry.row for entry in entries_of(records, tmp_path)], width=400, color=False)
+    assert text.count("REGRESSED 3 cases: peak_bytes +1.00 GiB") == 1
+    assert text.count("Why, in tiny/lora-0: peak +1.00 GiB: activations +1.00 GiB in LlamaMLP") == 1
+    assert "Why, in tiny/lora-1" not in text
 
 
 def test_two_hundred_causes_fit_the_page(tmp_path: Path) -> None:
-    """A page of 200 cases that all moved keeps every row, forty cards and the causes of many more, and stays below its size."""
+    """A page of 200 cases that all moved keeps every row, forty cards and most causes within its size limit."""
     stored = stored_profile(H100.parent, "predicted", baseline("llama-3.2-3b/qlora"))
     assert stored is not None
     profile = stored.profile
@@ -135,12 +135,12 @@ def test_two_hundred_causes_fit_the_page(tmp_path: Path) -> None:
         )
         records.append(with_metric(msgspec.structs.replace(record, profile=grown), "peak_bytes", 1.33))
     entries = entries_of(records, tmp_path / "baselines")
-    made = page(entries)
+    text = page(entries)
     assert all(entry.cause is not None for entry in entries)
-    assert len(made.encode()) < LARGEST_BYTES + VEGA_BYTES
-    assert made.count("<tr data-m=") == 200
-    assert made.count('<div class="why">') == 40, "so many cards; the other cases have it in their details"
-    assert made.count('<p class="cause">') > 2 * 100
+    assert len(text.encode()) < LARGEST_BYTES + VEGA_BYTES
+    assert text.count("<tr data-m=") == 200
+    assert text.count('<div class="why">') == 40, "one per card; the other cases have it in their details"
+    assert text.count('<p class="cause">') > 2 * 100
 
 
 def baseline(case_id: str) -> Baseline:
@@ -167,9 +167,9 @@ profiles = st.builds(
 
 @given(profiles, numbers.filter(lambda value: not isinstance(value, int) or abs(value) < 2**63))
 def test_any_profile_gives_a_safe_cause(baselines: Path, profile: Profile, peak_bytes: float) -> None:
-    """Names of modules, operators and kernels are a stranger's texts too: the cause that is made of them stays text."""
+    """Names of modules, operators and kernels from a hostile profile stay text in every report."""
     path = baselines / "record.json"
-    record = json.loads(record_to_json(a_seen(a_profile(weights()), 3 * GIB)))
+    record = json.loads(record_to_json(profiled_record(a_profile(weights()), 3 * GIB)))
     record["profile"] = msgspec.to_builtins(profile)
     record["metrics"]["peak_bytes"]["value"] = peak_bytes
     path.write_bytes(json.dumps(record).encode("utf-8", errors="surrogatepass"))

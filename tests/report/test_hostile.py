@@ -1,4 +1,4 @@
-"""Records from strangers: whatever they hold, a report of them is safe to look at, or one clear error says why there is none."""
+"""A report of any record, whatever it holds, is safe to read, or one clear error says why there is none."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ nested = st.recursive(
     st.booleans(),
 )
 def test_no_long_text_is_overlooked(content: Any, most: int, ascii_only: bool) -> None:
-    """However it is escaped: if any text of a document has more characters, the quick look at its bytes says that one may."""
+    """If a text of a document is longer than the limit, the quick check of its bytes says that one may be."""
 
     def longest(value: Any) -> int:
         if isinstance(value, str):
@@ -58,8 +58,8 @@ def test_no_long_text_is_overlooked(content: Any, most: int, ascii_only: bool) -
         assert may_hold_longer(raw, most)
 
 
-def test_a_usual_record_needs_no_second_look() -> None:
-    """Else each of its texts would be looked at for nothing."""
+def test_a_usual_record_passes_the_quick_check() -> None:
+    """A usual record passes the quick check, so its texts are not all read."""
     assert not may_hold_longer(record_to_json(measured()[0]), 4000)
 
 
@@ -100,27 +100,27 @@ HOSTILE: dict[str, st.SearchStrategy[Any]] = {
     "failure": st.fixed_dictionaries({"kind": st.just("crash"), "message": texts, "phase": texts}),
     "reasons": st.lists(texts, min_size=1, max_size=2),
 }
-"""What is put in place of a field, by its path."""
+"""The values that replace a field, by its path."""
 STATUS = {"failure": "failed", "reasons": "invalid"}
 
 
 @st.composite
 def hostile(draw: st.DrawFn) -> dict[str, Any]:
-    """A record with up to four of its fields replaced by something that no program of ours wrote."""
+    """A record with up to four fields that no program of ours wrote."""
     record: dict[str, Any] = json.loads(json.dumps(PLAIN))
     for path in draw(st.lists(st.sampled_from(sorted(HOSTILE)), min_size=1, max_size=4, unique=True)):
         *parents, name = path.split(".")
-        place = record
+        parent_node = record
         for parent in parents:
-            place = place[parent]
-        place[name] = draw(HOSTILE[path])
+            parent_node = parent_node[parent]
+        parent_node[name] = draw(HOSTILE[path])
         record["status"] = STATUS.get(path, record["status"])
     return record
 
 
 @given(hostile())
 def test_any_record_gives_a_safe_report_or_one_clear_error(record: dict[str, Any]) -> None:
-    """No tag, link, handler or script but the page's own; one table in Markdown; no formula, no escape sequence."""
+    """A report has no tags, links, handlers or scripts but its own, no formulas and no escape sequences."""
     folder = Path(tempfile.gettempdir()) / f"hpc-core-hostile-{os.getpid()}"
     folder.mkdir(exist_ok=True)
     path = folder / "record.json"
@@ -151,7 +151,7 @@ def _check_csv(text: str) -> None:
     | st.sampled_from([b"[" * 100_000, b'{"benchmarks":' + b"[" * 100_000, b'{"accepted":{}}', b"null", b""])
 )
 def test_any_bytes_give_one_clear_error(raw: bytes) -> None:
-    """A file that is no record is refused by name, whatever is in it."""
+    """A file that holds no record is refused by name, whatever is in it."""
     path = Path(tempfile.gettempdir()) / f"hpc-core-bytes-{os.getpid()}.json"
     path.write_bytes(raw)
     with pytest.raises(SpecError, match=r"hpc-core-bytes"):
@@ -159,7 +159,7 @@ def test_any_bytes_give_one_clear_error(raw: bytes) -> None:
 
 
 def test_ten_megabytes_of_text_stay_out_of_the_page(tmp_path: Path) -> None:
-    """A message of 10 MB is cut, and the page stays below its size."""
+    """A message of 10 MB is cut, and the page stays small."""
     record = failed(measured()[0], "A<b>" * 2_500_000)
     (tmp_path / "r.json").write_bytes(record_to_json(record))
     entries = entries_of(read_records([tmp_path / "r.json"]).records)
@@ -168,18 +168,18 @@ def test_ten_megabytes_of_text_stay_out_of_the_page(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_a_path_is_refused(tmp_path: Path) -> None:
-    """A machine's key and a case's id lead to no file outside the folder, nor are they longer than a file's name may be."""
+    """A machine's key that is a path or too long for a file's name is refused."""
     record = measured()[0]
     for key in ("../../etc", "/etc", "a" * 5000):
         machine = msgspec.structs.replace(record.circumstances.machine, key=key)
-        seen_there = msgspec.structs.replace(record.circumstances, machine=machine)
-        (tmp_path / "r.json").write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=seen_there)))
+        circumstances = msgspec.structs.replace(record.circumstances, machine=machine)
+        (tmp_path / "r.json").write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=circumstances)))
         with pytest.raises(SpecError, match=r"r\.json.*machine's key"):
             read_records([tmp_path / "r.json"])
 
 
-def test_what_is_no_plain_file_is_refused(tmp_path: Path) -> None:
-    """A pipe would block and a device never end: neither is opened, and a link that leads nowhere is told."""
+def test_a_file_that_is_not_regular_is_refused(tmp_path: Path) -> None:
+    """Pipes, devices and dangling links are refused without being opened."""
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
     (tmp_path / "zero.json").symlink_to("/dev/zero")

@@ -1,4 +1,4 @@
-"""Memory over a step as a picture: each kind of file, a second record over it, and what cannot be drawn."""
+"""Memory over a step as a picture: each file type, a second record over it, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ drawn = pytest.mark.skipif(importlib.util.find_spec("vl_convert") is None, reaso
 
 
 def recorded(**changes: Any) -> Record:
-    """A record of a step that rises and falls."""
+    """A record of a step whose memory rises and falls."""
     columns: dict[str, tuple[int, ...]] = {
         "weights": (5 * MIB,) * 5,
         "activations": (0, MIB, 3 * MIB, MIB, 0),
@@ -37,16 +37,16 @@ def recorded(**changes: Any) -> Record:
 @drawn
 @pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "begins"), [(".svg", b"<svg"), (".png", b"\x89PNG"), (".PDF", b"%PDF")])
-def test_the_suffix_says_what_is_drawn(suffix: str, begins: bytes, tmp_path: Path) -> None:
-    """A vector graphic or pixels."""
+def test_the_suffix_chooses_the_file_type(suffix: str, begins: bytes, tmp_path: Path) -> None:
+    """The suffix chooses SVG, PNG or PDF."""
     write_memory(recorded(), tmp_path / f"memory{suffix}")
     assert (tmp_path / f"memory{suffix}").read_bytes().startswith(begins)
 
 
 @drawn
 @pytest.mark.slow
-def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
-    """Case, GPU, stack, phases, categories with units, the peak, and the other record's total; the same record gives the same file."""
+def test_a_picture_is_labelled_and_reproducible(tmp_path: Path) -> None:
+    """A picture names case, GPU, stack, phases, categories, peak and the other record's total; the same record gives the same file."""
     path = tmp_path / "memory.svg"
     write_memory(recorded(), path, over=a_record(timeline=recorded(events=(0, 1, 5, 8, 11)).timeline))
     text = path.read_text()
@@ -58,7 +58,7 @@ def test_a_picture_says_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A suffix, a folder, a record without timeline, other phases, no library: each says what to do."""
+    """An unknown suffix, a missing folder, a record without timeline, other phases and a missing library are refused with the next step."""
     with pytest.raises(SpecError, match=r"\.svg, \.png, \.pdf"):
         check_picture(tmp_path / "memory.txt")
     with pytest.raises(SpecError, match="there is no folder"):
@@ -73,8 +73,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         check_picture(tmp_path / "memory.svg")
 
 
-def test_a_timeline_travels_with_its_record() -> None:
-    """It equals its JSON; a record without one says nothing of it; columns of several lengths are refused."""
+def test_a_timeline_equals_its_json() -> None:
+    """A record's timeline equals its JSON, is absent where there is none, and needs columns of one length."""
     record = recorded()
     assert record_from_json(record_to_json(record)) == record
     assert b"timeline" not in record_to_json(a_record())

@@ -1,4 +1,4 @@
-"""What was predicted stands beside what was measured: the committed predictions against the committed H100 baselines."""
+"""The committed predictions agree with the committed measurements of the H100."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hpc_core.record.gpus import DEFAULT
 BASELINES = Path(__file__).parents[2] / "baselines"
 H100 = machine_key(DEFAULT)
 BY_DATA = "llama-3.2-3b/generate-int8"
-"""LLM.int8 multiplies large activations apart, and a prediction has none."""
+"""LLM.int8 multiplies large activations separately, and a prediction has no activations."""
 
 
 def misses_of(case: Case) -> list[Miss]:
@@ -26,38 +26,38 @@ def misses_of(case: Case) -> list[Miss]:
 
 
 def miss(case: Case, kind: str) -> float:
-    found = worst(misses_of(case), kind)
-    assert found is not None
-    return abs(found.ratio)
+    greatest = worst(misses_of(case), kind)
+    assert greatest is not None
+    return abs(greatest.ratio)
 
 
 @pytest.mark.parametrize("case", FULL, ids=lambda case: case.id)
-def test_peaks_are_those_that_the_h100_measured(case: Case) -> None:
-    """A fine-tuning peak is within 0.1 %, a generation's within 0.5 %, and each phase within 1 %."""
+def test_peaks_agree_with_the_h100(case: Case) -> None:
+    """A fine-tuning peak agrees within 0.1 %, a generation's within 0.5 %, and each phase within 1 %."""
     assert miss(case, "peak") < (0.001 if case.kind == "finetune" else 0.005)
     assert miss(case, "phase") < 0.01
 
 
 @pytest.mark.parametrize("case", [case for case in FULL if case.id != BY_DATA], ids=lambda case: case.id)
-def test_categories_are_those_that_the_h100_measured(case: Case) -> None:
-    """Weights, adapter, gradients, optimizer state, cache, activations and temporaries at the peak: each within 1 %."""
+def test_categories_agree_with_the_h100(case: Case) -> None:
+    """Each category at the peak (weights, gradients, activations, ...) agrees within 1 %."""
     assert miss(case, "category") < 0.01
 
 
 @pytest.mark.parametrize("case", FULL, ids=lambda case: case.id)
 def test_flops_are_equal(case: Case) -> None:
-    """Two versions of transformers and torch count the same products, but for the rotary table's 65,536 FLOP."""
+    """FLOPs are equal, but for the rotary table's 65,536 FLOP, which another version of transformers counts."""
     assert miss(case, "flops") < 1e-6
 
 
 @pytest.mark.parametrize("case", [case for case in FULL if case.kind == "finetune"], ids=lambda case: case.id)
 def test_kernels_of_a_step_are_within_two_percent(case: Case) -> None:
-    """Which products cuBLAS splits is known as far as it was seen."""
+    """A step's kernels agree within 2 %: which products cuBLAS splits is known only as far as it was measured."""
     assert miss(case, "kernels") < 0.02
 
 
-def test_what_was_held_out_is_predicted_and_marked() -> None:
-    """At least six configurations were predicted before they ran; none of them is one of the cases that rules were made by."""
+def test_at_least_six_predictions_were_held_out() -> None:
+    """At least six configurations were predicted before they ran, and the rules were made by none of them."""
     assert len(HELD_OUT) >= 6
     assert not {case.digest for case in HELD_OUT} & {case.digest for case in FULL}
     for case in HELD_OUT:
@@ -67,14 +67,14 @@ def test_what_was_held_out_is_predicted_and_marked() -> None:
 
 
 def test_every_predicted_case_has_a_baseline_of_its_digest() -> None:
-    """A case that is predicted in CI cannot lack a baseline, or have one of other work."""
+    """Every case that CI predicts has a baseline of the same digest."""
     for case in PREDICTED:
         record = last_accepted(BASELINES, "predicted", case.id)
         assert record is not None, case.id
         assert record.case.digest == case.digest
 
 
-def test_the_table_says_exact_only_of_what_is_equal() -> None:
+def test_only_equal_numbers_read_exact() -> None:
     """Equal numbers read "exact"; a miss of one byte in a GiB does not."""
     equal = Miss(case="a/b", metric="peak_bytes", predicted=2**30, measured=2**30)
     near = Miss(case="a/c", metric="peak_bytes", predicted=2**30 + 1, measured=2**30)

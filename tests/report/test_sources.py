@@ -1,4 +1,4 @@
-"""Where a report's records come from: files, folders, a run's own JSON, baselines with and without history; each once."""
+"""Reports read records from files, folders, a run's JSON, and baselines with and without history, each record once."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from tests.report.many_records import (
 LORA = "llama-3.2-3b/lora"
 
 
-def of_lora() -> tuple[Record, ...]:
+def lora_sessions() -> tuple[Record, ...]:
     return accepted_records(H100.parent, H100.name, LORA)
 
 
 def test_a_folder_of_baselines_gives_every_accepted_session() -> None:
-    """Each baseline brings its history, whole and once, and the newest session is the one that is shown."""
+    """Each baseline gives its whole history once, and the newest session is shown."""
     entries = {entry.case: entry for entry in entries_of(read_records([H100, H100 / f"{LORA}.json"]).records)}
-    assert entries[LORA].past == of_lora()
-    assert entries[LORA].record == of_lora()[-1]
+    assert entries[LORA].past == lora_sessions()
+    assert entries[LORA].record == lora_sessions()[-1]
     assert len(entries) == len(list(H100.glob("*/*.json")))
 
 
-def test_cases_stand_in_the_order_of_their_numbers() -> None:
-    """A batch of 4 before one of 16, whatever the order of the files; and no number is too long to be compared."""
-    record = of_lora()[-1]
+def test_cases_are_sorted_by_their_numbers() -> None:
+    """A batch of 4 comes before one of 16, whatever the order of files and however long a number is."""
+    record = lora_sessions()[-1]
     ids = ["m2/a", "m10/a", "m/a", "m/a-b4", "m/a-b04", "m/a-b16", "m/a-b32-100", f"m/a-b{'9' * 5000}", "m/b-1"]
     copies = [
         msgspec.structs.replace(record, case=msgspec.structs.replace(record.case, id=each)) for each in reversed(ids)
     ]
-    seen = [entry.case for entry in entries_of(copies)]
-    assert [each for each in seen if each != "m/a-b04"] == [each for each in ids if each != "m/a-b04"]
-    assert abs(seen.index("m/a-b04") - seen.index("m/a-b4")) == 1
+    ordered = [entry.case for entry in entries_of(copies)]
+    assert [each for each in ordered if each != "m/a-b04"] == [each for each in ids if each != "m/a-b04"]
+    assert abs(ordered.index("m/a-b04") - ordered.index("m/a-b4")) == 1
 
 
 def test_a_baseline_without_history_shows_its_gated_values(tmp_path: Path) -> None:
-    """They are what is left, and a note says so."""
+    """A baseline without history shows only its gated values, and a note says so."""
     shutil.copy(H100 / f"{LORA}.json", tmp_path / "lora.json")
     (record,) = read_records([tmp_path]).records
-    assert record.metrics["peak_bytes"] == of_lora()[-1].metrics["peak_bytes"]
+    assert record.metrics["peak_bytes"] == lora_sessions()[-1].metrics["peak_bytes"]
     assert "step_s" not in record.metrics
     assert "gated values" in record.circumstances.notes[0]
 
 
 def test_the_json_of_a_run_holds_its_records(tmp_path: Path) -> None:
-    """What the plugin puts into --benchmark-json is the whole record; a file of another suite is refused by what it lacks."""
+    """--benchmark-json holds whole records; a file of another suite is refused."""
     records = many(3)
     benches = [{"extra_info": {"record": {"case": "x", "record": msgspec.to_builtins(each)}}} for each in records]
     run = tmp_path / "run.json"
@@ -69,8 +69,8 @@ def test_the_json_of_a_run_holds_its_records(tmp_path: Path) -> None:
         read_records([run])
 
 
-def test_a_stranger_in_a_folder_is_told_and_one_that_is_named_refused(tmp_path: Path) -> None:
-    """A file that holds no record does not hide those beside it, nor is it passed over in silence."""
+def test_an_unknown_file_is_noted_in_a_folder_and_refused_by_name(tmp_path: Path) -> None:
+    """A file without a record is noted where its folder was given, and refused where it was named itself."""
     written(tmp_path, many(2))
     (tmp_path / "other.json").write_text('{"name": "package.json"}')
     read = read_records([tmp_path])
@@ -80,36 +80,36 @@ def test_a_stranger_in_a_folder_is_told_and_one_that_is_named_refused(tmp_path: 
         read_records([tmp_path, tmp_path / "other.json"])
 
 
-def test_nothing_is_an_error(tmp_path: Path) -> None:
-    """No path, no record: one sentence, with how to get one."""
+def test_no_record_is_an_error(tmp_path: Path) -> None:
+    """A missing path and a folder without records are errors that say how to get records."""
     with pytest.raises(SpecError, match="no such file or folder"):
         read_records([tmp_path / "nowhere"])
     with pytest.raises(SpecError, match="--perf-records=DIR"):
         read_records([tmp_path])
 
 
-def test_another_digest_is_no_past_of_a_case() -> None:
-    """Sessions of a case that was changed since are not compared with it."""
-    newest = of_lora()[-1]
-    older = msgspec.structs.replace(of_lora()[0], case=msgspec.structs.replace(newest.case, seed=7))
+def test_sessions_of_another_digest_are_left_out() -> None:
+    """Sessions of a case that has changed since are not compared with it."""
+    newest = lora_sessions()[-1]
+    older = msgspec.structs.replace(lora_sessions()[0], case=msgspec.structs.replace(newest.case, seed=7))
     (entry,) = entries_of([older, newest])
     assert entry.past == (newest,)
 
 
-def test_rounds_of_one_process_are_no_replicates() -> None:
-    """A range is drawn over sessions and processes; ten steps of one session give none."""
-    one, several = entries_of(of_lora()[-1:])[0], entries_of(of_lora())[0]
+def test_rounds_of_one_process_give_no_range() -> None:
+    """A range spans sessions and processes; ten steps of one session give none."""
+    one, several = entries_of(lora_sessions()[-1:])[0], entries_of(lora_sessions())[0]
     assert len(one.record.metrics["step_s"].samples or ()) == 10
     assert one.spread("step_s") is None
     spread = several.spread("step_s")
     assert spread is not None
-    assert spread.count == len(of_lora())
-    medians = [record.metrics["step_s"].value for record in of_lora()]
+    assert spread.count == len(lora_sessions())
+    medians = [record.metrics["step_s"].value for record in lora_sessions()]
     assert (spread.low, spread.high) == (min(medians), max(medians))
 
 
-def test_a_record_that_is_read_is_what_was_written(tmp_path: Path) -> None:
-    """Cleaning changes no record of ours: every committed one comes back equal."""
+def test_reading_changes_no_record(tmp_path: Path) -> None:
+    """Every committed record is read back equal."""
     for number, record in enumerate(measured()):
         (tmp_path / f"{number}.json").write_bytes(record_to_json(record))
     assert sorted(map(record_to_json, read_records([tmp_path]).records)) == sorted(map(record_to_json, measured()))

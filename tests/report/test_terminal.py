@@ -1,4 +1,4 @@
-"""The table that ends a run: every row kept, nothing wider than the terminal, nothing coloured in a pipe."""
+"""The table at the end of a run keeps every row, is no wider than the terminal, and has no colour in a pipe."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def row(record: Record, lookup: Lookup | None = None) -> Row:
 
 @pytest.fixture
 def rows(tmp_path: Path) -> list[Row]:
-    """A passing, a regressed, a broken case and one without a baseline."""
+    """A passing, a regressed and a broken case, and one without a baseline."""
     good, worse = measured("lora"), measured(peak_bytes=peak(15.23 * GiB))
     accept(tmp_path, good, reason="first")
     accept(tmp_path, measured(), reason="first")
@@ -69,7 +69,7 @@ def baseline(root: Path, record: Record) -> Baseline:
 
 @pytest.mark.parametrize("width", [80, 100, 140])
 def test_nothing_is_wider_than_the_terminal(rows: list[Row], width: int) -> None:
-    """Every line fits except those that are there to be copied; each case has its row with its verdict."""
+    """Every line fits except commands to copy, and each case has its row with its verdict."""
     lines = render(rows, width=width, color=False).splitlines()
     assert [line for line in lines if cell_len(line) > width and "pytest --benchmark" not in line] == []
     table = lines[: lines.index("")]
@@ -80,7 +80,7 @@ def test_nothing_is_wider_than_the_terminal(rows: list[Row], width: int) -> None
 
 
 def test_a_very_narrow_terminal_cuts_names_only(rows: list[Row]) -> None:
-    """At 50 columns every verdict is whole and each row is there; a name may be cut, and memory gives way before a verdict."""
+    """At 50 columns each row keeps its whole verdict; only names are cut."""
     lines = render(rows, width=50, color=False).splitlines()
     table = lines[: lines.index("")]
     assert max(map(cell_len, table)) <= 50
@@ -88,8 +88,8 @@ def test_a_very_narrow_terminal_cuts_names_only(rows: list[Row]) -> None:
         assert [line for line in table if f" {verdict} " in line or line.endswith(f" {verdict}")]
 
 
-def test_perplexity_stands_beside_that_of_the_unquantized_model() -> None:
-    """A quantized case with true weights shows both; one that is not quantized shows its own, others have no such column."""
+def test_a_quantized_case_shows_the_unquantized_perplexity_too() -> None:
+    """A quantized case shows both perplexities, another its own, and a table without perplexity has no such column."""
     both = {"perplexity": reported(38.7355, "1"), "perplexity_unquantized": reported(30.3675, "1")}
     quantized = Row(record=measured("generate-nf4", **both))
     plain = Row(record=measured("generate-fp16", perplexity=reported(30.3675, "1")))
@@ -102,14 +102,14 @@ def test_perplexity_stands_beside_that_of_the_unquantized_model() -> None:
 
 
 def test_a_wide_terminal_shows_every_column(rows: list[Row]) -> None:
-    """At 140 columns wall, busy, memory, tokens, share of the ceiling and the change stand side by side."""
+    """At 140 columns wall, busy, memory, tokens, share of the ceiling and the change are shown."""
     line = next(line for line in render(rows, width=140, color=False).splitlines() if "REGRESSED" in line)
     for cell in ("263.10 ms", "251.70 ms", "15.23 GiB", "7,784", "MFU 41 %", "peak_bytes +14.08 %"):
         assert cell in line
 
 
-def test_the_narrowest_keeps_verdict_memory_and_change(rows: list[Row]) -> None:
-    """At 80 columns what is needed least is left out, not cut: memory and the change stay."""
+def test_a_usual_terminal_keeps_time_memory_and_change(rows: list[Row]) -> None:
+    """At 80 columns the least needed columns are dropped; time, memory and the change stay."""
     line = next(line for line in render(rows, width=80, color=False).splitlines() if "REGRESSED" in line)
     assert "263.10 ms" in line
     assert "15.23 GiB" in line
@@ -118,7 +118,7 @@ def test_the_narrowest_keeps_verdict_memory_and_change(rows: list[Row]) -> None:
 
 @pytest.mark.parametrize("width", [72, 76, 80, 84, 90, 100])
 def test_a_long_change_never_cuts_a_verdict(tmp_path: Path, width: int) -> None:
-    """A single case with a short name and a long last column keeps its whole name, verdict and peak memory."""
+    """A case with a short name and a long change keeps its whole name, verdict and peak memory."""
     before = a_record(
         {"peak_optimizer_bytes": peak(1.43 * GiB), "peak_bytes": peak(5.69 * GiB), "tokens_per_s": wall(1151)}
     )
@@ -131,12 +131,12 @@ def test_a_long_change_never_cuts_a_verdict(tmp_path: Path, width: int) -> None:
 
 
 def test_a_pipe_gets_no_colours(rows: list[Row]) -> None:
-    """Escape sequences are for terminals."""
+    """Without colour the table has no escape sequences."""
     assert "\x1b" not in render(rows, width=100, color=False)
     assert "\x1b[1;31mREGRESSED" in render(rows, width=100, color=True)
 
 
-def test_equal_problems_are_told_once() -> None:
+def test_equal_problems_share_one_paragraph() -> None:
     """Ten cases without a baseline are ten rows and one paragraph."""
     text = render([row(measured(f"lora-{n}")) for n in range(10)], width=100, color=False)
     assert text.count("no baseline of") == 1
@@ -144,14 +144,14 @@ def test_equal_problems_are_told_once() -> None:
 
 
 def test_markup_in_a_message_is_text() -> None:
-    """Square brackets in an error are not taken for styles."""
+    """Square brackets in an error are not styles."""
     failure = Failure(kind="error", message="[bold]x[/nope] in [red]", phase="build")
     broken = msgspec.structs.replace(measured(), status="failed", failure=failure, metrics={})
     assert "[bold]x[/nope] in [red]" in render([row(broken)], width=100, color=True)
 
 
-def test_an_acceptance_says_each_change(tmp_path: Path) -> None:
-    """What was written, where, and from which number to which."""
+def test_an_acceptance_lists_each_change(tmp_path: Path) -> None:
+    """An acceptance names the file and each change from the old number to the new."""
     assert "3 metrics, peak_bytes 13.35 GiB" in accepted_line(accept(tmp_path, measured(), reason="first"))
     line = accepted_line(accept(tmp_path, measured(peak_bytes=peak(14 * GiB)), reason="more"))
     assert line.startswith("updated ")
