@@ -1,4 +1,4 @@
-"""The catalogue of injected faults, and the trying of them. All of it is tried by `hpc-core faults`; here, how it works."""
+"""The catalogue of injected faults, and how they are tried. `hpc-core faults` tries all of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from hpc_core.gate.verdict import Verdict
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from tests.commands import exit_code
 from tests.strategies import a_case, a_record, busy, counted, failed_record, peak
 
 pytestmark = pytest.mark.slow
@@ -38,20 +39,20 @@ TINY = trial_cases("tiny")
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    """One forkserver for all."""
+    """One forkserver for all tests."""
     with Launcher("warm") as warm:
         yield warm
 
 
 @pytest.mark.parametrize("scale", ["tiny", "full"])
-def test_every_fault_has_a_case_to_be_tried_on(scale: str) -> None:
-    """There are at least forty faults, and each has its case on both paths."""
+def test_every_fault_has_a_case(scale: str) -> None:
+    """There are at least forty faults, and each has a case at both scales."""
     assert len(FAULTS) >= 40
     assert {fault.variant for fault in FAULTS.values()} <= set(trial_cases(scale))  # type: ignore[arg-type]
 
 
-def test_only_what_a_single_run_cannot_show_is_let_off() -> None:
-    """Two faults change nothing that is gated: they wait for an A/B, and every other one must be caught somewhere."""
+def test_only_two_faults_need_an_ab() -> None:
+    """Two faults change no gated metric and need an A/B; every other fault must be caught by a single run."""
     assert {fault.name: fault.needs for fault in FAULTS.values() if fault.needs} == {
         "decode-sleep": "A/B",
         "host-delay": "A/B",
@@ -60,14 +61,14 @@ def test_only_what_a_single_run_cannot_show_is_let_off() -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_a_fault_replaces_exists(name: str) -> None:
-    """A fault whose target was moved or renamed fails here, and not only when it is injected."""
+def test_a_faults_target_exists(name: str) -> None:
+    """A fault whose target was moved or renamed fails here, before it is injected."""
     owner, attribute, is_key = target(FAULTS[name].patch)
     assert callable(owner[attribute] if is_key else getattr(owner, attribute))
 
 
-def test_a_twin_calls_the_original_and_counts() -> None:
-    """The worse version runs for a fault alone; both count the calls of what they replace."""
+def test_a_no_op_calls_the_original_and_counts() -> None:
+    """An inactive fault calls the original; both forms count the calls."""
     for active, result in ((True, 17), (False, 4)):
         injection = Injection(FAULTS["rank-16"], active=active)
         call = injection.fault.replacement(lambda r: r + 1, injection)
@@ -75,31 +76,31 @@ def test_a_twin_calls_the_original_and_counts() -> None:
 
 
 def test_an_unknown_fault_names_the_known_ones() -> None:
-    """A typo is answered with the list."""
+    """An unknown name is refused with the list of faults."""
     with pytest.raises(SpecError, match=r"No fault is called 'gc-of'(.|\n)*gc-off"):
         inject("gc-of")
 
 
-def test_a_fault_is_caught_by_name_and_its_twin_passes() -> None:
-    """One fault turns a fact of the audit red, the other a count. `make faults` tries all of them."""
-    told: list[str] = []
+def test_a_fault_is_caught_and_its_no_op_passes() -> None:
+    """One fault fails the audit, another a count, and their no-ops pass. `make faults` tries all of them."""
+    lines: list[str] = []
     names = ["compute-dtype-fp32", "extra-kernel"]
 
-    trials = run_trials(names, cases=TINY, baselines=BASELINES, tell=told.append)
+    trials = run_trials(names, cases=TINY, baselines=BASELINES, tell=lines.append)
 
     assert "compute_dtype" in trials[0].caught_by
     assert "operators" in trials[1].caught_by
     assert all(trial.twin == "PASS" for trial in trials)
-    assert [line.split()[:2] for line in told] == [["caught", name] for name in names]
+    assert [line.split()[:2] for line in lines] == [["caught", name] for name in names]
 
 
 @pytest.mark.nightly
-def test_a_clean_run_stands_in_for_a_baseline(tmp_path: Path) -> None:
-    """Without a baseline on disk, two at a time: the fault is red against a clean run, its twin is green, a sleep needs an A/B."""
-    told: list[str] = []
+def test_a_clean_run_replaces_a_baseline(tmp_path: Path) -> None:
+    """Without a baseline, a fault is judged by a clean run, its no-op passes, and a sleep needs an A/B."""
+    lines: list[str] = []
 
     trials = run_trials(
-        ["extra-kernel", "decode-sleep"], cases=TINY, against="clean", baselines=tmp_path, jobs=2, tell=told.append
+        ["extra-kernel", "decode-sleep"], cases=TINY, against="clean", baselines=tmp_path, jobs=2, tell=lines.append
     )
 
     assert [(trial.verdict, trial.twin, trial.outcome) for trial in trials] == [
@@ -107,67 +108,64 @@ def test_a_clean_run_stands_in_for_a_baseline(tmp_path: Path) -> None:
         ("PASS", "PASS", "needs A/B"),
     ]
     assert "shown and not gated" in trials[1].shown
-    assert len(told) == 2
+    assert len(lines) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_clean_run_that_is_no_baseline_judges_nothing(launcher: Launcher) -> None:
-    """If the case itself does not run, no twin is green, and the reason is said."""
+def test_a_failed_clean_run_judges_nothing(launcher: Launcher) -> None:
+    """If the case itself does not run, no no-op passes, and the reason is given."""
     bench = _Bench(launcher, BASELINES, alone=True)
     broken = trial_cases("full")["lora"]  # needs a GPU
 
     lookup = bench.run_clean(broken)
 
-    if isinstance(lookup, Damaged):  # on a machine without one
+    if isinstance(lookup, Damaged):  # on a machine without a GPU
         assert "needs a CUDA GPU" in lookup.reason
         assert "the clean run of llama-3.2-3b/lora-4-layers" in judge(a_record(case=broken), lookup).reason
 
 
 @pytest.mark.nightly
 def test_the_cause_names_category_and_module(launcher: Launcher, tmp_path: Path) -> None:
-    """Of a real run with a fault the two lines name what grew and in which module: an extra kernel, an upcast, a copy, a larger state.
-
-    Each record is kept, clean and faulted, and so is the table.
-    """
+    """The cause of a real fault names what grew and in which module, and every record and the table are written."""
     names = ["extra-kernel", "embeddings-fp32", "extra-clone", "optimizer-32bit"]
 
-    found = explained_faults(names, launcher, cases=TINY, tell=lambda _: None, out=tmp_path)
+    explanations = explained_faults(names, launcher, cases=TINY, tell=lambda _: None, out=tmp_path)
 
-    assert {each.fault: each.missing for each in found} == dict.fromkeys(names, ())
-    said = {each.fault: each.cause.lines[0] for each in found if each.cause is not None}
-    assert said["extra-kernel"].startswith("operators +3")
-    assert "add +3 in LlamaMLP (layers.*.mlp, 3 layers)" in said["extra-kernel"]
-    assert "(held float32[1024, 128], in place of bfloat16[1024, 128])" in said["embeddings-fp32"]
-    assert "in place of uint8" in said["optimizer-32bit"]
-    assert cause_table(found).count("| yes |") == len(names)
-    assert (tmp_path / TABLE_FILE).read_text() == f"{cause_table(found)}\n"
-    kept = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
-    assert kept == {"tiny/lora.json", "tiny/lora-8bit.json", "tiny/lora-8bit+optimizer-32bit.json"} | {
+    assert {each.fault: each.missing for each in explanations} == dict.fromkeys(names, ())
+    causes = {each.fault: each.cause.lines[0] for each in explanations if each.cause is not None}
+    assert causes["extra-kernel"].startswith("operators +3")
+    assert "add +3 in LlamaMLP (layers.*.mlp, 3 layers)" in causes["extra-kernel"]
+    assert "(held float32[1024, 128], in place of bfloat16[1024, 128])" in causes["embeddings-fp32"]
+    assert "in place of uint8" in causes["optimizer-32bit"]
+    assert cause_table(explanations).count("| yes |") == len(names)
+    assert (tmp_path / TABLE_FILE).read_text() == f"{cause_table(explanations)}\n"
+    records = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.json")}
+    assert records == {"tiny/lora.json", "tiny/lora-8bit.json", "tiny/lora-8bit+optimizer-32bit.json"} | {
         f"tiny/lora+{name}.json" for name in names[:3]
     }
 
 
-class _Broken(Launcher):
-    """Every run breaks."""
+class _BrokenLauncher(Launcher):
+    """A launcher whose every run breaks."""
 
-    asked = 0
+    runs = 0
 
     def run(self, job: Job) -> Record:
-        """Count, and fail."""
-        self.asked += 1
+        """Count the run and fail."""
+        self.runs += 1
         return failed_record()
 
 
 def test_no_fault_is_tried_on_a_case_that_breaks_without_one() -> None:
-    """Where the clean run breaks, its faults cost no time, and the table says why for each."""
-    broken = _Broken("exec")
-    found = explained_faults(["extra-kernel", "extra-clone"], broken, cases=TINY, tell=lambda _: None)
-    assert broken.asked == 1
-    assert cause_table(found).count("the clean run broke") == 2
+    """Where the clean run breaks, its faults do not run, and the table gives the reason for each."""
+    broken = _BrokenLauncher("exec")
+    explanations = explained_faults(["extra-kernel", "extra-clone"], broken, cases=TINY, tell=lambda _: None)
+    assert broken.runs == 1
+    assert cause_table(explanations).count("the clean run broke") == 2
 
 
-def test_a_cause_that_names_the_wrong_thing_is_told() -> None:
-    """Where nothing differs, or the run broke, the table says so and the fault does not count as named."""
+def test_a_missing_cause_is_reported() -> None:
+    """Where nothing differs or the run broke, the table says so and the fault does not count as explained."""
     same = a_record({"peak_bytes": peak(), "operators": counted()})
 
     silent, broken = explained("extra-kernel", same, same), explained("extra-kernel", same, failed_record())
@@ -177,8 +175,8 @@ def test_a_cause_that_names_the_wrong_thing_is_told() -> None:
     assert "the run with the fault broke" in cause_table([broken])
 
 
-class _Told:
-    """In a launcher's place: gives one record, whatever it is asked."""
+class _FixedLauncher:
+    """Returns the same record for every job, in place of a launcher."""
 
     def __init__(self, record: Record):
         self._record = record
@@ -191,19 +189,19 @@ class _Told:
 def test_workers_that_share_a_device_are_not_judged_by_time(
     alone: bool, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice the busy time is a regression of a worker alone, and nothing at all where others ran beside it."""
+    """Twice the busy time is a regression of a worker alone, and not judged where others run at the same time."""
     before = a_record({"peak_bytes": peak(), "operators": counted(), "busy_s": busy(0.25)})
     slow = a_record({"peak_bytes": peak(), "operators": counted(), "busy_s": busy(0.5)})
-    bench = _Bench(_Told(slow), BASELINES, alone=alone)  # type: ignore[arg-type]
+    bench = _Bench(_FixedLauncher(slow), BASELINES, alone=alone)  # type: ignore[arg-type]
     monkeypatch.setattr(bench, "_lookup", lambda *_: unstored(before, reason="a test"))
 
     assert bench._judged(a_case(), "extra-kernel")[1].verdict is verdict
 
 
 def test_an_unstored_baseline_is_refused_like_a_stored_one() -> None:
-    """A failed run stands in for nothing; a good one holds what a file would."""
+    """A good record becomes a baseline without a file, and a failed one does not."""
     assert isinstance(unstored(a_record(), reason="a test"), Baseline)
-    bench = _Bench(_Told(failed_record()), BASELINES, alone=True)  # type: ignore[arg-type]
+    bench = _Bench(_FixedLauncher(failed_record()), BASELINES, alone=True)  # type: ignore[arg-type]
     assert isinstance(bench.run_clean(a_case()), Damaged)
 
 
@@ -217,8 +215,8 @@ def test_a_fault_does_not_leak_into_the_next_case(launcher: Launcher) -> None:
     assert judge(clean, find(BASELINES, "cpu", case.id)).verdict is Verdict.PASS
 
 
-def test_a_fault_that_never_runs_proves_nothing(launcher: Launcher) -> None:
-    """A case that does not reach the patched code is INVALID, and says so."""
+def test_a_fault_that_never_runs_is_invalid(launcher: Launcher) -> None:
+    """A case that does not reach the patched code is INVALID."""
     record = launcher.run(Job(case=catalogue()["tiny/generate-bf16"], fault="gc-off"))
 
     assert record.status == "invalid"
@@ -230,74 +228,63 @@ def _trial(name: str, *, red: tuple[str, ...] = (), twin: str = "PASS", fault: F
     return Trial(fault=fault or FAULTS[name], case="tiny/lora", red=red, verdict=verdict, twin=twin)
 
 
-def test_missed_faults_and_false_alarms_are_said() -> None:
-    """The summary names what was missed; the table shows it."""
+def test_missed_faults_and_false_alarms_are_named() -> None:
+    """The summary names missed faults and counts no-ops that failed; the table marks the missed ones."""
     caught = _trial("rank-16", red=("trainable_parameters",))
     passed = _trial("gc-on")
     alarm = _trial("rank-16", red=("trainable_parameters",), twin="REGRESSED: x")
 
     assert summary([caught], 2.0) == "1 of 1 faults caught, twins green, 2 s"
-    said = summary([caught, passed, alarm], 2.0)
-    assert said == "1 of 3 faults caught, 1 of 3 twins not green, 2 s\nMISSED: gc-on, rank-16"
+    text = summary([caught, passed, alarm], 2.0)
+    assert text == "1 of 3 faults caught, 1 of 3 twins not green, 2 s\nMISSED: gc-on, rank-16"
     assert "**missed**" in markdown([passed])
 
 
-def test_what_needs_something_else_is_never_counted_as_caught() -> None:
-    """A fault that no single run shows is counted neither way; should it turn something red after all, that is looked at."""
+def test_a_fault_that_needs_an_ab_never_counts_as_caught() -> None:
+    """A fault that needs an A/B counts neither as caught nor as missed, but as missed if it turns a metric red."""
     waiting = _trial("decode-sleep")
-    odd = _trial("decode-sleep", red=("operators",))
+    unexpected = _trial("decode-sleep", red=("operators",))
 
     assert summary([waiting], 2.0).splitlines() == [
         "0 of 0 faults caught, twins green, 2 s",
         "Not caught by a single run: decode-sleep needs A/B",
     ]
     assert "| **needs A/B** |" in markdown([waiting])
-    assert (waiting.good, odd.good, odd.outcome) == (True, False, "MISSED")
+    assert (waiting.good, unexpected.good, unexpected.outcome) == (True, False, "MISSED")
     assert not _trial("decode-sleep", twin="REGRESSED: x").good
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--only", "unheard-of"], "No fault is called 'unheard-of'"),
         (["--scale", "full", "--against", "baselines"], "have no baselines"),
     ],
     ids=["unknown", "no-baselines"],
 )
-def test_a_trial_that_cannot_be_is_refused(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A mistake is one line, before anything runs."""
-    with pytest.raises(SystemExit) as end:
-        main(["faults", *arguments])
-    assert end.value.code == 2
-    assert said in capsys.readouterr().err
+def test_a_mistake_is_refused(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mistake is refused before anything runs."""
+    assert exit_code(main, "faults", *arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.nightly
 def test_ctrl_c_ends_all_workers() -> None:
     """Interrupted while two workers run, the command ends within seconds and leaves no process."""
-    command = [
-        sys.executable,
-        "-m",
-        "hpc_core.cli",
-        "faults",
-        "--only",
-        "*growing*",
-        "--jobs",
-        "2",
-        "--against",
-        "clean",
-    ]
-    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    family: set[psutil.Process] = set()
+    command = ["-m", "hpc_core.cli", "faults", "--only", "*growing*", "--jobs", "2", "--against", "clean"]
+    program = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    processes: set[psutil.Process] = set()
     deadline = time.monotonic() + 60
-    while len(family) < 5 and time.monotonic() < deadline:  # forkserver, two supervisors, two workers
-        family |= set(psutil.Process(program.pid).children(recursive=True))
+    while len(processes) < 5 and time.monotonic() < deadline:  # forkserver, two supervisors, two workers
+        processes |= set(psutil.Process(program.pid).children(recursive=True))
         time.sleep(0.05)
-    assert len(family) >= 5
+    assert len(processes) >= 5
     os.kill(program.pid, signal.SIGINT)
 
     program.communicate(timeout=40)
 
     assert program.returncode != 0
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []

@@ -18,7 +18,7 @@ SECONDS = st.integers(0, 10**6)
     steps=st.lists(st.tuples(SECONDS, st.lists(SECONDS, max_size=3), st.booleans()), min_size=1, max_size=20),
 )
 def test_each_second_belongs_to_a_step_or_to_a_pause(wait: int, steps: list[tuple[int, list[int], bool]]) -> None:
-    """Samples are the seconds of the steps, whatever pauses lie between them, and exactly the pauses are left out."""
+    """Samples are the seconds of the steps, and exactly the pauses between them are left out."""
     now = 0.0
     clock = StepClock(lambda: now)
     now += wait
@@ -47,11 +47,11 @@ def test_loading_data_is_part_of_a_step() -> None:
 
 @given(samples=st.lists(st.floats(0, 1), max_size=60), most=st.integers(1, 40))
 def test_thinned_samples_are_some_of_the_samples_in_order(samples: list[float], most: int) -> None:
-    """Up to the limit all samples are kept; beyond it, exactly as many as allowed, in order and from the first on."""
-    kept = thinned(list(enumerate(samples)), most)  # type: ignore[arg-type]  # numbered, to tell equal ones apart
-    assert len(kept) == min(len(samples), most)
-    assert list(kept) == sorted(kept)
-    assert len(samples) <= most or kept[0][0] == 0  # type: ignore[index]
+    """Up to the limit all samples stay; beyond it, as many as allowed, in order and from the first on."""
+    thinned_samples = thinned(list(enumerate(samples)), most)  # type: ignore[arg-type]  # numbered, to tell equal ones apart
+    assert len(thinned_samples) == min(len(samples), most)
+    assert list(thinned_samples) == sorted(thinned_samples)
+    assert len(samples) <= most or thinned_samples[0][0] == 0  # type: ignore[index]
 
 
 def test_keeping_no_sample_is_refused() -> None:

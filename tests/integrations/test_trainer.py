@@ -27,7 +27,7 @@ STEPS, BATCH, ACCUMULATED, LENGTH = 12, 2, 2, 16
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Rows of which each has one padding token more than the one before, up to three."""
+    """Rows with no padding, one, two and three padding tokens in turn."""
 
     def __len__(self) -> int:
         return 48
@@ -40,7 +40,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class _Wasteful(_Rows):
-    """Rows of which half is padding."""
+    """Rows that are half padding."""
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
@@ -48,17 +48,19 @@ class _Wasteful(_Rows):
         return row
 
 
-class _Hoards(transformers.TrainerCallback):  # type: ignore[misc]
+class _Leaks(transformers.TrainerCallback):  # type: ignore[misc]
     """Keeps 64 KiB of every step."""
 
     def __init__(self) -> None:
-        self.kept: list[torch.Tensor] = []
+        self.tensors: list[torch.Tensor] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        self.kept.append(torch.zeros(2**14))
+        self.tensors.append(torch.zeros(2**14))
 
 
 class _Fails(_Rows):
+    """Rows whose labels are shorter than their ids."""
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = super().__getitem__(index)
         return row | {"labels": row["labels"][:3]}
@@ -107,12 +109,12 @@ def _losses(trainer: Any) -> list[float]:
 
 
 def test_a_training_becomes_a_record(recorded: tuple[Record, list[float], Any]) -> None:
-    """Tokens with and without padding are those of the rows trained on, bytes those of the live tensors, losses those logged."""
+    """The record has the tokens of the rows, the bytes of the live tensors, and the logged losses."""
     record, losses, trainer = recorded
     assert (record.status, record.reasons) == ("ok", ())
     values = {name: metric.value for name, metric in record.metrics.items()}
     positions = STEPS * ACCUMULATED * BATCH * LENGTH
-    assert values["padded_tokens"] == STEPS * ACCUMULATED * BATCH * 1.5  # each row once: 0, 1, 2, 3 and again
+    assert values["padded_tokens"] == STEPS * ACCUMULATED * BATCH * 1.5  # each row once, with 0 to 3 of them
     assert values["tokens"] == positions - values["padded_tokens"]
     parameters = sum(part.numel() for part in trainer.model.parameters())
     assert values["trainable_parameters"] == parameters
@@ -125,8 +127,8 @@ def test_a_training_becomes_a_record(recorded: tuple[Record, list[float], Any]) 
     assert {"weights_moved", "losses_finite"} == set(record.audit)
 
 
-def test_only_what_is_exact_is_gated(recorded: tuple[Record, list[float], Any]) -> None:
-    """Peak and padding are gated, wall times are not. Two warm-up steps and the watched step give no sample of time."""
+def test_only_exact_metrics_are_gated(recorded: tuple[Record, list[float], Any]) -> None:
+    """Peak and padding are gated and wall times are not; warm-up and the watched step give no time sample."""
     metrics = recorded[0].metrics
     assert {"peak_bytes", "padded_tokens"} <= {name for name, metric in metrics.items() if metric.gated}
     assert not [name for name, metric in metrics.items() if metric.gated and metric.noise == "wall"]
@@ -137,7 +139,7 @@ def test_only_what_is_exact_is_gated(recorded: tuple[Record, list[float], Any]) 
 def test_the_same_training_passes_and_a_worse_one_does_not(
     recorded: tuple[Record, list[float], Any], tmp_path: Path
 ) -> None:
-    """A second run equals the accepted baseline exactly; more padding, and memory that every step keeps, are regressions."""
+    """A second run equals the baseline exactly; more padding, and memory kept by every step, are regressions."""
     record, _, _ = recorded
     accept(tmp_path / "baselines", record, reason="first", allow_dirty=True)
     lookup = find(tmp_path / "baselines", "cpu", "trainer/tiny")
@@ -146,14 +148,14 @@ def test_the_same_training_passes_and_a_worse_one_does_not(
         _trainer(tmp_path, perf).train()
     assert judge(_read(perf.path), lookup).verdict is Verdict.PASS
     with perf:
-        _trainer(tmp_path, perf, _Hoards(), rows=_Wasteful()).train()
+        _trainer(tmp_path, perf, _Leaks(), rows=_Wasteful()).train()
     worse = {row.metric: row for row in judge(_read(perf.path), lookup).metrics}
     assert {name for name, row in worse.items() if row.verdict is Verdict.REGRESSED} >= {"peak_bytes", "padded_tokens"}
     assert worse["peak_bytes"].change == 2**16
 
 
-def test_the_training_is_left_alone(recorded: tuple[Record, list[float], Any], tmp_path: Path) -> None:
-    """Losses equal those of the same training without the callback bit for bit, and no hook stays on the model."""
+def test_the_callback_does_not_change_the_training(recorded: tuple[Record, list[float], Any], tmp_path: Path) -> None:
+    """Losses equal those without the callback bit for bit, and no hook stays on the model."""
     _, losses, trainer = recorded
     alone = _trainer(tmp_path)
     alone.train()
@@ -184,7 +186,7 @@ class _Interrupts(transformers.TrainerCallback):  # type: ignore[misc]
 
 @pytest.mark.parametrize("within", [True, False])
 def test_an_interrupted_training_leaves_a_failed_record(tmp_path: Path, within: bool) -> None:
-    """Ctrl-C in the middle of the watched step leaves a failed record, and tensors are no longer watched."""
+    """Ctrl-C in the middle of the watched step leaves a failed record and ends the watching of tensors."""
     perf = PerfCallback(tmp_path / "run.json")
     trainer = _trainer(tmp_path, perf, _Interrupts())
     with pytest.raises(KeyboardInterrupt), perf if within else contextlib.nullcontext():
@@ -196,7 +198,7 @@ def test_an_interrupted_training_leaves_a_failed_record(tmp_path: Path, within: 
     assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
 
 
-def test_an_error_of_ours_does_not_end_the_training(
+def test_an_error_of_the_callback_does_not_end_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The training runs to its end, the log says that recording stopped, and the record is failed."""
@@ -221,7 +223,7 @@ def test_a_training_that_teaches_nothing_is_invalid(tmp_path: Path) -> None:
     assert "peak_bytes" not in record.metrics  # on a CPU a step is watched only where a failure would be seen
 
 
-def test_what_makes_no_sense_is_refused_before_the_training(tmp_path: Path) -> None:
+def test_bad_arguments_are_refused_before_the_training(tmp_path: Path) -> None:
     """A folder in place of a file, negative steps and a malformed id are refused before the training starts."""
     with pytest.raises(SpecError, match="this is a folder"):
         PerfCallback(tmp_path)
@@ -232,7 +234,7 @@ def test_what_makes_no_sense_is_refused_before_the_training(tmp_path: Path) -> N
 
 
 def test_the_example_leaves_its_record(tmp_path: Path) -> None:
-    """The training of examples/trainer ends with a sound record, in which padding and the peak are gated."""
+    """The training of examples/trainer leaves a sound record in which padding and the peak are gated."""
     torch.set_num_threads(1)
     main = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "trainer" / "train.py"))["main"]
     record = _read(main(tmp_path))

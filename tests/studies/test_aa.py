@@ -1,4 +1,4 @@
-"""A/A: what samples of machine starts say of the gate, and the command that takes them."""
+"""A/A: the error rates that samples of machine starts show, and the command that takes the samples."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict, share
 from hpc_core.record.record import Metric, record_to_json
+from tests.commands import exit_code
 from tests.gate.judging import busy_interval
 from tests.strategies import a_record, counted
 
@@ -46,7 +47,7 @@ DECLARED = {
 
 
 def starts(count: int, *, between: float, within: float = 0.0005, kernels: int = 0) -> Samples:
-    """Starts of four processes of two cases; `kernels` more are launched in the last process of each start."""
+    """Starts of four processes of two cases. The last process of each start launches `kernels` more."""
     random = np.random.default_rng(count)
     made = []
     for number in range(count):
@@ -69,7 +70,7 @@ def starts(count: int, *, between: float, within: float = 0.0005, kernels: int =
 
 
 def busy_of(*seconds: float) -> Metric:
-    """Busy time of so many processes."""
+    """Busy time of one process per value."""
     return Metric(
         value=seconds[0],
         unit="s",
@@ -80,15 +81,6 @@ def busy_of(*seconds: float) -> Metric:
     )
 
 
-def run(*arguments: str | Path) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_the_binomial_bound_is_clopper_and_pearsons() -> None:
     """No alarm in n comparisons bounds the rate by 1 - 0.05^(1/n); alarms in all, or no comparison, bound nothing."""
     assert binomial_bound(0, 299) == pytest.approx(1 - 0.05 ** (1 / 299))
@@ -97,8 +89,8 @@ def test_the_binomial_bound_is_clopper_and_pearsons() -> None:
     assert binomial_bound(1, 10) == pytest.approx(0.394163, abs=1e-6)  # tables: 39.42 %
 
 
-def test_quiet_starts() -> None:
-    """Where starts differ little nothing alarms; an A/B sees less than 1.5 %, stored baselines no less than their tolerance."""
+def test_similar_starts_give_no_alarm() -> None:
+    """Similar starts give no alarm; an A/B detects less than 1.5 %, and stored baselines their tolerance or more."""
     rates = error_rates(starts(4, between=0.001), resamples=200)
     assert (rates.suite, rates.alarmed, rates.comparisons, rates.gpus, rates.tests) == (0.0, 0, 2, 4, 2)
     assert rates.bound == pytest.approx(1 - 0.05**0.5)
@@ -116,42 +108,42 @@ def test_quiet_starts() -> None:
     assert rates.suite_others["busy"]["pytest-benchmark median:5%"] == 0.0
 
 
-def test_a_change_that_is_detected_is() -> None:
-    """A session slower by what was said regresses in 95 of 100 draws by the suite's own rule; one slower by half of it in few."""
+def test_the_stated_detectable_change_is_detected() -> None:
+    """The stated change is REGRESSED in 95 of 100 draws by the suite's own rule, and half of it rarely."""
     samples = starts(4, between=0.001)
-    said = next(rate for rate in error_rates(samples, resamples=300).rates if rate.metric == "busy_s").stored
-    assert said is not None
+    stated = next(rate for rate in error_rates(samples, resamples=300).rates if rate.metric == "busy_s").stored
+    assert stated is not None
     random = np.random.default_rng(1)
-    held = [np.asarray(start.cases["tiny/a"]["busy_s"]) for start in samples.starts]
+    seconds = [np.asarray(start.cases["tiny/a"]["busy_s"]) for start in samples.starts]
 
     def regressed(change: float) -> int:
-        found = 0
+        count = 0
         for number in range(200):
-            new, *old = (random.choice(held[(number + step) % 4], 3, replace=False).tolist() for step in range(4))
+            new, *old = (random.choice(seconds[(number + step) % 4], 3, replace=False).tolist() for step in range(4))
             interval = busy_interval([value * (1 + change) for value in new], old, SPREADS["train"], share(2))
-            found += three_way(interval, BUSY_RATIOS["train"], "lower") is Verdict.REGRESSED
-        return found
+            count += three_way(interval, BUSY_RATIOS["train"], "lower") is Verdict.REGRESSED
+        return count
 
-    assert regressed(said.detects * 1.01) >= 180
-    assert regressed(said.detects / 2) <= 10
+    assert regressed(stated.detects * 1.01) >= 180
+    assert regressed(stated.detects / 2) <= 10
 
 
-def test_differences_to_a_start_spread_as_processes_do() -> None:
-    """However few processes a start has, what is drawn for an A/B spreads as they do: a mean of two takes half away, and it is put back."""
+def test_residuals_spread_as_processes_do() -> None:
+    """Residuals of two processes spread as processes do, although subtracting their mean halves the variance."""
     logs = np.random.default_rng(5).normal(0, 0.01, (2000, 2))
     drawn = residuals([tuple(pair) for pair in np.exp(logs).tolist()])
     assert np.std(drawn) == pytest.approx(0.01, rel=0.1)  # its own deviation is 1.6 %
 
 
-def test_starts_that_differ_are_found_out() -> None:
-    """Where starts differ by far more than is assumed, the suite alarms more often than it states, and the rates say so."""
+def test_starts_that_differ_raise_the_alarm_rate() -> None:
+    """Where starts differ far more than assumed, the rates show that the suite alarms more often than stated."""
     rates = error_rates(starts(4, between=0.06), resamples=200)
     assert rates.suite is not None
     assert rates.suite > 10 * rates.alpha
 
 
-def test_what_should_be_exact_and_is_not() -> None:
-    """A count that one process in four has higher alarms in as many comparisons of two processes."""
+def test_an_exact_metric_that_varies_alarms() -> None:
+    """A count that is higher in one process of four alarms in as many comparisons of two processes."""
     kernels = next(
         r for r in error_rates(starts(2, between=0.0, kernels=1), resamples=20).rates if r.metric == "kernels"
     )
@@ -161,7 +153,7 @@ def test_what_should_be_exact_and_is_not() -> None:
 
 
 def test_a_start_measured_in_parts_is_one(tmp_path: Path) -> None:
-    """Samples of one name and card are put together, those of another card are not; JSON keeps them whole."""
+    """Samples of one name and GPU are merged, those of another GPU are not, and JSON keeps them whole."""
     once = starts(1, between=0.0)
     twice = merged([once, samples_from_json(samples_to_json(once), "here")])
     assert len(twice.starts) == 1
@@ -173,7 +165,7 @@ def test_a_start_measured_in_parts_is_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--samples", "nowhere.json"], "nowhere.json: No such file"),
         (["--samples", "bad.json"], "bad.json: no A/A samples"),
@@ -185,18 +177,22 @@ def test_a_start_measured_in_parts_is_one(tmp_path: Path) -> None:
     ids=lambda value: "-".join(value[1:]) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    """Bad input: exit code 2 and one line that names it, before anything runs, and no file is touched."""
+    """Bad input gives exit code 2 and one line that names it, before anything runs or any file changes."""
     monkeypatch.chdir(tmp_path)
     Path("bad.json").write_text("{}")
     good = samples_to_json(starts(1, between=0.0)).decode()
     value = json.loads(good)["starts"][0]["cases"]["tiny/a"]["busy_s"][0]
     Path("zero.json").write_text(good.replace(str(value), "0.0"))
-    assert run(*arguments) == 2
+    assert exit_code(main, *arguments) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert said in err
+    assert message in err
     assert Path("bad.json").read_text() == "{}"
 
 
@@ -204,7 +200,7 @@ def test_a_mistake_is_one_line(
 def test_two_processes_and_their_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fresh processes of a case, each round added to the file; then the table says what is exact and what needs another start."""
+    """The command adds each round of processes to the file, and its table says what is exact and what needs another start."""
     monkeypatch.chdir(ROOT)
     own = tmp_path / "own.py"
     own.write_text(
@@ -212,19 +208,19 @@ def test_two_processes_and_their_table(
         "CASES = [Case(id='own/quiet', scale='tiny', workload=CallableSpec(factory='tests.launch.launch_factories:quiet', steps=3))]\n"
     )
     out = tmp_path / "samples.json"
-    assert run("--cases", own, "--case", "own/*", "--processes", "2", "--out", out, "--start", "one") == 0
-    said = capsys.readouterr().out
-    assert "own/quiet" in said
-    assert "metrics were equal in every process" in said
-    assert "need a second start" in said
+    assert exit_code(main, "--cases", own, "--case", "own/*", "--processes", "2", "--out", out, "--start", "one") == 0
+    out_text = capsys.readouterr().out
+    assert "own/quiet" in out_text
+    assert "metrics were equal in every process" in out_text
+    assert "need a second start" in out_text
     (start,) = samples_from_json(out.read_bytes(), "out").starts
     assert (start.name, start.gpu_uuid, len(start.cases["own/quiet"]["step_s"])) == ("one", "cpu", 2)
-    assert run("--samples", out, "--json") == 0
+    assert exit_code(main, "--samples", out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["starts"] == 1
 
 
 def test_records_of_a_suite_run_are_the_samples_of_a_start(tmp_path: Path) -> None:
-    """A folder that --perf-records wrote is one start: a busy metric has a sample a process, whatever kinds of cases lie together."""
+    """A folder of --perf-records is one start, with one sample per process of each busy metric."""
     timed = {"busy_s": busy_of(0.1, 0.101, 0.1005), "copies": counted(4, unit="1 per 10 steps")}
     decoded = {"busy_decode_token_s": busy_of(0.01, 0.0101), "copies": counted(7, unit="1 per prefill and 16 tokens")}
     for name, metrics in (("lora", timed), ("generate-bf16", decoded)):
@@ -233,7 +229,7 @@ def test_records_of_a_suite_run_are_the_samples_of_a_start(tmp_path: Path) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(record_to_json(a_record(metrics, case=case)))
     out = tmp_path / "aa.json"
-    assert run("--records", tmp_path / "one", "--out", out, "--start", "first") == 0
+    assert exit_code(main, "--records", tmp_path / "one", "--out", out, "--start", "first") == 0
     (start,) = samples_from_json(out.read_bytes(), "out").starts
     assert start.name == "first"
     assert start.cases["tiny/lora"] == {"busy_s": (0.1, 0.101, 0.1005), "copies": (4,)}
@@ -241,14 +237,14 @@ def test_records_of_a_suite_run_are_the_samples_of_a_start(tmp_path: Path) -> No
 
 
 def test_a_folder_without_records_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is judged and nothing written, and the message says what to give."""
-    assert run("--records", tmp_path, "--out", tmp_path / "aa.json") == 2
+    """Without records nothing is written, and the message names the option that writes records."""
+    assert exit_code(main, "--records", tmp_path, "--out", tmp_path / "aa.json") == 2
     assert "--perf-records" in capsys.readouterr().err
     assert not (tmp_path / "aa.json").exists()
 
 
-def test_what_nobody_named_is_the_suites(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without --case an A/A takes the suite's tiny cases, none of those that are there to be named; those can be named."""
+def test_by_default_an_aa_takes_the_tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without --case an A/A takes the suite's tiny cases; other cases can be named."""
     monkeypatch.setattr("bench.studies.error_rates.run.visible_gpus", tuple)
     assert {case.id for case in _chosen([], None)} == {case.id for case in TINY}
     named = _chosen(["tiny/data-*"], None)

@@ -1,4 +1,4 @@
-"""The report's three artefacts: what the committed records show, and what no session may claim."""
+"""The original report's three artefacts: what the committed records show, and what no session may claim."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def changed(record: Record, *, case: Case | None = None, **values: float) -> Rec
 
 
 def prefills(record: Record, **busy_s: float) -> dict[str, Record]:
-    """Records of the device-bound cases with these GPU-busy seconds, all of them 3 % shorter than wall time."""
+    """Records of the device-bound cases with these GPU-busy seconds, each 97 % of wall time."""
     cases = {case.id.rpartition("/")[2]: case for case in DEVICE_BOUND}
     return {
         name: changed(
@@ -53,13 +53,13 @@ def prefills(record: Record, **busy_s: float) -> dict[str, Record]:
 
 
 def test_every_case_that_an_artefact_needs_exists() -> None:
-    """The variants are in the catalogue or among the device-bound ones, each once."""
-    there = [case.id.rpartition("/")[2] for case in (*FULL, *DEVICE_BOUND)]
-    assert [there.count(name) for name in NEEDED] == [1] * len(NEEDED)
+    """Each variant is in the catalogue or among the device-bound ones once."""
+    variants = [case.id.rpartition("/")[2] for case in (*FULL, *DEVICE_BOUND)]
+    assert [variants.count(name) for name in NEEDED] == [1] * len(NEEDED)
 
 
 def test_the_committed_records_show_the_first_two_artefacts(records: dict[str, Record]) -> None:
-    """Full costs more than LoRA on the GPU, checkpointing costs time and saves memory with and without `prepare`."""
+    """Full fine-tuning costs more GPU time than LoRA; checkpointing costs time and saves memory with and without `prepare`."""
     full, qlora, four_bit = artefacts(records)
     assert (full.missing, full.refused, qlora.missing, qlora.refused) == ((), (), (), ())
     assert [row[1] for row in qlora.rows] == ["off", "on", "on", "off"]
@@ -68,7 +68,7 @@ def test_the_committed_records_show_the_first_two_artefacts(records: dict[str, R
 
 
 def test_qlora_rows_that_checkpointed_unasked_are_refused(records: dict[str, Record]) -> None:
-    """Two rows that both ran with checkpointing, as in the report, are refused by what was seen and by their equal peaks."""
+    """Two rows that both ran with checkpointing, as in the report, are refused by the audit and by their equal peaks."""
     same = records["qlora-prepare"]
     fact = {**same.audit, "checkpointing": Fact(asked="off", seen="on")}
     off = msgspec.structs.replace(
@@ -80,8 +80,8 @@ def test_qlora_rows_that_checkpointed_unasked_are_refused(records: dict[str, Rec
     assert len(refused) == 2
 
 
-def test_recomputing_every_layer_takes_no_less(records: dict[str, Record]) -> None:
-    """A checkpointed step that is faster on the GPU is refused; other work, or another machine, is not compared."""
+def test_a_faster_checkpointed_step_is_refused(records: dict[str, Record]) -> None:
+    """A checkpointed step that is faster on the GPU is refused; other work or another machine is not compared."""
     plain, fast = records["lora"], changed(records["lora-gc"], busy_s=0.09)
     [reason] = checkpointing_impossible(plain, fast)
     assert reason.startswith("llama-3.2-3b/lora-gc takes 90 ms of GPU-busy time per step, llama-3.2-3b/lora 105 ms")
@@ -90,8 +90,8 @@ def test_recomputing_every_layer_takes_no_less(records: dict[str, Record]) -> No
     assert checkpointing_impossible(plain, records["generate-fp16"]) == ()
 
 
-def test_device_bound_four_bit_products_are_no_faster(records: dict[str, Record]) -> None:
-    """NF4 that takes as long or longer passes; NF4 in half of FP16's time did not multiply the same."""
+def test_a_faster_four_bit_prefill_is_refused(records: dict[str, Record]) -> None:
+    """NF4 that takes as long as FP16 or longer passes; half of FP16's time is refused as other work."""
     good = artefacts(records | prefills(records["generate-fp16"], fp16=0.18, nf4=2.2, nf4_fp16=0.2))[2]
     assert (good.missing, good.refused) == ((), ())
     assert [row[-1] for row in good.rows] == ["the host's launches"] * 2 + ["the device"] * 3
@@ -102,18 +102,20 @@ def test_device_bound_four_bit_products_are_no_faster(records: dict[str, Record]
     assert four_bit_impossible(records["generate-fp16"], records["lora"]) == ()
 
 
-def test_a_prefill_that_waits_for_the_host_shows_nothing(records: dict[str, Record]) -> None:
-    """Below nine tenths of the time the case is not device-bound, and the artefact says by how much and what to do."""
-    there = prefills(records["generate-fp16"], fp16=0.18, nf4=2.2, nf4_fp16=0.2)
-    there["generate-fp16-b32"] = changed(there["generate-fp16-b32"], busy_share_prefill=0.7)
-    [reason] = artefacts(records | there)[2].refused
+def test_a_host_bound_prefill_is_refused(records: dict[str, Record]) -> None:
+    """A GPU busy below 90 % of the time is not device-bound; the artefact says so and what to do."""
+    records_by_variant = prefills(records["generate-fp16"], fp16=0.18, nf4=2.2, nf4_fp16=0.2)
+    records_by_variant["generate-fp16-b32"] = changed(records_by_variant["generate-fp16-b32"], busy_share_prefill=0.7)
+    [reason] = artefacts(records | records_by_variant)[2].refused
     assert "works 70% of the time to the first token, below 90%" in reason
     assert reason.endswith("Take a larger batch.")
 
 
-def test_what_did_not_run_is_missing(records: dict[str, Record]) -> None:
-    """Without its records an artefact judges nothing and names them."""
-    there = {name: record for name, record in records.items() if name != "lora" and not name.endswith("-b32")}
-    full, _, four_bit = artefacts(there)
+def test_an_artefact_without_its_records_names_them(records: dict[str, Record]) -> None:
+    """An artefact without its records judges nothing and names them."""
+    records_by_variant = {
+        name: record for name, record in records.items() if name != "lora" and not name.endswith("-b32")
+    }
+    full, _, four_bit = artefacts(records_by_variant)
     assert (full.missing, full.refused) == (("lora",), ())
     assert four_bit.missing == ("generate-fp16-b32", "generate-nf4-b32", "generate-nf4-fp16-b32")

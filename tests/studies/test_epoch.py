@@ -1,4 +1,4 @@
-"""The epoch of `bench/studies/data_path/epoch.py`, on a tiny model: really run through, or extrapolated and said so."""
+"""The epoch of `bench/studies/data_path/epoch.py` on a tiny model is run whole, or extrapolated and marked so."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ OPTIONS = argparse.Namespace(
 )
 
 
-def test_an_epoch_is_every_full_block_of_the_rows() -> None:
-    """All blocks of two rows of 32 tokens are trained on, fed; the tokens left out fill no batch; the line says how long it took."""
-    found: dict[str, Any] = epoch.measure(epoch.case_of("tuned-fed", OPTIONS), "cpu")
-    held = sum(recorded_lengths("wikitext2")[:60])
-    assert 0 <= held - found["tokens"] < 2 * 32
-    assert found["steps"] == found["epoch_steps"] == held // 64
-    assert len(found["losses"]) == found["steps"]
-    text = epoch.line("tuned-fed", found, OPTIONS)
-    assert f"all {found['steps']} steps run of 2 x 32" in text
+def test_an_epoch_trains_on_every_full_block() -> None:
+    """An epoch trains on every block of two rows of 32 tokens; the remaining tokens fill no batch."""
+    epoch_result: dict[str, Any] = epoch.measure(epoch.case_of("tuned-fed", OPTIONS), "cpu")
+    available_tokens = sum(recorded_lengths("wikitext2")[:60])
+    assert 0 <= available_tokens - epoch_result["tokens"] < 2 * 32
+    assert epoch_result["steps"] == epoch_result["epoch_steps"] == available_tokens // 64
+    assert len(epoch_result["losses"]) == epoch_result["steps"]
+    text = epoch.line("tuned-fed", epoch_result, OPTIONS)
+    assert f"all {epoch_result['steps']} steps run of 2 x 32" in text
     assert "graph off: a CUDA graph needs a GPU" in text
-    assert found["fetched"] == found["steps"] + OPTIONS.ahead  # none of a round before it
-    assert (found["epoch_s"], found["extrapolated"]) == (found["seconds"], False)
+    assert epoch_result["fetched"] == epoch_result["steps"] + OPTIONS.ahead  # none of a round before it
+    assert (epoch_result["epoch_s"], epoch_result["extrapolated"]) == (epoch_result["seconds"], False)
 
 
 def test_a_stock_epoch_is_extrapolated_and_says_so() -> None:
-    """Three padded steps stand for thirty, those of rows without any next token included."""
-    found: dict[str, Any] = epoch.measure(epoch.case_of("stock-padded", OPTIONS), "cpu")
-    assert found["epoch_steps"] + found["skipped"] == 30
-    assert "extrapolated from 3 steps to 30 of 2 x 32" in epoch.line("stock-padded", found, OPTIONS)
-    assert found["epoch_s"] == pytest.approx(10 * found["seconds"])
-    assert found["padded"] > 0
+    """Three padded steps stand for thirty, with the rows without a next token among them."""
+    epoch_result: dict[str, Any] = epoch.measure(epoch.case_of("stock-padded", OPTIONS), "cpu")
+    assert epoch_result["epoch_steps"] + epoch_result["skipped"] == 30
+    assert "extrapolated from 3 steps to 30 of 2 x 32" in epoch.line("stock-padded", epoch_result, OPTIONS)
+    assert epoch_result["epoch_s"] == pytest.approx(10 * epoch_result["seconds"])
+    assert epoch_result["padded"] > 0

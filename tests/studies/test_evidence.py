@@ -1,4 +1,4 @@
-"""The error rates of the gate on stored H100 samples of unchanged and of slowed work."""
+"""The gate's error rates on stored H100 samples of unchanged and of slowed work."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from hpc_core.gate.verdict import Verdict, share
 
 STUDIES = Path(__file__).parents[2] / "bench" / "studies"
 SUITE_TESTS = 28
-"""Tests of busy time in a run of the whole H100 suite, about: each has its share of the suite's alpha."""
+"""About the number of tests of busy time in a run of the H100 suite, which share the suite's alpha."""
 
 
 @pytest.fixture(scope="module")
 def samples() -> Samples:
-    """The same code on several machine starts."""
+    """Samples of the same code on several machine starts."""
     return samples_from_json((STUDIES / "error_rates" / "aa-h100.json").read_bytes(), "aa-h100.json")
 
 
 @pytest.fixture(scope="module")
 def rates(samples: Samples) -> ErrorRates:
-    """What the gate does with them."""
+    """The gate's error rates on these samples."""
     return error_rates(samples)
 
 
 def test_the_samples_are_four_starts_of_four_processes_of_four_cases(samples: Samples) -> None:
-    """Each start ran on a card that is named, and each busy metric has a value a process."""
+    """Each start names its GPU, and each busy metric has a value per process."""
     assert len(samples.starts) == 4
     for start in samples.starts:
         assert start.gpu_uuid.startswith("GPU-")
@@ -47,27 +47,27 @@ def test_the_samples_are_four_starts_of_four_processes_of_four_cases(samples: Sa
 
 
 def test_the_suite_gives_no_false_alarm_on_unchanged_work(rates: ErrorRates) -> None:
-    """Drawn by start, at most 1 in 100 runs of the suite calls unchanged work REGRESSED; exact metrics never do."""
+    """At most 1 in 100 runs of the suite calls unchanged work REGRESSED; exact metrics never do."""
     assert rates.suite is not None
     assert rates.suite <= 0.01
     assert [rate.metric for rate in rates.rates if rate.noise == "exact" and rate.paired and rate.paired.alarms] == []
 
 
-def test_an_ab_of_three_processes_a_side_sees_one_and_a_half_percent(rates: ErrorRates) -> None:
-    """In one session, +1.5 % of busy time is REGRESSED in 95 of 100, for each case and metric."""
-    sees = {
+def test_an_ab_of_three_processes_a_side_detects_one_and_a_half_percent(rates: ErrorRates) -> None:
+    """In one session, +1.5 % of busy time is REGRESSED in 95 of 100 A/Bs, for each case and metric."""
+    detectable = {
         (rate.case, rate.metric): rate.paired.detects for rate in rates.rates if rate.noise == "busy" and rate.paired
     }
-    assert len(sees) == 5
-    assert max(sees.values()) <= 0.015, sees
+    assert len(detectable) == 5
+    assert max(detectable.values()) <= 0.015, detectable
 
 
 def test_two_percent_of_device_time_is_caught_and_no_change_passes() -> None:
-    """Of twenty clean and twenty slowed processes drawn in threes, 95 of 100 A/Bs are REGRESSED, and 95 of 100 of clean ones PASS."""
-    found: dict[str, Any] = json.loads((STUDIES / "detection" / "detection-h100.json").read_bytes())
-    clean, slowed = found["clean_busy_s"], found["spinning_busy_s"]
+    """Of A/Bs drawn from twenty clean and twenty slowed processes, 95 of 100 are REGRESSED; of clean ones, 95 of 100 PASS."""
+    study: dict[str, Any] = json.loads((STUDIES / "detection" / "detection-h100.json").read_bytes())
+    clean, slowed = study["clean_busy_s"], study["spinning_busy_s"]
     assert (len(clean), len(slowed)) == (20, 20)
-    assert found["spin_s"] == pytest.approx(0.02 * found["unchanged_busy_s"])
+    assert study["spin_s"] == pytest.approx(0.02 * study["unchanged_busy_s"])
     rule = Sequential(share(SUITE_TESTS), PAIRED_RATIO, most_pairs=PROCESSES, spread=SPREADS["train"])
     generator = random.Random(0)
     runs = 1000
@@ -75,8 +75,8 @@ def test_two_percent_of_device_time_is_caught_and_no_change_passes() -> None:
     for _ in range(runs):
         base, head = _threes(clean, generator), _threes(slowed, generator)
         regressed += rule.check(base, head).verdict is Verdict.REGRESSED
-        both = generator.sample(clean, 2 * PROCESSES)
-        passed += rule.check(both[:PROCESSES], both[PROCESSES:]).verdict is Verdict.PASS
+        drawn = generator.sample(clean, 2 * PROCESSES)
+        passed += rule.check(drawn[:PROCESSES], drawn[PROCESSES:]).verdict is Verdict.PASS
     assert regressed / runs >= 0.95
     assert passed / runs >= 0.95
 

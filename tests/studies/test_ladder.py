@@ -1,4 +1,4 @@
-"""From stock to tuned as a picture: rows in the order of their steps, reasons in place of numbers, and the scripts that write them."""
+"""The ablations from stock to tuned: rows in the order of their steps, reasons in place of numbers, and the scripts that write them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from bench.studies.ablations.ladder import ladders_of
 from bench.studies.stock_and_tuned.paired import work_of
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
+from tests.commands import exit_code
 
 pytest.importorskip("vl_convert")
 METHODS, WEIGHTS = ["lora", "qlora", "full"], ["bf16", "nf4"]
 
 
 def _file(**rows: Any) -> bytes:
-    told = {"title": "QLoRA of a model", "per": "step", "rows": {"a": "stock", "b": "+ one thing", "c": "+ another"}}
-    return json.dumps({"source": "a card, a stack", "steps": {"qlora": told}, "rows": rows}).encode()
+    steps = {"title": "QLoRA of a model", "per": "step", "rows": {"a": "stock", "b": "+ one thing", "c": "+ another"}}
+    return json.dumps({"source": "a card, a stack", "steps": {"qlora": steps}, "rows": rows}).encode()
 
 
 _ROWS: dict[str, Any] = {
@@ -35,8 +36,8 @@ _ROWS: dict[str, Any] = {
 }
 
 
-def test_rows_stand_in_the_order_of_the_steps() -> None:
-    """Whatever the order in the file, stock comes first; a row that broke or never ran says which, and is not left out."""
+def test_rows_are_in_the_order_of_the_steps() -> None:
+    """Stock comes first whatever the file's order; a row that broke or never ran keeps its place and its reason."""
     broken = {"error": "Traceback (most recent call last):\n  …\ntorch.OutOfMemoryError: tried 2 GiB\n"}
     source, [ladder] = ladders_of(_file(**_ROWS, c=broken), "rows.json")
     assert source == "a card, a stack"
@@ -49,8 +50,8 @@ def test_rows_stand_in_the_order_of_the_steps() -> None:
     assert shorter.steps[-1].error == "not run"
 
 
-def test_the_picture_says_every_number_and_why_there_is_none() -> None:
-    """Labels, milliseconds, tokens a second, GiB, units, machine and the reason of a missing row stand as text in the SVG; twice the same bytes."""
+def test_the_picture_shows_every_number_or_its_reason() -> None:
+    """The SVG shows labels, numbers with units, the machine and the reason of a missing row; twice the same bytes."""
     source, ladders = ladders_of(_file(**_ROWS), "rows.json")
     drawn = drawn_steps(source, ladders, "svg")
     assert drawn == drawn_steps(source, ladders, "svg")
@@ -63,7 +64,7 @@ def test_the_picture_says_every_number_and_why_there_is_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "only", "said"),
+    ("content", "only", "message"),
     [
         (b"[]", (), "not the file of an ablation"),
         (b'{"source": "x", "rows": {}}', (), "those there: none"),
@@ -72,54 +73,50 @@ def test_the_picture_says_every_number_and_why_there_is_none() -> None:
         (_file(stock={"peak_gib": -1.0}), (), "not the file of an ablation .*>= 0"),
     ],
 )
-def test_another_file_is_refused(content: bytes, only: tuple[str, ...], said: str) -> None:
-    """What is no ablation, or has no steps of what is asked for, is an error that says what there is."""
-    with pytest.raises(SpecError, match=said):
+def test_another_file_is_refused(content: bytes, only: tuple[str, ...], message: str) -> None:
+    """A file that is not an ablation, or lacks the requested steps, is an error that lists what it has."""
+    with pytest.raises(SpecError, match=message):
         ladders_of(content, "rows.json", only)
 
 
 def test_the_command_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file becomes a picture; a wrong ending and a missing file end with code 2 and a sentence."""
+    """A file becomes a picture; a wrong suffix, a missing file and a path that cannot be written end with code 2."""
     rows, picture = tmp_path / "rows.json", tmp_path / "steps.png"
     rows.write_bytes(_file(**_ROWS))
     assert main([str(rows), str(picture), "--only", "qlora"]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for arguments in ([str(rows), str(tmp_path / "steps.gif")], [str(tmp_path / "none.json"), str(picture)]):
-        with pytest.raises(SystemExit) as stopped:
-            main(arguments)
-        assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert "ends in .svg or .png" in said
-    assert "none.json: cannot be read" in said
-    with pytest.raises(SystemExit) as stopped:
-        main([str(rows), str(rows / "steps.png")])
-    assert stopped.value.code == 2
-    assert "steps.png: cannot be written" in capsys.readouterr().err
+    for source, target, message in (
+        (rows, tmp_path / "steps.gif", "ends in .svg or .png"),
+        (tmp_path / "none.json", picture, "none.json: cannot be read"),
+        (rows, rows / "steps.png", "steps.png: cannot be written"),
+    ):
+        assert exit_code(main, source, target) == 2
+        assert message in capsys.readouterr().err
 
 
 def _ladders() -> list[tuple[str, list[Case]]]:
     trained = train_ablation.cases("llama-3.2-3b", METHODS, 512, 4)
     decoded = decode_ablation.cases("llama-3.2-3b", WEIGHTS, 1)
-    told = train_ablation.steps("llama-3.2-3b", METHODS, 512, 4) | decode_ablation.steps("llama-3.2-3b", WEIGHTS, 1)
+    groups = train_ablation.steps("llama-3.2-3b", METHODS, 512, 4) | decode_ablation.steps("llama-3.2-3b", WEIGHTS, 1)
     every = trained | decoded
-    return [(group, [every[name] for name in each["rows"]]) for group, each in told.items()]
+    return [(group, [every[name] for name in each["rows"]]) for group, each in groups.items()]
 
 
 @pytest.mark.parametrize(("group", "ladder"), _ladders(), ids=[group for group, _ in _ladders()])
 def test_each_step_does_the_same_work_another_way(group: str, ladder: list[Case]) -> None:
-    """From a stock case on, every row trains or answers the same, and no two run the same program."""
+    """Every row of a ladder starts from a stock case and does the same work with another program."""
     assert getattr(ladder[0].workload, "engine", None) == "stock"
     assert len({work_of(case) for case in ladder}) == 1, group
     assert len({case.digest for case in ladder}) == len(ladder) > 3
 
 
-def test_each_training_step_keeps_what_the_one_before_had() -> None:
-    """The picture's rows only add: no switch that a row turned on is off in the next, but for linears, which blocks contain."""
+def test_each_training_step_only_adds_switches() -> None:
+    """No switch that a row turned on is off in the next, but for linears, which blocks contain."""
     for name in METHODS:
         rows = [train_ablation.SWITCHES[row] for row in train_ablation.STEPS if name != "full" or "linears" not in row]
         for before, after in itertools.pairwise(rows):
-            kept = {key for key in before if key not in ("fusion", "engine")}
-            assert {key: after.get(key) for key in kept} == {key: before[key] for key in kept}
+            common = {key for key in before if key not in ("fusion", "engine")}
+            assert {key: after.get(key) for key in common} == {key: before[key] for key in common}
 
 
 _BREAKING = """
@@ -136,12 +133,12 @@ print(json.dumps([*found, run_in_child(lambda *_: {"wall_ms": 1.0}, case, "cpu",
 """
 
 
-def test_a_row_that_breaks_keeps_its_traceback_and_one_that_hangs_is_ended() -> None:
-    """The process of a row may raise, or never end: the next row runs all the same."""
+def test_a_broken_or_hung_row_does_not_stop_the_next() -> None:
+    """A row that raises keeps its traceback, one that hangs is ended, and the next row runs."""
     root = Path(__file__).parents[2]
-    ran = subprocess.run([sys.executable, "-c", _BREAKING], capture_output=True, text=True, timeout=60, cwd=root)
-    assert ran.returncode == 0, ran.stderr
-    broken, hung, sound = json.loads(ran.stdout)
+    process = subprocess.run([sys.executable, "-c", _BREAKING], capture_output=True, text=True, timeout=60, cwd=root)
+    assert process.returncode == 0, process.stderr
+    broken, hung, sound = json.loads(process.stdout)
     assert broken["error"].strip().endswith("ValueError: tiny/row on cpu")
     assert hung == {"error": "took more than 0.2 s"}
     assert sound["wall_ms"] == 1.0
@@ -149,9 +146,9 @@ def test_a_row_that_breaks_keeps_its_traceback_and_one_that_hangs_is_ended() -> 
 
 
 def test_a_decode_row_has_the_names_of_every_ablation() -> None:
-    """What the trial says of a token becomes the row's, and a void reading of the profiler is kept beside what came before it."""
-    seen = {"token_ms": 2.5, "tokens_per_s": 400.0, "first_use_s": {"tune": 3.0, "capture": 1.5}, "warm_up_s": [1.0]}
-    assert decode_ablation.row_of(seen, "three readings void") == {
+    """A trial's numbers get the names that every row has, and a void reading of the profiler is noted."""
+    trial = {"token_ms": 2.5, "tokens_per_s": 400.0, "first_use_s": {"tune": 3.0, "capture": 1.5}, "warm_up_s": [1.0]}
+    assert decode_ablation.row_of(trial, "three readings void") == {
         "wall_ms": 2.5,
         "tokens_per_s": 400.0,
         "first_use_s": 4.5,

@@ -1,4 +1,4 @@
-"""The original report's two files, from records: its words, its units, and no number that was not measured."""
+"""The original report's two files, written from records: its words and units, and no number that was not measured."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hpc_core.case.limits import GiB
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
+from tests.commands import exit_code
 from tests.strategies import a_record, failed_record, peak, wall
 
 
@@ -41,22 +42,22 @@ def trained(steps: int) -> Record:
 
 
 def test_a_latency_is_the_mean_of_all_queries() -> None:
-    """The report's name is an average, so the value is one: of 4, 4 and 7 s it is 5 s; GB are bytes / 1024**3."""
+    """Latency is the average of all queries, as its name says: 5 s for 4, 4 and 7 s. GB are bytes / 1024**3."""
     method = original_files([generated()])[INFERENCE_FILE]["methods"]["original-fp16"]
     assert (method["avg_latency"], method["throughput_tokens_per_sec"], method["peak_memory_gb"]) == (5.0, 102.4, 6.0)
     assert method["extrapolated"] is False
 
 
 def test_whole_epochs_are_summed_and_fewer_steps_extrapolated() -> None:
-    """2000 measured steps are two epochs; 10 are two epochs only by extrapolation, which the file says."""
+    """2000 measured steps are two epochs; 10 are extrapolated to two, and the file says so."""
     whole = original_files([trained(2000)])[FINETUNE_FILE]["methods"]["original-lora"]
     assert (whole["total_time"], whole["time_per_epoch"], whole["extrapolated"]) == (500.0, 250.0, False)
     part = original_files([trained(10)])[FINETUNE_FILE]["methods"]["original-lora"]
     assert (part["total_time"], part["time_per_epoch"], part["extrapolated"]) == (500.0, 250.0, True)
 
 
-def test_what_failed_says_why() -> None:
-    """A row that ran out of memory is a row with its reason and without a number."""
+def test_a_failed_row_gives_its_reason() -> None:
+    """A row that ran out of memory has its reason and no number."""
     [method] = original_files([failed_record()])[FINETUNE_FILE]["methods"].values()
     assert method["status"] == "failed"
     assert "80.1 GiB" in method["reason"]
@@ -64,12 +65,12 @@ def test_what_failed_says_why() -> None:
 
 
 def test_the_file_states_its_units() -> None:
-    """Whoever reads GB finds out which."""
+    """The file says which GB it means."""
     assert "1024**3" in original_files([generated()])[INFERENCE_FILE]["units"]["peak_memory_gb"]
 
 
 def test_the_protocol_is_the_reports() -> None:
-    """500 questions of 512 tokens two ways; two epochs of 4000 rows in batches of 4, padded to 512, five ways."""
+    """The protocol has 500 answers of 512 tokens two ways, and two epochs of 4000 rows in padded batches of 4 five ways."""
     answers = [case.workload for case in protocol() if isinstance(case.workload, GenerateSpec)]
     assert [(each.prompts, each.new_tokens, each.batch) for each in answers] == [(500, 512, 1)] * 2
     training = [case.workload for case in protocol() if isinstance(case.workload, FinetuneSpec)]
@@ -80,19 +81,10 @@ def test_the_protocol_is_the_reports() -> None:
 
 
 @pytest.mark.parametrize("weights", [None, ModelSpec(weights="hub", path="meta-llama/Llama-3.2-3B-Instruct")])
-def test_true_weights_bring_true_texts(weights: ModelSpec | None) -> None:
+def test_true_weights_use_the_real_texts(weights: ModelSpec | None) -> None:
     """Random weights go with recorded lengths, true ones with the data sets themselves."""
     sources = {case.workload.data.source for case in protocol(weights) if isinstance(case.workload, GenerateSpec)}
     assert sources == {DataSpec(source="trace" if weights is None else "hub", name="gsm8k").source}
-
-
-def run(*arguments: str | Path) -> int:
-    """The exit code of a command."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -103,23 +95,23 @@ def run(*arguments: str | Path) -> int:
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command says what is wrong and exits with 2."""
-    assert run(*arguments) == 2
+    """A mistake is one line and exit code 2."""
+    assert exit_code(main, *arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder without a record is a mistake, and said so."""
+    """A folder without a record is refused with exit code 2."""
     (tmp_path / "records").mkdir()
-    assert run("export", tmp_path / "records", "--out", tmp_path / "out") == 2
+    assert exit_code(main, "export", tmp_path / "records", "--out", tmp_path / "out") == 2
     assert "holds no record" in capsys.readouterr().err
 
 
 @pytest.mark.nightly
-def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Seven rows on a tiny model give the two files; run again after two records are gone or bad, just those run."""
+def test_the_short_protocol_resumes_where_it_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Seven rows on a tiny model give the two files; after two records are removed or record, only those run again."""
     out = tmp_path / "report"
-    assert run("run", "--out", out, "--short") == 0
+    assert exit_code(main, "run", "--out", out, "--short") == 0
     inference = json.loads((out / "baseline_inference_metrics.json").read_text())["methods"]
     assert set(inference) == {"original-fp16", "original-nf4"}
     training = json.loads((out / "baseline_finetune_metrics.json").read_text())["methods"]
@@ -128,11 +120,11 @@ def test_the_short_protocol_goes_on_where_it_stopped(tmp_path: Path, capsys: pyt
     assert "[7/7]" in capsys.readouterr().err
     (out / "records" / "tiny" / "original-lora.json").unlink()
     other = out / "records" / "tiny" / "original-full.json"
-    changed = record_from_json(other.read_bytes())
+    record = record_from_json(other.read_bytes())
     other.write_bytes(
-        record_to_json(msgspec.structs.replace(changed, case=msgspec.structs.replace(changed.case, seed=7)))
+        record_to_json(msgspec.structs.replace(record, case=msgspec.structs.replace(record.case, seed=7)))
     )
-    assert run("run", "--out", out, "--short") == 0
-    said = capsys.readouterr().err
-    assert said.count("measured already") == 5
-    assert said.count(": running") == 2
+    assert exit_code(main, "run", "--out", out, "--short") == 0
+    progress = capsys.readouterr().err
+    assert progress.count("measured already") == 5
+    assert progress.count(": running") == 2

@@ -1,4 +1,4 @@
-"""The original report typed in: what physics says of each row, and the page that shows it."""
+"""The original report's rows as records: what the bounds refute, and the page that shows it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPORT = report_records()
 
 
 def flop_per_s(record: Record) -> float:
-    """What a training record claims, by the tokens that it counts."""
+    """The rate that a training record claims, by the tokens that it counts."""
     tokens = record.metrics["tokens"].value + record.metrics["padded_tokens"].value
     floor = train_floor(record.case, float(tokens))
     assert floor is not None
@@ -24,7 +24,7 @@ def flop_per_s(record: Record) -> float:
 
 
 def test_full_fine_tuning_is_refused_in_readable_words() -> None:
-    """1.06 PFLOP/s, five times the data sheet's 209.5 TFLOP/s."""
+    """Full fine-tuning claims 1.06 PFLOP/s, five times the data sheet's 209.5 TFLOP/s."""
     assert REPORT["full"].status == "invalid"
     assert REPORT["full"].reasons == (
         "step_s: a step of 2,048 tokens in 37.8 ms of wall time would be 1.059 PFLOP/s (40.02 TFLOP at least), "
@@ -33,8 +33,8 @@ def test_full_fine_tuning_is_refused_in_readable_words() -> None:
     assert flop_per_s(REPORT["full"]) == pytest.approx(1.06e15, rel=0.005)
 
 
-def test_in_real_tokens_the_row_stands_and_the_ratio_falls() -> None:
-    """141 TFLOP/s alone is legal; beside LoRA it is not."""
+def test_in_real_tokens_only_the_ratio_is_refuted() -> None:
+    """Counted in real tokens the row is valid, but not next to LoRA, which cannot be slower."""
     row = REPORT["full-real-tokens"]
     assert REAL_TOKENS == row.metrics["tokens"].value == 272_271
     assert row.status == "ok"
@@ -45,7 +45,7 @@ def test_in_real_tokens_the_row_stands_and_the_ratio_falls() -> None:
 
 
 def test_full_precision_does_not_fit() -> None:
-    """As float32 the row's memory is impossible too: 47.9 GiB must exist at once, but 28.45 GiB were measured."""
+    """In float32, 47.9 GiB must exist at once, but the row has 28.45 GiB."""
     assert (
         REPORT["full-fp32"]
         .reasons[0]
@@ -62,12 +62,12 @@ def test_int4_was_quantized_twice() -> None:
 
 
 @pytest.mark.parametrize("name", ["fp16", "lora", "lora-gc", "lora-real-tokens", "qlora", "qlora-gc"])
-def test_the_other_rows_stand(name: str) -> None:
-    """Physics does not refute what may be."""
+def test_the_other_rows_are_valid(name: str) -> None:
+    """The bounds do not refute the other rows."""
     assert REPORT[name].status == "ok"
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    """bench/studies/original_report/results.md comes from code and committed records: `python -m bench.studies.original_report.rows` writes it."""
+    """bench/studies/original_report/results.md is the output of `python -m bench.studies.original_report.rows`."""
     folder = ROOT / "baselines" / "nvidia-h100-80gb-hbm3-80gib" / "llama-3.2-3b"
     assert (ROOT / "bench" / "studies" / "original_report" / "results.md").read_text(encoding="utf-8") == main(folder)

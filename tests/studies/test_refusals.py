@@ -1,4 +1,4 @@
-"""What the scripts of `bench/` refuse: in a sentence and with exit code 2, before anything is measured."""
+"""The scripts of `bench/` refuse a mistake in one sentence with exit code 2, before anything is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPTS = (epoch, data_path, *ABLATIONS)
 
 
 @pytest.mark.parametrize(
-    ("script", "said", "why"),
+    ("script", "arguments", "message"),
     [
         (epoch, ["--only", "nonsense"], "no row is called nonsense; there are tuned-fed"),
         (epoch, ["--shape", "nonsense", "--device", "cpu"], "Unknown shape 'nonsense'"),
@@ -34,13 +34,13 @@ SCRIPTS = (epoch, data_path, *ABLATIONS)
         *((script, [], "no GPU is visible: say --device cpu, with --shape tiny") for script in SCRIPTS),
     ],
 )  # fmt: skip
-def test_what_cannot_be_run_is_refused_before_anything_is(
-    script: Any, said: list[str], why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_mistake_is_refused_before_anything_runs(
+    script: Any, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The message repeats what was said and lists what there is; without options a GPU is wanted, and what to say where there is none."""
+    """The message repeats the wrong value and lists the valid ones; without a GPU it names the options for a CPU."""
     monkeypatch.setattr(refusals, "visible_gpus", tuple)
-    monkeypatch.setattr(sys, "argv", ["bench", *said])
-    with pytest.raises(SystemExit) as left:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
         script.main()
-    assert left.value.code == 2
-    assert why in capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err

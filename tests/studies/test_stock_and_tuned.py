@@ -1,4 +1,4 @@
-"""Stock beside tuned: twins by what they run, floors by measured rates, absent numbers as absent, and the committed page."""
+"""The comparison of stock and tuned engines: pairs of the same work, floors by measured rates, missing numbers, and the committed page."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def _row(text: str, name: str) -> list[str]:
 
 
 @given(cases())
-def test_twins_are_found_by_what_they_run(case: Case) -> None:
-    """Another id, timeout and limits make no other work; another seed does; and a case is never its own twin."""
+def test_pairs_are_found_by_their_work(case: Case) -> None:
+    """Another id, timeout or limit does not change a case's work; another seed does; no case is its own pair."""
     other = case.vary("renamed", timeout_s=case.timeout_s + 1, limits=Limits(peak_bytes="1%"))
     assert work_of(other) == work_of(case)
     assert work_of(case) is None or work_of(case.vary("seeded", seed=case.seed + 1)) != work_of(case)
@@ -59,7 +59,7 @@ def test_twins_are_found_by_what_they_run(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stock", "other", "twins"),
+    ("stock", "other", "paired"),
     [
         ("lora-nodrop", "lora-tuned", True),
         ("lora-tuned", "lora-nodrop", False),  # the first is the stock one
@@ -70,27 +70,27 @@ def test_twins_are_found_by_what_they_run(case: Case) -> None:
         ("generate-bf16", "generate-bf16-graph", False),  # other prompts
     ],
 )
-def test_only_the_engine_may_differ(stock: str, other: str, twins: bool) -> None:
-    """Dropout, adapters' dtype, quantization and prompts make another case of it, whatever the names say."""
-    assert are_twins(_case(stock), _case(other)) is twins
+def test_only_the_engine_may_differ(stock: str, other: str, paired: bool) -> None:
+    """Cases with another dropout, adapter dtype, quantization or prompts are not paired, whatever their names."""
+    assert are_twins(_case(stock), _case(other)) is paired
 
 
-def test_what_the_engine_was_told_is_said() -> None:
-    """Switches by name, a budget in GiB, nothing for a stock case."""
+def test_the_engines_switches_are_listed() -> None:
+    """A tuned case lists its switches by name and a budget in GiB; a stock case has none."""
     assert changed_work(_case("qlora-tuned-4.5gib")) == "loss=chunked, fusion=blocks, graph, budget=4.5 GiB"
     assert changed_work(_case("qlora-nodrop")) == ""
 
 
 def test_a_floor_is_the_longer_of_products_and_bytes() -> None:
-    """LoRA's step is bound by its 26.6 TFLOP at 800 TFLOP/s, a decoded token by its 6.44 GB at 3 TB/s: the reference's 34 and 2.1 ms."""
+    """LoRA's step is bound by 26.6 TFLOP at 800 TFLOP/s, a decoded token by 6.44 GB at 3 TB/s."""
     step, token = (floor_s(_record(name, {"peak_bytes": peak()})) for name in ("lora-tuned", "generate-bf16-graph"))
     assert step == pytest.approx(0.0336, rel=0.02)
     assert token == pytest.approx(6.437e9 / 3e12, rel=0.001)
     assert floor_s(a_record({"peak_bytes": peak()}, case=_case("lora-tuned"))) is None  # no rates in its session
 
 
-def test_a_row_holds_its_record_and_stands_beside_its_twin() -> None:
-    """Wall, how many times faster, shares of the floor, joules, epoch and losses: each from the two records or the closed form."""
+def test_a_row_compares_a_record_with_its_stock_case() -> None:
+    """Each number of a row comes from the two records or the closed form."""
     stock = _record("lora-nodrop", {"step_s": wall(0.150), "peak_bytes": peak(14 * GiB)}, losses=_losses(4, 1.0))
     tuned = _record(
         "lora-tuned",
@@ -115,27 +115,27 @@ def test_a_row_holds_its_record_and_stands_beside_its_twin() -> None:
 
 
 def _losses(warm_up: int, factor: float) -> tuple[float, ...]:
-    """Of a warm-up and the ten timed steps, which begin with the first batch again."""
+    """Losses of a warm-up and of the ten timed steps, which begin with the first batch again."""
     return tuple(factor * (12.0 + step) for step in range(warm_up)) + (5.0,) * 10
 
 
 def test_losses_are_compared_where_batches_are_the_same() -> None:
-    """After its own warm-up each run begins with the first batch again, so only the shorter warm-up is common."""
+    """Only the losses of the shorter warm-up are compared, since each timed run begins with the first batch again."""
     stock = _record("lora-nodrop", {}, losses=_losses(3, 1.0))
     assert losses_apart(stock, _record("lora-tuned", {}, losses=_losses(8, 1.01))) == pytest.approx((0.01, 3))
     assert losses_apart(stock, _record("lora-tuned", {})) is None
 
 
 def test_decoding_counts_all_rows() -> None:
-    """2 ms a token are 500 tokens a second at batch 1; what the record lacks is a dash."""
+    """2 ms a token are 500 tokens a second at batch 1, and a missing number is a dash."""
     graph = _record("generate-nf4-graph", {"decode_token_s": wall(0.002), "energy_token_j": _joules(0.5)})
     cells = _row(page({"a GPU": {graph.case.id: graph}}), "generate-nf4-graph")
     assert cells[1:7] == ["2.00", "-", "-", "-", "-", "500.0"]
     assert cells[10:12] == ["0.50", "-"]
 
 
-def test_a_case_without_a_record_is_shown_so() -> None:
-    """Every engine case of the suite has its row on a machine that ran one of them, measured or not; the others are named below the tables."""
+def test_a_case_without_a_record_reads_not_measured() -> None:
+    """Every engine case of the suite has a row on a machine that ran one of them; the others are named below the tables."""
     graph = _record("generate-nf4-graph", {"decode_token_s": wall(0.002)})
     text = page({"a GPU": {graph.case.id: graph}})
     own = [case for case in ALL if case.scale == "full" and getattr(case.workload, "engine", "stock") != "stock"]
@@ -148,31 +148,29 @@ def test_a_case_without_a_record_is_shown_so() -> None:
     assert f"`{graph.case.id}`" not in last
 
 
-def test_each_machine_has_tables_of_what_it_measured() -> None:
-    """A machine that ran only other sizes or batches shows no rows of the suite's, and none of its numbers stands under another machine's name."""
+def test_each_machine_shows_only_what_it_measured() -> None:
+    """A machine that ran only other sizes or batches shows no rows of the suite's, and no other machine's numbers."""
     first, second = (
         _record(name, {"decode_token_s": wall(seconds)})
         for name, seconds in (("generate-nf4-graph", 0.002), ("generate-nf4-graph-b4", 0.003))
     )
     text = page({"NVIDIA B": {second.case.id: second}, "NVIDIA A": {first.case.id: first}})
-    ours, theirs = text.split("## NVIDIA B")
-    assert "## NVIDIA A" in ours
-    assert "generate-nf4-graph-b4`" not in ours
-    assert _row(theirs, "generate-nf4-graph-b4")[1] == "3.00"
-    assert "### Training" not in theirs
+    first_machine, second_machine = text.split("## NVIDIA B")
+    assert "## NVIDIA A" in first_machine
+    assert "generate-nf4-graph-b4`" not in first_machine
+    assert _row(second_machine, "generate-nf4-graph-b4")[1] == "3.00"
+    assert "### Training" not in second_machine
     assert "### An epoch" not in text
 
 
 def test_one_machines_folder_is_refused() -> None:
-    """Its shapes would be taken for machines, and all but the last left out."""
+    """The folder of one machine is refused: its shapes would be taken for machines."""
     with pytest.raises(SpecError, match="Name the one above"):
         main(ROOT / "baselines" / "nvidia-h200-140gib")
 
 
 def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
-    """A case that changed since it was measured has no number, whatever its file is called."""
-    from hpc_core.record.record import record_to_json
-
+    """A record of a case that has changed since is ignored, whatever its file is called."""
     old = _case("lora-nodrop").vary("lora-nodrop", batch=8)
     assert isinstance(old.workload, FinetuneSpec)
     (tmp_path / "lora-nodrop.history.jsonl").write_bytes(record_to_json(a_record({"peak_bytes": peak()}, case=old)))
@@ -180,7 +178,7 @@ def test_a_record_of_another_case_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    """bench/studies/stock_and_tuned/results.md comes from code and committed records: `python -m bench.studies.stock_and_tuned.comparison` writes it."""
+    """bench/studies/stock_and_tuned/results.md is the output of `python -m bench.studies.stock_and_tuned.comparison`."""
     folder = ROOT / "baselines"
     assert (ROOT / "bench" / "studies" / "stock_and_tuned" / "results.md").read_text(encoding="utf-8") == main(folder)
 
@@ -195,7 +193,7 @@ def test_faster_is_the_ratio_of_walls(stock_s: float, tuned_s: float) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"{bad\n", b"\xff\xfe\n"])
 def test_a_file_without_a_record_is_named(tmp_path: Path, content: bytes) -> None:
-    """A page is no place to leave a broken file out in silence."""
+    """A broken file is an error rather than a missing row."""
     path = tmp_path / "machine" / "lora.history.jsonl"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -203,30 +201,31 @@ def test_a_file_without_a_record_is_named(tmp_path: Path, content: bytes) -> Non
         accepted_records(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_no_empty_page(tmp_path: Path) -> None:
-    """A wrong word gives an error and not a page that says of everything that it was not measured."""
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    """A missing folder is an error rather than a page where nothing was measured."""
     with pytest.raises(SpecError, match="no such folder of baselines"):
         main(tmp_path / "nonsense")
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
-    """A note may hold a character that Python takes for the end of a line: it is part of the record."""
+    """A Unicode line separator in a note is part of the record."""
     record = _record("lora-tuned", {"step_s": wall(0.1)})
-    there = msgspec.structs.replace(record.circumstances, notes=["before\u2028after"])
-    told = record_to_json(msgspec.structs.replace(record, circumstances=there))
-    (tmp_path / "lora-tuned.history.jsonl").write_bytes(told + b"\n")
+    circumstances = msgspec.structs.replace(record.circumstances, notes=["before\u2028after"])
+    encoded = record_to_json(msgspec.structs.replace(record, circumstances=circumstances))
+    (tmp_path / "lora-tuned.history.jsonl").write_bytes(encoded + b"\n")
     assert list(accepted_records(tmp_path)) == ["llama-3.2-3b/lora-tuned"]
 
 
-@given(theirs=st.integers(1, 10**12), over=st.integers(-(10**9), 10**9))
-def test_memory_above_the_twins_is_told_with_its_size(theirs: int, over: int) -> None:
-    """A peak above the stock one by more than the gate allows is named; one within that, or below, is only counted."""
-    mine = max(1, theirs + over)
-    stock, engine = (
-        _record(name, {"peak_bytes": peak(value)}) for name, value in (("lora-nodrop", theirs), ("lora-tuned", mine))
+@given(stock_bytes=st.integers(1, 10**12), over=st.integers(-(10**9), 10**9))
+def test_a_peak_above_the_stock_one_is_named_with_its_size(stock_bytes: int, over: int) -> None:
+    """A peak above the stock one by more than the gate allows is named; any other is only counted."""
+    tuned_bytes = max(1, stock_bytes + over)
+    stock, tuned = (
+        _record(name, {"peak_bytes": peak(value)})
+        for name, value in (("lora-nodrop", stock_bytes), ("lora-tuned", tuned_bytes))
     )
-    told = memory_told([(stock, engine)])
-    above = mine - theirs > max(2 * MiB, 0.0005 * theirs)
-    assert ("lora-tuned` by" in told) is above
-    assert ("0 of 1 rows" if above else "1 of 1 rows") in told
+    text = memory_told([(stock, tuned)])
+    above = tuned_bytes - stock_bytes > max(2 * MiB, 0.0005 * stock_bytes)
+    assert ("lora-tuned` by" in text) is above
+    assert ("0 of 1 rows" if above else "1 of 1 rows") in text
     assert memory_told([]) == ""
