@@ -1,7 +1,9 @@
-"""Cases, metrics and records for the tests: plain makers for examples, hypothesis strategies for laws."""
+"""Cases, metrics and records for tests: functions that make examples, and hypothesis strategies."""
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
@@ -22,6 +24,7 @@ from hpc_core.record.record import (
     Machine,
     Metric,
     Record,
+    record_from_json,
 )
 
 CPU = Machine(key="cpu", name="some CPU", memory_bytes=2**34)
@@ -60,9 +63,11 @@ def busy(value: float = 0.25, **changes: Any) -> Metric:
     return Metric(value=value, **(fields | changes))
 
 
-def wall(value: float = 0.5) -> Metric:
-    """What a clock on the host sees: never gated."""
-    return Metric(value=value, unit="s", noise="wall", better="lower", depends_on=("case", "stack", "machine"))
+def wall(value: float = 0.5, **changes: Any) -> Metric:
+    """Seconds by the host's clock."""
+    fields: dict[str, Any] = {"unit": "s", "noise": "wall", "better": "lower"}
+    fields["depends_on"] = ("case", "stack", "machine")
+    return Metric(value=value, **(fields | changes))
 
 
 def around(machine: Machine = H100, **changes: Any) -> Circumstances:
@@ -88,9 +93,16 @@ def a_record(metrics: dict[str, Metric] | None = None, *, case: Case | None = No
 
 
 def failed_record(kind: str = "out_of_memory") -> Record:
-    """A record of a run that gave no numbers."""
+    """A record of a failed run."""
     failure: Any = {"kind": kind, "message": "80.1 GiB asked for, 79.6 GiB there.", "phase": "build"}
     return a_record({}, status="failed", failure=Failure(**failure))
+
+
+@functools.cache
+def committed_records() -> tuple[Record, ...]:
+    """Every record in the histories of `baselines/`, the last of each history being the accepted one."""
+    files = sorted((Path(__file__).parents[1] / "baselines").rglob("*.history.jsonl"))
+    return tuple(record_from_json(line) for file in files for line in file.read_text().splitlines())
 
 
 words = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -188,14 +200,14 @@ def cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def metrics(draw: st.DrawFn, *, least: int = 0) -> Metric:
-    """Any metric, exact (from `least` on), busy or wall."""
+    """Any metric: exact (at least `least`), busy or wall."""
     noise: Any = draw(st.sampled_from(["exact", "busy", "wall"]))
     dependences: list[Any] = [("case",), ("case", "stack"), ("case", "stack", "machine")]
     value: float = draw(st.integers(least, 2**63) if noise == "exact" else positive)
     samples: tuple[float, ...] | None = None
     if noise == "wall":
         samples = tuple(draw(st.lists(positive, min_size=1, max_size=4)))
-    if noise == "busy":  # one value a process, and their median: processes of one start differ by a tenth of a percent
+    if noise == "busy":  # one value per process, a tenth of a percent apart, and their median
         samples = draw(st.sampled_from([None, (value,), (value * 0.999, value, value * 1.001)]))
     return Metric(
         value=value,
@@ -211,7 +223,7 @@ def metrics(draw: st.DrawFn, *, least: int = 0) -> Metric:
 
 @st.composite
 def records(draw: st.DrawFn, *, acceptable: bool = False) -> Record:
-    """Any record: ok, invalid or failed; or one that may become a baseline."""
+    """Any record: ok, invalid or failed; if `acceptable`, one that may become a baseline."""
     status: Any = "ok" if acceptable else draw(st.sampled_from(["ok", "invalid", "failed"]))
     held = draw(st.dictionaries(names, metrics(least=1 if acceptable else 0), max_size=4))
     if acceptable:

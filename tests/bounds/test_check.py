@@ -1,9 +1,8 @@
-"""What physics refuses, and that it refuses nothing that was measured."""
+"""The bounds refuse impossible records and nothing that was measured."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
+import itertools
 from typing import Any
 
 import msgspec
@@ -20,11 +19,9 @@ from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.catalogue import finetune, full, generate, llama_3b, lora, qlora
 from hpc_core.record.gpus import GPUS, gpu_of
-from hpc_core.record.record import Machine, Metric, Record, record_from_json
-from tests.strategies import CPU, H100, a_record, around, busy, failed_record, peak, records, wall
+from hpc_core.record.record import Machine, Metric, Record
+from tests.strategies import CPU, H100, a_record, around, busy, committed_records, peak, records, wall
 
-BASELINES = Path(__file__).parents[2] / "baselines"
-CARD = "nvidia-h100-80gb-hbm3-80gib"
 FULL = finetune(llama_3b, full, variant="full-bf16", batch=4, length=512, epoch_rows=4000)
 LORA = finetune(llama_3b, lora(), batch=4, length=512, epoch_rows=4000)
 ANSWER = generate(llama_3b, prompt_length=100, new_tokens=64)
@@ -32,75 +29,54 @@ SHEET = GPUS["H100 80GB HBM3"]
 GIB = 2**30
 
 
-def seconds(value: float) -> Metric:
-    """Wall seconds without samples."""
-    return wall(value)
-
-
 def claim(case: Case, machine: Machine = H100, /, **metrics: Metric) -> Record:
     """Return an ok record with these metrics."""
     return a_record(metrics, case=case, circumstances=around(machine))
 
 
-@functools.cache
-def committed() -> dict[str, Record]:
-    """The last record of every committed history, by machine and id."""
-    files = sorted(BASELINES.rglob("*.history.jsonl"))
-    found = [record_from_json(file.read_text().splitlines()[-1]) for file in files]
-    return {f"{record.circumstances.machine.key} {record.case.id}": record for record in found}
+ACCEPTED = {f"{record.circumstances.machine.key} {record.case.id}": record for record in committed_records()}
+"""The last record of each committed history."""
 
 
-@pytest.mark.parametrize("name", sorted(committed()))
-def test_nothing_measured_is_refused(name: str) -> None:
-    """Every committed record, of the H100 and of CPUs, stands: neither impossible nor suspicious."""
-    record = committed()[name]
-    assert impossible(record) == ()
-    assert suspicious(record) == ()
-    assert judged(record) is record
-
-
-def test_all_cases_of_the_h100_were_looked_at() -> None:
-    """Fourteen records of a card with a data sheet are among the committed ones."""
-    assert sum(name.startswith(CARD) for name in committed()) >= 14
+def test_nothing_measured_is_refused() -> None:
+    """No accepted record is impossible or suspicious, among them at least 14 of an H100."""
+    assert sum(name.startswith(H100.key) for name in ACCEPTED) >= 14
+    for name, record in ACCEPTED.items():
+        assert impossible(record) + suspicious(record) == (), name
+        assert judged(record) is record
 
 
 def test_no_two_measured_records_contradict_each_other() -> None:
-    """Full against LoRA, in every pair of committed records."""
-    found = list(committed().values())
-    assert [ratio_impossible(a, b) for a in found for b in found if ratio_impossible(a, b)] == []
+    """No pair of accepted records has an impossible ratio."""
+    pairs = itertools.product(ACCEPTED.values(), repeat=2)
+    assert [reasons for pair in pairs if (reasons := ratio_impossible(*pair))] == []
 
 
-def test_full_beside_lora_is_compared() -> None:
-    """The committed pair is one that is judged: with LoRA's times raised tenfold it is refused, in either order."""
-    one, other = committed()[f"{CARD} llama-3.2-3b/full-bf16"], committed()[f"{CARD} llama-3.2-3b/lora"]
-    slow = {
-        name: msgspec.structs.replace(other.metrics[name], value=10.0, samples=None) for name in ("step_s", "busy_s")
+def test_lora_cannot_take_much_longer_than_full_training() -> None:
+    """LoRA with tenfold times is refused, in either order; with checkpointing it is not comparable."""
+    trained, adapted = (ACCEPTED[f"{H100.key} llama-3.2-3b/{variant}"] for variant in ("full-bf16", "lora"))
+    times = {
+        name: msgspec.structs.replace(adapted.metrics[name], value=10.0, samples=None) for name in ("step_s", "busy_s")
     }
-    slower = msgspec.structs.replace(other, metrics={**other.metrics, **slow})
-    assert len(ratio_impossible(one, slower)) == 1
-    assert ratio_impossible(one, slower) == ratio_impossible(slower, one)
+    slower = msgspec.structs.replace(adapted, metrics={**adapted.metrics, **times})
+    assert len(ratio_impossible(trained, slower)) == 1
+    assert ratio_impossible(trained, slower) == ratio_impossible(slower, trained)
     checkpointed = msgspec.structs.replace(slower, case=slower.case.vary("lora-gc", checkpointing="reentrant"))
-    assert ratio_impossible(one, checkpointed) == ()
+    assert ratio_impossible(trained, checkpointed) == ()
 
 
 @given(records())
-def test_no_record_raises(record: Record) -> None:
-    """Whatever is missing or absurd, physics answers with sentences; failed records stay as they are."""
+def test_any_record_can_be_checked(record: Record) -> None:
+    """Each reason is a sentence, and a failed record stays as it is."""
     assert all(reason.endswith((".", ")", "%")) for reason in impossible(record) + suspicious(record))
     assert ratio_impossible(record, record) == ()
     if record.failure is not None:
         assert judged(record) is record
 
 
-def test_a_failed_run_is_not_judged() -> None:
-    """A record without numbers keeps its failure and gets no reasons."""
-    record = failed_record()
-    assert judged(record) is record
-
-
-PINNED: dict[str, tuple[Record, str]] = {
+IMPOSSIBLE: dict[str, tuple[Record, str]] = {
     "wall": (
-        claim(FULL, step_s=seconds(0.02)),
+        claim(FULL, step_s=wall(0.02)),
         "step_s: a step of 2,048 tokens in 20 ms of wall time would be 2.001 PFLOP/s (40.02 TFLOP at least), 2.0 times the 989.4 TFLOP/s in bfloat16 of NVIDIA's H100 data sheet (SXM).",
     ),
     "busy": (
@@ -108,15 +84,15 @@ PINNED: dict[str, tuple[Record, str]] = {
         "busy_s: a step of 2,048 tokens in 20 ms of GPU-busy time would be 2.001 PFLOP/s (40.02 TFLOP at least), 2.0 times the 989.4 TFLOP/s in bfloat16 of NVIDIA's H100 data sheet (SXM).",
     ),
     "epoch": (
-        claim(LORA, step_s=seconds(0.1), epoch_s=seconds(10.0)),
+        claim(LORA, step_s=wall(0.1), epoch_s=wall(10.0)),
         "epoch_s: an epoch of 1,000 steps in 10 s of wall time would be 2.685 PFLOP/s (26.85 PFLOP at least), 2.7 times the 989.4 TFLOP/s in bfloat16 of NVIDIA's H100 data sheet (SXM).",
     ),
     "token": (
-        claim(ANSWER, decode_token_s=seconds(0.001)),
+        claim(ANSWER, decode_token_s=wall(0.001)),
         "decode_token_s: a decoded token in 1 ms of wall time would move 6.38 TB/s (5.95 GiB at least), 1.9 times the 3.35 TB/s of NVIDIA's H100 data sheet (SXM).",
     ),
     "no time": (
-        claim(ANSWER, busy_prefill_s=seconds(0.0)),
+        claim(ANSWER, busy_prefill_s=wall(0.0)),
         "busy_prefill_s: the prefill in 0 s of GPU-busy time, but it takes at least 1.9 ms.",
     ),
     "below its weights": (
@@ -151,25 +127,25 @@ PINNED: dict[str, tuple[Record, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", PINNED)
-def test_what_cannot_be_is_refused_in_words(name: str) -> None:
-    """Each kind of impossible record: the reason says claim, limit and source, and the record becomes INVALID."""
-    record, reason = PINNED[name]
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_an_impossible_metric_is_refused(name: str) -> None:
+    """An impossible metric makes the record INVALID, with claim, limit and source in the reason."""
+    record, reason = IMPOSSIBLE[name]
     assert reason in impossible(record)
     assert judged(record).status == "invalid"
     assert reason in judged(record).reasons
 
 
 def test_a_cpu_has_no_data_sheet_but_memory() -> None:
-    """On a CPU no speed is refused; less than the weights and more than the machine still are."""
-    fast = {"step_s": seconds(1e-6), "decode_token_s": seconds(1e-6)}
+    """On a CPU no time is impossible; a peak below the weights or above the machine's memory is."""
+    fast = {"step_s": wall(1e-6), "decode_token_s": wall(1e-6)}
     assert impossible(claim(FULL, CPU, **fast)) == ()
     assert len(impossible(claim(LORA, CPU, peak_bytes=peak(17 * GIB)))) == 1
     assert len(impossible(claim(LORA, CPU, peak_bytes=peak(GIB)))) == 1
 
 
 def test_only_listed_cards_have_a_sheet() -> None:
-    """The whole name counts: neither laptops nor Grace Hopper nor unknown cards borrow a sheet."""
+    """A card has a data sheet only under its whole name: laptop and Grace Hopper models do not share one."""
     names = {
         "NVIDIA GeForce RTX 5090": "RTX 5090",
         "NVIDIA A100-SXM4-80GB": "A100-SXM4-80GB",
@@ -179,16 +155,16 @@ def test_only_listed_cards_have_a_sheet() -> None:
         "NVIDIA GH200 480GB": None,
         "Radeon": None,
     }
-    found = {name: gpu_of(Machine(key="gpu", name=name, memory_bytes=1)) for name in names}
-    assert {name: None if sheet is None else sheet.name for name, sheet in found.items()} == names
+    sheets = {name: gpu_of(Machine(key="gpu", name=name, memory_bytes=1)) for name in names}
+    assert {name: None if sheet is None else sheet.name for name, sheet in sheets.items()} == names
     assert all(sheet.flop_per_s["bfloat16"] > 100 * sheet.bytes_per_s > 5e13 for sheet in GPUS.values())
 
 
 def test_above_a_measured_ceiling_is_suspicious_only() -> None:
-    """Faster than this session's own product, slower than the sheet: a warning, no refusal."""
+    """A time above this session's measured ceiling and below the data sheet's is only suspicious."""
     ceilings = {"matmul_bfloat16_flop_per_s": 700e12, "copy_bytes_per_s": 2.5e12}
-    step = a_record({"step_s": seconds(0.05)}, case=FULL, circumstances=around(ceilings=ceilings))
-    token = a_record({"decode_token_s": seconds(0.0021)}, case=ANSWER, circumstances=around(ceilings=ceilings))
+    step = a_record({"step_s": wall(0.05)}, case=FULL, circumstances=around(ceilings=ceilings))
+    token = a_record({"decode_token_s": wall(0.0021)}, case=ANSWER, circumstances=around(ceilings=ceilings))
     assert impossible(step) == impossible(token) == ()
     assert len(suspicious(step)) == len(suspicious(token)) == 1
 
@@ -201,7 +177,7 @@ methods = st.sampled_from([full, lora(), lora(targets=("down_proj",)), qlora(), 
 def test_a_step_below_its_floor_is_always_refused(
     shape: str, method: Any, batch: int, length: int, times: float
 ) -> None:
-    """On every listed card: at its floor a step stands, faster than it by any factor it does not."""
+    """On every listed card a step at its floor is possible, and any faster step is not."""
     case = finetune(ModelSpec(shape=shape), method, variant="law", batch=batch, length=length)
     floor = train_floor(case)
     assert floor is not None
@@ -211,26 +187,26 @@ def test_a_step_below_its_floor_is_always_refused(
         least = floor.seconds(sheet, peak_of[1])
         machine = Machine(key="gpu", name=f"NVIDIA {sheet.name}", memory_bytes=sheet.memory_bytes)
         for name in ("step_s", "busy_s"):
-            assert impossible(claim(case, machine, **{name: seconds(least * 1.000001)})) == ()
-            assert impossible(claim(case, machine, **{name: seconds(least / times)})) != ()
+            assert impossible(claim(case, machine, **{name: wall(least * 1.000001)})) == ()
+            assert impossible(claim(case, machine, **{name: wall(least / times)})) != ()
 
 
 @given(shapes, st.integers(1, 16), st.integers(1, 2048), st.floats(1.01, 1000))
 def test_a_token_below_its_floor_is_always_refused(shape: str, batch: int, length: int, times: float) -> None:
-    """The same for a decoded token and the first one."""
+    """A decoded token or a prefill at its floor is possible, and any faster one is not."""
     case = generate(ModelSpec(shape=shape), batch=batch, prompt_length=length)
     peak_of = peak_rate(case, SHEET)
     assert peak_of is not None
     for name, floor in (("decode_token_s", decode_floor(case)), ("time_to_first_token_s", prefill_floor(case))):
         assert floor is not None
         least = floor.seconds(SHEET, peak_of[1])
-        assert impossible(claim(case, **{name: seconds(least * 1.000001)})) == ()
-        assert impossible(claim(case, **{name: seconds(least / times)})) != ()
+        assert impossible(claim(case, **{name: wall(least * 1.000001)})) == ()
+        assert impossible(claim(case, **{name: wall(least / times)})) != ()
 
 
 @given(shapes, methods, st.integers(1, 8), st.integers(2, 1024))
-def test_floors_rise_with_batch_length_and_layers(shape: str, method: Any, batch: int, length: int) -> None:
-    """More rows, longer rows and more layers never need less; the floor stays below what is counted."""
+def test_floors_rise_with_batch_and_length(shape: str, method: Any, batch: int, length: int) -> None:
+    """A larger batch or a longer row needs more FLOPs and no fewer bytes."""
     case = finetune(ModelSpec(shape=shape), method, variant="law", batch=batch, length=length)
     floor, rows = train_floor(case), train_floor(case.vary("a", batch=batch + 1))
     tokens = train_floor(case.vary("b", length=length + 1))
@@ -243,7 +219,8 @@ def test_floors_rise_with_batch_length_and_layers(shape: str, method: Any, batch
     answer = generate(ModelSpec(shape=shape), batch=batch, prompt_length=length)
     for kind in (prefill_floor, decode_floor):
         one, more, longer = (
-            kind(c) for c in (answer, answer.vary("a", batch=batch + 1), answer.vary("b", prompt_length=length + 1))
+            kind(case)
+            for case in (answer, answer.vary("a", batch=batch + 1), answer.vary("b", prompt_length=length + 1))
         )
         assert one is not None
         assert more is not None
@@ -254,9 +231,9 @@ def test_floors_rise_with_batch_length_and_layers(shape: str, method: Any, batch
 
 @given(shapes, st.integers(1, 4))
 def test_a_deeper_model_needs_more(shape: str, layers: int) -> None:
-    """FLOPs and bytes of training and decoding grow by the same for every layer more."""
+    """FLOPs and bytes grow linearly with the number of layers."""
     named = SHAPES[shape]
-    found = []
+    costs = []
     try:
         for more in (0, layers, 2 * layers):
             SHAPES[shape] = msgspec.structs.replace(named, num_hidden_layers=named.num_hidden_layers + more)
@@ -264,9 +241,9 @@ def test_a_deeper_model_needs_more(shape: str, layers: int) -> None:
             train, decode = train_floor(case), decode_floor(generate(ModelSpec(shape=shape)))
             assert train is not None
             assert decode is not None
-            found.append((train.flops, train.bytes, decode.flops, decode.bytes, expected_bytes(case)["weights_bytes"]))
+            costs.append((train.flops, train.bytes, decode.flops, decode.bytes, expected_bytes(case)["weights_bytes"]))
     finally:
         SHAPES[shape] = named
-    for least, middle, most in zip(*found, strict=True):
+    for least, middle, most in zip(*costs, strict=True):
         assert least < middle < most
         assert most - middle == pytest.approx(middle - least)

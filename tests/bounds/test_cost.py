@@ -1,4 +1,4 @@
-"""Closed forms of FLOPs and bytes against what is counted in a real run."""
+"""Closed forms of FLOPs and bytes equal what is counted in a real run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _model(shape: Shape, attention: str = "sdpa") -> Any:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", [TINY, QWEN], ids=["tiny", "qwen"])
 def test_forward_flops_are_those_counted(shape: Shape, attention: str) -> None:
-    """Prefill with a full head, prefill with one logit, and a decoded token after a cache, to the last FLOP."""
+    """The closed form of prefill, of prefill with one logit and of a decoded token is exact."""
     model = _model(shape, attention).eval()
     ids = torch.arange(3, 37).reshape(2, 17)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def _trained(model: torch.nn.Module) -> int:
 
 @pytest.mark.parametrize("shape", [TINY, QWEN], ids=["tiny", "qwen"])
 def test_full_training_flops_are_those_counted(shape: Shape) -> None:
-    """Forward and backward of every weight, to the last FLOP."""
+    """The closed form of training every weight is exact."""
     assert _trained(_model(shape).train()) == train_flops(shape, 2, 32, None)
 
 
@@ -90,20 +90,20 @@ def test_full_training_flops_are_those_counted(shape: Shape) -> None:
     ids="-".join,
 )
 def test_adapter_training_flops_are_those_counted(targets: tuple[str, ...]) -> None:
-    """Wherever the adapter sits, frozen weights cost no weight gradient and nothing before it an input gradient."""
+    """Frozen weights cost no weight gradient, and no input gradient before the first adapter."""
     case = finetune(ModelSpec(shape="tiny", dtype="float32"), lora(rank=3, targets=targets, dropout=0.0))
     assert _trained(build(case, CPU).model) == train_flops(TINY, 2, 32, case.adapter)
 
 
 @pytest.mark.parametrize("method", [qlora(), qlora(kind="int8", compute_dtype="float16")], ids=["nf4", "int8"])
 def test_quantized_training_counts_as_unquantized(method: Any) -> None:
-    """What bitsandbytes multiplies is counted like any matrix product."""
+    """bitsandbytes' products count like any matrix product."""
     case = finetune(ModelSpec(shape="tiny", dtype="bfloat16"), method)
     assert _trained(build(case, CPU).model) == train_flops(TINY, 2, 32, case.adapter)
 
 
 def test_recomputation_is_not_needed_work() -> None:
-    """Checkpointing is counted when it runs, and left out of the closed form."""
+    """Recomputation is counted when it runs, and is not in the closed form."""
     plain = finetune(ModelSpec(shape="tiny", dtype="float32"), full)
     counted = _trained(build(plain.vary("full-gc", checkpointing="reentrant"), CPU).model)
     layers = forward_flops(TINY, 2, 32) - 2 * 64 * TINY.vocab_size * TINY.hidden_size
@@ -111,7 +111,7 @@ def test_recomputation_is_not_needed_work() -> None:
 
 
 def test_full_training_costs_three_forwards() -> None:
-    """Without attention's half product, training is three times the forward, for any batch."""
+    """Apart from attention, training takes three times the FLOPs of a forward, at any batch."""
     forward = forward_flops(TINY, 4, 1)
     assert 3 * forward < train_flops(TINY, 4, 1, None) < 3.01 * forward
     assert train_flops(TINY, 8, 64, None) == 2 * train_flops(TINY, 4, 64, None)
@@ -119,7 +119,7 @@ def test_full_training_costs_three_forwards() -> None:
 
 @pytest.mark.parametrize("shape", [TINY, QWEN], ids=["tiny-tied", "qwen-untied"])
 def test_decode_reads_every_weight_once_and_the_cache(shape: Shape) -> None:
-    """Bytes of a decoded token are those of the live model's weights and cache, an untied embedding table left out."""
+    """A decoded token reads each weight once, except an untied embedding table, and the cache."""
     model = _model(shape).eval()
     ids = torch.arange(3, 37).reshape(2, 17)
     with torch.no_grad():

@@ -1,10 +1,8 @@
-"""Closed forms of bytes against committed records and against modules that are really built."""
+"""Closed forms of bytes equal committed records and freshly built modules."""
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -16,17 +14,15 @@ from hpc_core.bounds.footprint import expected_bytes, kv_bytes_per_token, prompt
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
-from hpc_core.case.parts import ModelSpec, QuantSpec
+from hpc_core.case.parts import Dtype, ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.catalogue import finetune, full, generate, lora, qlora
 from hpc_core.engines.decode.cache import capacity_for
 from hpc_core.engines.finetune import make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors, owned_bytes, weight_tensors
-from hpc_core.record.record import Record, record_from_json
-from tests.strategies import adapters, cases
+from tests.strategies import adapters, cases, committed_records
 
-BASELINES = Path(__file__).parents[2] / "baselines"
 CPU = torch.device("cpu")
 TINY = ModelSpec(shape="tiny")
 QUANTIZATIONS = {
@@ -40,17 +36,10 @@ QUANTIZATIONS = {
 }
 
 
-@functools.cache
-def committed() -> tuple[Record, ...]:
-    """Every record in every committed history."""
-    files = sorted(BASELINES.rglob("*.history.jsonl"))
-    return tuple(record_from_json(line) for file in files for line in file.read_text().splitlines())
-
-
-def test_committed_records_hold_the_closed_forms() -> None:
-    """Weights, adapter and optimizer of every named shape, on the H100 and on CPUs, to the byte."""
+def test_committed_records_equal_the_closed_forms() -> None:
+    """Weights, adapter and optimizer state in every committed record take exactly the expected bytes."""
     compared = 0
-    for record in committed():
+    for record in committed_records():
         expected = expected_bytes(record.case)
         for name in ("weights_bytes", "adapter_weights_bytes", "optimizer_bytes"):
             if name in expected and name in record.metrics:
@@ -60,16 +49,16 @@ def test_committed_records_hold_the_closed_forms() -> None:
 
 
 def test_committed_caches_hold_whole_tokens() -> None:
-    """The cache at a peak is a number of tokens times the closed form of one, at most that of a whole query; the graph engine's has room in steps."""
-    seen = 0
-    for record in committed():
+    """The cache at the peak holds at most the tokens of a whole query; the graph engine's holds its capacity."""
+    compared = 0
+    for record in committed_records():
         expected, held = expected_bytes(record.case), record.metrics.get("at_peak_kv_cache_bytes")
         model, workload = record.case.model, record.case.workload
         if "kv_cache_bytes" not in expected or held is None or model is None or isinstance(workload, FinetuneSpec):
             continue
         assert model.shape is not None
         assert isinstance(workload, GenerateSpec)
-        # While a layer adds a token it holds the old and the new keys or values, so a rest below one token may remain.
+        # A layer that appends a token holds its old and new keys or values at once, so this may not be a whole number.
         tokens = held.value / workload.batch / kv_bytes_per_token(SHAPES[model.shape], model.dtype)
         if workload.engine == "graph":
             needed = max(prompt_lengths(workload)) + workload.new_tokens
@@ -79,12 +68,12 @@ def test_committed_caches_hold_whole_tokens() -> None:
             continue
         assert 0.9 * min(prompt_lengths(workload)) <= tokens <= max(prompt_lengths(workload)) + workload.new_tokens
         assert held.value <= expected["kv_cache_bytes"]
-        seen += 1
-    assert seen >= 10
+        compared += 1
+    assert compared >= 10
 
 
-def test_what_is_not_explained_is_said_by_category() -> None:
-    """Measured minus expected; what was not measured is missing whole, and a shape without closed forms explains nothing."""
+def test_unexplained_bytes_are_measured_minus_expected() -> None:
+    """Each category gets its difference; a missing weight measurement counts as zero; a GGUF file has no closed form."""
     case = generate(TINY, prompts=1, prompt_length=24, new_tokens=8, batch=3)
     weights = expected_bytes(case)["weights_bytes"]
     held = 3 * 31 * kv_bytes_per_token(SHAPES["tiny"], "bfloat16")
@@ -95,38 +84,31 @@ def test_what_is_not_explained_is_said_by_category() -> None:
     assert unexplained_bytes(generate(own, scale="small", prefix="own"), measured, cached_tokens=31) == {}
 
 
-def _weights(case: Case) -> tuple[int, int]:
-    return owned_bytes(weight_tensors(build(case, CPU).model)["weights"]), expected_bytes(case)["weights_bytes"]
+WEIGHTS: dict[str, Case] = {
+    **{dtype: generate(ModelSpec(shape="tiny", dtype=dtype)) for dtype in get_args(Dtype)},
+    **{
+        name: generate(ModelSpec(shape="tiny", dtype="float16"), quantization=quantization, variant="quantized")
+        for name, quantization in QUANTIZATIONS.items()
+    },
+    **{
+        f"{kind}-prepared": finetune(TINY, qlora(kind=kind, compute_dtype="float16"), prepare=True, batch=2, length=16)
+        for kind in ("nf4", "int8")
+    },
+}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_weights_of_a_built_model(dtype: Any) -> None:
-    """Unquantized: what is built takes what is expected, up to one of the two rotary tables."""
-    built, expected = _weights(generate(msgspec.structs.replace(TINY, dtype=dtype)))
-    assert 0 <= expected - built <= 4 * SHAPES["tiny"].head_dim
-
-
-@pytest.mark.parametrize("name", QUANTIZATIONS)
-def test_weights_of_a_quantized_model(name: str) -> None:
-    """Quantized, constants and tables included, layers that are left out included."""
-    built, expected = _weights(
-        generate(ModelSpec(shape="tiny", dtype="float16"), quantization=QUANTIZATIONS[name], variant="quantized")
-    )
-    assert 0 <= expected - built <= 4 * SHAPES["tiny"].head_dim
-
-
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_weights_of_a_prepared_model(kind: str) -> None:
-    """`prepare` casts to float32 whatever is not quantized."""
-    method = qlora(kind=kind, compute_dtype="float16")
-    built, expected = _weights(finetune(TINY, method, prepare=True, batch=2, length=16))
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_of_a_built_model(name: str) -> None:
+    """A built model's weights, quantization constants included, take what is expected, up to one of two rotary tables."""
+    built = owned_bytes(weight_tensors(build(WEIGHTS[name], CPU).model)["weights"])
+    expected = expected_bytes(WEIGHTS[name])["weights_bytes"]
     assert 0 <= expected - built <= 4 * SHAPES["tiny"].head_dim
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-fused", "adamw-foreach"])
 @pytest.mark.parametrize("method", [full, lora(), lora(rank=3, targets=("q_proj", "down_proj"))], ids=str)
 def test_training_state_of_a_built_model(method: Any, optimizer: Any) -> None:
-    """Adapter, gradients and AdamW's state after a step, to the byte."""
+    """Adapter, gradients and AdamW's state after a step take exactly the expected bytes."""
     case = finetune(TINY, method, variant="state", batch=2, length=16, optimizer=optimizer)
     assert isinstance(case.workload, FinetuneSpec)
     model: Any = build(case, CPU).model
@@ -143,7 +125,7 @@ def test_training_state_of_a_built_model(method: Any, optimizer: Any) -> None:
 
 
 def test_eight_bit_state_is_a_quarter() -> None:
-    """Two bytes a parameter instead of eight, constants and two tables on top: for a 3B model within 2 %."""
+    """8-bit AdamW state takes a quarter of the bytes, within 2 % for a 3B model."""
     case = finetune(ModelSpec(shape="llama-3.2-3b", dtype="float32"), full)
     plain = expected_bytes(case)["optimizer_bytes"]
     small = expected_bytes(case.vary("eight", optimizer="adamw-8bit"))["optimizer_bytes"]
@@ -151,8 +133,8 @@ def test_eight_bit_state_is_a_quarter() -> None:
 
 
 @given(cases())
-def test_every_case_has_bytes_or_says_nothing(case: Case) -> None:
-    """Any case: positive numbers under known names, never an exception."""
+def test_expected_bytes_are_positive(case: Case) -> None:
+    """Any case has positive numbers under known names."""
     known = {"weights_bytes", "adapter_weights_bytes", "gradient_bytes", "optimizer_bytes", "kv_cache_bytes"}
     expected = expected_bytes(case)
     assert set(expected) <= known
@@ -161,7 +143,7 @@ def test_every_case_has_bytes_or_says_nothing(case: Case) -> None:
 
 @given(adapters, st.integers(2, 4))
 def test_adapter_bytes_are_conserved(adapter: Any, times: int) -> None:
-    """An adapter of many times the rank takes as many times the bytes; its targets' bytes add up to its own."""
+    """Adapter bytes are proportional to the rank, and add up over the targets."""
     case = finetune(TINY, lora(), variant="law")
     case = msgspec.structs.replace(case, adapter=adapter)
     held = expected_bytes(case)["adapter_weights_bytes"]
@@ -174,7 +156,7 @@ def test_adapter_bytes_are_conserved(adapter: Any, times: int) -> None:
 
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(["nf4", "int8"]))
 def test_quantizing_saves_what_it_packs(shape: str, kind: Any) -> None:
-    """Fewer bits take fewer bytes: 4 bits below 8 below 16 below 32, double quantization below single where layers are large."""
+    """Fewer bits take fewer bytes, and double quantization saves more where layers are large."""
     model = ModelSpec(shape=shape, dtype="float16")
     quantized = generate(model, quantization=QuantSpec(kind=kind, compute_dtype="float16"), variant="law")
     sizes = [

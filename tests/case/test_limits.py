@@ -1,4 +1,4 @@
-"""Limits: percentages, absolute numbers, and what is refused."""
+"""Limits: percentages and absolute numbers, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hpc_core.case.limits import GiB, Limits, MiB, relative_limit
     ("text", "ratio"), [("1%", 0.01), ("0.05 %", 0.0005), ("0%", 0.0), ("100%", 1.0), (8 * GiB, None), (None, None)]
 )
 def test_relative_limit(text: Any, ratio: float | None) -> None:
-    """A percentage is a ratio; anything absolute has none."""
+    """A percentage is a ratio; an absolute limit has none."""
     assert relative_limit(text) == (None if ratio is None else pytest.approx(ratio))
 
 
@@ -28,7 +28,7 @@ def test_refused_percentages(text: str) -> None:
 
 @pytest.mark.parametrize("number", [0, -1, -0.0, math.nan, math.inf, 10**400, True, [1]])
 def test_refused_numbers(number: Any) -> None:
-    """A number that nothing can be compared with is refused at once."""
+    """A limit must be a finite number above 0."""
     with pytest.raises(SpecError, match="must be a finite number above 0"):
         Limits(operators=number)
 

@@ -1,4 +1,4 @@
-"""Named shapes against published parameter counts."""
+"""Named shapes, compared with published parameter counts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PUBLISHED = {
 
 
 def test_parameter_counts_are_the_published_ones() -> None:
-    """Every shape counts as many parameters as its model is known to have."""
+    """Every shape has its model's published number of parameters."""
     assert {name: named.parameter_count() for name, named in SHAPES.items()} == PUBLISHED
 
 
@@ -33,6 +33,6 @@ def test_shapes_fit_together(name: str) -> None:
 
 
 def test_an_unknown_shape_is_refused_with_the_known_ones() -> None:
-    """The error lists what there is and the other ways to name a model."""
+    """The error lists the known shapes and the other ways to name a model."""
     with pytest.raises(SpecError, match=r"Unknown shape 'gpt-5'\. Known shapes: llama-2-13b, .*tiny.*weights='folder'"):
         shape("gpt-5")

@@ -1,4 +1,4 @@
-"""Specifications: equal to their JSON, refused when they contradict themselves, digests that say what runs."""
+"""Cases equal their JSON, refuse contradictions, and have digests that depend only on what runs."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_digests_are_pinned() -> None:
 
 @given(cases())
 def test_round_trip(case: Case) -> None:
-    """A case equals its JSON, canonical to the byte, and keeps its digest on the way."""
+    """A case equals its JSON, byte for byte in canonical form, and keeps its digest."""
     text = case_to_json(case)
     again = case_from_json(text)
     assert again == case
@@ -119,8 +119,8 @@ def test_round_trip(case: Case) -> None:
 
 
 @given(cases(), st.floats(min_value=1, max_value=1000))
-def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
-    """Id, timeout and limits are not what runs; the seed is."""
+def test_the_digest_depends_on_what_runs(case: Case, timeout_s: float) -> None:
+    """The digest depends on the seed, and not on id, timeout or limits."""
     values = {name: getattr(case, name) for name in case.__struct_fields__}
     other = Case(**(values | {"id": "my/other", "timeout_s": timeout_s, "limits": Limits(operators=7)}))
     assert other.digest == case.digest
@@ -129,7 +129,7 @@ def test_digest_says_what_runs(case: Case, timeout_s: float) -> None:
 
 @given(cases(), st.integers(1, 10_000))
 def test_vary_laws(case: Case, by: int) -> None:
-    """A variant differs in id and field, varying back restores the case, and varying nothing is refused."""
+    """A variant differs in its id and one field; varying back restores the case; varying nothing is refused."""
     steps = getattr(case.workload, "steps", None)
     name, old = ("seed", case.seed) if steps is None else ("steps", steps)
     new = case.vary("varied", **{name: old + by})
@@ -141,24 +141,19 @@ def test_vary_laws(case: Case, by: int) -> None:
         case.vary("same", **{name: old})
 
 
-def test_a_default_said_aloud_is_the_same_case() -> None:
-    """Equal cases have equal digests and JSON, however their values were made."""
-    aloud: Any = {
-        "rank": int("8"),
-        "alpha": 16,
-        "dropout": float("0.05"),
-        "targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    }
-    silent, said = a_case(), a_case(adapter=AdapterSpec(**aloud), workload=FinetuneSpec(length=int("512")))
-    assert silent == said
-    assert silent.digest == said.digest
-    assert case_to_json(silent) == case_to_json(said)
+def test_an_explicit_default_changes_nothing() -> None:
+    """A case that states its defaults equals one that omits them, in digest and JSON too."""
+    stated: Any = {"rank": 8, "alpha": 16, "dropout": 0.05, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    implicit, explicit = a_case(), a_case(adapter=AdapterSpec(**stated), workload=FinetuneSpec(length=512))
+    assert implicit == explicit
+    assert implicit.digest == explicit.digest
+    assert case_to_json(implicit) == case_to_json(explicit)
     zero = a_case(adapter=AdapterSpec(dropout=0.0)), a_case(adapter=AdapterSpec(dropout=-0.0))
     assert zero[0].digest == zero[1].digest
 
 
 def test_kind_and_gpu() -> None:
-    """A case knows its kind, and whether it needs a GPU."""
+    """A case knows its kind and whether it needs a GPU."""
     assert (a_case().kind, a_case().needs_gpu) == ("finetune", False)
     assert a_case(scale="full").needs_gpu
     callable_case = Case(id="my/step", scale="tiny", workload=CallableSpec(factory="a.b:c", device="cuda"))
@@ -255,7 +250,7 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize(("make", "fragment"), REFUSALS, ids=[fragment[:40] for _, fragment in REFUSALS])
 def test_refusals(make: Callable[[], Any], fragment: str) -> None:
-    """What contradicts itself is refused when it is made, and says why."""
+    """A contradictory spec is refused when it is made, and the error says why."""
     with pytest.raises(SpecError, match=fragment):
         make()
 
@@ -281,13 +276,13 @@ def test_refusals(make: Callable[[], Any], fragment: str) -> None:
     ],
 )
 def test_refused_json(text: bytes, fragment: str) -> None:
-    """From JSON the same refusals come with the place; nothing else is raised."""
+    """Bad JSON raises SpecError and nothing else; a bad field is reported with its path."""
     with pytest.raises(SpecError, match=fragment):
         case_from_json(text)
 
 
 def test_vary_reaches_every_part() -> None:
-    """A field is changed wherever it lives, also under its part's name, and a whole part can go."""
+    """`vary` changes a field of any part, also by its prefixed name, and can remove a whole part."""
     case = a_case("tiny/qlora", quantization=NF4)
     new = case.vary("other", rank=16, batch=8, model_dtype="float16", data_seed=3, timeout_s=120, quantization=None)
     assert new.adapter == AdapterSpec(rank=16)
@@ -297,7 +292,7 @@ def test_vary_reaches_every_part() -> None:
 
 
 def test_an_argument_of_a_callable_is_varied_by_its_name() -> None:
-    """One that the case gives is changed and the others stay; one that it does not give cannot be known, and is refused by name."""
+    """`vary` changes an argument that the case gives and keeps the others; an argument that it does not give is refused."""
     workload = CallableSpec(factory="pkg.train:make", arguments={"batch": 4, "steps": 2})
     case = Case(id="own/train", scale="tiny", workload=workload)
     wider = case.vary("wide", batch=8).workload

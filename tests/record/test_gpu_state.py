@@ -1,4 +1,4 @@
-"""NVML's numbers in words: what slows a clock, who shares a GPU, how it is set up."""
+"""NVML's numbers in words: throttling, sharing and the setup of a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hpc_core.record.gpu_state import flags, setup_notes, throttle_words
     [
         (0x0, ()),
         (0x1, ()),  # idle
-        (0x2, ()),  # clocks that somebody set slow nothing down on their own
+        (0x2, ()),  # fixed clocks alone slow nothing down
         (0x4, ("power cap",)),
         (0x8 | 0x40, ("hardware slowdown", "thermal slowdown by hardware")),
         (0x20, ("thermal slowdown by software",)),
@@ -22,17 +22,17 @@ from hpc_core.record.gpu_state import flags, setup_notes, throttle_words
     ],
 )
 def test_throttle_reasons_are_words(reasons: int, words: tuple[str, ...]) -> None:
-    """Only what holds the clock of a busy GPU down is named."""
+    """Only reasons that slow a busy GPU are named."""
     assert throttle_words(reasons) == words
 
 
 def states(*, before: dict[str, Any] | None = None, **busy: dict[str, Any]) -> dict[str, Any]:
-    """What a record's circumstances hold of a GPU."""
+    """The GPU part of a record's circumstances."""
     return {"before": before or {}, "busy": busy}
 
 
 @pytest.mark.parametrize(
-    ("gpu", "found"),
+    ("gpu", "expected"),
     [
         ({}, ()),
         (states(before={"processes": 0}, during={"processes": 1, "throttle_reasons": 0}), ()),
@@ -40,24 +40,24 @@ def states(*, before: dict[str, Any] | None = None, **busy: dict[str, Any]) -> d
         (states(during={"throttle_reasons": 4}), ("throttled: power cap",)),
         (
             states(before={"throttle_reasons": 4}, after={"throttle_reasons": 64}),
-            (),  # outside the measurement it moves no number
+            (),  # throttled only outside the measurement
         ),
         (
             states(during={"throttle_reasons": 0}, after={"thermal_violation_ns": 5}),
-            (),  # a counter read once says nothing
+            (),  # one reading of a counter is no difference
         ),
         (states(before={"processes": 2}, during={"processes": 3}), ("shared: 2 other processes on the GPU",)),
         (states(before={"processes": 0}, during={"processes": 2}), ("shared: 1 other process on the GPU",)),
         (states(before={"processes": 0}, during={"processes": 0}), ()),  # a container may hide even its own
     ],
 )
-def test_what_makes_a_busy_time_doubtful(gpu: dict[str, Any], found: tuple[str, ...]) -> None:
-    """A clock held down during the measurement and company on the GPU are flagged; what lies outside it is not."""
-    assert flags(gpu) == found
+def test_what_makes_a_busy_time_doubtful(gpu: dict[str, Any], expected: tuple[str, ...]) -> None:
+    """Throttling during the measurement and other processes on the GPU are flagged."""
+    assert flags(gpu) == expected
 
 
 def test_a_slowdown_between_two_readings_is_seen() -> None:
-    """NVML counts how long a clock was held down, so a slowdown that no reading hit shows in the counter."""
+    """A slowdown that no reading hit shows in NVML's violation counter."""
     busy = {
         "before": {"power_violation_ns": 1_000_000},
         "during": {"throttle_reasons": 0},
@@ -77,8 +77,8 @@ def test_a_slowdown_between_two_readings_is_seen() -> None:
         ({"throttle_reasons": 0x102}, ("application clocks", "display clocks")),
     ],
 )
-def test_the_setup_is_said(state: dict[str, Any], words: tuple[str, ...]) -> None:
-    """MIG, no persistence and clocks that somebody set are each one note; a usual setup is none."""
+def test_an_unusual_setup_is_noted(state: dict[str, Any], words: tuple[str, ...]) -> None:
+    """MIG, no persistence and fixed clocks each give one note; a usual setup gives none."""
     notes = setup_notes(state)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))

@@ -1,4 +1,4 @@
-"""The table of GPUs: how a user's name finds its entry."""
+"""A user's name for a GPU finds its entry in the table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hpc_core.record.gpus import GPUS, gpu_named
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "entry"),
     [
         ("H100", "H100 80GB HBM3"),
         ("NVIDIA H100 80GB HBM3", "H100 80GB HBM3"),
@@ -23,9 +23,9 @@ from hpc_core.record.gpus import GPUS, gpu_named
         *((name, name) for name in GPUS),
     ],
 )
-def test_a_common_name_finds_its_gpu(name: str, found: str) -> None:
-    """Vendor, case, spaces and hyphens do not matter, and a short name means the common card."""
-    assert gpu_named(name).name == found
+def test_a_common_name_finds_its_gpu(name: str, entry: str) -> None:
+    """Vendor, capitals, spaces and hyphens do not matter, and a short name means the common card."""
+    assert gpu_named(name).name == entry
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_common_name_finds_its_gpu(name: str, found: str) -> None:
     ],
 )
 def test_an_unclear_name_lists_the_gpus(name: str, problem: str) -> None:
-    """Nothing is guessed: the message names the candidates and every known GPU."""
+    """An ambiguous or unknown name is refused; the error lists every known GPU."""
     with pytest.raises(PredictError, match=problem) as refusal:
         gpu_named(name)
     assert all(known in str(refusal.value) for known in GPUS)

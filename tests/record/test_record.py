@@ -1,4 +1,4 @@
-"""Records equal their JSON, and refuse what is no number or contradicts itself."""
+"""Records equal their JSON, and refuse bad numbers and contradictions."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def test_round_trip(record: Record) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**64, -(2**64), 10**400])
-def test_no_number_is_no_metric(value: float) -> None:
-    """NaN, infinity and what fits no 64 bits are refused, as the value and as a sample."""
+def test_a_metric_needs_a_finite_number(value: float) -> None:
+    """A value or sample must be finite and fit 64 bits."""
     with pytest.raises(SpecError, match="must be finite and fit 64 bits"):
         counted(value)
     with pytest.raises(SpecError, match="must be finite and fit 64 bits"):
@@ -34,7 +34,7 @@ def test_no_number_is_no_metric(value: float) -> None:
 
 
 def test_samples_are_not_empty() -> None:
-    """A metric with samples has one at least."""
+    """A metric's samples cannot be empty."""
     with pytest.raises(SpecError, match="needs at least one"):
         counted(1, samples=())
 
@@ -49,7 +49,7 @@ def test_samples_are_not_empty() -> None:
     ],
 )
 def test_status_and_content_agree(changes: dict[str, Any], fragment: str) -> None:
-    """A status without its content, or content without its status, is refused."""
+    """A failed record has a failure, an invalid one has reasons, and no other record has either."""
     with pytest.raises(SpecError, match=fragment):
         a_record(**changes)
 
@@ -68,27 +68,27 @@ def test_status_and_content_agree(changes: dict[str, Any], fragment: str) -> Non
     ],
 )
 def test_refused_json(text: bytes) -> None:
-    """What is no record raises a SpecError and nothing else."""
+    """Bad JSON raises SpecError and nothing else."""
     with pytest.raises(SpecError, match="Not a record"):
         record_from_json(text)
 
 
 def test_other_schema() -> None:
-    """A record of another schema says so."""
+    """A record of another schema is refused by its number."""
     text = record_to_json(a_record())[:-1] + b',"schema":99}'
     with pytest.raises(SpecError, match="schema 99, this hpc-core reads 1"):
         record_from_json(text)
 
 
 def test_nested_refusal_has_its_path() -> None:
-    """A contradiction deep in the JSON is reported with its place."""
+    """A contradiction deep in the JSON is reported with its path."""
     text = record_to_json(a_record()).replace(b'"scale":"tiny"', b'"scale":"tiny","timeout_s":-1.0')
     with pytest.raises(SpecError, match=r"timeout_s must be above 0.*at `\$\.case`"):
         record_from_json(text)
 
 
 def test_facts_and_wall_samples() -> None:
-    """A fact holds if seen is asked; wall samples fall back to the value, and to nothing."""
+    """A fact holds if both sides are equal; wall samples fall back to the value, or are empty."""
     assert Fact(asked=4, seen=4).holds
     assert not Fact(asked=4, seen=5).holds
     assert a_record({"step_s": wall(0.5)}).wall_samples == (0.5,)
@@ -97,7 +97,7 @@ def test_facts_and_wall_samples() -> None:
 
 
 def test_metric_is_frozen() -> None:
-    """Nothing seen changes afterwards."""
+    """A metric cannot be changed."""
     metric: Metric = counted()
     with pytest.raises(AttributeError):
         metric.value = 3  # type: ignore[misc]

@@ -1,8 +1,9 @@
-"""Laws of several processes of one case as one record."""
+"""Records of several processes of one case merge into one record."""
 
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,88 +17,69 @@ from hpc_core.baselines.lookup import find
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from hpc_core.record.repeats import busy_values, merged
-from tests.strategies import a_case, a_record, around, counted, failed_record, peak, positive, records
-
-PER = "1 per 10 steps"
+from tests.strategies import a_case, a_record, around, busy, counted, failed_record, peak, positive, records, wall
 
 
-def seconds(value: float) -> Metric:
-    return Metric(value=value, unit="s", noise="busy", better="lower", depends_on=("case", "stack", "machine"))
+def gpu_metrics(busy_s: float, kernels: int) -> dict[str, Metric]:
+    return {"busy_s": busy(busy_s, samples=None), "kernels": counted(kernels, unit="1 per 10 steps")}
 
 
-def clocked(*samples: float) -> Metric:
-    value = statistics.median(samples)
-    return Metric(
-        value=value,
-        samples=samples,
-        unit="s",
-        noise="wall",
-        better="lower",
-        depends_on=("case", "stack", "machine"),
-        gated=False,
-    )
+def steps(*samples: float) -> Metric:
+    return wall(statistics.median(samples), samples=samples, gated=False)
 
 
 def full(busy_s: float = 0.1, kernels: int = 5290, **changes: Any) -> Record:
-    """What a full process gives."""
-    metrics = {
-        "busy_s": seconds(busy_s),
-        "kernels": counted(kernels, unit=PER),
-        "peak_bytes": peak(),
-        "step_s": clocked(0.2, 0.3, 0.4),
-    }
-    return a_record(metrics, **changes)
+    """The record of the first process, which runs every instrument."""
+    return a_record(gpu_metrics(busy_s, kernels) | {"peak_bytes": peak(), "step_s": steps(0.2, 0.3, 0.4)}, **changes)
 
 
 def further(busy_s: float = 0.1, kernels: int = 5290, **changes: Any) -> Record:
-    """What a further process gives: no peak of a step, and no step by the clock."""
-    return a_record({"busy_s": seconds(busy_s), "kernels": counted(kernels, unit=PER)}, **changes)
+    """The record of a further process, without peak and wall time of a step."""
+    return a_record(gpu_metrics(busy_s, kernels), **changes)
 
 
 @given(records())
 def test_merging_nothing_changes_nothing(record: Record) -> None:
-    """A case with one process is that process's record, whatever became of it."""
+    """A record merged with no others stays as it is, whatever its status."""
     assert merged(record, ()) == record
 
 
 @given(positive, st.lists(positive, min_size=1, max_size=6), st.randoms(use_true_random=False))
-def test_the_value_is_the_median_in_whatever_order(own: float, others: list[float], random: Any) -> None:
-    """One sample a process, the first process's first; their order moves no value."""
-    record = merged(full(own), [further(value) for value in others])
+def test_the_value_is_the_median_of_all_processes(first: float, others: list[float], random: Any) -> None:
+    """Each process gives one sample, in order; the value is their median, in any order."""
+    record = merged(full(first), [further(value) for value in others])
+    assert record.status == "ok"
+    assert record.metrics["busy_s"].samples == (first, *others)
+    assert record.metrics["busy_s"].value == statistics.median([first, *others])
     shuffled = list(others)
     random.shuffle(shuffled)
-    assert record.status == "ok"
-    assert record.metrics["busy_s"].samples == (own, *others)
-    assert record.metrics["busy_s"].value == statistics.median([own, *others])
-    assert (
-        merged(full(own), [further(value) for value in shuffled]).metrics["busy_s"].value
-        == record.metrics["busy_s"].value
-    )
+    reordered = merged(full(first), [further(value) for value in shuffled])
+    assert reordered.metrics["busy_s"].value == record.metrics["busy_s"].value
 
 
 @given(positive, st.lists(positive, min_size=1, max_size=6), st.data())
-def test_adding_processes_later_is_the_same(own: float, others: list[float], data: st.DataObject) -> None:
-    """A record that was merged can be continued: in two parts or in one, the record is equal, and equal to its JSON."""
+def test_merging_in_two_parts_is_merging_at_once(first: float, others: list[float], data: st.DataObject) -> None:
+    """A merged record can take more processes later: the result is the same, and equals its JSON."""
     cut = data.draw(st.integers(0, len(others)))
     more = [further(value) for value in others]
-    record = merged(full(own), more)
-    assert merged(merged(full(own), more[:cut]), more[cut:]) == record
+    record = merged(full(first), more)
+    assert merged(merged(full(first), more[:cut]), more[cut:]) == record
     assert record_from_json(record_to_json(record)) == record
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=5))
-def test_a_failed_process_costs_its_sample_and_not_the_case(sound: list[bool]) -> None:
-    """Each failure is a note with its reason; the processes without one stand in the order of the samples."""
-    record = merged(full(), [further(0.2) if ok else failed_record() for ok in sound])
+def test_a_failed_process_costs_only_its_sample(succeeded: list[bool]) -> None:
+    """The case stays ok; each failure is a note with its reason."""
+    record = merged(full(), [further(0.2) if ok else failed_record() for ok in succeeded])
     assert record.status == "ok"
-    assert len(busy_values(record)["busy_s"]) == 1 + sum(sound)
-    assert [not process.failure for process in record.processes] == [True, *sound]
+    assert len(busy_values(record)["busy_s"]) == 1 + sum(succeeded)
+    assert [not process.failure for process in record.processes] == [True, *succeeded]
     notes = [note for note in record.circumstances.notes if "gave no sample: out_of_memory in build" in note]
-    assert len(notes) == sound.count(False)
+    assert len(notes) == succeeded.count(False)
 
 
 def test_counts_that_differ_make_the_record_invalid() -> None:
-    """The reason holds the metric, both numbers, their unit and which process it was."""
+    """The reason names the metric, both values with their unit, and both processes."""
     record = merged(full(), [further(), further(kernels=5291)])
     assert record.status == "invalid"
     assert len(record.reasons) == 1
@@ -106,10 +88,10 @@ def test_counts_that_differ_make_the_record_invalid() -> None:
     )
 
 
-def test_all_else_is_the_first_process() -> None:
-    """Peaks and wall samples are the first's; what a clock saw in the others stands beside it."""
+def test_all_other_metrics_are_the_first_processs() -> None:
+    """Peaks and wall samples come from the first process; each process's wall time is listed."""
     other = a_record(
-        {"busy_s": seconds(0.2), "peak_bytes": peak(gated=False, value=1), "step_s": clocked(0.5, 0.6, 0.7)}
+        {"busy_s": busy(0.2, samples=None), "peak_bytes": peak(1, gated=False), "step_s": steps(0.5, 0.6, 0.7)}
     )
     record = merged(full(), [other])
     assert record.metrics["peak_bytes"] == full().metrics["peak_bytes"]
@@ -118,7 +100,7 @@ def test_all_else_is_the_first_process() -> None:
 
 
 def test_a_throttled_process_is_flagged() -> None:
-    """The sample of a doubtful process stays, its flags say why to doubt it, and its notes carry its number."""
+    """A throttled process's sample stays; the record flags it and numbers its notes."""
     gpu = {"busy": {"during": {"throttle_reasons": 4, "sm_clock_mhz": 1290}}}
     hot = further(0.11, circumstances=around(gpu=gpu, notes=("GPU throttled: power cap at 1290 MHz",)))
     record = merged(full(), [further(), hot])
@@ -128,25 +110,26 @@ def test_a_throttled_process_is_flagged() -> None:
 
 
 @pytest.mark.parametrize("status", ["failed", "invalid"])
-def test_a_case_that_gave_nothing_stays_as_it_is(status: str) -> None:
-    """Further processes do not make a broken first one sound."""
+def test_a_bad_first_process_stays_bad(status: str) -> None:
+    """Further processes do not change a failed or invalid first record."""
     first = failed_record() if status == "failed" else full(status="invalid", reasons=("It ran unquantized.",))
     assert merged(first, [further()]) == first
 
 
 def test_processes_of_another_case_are_refused() -> None:
-    """A record of other work is no sample."""
+    """A record of another case cannot be merged."""
     other = further(case=a_case("tiny/other", seed=7))
     with pytest.raises(SpecError, match="tiny/other cannot be merged into tiny/lora"):
         merged(full(), [other])
 
 
-def test_an_accepted_record_keeps_its_samples(tmp_path: Any) -> None:
-    """Baseline and history hold the samples of all processes, and read back as they were."""
+def test_an_accepted_record_keeps_its_samples(tmp_path: Path) -> None:
+    """Baseline and history hold the samples of all processes."""
     record = merged(full(), [further(0.2), further(0.3)])
     accept(tmp_path, record, reason="first")
     key = record.circumstances.machine.key
-    stored: Any = find(tmp_path, key, record.case.id)
+    stored = find(tmp_path, key, record.case.id)
+    assert stored is not None
     assert stored.metrics["busy_s"].samples == (0.1, 0.2, 0.3)
     assert last_accepted(tmp_path, key, record.case.id) == record
     assert msgspec.json.decode(record_to_json(record))["processes"][2]["seconds"] == 0.0

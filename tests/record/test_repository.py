@@ -1,4 +1,4 @@
-"""What git says of a tree: whether its code was changed, what files held before, where a pull request began."""
+"""Git answers whether the code was changed, what files held at a commit, and where a pull request began."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.record.git_project import GitProject
 
 @pytest.fixture
 def project(tmp_path: Path) -> GitProject:
-    made = GitProject(tmp_path / "project")
-    made.write("code.py", "x = 1\n")
-    made.write("baselines/cpu/tiny/lora.json", "{}\n")
-    made.write("baselines/cpu/tiny/lora.history.jsonl", "{}\n")
-    made.write("settings.json", "{}\n")
-    made.commit("first")
-    return made
+    project = GitProject(tmp_path / "project")
+    project.write("code.py", "x = 1\n")
+    project.write("baselines/cpu/tiny/lora.json", "{}\n")
+    project.write("baselines/cpu/tiny/lora.history.jsonl", "{}\n")
+    project.write("settings.json", "{}\n")
+    project.commit("first")
+    return project
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,15 @@ def project(tmp_path: Path) -> GitProject:
     ],
 )
 def test_what_makes_a_tree_dirty(project: GitProject, path: str, dirty: bool) -> None:
-    """Changed code and unknown code do; what a run writes itself, baselines and reports, does not."""
+    """Changed and untracked code makes a tree dirty; baselines, records and reports do not."""
     assert not is_dirty(project.root)
     project.write(path, "changed = 2\n")
     assert is_dirty(project.root) is dirty
-    assert is_dirty(project.root / "baselines") is dirty  # the whole tree counts, wherever one stands
+    assert is_dirty(project.root / "baselines") is dirty  # any folder answers for the whole tree
 
 
 def test_a_revoked_baseline_is_no_change_of_code(project: GitProject) -> None:
-    """Deleting a baseline with its history leaves the code as it was."""
+    """Deleting a baseline with its history does not make the tree dirty."""
     for name in ("lora.json", "lora.history.jsonl"):
         (project.root / "baselines" / "cpu" / "tiny" / name).unlink()
     assert not is_dirty(project.root)
@@ -57,7 +57,7 @@ def test_a_revoked_baseline_is_no_change_of_code(project: GitProject) -> None:
 def test_the_environment_names_the_commit_of_a_copied_tree(
     project: GitProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HPC_CORE_COMMIT wins over the repository that a copy may still hold, and leaves unknown whether it was changed."""
+    """HPC_CORE_COMMIT overrides the repository, and then it is unknown whether the code was changed."""
     environment.commit.cache_clear()
     project.write("code.py", "x = 2\n")
     monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
@@ -71,7 +71,7 @@ def test_the_environment_names_the_commit_of_a_copied_tree(
 
 
 def test_files_of_other_commits(project: GitProject) -> None:
-    """What a file held at each commit that changed it, oldest first; None where it was not there."""
+    """`revisions_of` lists the commits that changed a file, oldest first; `contents` reads files at a commit, and is None where there was none."""
     code = project.root / "code.py"
     first = head(project.root)
     project.write("code.py", "x = 2\n")
@@ -90,7 +90,7 @@ def test_files_of_other_commits(project: GitProject) -> None:
 
 
 def test_where_a_pull_request_began(project: GitProject) -> None:
-    """The merge base is the commit that both share, however far the other side has moved on."""
+    """The merge base is the last common commit, however far main has moved on."""
     first = head(project.root)
     project.git("checkout", "-q", "-b", "topic")
     project.write("code.py", "x = 2\n")
@@ -103,7 +103,7 @@ def test_where_a_pull_request_began(project: GitProject) -> None:
 
 
 def test_a_shallow_clone_says_what_to_fetch(project: GitProject, tmp_path: Path) -> None:
-    """Without the history there is no merge base: the error names the setting of the checkout that brings it."""
+    """Without history there is no merge base, and the error names the checkout option that fetches it."""
     project.git("checkout", "-q", "-b", "topic")
     for number in range(2):
         project.write("code.py", f"x = {number + 5}\n")
@@ -119,7 +119,7 @@ def test_a_shallow_clone_says_what_to_fetch(project: GitProject, tmp_path: Path)
 
 
 def test_no_repository_is_one_clear_error(project: GitProject, tmp_path: Path) -> None:
-    """A folder that git does not know, a revision it lacks, a path outside: named, not guessed."""
+    """A folder outside git, an unknown revision and a path outside the repository are each named."""
     assert head(tmp_path) is None
     with pytest.raises(RepositoryError, match="not a git repository"):
         merge_base(tmp_path, "main")
@@ -129,8 +129,8 @@ def test_no_repository_is_one_clear_error(project: GitProject, tmp_path: Path) -
         revisions_of(project.root, [tmp_path / "elsewhere.json"])
 
 
-def test_a_hook_of_another_repository_is_not_asked(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inside a git hook GIT_DIR names the hook's repository; what is asked is the folder's own."""
+def test_git_dir_of_a_hook_is_ignored(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Git reads the given folder's repository, even inside a hook that sets GIT_DIR."""
     commit = head(project.root)
     assert commit is not None
     monkeypatch.setenv("GIT_DIR", str(project.root / "nowhere"))

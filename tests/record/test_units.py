@@ -29,12 +29,12 @@ from hpc_core.record.units import change, pair, percent, quantity
     ],
 )
 def test_quantity(value: float, unit: str, text: str) -> None:
-    """A value has the unit in which it is easiest read."""
+    """A value is printed in the unit that is easiest to read."""
     assert quantity(value, unit) == text
 
 
 def test_change_and_pair() -> None:
-    """A change has its sign; a pair has the digits that tell it apart."""
+    """A change has a sign; a pair has enough digits to differ."""
     assert (change(2018634629, "bytes"), change(-1, "1"), change(0, "bytes")) == ("+1.88 GiB", "-1", "+0 B")
     assert pair(1617, 1645, "1") == "1,617 → 1,645"
     assert pair(52940, 53220, "1 per 10 steps") == "52,940 → 53,220 per 10 steps"
@@ -47,13 +47,13 @@ def test_change_and_pair() -> None:
     [(0.032, "+3.2 %"), (-0.5, "-50 %"), (0.0005, "+0.05 %"), (2e-7, "+0.00002 %"), (12.5, "+1,250 %"), (0.0, "+0 %")],
 )
 def test_percent(ratio: float, text: str) -> None:
-    """A ratio reads as a percentage."""
+    """A ratio is printed as a percentage."""
     assert percent(ratio) == text
 
 
 @given(st.floats(min_value=-1e6, max_value=1e6, allow_subnormal=False).filter(bool))
 def test_a_difference_never_prints_as_zero(ratio: float) -> None:
-    """However small a difference is, its text is not that of none."""
+    """However small a difference is, it does not print as zero."""
     assert float(percent(ratio).removesuffix(" %").replace(",", "")) != 0
     for unit in ("bytes", "s", "FLOP", "1", "ratio"):
         assert float(change(ratio, unit).partition(" ")[0].replace(",", "")) != 0
