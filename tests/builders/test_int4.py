@@ -1,4 +1,4 @@
-"""int4 weights by torchao: what is refused, what is packed and counted, and the engine on them. A CPU has a packing of its own, which the record names."""
+"""int4 weights by torchao: what is refused, what is packed and counted, and the engine that runs on them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def built() -> Built:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("options", "message"),
     [
         ({"double_quant": True}, "double_quant applies to nf4"),
         ({"compute_dtype": "float16"}, "compute_dtype='bfloat16'"),
@@ -59,14 +59,14 @@ def built() -> Built:
         ({"kind": "nf4", "group_size": 64}, "applies to int4 only"),
     ],
 )
-def test_what_int4_cannot_be_is_refused(wrong: dict[str, Any], says: str) -> None:
-    """Each with the field, its value and what to say."""
-    with pytest.raises(SpecError, match=says):
-        QuantSpec(**{"kind": "int4", "compute_dtype": "bfloat16", **wrong})
+def test_what_int4_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    """An option that int4 does not support is refused with the valid values."""
+    with pytest.raises(SpecError, match=message):
+        QuantSpec(**{"kind": "int4", "compute_dtype": "bfloat16", **options})
 
 
-def test_int4_with_an_adapter_training_or_other_weights_is_refused() -> None:
-    """By the case's name; and so is the engine with kernels that it does not have."""
+def test_int4_with_unsupported_features_is_refused() -> None:
+    """int4 supports no training, no adapter, no Triton kernels and no weights but bfloat16."""
     with pytest.raises(SpecError, match="cannot be fine-tuned"):
         finetune(tiny, lora()).vary("int4", quantization=_int4())
     with pytest.raises(SpecError, match="support no adapter"):
@@ -77,8 +77,8 @@ def test_int4_with_an_adapter_training_or_other_weights_is_refused() -> None:
         _case().vary("wide", model_dtype="float32")
 
 
-def test_group_size_changes_no_case_that_does_not_say_it() -> None:
-    """The new field is left out of JSON and digest where it is the default, so baselines are found as before; one that is said is kept."""
+def test_a_default_group_size_is_left_out_of_json() -> None:
+    """JSON and digest omit the default group size, so older baselines are still found, and include any other."""
     nf4 = generate(tiny, quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"))
     assert b"group_size" not in case_to_json(nf4)
     assert b'"group_size":32' in case_to_json(_case())
@@ -91,8 +91,8 @@ def test_group_size_changes_no_case_that_does_not_say_it() -> None:
     columns=st.integers(1, 8).map(lambda n: 1024 * n),
     group=st.sampled_from([32, 64, 128, 256]),
 )
-def test_tiles_pad_only_what_is_no_whole_tile(rows: int, columns: int, group: int) -> None:
-    """In whole tiles both packings take the same bytes, half a byte a weight and four a group; one column more costs a whole tile."""
+def test_partial_tiles_are_padded(rows: int, columns: int, group: int) -> None:
+    """For whole tiles both packings take half a byte per weight and four bytes per group; any part of a tile takes a whole one."""
     spec = _int4(group)
     assert int4_bytes(spec, columns, rows, "tile_packed_to_4d") == int4_bytes(spec, columns, rows, "opaque")
     assert int4_bytes(spec, columns, rows, "opaque") == rows * columns // 2 + 4 * rows * columns // group
@@ -100,8 +100,8 @@ def test_tiles_pad_only_what_is_no_whole_tile(rows: int, columns: int, group: in
     assert wider == int4_bytes(spec, columns + 1024, rows, "tile_packed_to_4d")
 
 
-def test_each_layer_is_packed_near_what_was_drawn_and_the_head_is_not(built: Built) -> None:
-    """Sixteen levels over a group's range err by about a tenth; a wrong place would err by the square root of two."""
+def test_packed_layers_are_close_to_the_drawn_weights(built: Built) -> None:
+    """Every linear layer but the head is packed; its error is about a tenth, where misplaced weights would err by 1.4."""
     plain: Any = build(generate(tiny, **_SHORT), _CPU).model
     model: Any = built.model
     layers = quantized_layers(model)
@@ -109,12 +109,12 @@ def test_each_layer_is_packed_near_what_was_drawn_and_the_head_is_not(built: Bui
     assert type(model.lm_head.weight) is torch.nn.Parameter
     for name, layer in layers.items():
         drawn = plain.get_submodule(name).weight
-        off = (dequantized_weight(layer) - drawn).norm() / drawn.norm()
-        assert 0.03 < off < 0.15, name
+        error = (dequantized_weight(layer) - drawn).norm() / drawn.norm()
+        assert 0.03 < error < 0.15, name
 
 
-def test_a_packed_weights_bytes_are_those_of_what_it_wraps(built: Built) -> None:
-    """The wrapper's own storage holds nothing and counts nowhere: neither as a weight nor as a living tensor."""
+def test_only_the_packed_tensors_count_as_bytes(built: Built) -> None:
+    """The wrapper's own empty storage counts neither as a weight nor as a living tensor."""
     owned = weight_tensors(built.model)["weights"]
     assert not any(type(tensor).__name__.startswith("Int4") for tensor in owned + living_tensors(_CPU))
     layers: list[Any] = list(quantized_layers(built.model).values())
@@ -125,33 +125,33 @@ def test_a_packed_weights_bytes_are_those_of_what_it_wraps(built: Built) -> None
 
 
 def test_the_engines_product_is_the_layers(built: Built) -> None:
-    """To the bit, by whichever of both is asked: the same kernel reads the same tensors."""
+    """The engine's layer gives the module's output bit for bit, and shares its tensors."""
     model: Any = built.model
     module = model.model.layers[0].mlp.down_proj
-    ours = PackedLinear(module)
-    x = torch.randn(2, 3, ours.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+    packed = PackedLinear(module)
+    x = torch.randn(2, 3, packed.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
     with torch.no_grad():
-        assert torch.equal(ours(x), module(x))
-        bias = torch.ones(ours.out_features, dtype=torch.bfloat16)
-        assert torch.equal(times(x, ours.weight, bias), module(x) + bias)
-    assert ours.weight.codes.data_ptr() == module.weight.qdata.data_ptr()
+        assert torch.equal(packed(x), module(x))
+        bias = torch.ones(packed.out_features, dtype=torch.bfloat16)
+        assert torch.equal(times(x, packed.weight, bias), module(x) + bias)
+    assert packed.weight.codes.data_ptr() == module.weight.qdata.data_ptr()
 
 
 def test_the_engine_answers_as_generate_does(built: Built) -> None:
-    """Greedy tokens of both paths on the same int4 weights; every product of the engine is a packed one."""
+    """On the same int4 weights the graph engine and `generate` choose the same tokens."""
     assert decoder_of(built.model).int4
     stock = generate_program(built, GenerateSpec(**_SHORT))
-    ours = graph_program(built, GenerateSpec(**_SHORT, engine="graph", kernels="torch"))
+    graph = graph_program(built, GenerateSpec(**_SHORT, engine="graph", kernels="torch"))
     stock.step()
-    ours.step()
-    assert ours.answer_ids() == stock.answer_ids()
+    graph.step()
+    assert graph.answer_ids() == stock.answer_ids()
 
 
 @pytest.mark.parametrize(
     "engine", [{}, {"engine": "graph", "kernels": "torch", "head": "int8"}], ids=["stock", "graph"]
 )
-def test_a_case_in_int4_is_sound_and_says_which_packing_ran(built: Built, engine: dict[str, Any]) -> None:
-    """Audit, bytes, reference of dequantized weights: as for any quantization, with the CPU's packing by its name."""
+def test_an_int4_case_is_sound_and_names_its_packing(built: Built, engine: dict[str, Any]) -> None:
+    """An int4 case passes the whole audit, and its record names the CPU's packing."""
     record: Record = run_job(Job(case=_case(**engine)), lambda _: None)
     assert record.status == "ok", record.reasons
     assert record.audit["packing"].seen == ["opaque"]
@@ -162,24 +162,23 @@ def test_a_case_in_int4_is_sound_and_says_which_packing_ran(built: Built, engine
     assert record.metrics["logits_error"].value < 0.05
 
 
-def test_weights_of_another_layer_are_seen_in_int4_too(built: Built) -> None:
-    """Two layers' packed weights are exchanged, with all sums and sizes as before: the fact `weights` tells."""
+def test_exchanged_int4_weights_are_found(built: Built) -> None:
+    """The fact `weights` fails if two layers exchange their packed weights."""
     from hpc_core.audit.model import value_facts
 
     model: Any = built.model
     first, second = (layer.mlp for layer in model.model.layers[:2])
-    kept = first.up_proj.weight, second.up_proj.weight
+    first.up_proj.weight, second.up_proj.weight = second.up_proj.weight, first.up_proj.weight
     try:
-        first.up_proj.weight, second.up_proj.weight = kept[1], kept[0]
         fact = value_facts(_case(), built.model).facts["weights"]
-        assert not fact.holds
-        assert "up_proj" in str(fact.seen)
     finally:
-        first.up_proj.weight, second.up_proj.weight = kept
+        first.up_proj.weight, second.up_proj.weight = second.up_proj.weight, first.up_proj.weight
+    assert not fact.holds
+    assert "up_proj" in str(fact.seen)
 
 
 def test_rows_that_do_not_divide_into_groups_are_refused() -> None:
-    """torchao would leave the layer unquantized and say so in a log alone."""
+    """A row that is no multiple of the group is refused; torchao would only log it and leave the layer unquantized."""
     pytest.importorskip("torchao", reason="int4 is packed by torchao")
     narrow = generate(tiny, quantization=_int4(256), **_SHORT)
     with pytest.raises(BuildError, match="A CPU has int4 kernels for groups of 32, 64, 128"):
@@ -193,7 +192,7 @@ def test_rows_that_do_not_divide_into_groups_are_refused() -> None:
 
 
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One line to install it."""
+    """Without torchao the error names the extra to install."""
     for name in ("torchao", "torchao.prototype.quantization.int4"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingLibraryError, match=r"hpc-core\[int4\]"):
@@ -201,21 +200,21 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_forkserver_learns_a_gpus_capability_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchao asks for it on import, by two ways; both are answered while the parent imports, and are torch's own again after it."""
-    pytest.importorskip("torchao", reason="without it nobody asks")
+    """While the forkserver imports torchao, both of torch's ways to ask for the GPU's capability answer without CUDA; then they are restored."""
+    pytest.importorskip("torchao", reason="only torchao asks for the capability")
     from torch._dynamo.device_interface import CudaInterface
 
-    own = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
+    original = torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties
     monkeypatch.setattr(forkserver, "compute_capability", lambda: (9, 0))
     with forkserver.gpus_by_nvml():
         assert torch.cuda.get_device_capability() == (9, 0)
         assert CudaInterface.Worker.get_device_properties().major == 9
-    assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == own
+    assert (torch.cuda.get_device_capability, CudaInterface.Worker.get_device_properties) == original
 
 
 @pytest.mark.nightly  # a prediction takes half a minute; the packing itself is checked by the tests above
 def test_int4_is_predicted_in_the_packing_of_a_gpu() -> None:
-    """Weights in closed form; the engine, whose graph has no model, is refused by name."""
+    """A predicted int4 case has the closed form's weights in a GPU's packing; with engine='graph' it is refused."""
     pytest.importorskip("torchao", reason="int4 is packed by torchao")
     short = INT4[0].vary("generate-int4-2-layers", layers=2, new_tokens=4, prompts=1)
     stock, engine = predicted([short, INT4[1]])

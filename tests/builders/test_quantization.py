@@ -1,9 +1,7 @@
-"""Quantized models: what we make in place is what transformers' `from_pretrained(quantization_config=…)` makes."""
+"""Quantizing in place gives what transformers' `from_pretrained(quantization_config=…)` gives."""
 
 from __future__ import annotations
 
-import functools
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from hpc_core.builders.quantization import bitsandbytes_config, quantize, quanti
 from hpc_core.case.errors import BuildError
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.shapes import SHAPES
-from hpc_core.catalogue import catalogue, finetune, generate, qlora, tiny
+from hpc_core.catalogue import finetune, generate, qlora, tiny
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 
 CPU = torch.device("cpu")
@@ -35,32 +33,23 @@ LINEAR_WEIGHTS = SHAPES["tiny"].num_hidden_layers * sum(
 )
 
 
-@functools.cache
-def _saved(dtype: Any) -> str:
-    folder = tempfile.mkdtemp()
-    model: Any = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
-    model.save_pretrained(folder)
-    return folder
-
-
-def _theirs(spec: QuantSpec, dtype: Any) -> torch.nn.Module:
+def _by_from_pretrained(spec: QuantSpec, dtype: Any, folder: Path) -> torch.nn.Module:
     import transformers
 
+    plain: Any = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
+    plain.save_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        _saved(dtype),
-        quantization_config=bitsandbytes_config(spec),
-        dtype=getattr(torch, dtype),
-        device_map={"": "cpu"},
+        folder, quantization_config=bitsandbytes_config(spec), dtype=getattr(torch, dtype), device_map={"": "cpu"}
     )
     assert isinstance(model, torch.nn.Module)
     layers: dict[str, Any] = dict(quantized_layers(model))
     for layer in layers.values():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False  # so that outputs compare on CPUs that would repack the weights
+            layer.support_avx512bf16_for_cpu = False  # otherwise some CPUs repack the weights
     return model.eval().requires_grad_(False)
 
 
-def _ours(spec: QuantSpec, dtype: Any) -> torch.nn.Module:
+def _in_place(spec: QuantSpec, dtype: Any) -> torch.nn.Module:
     return build(generate(ModelSpec(shape="tiny", dtype=dtype), quantization=spec), CPU).model
 
 
@@ -81,27 +70,27 @@ def _storages(model: torch.nn.Module) -> dict[str, tuple[torch.dtype, bytes]]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", KINDS)
-def test_quantizing_in_place_equals_from_pretrained(name: str, dtype: Any) -> None:
-    """Classes, dtypes, bytes of weights and constants, and outputs are the same bit for bit."""
-    ours, theirs = _ours(KINDS[name], dtype), _theirs(KINDS[name], dtype)
-    assert {key: type(module) for key, module in ours.named_modules()} == {
-        key: type(module) for key, module in theirs.named_modules()
+def test_quantizing_in_place_equals_from_pretrained(name: str, dtype: Any, tmp_path: Path) -> None:
+    """Classes, dtypes, bytes of weights and constants, and outputs are equal bit for bit."""
+    model, expected = _in_place(KINDS[name], dtype), _by_from_pretrained(KINDS[name], dtype, tmp_path)
+    assert {key: type(module) for key, module in model.named_modules()} == {
+        key: type(module) for key, module in expected.named_modules()
     }
-    assert _storages(ours) == _storages(theirs)
-    before = owned_bytes(weight_tensors(ours)["weights"])
-    assert before == owned_bytes(weight_tensors(theirs)["weights"])
-    logits = _logits(ours)
+    assert _storages(model) == _storages(expected)
+    before = owned_bytes(weight_tensors(model)["weights"])
+    assert before == owned_bytes(weight_tensors(expected)["weights"])
+    logits = _logits(model)
     assert logits.isfinite().all()
-    assert torch.equal(logits, _logits(theirs))
-    # int8 layers move their constants in the first forward: nothing may appear or vanish.
-    assert owned_bytes(weight_tensors(ours)["weights"]) == before
+    assert torch.equal(logits, _logits(expected))
+    # int8 layers move their constants in the first forward; their bytes must stay the same.
+    assert owned_bytes(weight_tensors(model)["weights"]) == before
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_their_settings_are_ours(name: str) -> None:
+def test_every_layer_has_the_requested_settings(name: str) -> None:
     """Every layer has the requested quantization type, compute dtype and double quantization."""
     spec = KINDS[name]
-    layers = quantized_layers(_ours(spec, "bfloat16"))
+    layers = quantized_layers(_in_place(spec, "bfloat16"))
     assert len(layers) == 3 * (7 - (len(spec.skip_modules) - 1))
     for layer in layers.values():
         weight: Any = layer.weight
@@ -118,18 +107,18 @@ def test_their_settings_are_ours(name: str) -> None:
 )
 def test_four_bit_weights_take_their_closed_form(name: str, bits: int, constants: float) -> None:
     """A 4-bit weight takes half a byte plus its share of one constant per 64 weights, plus the code tables."""
-    model = _ours(KINDS[name], "bfloat16")
+    model = _in_place(KINDS[name], "bfloat16")
     rest = sum(parameter.numel() * 2 for key, parameter in model.named_parameters() if "proj" not in key)
     rest += sum(buffer.nbytes for buffer in model.buffers())
-    seen = owned_bytes(weight_tensors(model)["weights"]) - rest
+    measured = owned_bytes(weight_tensors(model)["weights"]) - rest
     least = LINEAR_WEIGHTS * (bits / 8 + constants)
     # A layer's last group of 256 constants may be short; each layer keeps a code book of 16 floats (and one of 256).
-    assert least <= seen <= least + 21 * (16 * 4 + 256 * 4 + 8)
+    assert least <= measured <= least + 21 * (16 * 4 + 256 * 4 + 8)
 
 
-def test_int8_weights_take_a_byte_and_a_constant_a_row() -> None:
+def test_int8_weights_take_a_byte_each_and_a_constant_per_row() -> None:
     """An int8 weight takes one byte, plus one float32 per row."""
-    layers: dict[str, Any] = dict(quantized_layers(_ours(KINDS["int8"], "float16")))
+    layers: dict[str, Any] = dict(quantized_layers(_in_place(KINDS["int8"], "float16")))
     rows = sum(module.weight.shape[0] for module in layers.values())
     tensors = [tensor for module in layers.values() for tensor in weight_tensors(module)["weights"]]
     assert owned_bytes(tensors) == LINEAR_WEIGHTS + 4 * rows
@@ -139,7 +128,7 @@ def test_int8_weights_take_a_byte_and_a_constant_a_row() -> None:
 def test_quantized_outputs_are_near_the_plain_ones(name: str) -> None:
     """The quantized model's outputs are close to the plain one's, but not equal."""
     plain = _logits(build(generate(ModelSpec(shape="tiny", dtype="float16")), CPU).model).float()
-    quantized = _logits(_ours(KINDS[name], "float16")).float()
+    quantized = _logits(_in_place(KINDS[name], "float16")).float()
     error = float((plain - quantized).norm() / plain.norm())
     assert 0 < error < (0.2 if name == "nf4" else 0.05)
 
@@ -166,7 +155,7 @@ def test_a_layer_left_unquantized_is_refused() -> None:
 
 
 def _gradients(*, evaluated: bool, portable: bool = True) -> dict[str, torch.Tensor]:
-    """Gradients of the adapter's B matrices (A's are zero at first), perhaps after a forward in evaluation mode."""
+    """Gradients of the adapter's B matrices (those of A are zero at first), after an evaluation if `evaluated`."""
     model = build(finetune(tiny, qlora(dropout=0.0)), CPU).model
     if not portable:
         for layer in quantized_layers(model).values():
@@ -197,16 +186,3 @@ def test_without_the_guard_gradients_stop_on_some_cpus() -> None:
         gradients = _gradients(evaluated=True, portable=False)
     stopped = [name for name, gradient in gradients.items() if not bool(gradient.any())]
     assert len(stopped) == 9  # of q, k and v in three layers; the output projections' are wrong
-
-
-def test_quantized_cases_of_the_catalogue_are_quantized() -> None:
-    """Every tiny case that names a quantization has 21 quantized layers, and no other has one."""
-    for case in catalogue().values():
-        if case.scale == "tiny":
-            expected = 21 if case.quantization is not None else 0
-            assert len(quantized_layers(build(case, CPU).model)) == expected, case.id
-
-
-def test_saved_weights_lie_where_they_were_put() -> None:
-    """The folder that from_pretrained reads contains safetensors of the tiny model."""
-    assert list(Path(_saved("bfloat16")).glob("*.safetensors"))

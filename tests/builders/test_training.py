@@ -1,4 +1,4 @@
-"""Adapters, peft's preparation, and gradient checkpointing."""
+"""Adapters, peft's preparation and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ EVERY_LINEAR = tuple(SHAPES["tiny"].linear_shapes())
 
 
 @pytest.mark.parametrize(("dtype", "quantized"), [("float32", True), ("bfloat16", True), ("float16", False)])
-def test_adapter_weights_have_the_dtype_asked_for(dtype: Any, quantized: bool) -> None:
-    """Whatever the base's dtype and quantization, LoRA weights are stored as asked."""
+def test_adapter_weights_have_the_requested_dtype(dtype: Any, quantized: bool) -> None:
+    """LoRA weights have the requested dtype, whatever the base's dtype and quantization."""
     method = qlora(dtype=dtype) if quantized else lora(dtype=dtype)
     parameters = adapter_parameters(build(finetune(tiny, method), CPU).model)
     assert {parameter.dtype for parameter in parameters.values()} == {getattr(torch, dtype)}
@@ -53,15 +53,15 @@ def test_only_the_adapter_is_trainable_and_its_tensors_are_the_described_ones(
 
 
 def test_the_adapters_settings_reach_peft() -> None:
-    """Scaling is alpha over rank, and dropout is the one asked for."""
+    """peft's scaling is alpha over rank, and its dropout is the requested one."""
     model = build(finetune(tiny, lora(rank=4, alpha=32, dropout=0.25)), CPU).model
     layer: Any = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
     assert layer.scaling["default"] == 8.0
     assert layer.lora_dropout["default"].p == 0.25
 
 
-def test_the_adapter_starts_by_changing_nothing_and_by_its_seed() -> None:
-    """A new adapter leaves the outputs alone, and the case's seed draws it."""
+def test_a_new_adapter_changes_no_output() -> None:
+    """A new adapter changes no output, and the case's seed draws its weights."""
     case = finetune(FLOAT, lora(dropout=0.0))
     plain, wrapped = build(finetune(FLOAT), CPU).model, build(case, CPU).model
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_adapter_starts_by_changing_nothing_and_by_its_seed() -> None:
 
 
 def test_an_unknown_target_is_refused() -> None:
-    """No target found is an error, and so is one of several."""
+    """A target that matches no module is refused, alone or among others."""
     with pytest.raises(BuildError, match=r"peft cannot attach LoRA to c_attn"):
         build(finetune(tiny, lora(targets=("c_attn",))), CPU)
     with pytest.raises(BuildError, match=r"No module was named c_attn"):
@@ -90,7 +90,7 @@ def test_an_unknown_target_is_refused() -> None:
     ],
 )
 def test_what_prepare_leaves(prepare: bool, checkpointing: Any, norms: torch.dtype, on: bool) -> None:
-    """The preparation of peft makes everything that is not quantized float32, and checkpoints unless told not to."""
+    """peft's preparation makes everything unquantized float32, and enables checkpointing unless it is off."""
     model = build(finetune(tiny, qlora(), prepare=prepare, checkpointing=checkpointing), CPU).model
     rest = {name: p.dtype for name, p in model.named_parameters() if ".lora_" not in name and "proj" not in name}
     assert len(rest) == 8  # embeddings (tied to the head), two norms a layer, the last norm
@@ -99,10 +99,10 @@ def test_what_prepare_leaves(prepare: bool, checkpointing: Any, norms: torch.dty
 
 
 def _forwards(model: torch.nn.Module) -> int:
-    with count_layer_forwards(model) as seen:
+    with count_layer_forwards(model) as forwards:
         model(input_ids=IDS, labels=IDS).loss.backward()
-    assert seen.layers == 3
-    return seen.count
+    assert forwards.layers == 3
+    return forwards.count
 
 
 def _loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -125,7 +125,7 @@ def _loss_and_gradients(model: torch.nn.Module) -> tuple[torch.Tensor, dict[str,
     ids=["full", "dropout-reentrant", "dropout", "qlora-reentrant"],
 )
 def test_checkpointing_recomputes_every_layer_and_changes_no_number(method: Any, checkpointing: Any) -> None:
-    """Each layer runs twice instead of once, with the same loss and gradients bit for bit, dropout included."""
+    """Each layer runs twice, and loss and gradients are equal bit for bit, with dropout too."""
     plain = build(finetune(FLOAT, method), CPU).model
     model = build(finetune(FLOAT, method, checkpointing=checkpointing), CPU).model
     assert _forwards(plain) == 3

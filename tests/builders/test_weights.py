@@ -1,4 +1,4 @@
-"""Building models: random weights of a shape, weights from a folder or a GGUF file, and what is refused."""
+"""Models from random weights, a folder, a configuration or a GGUF file, and what is refused."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def _config(model: Any) -> Any:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with the saved weights of the tiny shape."""
+    """A folder with saved weights of the tiny shape."""
     model: Any = causal_lm(tiny, CPU)
     model.save_pretrained(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_random_weights_have_the_shapes_parameters_in_the_dtype_asked_for(dtype: Any) -> None:
-    """Every parameter has the requested dtype, and their number is the shape's."""
+def test_random_weights_have_the_shapes_parameters_and_dtype(dtype: Any) -> None:
+    """The number of parameters is the shape's, and each has the requested dtype."""
     model = causal_lm(ModelSpec(shape="tiny", dtype=dtype), CPU)
     assert sum(parameter.numel() for parameter in model.parameters()) == SHAPES["tiny"].parameter_count() == 574_336
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_random_weights_are_the_same_for_the_same_seed_only() -> None:
-    """The seed decides every weight."""
+def test_random_weights_depend_on_the_seed() -> None:
+    """The seed alone decides every weight."""
     first, again = causal_lm(tiny, CPU), causal_lm(tiny, CPU)
     other = causal_lm(ModelSpec(shape="tiny", seed=1), CPU)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
@@ -74,7 +74,7 @@ def test_random_weights_are_the_same_for_the_same_seed_only() -> None:
 
 
 def test_random_half_precision_weights_are_never_held_in_float32() -> None:
-    """While a bfloat16 model is drawn its peak stays below one and a quarter of its own bytes."""
+    """The peak while drawing a bfloat16 model is below 1.25 times its weights."""
     gc.collect()
     with StorageWatch(()) as watch:
         model = causal_lm(tiny, CPU)
@@ -83,8 +83,8 @@ def test_random_half_precision_weights_are_never_held_in_float32() -> None:
     assert weights <= peak < 1.25 * weights
 
 
-def test_attention_is_the_one_asked_for() -> None:
-    """The specification's attention reaches the model's configuration, and both kinds give about the same logits."""
+def test_the_requested_attention_is_used() -> None:
+    """The requested attention reaches the model's configuration, and both kinds give about the same logits."""
     sdpa = causal_lm(ModelSpec(shape="tiny", dtype="float32"), CPU)
     eager = causal_lm(ModelSpec(shape="tiny", dtype="float32", attention="eager"), CPU)
     assert [_config(model)._attn_implementation for model in (sdpa, eager)] == ["sdpa", "eager"]
@@ -92,7 +92,7 @@ def test_attention_is_the_one_asked_for() -> None:
 
 
 def test_a_shape_whose_count_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If transformers builds another number of parameters than the shape has, the error contains both."""
+    """If transformers builds another number of parameters than the shape has, the error gives both."""
     monkeypatch.setattr(Shape, "parameter_count", lambda _: 7)
     with pytest.raises(BuildError, match="7 parameters, transformers built 574,336"):
         causal_lm(tiny, CPU)
@@ -100,7 +100,7 @@ def test_a_shape_whose_count_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_every_shape_builds_with_its_own_numbers(name: str) -> None:
-    """Transformers builds each shape with exactly the parameters that the shape counts, on no device."""
+    """transformers builds each shape with its number of parameters and the sizes of its linear layers."""
     import transformers
 
     config = model_config(SHAPES[name], "bfloat16", "sdpa")
@@ -116,15 +116,13 @@ def test_every_shape_builds_with_its_own_numbers(name: str) -> None:
 
 
 def test_weights_from_a_folder_are_those_that_were_saved(saved: Path) -> None:
-    """A saved model that is loaded by its folder gives the same logits bit for bit."""
+    """A model loaded from its folder gives the saved model's logits bit for bit."""
     loaded = causal_lm(ModelSpec(weights="folder", path=str(saved)), CPU)
     assert torch.equal(_logits(loaded), _logits(causal_lm(tiny, CPU)))
 
 
 @pytest.mark.parametrize(("kind", "compute"), [("nf4", "float32"), ("int8", "float16")])
-def test_a_folder_is_quantized_while_it_is_loaded_into_what_random_weights_become(
-    saved: Path, kind: Any, compute: Any
-) -> None:
+def test_a_folder_is_quantized_as_random_weights_are(saved: Path, kind: Any, compute: Any) -> None:
     """The same weights, loaded from a folder or drawn in place, give the same quantized model."""
     quantization = QuantSpec(kind=kind, compute_dtype=compute)
     folder = ModelSpec(weights="folder", path=str(saved))
@@ -138,7 +136,7 @@ def test_a_folder_is_quantized_while_it_is_loaded_into_what_random_weights_becom
 
 
 def test_missing_weights_are_an_error_that_names_them(tmp_path: Path) -> None:
-    """A folder that does not exist, and one without weights, are data errors with the path."""
+    """A missing folder and one without weights raise DataError with the path."""
     with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
         causal_lm(ModelSpec(weights="folder", path=str(tmp_path / "nowhere")), CPU)
     with pytest.raises(DataError, match=f"{tmp_path.name}.*cannot be loaded"):
@@ -146,7 +144,7 @@ def test_missing_weights_are_an_error_that_names_them(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_is_read_only_for_real_weights(saved: Path) -> None:
-    """Random weights have no tokenizer, and a folder without one is a data error."""
+    """Random weights have no tokenizer; a folder without one raises DataError."""
     assert tokenizer_of(tiny) is None
     with pytest.raises(DataError, match="No tokenizer comes with"):
         tokenizer_of(ModelSpec(weights="folder", path=str(saved)))
@@ -162,7 +160,7 @@ def test_a_gguf_of_a_missing_package_says_how_to_get_it(path: str) -> None:
 
 
 def test_a_gguf_file_must_exist(tmp_path: Path) -> None:
-    """A missing file is a data error; one that exists is found by path and inside a package."""
+    """A GGUF file is found by path and inside a package; a missing one raises DataError."""
     with pytest.raises(DataError, match="There is no GGUF file"):
         gguf_file(str(tmp_path / "none.gguf"))
     with pytest.raises(DataError, match=r"There is no GGUF file package://hpc_core/none\.gguf"):
@@ -173,7 +171,7 @@ def test_a_gguf_file_must_exist(tmp_path: Path) -> None:
 
 
 def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An absent package is reported with what needs it and how to install it, another import error is passed on."""
+    """A missing package is reported with its purpose and its extra; another import error is passed on."""
     import importlib
 
     def absent(name: str) -> Any:
@@ -190,7 +188,7 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_build_is_ready_for_its_workload() -> None:
-    """Generation gets a frozen model in evaluation mode, training one that trains without a cache."""
+    """Generation gets a frozen model in evaluation mode, fine-tuning a trainable one without a cache."""
     idle, training = build(generate(tiny), CPU).model, build(finetune(tiny), CPU).model
     assert not idle.training
     assert not any(parameter.requires_grad for parameter in idle.parameters())
@@ -199,20 +197,20 @@ def test_a_build_is_ready_for_its_workload() -> None:
     assert _config(training).use_cache is False
 
 
-def test_the_built_model_says_what_belongs_to_it() -> None:
-    """Device, vocabulary and tokenizer come with the model."""
+def test_a_build_has_device_vocabulary_and_tokenizer() -> None:
+    """A build holds its device, vocabulary size and tokenizer."""
     built = build(finetune(tiny, qlora()), CPU)
     assert (built.device, built.vocab_size, built.tokenizer) == (CPU, 1024, None)
 
 
 def test_a_callable_case_builds_its_own() -> None:
-    """Building a callable case's model is refused by name."""
+    """A callable case has no model to build, and is refused by name."""
     with pytest.raises(SpecError, match="mine/step is a callable case"):
         build(Case(id="mine/step", scale="tiny", workload=CallableSpec(factory="a:b")), CPU)
 
 
 def test_the_same_case_is_built_the_same_twice() -> None:
-    """Adapter included, two builds of a case agree in every parameter."""
+    """Two builds of a case are equal in every parameter, adapter included."""
     case = catalogue()["tiny/qlora-prepare"]
     first, second = build(case, CPU).model, build(case, CPU).model
     named = dict(second.named_parameters())
@@ -221,7 +219,7 @@ def test_the_same_case_is_built_the_same_twice() -> None:
 
 
 def test_fewer_layers_of_a_shape_keep_their_width() -> None:
-    """layers=2 builds two full-width layers, and the closed form of its parameters says so too."""
+    """layers=2 builds two full-width layers, with as many parameters as the closed form says."""
     short = ModelSpec(shape="tiny", layers=2)
     model = causal_lm(short, torch.device("cpu"))
     whole = causal_lm(ModelSpec(shape="tiny"), torch.device("cpu"))
@@ -234,7 +232,7 @@ def test_fewer_layers_of_a_shape_keep_their_width() -> None:
 
 
 def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
-    """A config.json, in its folder or alone, gives the weights that its shape gives. No weights or tokenizer are read."""
+    """A config.json, given by folder or by path, gives its shape's random weights, without reading weights or tokenizer."""
     (saved / "model.safetensors").unlink()
     for path in (saved, saved / "config.json"):
         spec = ModelSpec(weights="config", path=str(path))
@@ -245,15 +243,15 @@ def test_a_configuration_gives_the_shapes_random_weights(saved: Path) -> None:
 
 
 def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
-    """A model from a configuration is quantized in place, and the audit finds every weight as drawn."""
+    """A model from a configuration is quantized in place, and passes the audit's check of weights."""
     case = finetune(ModelSpec(weights="config", path=str(saved)), qlora(), scale="tiny")
-    found = value_facts(case, build(case, CPU).model)
-    assert found.facts["weights"].holds
-    assert not found.notes
+    findings = value_facts(case, build(case, CPU).model)
+    assert findings.facts["weights"].holds
+    assert not findings.notes
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("config", "message"),
     [
         ({}, "is not available"),
         ({"model_type": "no-such-model"}, "is not available"),
@@ -267,10 +265,10 @@ def test_a_model_by_configuration_is_quantized_and_audited(saved: Path) -> None:
     ids=["empty", "unknown", "no-language", "quantized", "none"],
 )
 def test_a_configuration_that_cannot_be_built_is_refused(
-    said: dict[str, Any] | None, message: str, tmp_path: Path
+    config: dict[str, Any] | None, message: str, tmp_path: Path
 ) -> None:
-    """Every configuration that cannot be built is a DataError or BuildError with the reason."""
-    if said is not None:
-        (tmp_path / "config.json").write_text(json.dumps(said))
+    """A configuration that cannot be built raises DataError or BuildError with the reason."""
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((DataError, BuildError), match=message):
         causal_lm(ModelSpec(weights="config", path=str(tmp_path)), CPU)

@@ -128,8 +128,7 @@ def test_an_accepted_record_keeps_its_samples(tmp_path: Path) -> None:
     record = merged(full(), [further(0.2), further(0.3)])
     accept(tmp_path, record, reason="first")
     key = record.circumstances.machine.key
-    stored = find(tmp_path, key, record.case.id)
-    assert stored is not None
+    stored: Any = find(tmp_path, key, record.case.id)
     assert stored.metrics["busy_s"].samples == (0.1, 0.2, 0.3)
     assert last_accepted(tmp_path, key, record.case.id) == record
     assert msgspec.json.decode(record_to_json(record))["processes"][2]["seconds"] == 0.0

@@ -1,4 +1,4 @@
-"""Training batches: padded, packed, counted."""
+"""Training batches: padded, packed and counted."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ def packed_spec(batch: int = 4, length: int = 512, seed: int = 0) -> FinetuneSpe
 
 
 def without_padding(batch: Batch) -> list[list[int]]:
-    """The real tokens of each row, by the mask."""
+    """The real tokens of each row, by its mask."""
     assert batch.mask is not None
     return [row[: sum(mask)] for row, mask in zip(batch.ids, batch.mask, strict=True)]
 
 
-def total(rows: int, found: list[Batch], skipped: int) -> EpochSize:
-    """The summary of batches that were really built."""
+def total(rows: int, built: list[Batch], skipped: int) -> EpochSize:
+    """The size of an epoch, added up from its batches."""
     return EpochSize(
         rows=rows,
-        batches=len(found),
-        tokens=sum(batch.tokens for batch in found),
-        padded=sum(batch.padded for batch in found),
+        batches=len(built),
+        tokens=sum(batch.tokens for batch in built),
+        padded=sum(batch.padded for batch in built),
         skipped=skipped,
     )
 
 
-# Facts of the original report
+# Numbers of the original report
 
 
 @pytest.fixture(scope="module")
 def wikitext() -> list[list[int]]:
-    """The 4000 rows of the original report, as random ids of the recorded lengths, uncut."""
+    """The 4000 rows of the original report, uncut, as random ids of the recorded lengths."""
     return token_rows(WIKITEXT, count=None, length=None, vocab_size=32000, tokenizer=None)
 
 
 def test_max_length_makes_two_million_tokens_of_wikitext(wikitext: list[list[int]]) -> None:
-    """272,271 real tokens, cut to 512, become 1000 batches of 2,048 places: 2,048,000, or 86.7 % padding.
+    """Padded to 512, 272,271 real tokens become 1000 batches of 2,048 places, 86.7 % of them padding.
 
-    Batches of four empty rows hold four BOS tokens each and are skipped; counting them back in gives the report's sums.
+    Batches of four empty rows, which hold one BOS token each, are skipped; with them the sums are the report's.
     """
     size = epoch_size(wikitext, padded_spec("max_length"))
     assert size.rows == 4000
@@ -75,7 +75,7 @@ def test_max_length_makes_two_million_tokens_of_wikitext(wikitext: list[list[int
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_longest_makes_685_thousand_tokens_of_wikitext(wikitext: list[list[int]], seed: int) -> None:
-    """Padded to the longest of each shuffled batch of four, the same tokens fill about 685,000 places, 60 % padding."""
+    """Padded to the longest row of each batch of four, the same tokens fill about 685,000 places, 60 % of them padding."""
     size = epoch_size(wikitext, padded_spec("longest", seed=seed))
     assert size.tokens + 4 * size.skipped == 272_271
     assert size.tokens + size.padded == pytest.approx(685_000, rel=0.02)
@@ -83,7 +83,7 @@ def test_longest_makes_685_thousand_tokens_of_wikitext(wikitext: list[list[int]]
 
 
 def test_packing_makes_132_batches_of_wikitext(wikitext: list[list[int]]) -> None:
-    """Uncut, the rows hold 272,314 tokens; packed into blocks of 512 they fill 132 batches of four, without padding."""
+    """Uncut, the rows hold 272,314 tokens, which packed into blocks of 512 fill 132 batches of four."""
     assert sum(map(len, wikitext)) == 272_314
     expected = EpochSize(rows=4000, batches=272_314 // 2048, tokens=132 * 2048, padded=0, skipped=0)
     assert epoch_size(wikitext, packed_spec()) == expected
@@ -94,7 +94,7 @@ def test_packing_makes_132_batches_of_wikitext(wikitext: list[list[int]]) -> Non
 
 @given(rows=ragged_rows, padding=paddings, batch=st.integers(1, 5), length=st.integers(2, 10), seed=st.integers(0, 99))
 def test_padding_loses_no_token(rows: list[list[int]], padding: Padding, batch: int, length: int, seed: int) -> None:
-    """Real and padding tokens fill each batch, rows keep their ids in order, only short or spare rows go."""
+    """Every row keeps its ids in order and is used once; only batches of one-token rows and the last, incomplete batch are dropped."""
     spec = padded_spec(padding, batch, length, seed)
     cut = sorted(row[:length] for row in rows if row)
     assume(len(cut) >= batch and max(map(len, cut)) >= 2)
@@ -126,7 +126,7 @@ def test_padding_loses_no_token(rows: list[list[int]], padding: Padding, batch: 
 
 @given(rows=ragged_rows, padding=paddings, seed=st.integers(0, 99))
 def test_same_seed_gives_the_same_batches(rows: list[list[int]], padding: Padding, seed: int) -> None:
-    """Batches depend on rows, spec and seed alone, and the rows handed in stay as they were."""
+    """Batches depend only on rows, spec and seed, and the given rows are not changed."""
     assume(any(len(row) >= 2 for row in rows))
     before = [list(row) for row in rows]
     spec = padded_spec(padding, 1, 8, seed)
@@ -135,7 +135,7 @@ def test_same_seed_gives_the_same_batches(rows: list[list[int]], padding: Paddin
 
 
 def test_rows_are_shuffled_by_the_seed_of_the_data() -> None:
-    """Another seed gives another order, and neither is the order of the data."""
+    """Each seed gives its own order, and none keeps the order of the data."""
     rows = [[3 + number] * 2 for number in range(30)]
     orders = [
         [row for batch in batches(rows, padded_spec("longest", 1, 2, seed)) for row in batch.ids] for seed in (1, 2)
@@ -146,7 +146,7 @@ def test_rows_are_shuffled_by_the_seed_of_the_data() -> None:
 
 
 def test_batches_that_predict_nothing_are_skipped_and_counted() -> None:
-    """Rows of one token have no next token: alone in a batch they would give a loss of NaN, beside others they stay."""
+    """A batch of one-token rows, whose loss would be NaN, is skipped and counted; beside a longer row they stay."""
     spec = padded_spec("longest", 1, 8)
     assert len(list(batches([[1], [1, 5], [1]], spec))) == 1
     assert epoch_size([[1], [1, 5], [1]], spec) == EpochSize(rows=3, batches=1, tokens=2, padded=0, skipped=2)
@@ -156,19 +156,19 @@ def test_batches_that_predict_nothing_are_skipped_and_counted() -> None:
 
 
 def test_only_rows_of_one_token_are_refused() -> None:
-    """With nothing to learn in any batch there is no batch to give."""
+    """Data in which no batch has a label is refused."""
     with pytest.raises(DataError, match="No row of 2 batches has 2 tokens"):
         batches([[1]] * 4, padded_spec("longest", 2, 8))
 
 
 def test_rows_without_tokens_are_left_out() -> None:
-    """A row without any token would have nothing to attend to, so it takes no place in a batch."""
+    """A row without tokens takes no place in a batch."""
     (only,) = batches([[], [5, 6], [], [7, 8]], padded_spec("max_length", 2, 3))
     assert sorted(only.ids) == [[5, 6, 0], [7, 8, 0]]
 
 
 def test_too_few_rows_say_how_many_are_needed() -> None:
-    """Two usable rows make no batch of four; the error is raised at once, not on the first batch."""
+    """Too few rows for a batch are refused at once, and the error says how many are missing."""
     with pytest.raises(DataError, match=r"needs 4 rows, the data has 2 and 1 without any token: give 2 more rows"):
         batches([[5, 6], [], [7, 8]], padded_spec("longest"))
 
@@ -177,7 +177,7 @@ def test_too_few_rows_say_how_many_are_needed() -> None:
 
 
 def test_random_rows_stay_in_order_without_a_mask() -> None:
-    """Random rows are neither shuffled nor masked, labels are the ids, and the spare row is dropped."""
+    """Random rows are neither shuffled nor masked, and an incomplete last batch is dropped."""
     spec = FinetuneSpec(batch=2, length=3)
     rows = token_rows(spec.data, count=5, length=3, vocab_size=100, tokenizer=None)
     found = list(batches(rows, spec))
@@ -188,7 +188,7 @@ def test_random_rows_stay_in_order_without_a_mask() -> None:
 
 @pytest.mark.parametrize("wrong", [[], [5, 6], [5, 6, 7, 8]])
 def test_an_unpadded_row_of_another_length_is_refused(wrong: list[int]) -> None:
-    """Neither padded nor cut in silence: the message names the row and both lengths."""
+    """Without padding a row of another length is refused by its number."""
     with pytest.raises(DataError, match=rf"Row 1 has {len(wrong)} tokens, .* need exactly 3"):
         batches([[5, 6, 7], wrong], FinetuneSpec(batch=1, length=3))
 
@@ -198,7 +198,7 @@ def test_an_unpadded_row_of_another_length_is_refused(wrong: list[int]) -> None:
 
 @given(rows=ragged_rows, batch=st.integers(1, 3), length=st.integers(2, 10), seed=st.integers(0, 99))
 def test_packing_loses_only_the_tail(rows: list[list[int]], batch: int, length: int, seed: int) -> None:
-    """Blocks are full; joined they are the rows, each whole, in some order, less a tail of under one batch."""
+    """Blocks are full; joined they are whole rows in some order, without a tail of less than one batch."""
     tagged = [[1000 * (number + 1) + place for place in range(len(row))] for number, row in enumerate(rows)]
     tokens = sum(map(len, tagged))
     assume(tokens >= batch * length)
@@ -217,13 +217,13 @@ def test_packing_loses_only_the_tail(rows: list[list[int]], batch: int, length: 
 
 
 def test_packing_shuffles_rows_by_the_seed() -> None:
-    """Two seeds join the rows in different orders."""
+    """Each seed joins the rows in its own order."""
     rows = [[number] for number in range(3, 43)]
     first, second = ([batch.ids for batch in batches(rows, packed_spec(2, 20, seed))] for seed in (1, 2))
     assert first != second
 
 
 def test_too_few_tokens_to_pack_say_how_many_are_needed() -> None:
-    """Three rows of four tokens fill no batch of two blocks of eight."""
+    """Too few tokens for one packed batch are refused with both numbers."""
     with pytest.raises(DataError, match=r"2 blocks of 8 = 16 tokens, the 3 rows hold 12"):
         batches([[5] * 4] * 3, packed_spec(2, 8))

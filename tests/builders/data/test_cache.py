@@ -1,4 +1,4 @@
-"""Batches kept on disk and batches tokenized when asked for: both are those of `batching.batches`, and a damaged file is none."""
+"""Batches from the cache, and batches tokenized on demand, equal those of `batching.batches`; a damaged file is never read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ layouts: Any = st.sampled_from([{"packing": True}, {"padding": "longest"}, {"pad
 
 
 def _same(source: BlockSource, expected: list[Batch]) -> None:
-    """Ids, lengths, sizes and the epoch's own counts are those of the batches."""
+    """Ids, lengths and sizes of the source, and its epoch's totals, are those of the batches."""
     assert len(source.sizes) == source.epoch.batches == len(expected)
     for index, batch in enumerate(expected):
         block = source.block(index)
@@ -60,14 +60,14 @@ def _made(rows: list[list[int]], spec: FinetuneSpec) -> list[Batch]:
 def test_a_file_gives_back_what_was_written(
     rows: list[list[int]], layout: Any, batch: int, length: int, seed: int
 ) -> None:
-    """Whatever the rows and the layout, every batch comes back, in order, with its counts; packing keeps every token of every full block."""
+    """A stored epoch gives back every batch in order, with its counts; packing drops less than one batch."""
     spec = _spec(layout, batch, length, source="trace", name="wikitext2", seed=seed)
     expected = _made(rows, spec)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.batches"
         write_collated(path, "key", expected, epoch_size(rows, spec), batch=batch)
-        kept = CollatedEpoch(path, "key")
-        _same(kept, expected)
+        stored = CollatedEpoch(path, "key")
+        _same(stored, expected)
     if spec.packing:
         packed = sorted(token for each in expected for row in each.ids for token in row)
         dropped = sum(map(len, rows)) - len(packed)
@@ -82,7 +82,7 @@ def test_a_file_gives_back_what_was_written(
 def test_texts_tokenized_in_the_fetch_give_the_same_batches(
     lines: list[str], layout: Any, batch: int, length: int, seed: int
 ) -> None:
-    """Whatever the texts and the layout, a batch by index is the batch that collating all rows gives, empty rows included."""
+    """A batch that is tokenized when fetched equals the one from collating all rows, empty rows included."""
     assume("".join(lines).strip())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.txt"
@@ -96,7 +96,7 @@ def test_texts_tokenized_in_the_fetch_give_the_same_batches(
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
+    """The cache folder of this test."""
     monkeypatch.setenv("HPC_CORE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "batches"
 
@@ -106,7 +106,7 @@ def _cached(spec: FinetuneSpec = PACKED) -> tuple[CollatedEpoch, str]:
 
 
 def test_an_epoch_is_made_once(folder: Path) -> None:
-    """The second time it is found, and tells the same; nothing lies beside the one file."""
+    """The second call finds the first one's file, the only one in the folder, and gives the same batches."""
     rows = token_rows(TRACE, count=200, length=None, vocab_size=1000, tokenizer=None)
     (first, made), (second, found) = _cached(), _cached()
     assert made.startswith("made and stored as")
@@ -117,7 +117,7 @@ def test_an_epoch_is_made_once(folder: Path) -> None:
 
 
 def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
-    """A file that was cut off is replaced, and the sentence holds its sizes."""
+    """A truncated file is replaced, and the sentence gives both sizes."""
     _cached()
     path = next(folder.iterdir())
     whole = path.read_bytes()
@@ -130,7 +130,7 @@ def test_a_damaged_epoch_is_made_again_and_says_so(folder: Path) -> None:
 
 @given(st.data())
 def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
-    """Any other byte anywhere is an error, or it changes nothing that is read (spaces around JSON)."""
+    """A changed byte anywhere in the file is an error, or changes nothing that is read."""
     rows = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
     spec = _spec({"padding": "longest"}, 1, 8, source="trace", name="wikitext2")
     expected = list(batches(rows, spec))
@@ -142,38 +142,31 @@ def test_no_flipped_byte_is_read_as_batches(data: st.DataObject) -> None:
         content[at] = data.draw(st.integers(0, 255).filter(lambda value: value != content[at]))
         path.write_bytes(content)
         try:
-            kept = CollatedEpoch(path, "key")
+            stored = CollatedEpoch(path, "key")
         except DataError:
             return
-        _same(kept, expected)
-        assert kept.epoch == epoch_size(rows, spec)
+        _same(stored, expected)
+        assert stored.epoch == epoch_size(rows, spec)
 
 
-@pytest.mark.parametrize("said", [{"batches": -1}, {"batches": 0}, {"batch": 0}, {"batches": 2**40}, {"batch": 50}])
-def test_a_header_that_lies_is_refused(tmp_path: Path, said: dict[str, int]) -> None:
-    """Counts that the numbers cannot hold are an error in words, even where the checksum is right."""
+@pytest.mark.parametrize(("batches", "batch"), [(-1, 1), (0, 1), (1, 0), (2**40, 1), (1, 50)])
+def test_a_header_with_impossible_counts_is_refused(tmp_path: Path, batches: int, batch: int) -> None:
+    """Counts that do not fit the file's numbers are refused, even with a correct checksum."""
     path = tmp_path / "x.batches"
+    epoch = EpochSize(rows=1, batches=1, tokens=2, padded=0, skipped=0)
     header = cache._Header(
-        format=cache.FORMAT,
-        key="key",
-        batches=said.get("batches", 1),
-        batch=said.get("batch", 1),
-        masked=False,
-        numbers=4,
-        checksum=0,
-        epoch=EpochSize(rows=1, batches=1, tokens=2, padded=0, skipped=0),
+        format=cache.FORMAT, key="key", batches=batches, batch=batch, masked=False, numbers=4, checksum=0, epoch=epoch
     )
     body = np.array([2, 2, 5, 6], dtype="<i4").tobytes()
-    true = msgspec.structs.replace(header, checksum=cache._checksum(header, body))
-    told = msgspec.json.encode(true)
-    told += b" " * (-(len(cache._MAGIC) + 8 + len(told)) % 64)
-    path.write_bytes(cache._MAGIC + len(told).to_bytes(8, "little") + told + body)
-    with pytest.raises(DataError, match=f"its header has {true.batches} batches of {true.batch} rows in 4 numbers"):
+    encoded = msgspec.json.encode(msgspec.structs.replace(header, checksum=cache._checksum(header, body)))
+    encoded += b" " * (-(len(cache._MAGIC) + 8 + len(encoded)) % 64)
+    path.write_bytes(cache._MAGIC + len(encoded).to_bytes(8, "little") + encoded + body)
+    with pytest.raises(DataError, match=f"its header has {batches} batches of {batch} rows in 4 numbers"):
         CollatedEpoch(path, "key")
 
 
 def test_a_foreign_epoch_is_refused(folder: Path) -> None:
-    """A file under another's name is an error that holds both keys."""
+    """A file that holds another epoch is refused with both keys."""
     _cached()
     path = next(folder.iterdir())
     with pytest.raises(DataError, match=f"key {path.stem}, not 1 and other"):
@@ -181,7 +174,7 @@ def test_a_foreign_epoch_is_refused(folder: Path) -> None:
 
 
 class _Words:
-    """A tokenizer whose vocabulary is told by `get_vocab`."""
+    """A tokenizer that shows its vocabulary by `get_vocab`."""
 
     def __init__(self, first: int):
         self._first = first
@@ -194,14 +187,14 @@ class _Words:
 
 
 def test_everything_that_decides_the_batches_is_in_the_key(tmp_path: Path) -> None:
-    """Other data, layout, vocabulary, tokenizer or text gives another key; other steps, workers or learning rate do not."""
+    """The key depends on data, layout, vocabulary, tokenizer and text, and not on steps, learning rate or workers."""
     lines = tmp_path / "lines.txt"
     lines.write_text("one\ntwo\n")
     file = DataSpec(source="file", name=str(lines))
-    said: dict[str, Any] = {"count": None, "vocab_size": 1000, "tokenizer": None}
+    arguments: dict[str, Any] = {"count": None, "vocab_size": 1000, "tokenizer": None}
 
     def key(spec: FinetuneSpec = PACKED, **changed: Any) -> str:
-        return cache_key(spec, **(said | changed))
+        return cache_key(spec, **(arguments | changed))
 
     def spec(**changed: Any) -> FinetuneSpec:
         fields: dict[str, Any] = {"batch": 2, "length": 64, "packing": True, "data": TRACE}
@@ -226,15 +219,15 @@ def test_everything_that_decides_the_batches_is_in_the_key(tmp_path: Path) -> No
     assert key(spec(steps=99, learning_rate=1.0, feed=FeedSpec(way="loader", workers=3))) == key()
 
 
-def test_a_tokenizer_that_cannot_be_told_from_others_is_refused() -> None:
-    """Its batches would be taken for another's; the message names the way out."""
+def test_a_tokenizer_that_cannot_be_identified_is_refused() -> None:
+    """A tokenizer without a readable vocabulary cannot be part of a key; the error names the alternative."""
     paragraphs = FinetuneSpec(packing=True, data=DataSpec(source="embedded", name="paragraphs"))
     with pytest.raises(DataError, match=r"object has neither backend_tokenizer nor get_vocab.*tokenize='fetch'"):
         cache_key(paragraphs, count=None, vocab_size=1000, tokenizer=object())
 
 
 def test_the_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """HPC_CORE_CACHE, else XDG_CACHE_HOME, which counts only if absolute, else the home folder's; one that cannot be written is named."""
+    """The cache is in HPC_CORE_CACHE, else in an absolute XDG_CACHE_HOME, else at home; an unwritable folder is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("HPC_CORE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
@@ -242,14 +235,14 @@ def test_the_folder_can_be_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "hpc-core"
     (tmp_path / "file").write_text("")
-    for hopeless in (tmp_path / "file", tmp_path / ("long" * 100)):
-        monkeypatch.setenv("HPC_CORE_CACHE", str(hopeless))
+    for unwritable in (tmp_path / "file", tmp_path / ("long" * 100)):
+        monkeypatch.setenv("HPC_CORE_CACHE", str(unwritable))
         with pytest.raises(DataError, match="Set HPC_CORE_CACHE to a folder that can be written"):
             _cached()
 
 
 def test_a_feed_that_contradicts_itself_is_refused() -> None:
-    """Workers without a loader, a fetch without texts, and counts out of range are errors in words."""
+    """Workers without a loader, tokenizing without texts, and counts out of range are refused."""
     with pytest.raises(SpecError, match="workers, pinned belongs to a feed with way='loader'"):
         FeedSpec(workers=2, pinned=True)
     with pytest.raises(SpecError, match="ahead must be 0 to 64, got -1"):

@@ -1,4 +1,4 @@
-"""Fed batches against resident ones, with real loaders and tiny models: the same batches, the same losses, and what the record says of it."""
+"""A fed program gets the same batches and losses as one with resident batches, and its record shows what feeding costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import gc
 import os
 import time
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -64,28 +64,28 @@ def _source(layout: str, tokenize: str) -> BlockSource:
     return fed_batches(_built(), _workload(_case(LAYOUTS[layout], tokenize=tokenize)))[0].source
 
 
-def _equal(seen: Any, expected: Any) -> bool:
-    pairs = [(seen.ids, expected.ids), (seen.labels, expected.labels)]
+def _equal(batch: Any, expected: Any) -> bool:
+    pairs = [(batch.ids, expected.ids), (batch.labels, expected.labels)]
     if expected.mask is not None:
-        pairs.append((seen.mask, expected.mask))
-    counts = (seen.tokens, seen.padded) == (expected.tokens, expected.padded)
-    return (seen.mask is None) == (expected.mask is None) and counts and all(torch.equal(*pair) for pair in pairs)
+        pairs.append((batch.mask, expected.mask))
+    counts = (batch.tokens, batch.padded) == (expected.tokens, expected.padded)
+    return (batch.mask is None) == (expected.mask is None) and counts and all(torch.equal(*pair) for pair in pairs)
 
 
-actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "look", "watched"]), st.integers(0, 20)), max_size=25)
+actions = st.lists(st.tuples(st.sampled_from(["step", "jump", "index", "watched"]), st.integers(0, 20)), max_size=25)
 
 
 @given(actions, st.integers(0, 3), st.sampled_from(["packed", "padded"]), st.sampled_from(["cached", "fetch"]))
 def test_a_step_gets_the_batch_of_its_number(
-    did: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
+    performed: list[tuple[str, int]], ahead: int, layout: str, tokenize: str
 ) -> None:
-    """In any order of steps, jumps, inspections and watched steps, with any number of batches ahead, each step gets the resident batch."""
+    """Whatever the order of steps, jumps, reads by index and watched steps, each step gets the resident batch."""
     resident = _resident(_case(LAYOUTS[layout]))
     feed = FeedSpec(way="loader", ahead=ahead)
     fed = Fed(_source(layout, tokenize), feed, len(resident), CPU, "")
     at = 0
-    for action, number in did:
-        if action == "look":
+    for action, number in performed:
+        if action == "index":
             index = number % len(fed)
             assert _equal(fed[index], resident[index])
         elif action == "watched":
@@ -100,8 +100,8 @@ def test_a_step_gets_the_batch_of_its_number(
     fed.clear()
 
 
-def test_workers_bring_the_same_batches_and_are_gone_after() -> None:
-    """With two workers and two batches ahead, three rounds give every batch in order, made by exactly two processes, which then end."""
+def test_two_workers_make_the_same_batches_and_end() -> None:
+    """With two workers and two batches ahead, three epochs give every batch in order, from two processes, which then end."""
     case = _case(PADDED, workers=2, ahead=2)
     resident, fed = _resident(case), fed_batches(_built(), _workload(case))[0]
     for index in range(3 * len(resident)):
@@ -117,19 +117,19 @@ def test_workers_bring_the_same_batches_and_are_gone_after() -> None:
 
 def _losses(case: Case, steps: int = 12) -> list[float]:
     program = training_program(build(case, CPU), case, _workload(case))
-    found = []
+    losses = []
     for _ in range(steps):
         program.step()
         assert program.loss is not None
-        found.append(float(program.loss))
+        losses.append(float(program.loss))
     program.release()
-    return found
+    return losses
 
 
 @pytest.mark.parametrize("engine", ["stock", "tuned"])
 @pytest.mark.parametrize("layout", [PACKED, PADDED], ids=["packed", "padded"])
 def test_fed_steps_train_like_resident_ones(layout: dict[str, Any], engine: str) -> None:
-    """Twelve steps over five or seven batches give bitwise equal losses, dropout included."""
+    """Twelve steps, which is more than one epoch, give equal losses bit for bit, with dropout too."""
     tuned: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks"} if engine == "tuned" else {}
     method = lora(dropout=0.0 if tuned else 0.1)
     resident = _losses(_case(layout | tuned, method))
@@ -144,8 +144,8 @@ def _record(case_id: str) -> Record:
 
 
 def test_the_record_says_what_the_feed_costs() -> None:
-    """Times fed and resident, waits, rates, a sentence that says what bounds; facts hold; the same bytes and losses, two copies a step more."""
-    record, beside = _record("tiny/data-w2-ahead-fetch"), _record("tiny/data-resident")
+    """A fed record has times, waits, rates and the bottleneck; bytes and losses equal the resident case's, with two copies more."""
+    record, resident = _record("tiny/data-w2-ahead-fetch"), _record("tiny/data-resident")
     assert record.status == "ok", record.reasons
     names = ("feed_step_s", "feed_resident_step_s", "feed_wait_s", "feed_make_s", "feed_batches_per_s")
     assert all(record.metrics[name].value > 0 and not record.metrics[name].gated for name in names)
@@ -156,20 +156,20 @@ def test_the_record_says_what_the_feed_costs() -> None:
         "feed_tokenize": "fetch", "feed_workers": 2, "feed_pinned": False, "feed_ahead": 2, "feed_losses": same,
     }  # fmt: skip
     assert any(": bound by" in note and "2 workers make" in note for note in record.circumstances.notes)
-    # On a noisy machine one run warms up longer, and goes on from other weights then: what both did is their steps up to the shorter warm-up's end.
+    # On a noisy machine one run may warm up longer and then start from other weights: compare only common steps.
     workload = record.case.workload
     assert isinstance(workload, FinetuneSpec)
-    runs = record.losses, beside.losses
+    runs = record.losses, resident.losses
     common = min(map(len, runs)) - (0 if len(runs[0]) == len(runs[1]) else workload.steps)
     assert common > 0
     assert runs[0][:common] == runs[1][:common]
-    assert not [name for name in beside.metrics if name.startswith("feed")]
-    assert record.metrics["operators"].value == beside.metrics["operators"].value + 2
-    assert record.metrics["peak_bytes"].value == beside.metrics["peak_bytes"].value
+    assert not [name for name in resident.metrics if name.startswith("feed")]
+    assert record.metrics["operators"].value == resident.metrics["operators"].value + 2
+    assert record.metrics["peak_bytes"].value == resident.metrics["peak_bytes"].value
 
 
 def test_pinning_without_a_gpu_is_a_mismatch() -> None:
-    """If batches are not pinned although the case asks for it, the fact says why."""
+    """Without a GPU the fact `feed_pinned` fails and says why."""
     fed = fed_batches(_built(), _workload(_case(PACKED, pinned=True)))[0]
     fed.take(0)
     facts = feed_facts(fed.feed, fed, on_gpu=False, copies_apart=None).facts
@@ -178,7 +178,7 @@ def test_pinning_without_a_gpu_is_a_mismatch() -> None:
 
 
 def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader whose second batch holds one other token has four equal losses of five, and weights are put back in between."""
+    """If one token of one batch changes, four of five losses are equal."""
 
     def spoiled(source: Any, index: int) -> HostBatch:
         batch = host_batch(source, index)
@@ -196,7 +196,7 @@ def test_another_batch_is_found_by_its_loss(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over seven ragged batches, fed and resident passes compare the same batches, although the loader continues from pass to pass."""
+    """Fed and resident passes time batches of the same widths, although the loader continues from pass to pass."""
     case = _case(PADDED, workers=1, ahead=1)
     program = training_program(build(case, CPU), case, _workload(case))
     fed = program.batches
@@ -204,11 +204,11 @@ def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.Monkey
     widths: dict[str, list[int]] = {"fed": [], "resident": []}
     train = program.train_on
 
-    def seen(batch: Any, *rest: Any) -> None:
+    def train_and_note_width(batch: Any, *rest: Any) -> None:
         widths["fed" if program.batches is fed else "resident"].append(batch.ids.shape[1])
         train(batch, *rest)
 
-    monkeypatch.setattr(program, "train_on", seen)
+    monkeypatch.setattr(program, "train_on", train_and_note_width)
     feed_cost(program, fed, _resident(case), CPU)
     program.release()
     assert len(set(widths["fed"])) > 1
@@ -216,7 +216,7 @@ def test_a_pass_has_the_same_batches_fed_and_resident(monkeypatch: pytest.Monkey
 
 
 def test_a_hanging_worker_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch that never arrives raises an error with the time limit, and the worker ends."""
+    """A batch that never arrives raises an error with the timeout, and the worker ends."""
     monkeypatch.setattr(loader, "host_batch", lambda source, index: time.sleep(2.0))
     monkeypatch.setattr(loader, "_PATIENCE_S", 0.3)
     others = set(psutil.Process().children())
@@ -228,12 +228,8 @@ def test_a_hanging_worker_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     assert not psutil.wait_procs([worker], timeout=15)[1]
 
 
-def test_a_worker_never_collects_what_came_with_the_fork() -> None:
-    """Inherited garbage may contain CUDA events: a worker freezes all of it and collects only its own. The parent is not affected."""
-
-    class Told(NamedTuple):
-        frozen: int
-        collecting: bool
+def test_a_worker_never_collects_inherited_garbage() -> None:
+    """Inherited garbage may contain CUDA events, so a worker freezes it and collects only its own; the parent does not."""
 
     class Source:
         def block(self, index: int) -> Block:
@@ -242,10 +238,10 @@ def test_a_worker_never_collects_what_came_with_the_fork() -> None:
         masked = False
 
     before = gc.get_freeze_count(), gc.isenabled()
-    made = loader.supply(cast("BlockSource", Source()), FeedSpec(way="loader", workers=1), 1, on_gpu=False)
-    told = Told(*next(made).ids[0].tolist())
-    assert told.frozen > 10_000
-    assert told.collecting
+    supply = loader.supply(cast("BlockSource", Source()), FeedSpec(way="loader", workers=1), 1, on_gpu=False)
+    frozen, collecting = next(supply).ids[0].tolist()
+    assert frozen > 10_000
+    assert collecting
     assert (gc.get_freeze_count(), gc.isenabled()) == before
 
 
@@ -253,7 +249,7 @@ FED = Rates(FeedSpec(way="loader"), fed_s=0.05, resident_s=0.05, wait_s=1e-4, id
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "sentence"),
     [
         ({}, "bound by nothing: the training process makes 1e+04 batches/s by itself, training takes 20; the host waits"),
         ({"wait_s": 0.04, "idle_s": 0.0009}, "bound by nothing"),
@@ -270,14 +266,14 @@ FED = Rates(FeedSpec(way="loader"), fed_s=0.05, resident_s=0.05, wait_s=1e-4, id
         ({"feed": FeedSpec(way="loader", workers=4), "idle_s": 0.01}, "bound by the way from the workers to the step"),
     ],
 )  # fmt: skip
-def test_what_bounds_is_said_in_words_with_numbers(changed: dict[str, Any], said: str) -> None:
-    """The sentence names the bottleneck, by the GPU's idle time or on a CPU by the wait, with both rates."""
+def test_the_bottleneck_is_named_with_numbers(changed: dict[str, Any], sentence: str) -> None:
+    """The bottleneck follows from the GPU's idle time, or on a CPU from the wait, and is named with both rates."""
     text = what_bounds(Rates(**{**vars(FED), **changed}))
-    assert text.startswith(said)
+    assert text.startswith(sentence)
     assert ("the GPU idles" in text) == (changed.get("idle_s", 0.0) is not None)
 
 
-def test_a_fed_program_asks_for_nothing_that_is_resident() -> None:
+def test_a_fed_program_holds_only_the_batches_in_flight() -> None:
     """Only the buffers in flight count as device bytes: one batch and those ahead, each of the largest width."""
     case = _case(PADDED, ahead=2)
     fed, resident = fed_batches(_built(), _workload(case))[0], _resident(case)

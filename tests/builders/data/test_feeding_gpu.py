@@ -1,4 +1,4 @@
-"""The data path on a real GPU: copies on a stream of their own beside captured steps, pinned memory, and idle time that is seen."""
+"""The data path on a real GPU: copies on their own stream, pinned memory, and idle time."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from hpc_core.worker.feed import feed_cost, same_losses
 from hpc_core.worker.perform import perform
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU to feed")]
-_LONGEST_S = 240
-"""Of a test, its first compilations included."""
+_TIMEOUT_S = 240
+"""For one test, its first compilations included."""
 TEXTS = DataSpec(source="embedded", name="paragraphs")
 GRAPH: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
 
@@ -36,14 +36,14 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def bound() -> Iterator[None]:
-    """A test that hangs (forked loaders, pinning threads, a capture) ends with a traceback of where."""
+def timeout() -> Iterator[None]:
+    """A test that hangs (forked loaders, pinning threads, a capture) fails with a traceback."""
 
-    def late(*_: object) -> None:
-        raise TimeoutError(f"no end after {_LONGEST_S} s")
+    def fail(*_: object) -> None:
+        raise TimeoutError(f"The test did not end within {_TIMEOUT_S} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(_LONGEST_S)
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(_TIMEOUT_S)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -70,7 +70,7 @@ def _case(switches: dict[str, Any], **feed: Any) -> Case:
 )
 @pytest.mark.parametrize("switches", [{}, GRAPH], ids=["stock", "captured"])
 def test_fed_steps_equal_resident_ones(switches: dict[str, Any], feed: dict[str, Any], device: torch.device) -> None:
-    """Every batch's loss is that of the resident batch to the bit, captured step or not, and the capture survives the loader's threads."""
+    """Every fed batch's loss equals the resident batch's bit for bit, in a captured step too."""
     case = _case(switches, **feed)
     assert isinstance(case.workload, FinetuneSpec)
     built = build(case, device)
@@ -91,7 +91,7 @@ def test_fed_steps_equal_resident_ones(switches: dict[str, Any], feed: dict[str,
 
 
 def test_a_buffer_is_not_overwritten_while_a_slow_step_reads_it(device: torch.device) -> None:
-    """Steps that begin by waiting ten milliseconds on the device still read their own batch, though the host is many steps ahead."""
+    """Steps that first wait 10 ms on the device still read their own batch, although the host is many steps ahead."""
     case = _case({}, workers=0, pinned=True, ahead=2)
     assert isinstance(case.workload, FinetuneSpec)
     built = build(case, device)
@@ -107,17 +107,17 @@ def test_a_buffer_is_not_overwritten_while_a_slow_step_reads_it(device: torch.de
     fed.clear()
 
 
-def test_idle_time_of_a_slow_host_is_seen(device: torch.device) -> None:
-    """Of a host that sleeps 3 ms ten times between short kernels, 30 ms of idle GPU are found in its windows, within a tenth."""
+def test_idle_time_of_a_slow_host_is_measured(device: torch.device) -> None:
+    """If the host sleeps ten times for 3 ms between short kernels, 30 ms of GPU idle time are found."""
     ones = torch.ones(1024, device=device)
 
     def work() -> tuple[int, list[tuple[int, int]]]:
         since, windows = time.time_ns(), []
         for _ in range(10):
             ones.add_(0)
-            began = time.time_ns()
+            start = time.time_ns()
             time.sleep(0.003)
-            windows.append((began, time.time_ns()))
+            windows.append((start, time.time_ns()))
         ones.add_(0)
         return since, windows
 
@@ -128,14 +128,14 @@ def test_idle_time_of_a_slow_host_is_seen(device: torch.device) -> None:
 
 
 def test_a_starved_gpu_is_bound_by_what_starves_it(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loader that takes 20 ms a batch starves a tiny step: the GPU idles about as long, and the sentence says reading."""
+    """A loader that takes 20 ms per batch makes the GPU idle about as long, and the note says that reading is the bottleneck."""
     from hpc_core.builders.data import loader
 
-    made = loader.host_batch
+    host_batch = loader.host_batch
 
     def slow(source: Any, index: int) -> Any:
         time.sleep(0.02)
-        return made(source, index)
+        return host_batch(source, index)
 
     monkeypatch.setattr(loader, "host_batch", slow)
     case = _case(GRAPH, workers=0, pinned=True, ahead=2)
@@ -154,7 +154,7 @@ def test_a_starved_gpu_is_bound_by_what_starves_it(device: torch.device, monkeyp
 
 
 def test_the_record_of_a_fed_case_is_sound(device: torch.device) -> None:
-    """Two workers, pinned, two ahead, in a captured step: every fact holds, copies run on a stream of their own, idle time is there."""
+    """With two workers, pinned memory and two batches ahead, every fact holds and copies run on their own stream."""
     case = _case(GRAPH, workers=2, pinned=True, ahead=2)
     record = perform(Job(case=case, launched="inline", device="cuda"), lambda _: None)
     assert record.status == "ok", record.reasons

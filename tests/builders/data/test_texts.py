@@ -52,7 +52,7 @@ def written(path: Path, content: str) -> Path:
     return path
 
 
-# What the package carries
+# In the package
 
 
 def test_there_are_enough_problems_of_varied_length() -> None:
@@ -66,7 +66,7 @@ def test_there_are_enough_problems_of_varied_length() -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=range(len(PROBLEMS)))
 def test_every_answer_is_right(problem: Problem) -> None:
-    """Each annotation <<a*b=c>> computes to c and is followed by c, and the answer ends in the last value computed."""
+    """Each annotation <<a*b=c>> computes to c and is followed by c; the last line repeats the last result."""
     annotations = re.findall(rf"<<([^<>=]+)=({NUMBER})>>({NUMBER})", problem.answer)
     assert annotations
     assert len(annotations) == problem.answer.count("<<")
@@ -79,7 +79,7 @@ def test_every_answer_is_right(problem: Problem) -> None:
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=range(len(PROBLEMS)))
 def test_every_answer_uses_known_numbers(problem: Problem) -> None:
-    """A number in a calculation is in the question, was computed before, or is a common one such as days in a week."""
+    """A number in a calculation is in the question, was computed before, or is a common one."""
     common = {"1", "2", "3", "4", "5", "6", "7", "10", "12", "30", "60", "100", "1000"}
     known = common | {number.rstrip(".").replace(",", "") for number in re.findall(r"\d[\d.,]*", problem.question)}
     for expression, result in re.findall(rf"<<([^<>=]+)=({NUMBER})>>", problem.answer):
@@ -89,7 +89,7 @@ def test_every_answer_uses_known_numbers(problem: Problem) -> None:
 
 
 def test_paragraphs_have_the_shape_of_wikitext() -> None:
-    """Headings stand between empty rows, about a third of the rows is empty, and some paragraphs are long."""
+    """Headings stand between empty rows, about a third of the rows are empty, and some paragraphs are long."""
     rows = texts(DataSpec(source="embedded", name="paragraphs"))
     assert len(rows) >= 300
     assert 0.28 <= rows.count("") / len(rows) <= 0.40
@@ -103,19 +103,19 @@ def test_paragraphs_have_the_shape_of_wikitext() -> None:
 
 
 def test_embedded_problems_are_their_questions() -> None:
-    """source="embedded" gives the questions as prompts, in order, and rows= takes the first ones."""
+    """source="embedded" gives the questions in order, and rows= takes the first ones."""
     rows = texts(DataSpec(source="embedded", name="problems", rows=5))
     assert rows == [problem.question for problem in PROBLEMS[:5]]
 
 
 def test_more_rows_than_there_are_is_refused() -> None:
-    """Asking for 5000 problems says how many there are, instead of giving fewer in silence."""
+    """More rows than there are problems are refused with their number."""
     with pytest.raises(DataError, match=rf"5000 rows .*has {len(PROBLEMS)}: use rows={len(PROBLEMS)} or fewer"):
         texts(DataSpec(source="embedded", name="problems", rows=5000))
 
 
 def test_random_ids_have_no_texts() -> None:
-    """Texts of a source that has none are refused with what to do instead."""
+    """A source without texts is refused with the alternatives."""
     with pytest.raises(DataError, match="source='trace' has token ids but no texts"):
         texts(DataSpec(source="trace", name="gsm8k"))
 
@@ -124,14 +124,14 @@ def test_random_ids_have_no_texts() -> None:
 
 
 def test_text_file_keeps_empty_rows(tmp_path: Path) -> None:
-    """One row a line: blank lines are empty rows, and the last line end begins no row, under Windows' line ends too."""
+    """A file has one row per line; blank lines are empty rows, and Windows' line ends work too."""
     path = written(tmp_path / "rows.txt", "")
     path.write_bytes(b" \r\n = Title = \r\n\r\n one\x0ctwo \xe2\x80\xa8three\r\n")
     assert from_file(path) == ["", " = Title = ", "", " one\x0ctwo \u2028three"]
 
 
 def test_json_lines_take_question_before_text(tmp_path: Path) -> None:
-    """Either field will do, blank lines are passed over, and a byte order mark does no harm."""
+    """A row is the field `question`, else `text`; blank lines are skipped and a byte order mark is ignored."""
     lines = '\ufeff{"question": "How?", "text": "no"}\n\n{"text": "yes"}\n{"text": ""}\n'
     assert from_file(written(tmp_path / "rows.jsonl", lines)) == ["How?", "yes", ""]
 
@@ -155,20 +155,20 @@ def test_file_rows_are_limited(tmp_path: Path) -> None:
     ],
 )
 def test_bad_files_are_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
-    """A file that holds no rows, or holds them in another form, is refused with file, line and what is wrong."""
+    """A file without rows or in another format is refused with file, line and reason."""
     with pytest.raises(DataError, match=message):
         from_file(written(tmp_path / name, content))
 
 
 def test_a_missing_file_is_refused_with_the_full_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A relative name is looked for from the current folder, and the message says which that was."""
+    """A missing relative path is reported as an absolute one."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=re.escape(f"looked for {tmp_path / 'none.txt'}")):
         from_file(Path("none.txt"))
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    """Latin-1 is not guessed; the message says at which byte UTF-8 ends."""
+    """A file that is not UTF-8 is refused with the position of the first bad byte."""
     path = tmp_path / "latin.txt"
     path.write_bytes("abc é".encode("latin-1"))
     with pytest.raises(DataError, match="not UTF-8 at byte 4"):
@@ -176,7 +176,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    """A folder with the name of a file is not read."""
+    """A folder cannot be read as a file."""
     (tmp_path / "rows.txt").mkdir()
     with pytest.raises(DataError, match="cannot be read"):
         from_file(tmp_path / "rows.txt")
@@ -184,7 +184,7 @@ def test_a_folder_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data with the real data sets is not here")
 def test_real_data_sets_are_read() -> None:
-    """GSM8K's 1319 test questions and WikiText's 4358 test rows come out of their files as they are on the hub."""
+    """GSM8K's 1319 test questions and WikiText's 4358 test rows are read as they are on the hub."""
     questions = from_file(SHARED / "gsm8k" / "test.jsonl")
     assert len(questions) == 1319
     assert questions[0].startswith("Janet\u2019s ducks lay 16 eggs per day.")
@@ -213,7 +213,7 @@ def test_hub_rows_come_from_the_test_split(
     stored: list[str],
     expected: list[str],
 ) -> None:
-    """The right repository, configuration, split and field are read; a real table stands in for the download."""
+    """The right repository, configuration, split and field are read; a local table replaces the download."""
     datasets = pytest.importorskip("datasets")
     load = datasets.load_dataset
     path = written(tmp_path / "stored.jsonl", "".join(json.dumps({field: row, "other": "x"}) + "\n" for row in stored))
@@ -229,7 +229,7 @@ def test_hub_rows_come_from_the_test_split(
 
 
 def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real `datasets`, told that it is offline and with an empty cache: the error names both ways out."""
+    """Offline and with an empty cache, the error names both alternatives."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -239,7 +239,7 @@ def test_an_unreachable_hub_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_hub_table_without_the_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the repository changes its columns, the message names those that it has."""
+    """If the table lacks the field, the error names its columns."""
     datasets = pytest.importorskip("datasets")
     table = datasets.Dataset.from_dict({"prompt": ["a"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
@@ -248,14 +248,14 @@ def test_a_hub_table_without_the_field_is_refused(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_datasets_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the package is absent the error names it and the pip command."""
+    """Without `datasets` the error names the pip command."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingLibraryError, match=r"package datasets.*pip install 'hpc-core\[hub\]'"):
         texts(DataSpec(source="hub", name="gsm8k"))
 
 
 def test_importing_the_package_loads_no_heavy_library() -> None:
-    """All data modules together, and reading embedded texts, load neither torch nor datasets nor numpy."""
+    """The data modules and the embedded texts load neither torch nor transformers nor datasets nor numpy."""
     code = (
         "import sys\n"
         "from hpc_core.case import lengths\nfrom hpc_core.builders.data import batching, rows, texts\n"
@@ -277,7 +277,7 @@ def test_importing_the_package_loads_no_heavy_library() -> None:
 def test_a_local_copy_stands_in_for_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str, content: str
 ) -> None:
-    """A data set under the folder that HPC_CORE_DATA names is read from there, and the hub is not asked."""
+    """A data set in the folder HPC_CORE_DATA is read from there, without the hub."""
     (tmp_path / path).parent.mkdir()
     (tmp_path / path).write_text(content, encoding="utf-8")
     monkeypatch.setenv("HPC_CORE_DATA", str(tmp_path))
