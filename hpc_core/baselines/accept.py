@@ -43,8 +43,8 @@ def accept(
     """Make this record the baseline of its case on its machine, and add it to the history.
 
     The baseline is rewritten only if metrics, stack, digest or machine differ. The history grows by one line, within the bounds
-    of `history`, and the profile becomes that of this record. A record from a tree with uncommitted changes is refused unless
-    `allow_dirty`; a record that does not know is not.
+    of `history`, and the profile becomes that of this record. A record of uncommitted code, or of code without a commit, is
+    refused unless `allow_dirty`; a record that names its commit and does not know of changes (HPC_CORE_COMMIT) is not.
 
     Raises:
         BaselineError: the record must not become a baseline, the history is damaged, or the files cannot be written.
@@ -95,7 +95,7 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
     """Refuse what must not become a baseline.
 
     Raises:
-        BaselineError: the record is not sound, has no reason, or is of uncommitted code without `allow_dirty`.
+        BaselineError: the record is not sound, has no reason, or is of uncommitted or unknown code without `allow_dirty`.
     """
     case, circumstances = record.case.id, record.circumstances
     if not reason.strip():
@@ -106,6 +106,12 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
     if circumstances.fault is not None:
         raise BaselineError(
             f"{case}: fault {circumstances.fault!r} was injected; run without --perf-fault, and accept that record."
+        )
+    if circumstances.commit is None and not allow_dirty:
+        raise BaselineError(
+            f"{case}: nobody can tell which code gave these numbers: it ran outside a git repository, or in one without a "
+            "commit. Commit the code and run again; or name the commit of a copied tree with HPC_CORE_COMMIT; or allow it: "
+            "--perf-dirty with --perf-update, --allow-dirty with hpc-core baseline accept."
         )
     if circumstances.dirty and not allow_dirty:
         raise BaselineError(

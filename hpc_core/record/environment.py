@@ -134,7 +134,9 @@ def _cuda_of_torch() -> dict[str, str]:
 
 @functools.cache
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
-    """Return the commit that runs, and whether its code was changed since; (None, None) outside a git repository or without git.
+    """Return the commit that runs, and whether its code was changed since; (None, None) where git cannot tell both.
+
+    That is so outside a repository, before its first commit, and without git.
 
     The environment variable HPC_CORE_COMMIT takes precedence. It is for trees that were copied without their repository; whether such
     a tree was changed is unknown, so the second value is then None. `git.is_dirty` defines what counts as a change: baselines that the
@@ -149,7 +151,7 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
     try:
         return found, is_dirty(Path(folder))
     except RepositoryError:
-        return found, None
+        return None, None
 
 
 def gpu_state() -> dict[str, Any]:

@@ -37,7 +37,9 @@ def change_line(change: BaselineChange) -> str:
         return f"{where}: REMOVED"
     if not isinstance(change.new, Baseline):
         return f"{where}: {_state(change.new)}"
-    reason = f"; reason: {change.reason}{' (uncommitted code)' if change.new.accepted.dirty else ''}"
+    accepted = change.new.accepted
+    code = " (uncommitted code)" if accepted.dirty else " (unknown code)" if accepted.commit is None else ""
+    reason = f"; reason: {accepted.reason}{code}"
     if not isinstance(change.old, Baseline):
         before = "new" if isinstance(change.old, Missing) else f"was {_state(change.old)}, now sound"
         return f"{where}: {before}, {len(change.new.metrics)} metrics{reason}"

@@ -152,8 +152,22 @@ def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> None:
+    """Outside a repository, and in one without a commit, nobody could measure the numbers again."""
+    record = a_record(circumstances=around(commit=None, dirty=None))
+    with pytest.raises(
+        BaselineError, match=r"which code gave these numbers.*HPC_CORE_COMMIT.*--perf-dirty.*--allow-dirty"
+    ):
+        accept(tmp_path, record, reason="r")
+    assert list(tmp_path.iterdir()) == []
+    accept(tmp_path, record, reason="r", allow_dirty=True)
+    found = look(tmp_path)
+    assert isinstance(found, Baseline)
+    assert found.accepted.commit is None
+
+
 def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
-    """Numbers of uncommitted code are refused unless allowed, and then marked; where that is unknown they are accepted."""
+    """Numbers of uncommitted code are refused unless allowed, and then marked; where a commit is named and changes are unknown they are accepted."""
     record = a_record(circumstances=around(dirty=True))
     with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-dirty.*--allow-dirty"):
         accept(tmp_path, record, reason="r")

@@ -55,7 +55,8 @@ class ScriptedLauncher:
 def _made_up(job: Job, what: str, arguments: dict[str, Any]) -> Record:
     around = Circumstances(
         machine=CPU, stack=STACK, python="3.11.7", host_cpu="some CPU", launched=job.launched,
-        started_at="2026-11-24T12:00:00+00:00", fault=job.fault, dirty=arguments.get("dirty"),
+        started_at="2026-11-24T12:00:00+00:00", fault=job.fault, commit=arguments.get("commit", "0123abc"),
+        dirty=arguments.get("dirty"),
     )  # fmt: skip
     if what == "crash":
         kind: FailureKind = arguments.get("kind", "crash")

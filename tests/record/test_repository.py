@@ -70,6 +70,16 @@ def test_the_environment_names_the_commit_of_a_copied_tree(
     environment.commit.cache_clear()
 
 
+def test_code_before_the_first_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository without a commit names no code, as a folder without git does not."""
+    monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
+    environment.commit.cache_clear()
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / "code.py").write_text("x = 1\n")
+    assert environment.commit(str(tmp_path)) == (None, None)
+    environment.commit.cache_clear()
+
+
 def test_files_of_other_commits(project: GitProject) -> None:
     """`revisions_of` lists the commits that changed a file, oldest first; `contents` reads files at a commit, and is None where there was none."""
     code = project.root / "code.py"
