@@ -14,7 +14,7 @@ from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.describe import check_origin, check_protocol, described
 from hpc_core.compare.environments import Side, side_of
 from hpc_core.compare.trial import SideName
-from hpc_core.record.git import fingerprint, head, resolved, top, uncommitted
+from hpc_core.record.git import content, head, resolved, top, uncommitted
 from hpc_core.worker.describe import Description, KnownCase
 
 KINDS = ("measure", "retime")
@@ -184,10 +184,10 @@ def _measured_by(sides: dict[SideName, Side], found: dict[SideName, Description]
 
 
 def _watch(place: Path) -> Callable[[], None]:
-    before = fingerprint(place)
+    before = content(place)
 
     def check() -> None:
-        if fingerprint(place) != before:
+        if content(place) != before:
             raise SpecError(
                 f"The working tree {place} changed while it was measured, so its numbers belong to no single tree. "
                 "Run again without editing it, or commit and name the revision as HEAD."

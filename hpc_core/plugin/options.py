@@ -58,6 +58,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     """The revision whose merge base provides the baselines."""
     waivers: tuple[Waiver, ...] = ()
+    code: tuple[Path, ...] = ()
+    """Where the tests and cases of this run come from."""
+    reports: tuple[Path, ...] = ()
+    """Files that pytest and pytest-benchmark write in this run."""
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -212,7 +216,21 @@ def read_settings(config: pytest.Config) -> Settings:
         bisect=bool(option("perf_bisect")),
         base=option("perf_base"),
         waivers=read_waivers(config),
+        code=_code(config),
+        reports=_reports(config),
     )
+
+
+def _code(config: pytest.Config) -> tuple[Path, ...]:
+    given = [*config.args, *config.getini("perf_paths"), *config.getini("perf_cases")]
+    places = [config.rootpath / str(name).partition("::")[0] for name in [*given, *config.getoption("perf_case_files")]]
+    return (config.rootpath, *(place for place in places if place.exists()))
+
+
+def _reports(config: pytest.Config) -> tuple[Path, ...]:
+    table = config.getoption("benchmark_json", None)  # an open file
+    names = [config.getoption("xmlpath", None), getattr(table, "name", None)]
+    return tuple(config.invocation_params.dir / name for name in names if name)
 
 
 def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | None) -> None:

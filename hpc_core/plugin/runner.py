@@ -62,7 +62,13 @@ class Runner:
         self._began: float | None = None
         self.earlier: Earlier | None = None
         if settings.resume is not None:
-            self.earlier = Earlier(settings.resume, self._plan, baselines=settings.baselines, fault=settings.fault)
+            self.earlier = Earlier(
+                settings.resume,
+                self._plan,
+                ignoring=[settings.baselines, *settings.reports],
+                code=settings.code,
+                fault=settings.fault,
+            )
         self._process = ""
         inline = settings.way == "inline"
         self._launcher = Launcher(settings.way, on_event=lambda _, event: self._on_event(event), debug=inline)

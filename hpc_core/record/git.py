@@ -19,6 +19,8 @@ CODE_SUFFIXES = frozenset(
     {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"}
 )
 """Suffixes of untracked files that count as changes: files that can be code."""
+_COMPILED = ("*.so", "*.pyd", ":(exclude,glob)**/site-packages/**")
+_LARGE_BYTES = 16 * 2**20
 
 
 class Revision(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,30 +74,66 @@ def uncommitted(folder: Path) -> tuple[str, ...]:
     return tuple(path for _, path in _status(folder))
 
 
-def fingerprint(folder: Path) -> str:
-    """Return a hash that changes with the working tree: its commit, and path, size and time of each file that differs from it.
+def content(folder: Path) -> dict[Path, str]:
+    """Return what the whole tree around `folder` holds: by its root the commit, and by path a digest of each file that differs from it.
+
+    Untracked files count, whatever their names. So do compiled modules that git ignores, since an extension that is built in place is
+    one. A submodule, or a repository inside this one, counts by its own commit and files. Of a file above 16 MiB, size and times stand
+    for its bytes.
 
     Raises:
-        RepositoryError: not a repository, or no git.
+        RepositoryError: not a repository, one without a commit, or no git.
     """
     root = top(folder)
-    parts = [head(root) or ""]
-    for name in uncommitted(root):
-        try:
-            facts = (root / name).lstat()
-        except OSError:
-            parts.append(f"{name} is gone")
+    commit = head(root)
+    if commit is None:
+        raise RepositoryError(f"The repository {root} has no commit yet.")
+    names = [path for _, path in _status(root, "--ignore-submodules=none")]
+    names += _names(git(root, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--", *_COMPILED))
+    found = {root: commit}
+    for path in (root / name for name in names):
+        if path.is_dir() and not path.is_symlink() and top(path) != root:
+            found |= content(path)
         else:
-            parts.append(f"{name} {facts.st_size} {facts.st_mtime_ns}")
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "replace")).hexdigest()
+            found[path] = _digest(path)
+    return found
 
 
-def _status(folder: Path) -> list[tuple[str, str]]:
+def is_ignored(path: Path) -> bool:
+    """Return whether git ignores a file or folder, or one that it lies in.
+
+    Raises:
+        RepositoryError: not in a repository, or no git.
+    """
+    folder = path if path.is_dir() else path.parent
+    root = top(folder).resolve()
+    output = git(root, "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory", "--", str(path))
+    whole = path.resolve()
+    return any(whole == root / name or root / name in whole.parents for name in _names(output))
+
+
+def _digest(path: Path) -> str:
+    try:
+        facts = path.lstat()
+        if path.is_symlink():
+            return f"link to {path.readlink()}"
+        if not path.is_file() or facts.st_size > _LARGE_BYTES:
+            return f"{facts.st_mode} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except FileNotFoundError:
+        return "gone"
+    except OSError as error:
+        raise RepositoryError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _status(folder: Path, *options: str) -> list[tuple[str, str]]:
     """Return state and path of every file that differs from the last commit."""
-    text = git(folder, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all").decode(
-        errors="replace"
-    )
-    return [(entry[:2], entry[3:]) for entry in text.split("\0") if entry]
+    entries = _names(git(folder, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all", *options))
+    return [(entry[:2], entry[3:]) for entry in entries]
+
+
+def _names(output: bytes) -> list[str]:
+    return [os.fsdecode(name) for name in output.split(b"\0") if name]
 
 
 def top(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from hpc_core.plugin import resume, runner
 from hpc_core.plugin.repeats import MOST, Plan, narrow, replicated
-from hpc_core.plugin.resume import Earlier, code_state
+from hpc_core.plugin.resume import Earlier
 from hpc_core.record import environment
 from hpc_core.record.job import Job, Repeat
 from hpc_core.record.record import (
@@ -112,14 +113,20 @@ def test_times_are_narrow_within_a_quarter_of_a_percent(values: tuple[float, ...
     assert narrow(values) is enough
 
 
+def committed(folder: Path) -> None:
+    """Make a folder a git repository with one commit of what it holds."""
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+
+
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path]:
     """A git repository with one file of code, as the working folder."""
     (tmp_path / "code.py").write_text("x = 1\n")
-    identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
-    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    committed(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(resume, "_imported_from", list)  # hpc-core itself need not be a checkout
     environment.commit.cache_clear()
     yield tmp_path
     environment.commit.cache_clear()
@@ -131,13 +138,15 @@ def left(folder: Path, **changes: Any) -> Record:
     record = a_record(circumstances=msgspec.structs.replace(seen, **changes))
     path = folder / f"{record.case.id}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    run = earlier(folder)
+    run.record(record.case, "cpu")
     path.write_bytes(record_to_json(record))
-    earlier(folder).keep(record.case.id)
+    run.keep(record.case.id)
     return record
 
 
 def earlier(folder: Path, **named: Any) -> Earlier:
-    return Earlier(folder, Plan(processes=1), baselines=Path("baselines"), **named)
+    return Earlier(folder, Plan(processes=1), ignoring=[Path("baselines"), Path("junit.xml")], **named)
 
 
 def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
@@ -146,7 +155,9 @@ def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
     (repository / "records" / "junk.py").write_text("")
     (repository / "baselines").mkdir()
     (repository / "baselines" / "accepted.py").write_text("")
-    (repository / "log.txt").write_text("no code")
+    (repository / "junit.xml").write_text("a report of pytest's")
+    (repository / "__pycache__").mkdir()
+    (repository / "__pycache__" / "code.pyc").write_text("")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") == record
     assert again.notes == [
@@ -176,16 +187,86 @@ def test_a_record_of_anything_else_is_not(
     assert re.search(why, again.notes[0]), again.notes
 
 
-@pytest.mark.parametrize("name", ["code.py", "new.py"])
-def test_code_that_is_not_committed_counts(repository: Path, name: str) -> None:
-    """A changed file and a new file invalidate earlier records; a record of the same change is reused."""
+@pytest.mark.parametrize("name", ["code.py", "new.py", "settings.json", "deep/run.yaml", "native.so", "log.txt"])
+def test_every_file_that_is_not_committed_counts(repository: Path, name: str) -> None:
+    """A changed file and a new one invalidate earlier records, and are named; a record of the same change is reused."""
     record = left(repository / "records")
+    (repository / name).parent.mkdir(exist_ok=True)
     (repository / name).write_text("x = 2\n")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
-    assert "uncommitted changes differ" in again.notes[0]
+    assert again.notes == [f"tiny/lora runs again: {repository / name} differ from what it was measured with"]
     left(repository / "records")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
+
+
+def test_the_whole_repository_counts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started in a subfolder, a run sees changes beside and above it; and in a submodule or a repository inside."""
+    (repository / "below").mkdir()
+    inside = repository / "vendored"
+    inside.mkdir()
+    (inside / "code.py").write_text("x = 1\n")
+    committed(inside)
+    monkeypatch.chdir(repository / "below")
+    for changed in (repository / "code.py", inside / "code.py"):
+        record = left(repository / "records")
+        changed.write_text(f"{changed.read_text()}x = 3\n")
+        assert earlier(repository / "records").record(record.case, "cpu") is None
+
+
+def test_a_compiled_module_counts_although_git_ignores_it(repository: Path) -> None:
+    """An extension that is built in place is code; what is installed in an environment has a version."""
+    (repository / ".gitignore").write_text("*.so\nvenv/\n")
+    for name in ("native.so", "venv/lib/site-packages/other.so"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("1")
+    record = left(repository / "records")
+    (repository / "venv/lib/site-packages/other.so").write_text("22")
+    assert earlier(repository / "records").record(record.case, "cpu") is not None
+    (repository / "native.so").write_text("22")
+    assert earlier(repository / "records").record(record.case, "cpu") is None
+
+
+def test_code_outside_the_repository_counts(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever Python imports from belongs to the code; without git it cannot be compared, so nothing is resumed."""
+    monkeypatch.undo()
+    monkeypatch.chdir(repository)
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "helper.py").write_text("x = 1\n")
+    monkeypatch.setattr(sys, "path", [str(elsewhere), *(path for path in sys.path if "site-packages" in path)])
+    monkeypatch.setattr(resume, "_editable", list)
+    with pytest.raises(pytest.UsageError, match=f"--perf-resume: nobody can tell .*{elsewhere}.*git init"):
+        earlier(repository / "records")
+    committed(elsewhere)
+    record = left(repository / "records")
+    assert earlier(repository / "records").record(record.case, "cpu") is not None
+    (elsewhere / "helper.py").write_text("x = 2\n")
+    assert earlier(repository / "records").record(record.case, "cpu") is None
+
+
+def test_a_package_that_is_not_in_the_stack_counts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of any package invalidates a record, as does another build of the same version."""
+    record = left(repository / "records")
+    installed = resume._installed()
+    monkeypatch.setattr(resume, "_installed", lambda: installed | {"package numpy": "another build"})
+    again = earlier(repository / "records")
+    assert again.record(record.case, "cpu") is None
+    assert "package numpy differ from" in again.notes[0]
+
+
+def test_code_that_changes_while_a_case_runs_leaves_no_record_to_resume(repository: Path) -> None:
+    """Nobody knows which of the two a record belongs to."""
+    record = left(repository / "records")
+    run = earlier(repository / "records")
+    assert run.record(record.case, "cpu") is not None
+    (repository / "code.py").write_text("x = 2\n")
+    run.keep(record.case.id)
+    (repository / "code.py").write_text("x = 1\n")
+    again = earlier(repository / "records")
+    assert again.record(record.case, "cpu") is None
+    assert "does not say which code" in again.notes[0]
 
 
 def test_a_damaged_record_runs_again(repository: Path) -> None:
@@ -198,18 +279,17 @@ def test_a_damaged_record_runs_again(repository: Path) -> None:
     assert "is not a record" in again.notes[0]
 
 
-def test_without_git_nobody_knows_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside a repository a record is reused only if HPC_CORE_COMMIT names the commit."""
+@pytest.mark.parametrize("is_repository", [False, True])
+def test_code_that_nobody_can_identify_is_not_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_repository: bool
+) -> None:
+    """Outside a repository, and in one without a commit, the option is refused; HPC_CORE_COMMIT cannot see an edited copy."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
-    environment.commit.cache_clear()
-    record = left(tmp_path / "records")
-    again = earlier(tmp_path / "records")
-    assert again.record(record.case, "cpu") is None
-    assert "neither git nor HPC_CORE_COMMIT" in again.notes[0]
-    environment.commit.cache_clear()
-    assert code_state(tmp_path) == "no git, commit None"
-    environment.commit.cache_clear()
+    monkeypatch.setenv("HPC_CORE_COMMIT", "0123abc")
+    if is_repository:
+        subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    with pytest.raises(pytest.UsageError, match=r"--perf-resume: nobody can tell .*git init && git add"):
+        earlier(tmp_path / "records")
 
 
 class BusyLauncher(ScriptedLauncher):
@@ -272,6 +352,8 @@ def test_a_second_call_takes_what_the_first_left(
 ) -> None:
     """With --perf-resume the second run adds only the missing processes, and says where the others came from."""
     monkeypatch.setattr(resume.Earlier, "_moved", lambda self, found, case, device: None)
+    monkeypatch.setattr(resume, "_imported_from", list)
+    committed(pytester.path)
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")
