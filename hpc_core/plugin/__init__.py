@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hpc_core.plugin.fixture import Perf, PerfSession
 
 _SUITE = "hpc-core-suite"
+_NEEDS = "needs --benchmark"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +36,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "perf_predicted: predicts a case without a GPU; `predicted_cases` marks such tests"
     )
-    config.addinivalue_line("markers", "benchmark: a benchmark with custom settings (pytest-benchmark)")
     if not config.getoption("perf_active"):
         return
     from hpc_core.plugin.options import read_settings
@@ -95,21 +95,54 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Skip tests that measure in a run without `--benchmark`."""
     if not config.getoption("perf_active"):
         for item in items:
-            if not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ())):
-                item.add_marker(pytest.mark.skip(reason="needs --benchmark"))
+            if uses_perf(item):
+                item.add_marker(pytest.mark.skip(reason=_NEEDS))
+
+
+def uses_perf(item: pytest.Item, *names: str) -> bool:
+    """Return whether a test uses our fixtures of these names; by default `perf` or `perf_session`."""
+    return any(_is_ours(item, name) for name in names or ("perf", "perf_session"))
+
+
+def _is_ours(item: pytest.Item, name: str) -> bool:
+    """Return whether a name among a test's fixtures is our fixture: others have fixtures and parameters called `perf`."""
+    if name not in getattr(item, "fixturenames", ()):
+        return False
+    # The last definition is the one that the test gets; if it asks for its own name, it extends the one before it.
+    info: Any = getattr(item, "_fixtureinfo", None)
+    for definition in reversed(() if info is None else info.name2fixturedefs.get(name, ())):
+        if definition.func.__module__ == __name__:
+            return True
+        if name not in definition.argnames:
+            return False
+    return False
 
 
 @pytest.fixture
 def perf(request: pytest.FixtureRequest, benchmark: Any) -> Perf:
     """Run a case and judge it: `perf(case)`, `perf("package.module:factory", batch=4)`, or `perf(step)`."""
-    suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
-    perf: Perf = suite.perf(request.node, benchmark)
+    try:
+        perf: Perf = _suite(request, "perf").perf(request.node, benchmark)
+    except (pytest.skip.Exception, pytest.fail.Exception):
+        benchmark.skipped = True  # or pytest-benchmark warns that its fixture was not used
+        raise
     return perf
 
 
 @pytest.fixture
 def perf_session(request: pytest.FixtureRequest) -> PerfSession:
     """Give access to the session's records, run jobs without judging them, and print sections at the end."""
-    suite: Any = request.config.pluginmanager.get_plugin(_SUITE)
-    session: PerfSession = suite.session
+    session: PerfSession = _suite(request, "perf_session").session
     return session
+
+
+def _suite(request: pytest.FixtureRequest, name: str) -> Any:
+    suite = request.config.pluginmanager.get_plugin(_SUITE)
+    if suite is None:
+        pytest.skip(_NEEDS)
+    if not uses_perf(request.node, name):
+        pytest.fail(
+            f"request.getfixturevalue({name!r}): make {name} an argument of the test, so that the test counts as a case.",
+            pytrace=False,
+        )
+    return suite

@@ -17,6 +17,7 @@ import pytest
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
+from hpc_core.plugin import uses_perf
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
 from hpc_core.plugin.fixture import OUTCOME, Perf, PerfSession, with_timer
 from hpc_core.plugin.options import Settings
@@ -33,11 +34,6 @@ NAME = "hpc-core-suite"
 _NO_GPU = "needs a CUDA GPU: none is visible"
 _OUTCOMES = (pytest.fail.Exception, pytest.skip.Exception)
 _UNUSED = "ignore:Benchmark fixture was not used at all"
-
-
-def uses_perf(item: pytest.Item) -> bool:
-    """Return whether a test takes part in performance runs."""
-    return not {"perf", "perf_session"}.isdisjoint(getattr(item, "fixturenames", ()))
 
 
 class Suite:

@@ -1,0 +1,96 @@
+"""hpc-core is installed beside suites of strangers: what they define is theirs, and their tests run as without us."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.plugin.scripted_project import Run, scripted_project
+
+pytestmark = pytest.mark.slow
+
+STRANGER = """
+import pytest
+
+@pytest.fixture
+def perf():
+    return 3
+
+@pytest.fixture
+def perf_session(perf):
+    return perf + 1
+
+def test_fixture(perf, perf_session):
+    assert (perf, perf_session) == (3, 4)
+
+@pytest.mark.parametrize("perf", [1, 2])
+def test_parameter(perf):
+    assert perf in (1, 2)
+
+class TestOfAClass:
+    @pytest.fixture
+    def perf(self):
+        return "of the class"
+
+    def test_it(self, perf):
+        assert perf == "of the class"
+"""
+OURS = """
+import pytest
+
+@pytest.fixture
+def perf(perf):
+    return perf
+
+def test_extended(perf):
+    perf("scripted:step")
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run pytest in a project whose suite each test writes."""
+    return scripted_project(pytester, monkeypatch)
+
+
+def test_a_strangers_fixture_called_perf_is_theirs(pytester: pytest.Pytester, run: Run) -> None:
+    """Fixtures and parameters that are called like ours run as without us, with --benchmark too."""
+    pytester.makepyfile(test_stranger=STRANGER)
+    run().assert_outcomes(passed=4)
+    run("--benchmark", ".").assert_outcomes(passed=4)
+
+
+def test_a_fixture_that_extends_ours_is_ours(pytester: pytest.Pytester, run: Run) -> None:
+    """A fixture `perf` that asks for `perf` gets ours, and its tests are cases."""
+    pytester.makepyfile(test_extending=OURS)
+    run().assert_outcomes(skipped=1)
+    result = run("--benchmark", ".")
+    result.stdout.fnmatch_lines(["test_extending/test_extended *NO_BASELINE*"])
+
+
+def test_a_fixture_asked_for_at_run_time(pytester: pytest.Pytester, run: Run) -> None:
+    """`getfixturevalue("perf")` skips without --benchmark. With it, one line says how to write it."""
+    pytester.makepyfile(test_late="def test_late(request):\n    request.getfixturevalue('perf')('scripted:step')\n")
+    run().assert_outcomes(skipped=1)
+    result = run("--benchmark", ".")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*make perf an argument of the test*"])
+
+
+CODSPEED = """
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+class Theirs:
+    __class__ = BenchmarkFixture
+
+@pytest.fixture
+def benchmark():
+    return Theirs()
+"""
+
+
+def test_another_plugins_benchmark_gets_nothing(pytester: pytest.Pytester, run: Run) -> None:
+    """pytest-codspeed puts its own `benchmark` in the place of pytest-benchmark's; a case is judged as ever."""
+    pytester.makepyfile(conftest=CODSPEED, test_case="def test_case(perf):\n    perf('scripted:step')\n")
+    run("--benchmark", "--perf-update", "--reason=first", ".").assert_outcomes(passed=1)
+    assert run("--benchmark", "--perf-strict", ".").ret == 0
