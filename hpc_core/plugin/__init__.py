@@ -50,14 +50,22 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> Generator[None, None, None]:
-    """Tell `git bisect run` to skip a commit whose conftest.py cannot be imported; by pytest's exit code it would be bad."""
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, None, None]:
+    """Make short names of options ours where the conftest.py files leave them free.
+
+    Tell `git bisect run` to skip a commit whose conftest.py cannot be imported; by pytest's exit code it would be bad.
+    """
+    from hpc_core.plugin.options import use_short_names
+
     try:
-        return (yield)
+        yield
     except Exception as error:
         if not getattr(early_config.known_args_namespace, "perf_bisect", False):
             raise
         raise SystemExit(_cannot_test(error)) from error
+    use_short_names(early_config, parser, args)
 
 
 @pytest.hookimpl(wrapper=True)

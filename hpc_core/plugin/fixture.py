@@ -23,6 +23,7 @@ from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Job
 from hpc_core.record.record import Record
+from hpc_core.report.command import Command
 from hpc_core.report.entry import Row
 
 OUTCOME = pytest.StashKey[Outcome]()
@@ -33,7 +34,7 @@ _DEFAULT_STEPS = 10
 class Perf:
     """The fixture `perf`."""
 
-    def __init__(self, item: pytest.Item, benchmark: Any, runner: Runner, *, strict: bool, command: str) -> None:
+    def __init__(self, item: pytest.Item, benchmark: Any, runner: Runner, *, strict: bool, command: Command) -> None:
         self._item = item
         # Others define a `benchmark` too, and pytest-codspeed's claims to be pytest-benchmark's for isinstance().
         self._benchmark = benchmark if issubclass(type(benchmark), BenchmarkFixture) else None
@@ -93,7 +94,7 @@ class Perf:
             row = self._run(case, what, gpu, judge=judge)
         except LaunchError as error:
             self._end(
-                Outcome(result="failed", kind="broken", text=f"{case.id}: {error}\nRun it again: {self._command}")
+                Outcome(result="failed", kind="broken", text=f"{case.id}: {error}\nRun it again: {self._command.run}")
             )
             raise
         self._report(row)

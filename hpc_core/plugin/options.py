@@ -23,6 +23,15 @@ ACTIVE = "perf_active"
 """Where pytest keeps `--benchmark`."""
 WAIVERS = "perf-waivers.toml"
 """The default name, below the root folder."""
+_SHORT = {
+    "--benchmark": "--perf-benchmark",
+    "--case": "--perf-case",
+    "--cases": "--perf-cases",
+    "--reason": "--perf-reason",
+}
+"""Options that have a short name too, where nobody else has it."""
+_SPELLED = pytest.StashKey[dict[str, str]]()
+"""The short names that are ours in this run."""
 _SCALES = ("tiny", "small", "full", "auto")
 _GPU_WORD = re.compile(r"\bgpu\b")
 
@@ -65,14 +74,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def add_options(parser: pytest.Parser) -> None:
-    """Add options and ini options. All of them need the first."""
+    """Add options and ini options. All of them need the first, whose short name is `--benchmark`."""
     group = parser.getgroup("hpc-core", "performance regressions (hpc-core)")
     add = group.addoption
     add(
-        "--benchmark",
+        "--perf-benchmark",
         action="store_true",
         dest=ACTIVE,
-        help="run the performance suite: the given paths, or perf_paths",
+        help="run the performance suite: the given paths, or perf_paths (short: --benchmark)",
     )
     add(
         "--perf-scale",
@@ -81,20 +90,18 @@ def add_options(parser: pytest.Parser) -> None:
         help="tiny (CPU, seconds), small (CPU, real weights), full (GPU); auto: full on a GPU, else tiny",
     )
     add(
-        "--case",
+        "--perf-case",
         action="append",
         default=[],
         metavar="GLOB",
-        dest="perf_case",
-        help="run only cases whose full id matches, such as 'tiny/lora*'; repeatable",
+        help="run only cases whose full id matches, such as 'tiny/lora*'; repeatable (short: --case)",
     )
-    add("--perf-update", action="store_true", help="make the results of this run the baselines; needs --reason")
+    add("--perf-update", action="store_true", help="make the results of this run the baselines; needs --perf-reason")
     add(
-        "--reason",
+        "--perf-reason",
         default="",
         metavar="TEXT",
-        dest="perf_reason",
-        help="why the new numbers are right; stored in the baseline",
+        help="why the new numbers are right; stored in the baseline (short: --reason)",
     )
     add(
         "--perf-dirty",
@@ -151,12 +158,11 @@ def add_options(parser: pytest.Parser) -> None:
     )
     add(
         "--perf-cases",
-        "--cases",
         action="append",
         default=[],
         metavar="FILE",
         dest="perf_case_files",
-        help="also run the CASES of this Python file (ini: perf_cases)",
+        help="also run the CASES of this Python file (ini: perf_cases; short: --cases)",
     )
     add(
         "--perf-fault",
@@ -175,6 +181,26 @@ def add_options(parser: pytest.Parser) -> None:
     parser.addini("perf_waivers", "file of waivers, below the root folder", default=WAIVERS)
     parser.addini("perf_processes", "processes per case: a number, or auto", default="auto")
     parser.addini("perf_cases", "Python files whose CASES also run", type="args", default=[])
+
+
+def use_short_names(config: pytest.Config, parser: pytest.Parser, arguments: list[str]) -> None:
+    """Replace the short names among the arguments by our full ones, unless a plugin or an initial conftest.py has them.
+
+    They are not registered: a conftest.py that pytest reads later may register the same, and that would end the run.
+    """
+    # pytest has no public list of its options.
+    groups = [*parser._groups, parser._anonymous]
+    taken = {name for group in groups for option in group.options for name in option.names()}
+    ours = config.stash[_SPELLED] = {short: long for short, long in _SHORT.items() if short not in taken}
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    for at, argument in enumerate(arguments[:end]):
+        name, is_value, value = argument.partition("=")
+        arguments[at] = f"{ours.get(name, name)}{is_value}{value}"
+
+
+def spelled(config: pytest.Config, short: str) -> str:
+    """Return an option as a user may write it here: the short name, or our full one where somebody else has the short one."""
+    return short if short in config.stash.get(_SPELLED, {}) else _SHORT[short]
 
 
 def read_settings(config: pytest.Config) -> Settings:

@@ -11,6 +11,7 @@ import pytest
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
+from hpc_core.report.command import Command
 from hpc_core.report.entry import Row
 
 FailureKind = Literal["worse", "broken", "not comparable", "other"]
@@ -38,10 +39,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         pytest.fail(self.text, pytrace=False)
 
 
-def outcome_of(row: Row, *, strict: bool, command: str) -> Outcome:
+def outcome_of(row: Row, *, strict: bool, command: Command) -> Outcome:
     """Return the outcome of a case's row; `command` runs only this case."""
     failure, judgement = row.record.failure, row.judgement
-    again = f"Run it again: {command}"
+    again = f"Run it again: {command.run}"
     if failure is not None:
         headline = f"{failure.kind} in {failure.phase}: {failure.message}"
         if failure.kind in _TO_INSTALL:
@@ -67,7 +68,7 @@ def _paragraph(*parts: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
+def _explained(row: Row, judgement: Judgement, again: str, command: Command) -> str:
     """Return headline, cause, each bad metric, suspects, the next step, and the commands to accept and to run again."""
     # A reason that holds for the whole case, such as a missing baseline, is not repeated for each metric.
     alike = [each for each in judgement.metrics if each.verdict is judgement.verdict]
@@ -75,10 +76,8 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
     moved = f"Suspects, moved since the baseline: {', '.join(judgement.moved)}" if judgement.moved and bad else ""
     reason = "" if bad or judgement.reason == judgement.headline else judgement.reason
     compared = any(each.change is not None for each in bad) or judgement.verdict not in _BAD
-    faulted = row.record.circumstances.fault is not None
-    accept = f'Accept it: {command} --perf-update --reason "…"' if compared and not faulted else ""
-    step = judgement.next_step if not compared else ""
-    bisect = "" if faulted else _bisect(row, command)
+    accept = f"Accept it: {command.accept}" if compared and command.accept else ""
+    step = "" if compared else command.in_step(judgement.next_step)
     lines = [_metric_line(judgement.case, each) for each in bad]
     more = [f"  at the peak: {line}" for line in row.grown]
     why = () if row.cause is None else tuple(f"Why: {line}" for line in row.cause.lines)
@@ -97,18 +96,19 @@ def _explained(row: Row, judgement: Judgement, again: str, command: str) -> str:
         step,
         accept,
         again,
-        bisect,
+        _bisect(row, command),
     )
 
 
-def _bisect(row: Row, command: str) -> str:
+def _bisect(row: Row, command: Command) -> str:
     """Return the command that finds the commit which made a case worse; empty if no commit lies between."""
     bad = row.record.circumstances.commit
     if bad is None or bad == row.good_commit or row.judgement is None or row.judgement.verdict is not Verdict.REGRESSED:
         return ""
     good = "GOOD" if row.good_commit is None else row.good_commit[:10]
     hint = ", with a commit for GOOD that passes" if row.good_commit is None else ""
-    return f"Find the commit{hint}: git bisect start HEAD {good} && git bisect run {command} --perf-bisect"
+    search = command.bisect(good)
+    return f"Find the commit{hint}: {search}" if search else ""
 
 
 def _metric_line(case: str, row: MetricVerdict) -> str:

@@ -37,6 +37,7 @@ from hpc_core.record.job import (
     Repeat,
 )
 from hpc_core.record.record import Circumstances, Metric, Record, record_to_json
+from hpc_core.report.command import Command
 from hpc_core.report.entry import Row, grown
 
 _NOTE = "measured in the test process: time is reported, not gated"
@@ -79,7 +80,7 @@ class Runner:
         if isinstance(event, Phase):
             self._progress.phase(f"{self._process}{event.name}")
 
-    def run(self, case: Case, command: str, *, judge: bool = True) -> Row:
+    def run(self, case: Case, command: Command, *, judge: bool = True) -> Row:
         """Run the case in a process of its own, and judge it; `command` runs only this case.
 
         Without `judge` no baseline is read or written; a broken or invalid record still fails.
@@ -128,7 +129,7 @@ class Runner:
         assert self._began is not None
         return replicated(first, further, self._plan, enough=self._enough, keep=self._keep, began=self._began)
 
-    def predict(self, case: Case, gpu: str, command: str, *, judge: bool = True) -> Row:
+    def predict(self, case: Case, gpu: str, command: Command, *, judge: bool = True) -> Row:
         """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.
 
         Raises:
@@ -148,7 +149,7 @@ class Runner:
             self._predicting = Launcher(way, on_event=lambda _, event: self._on_event(event), predicting=True)
         return self._predicting
 
-    def run_bare(self, case: Case, step: Callable[[], Any], command: str, *, judge: bool = True) -> Row:
+    def run_bare(self, case: Case, step: Callable[[], Any], command: Command, *, judge: bool = True) -> Row:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
             record = measure_here(case, step, self._on_event)
@@ -173,7 +174,7 @@ class Runner:
             self._machine = self._launcher.run(job).circumstances
         return self._machine
 
-    def _unjudged(self, record: Record, command: str) -> Row:
+    def _unjudged(self, record: Record, command: Command) -> Row:
         self._keep(record)
         row = Row(record=record, judgement=None if record.status == "ok" else self._judgement(record), command=command)
         self.rows.append(row)
@@ -186,7 +187,7 @@ class Runner:
             if self.earlier is not None:
                 self.earlier.keep(record.case.id)
 
-    def _judged(self, record: Record, command: str) -> Row:
+    def _judged(self, record: Record, command: Command) -> Row:
         self._keep(record)
         judgement = self._judgement(record)
         row = Row(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Generator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import uses_perf
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
 from hpc_core.plugin.fixture import OUTCOME, Perf, PerfSession, with_timer
-from hpc_core.plugin.options import Settings
+from hpc_core.plugin.options import Settings, spelled
 from hpc_core.plugin.outcome import FailureKind, bisect_exit_code, exit_code
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.review import Review
@@ -28,6 +29,7 @@ from hpc_core.plugin.runner import Runner
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.record import Record
 from hpc_core.record.version import __version__
+from hpc_core.report.command import Command
 from hpc_core.report.terminal import render
 
 NAME = "hpc-core-suite"
@@ -54,16 +56,25 @@ class Suite:
         """Return the fixture's value for one test."""
         return Perf(item, benchmark, self._runner, strict=self._settings.strict, command=self._command(item))
 
-    def _command(self, item: pytest.Item) -> str:
-        """Return the command that runs only this case."""
+    def _command(self, item: pytest.Item) -> Command:
+        """Return the commands that run and accept only this case."""
         # A file that pytest only collects when it is named, such as bench/studies/original_report/original_report.py, must be named here too.
         own = self._is_found(item.path) and any(item.path.is_relative_to(path) for path in self._settings.paths)
         given = item.path.resolve() in self._settings.case_files
-        path = "" if own else f"--cases {self._short(item.path)} " if given else f"{self._short(item.path)} "
-        if predicted_gpu(item) is not None:
-            path = f"{self._short(item.path)} "
-        fault = f" --perf-fault {self._settings.fault}" if self._settings.fault else ""
-        return f"pytest --benchmark {path}--case '{case_id_of(item)}'{fault}"
+        path = f" {quote(self._short(item.path))}"
+        if own and predicted_gpu(item) is None:
+            path = ""
+        elif given and predicted_gpu(item) is None:
+            path = f" {spelled(self._config, '--cases')}{path}"
+        where = self._config.getoption("perf_baselines")
+        return Command(
+            case=case_id_of(item),
+            start=f"pytest {spelled(self._config, '--benchmark')}{path}",
+            options=f" --perf-baselines={quote(where)}" if where else "",
+            fault=self._settings.fault,
+            case_option=spelled(self._config, "--case"),
+            reason_option=spelled(self._config, "--reason"),
+        )
 
     def _is_found(self, path: Path) -> bool:
         """Return whether pytest collects a file of this name by itself."""

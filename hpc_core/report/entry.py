@@ -22,6 +22,7 @@ from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict, share
 from hpc_core.record import units
 from hpc_core.record.record import Metric, Record
+from hpc_core.report.command import Command
 
 BUSY = ("busy_s", "busy_decode_token_s")
 """GPU-busy seconds of a step, or of a decoded token: a case has one of them."""
@@ -52,7 +53,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Why it differs from its baseline, if it does."""
     expired: tuple[str, ...] = ()
     """One sentence for each expired waiver of this case."""
-    command: str | None = None
+    command: Command | None = None
     """Runs this case alone; None if its id is enough."""
     good_commit: str | None = None
     """The commit whose numbers the baseline holds, if it is known."""
@@ -76,6 +77,11 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         if self.judgement is not None:
             return self.judgement.verdict.value
         return "OK" if self.record.status == "ok" else "INVALID"
+
+    @property
+    def commands(self) -> Command:
+        """Return what runs this case alone, and what accepts it."""
+        return self.command or Command(case=self.case, fault=self.record.circumstances.fault)
 
     @property
     def wall(self) -> str:

@@ -11,9 +11,9 @@ from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged, L
 from hpc_core.gate.verdict import Verdict
 from hpc_core.gate.waivers import Waiver
 from hpc_core.record import units
+from hpc_core.report.command import accept_together
 from hpc_core.report.entry import Row, first_change, moved
 
-_CASE = " --case "
 _SHOWN = 6
 
 
@@ -71,7 +71,11 @@ def keep_gains(rows: Sequence[Row]) -> tuple[str, ...]:
 
     A case where something else got worse is left out: accepting it would accept both.
     """
-    better = [row for row in rows if row.judgement is not None and row.judgement.verdict is Verdict.IMPROVED]
+    better = [
+        row
+        for row in rows
+        if row.judgement is not None and row.judgement.verdict is Verdict.IMPROVED and row.commands.accept
+    ]
     if not better:
         return ()
     many = f"{len(better)} cases are" if len(better) > 1 else f"{better[0].case} is"
@@ -85,6 +89,8 @@ def accept_new(rows: Sequence[Row]) -> tuple[str, ...]:
     for row in rows:
         if row.judgement is None or row.judgement.verdict is not Verdict.PASS or row.acceptance is not None:
             continue
+        if not row.commands.accept:
+            continue
         new = [each.metric for each in row.judgement.metrics if not each.judged]
         if new:
             found[row.case] = row
@@ -97,15 +103,7 @@ def accept_new(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _commands(rows: Iterable[Row]) -> list[str]:
-    """Return one command that accepts these cases for each place that cases run from."""
-    chosen: dict[str, list[str]] = {}
-    for row in rows:
-        start, _, case = (row.command or f"pytest --benchmark{_CASE}'{row.case}'").partition(_CASE)
-        chosen.setdefault(start, []).append(case)
-    return [
-        f'    {start}{"".join(_CASE + case for case in cases)} --perf-update --reason "…"'
-        for start, cases in chosen.items()
-    ]
+    return [f"    {command}" for command in accept_together(row.commands for row in rows)]
 
 
 def waiver_line(waiver: Waiver, rows: Sequence[Row], known: Sequence[str] | None, today: datetime.date) -> str:

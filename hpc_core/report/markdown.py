@@ -116,8 +116,8 @@ def _details(entry: Entry) -> list[str]:
         text = [safe(judgement.reason), *(f"moved: {safe(package)}" for package in judgement.moved)]
         text += [f"at the peak: {safe(line)}" for line in entry.grown]
         text += _metrics(judgement.metrics)
-        if judgement.next_step:
-            text += ["", f"Next: {safe(judgement.next_step)}"]
+        next_step = row.commands.in_step(judgement.next_step)
+        text += ["", f"Next: {safe(next_step)}"] if next_step else []
     text = [*_why(entry), *text, *_more_of_the_cause(entry)]
     headline = judgement.headline if judgement is not None else row.verdict
     is_worse = judgement is None or judgement.outcome() == "failed"

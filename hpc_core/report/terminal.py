@@ -152,7 +152,7 @@ class _Problem(NamedTuple):
 def _problem(row: Row) -> _Problem | None:
     failure, judgement = row.record.failure, row.judgement
     if failure is not None:
-        step = () if row.command is None else (row.command,)
+        step = () if row.command is None else (row.command.run,)
         return _Problem(f"{failure.kind} in {failure.phase}: {failure.message}", step=step)
     if row.refused is not None:
         return _Problem(row.refused.removeprefix(f"{row.case}: "))
@@ -160,9 +160,9 @@ def _problem(row: Row) -> _Problem | None:
         return _Problem(" ".join(row.record.reasons)) if row.record.reasons else None
     if judgement.verdict is Verdict.PASS:
         return _Problem(row.expired[0], row.expired[1:]) if row.expired else None
-    plain = f"pytest --benchmark --case {row.case}"
     excuses = (f"{excuse.metric}: {excuse.text}" for excuse in judgement.excuses)
     settled = judgement.verdict is Verdict.IMPROVED or _is_excused(row)
+    next_step = "" if settled else row.commands.in_step(judgement.next_step)
     return _Problem(
         judgement.headline,
         (
@@ -173,7 +173,7 @@ def _problem(row: Row) -> _Problem | None:
             *row.expired,
         ),
         # What improved is accepted by one command for all of it, at the end.
-        (judgement.next_step.replace(plain, row.command or plain),) if judgement.next_step and not settled else (),
+        (next_step,) if next_step else (),
     )
 
 

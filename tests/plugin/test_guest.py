@@ -94,3 +94,38 @@ def test_another_plugins_benchmark_gets_nothing(pytester: pytest.Pytester, run: 
     pytester.makepyfile(conftest=CODSPEED, test_case="def test_case(perf):\n    perf('scripted:step')\n")
     run("--benchmark", "--perf-update", "--reason=first", ".").assert_outcomes(passed=1)
     assert run("--benchmark", "--perf-strict", ".").ret == 0
+
+
+OPTIONS = """
+def pytest_addoption(parser):
+    for name in ("--benchmark", "--case", "--cases", "--reason"):
+        parser.addoption(name, action="append", nargs="?", const=True)
+"""
+READS = """
+def test_theirs(request):
+    assert request.config.getoption("benchmark") == [True]
+    assert request.config.getoption("case") == ["3"]
+"""
+
+
+def test_a_strangers_options_are_theirs(pytester: pytest.Pytester, run: Run) -> None:
+    """A conftest.py defines all our short names, as an initial one and as one that is read late; --perf-* are ours there."""
+    pytester.makepyfile(test_reads=READS)
+    initial = pytester.makeconftest(OPTIONS)
+    run("--benchmark", "--case=3", "test_reads.py").assert_outcomes(passed=1)
+    (pytester.path / "bench" / "test_own.py").write_text("def test_own(perf):\n    perf('scripted:step')\n")
+    ours = run("--perf-benchmark", "--perf-case=*/test_own", "-rs")
+    ours.assert_outcomes(skipped=1)
+    strict = run("--perf-benchmark", "--perf-strict", "--case", "test_own/test_own")
+    strict.stdout.fnmatch_lines(
+        ["*pytest --perf-benchmark --perf-case 'test_own/test_own' --perf-update --perf-reason \"…\""]
+    )
+    initial.rename(pytester.path / "bench" / "conftest.py")
+    run("--benchmark", "--case=*/test_own").assert_outcomes(skipped=1)
+
+
+def test_a_plugins_options_are_theirs(pytester: pytest.Pytester, run: Run) -> None:
+    """The same for a plugin, whether pytest loads it before ours or after."""
+    pytester.makepyfile(test_reads=READS, stranger=OPTIONS)
+    pytester.syspathinsert()
+    run("-p", "stranger", "--benchmark", "--case", "3", "test_reads.py").assert_outcomes(passed=1)

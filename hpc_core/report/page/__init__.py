@@ -178,7 +178,7 @@ def _card(entry: Entry) -> dict[str, Any]:
         "why": _why(entry),
         "more": [plain(line, _LONGEST_CAUSE) for line in details],
         "lines": [plain(line, _LONGEST) for line in lines if line != headline][:8],
-        "step": "" if judgement is None else plain(judgement.next_step, _LONGEST),
+        "step": "" if judgement is None else plain(entry.row.commands.in_step(judgement.next_step), _LONGEST),
     }
 
 
