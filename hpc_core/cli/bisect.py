@@ -18,9 +18,10 @@ from hpc_core.cli.console import say, say_json, tell
 from hpc_core.cli.inputs import Files, known_case, parse_duration, parse_ratio
 from hpc_core.compare.arrange import place_of
 from hpc_core.compare.bench import Bench, Device
-from hpc_core.compare.bisect import Answer, Found, Question, Versions, VersionSides, search
+from hpc_core.compare.bisect import Answer, Found, Question, search
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.differences import Rule
+from hpc_core.compare.versions import Versions, VersionSides
 from hpc_core.gate.exit_code import ExitCode
 
 

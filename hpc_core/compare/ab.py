@@ -1,41 +1,192 @@
 """Measure both sides of a comparison: pairs of fresh processes in ABBA order, within a budget of time.
 
-Every case gets its first pair before any gets its second, and the next pair goes to the case that has cost least so far: so exact
-metrics, and most of the timed ones, are decided even where the budget ends early. The first pair measures everything; further ones
-only times, since what is counted is the same in each process.
+Every case gets its first pair before any gets its second, and the next pair goes to the case that has cost least so far, so exact
+metrics and most timed ones are decided even if the budget ends early. The first pair measures everything. Further pairs measure times
+only, since counts are the same in each process.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.compare.differences import Rule
-from hpc_core.compare.trial import CaseResult, SideName, Trial
+from hpc_core.case.workloads import FinetuneSpec
+from hpc_core.compare.differences import (
+    Difference,
+    Rule,
+    decided,
+    exact_rows,
+    is_judged_in_pairs,
+    timed_row,
+    unjudged_rows,
+)
+from hpc_core.compare.sequential import Check
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Circumstances, Record
 
+SideName = Literal["base", "head"]
 Run = Callable[[SideName, Case, bool], Record]
-"""Runs a case on a side, in a fresh process. True: times only, since the side has measured the case in full."""
+"""Runs a case on a side in a fresh process. True: measure times only, since the side has measured the case in full."""
+_SIDES: tuple[SideName, SideName] = ("base", "head")
+_NOT_HERE = ("missing_library", "missing_data")
+
+
+class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one case."""
+
+    case: str
+    pairs: int
+    failure: Literal["broken", "invalid", "missing", "unmeasured"] | None = msgspec.field(name="trouble", default=None)
+    """Why there are no rows: a run broke or is INVALID, both sides lack a package or data, or no pair was run."""
+    reason: str = ""
+    rows: tuple[Difference, ...] = ()
+
+
+class Trial:
+    """Collects records of a case in pairs, and decides each timed metric as soon as the pairs allow it."""
+
+    def __init__(self, case: Case, rule: Rule) -> None:
+        self.case = case
+        self._rule = rule
+        self._checks: dict[str, tuple[Check, int]] = {}
+        """The last check of each metric, and the number of pairs that it used."""
+        self.records: dict[SideName, list[Record]] = {"base": [], "head": []}
+        self.refused: dict[SideName, str] = {}
+        """Why a side cannot run this case at all, before anything was launched."""
+        self.seconds = 0.0
+        """The seconds that the last pair took."""
+        self.spent_s = 0.0
+        """The seconds that all pairs took."""
+
+    @property
+    def pairs(self) -> int:
+        """The number of complete pairs."""
+        return min(map(len, self.records.values()))
+
+    @property
+    def order(self) -> tuple[SideName, SideName]:
+        """The order of sides in the next pair: base head, head base, base head …, so that drift favours neither."""
+        return _SIDES if self.pairs % 2 == 0 else (_SIDES[1], _SIDES[0])
+
+    @property
+    def failed(self) -> bool:
+        """Whether a side gave no numbers."""
+        return bool(self.refused) or any(record.status != "ok" for side in self.records.values() for record in side)
+
+    @property
+    def timed(self) -> tuple[str, ...]:
+        """The metrics that pairs decide, once there is one pair.
+
+        Without a soak's wall time: a soak is about memory, and its pairs take minutes.
+        """
+        if self.failed or not self.pairs:
+            return ()
+        base, head = self.records["base"][0].metrics, self.records["head"][0].metrics
+        everywhere = set.intersection(*(set(record.metrics) for side in self.records.values() for record in side))
+        return tuple(
+            name
+            for name in sorted(everywhere)
+            if is_judged_in_pairs(base[name])
+            and is_judged_in_pairs(head[name])
+            and not (_soaks(self.case) and base[name].noise == "wall")
+        )
+
+    def values(self, side: SideName, name: str) -> list[float]:
+        """Return one value per process of the complete pairs."""
+        return [float(record.metrics[name].value) for record in self.records[side][: self.pairs]]
+
+    def check(self, metrics_judged: int) -> None:
+        """Judge each undecided metric by the pairs so far. `metrics_judged` metrics of the whole run share alpha."""
+        for name in self.timed:
+            if name in self._checks and decided(self._checks[name][0]):
+                continue
+            rule = self._rule.sequential(self.case, name, self.records["base"][0].metrics[name], metrics_judged)
+            self._checks[name] = rule.check(self.values("base", name), self.values("head", name)), self.pairs
+
+    @property
+    def finished(self) -> bool:
+        """Whether another pair would decide nothing."""
+        if self.failed:
+            return True
+        return self.pairs > 0 and all(name in self._checks and decided(self._checks[name][0]) for name in self.timed)
+
+    def result(self, why: str) -> CaseResult:
+        """Return the result so far; `why` explains, for undecided metrics, why there were no more pairs."""
+        if self.failed:
+            return self._failed_result()
+        if not self.pairs:
+            return CaseResult(case=self.case.id, pairs=0, failure="unmeasured", reason=why)
+        base, head = (self.records[side][: self.pairs] for side in _SIDES)
+        rows = exact_rows(self.case, base, head)
+        rows += [self._timed_row(name, why) for name in self.timed]
+        return CaseResult(case=self.case.id, pairs=self.pairs, rows=(*rows, *unjudged_rows(base, head, self.timed)))
+
+    def _timed_row(self, name: str, why: str) -> Difference:
+        check, pairs = self._checks.get(name, (None, self.pairs))
+        metric = self.records["base"][0].metrics[name]
+        tolerance = self._rule.tolerance(self.case, name, metric)
+        values = [self.values(side, name)[:pairs] for side in _SIDES]
+        return timed_row(name, metric, values[0], values[1], check, tolerance, why)
+
+    def _failed_result(self) -> CaseResult:
+        """Return the worst failure, with its side."""
+        reasons: list[str] = []
+        kinds: list[str] = []
+        for side in _SIDES:
+            bad = next((record for record in self.records[side] if record.status != "ok"), None)
+            if side in self.refused:
+                kinds.append("broken")
+                reasons.append(f"{side}: {self.refused[side]}")
+            elif bad is not None:
+                is_missing = bad.failure is not None and bad.failure.kind in _NOT_HERE
+                kinds.append("invalid" if bad.failure is None else "missing" if is_missing else "broken")
+                reasons.append(problem_of(side, bad))
+        if len(kinds) == 1:
+            reasons.append("The other side ran." if self._other_ran() else "")
+        lacking = kinds == ["missing", "missing"]
+        kind: Literal["broken", "invalid", "missing"] = (
+            "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
+        )
+        reason = " ".join(f"{text.rstrip('.')}." for text in reasons if text)
+        return CaseResult(case=self.case.id, pairs=self.pairs, failure=kind, reason=reason)
+
+    def _other_ran(self) -> bool:
+        return any(record.status == "ok" for side in self.records.values() for record in side)
+
+    def verdicts(self) -> dict[str, Verdict]:
+        """Return the verdicts so far, for the progress."""
+        return {name: check.verdict for name, (check, _) in self._checks.items() if check.verdict is not None}
+
+
+def problem_of(side: str, record: Record) -> str:
+    """Return the side and why its record has no numbers; "" for a sound record."""
+    if record.failure is not None:
+        return f"{side}: {record.failure.kind} in {record.failure.phase}: {record.failure.message}"
+    return f"{side}: invalid: {' '.join(record.reasons)}" if record.reasons else ""
+
+
+def _soaks(case: Case) -> bool:
+    return isinstance(case.workload, FinetuneSpec) and case.workload.soaks
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What to measure and how long."""
+    """The cases, the rule and the budget."""
 
     cases: tuple[Case, ...]
     rule: Rule = Rule()
     budget_s: float = 600.0
-    """No pair is begun that would probably end after it."""
+    """No pair starts that would probably end after it."""
     spent_s: float = 0.0
-    """What of the budget was spent before measuring."""
+    """The part of the budget that was spent before measuring."""
     exact_only: bool = False
-    """One pair a case, and timed metrics are left out."""
+    """Run one pair per case, and leave timed metrics out."""
     refused: dict[str, dict[SideName, str]] = {}
-    """By case: why a side cannot run it, known before anything was launched."""
+    """Why a side cannot run a case, by case; known before anything was launched."""
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +198,10 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """Timed metrics that share alpha."""
     seconds: float
     around: dict[SideName, Circumstances]
-    """Of the first record of each side."""
+    """The circumstances of each side's first record."""
 
     def exit_code(self, *, strict: bool = False) -> ExitCode:
-        """1: something is worse or not what was asked; 11: a run broke; 10, under strict: something is undecided; 0 otherwise."""
+        """1: something is worse or INVALID; 11: a run broke; 10, under strict: something is undecided; 0 otherwise."""
         failures = {result.failure for result in self.results}
         verdicts = {row.verdict for result in self.results for row in result.rows}
         if Verdict.REGRESSED in verdicts or "invalid" in failures:
@@ -74,13 +225,13 @@ class _Progress:
 def compare(
     plan: Plan, run: Run, tell: Callable[[str], None], *, check: Callable[[], None] = lambda: None
 ) -> Comparison:
-    """Measure all cases on both sides until everything is decided, or the budget is spent.
+    """Measure all cases on both sides until everything is decided or the budget is spent.
 
     Args:
         plan: cases, rule and budget.
         run: runs a case on a side.
         tell: called with a line of progress after each pair.
-        check: called after each pair; raises if what is measured has changed meanwhile.
+        check: called after each pair; raises if a tree has changed since the run began.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -112,7 +263,7 @@ def compare(
 
 
 def _next(trials: Sequence[Trial], deadline: float) -> Trial | None:
-    """Return the undecided case that has cost least so far and would end in time: a long one does not starve the others."""
+    """Return the undecided case that has cost least so far and would end in time, so that a long case does not starve the others."""
     now = time.monotonic()
     fit = [trial for trial in trials if trial.pairs and not trial.finished and now + trial.seconds <= deadline]
     return min(fit, key=lambda trial: trial.spent_s + trial.seconds, default=None)

@@ -1,4 +1,4 @@
-"""From what a user names to two sides that can be measured: revisions or interpreters, checked before anything runs."""
+"""From the user's options to two sides that can be measured: revisions or interpreters, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -10,19 +10,15 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import RepositoryError, SpecError
+from hpc_core.compare.ab import SideName
 from hpc_core.compare.checkouts import Checkouts
-from hpc_core.compare.describe import check_origin, check_protocol, described
-from hpc_core.compare.environments import Side, side_of
-from hpc_core.compare.trial import SideName
+from hpc_core.compare.describe import check_comparable
+from hpc_core.compare.sides import Side, side_of
 from hpc_core.record.git import content, head, resolved, top, uncommitted
-from hpc_core.worker.describe import Description, KnownCase
-
-KINDS = ("measure", "retime")
-"""The kinds of job that a comparison uses."""
 
 
 class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user named."""
+    """The revisions, interpreters and fault that the user named."""
 
     base: str | None = None
     """A revision; None: this tree as it is."""
@@ -56,10 +52,10 @@ class Arranged(msgspec.Struct, frozen=True, kw_only=True):
     base: Side
     head: Side
     measured_by: str
-    """One sentence: whose measuring code runs."""
+    """One sentence that says whose measuring code runs."""
     notes: tuple[str, ...]
     refused: dict[str, dict[SideName, str]]
-    """By case: why a side cannot run it."""
+    """Why a side cannot run a case, by case."""
     check: Callable[[], None]
     """Raises SpecError if a tree in use has changed since."""
 
@@ -84,10 +80,10 @@ def place_of(here: Path, *, needs_git: bool) -> tuple[Path, bool]:
 def arrange(
     options: SideOptions, cases: Sequence[Case], checkouts: Checkouts, place: Path, here: Path, in_git: bool
 ) -> Arranged:
-    """Check out both sides, ask what they would run, and check that they can be compared.
+    """Check out both sides, ask their workers what they would run, and check that they can be compared.
 
     Raises:
-        SpecError: a side that does not answer, sides that would run the same code, another protocol.
+        SpecError: a side that does not answer, sides that would run the same code, or another protocol.
         RepositoryError: an unknown revision.
         LaunchError: no such interpreter.
     """
@@ -96,7 +92,7 @@ def arrange(
     head = _side(
         "head", options.head, build, checkouts, place, in_git, python=options.head_python, fault=options.head_fault
     )
-    measured_by, refused = ask(base, head, cases, by_revision=options.base is not None)
+    measured_by, refused = check_comparable(base, head, cases, by_revision=options.base is not None)
     moving = in_git and (options.base is None or options.head is None)
     return Arranged(
         base=base,
@@ -119,7 +115,7 @@ def _side(
     python: str | None = None,
     fault: str | None = None,
 ) -> Side:
-    """Return a revision in a worktree of its own; without one the tree as it is, uncommitted changes included."""
+    """Return a revision in a worktree of its own; without a revision, the tree as it is with its uncommitted changes."""
     commit, tree, label = None, None, "this folder"
     if revision is not None:
         commit = resolved(place, revision)
@@ -142,45 +138,6 @@ def _same_code(base: Side, other: Side, place: Path, in_git: bool) -> tuple[str,
     else:
         same = base.commit == other.commit
     return ("base and head are the same code: this is an A/A, and whatever differs is noise.",) if same else ()
-
-
-def ask(
-    base: Side, head: Side, cases: Sequence[Case], *, by_revision: bool
-) -> tuple[str, dict[str, dict[SideName, str]]]:
-    """Return whose code measures, in a sentence; and by case, why a side cannot run it.
-
-    Raises:
-        SpecError: as `described`, `check_protocol` and `check_origin`.
-    """
-    sides: dict[SideName, Side] = {"base": base, "head": head}
-    found = {name: described(side, cases) for name, side in sides.items()}
-    refused: dict[str, dict[SideName, str]] = {}
-    for name, side in sides.items():
-        check_protocol(side, found[name], kinds=KINDS, fields=("fault",) if side.fault else ())
-        if by_revision:
-            check_origin(side, found[name], cases)
-        for case, known in zip(cases, found[name].cases, strict=True):
-            if known.digest != case.digest:
-                refused.setdefault(case.id, {})[name] = _why(known)
-    return _measured_by(sides, found), refused
-
-
-def _why(known: KnownCase) -> str:
-    if known.error:
-        return f"does not know this case: {known.error}"
-    return f"means another case by it (digest {known.digest})."
-
-
-def _measured_by(sides: dict[SideName, Side], found: dict[SideName, Description]) -> str:
-    own = [Path(found[name].home).is_relative_to(side.root.resolve()) for name, side in sides.items()]
-    if all(own) and sides["base"].root != sides["head"].root:
-        return "Measured by each side's own hpc-core: it is the code under test, and both have one protocol."
-    if found["base"].home != found["head"].home:
-        raise SpecError(
-            f"base would be measured by {found['base'].home}, head by {found['head'].home}: a difference could come from either. "
-            "Only in hpc-core's own repository may each side bring its own."
-        )
-    return "Measured by one hpc-core on both sides."
 
 
 def _watch(place: Path) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""Two launchers, one a side: each runs a side's cases in fresh processes, forked from a forkserver of that side's own."""
+"""Two launchers, one per side: each runs its side's cases in fresh processes, forked from that side's own forkserver."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal, Self
 
 from hpc_core.case.case import Case
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec
-from hpc_core.compare.environments import Side
-from hpc_core.compare.trial import SideName
+from hpc_core.compare.ab import SideName
+from hpc_core.compare.sides import Side
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
 from hpc_core.record.job import Job, Measure, Retime, Way
@@ -49,7 +49,7 @@ class Bench:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the numbers should know of how the workers were started."""
+        """What a reader of the numbers should know about how the workers were started."""
         return tuple(note for launcher in self._launchers.values() for note in launcher.notes)
 
     def prepare(self) -> None:
@@ -78,7 +78,7 @@ class Bench:
         Args:
             name: which side.
             case: what to run.
-            again: the side has measured it in full, and now measures times only.
+            again: measure times only, because the side has measured the case in full.
 
         Raises:
             LaunchError: no worker can be started at all.
@@ -97,7 +97,7 @@ class Bench:
 
 
 def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Return packages that every worker of these cases would import, and a forkserver may, where there is no CUDA."""
+    """Return the packages that every worker of these cases imports and that a forkserver may import, as there is no CUDA."""
     if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
         return ()
     names = ["peft"] if any(case.adapter is not None for case in cases) else []

@@ -1,49 +1,43 @@
 """Which version of a package first moved a metric: binary search, each step an A/B against the good version.
 
-A version is bad when its value lies nearer to the bad end than to the good one: beyond half of the change between them. So small
-drift on the way is not mistaken for the jump. Versions that give no number are skipped, as `git bisect skip` does.
+A version is bad if its value lies nearer to the bad end than to the good one: beyond half of the change between them. So a small drift
+is not mistaken for the jump. Versions that give no number are skipped, as `git bisect skip` does.
 """
 
 from __future__ import annotations
 
-import functools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.compare.arrange import ask
-from hpc_core.compare.describe import described
+from hpc_core.compare.ab import Run, SideName, problem_of
 from hpc_core.compare.differences import Rule, is_judged_in_pairs
-from hpc_core.compare.environments import Side, python_with, side_of
 from hpc_core.compare.sequential import Check, Sequential
-from hpc_core.compare.trial import SideName
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric, Record
 
-Run = Callable[[SideName, Case, bool], Record]
 Word = Literal["good", "bad", "skip"]
 _SHOWN = 12
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What an A/B of one candidate against the good end says of the metric."""
+    """The result of an A/B of one candidate against the good end."""
 
     word: Word
     base: float | None = None
-    """The good end's value, measured together with the candidate's; medians of processes."""
+    """The good end's value, measured together with the candidate's. Both are medians of processes."""
     head: float | None = None
     text: str
-    """With the numbers."""
+    """The change in numbers, or why there is none."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One candidate that was tried."""
+    """One candidate that was tried, and its answer."""
 
     index: int
     answer: Answer
@@ -60,9 +54,9 @@ class Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def search(count: int, classify: Callable[[int], Answer]) -> Found:
-    """Return the first bad one of `count` candidates, oldest first, of which the last is known to be bad.
+    """Return the first bad one of `count` candidates, oldest first; the last one is known to be bad.
 
-    Before the first one lies what is known to be good. The candidate nearest to the middle is asked next.
+    The version before the first candidate is known to be good. The candidate nearest to the middle is tried next.
 
     Raises:
         ValueError: there is no candidate.
@@ -98,7 +92,7 @@ class Question:
         """The metric at the good and at the bad end."""
 
     def ends(self, good: str, bad: str) -> Answer:
-        """Measure the bad end as head; afterwards `ask` can judge candidates.
+        """Measure the bad end as head. Afterwards `ask` can judge candidates.
 
         Raises:
             SpecError: an end gives no number, the metric is not judged, or good and bad do not differ beyond noise.
@@ -184,15 +178,15 @@ class Question:
         return (
             records["base"],
             records["head"],
-            "; ".join(filter(None, (_problem(side, records[side]) for side in ("base", "head")))),
+            "; ".join(filter(None, (problem_of(side, records[side]) for side in ("base", "head")))),
         )
 
     def _timed(
         self, tolerance: float, first: tuple[Record, Record], *, swap: bool
     ) -> tuple[list[float], list[float], Check | None, str]:
-        """Return values of base and of head, pair after pair until it is decided; the last analysis, and what went wrong.
+        """Return the values of base and of head, the last check and the problem, after as many pairs as a verdict takes.
 
-        With `swap` base is judged against head, for changes towards less.
+        With `swap`, base is judged against head, for a metric that got smaller.
         """
         rule = Sequential(
             alpha=self._rule.alpha,
@@ -212,102 +206,3 @@ class Question:
             afters.append(float(self._of(head).value))
             check = rule.check(afters, befores) if swap else rule.check(befores, afters)
         return befores, afters, check, ""
-
-
-def _problem(side: str, record: Record) -> str:
-    if record.failure is not None:
-        return f"{side}: {record.failure.kind} in {record.failure.phase}: {record.failure.message}"
-    return f"{side}: invalid: {' '.join(record.reasons)}" if record.reasons else ""
-
-
-class Versions(msgspec.Struct, frozen=True, kw_only=True):
-    """Versions of one package in order, the good one first, and the interpreters that were named for some of them."""
-
-    package: str
-    versions: tuple[str, ...]
-    pythons: dict[str, str]
-
-    @classmethod
-    def parse(cls, package: str, versions: str | None, ends: str | None, pythons: Sequence[str]) -> Versions:
-        """Read "5.17,5.20,5.24", or the ends "5.17..5.24" of such a list, and "5.17=PATH" for each interpreter.
-
-        Raises:
-            SpecError: fewer than two versions, one that is named twice, ends that are not in the list, or an interpreter for another version.
-        """
-        listed = [part.strip() for part in (versions or "").split(",") if part.strip()]
-        if ends is not None:
-            first, dots, last = ends.partition("..")
-            if not dots or not first or not last:
-                raise SpecError(f"{ends!r} is not a range of versions: write GOOD..BAD, such as 5.17..5.24.")
-            listed = listed or [first, last]
-            for end in (first, last):
-                if end not in listed:
-                    raise SpecError(f"{ends}: {end} is not in --versions {','.join(listed)}.")
-            listed = listed[listed.index(first) : listed.index(last) + 1]
-        if len(set(listed)) != len(listed):
-            raise SpecError(f"--versions {','.join(listed)}: one is named twice.")
-        if len(listed) < 2:
-            raise SpecError(
-                "A bisection needs two versions or more, the good one first: --versions 5.17,5.20,5.24, or 5.17..5.24."
-            )
-        named: dict[str, str] = {}
-        for text in pythons:
-            version, equals, path = text.partition("=")
-            if not equals or not path:
-                raise SpecError(f"--python-for {text!r}: write --python-for {version or 'VERSION'}=PATH.")
-            if version not in listed:
-                raise SpecError(f"--python-for {version}: it is not among the versions {', '.join(listed)}.")
-            named[version] = path
-        return cls(package=package, versions=tuple(listed), pythons=named)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The candidates: every version after the good one."""
-        return tuple(f"{self.package} {version}" for version in self.versions[1:])
-
-
-class VersionSides:
-    """Makes a side of each version: the same code under an interpreter that has that version."""
-
-    def __init__(
-        self, versions: Versions, case: Case, scratch: Path, *, place: Path, here: Path, tell: Callable[[str], None]
-    ) -> None:
-        self._versions = versions
-        self._case = case
-        self._build = functools.partial(side_of, place=place, here=here, scratch=scratch)
-        pythons: Mapping[str, str] = versions.pythons
-        self._python = functools.partial(python_with, versions.package, pythons=pythons, scratch=scratch, tell=tell)
-
-    @functools.cached_property
-    def good(self) -> Side:
-        """The first version, as base."""
-        return self._side("base", self._versions.versions[0])
-
-    def candidate(self, index: int) -> Side:
-        """Return a later version, as head; 0 is the one after the good one.
-
-        Raises:
-            SpecError: it cannot be installed, or cannot be compared with the good one.
-        """
-        side = self._side("head", self._versions.versions[index + 1])
-        ask(self.good, side, [self._case], by_revision=False)
-        return side
-
-    def _side(self, name: str, version: str) -> Side:
-        package = self._versions.package
-        side = self._build(name, label=f"{package} {version}", python=self._python(version))
-        found = described(side, [self._case], versions=[package]).versions[package]
-        if _release(found) != _release(version):
-            raise SpecError(
-                f"{side.python} has {package} {found or 'not at all'}, not {version}. "
-                f"Name another one: --python-for {version}=PATH."
-            )
-        return side
-
-
-def _release(version: str) -> tuple[str, ...]:
-    """Return the parts of a version: 5.17 is 5.17.0, and a local label as in 2.13.0+cpu does not count."""
-    parts = version.partition("+")[0].split(".")
-    while len(parts) > 1 and parts[-1] == "0":
-        parts.pop()
-    return tuple(parts)

@@ -31,7 +31,7 @@ if [ -z "$word" ]; then sleep 10; rm -rf -- "$1"; fi
 
 
 class Checkouts:
-    """A context manager over the folder. Without a repository it is a temporary folder and nothing more."""
+    """A context manager over the folder. Without a repository it is only a temporary folder."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root

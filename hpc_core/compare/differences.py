@@ -1,7 +1,7 @@
-"""From the records of both sides to one row per metric: what differs, by how much, and what that means.
+"""From the records of both sides to one row per metric: whether it differs, by how much, and the verdict.
 
-Exact metrics are compared exactly, from one process a side. Busy and wall time are decided by the sequential three-way rule over
-pairs of processes, each process one value. Metrics without such a rule are shown and not judged.
+Exact metrics are compared exactly, from one process per side. Busy and wall time are decided by the sequential three-way rule over
+pairs of processes, with one value per process. Other metrics are shown and not judged.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from hpc_core.record.record import Metric, Record
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run of comparisons allows, and how often it may be wrong."""
+    """The tolerances of a comparison, and its rate of false alarms."""
 
     wall: float = 0.05
-    """Ratio by which wall time may differ: half of the 10 % that must be found."""
+    """The ratio by which wall time may differ: half of the 10 % that a comparison must find."""
     busy: float = PAIRED_RATIO
     alpha: float = 0.05
-    """Chance of a false alarm in the whole run: all timed metrics of all cases together."""
+    """The probability of a false alarm in the whole run, over all timed metrics of all cases."""
     least_pairs: int = 3
     most_pairs: int = 24
 
@@ -38,7 +38,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
         return allowed_ratio(name, metric, case.limits.named().get(name), ratio=ratio)
 
     def sequential(self, case: Case, name: str, metric: Metric, metrics_judged: int) -> Sequential:
-        """Return the rule for one of so many timed metrics."""
+        """Return the rule for one of `metrics_judged` timed metrics."""
         return Sequential(
             alpha=self.alpha / max(1, metrics_judged),
             tolerance=self.tolerance(case, name, metric),
@@ -56,23 +56,23 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     unit: str
     noise: str
     base: float | int | None
-    """Median over the processes; None where the side lacks it."""
+    """The median over the processes; None if the side lacks the metric."""
     head: float | int | None
     ratio: float | None
-    """head / base - 1; of timed metrics the geometric mean over the pairs."""
+    """head / base - 1; for timed metrics, from geometric means over the pairs."""
     interval: tuple[float, float] | None = None
-    """Of timed metrics: where the ratio lies, at the level of the verdict."""
+    """The interval of a timed metric's ratio, at the alpha of its verdict."""
     pairs: int = 0
-    """Processes per side that it rests on."""
+    """The number of processes per side."""
     verdict: Verdict | None
-    """None: shown and not judged."""
+    """None if the metric is shown and not judged."""
     differs: bool
-    """Beyond noise."""
+    """Whether the sides differ beyond noise."""
     reason: str
 
 
 def is_judged_in_pairs(metric: Metric) -> bool:
-    """Return whether the three-way rule decides it: a time with samples, where less is better."""
+    """Return whether the three-way rule decides the metric: a time with samples, where lower is better."""
     timed = metric.noise == "busy" or (metric.noise == "wall" and metric.samples is not None)
     return timed and metric.better == "lower" and metric.value > 0
 
@@ -86,46 +86,33 @@ def _ratio(base: float, head: float) -> float | None:
 
 
 def exact_rows(case: Case, base: Sequence[Record], head: Sequence[Record]) -> list[Difference]:
-    """Return the gated exact metrics of both sides, each of which has at least one record that is ok."""
+    """Return the rows of gated exact metrics. Each side has at least one record that is ok."""
     first, other = base[0].metrics, head[0].metrics
     names = sorted({*first, *other})
     rows = []
     for name in names:
-        known = [metrics[name] for metrics in (first, other) if name in metrics]
-        if not any(_is_exact(metric) for metric in known):
+        before, after = first.get(name), other.get(name)
+        if not any(metric is not None and _is_exact(metric) for metric in (before, after)):
             continue
-        if len(known) < 2:
-            rows.append(_one_sided(name, known[0], in_base=name in first))
-        elif (obstacle := incomparable(name, first[name], other[name])) is not None:
-            rows.append(_incomparable(name, first[name], other[name], obstacle.reason))
+        if before is None or after is None:
+            reason = "head has it, base does not." if before is None else "base has it, head does not."
+            rows.append(_incomparable(name, before, after, reason))
+        elif (obstacle := incomparable(name, before, after)) is not None:
+            rows.append(_incomparable(name, before, after, obstacle.reason))
         else:
             rows.append(_exact_row(case, name, base, head))
     return rows
 
 
-def _one_sided(name: str, metric: Metric, *, in_base: bool) -> Difference:
-    has, lacks = ("base", "head") if in_base else ("head", "base")
+def _incomparable(name: str, base: Metric | None, head: Metric | None, reason: str) -> Difference:
+    metric = base if head is None else head
+    assert metric is not None
     return Difference(
         metric=name,
         unit=metric.unit,
         noise=metric.noise,
-        base=metric.value if in_base else None,
-        head=None if in_base else metric.value,
-        ratio=None,
-        pairs=1,
-        verdict=Verdict.INCOMPATIBLE,
-        differs=True,
-        reason=f"{has} has it, {lacks} does not.",
-    )
-
-
-def _incomparable(name: str, base: Metric, head: Metric, reason: str) -> Difference:
-    return Difference(
-        metric=name,
-        unit=head.unit,
-        noise=head.noise,
-        base=base.value,
-        head=head.value,
+        base=None if base is None else base.value,
+        head=None if head is None else head.value,
         ratio=None,
         pairs=1,
         verdict=Verdict.INCOMPATIBLE,
@@ -191,12 +178,12 @@ def timed_row(
 
     Args:
         name: of the metric.
-        metric: of either side.
+        metric: the metric on either side.
         base: one value per process.
         head: likewise.
-        check: the last one made; None if there was none.
-        ratio: by which it may differ.
-        why: why there were no more pairs, if it is undecided.
+        check: the last check; None if there was none.
+        ratio: the allowed ratio.
+        why: why there were no more pairs, if the metric is undecided.
     """
     interval = None if check is None else check.interval
     outside = interval is not None and _excludes_zero(interval)
@@ -225,17 +212,17 @@ def timed_row(
 
 
 def _shown(interval: Interval, verdict: Verdict) -> tuple[float, float]:
-    """Return the bounds that the verdict rests on: the wide ones for REGRESSED, the narrow ones for PASS and IMPROVED."""
+    """Return the bounds that the verdict used: the wide ones for REGRESSED, the narrow ones for PASS and IMPROVED."""
     return (interval.low, interval.high) if verdict is Verdict.REGRESSED else (interval.pass_low, interval.pass_high)
 
 
 def _excludes_zero(interval: Interval) -> bool:
-    """Return whether the sides differ, at the run's own level of false alarms: a run of equal sides then shows nothing."""
+    """Return whether the sides differ, at the run's alpha: a run of equal sides then shows no difference."""
     return interval.low > 0 or interval.high < 0
 
 
 def unjudged_rows(base: Sequence[Record], head: Sequence[Record], timed: Collection[str]) -> list[Difference]:
-    """Return what both sides have and no rule decides: derived numbers, memory of the process, shares of a ceiling."""
+    """Return the rows that no rule decides: derived numbers, memory of the process, shares of a ceiling."""
     rows = []
     first, other = base[0].metrics, head[0].metrics
     for name in sorted(first.keys() & other.keys()):

@@ -36,9 +36,9 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     interval: Interval | None
     """None before the first check."""
     alpha_spent: float
-    """Probability, at most, of a false REGRESSED at this check or an earlier one."""
+    """The highest probability of a false REGRESSED at this check or an earlier one."""
     required: str = ""
-    """At the last pair, if undecided: a sentence that says what would decide."""
+    """A sentence that says what would decide, if the last pair left it undecided."""
 
 
 class Sequential(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Sequential(msgspec.Struct, frozen=True):
 
     @property
     def check_points(self) -> tuple[int, ...]:
-        """The numbers of pairs at which a check is made: the least, then a third more each time, and the most."""
+        """The numbers of pairs at which a check is made: `least_pairs`, then a third more each time, and `most_pairs`."""
         found = [self.least_pairs]
         while found[-1] < self.most_pairs:
             found.append(min(self.most_pairs, math.ceil(found[-1] * 4 / 3)))

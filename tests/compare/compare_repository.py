@@ -1,4 +1,4 @@
-"""A small git repository for the comparisons: a package whose step holds more memory from a known commit on."""
+"""A small git repository for comparisons: a package whose step holds more memory from a known commit on."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ BROKEN = "raise RuntimeError('this commit does not even import')\n"
 
 
 def git(root: Path, *arguments: str) -> str:
-    """What git says, as a user with a name."""
+    """The output of git, run as a user with a name."""
     who = ("-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "init.defaultBranch=main")
-    ran = subprocess.run(
+    process = subprocess.run(
         ("git", "-C", str(root), *who, *arguments), check=True, capture_output=True, text=True, timeout=30
     )
-    return ran.stdout.strip()
+    return process.stdout.strip()
 
 
 def commit(root: Path, subject: str, step: str) -> str:
-    """Write the step, commit everything, return the commit."""
+    """Write the step, commit everything, and return the commit."""
     (root / "work" / "step.py").write_text(step)
     (root / "subject.txt").write_text(subject)
     git(root, "add", "-A")
@@ -39,7 +39,7 @@ def commit(root: Path, subject: str, step: str) -> str:
 
 
 def repository(root: Path, *kib: int | None) -> list[str]:
-    """A commit for each size of the step's tensor; None is a commit that does not import. The commits, oldest first."""
+    """Make a commit for each size of the step's tensor (None: one that does not import), and return them, oldest first."""
     (root / "work").mkdir(parents=True)
     git(root, "init", "-q")
     (root / "work" / "__init__.py").write_text("")

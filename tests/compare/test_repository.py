@@ -1,4 +1,4 @@
-"""Comparisons in a real repository: what is refused before anything runs, what is left behind, and one bisection to the end."""
+"""Comparisons in a real repository: what is refused before anything runs, and what is left behind."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.cli import main
-from hpc_core.compare.arrange import KINDS, SideOptions, arrange
+from hpc_core.compare.arrange import SideOptions, arrange
 from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.describe import check_protocol, described
-from hpc_core.compare.environments import side_of
+from hpc_core.compare.sides import side_of
+from tests.commands import exit_code
 from tests.compare.compare_repository import STEP, git, repository
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ FILE = ("--cases", "perf_cases.py")
 
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Three commits; the working directory is at its top, and hpc_core is importable there."""
+    """A repository of three commits with the working directory at its top, and temporary files outside it."""
     root = tmp_path / "repo"
     repository(root, 64, 64, 128)
     monkeypatch.chdir(root)
@@ -38,11 +39,10 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What a refused command says: exit code 2, one line, nothing on stdout."""
-    with pytest.raises(SystemExit) as end:
-        main([*arguments])
+    """The last line of a refused command's message: it exits with code 2 and prints nothing on stdout."""
+    code = exit_code(main, *arguments)
     out, err = capsys.readouterr()
-    assert (end.value.code, out) == (2, ""), err
+    assert (code, out) == (2, ""), err
     assert "Traceback" not in err
     return err.splitlines()[-1]
 
@@ -70,7 +70,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(arguments: list[str], text: str, repo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bad input is refused before anything runs, in one line, and leaves no worktree."""
+    """Bad input is refused in one line before anything runs, and leaves no worktree."""
     assert text in refusal(capsys, *arguments)
     assert git(repo, "worktree", "list").count("\n") == 0
 
@@ -78,7 +78,7 @@ def test_a_mistake_is_one_line(arguments: list[str], text: str, repo: Path, caps
 def test_without_a_repository_there_are_no_revisions(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Outside a repository, and without git, the answer says what would work."""
+    """Outside a repository, or without git, the refusal says so."""
     plain = tmp_path / "plain"
     plain.mkdir()
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
@@ -89,17 +89,17 @@ def test_without_a_repository_there_are_no_revisions(
 
 
 def arranged(repo: Path, base: str, *cases: Case) -> tuple[str, str, tuple[str, ...], str]:
-    """Labels, notes and whose code measures."""
+    """The labels of both sides, the notes, and whose code measures."""
     with Checkouts(repo) as checkouts:
-        found = arrange(SideOptions(base=base), cases, checkouts, repo, repo, in_git=True)
-        assert found.base.folder.is_dir()
-        found.check()
+        sides = arrange(SideOptions(base=base), cases, checkouts, repo, repo, in_git=True)
+        assert sides.base.folder.is_dir()
+        sides.check()
     assert not checkouts.folder.exists()
-    return found.base.label, found.head.label, found.notes, found.measured_by
+    return sides.base.label, sides.head.label, sides.notes, sides.measured_by
 
 
 def test_an_uncommitted_tree_can_be_head(repo: Path) -> None:
-    """The working tree is measured as it is; a clean one at the base's commit is told to be an A/A."""
+    """The working tree is measured as it is; a clean one at the base's commit is reported as an A/A."""
     cases = load_case_file(repo / "perf_cases.py")
     *_, notes, measured_by = arranged(repo, "main", *cases)
     assert "A/A" in notes[0]
@@ -111,17 +111,17 @@ def test_an_uncommitted_tree_can_be_head(repo: Path) -> None:
 
 
 def test_a_tree_that_is_edited_meanwhile_is_refused(repo: Path) -> None:
-    """A change of the working tree between two pairs is noticed."""
+    """An edit of the working tree between two pairs is refused."""
     cases = load_case_file(repo / "perf_cases.py")
     with Checkouts(repo) as checkouts:
-        found = arrange(SideOptions(base="main"), cases, checkouts, repo, repo, in_git=True)
+        sides = arrange(SideOptions(base="main"), cases, checkouts, repo, repo, in_git=True)
         (repo / "work" / "step.py").write_text(STEP.format(kib=65))
         with pytest.raises(SpecError, match="changed while it was measured"):
-            found.check()
+            sides.check()
 
 
 def test_code_from_elsewhere_is_refused(repo: Path) -> None:
-    """A step that both sides would import from the same installed package would compare it with itself."""
+    """A step that both sides would import from the same installed package is refused."""
     case = Case(id="own/json", scale="tiny", workload=CallableSpec(factory="msgspec.json:encode"))
     with pytest.raises(SpecError, match=r"not from this side's tree .* --path DIR"):
         arranged(repo, "main", case)
@@ -130,8 +130,8 @@ def test_code_from_elsewhere_is_refused(repo: Path) -> None:
 DESCRIBE = """\
 import json, sys
 
-spoken = {{"home": ".", "job_fields": ["case"], "job_kinds": {kinds}, "cases": [{{"digest": ""}}]}}
-json.dump(spoken | {{"schema": {schema}, "record_fields": {{"Record": {fields}}}}}, sys.stdout)
+description = {{"home": ".", "job_fields": ["case"], "job_kinds": {kinds}, "cases": [{{"digest": ""}}]}}
+json.dump(description | {{"schema": {schema}, "record_fields": {{"Record": {fields}}}}}, sys.stdout)
 """
 TOO_OLD = "import argparse; parser = argparse.ArgumentParser(); parser.add_argument('--job-fd', required=True); parser.parse_args()"
 
@@ -148,7 +148,7 @@ TOO_OLD = "import argparse; parser = argparse.ArgumentParser(); parser.add_argum
     ids=["too old", "another schema", "a newer record", "no such job", "no dependencies"],
 )
 def test_another_protocol_is_refused(worker: str, text: str, repo: Path) -> None:
-    """A repository that holds another hpc_core can be a side only if its own worker describes what this launcher understands."""
+    """A side with its own hpc_core is refused unless its worker speaks this launcher's protocol."""
     (repo / "hpc_core" / "worker").mkdir(parents=True)
     (repo / "hpc_core" / "__init__.py").write_text("")
     (repo / "hpc_core" / "worker" / "__init__.py").write_text("")
@@ -160,17 +160,17 @@ def test_another_protocol_is_refused(worker: str, text: str, repo: Path) -> None
 
 
 def test_a_worker_describes_itself() -> None:
-    """Its answer names its home, its protocol, the digest of each case and where code under test lies."""
+    """A worker's description has its home, its protocol, each case's digest and the places of the code under test."""
     case = Case(id="own/json", scale="tiny", workload=CallableSpec(factory="msgspec.json:encode"))
     side = side_of("base", label="here", place=ROOT, here=ROOT, scratch=ROOT)
-    found = described(side, [case], versions=["msgspec", "no-such-thing"])
-    assert (found.home, found.cases[0].digest) == (str(ROOT / "hpc_core"), case.digest)
-    assert {"measure", "retime", "predict"} <= set(found.job_kinds)
-    assert (set(found.places), found.versions["no-such-thing"]) == ({"msgspec"}, "")
-    check_protocol(side, found, kinds=KINDS, fields=("fault",))
+    description = described(side, [case], versions=["msgspec", "no-such-thing"])
+    assert (description.home, description.cases[0].digest) == (str(ROOT / "hpc_core"), case.digest)
+    assert {"measure", "retime", "predict"} <= set(description.job_kinds)
+    assert (set(description.places), description.versions["no-such-thing"]) == ({"msgspec"}, "")
+    check_protocol(side, description, fields=("fault",))
 
 
-HOLDS = """
+HOLD_A_WORKTREE = """
 import sys, time
 from pathlib import Path
 from hpc_core.compare.checkouts import Checkouts
@@ -181,9 +181,9 @@ time.sleep(60)
 
 
 def test_a_killed_comparison_leaves_no_worktree(repo: Path) -> None:
-    """Even SIGKILL, which nothing can handle, leaves neither folder nor worktree."""
+    """A comparison that is killed by SIGKILL leaves neither folder nor worktree."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = (sys.executable, "-c", HOLDS, str(repo))
+    command = (sys.executable, "-c", HOLD_A_WORKTREE, str(repo))
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}) as process:
         assert process.stdout is not None
         tree = Path(process.stdout.readline().strip())

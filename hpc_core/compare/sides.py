@@ -1,4 +1,4 @@
-"""The environment of one side of a comparison: whose code, under which interpreter, in which folder.
+"""One side of a comparison: whose code, under which interpreter, in which folder.
 
 The measuring code is that of the running installation on both sides; only the code under test differs. In a repository that
 holds hpc_core itself, the code under test is hpc_core, and each side measures with its own.
@@ -7,11 +7,8 @@ holds hpc_core itself, the code under test is hpc_core, and each side measures w
 from __future__ import annotations
 
 import os
-import site
-import subprocess
 import sys
-import venv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -22,21 +19,20 @@ from hpc_core.record.version import PACKAGE_FOLDER
 
 _DATA = "HPC_CORE_DATA"
 _COMMIT = "HPC_CORE_COMMIT"
-_INSTALL_S = 1800
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """One side: everything that its workers need to run this side's code."""
+    """Everything that the workers of one side need to run its code."""
 
     name: str
-    """Which one: "base" or "head"."""
+    """ "base" or "head"."""
     label: str
-    """What it is, for the reader: "main~1 (3eb4cd44b)", "the working tree (3eb4cd44b, 2 files changed)"."""
+    """Shown to the reader: "main~1 (3eb4cd44b)", "the working tree (3eb4cd44b, 2 files changed)"."""
     python: str
     root: Path
-    """Top of the tree with the code under test."""
+    """The top of the tree with the code under test."""
     folder: Path
-    """Where workers run: the root, or what corresponds to the folder of the command below it."""
+    """The folder in which workers run: the root, or the same folder below it in which the command was given."""
     environment: dict[str, str]
     commit: str | None
     fault: str | None = None
@@ -87,8 +83,8 @@ def side_of(
     chosen = chosen if os.path.isabs(chosen) else os.path.abspath(chosen)  # noqa: PTH100, PTH117 - links to a venv's Python must stay
     measuring = [] if chosen == sys.executable else [_link_to_hpc_core(scratch / "measuring")]
     # Measuring code comes first, unless the tree itself is hpc_core: then the tree does.
-    holds_us = (root / "hpc_core" / "__init__.py").is_file()
-    order = [root, *first, *measuring] if holds_us else [*measuring, root, *first]
+    has_hpc_core = (root / "hpc_core" / "__init__.py").is_file()
+    order = [root, *first, *measuring] if has_hpc_core else [*measuring, root, *first]
     inherited = [_in_tree(part, place, root) for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     environment = {"PYTHONPATH": os.pathsep.join([*map(os.fspath, order), *inherited])}
     if data := os.environ.get(_DATA):
@@ -108,7 +104,7 @@ def side_of(
 
 
 def _in_tree(part: str, place: Path, root: Path) -> str:
-    """Return an entry of PYTHONPATH; one inside the user's tree becomes the same one in the side's tree."""
+    """Return an entry of PYTHONPATH; a folder in the user's tree becomes the same folder of the side's tree."""
     try:
         return os.fspath(root / Path(part).resolve().relative_to(place))
     except ValueError:
@@ -116,53 +112,9 @@ def _in_tree(part: str, place: Path, root: Path) -> str:
 
 
 def _link_to_hpc_core(folder: Path) -> Path:
-    """Make a folder that holds a link to the running hpc_core and nothing else: none of its neighbours reaches another interpreter."""
+    """Make a folder with a link to the running hpc_core alone, so that no neighbouring package reaches another interpreter."""
     link = folder / "hpc_core"
     if not link.is_symlink():
         folder.mkdir(parents=True, exist_ok=True)
         link.symlink_to(PACKAGE_FOLDER)
     return folder
-
-
-def python_with(
-    package: str, version: str, *, pythons: Mapping[str, str], scratch: Path, tell: Callable[[str], None]
-) -> str:
-    """Return an interpreter with that version of a package: the one named for it, else a virtual environment made now.
-
-    The environment sees this interpreter's packages behind its own, so pip fetches only what differs.
-
-    Raises:
-        SpecError: pip cannot install it.
-    """
-    if version in pythons:
-        return pythons[version]
-    home = scratch / "environments" / f"{package}-{version}"
-    python = home / "bin" / "python"
-    if not python.exists():
-        tell(f"{package} {version}: making an environment (pip install {package}=={version})")
-        venv.create(home, with_pip=False, symlinks=True)
-        own = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-        # Python runs the import lines of a .pth file when it starts.
-        lines = [f"import site; site.addsitedir({found!r})" for found in site.getsitepackages()]
-        (own / "inherited.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        _install(python, package, version)
-    return os.fspath(python)
-
-
-def _install(python: Path, package: str, version: str) -> None:
-    command = (sys.executable, "-m", "pip", "--python", os.fspath(python), "--disable-pip-version-check")
-    try:
-        ran = subprocess.run(
-            (*command, "install", "--quiet", f"{package}=={version}"),
-            capture_output=True,
-            text=True,
-            timeout=_INSTALL_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SpecError(f"pip install {package}=={version} took longer than {_INSTALL_S} s.") from error
-    if ran.returncode:
-        last = (ran.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise SpecError(
-            f"pip cannot install {package} {version}: {last}. Name an interpreter that has it: --python-for {version}=PATH."
-        )
