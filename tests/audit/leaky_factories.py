@@ -1,4 +1,4 @@
-"""Factories that test_audit_modules names in its cases: each changes transformers for the whole process and leaves it so."""
+"""Factories of callable cases for test_modules.py: each patches transformers for the rest of the process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _llama() -> Any:
 
 
 def class_forward() -> Step:
-    """Every MLP runs a forward of ours from now on, disguised as the original by `functools.wraps`."""
+    """Replace the forward of every MLP by a wrapper that `functools.wraps` makes look like the original."""
     mlp = _llama().LlamaMLP
     original = mlp.forward
 
@@ -29,7 +29,7 @@ def class_forward() -> Step:
 
 
 def function() -> Step:
-    """The rotary embedding is applied by a function of ours, as Liger does."""
+    """Replace the function that applies the rotary embedding, as Liger does."""
     llama = _llama()
     original = llama.apply_rotary_pos_emb
     llama.apply_rotary_pos_emb = lambda *args, **kwargs: original(*args, **kwargs)
@@ -37,7 +37,7 @@ def function() -> Step:
 
 
 def whole_class() -> Step:
-    """The file's norm is a class of ours, which every model built from now on takes."""
+    """Replace the norm's class for every model built from now on."""
     llama = _llama()
     llama.LlamaRMSNorm = type("OurRMSNorm", (llama.LlamaRMSNorm,), {"__module__": __name__})
     return lambda: None

@@ -1,4 +1,4 @@
-"""The audit of runs that are what was asked: every fact there, every fact true, whatever the variant."""
+"""The audit of correct runs: every fact is there and holds, in every variant."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ from hpc_core.record.job import Job
 from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
 
-CASES = {
-    case.id: case for case in TINY if not case.id.endswith("-soak")
-}  # its two hundred steps have tests of their own
+CASES = {case.id: case for case in TINY if not case.id.endswith("-soak")}  # the soak runs in tests/worker/test_soak.py
 WEIGHTS = {
     "quantized_layers",
     "embedding_dtype",
@@ -62,11 +60,11 @@ GENERATION = {
 
 
 @functools.cache
-def _once(case: Case) -> Record:
+def _record(case: Case) -> Record:
     return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
 
 
-def _asked_facts(case: Case) -> set[str]:
+def _expected_facts(case: Case) -> set[str]:
     facts = WEIGHTS | (TRAINING if isinstance(case.workload, FinetuneSpec) else GENERATION)
     if case.quantization is not None:
         facts = facts | QUANTIZED
@@ -81,11 +79,11 @@ def _asked_facts(case: Case) -> set[str]:
 
 @pytest.mark.parametrize("case_id", CASES)
 def test_a_tiny_case_has_all_its_facts_and_they_hold(case_id: str) -> None:
-    """No fact is missing, none fails, and none could not be determined."""
-    record = _once(CASES[case_id])
+    """No fact is missing or fails, and no note says that one could not be determined."""
+    record = _record(CASES[case_id])
     assert record.reasons == ()
     assert record.status == "ok"
-    assert _asked_facts(CASES[case_id]) - set(record.audit) == set()
+    assert _expected_facts(CASES[case_id]) - set(record.audit) == set()
     assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
 
 
@@ -131,27 +129,27 @@ VARIANTS = [
 @pytest.mark.nightly
 @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.id)
 def test_a_rarer_variant_is_no_false_alarm(case: Case) -> None:
-    """What no catalogue case asks for holds too: other caches, optimizers, kinds of checkpointing, attention, targets."""
-    record = _once(case)
+    """Every fact also holds for caches, optimizers, kinds of checkpointing, attention and targets that no catalogue case uses."""
+    record = _record(case)
     assert record.reasons == ()
     assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
 
 
-def test_without_a_cache_its_length_is_no_question() -> None:
-    """A query without KV cache has no length of one, and says that it had none."""
-    audit = _once(generate(tiny, variant="generate-uncached", cache="off", **_answer)).audit
+def test_without_a_cache_there_is_no_cache_length() -> None:
+    """Without a KV cache the fact `cache` is off and there is no `cache_length`."""
+    audit = _record(generate(tiny, variant="generate-uncached", cache="off", **_answer)).audit
     assert audit["cache"].seen == "off"
     assert "cache_length" not in audit
 
 
-def test_the_attention_kernel_is_told() -> None:
-    """The record says which fused kernel ran; a CPU has one."""
-    assert _once(CASES["tiny/lora"]).audit["attention_kernel"].seen == ["flash_attention_for_cpu"]
+def test_the_attention_kernel_is_recorded() -> None:
+    """The record names the fused attention kernel that ran."""
+    assert _record(CASES["tiny/lora"]).audit["attention_kernel"].seen == ["flash_attention_for_cpu"]
 
 
-def test_what_prepare_left_is_noted() -> None:
-    """A case that leaves the kind of checkpointing to peft is told in its notes which one it got."""
-    assert "prepare left checkpointing on, reentrant" in _once(CASES["tiny/qlora-prepare"]).circumstances.notes
+def test_the_checkpointing_that_prepare_chose_is_noted() -> None:
+    """If a case leaves checkpointing to peft's preparation, a note says which kind ran."""
+    assert "prepare left checkpointing on, reentrant" in _record(CASES["tiny/qlora-prepare"]).circumstances.notes
 
 
 @pytest.mark.parametrize(
@@ -160,7 +158,7 @@ def test_what_prepare_left_is_noted() -> None:
     ids=["nf4", "nf4-dq", "int8"],
 )
 def test_the_closed_form_of_a_layers_bytes_adds_up(spec: QuantSpec) -> None:
-    """The bytes of one layer by hand: packed weights, constants, tables."""
+    """A quantized layer's bytes are its packed weights, constants and tables."""
     weights, rows = 256 * 128, 256
     blocks = weights // 64
     by_hand = {
@@ -172,7 +170,7 @@ def test_the_closed_form_of_a_layers_bytes_adds_up(spec: QuantSpec) -> None:
 
 
 def test_linear_layers_keep_their_names_under_an_adapter() -> None:
-    """A wrapped layer is found once, under the name it had, and LoRA's own linear layers are not among them."""
+    """A wrapped layer is listed once, under its own name, without LoRA's linear layers."""
     plain = build(CASES["tiny/full-bf16"], torch.device("cpu")).model
     wrapped = build(CASES["tiny/qlora"], torch.device("cpu")).model
     prefix = "base_model.model."

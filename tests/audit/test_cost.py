@@ -1,4 +1,4 @@
-"""What the audit costs: no exact number, and its record is void without it."""
+"""The audit changes no exact number, and without it a record is INVALID."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from hpc_core.catalogue import catalogue
 from hpc_core.record.job import Job, Measure
 from hpc_core.worker.perform import perform
 
-_OF_THE_RUN = {"new_tokens", "losses_finite"}
-"""Facts that the timed run itself gives; nothing is done for them."""
+_FREE = {"new_tokens", "losses_finite"}
+"""Facts that the timed run gives anyway."""
 
 
 @pytest.mark.parametrize("case_id", ["tiny/lora-padded", "tiny/qlora-gc", "tiny/full-bf16", "tiny/generate-nf4"])
 def test_peaks_and_operators_are_the_same_without_the_audit(case_id: str) -> None:
-    """Everything that is gated exactly is equal with and without; without it the record is INVALID and says why."""
+    """All gated exact metrics are equal with and without the audit; without it the record is INVALID and says why."""
     case = catalogue()[case_id]
-    checked, unchecked = (perform(Job(case=case, kind=Measure(audit=audit)), lambda _: None) for audit in (True, False))
-    exact = [
+    audited, unaudited = (perform(Job(case=case, kind=Measure(audit=audit)), lambda _: None) for audit in (True, False))
+    exact, exact_without = (
         {name: metric.value for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
-        for record in (checked, unchecked)
-    ]
-    assert {"peak_bytes", "operators", "flops"} <= set(exact[0])
-    assert exact[0] == exact[1]
-    assert checked.status == "ok"
-    assert (unchecked.status, unchecked.reasons) == (
+        for record in (audited, unaudited)
+    )
+    assert {"peak_bytes", "operators", "flops"} <= set(exact)
+    assert exact == exact_without
+    assert audited.status == "ok"
+    assert (unaudited.status, unaudited.reasons) == (
         "invalid",
         ("The audit was switched off: what ran was not checked, so its numbers prove nothing.",),
     )
-    assert set(unchecked.audit) <= _OF_THE_RUN < set(checked.audit) | _OF_THE_RUN
-    assert {"audit", "equivalence"}.isdisjoint(unchecked.circumstances.phase_s)
+    assert set(unaudited.audit) <= _FREE < set(audited.audit) | _FREE
+    assert {"audit", "equivalence"}.isdisjoint(unaudited.circumstances.phase_s)

@@ -1,4 +1,4 @@
-"""The loss and its scale: worked out again from the logits, so that neither a wrong mean nor a wrong factor passes."""
+"""The audit computes the loss again from the logits, so it finds a wrong mean and a wrong scale."""
 
 from __future__ import annotations
 
@@ -7,28 +7,14 @@ from typing import Any
 
 import pytest
 
-from hpc_core.case.case import Case
 from hpc_core.catalogue import TINY, finetune, lora, tiny
-from hpc_core.engines.finetune import finetune_program
-from hpc_core.record.job import Job
-from hpc_core.record.record import Record
-from hpc_core.worker.perform import perform
+from tests.audit.conftest import Run
 
 LORA = finetune(tiny, lora(), batch=2, length=16, steps=2)
 
 
-def _perform(case: Case, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None] = lambda _: None) -> Record:
-    def program(*arguments: Any) -> Any:
-        made = finetune_program(*arguments)
-        change(made)
-        return made
-
-    monkeypatch.setattr("hpc_core.engines.finetune.finetune_program", program)
-    return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
-
-
-def _times(factor: float) -> Callable[[Any], None]:
-    """The model's loss is so many times what it should be."""
+def _scale_loss(factor: float) -> Callable[[Any], None]:
+    """Multiply the model's loss."""
 
     def change(program: Any) -> None:
         def scale(_: Any, __: Any, output: Any) -> None:
@@ -39,8 +25,8 @@ def _times(factor: float) -> Callable[[Any], None]:
     return change
 
 
-def _backward_times(factor: float) -> Callable[[Any], None]:
-    """Only the gradient is so many times what it should be; the loss is right."""
+def _scale_gradient(factor: float) -> Callable[[Any], None]:
+    """Multiply only the loss's gradient."""
 
     def change(program: Any) -> None:
         def scale(_: Any, __: Any, output: Any) -> None:
@@ -52,9 +38,9 @@ def _backward_times(factor: float) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.98, 1.02, 4.0])
-def test_a_loss_of_another_scale_voids_the_run(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is 2 % off is named twice: it is no mean over the labels, and its gradient is off by as much."""
-    record = _perform(LORA, monkeypatch, _times(factor))
+def test_a_loss_of_another_scale_voids_the_run(factor: float, run: Run) -> None:
+    """A loss that is 2 % off fails two facts: it is not the mean over the labels, and its gradient is scaled."""
+    record = run(LORA, program=_scale_loss(factor))
 
     assert record.status == "invalid"
     assert record.audit["loss"].asked == "mean over 30 labels"
@@ -62,45 +48,45 @@ def test_a_loss_of_another_scale_voids_the_run(factor: float, monkeypatch: pytes
     assert float(record.audit["loss_scale"].seen) == pytest.approx(factor, rel=0.005)
 
 
-def test_a_gradient_of_another_scale_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that is right, and goes backward four times as large, is caught by its gradient alone."""
-    record = _perform(LORA, monkeypatch, _backward_times(4.0))
+def test_a_gradient_of_another_scale_voids_the_run(run: Run) -> None:
+    """A right loss with a fourfold gradient fails `loss_scale` alone."""
+    record = run(LORA, program=_scale_gradient(4.0))
 
     assert [reason.partition(":")[0] for reason in record.reasons] == ["loss_scale"]
     assert float(record.audit["loss_scale"].seen) == pytest.approx(4, rel=0.005)
 
 
-def test_the_mean_is_over_real_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded places count neither in the loss nor in its scale."""
+def test_the_mean_is_over_real_labels(run: Run) -> None:
+    """Padding counts neither in the loss nor in its scale."""
     case = next(case for case in TINY if case.id == "tiny/lora-padded")
-    record = _perform(case, monkeypatch)
+    record = run(case)
 
     assert record.reasons == ()
-    places = int(record.audit["loss"].asked.split()[2])
-    assert 0 < places < case.workload.batch * (case.workload.length - 1)  # type: ignore[union-attr]
+    labels = int(record.audit["loss"].asked.split()[2])
+    assert 0 < labels < case.workload.batch * (case.workload.length - 1)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
     "change", [{"model_dtype": "float16"}, {"model_dtype": "float32"}, {"adapter_dtype": "float16"}]
 )
-def test_rounding_is_no_wrong_scale(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In every dtype the scale is seen as one."""
-    record = _perform(LORA.vary("other", **change), monkeypatch)
+def test_rounding_is_no_wrong_scale(change: dict[str, Any], run: Run) -> None:
+    """Loss and scale hold in every dtype."""
+    record = run(LORA.vary("other", **change))
 
     assert record.audit["loss"].holds
     assert record.audit["loss_scale"].holds
 
 
-def test_a_model_without_logits_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that never had whole logits, as a fused one, costs two facts and is no mismatch."""
+def test_a_model_without_logits_is_a_note(run: Run) -> None:
+    """Without whole logits, as with a fused loss, the two facts are missing and a note says so."""
 
-    def hide(program: Any) -> None:
-        def gone(_: Any, __: Any, output: Any) -> None:
+    def hide_logits(program: Any) -> None:
+        def hide(_: Any, __: Any, output: Any) -> None:
             output.logits = None if output.loss is not None else output.logits
 
-        program.model.register_forward_hook(gone, prepend=True)
+        program.model.register_forward_hook(hide, prepend=True)
 
-    record = _perform(LORA, monkeypatch, hide)
+    record = run(LORA, program=hide_logits)
 
     assert {"loss", "loss_scale"} & set(record.audit) == set()
     assert any(note.startswith("audit: loss could not be determined") for note in record.circumstances.notes)

@@ -1,4 +1,4 @@
-"""Whose code ran: a patch of the whole process is harmless where each case has its own, and seen where cases share one."""
+"""A patch of transformers is harmless if each case has its own process, and is found if cases share one."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.slow
 BASELINES = Path(__file__).parents[2] / "baselines"
 LORA = catalogue()["tiny/lora"]
 
-LEAKS = {
+PATCHES = {
     "class_forward": "LlamaMLP.forward from tests.audit.leaky_factories",
     "function": "modeling_llama.apply_rotary_pos_emb from tests.audit.leaky_factories",
     "whole_class": "modeling_llama.LlamaRMSNorm from tests.audit.leaky_factories",
 }
 
 
-def leaking(factory: str) -> Job:
-    """A case whose factory patches transformers for its whole process."""
+def patching(factory: str) -> Job:
+    """A job whose factory patches transformers for its whole process."""
     workload = CallableSpec(factory=f"tests.audit.leaky_factories:{factory}", steps=1)
     return Job(case=Case(id="own/leaky", scale="tiny", workload=workload), device="cpu")
 
@@ -46,7 +46,7 @@ def warm() -> Iterator[Launcher]:
 
 @pytest.fixture
 def restored(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the leaks and the fault of these stories change in this process is put back after the test."""
+    """Undo, after the test, what the patches and the fault change in this process."""
     import transformers.models.llama.modeling_llama as llama
 
     monkeypatch.setattr(llama.LlamaMLP, "forward", llama.LlamaMLP.forward)
@@ -55,10 +55,10 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpc_core.faults.catalogue._IN_PLACE", [])
 
 
-@pytest.mark.parametrize("leak", LEAKS)
-def test_a_patch_of_one_case_is_not_in_the_next_one(leak: str, warm: Launcher) -> None:
-    """One launcher, two cases: the first patches transformers, the second runs transformers' own code and passes."""
-    assert warm.run(leaking(leak)).status == "ok"
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_of_one_case_is_not_in_the_next_one(patch: str, warm: Launcher) -> None:
+    """With one warm launcher, a case after a patching one runs transformers' own code and passes."""
+    assert warm.run(patching(patch)).status == "ok"
 
     record = warm.run(Job(case=LORA))
 
@@ -67,21 +67,21 @@ def test_a_patch_of_one_case_is_not_in_the_next_one(leak: str, warm: Launcher) -
     assert judge(record, find(BASELINES, "cpu", LORA.id)).verdict is Verdict.PASS
 
 
-@pytest.mark.parametrize("leak", LEAKS)
-def test_a_patch_that_is_left_in_a_shared_process_is_seen(leak: str, restored: None) -> None:
-    """Inline, cases share a process: the second one is INVALID, and the reason says what is patched and by whom."""
+@pytest.mark.parametrize("patch", PATCHES)
+def test_a_patch_left_in_a_shared_process_is_found(patch: str, restored: None) -> None:
+    """In a shared process, a case after a patching one is INVALID; the reason says what is patched and by whom."""
     launcher = Launcher("inline")
-    launcher.run(leaking(leak))
+    launcher.run(patching(patch))
 
     record = launcher.run(Job(case=LORA, device="cpu"))
 
     assert record.status == "invalid"
-    assert LEAKS[leak] in record.audit["modules_own"].seen
-    assert any(LEAKS[leak] in reason for reason in record.reasons)
+    assert PATCHES[patch] in record.audit["modules_own"].seen
+    assert any(PATCHES[patch] in reason for reason in record.reasons)
 
 
-def test_an_injected_fault_that_is_left_in_a_shared_process_is_seen(restored: None) -> None:
-    """Our own faults stay in place too: with the fault its code is expected, in the next case it is not."""
+def test_a_fault_left_in_a_shared_process_is_found(restored: None) -> None:
+    """Our own faults stay in a shared process too: a fault's code is expected in its own case and foreign in the next."""
     launcher = Launcher("inline")
     faulted = launcher.run(Job(case=LORA, device="cpu", fault="extra-kernel"))
 
@@ -92,8 +92,8 @@ def test_an_injected_fault_that_is_left_in_a_shared_process_is_seen(restored: No
     assert any("The fault extra-kernel, injected by an earlier case" in reason for reason in record.reasons)
 
 
-def test_a_patch_of_one_instance_is_seen() -> None:
-    """A forward bound to one module is foreign if its code is; one of transformers' own is not."""
+def test_a_patch_of_one_instance_is_found() -> None:
+    """A forward bound to one module is foreign unless it is transformers' own."""
     model: Any = build(LORA, torch.device("cpu")).model
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.forward = types.MethodType(type(mlp).forward, mlp)

@@ -1,4 +1,4 @@
-"""The reference path: the same weights dequantized, in float32, with eager attention; and what is compared with it."""
+"""The reference path runs the same weights, dequantized, in float32 with eager attention."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _compared(case: Case, model: torch.nn.Module, given: Given) -> Findings:
     return compare_with_reference(case, model, given, restore=lambda _: None)
 
 
-def _answered(model: Any) -> Given:
-    """Two prompts of 12 tokens, the second padded on the left, and six tokens after each, by `generate`."""
+def _generated(model: Any) -> Given:
+    """Two prompts of 12 tokens, the second padded on the left, with six generated tokens each."""
     ids, mask = torch.randint(3, 400, (2, 12)), torch.ones(2, 12, dtype=torch.long)
     mask[1, :5] = 0
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
@@ -49,26 +49,26 @@ def _answered(model: Any) -> Given:
 
 @pytest.mark.parametrize("variant", ["generate-nf4", "generate-nf4-dq", "generate-int8", "qlora"])
 def test_the_reference_holds_the_same_weights_dequantized(variant: str) -> None:
-    """A quantized layer and its reference agree to what the quantized product rounds, and nothing quantized is left."""
+    """A quantized layer and its reference agree up to rounding, and no quantized layer is left."""
     model = build(catalogue()[f"tiny/{variant}"], torch.device("cpu")).model.eval()
     name, layer = next(iter(quantized_layers(model).items()))
     width = int(layer.in_features)  # type: ignore[arg-type]
     inputs = torch.randn(3, width, dtype=torch.float32)
-    seen = layer(inputs.to(torch.float16 if variant == "generate-int8" else torch.float32)).float()
+    output = layer(inputs.to(torch.float16 if variant == "generate-int8" else torch.float32)).float()
 
     turn_into_reference(model)
-    reference = model.get_submodule(name)(inputs)
+    expected = model.get_submodule(name)(inputs)
 
     assert not quantized_layers(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert float((seen - reference).norm() / reference.norm()) < TOLERANCES["int8" if "int8" in variant else "bfloat16"]
+    assert float((output - expected).norm() / expected.norm()) < TOLERANCES["int8" if "int8" in variant else "bfloat16"]
 
 
 @pytest.mark.parametrize(
     "variant", ["full-fp32", "full-bf16", "generate-fp16", "generate-int8", "lora-padded", "qlora-prepare"]
 )
 def test_a_clean_case_is_equivalent_with_room_to_spare(variant: str) -> None:
-    """A clean case errs by less than a fifth of its tolerance, so that the fact does not hang on the weather."""
+    """A correct case's error is below a fifth of its tolerance."""
     record = perform(Job(case=catalogue()[f"tiny/{variant}"]), lambda _: None)
 
     allowed = float(str(record.audit["equivalence"].asked).split()[1])
@@ -87,12 +87,12 @@ def test_a_clean_case_is_equivalent_with_room_to_spare(variant: str) -> None:
     ("variant", "times", "holds"),
     [("full-bf16", 1.5, True), ("full-bf16", 3.0, False), ("generate-fp16", 1.5, True), ("full-fp32", 1.5, False)],
 )
-def test_a_deep_model_is_held_to_twice_what_plain_arithmetic_errs(
+def test_half_precision_may_err_twice_as_much_as_plain_arithmetic(
     variant: str, times: float, holds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the table the plain path in the case's arithmetic decides, in half precision only; three times its error is too much.
+    """Above the table's tolerance a half-precision error may be twice that of plain arithmetic in the same dtype.
 
-    The table is lowered until this model's error is beyond it, and the fast path's error is made so many times the plain one's.
+    The test lowers the table below this model's error, and multiplies the error of the case's own path by `times`.
     """
     case, model = _built(variant)
     ids = torch.randint(3, 400, (2, 24))
@@ -101,12 +101,13 @@ def test_a_deep_model_is_held_to_twice_what_plain_arithmetic_errs(
     monkeypatch.setitem(TOLERANCES, coarsest(case), error * times / 3.5)
     monkeypatch.setattr(reference, "_error", _times_for_the_first(reference._error, times))
 
-    found = _compared(case, model, given)
+    findings = _compared(case, model, given)
 
-    fact = found.facts["equivalence"]
-    assert fact.holds is holds
-    half = "fp32" not in variant
-    assert [note.startswith("equivalence: the plain path errs by") for note in found.notes] == [True] * half
+    assert findings.facts["equivalence"].holds is holds
+    half_precision = "fp32" not in variant
+    assert [note.startswith("equivalence: the plain path errs by") for note in findings.notes] == [
+        True
+    ] * half_precision
 
 
 def _times_for_the_first(error: Any, times: float) -> Any:
@@ -114,8 +115,8 @@ def _times_for_the_first(error: Any, times: float) -> Any:
     return lambda *given: error(*given) * next(factors, 1.0)
 
 
-def test_dropout_of_an_adapter_does_not_disturb() -> None:
-    """A LoRA model whose dropout drops half of everything in training is compared without it: float32 agrees to float32."""
+def test_an_adapter_is_compared_without_dropout() -> None:
+    """A LoRA model with dropout is compared without it."""
     method = lora(dropout=0.5)
     model = ModelSpec(shape="tiny", dtype="float32")
     case = finetune(model, method, variant="lora-dropout", batch=2, length=32, steps=3, learning_rate=1e-2)
@@ -126,31 +127,31 @@ def test_dropout_of_an_adapter_does_not_disturb() -> None:
 
 
 def test_the_answers_of_generate_are_those_of_the_reference() -> None:
-    """With a KV cache and padding on the left, `generate` chooses what the reference chooses without either."""
+    """With a KV cache and left padding, `generate` chooses the reference's tokens."""
     case, model = _built("generate-fp16")
-    found = _compared(case, model, _answered(model))
-    assert found.facts["greedy_tokens"].holds
-    assert found.metrics["greedy_agreement"].value > 0.8
+    findings = _compared(case, model, _generated(model))
+    assert findings.facts["greedy_tokens"].holds
+    assert findings.metrics["greedy_agreement"].value > 0.8
 
 
-def test_an_answer_that_is_not_the_reference_s_is_named() -> None:
-    """One token that the reference would not have chosen is told by its place and by both ids."""
+def test_a_token_that_is_not_the_references_is_named() -> None:
+    """A token that differs from the reference's is reported with its place and both ids."""
     case, model = _built("generate-fp16")
-    given = _answered(model)
+    given = _generated(model)
     assert given.answers is not None
     changed = given.answers.clone()
-    changed[1, 5] = (changed[1, 5] + 100) % 400  # the last one, so that nothing hangs on it
+    changed[1, 5] = (changed[1, 5] + 100) % 400  # the last token, on which no other depends
 
-    found = _compared(case, model, Given(given.ids, given.mask, answers=changed))
+    findings = _compared(case, model, Given(given.ids, given.mask, answers=changed))
 
-    fact = found.facts["greedy_tokens"]
+    fact = findings.facts["greedy_tokens"]
     assert not fact.holds
     assert fact.seen.startswith("1 of 12 are not the reference's; first token 5 of row 1: ")
-    assert found.facts["equivalence"].holds  # the logits are as they should be
+    assert findings.facts["equivalence"].holds  # the logits are right
 
 
-def test_what_the_reference_needs_is_what_it_takes() -> None:
-    """The estimate's weights are the growth to the byte, and the largest tensor is there twice while it is converted."""
+def test_the_memory_of_the_reference_is_estimated_exactly() -> None:
+    """The estimate is the growth of the weights, exactly, plus the largest tensor, which exists twice during the conversion."""
     for variant in ("generate-nf4-dq", "generate-int8", "full-bf16", "full-fp32", "qlora"):
         model: Any = build(catalogue()[f"tiny/{variant}"], torch.device("cpu")).model
         before = sum(owned_bytes(part) for part in weight_tensors(model).values())
@@ -165,19 +166,21 @@ def test_what_the_reference_needs_is_what_it_takes() -> None:
     assert two > one > estimate
 
 
-def test_a_reference_that_does_not_fit_is_said_with_both_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where room is short nothing is compared, and a note says what is needed and what is left."""
+def test_a_reference_that_does_not_fit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If memory is short nothing is compared, and a note gives both sizes."""
     monkeypatch.setattr(reference, "room_bytes", lambda _: 1000)
 
-    found = _compared(*_built("generate-bf16"), Given(torch.ones(2, 8, dtype=torch.long), None))
+    findings = _compared(*_built("generate-bf16"), Given(torch.ones(2, 8, dtype=torch.long), None))
 
-    assert found.facts == {}
-    assert [note.partition("needs ")[0] for note in found.notes] == ["equivalence: not checked, the float32 reference "]
-    assert found.notes[0].endswith("MiB more and 1,000 B are left")
+    assert findings.facts == {}
+    assert [note.partition("needs ")[0] for note in findings.notes] == [
+        "equivalence: not checked, the float32 reference "
+    ]
+    assert findings.notes[0].endswith("MiB more and 1,000 B are left")
 
 
-def test_the_reference_computes_in_float32_whatever_was_allowed() -> None:
-    """tfloat32 that the code under test has switched on is off for the reference, and on again after it."""
+def test_the_reference_computes_without_tf32() -> None:
+    """TF32 that the code under test enabled is off for the reference, and on again afterwards."""
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")

@@ -1,4 +1,4 @@
-"""The values of random weights: each matrix is what its name and the seed say, and any other is named."""
+"""Each random weight matrix is what its name and the seed determine; any other is named."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def _layer(model: Any, number: int) -> Any:
 
 @pytest.mark.parametrize("case", [case for case in TINY if "soak" not in case.id], ids=lambda case: case.id)
 def test_every_case_holds_what_was_drawn(case: Case) -> None:
-    """Plain, quantized, prepared, wrapped: the base weights are those of the seed."""
+    """Plain, quantized, prepared or with an adapter, the base weights are those of the seed."""
     assert _weights(case) == Fact(asked=AS_DRAWN, seen=AS_DRAWN)
 
 
-def test_two_rows_that_changed_places_are_seen() -> None:
-    """Frozen weights are compared bit by bit: two rows of a thousand are enough."""
+def test_two_exchanged_rows_are_found() -> None:
+    """Frozen weights are compared exactly, so two exchanged rows of a thousand fail the fact."""
 
     def swap(model: Any) -> None:
         table = model.get_input_embeddings().weight.data
@@ -51,8 +51,8 @@ def test_two_rows_that_changed_places_are_seen() -> None:
 
 
 @pytest.mark.parametrize("case", [NF4, INT8], ids=lambda case: case.id)
-def test_layers_that_changed_places_are_seen_through_quantization(case: Case) -> None:
-    """Quantization errs by a tenth at most; another layer's weights err by 1.4."""
+def test_exchanged_quantized_layers_are_found(case: Case) -> None:
+    """Quantization errs by a tenth at most, another layer's weights by 1.4."""
 
     def swap(model: Any) -> None:
         first, second = _layer(model, 0).mlp, _layer(model, 1).mlp
@@ -64,15 +64,15 @@ def test_layers_that_changed_places_are_seen_through_quantization(case: Case) ->
     assert fact.seen.endswith("1 more with it")
 
 
-def test_another_seed_is_seen() -> None:
-    """A builder that took another seed is found out in every matrix."""
+def test_another_seed_is_found() -> None:
+    """With another seed every matrix differs."""
     other = msgspec.structs.replace(LORA, model=ModelSpec(shape="tiny", seed=1))
     fact = value_facts(LORA, build(other, CPU).model).facts["weights"]
     assert fact.seen.endswith("21 more with it")
 
 
-def test_a_weight_that_is_no_number_is_seen() -> None:
-    """NaN is within nothing."""
+def test_a_nan_weight_is_found() -> None:
+    """A NaN is within no tolerance."""
 
     def spoil(model: Any) -> None:
         _layer(model, 2).self_attn.k_proj.base_layer.weight.data[0, 0] = float("nan")
@@ -82,8 +82,8 @@ def test_a_weight_that_is_no_number_is_seen() -> None:
     assert fact.seen == "model.layers.2.self_attn.k_proj.weight is off by nan of its size"
 
 
-def test_trained_weights_may_move_as_far_as_training_takes_them() -> None:
-    """Where the weights themselves are trained, the learning rate says how far; where that is anywhere, nothing is claimed."""
+def test_trained_weights_may_move_by_the_learning_rate() -> None:
+    """Trained weights may move as far as the learning rate allows; at a high one there is no fact."""
     slow = finetune(tiny, batch=2, length=16, steps=2)
     assert _weights(slow, lambda model: _layer(model, 0).mlp.up_proj.weight.data.add_(2e-4)) == Fact(
         asked=AS_DRAWN, seen=AS_DRAWN
@@ -91,14 +91,14 @@ def test_trained_weights_may_move_as_far_as_training_takes_them() -> None:
     assert _weights(slow.vary("full-fast", learning_rate=1e-3)) is None
 
 
-def test_weights_that_were_read_are_not_claimed_to_be_drawn() -> None:
-    """There is no seed behind weights from a file."""
+def test_weights_from_a_folder_have_no_seed() -> None:
+    """Weights from a folder have no fact `weights`."""
     case = finetune(ModelSpec(weights="folder", path="/nowhere"), lora(), prefix="own")
     assert value_facts(case, torch.nn.Linear(2, 2)).facts == {}
 
 
 def test_a_parameter_does_not_depend_on_the_rest_of_the_model() -> None:
-    """Fewer layers, another dtype of the others: a name and a seed give one tensor."""
+    """A parameter depends only on its name and the seed, not on the number of layers."""
     whole, short = causal_lm(tiny, CPU), causal_lm(ModelSpec(shape="tiny", layers=1), CPU)
     name = "model.layers.0.mlp.up_proj.weight"
     alone = drawn(name, (256, 128), torch.bfloat16, CPU, 0)
@@ -108,7 +108,7 @@ def test_a_parameter_does_not_depend_on_the_rest_of_the_model() -> None:
     assert float(alone.float().std()) == pytest.approx(0.02, rel=0.02)
 
 
-def test_the_double_quantized_kind_is_close_enough() -> None:
-    """The coarsest kind that a case can ask for is no false alarm."""
+def test_double_quantized_weights_pass() -> None:
+    """The coarsest quantization passes."""
     coarse = finetune(tiny, qlora(kind="fp4", double_quant=True), batch=2, length=16, steps=2)
     assert _weights(coarse) == Fact(asked=AS_DRAWN, seen=AS_DRAWN)
