@@ -1,4 +1,4 @@
-"""Documents tell the truth: their Python runs, commands and options exist, links and named files lead somewhere."""
+"""Documents are correct: their Python runs, their commands and options exist, and their links and files exist."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRACKED = frozenset(
     if (ROOT / name).exists()
 )
 HISTORY = {"CHANGELOG.md", "bench/studies/log.md"}
-"""Documents of what once was, which may name what is gone."""
+"""Documents of the past, which may name what no longer exists."""
 DOCS = sorted(name for name in TRACKED if name.endswith(".md"))
 LIVE = [name for name in DOCS if name not in HISTORY]
 SOURCES = sorted(name for name in TRACKED if name.endswith(".py"))
@@ -68,7 +68,7 @@ each_document = pytest.mark.parametrize("name", LIVE)
 
 
 def blocks() -> list[tuple[str, str]]:
-    """Return the Python of all documents, each with where it is from."""
+    """Return the Python of all documents, with its place."""
     return [
         (f"{name}:{number}", text)
         for name in LIVE
@@ -78,7 +78,7 @@ def blocks() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("where", "text"), blocks(), ids=[where for where, _ in blocks()])
 def test_python_in_documents_runs(where: str, text: str, tmp_path: Path) -> None:
-    """A case file adds a case when read as `--cases` reads it; of other code, what it imports from hpc_core exists."""
+    """A case file adds a case when read as `--cases` reads it; other code imports only existing names of hpc_core."""
     if re.search(r"^CASES = ", text, re.MULTILINE):
         path = tmp_path / "documented.py"
         path.write_text(text)
@@ -115,7 +115,7 @@ def test_options_of_the_suite_in_documents_exist() -> None:
 
 @each_document
 def test_links_in_documents_lead_somewhere(name: str) -> None:
-    """A relative link names a file or folder of this repository, or a generated page; its anchor is a heading there."""
+    """A relative link names a file, folder or generated page, and its anchor is a heading there."""
     wrong = []
     for groups in _LINK.findall((ROOT / name).read_text()):
         link = next(each for each in groups if each)
@@ -137,7 +137,7 @@ def _anchors(path: Path) -> set[str]:
 
 
 def test_the_generated_reference_describes_everything() -> None:
-    """No command, option of a command, pytest option or metric is without a description."""
+    """Every command, option and metric has a description."""
     pages = {name: page() for name, page in GENERATED.PAGES.items()}
     empty = [
         (name, line)
@@ -157,7 +157,7 @@ def test_the_tree_of_errors_is_complete() -> None:
 
 
 def references(name: str) -> Iterator[tuple[int, str]]:
-    """Yield the line and text of all prose: of Markdown its inline code, of Python its comments and docstrings."""
+    """Yield the line and text of all prose: the inline code of Markdown, the comments and docstrings of Python."""
     text = (ROOT / name).read_text()
     if name.endswith(".md"):
         prose = re.sub(r"^```.*?^```", lambda fence: "\n" * fence.group().count("\n"), text, flags=re.M | re.S)
@@ -170,7 +170,7 @@ def references(name: str) -> Iterator[tuple[int, str]]:
 
 
 def missing_files(name: str) -> Iterator[str]:
-    """Yield each reference to a file or module of this repository that does not exist; of documents also those in messages."""
+    """Yield each reference to a missing file or module; references to docs/ are found in messages too."""
     for path in re.findall(r"docs/[\w/-]+\.(?:md|svg|png)", (ROOT / name).read_text()):
         if path not in TRACKED and path.removeprefix("docs/") not in GENERATED.PAGES:
             yield f"{name}: {path}"
@@ -190,7 +190,7 @@ def missing_files(name: str) -> Iterator[str]:
 
 
 def _module_exists(dotted: str) -> bool:
-    """Return whether a dotted name is a module, or a name that the longest module in it defines."""
+    """Return whether a dotted name is a module, or a name that its module defines."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         path = "/".join(parts[:length])

@@ -1,4 +1,4 @@
-"""The workflows keep their promises: pinned actions, least permission, no stranger's code on the GPU runner."""
+"""The workflows pin their actions, have the least permissions, and never run a stranger's code on the GPU runner."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def steps(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def test_there_are_workflows() -> None:
-    """The other tests here look at something."""
+    """The workflows that the other tests check exist."""
     assert {path.stem for path in WORKFLOWS} == {"bench", "ci", "nightly"}
 
 
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_files_match_their_published_schema(schema: str) -> None:
-    """GitHub would take each file: it is valid by the JSON schema that check-jsonschema carries with it."""
+    """Each file is valid by GitHub's JSON schema, which check-jsonschema includes."""
     files = [str(path) for path in SCHEMAS[schema]]
     command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}", *files]
     checked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -57,7 +57,7 @@ def test_files_match_their_published_schema(schema: str) -> None:
 
 @each_workflow
 def test_actions_are_pinned_by_commit(path: Path) -> None:
-    """A moved tag cannot change what runs: every action names a full commit, and its version in a comment."""
+    """Every action names a full commit, with its version in a comment, so a moved tag changes nothing."""
     lines = [line for line in path.read_text().splitlines() if re.search(r"\buses:", line)]
     assert lines
     assert [line for line in lines if not USES.search(line)] == []
@@ -65,16 +65,16 @@ def test_actions_are_pinned_by_commit(path: Path) -> None:
 
 def test_an_action_has_one_version() -> None:
     """All workflows use the same commit of an action."""
-    found: dict[str, set[str]] = {}
+    commits_of: dict[str, set[str]] = {}
     for path in WORKFLOWS:
         for match in filter(None, map(USES.search, path.read_text().splitlines())):
-            found.setdefault(match["action"], set()).add(match["commit"])
-    assert {action: commits for action, commits in found.items() if len(commits) > 1} == {}
+            commits_of.setdefault(match["action"], set()).add(match["commit"])
+    assert {action: commits for action, commits in commits_of.items() if len(commits) > 1} == {}
 
 
 @each_workflow
 def test_permissions_are_least(path: Path) -> None:
-    """A workflow has no permission; a job states its own, and none of them writes."""
+    """A workflow has no permission; each job states its own, and none may write."""
     loaded = workflow(path)
     assert loaded["permissions"] == {}
     for name, job in loaded["jobs"].items():
@@ -83,7 +83,7 @@ def test_permissions_are_least(path: Path) -> None:
 
 @each_workflow
 def test_the_token_is_not_left_on_disk(path: Path) -> None:
-    """No checkout keeps its credentials where later steps could read them."""
+    """No checkout leaves its credentials where later steps could read them."""
     checkouts = [step for step in steps(path) if step.get("uses", "").startswith("actions/checkout@")]
     assert checkouts
     assert all(step["with"]["persist-credentials"] is False for step in checkouts)
@@ -91,31 +91,31 @@ def test_the_token_is_not_left_on_disk(path: Path) -> None:
 
 @each_workflow
 def test_scripts_take_no_expressions(path: Path) -> None:
-    """What a stranger can name (a branch, a title) reaches a script as an environment variable, never as its text."""
+    """Names that a stranger can choose (a branch, a title) reach a script as environment variables only."""
     assert [step["run"] for step in steps(path) if "${{" in step.get("run", "")] == []
 
 
 @each_workflow
 def test_every_job_ends(path: Path) -> None:
-    """Each job has a time limit of its own."""
+    """Each job has a time limit."""
     assert [name for name, job in workflow(path)["jobs"].items() if "timeout-minutes" not in job] == []
 
 
 @each_workflow
 def test_strangers_never_reach_our_hardware(path: Path) -> None:
-    """Self-hosted runners serve no pull request, by trigger and by guard."""
+    """Self-hosted runners serve no pull request, by trigger and by condition."""
     jobs = workflow(path)["jobs"].values()
-    ours = [job for job in jobs if "self-hosted" in job["runs-on"]]
-    if not ours:
+    self_hosted = [job for job in jobs if "self-hosted" in job["runs-on"]]
+    if not self_hosted:
         return
     assert triggers(path) <= {"workflow_dispatch", "schedule"}
-    for job in ours:
+    for job in self_hosted:
         assert "github.event_name != 'pull_request'" in job["if"]
         assert "!github.event.repository.fork" in job["if"]
 
 
 def test_one_check_stands_for_all() -> None:
-    """Branch protection names only `required`, so it needs every other job and runs even if one was skipped."""
+    """`required`, the only check that branch protection names, needs every other job and always runs."""
     jobs = workflow(GITHUB / "workflows" / "ci.yml")["jobs"]
     required = jobs.pop("required")
     assert set(required["needs"]) == set(jobs)
@@ -123,5 +123,5 @@ def test_one_check_stands_for_all() -> None:
 
 
 def test_no_job_runs_on_a_pull_request_with_secrets() -> None:
-    """`pull_request_target` would run a stranger's code with our token; no workflow uses it."""
+    """No workflow uses `pull_request_target`, which runs a stranger's code with our token."""
     assert [path.stem for path in WORKFLOWS if "pull_request_target" in triggers(path)] == []
