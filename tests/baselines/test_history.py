@@ -15,6 +15,7 @@ from hpc_core.baselines.history import HISTORY_LENGTH
 from hpc_core.baselines.over_time import over_time
 from hpc_core.cli import main
 from hpc_core.record.record import Record, record_to_json
+from tests.commands import exit_code
 from tests.record.git_project import GitProject
 from tests.strategies import H100, STACK, a_case, a_record, around, busy, counted, peak
 
@@ -31,14 +32,14 @@ def of_day(day: int, *, operators: int = 10, busy_s: float = 0.25, **changes: An
 @pytest.fixture(scope="module")
 def twelve_days(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve accepted sessions, one per commit; with the seventh, operators grow and transformers moves."""
-    made = GitProject(tmp_path_factory.mktemp("days") / "project")
+    git_project = GitProject(tmp_path_factory.mktemp("days") / "project")
     for day in range(1, 13):
         moved = day >= 7
         stack = STACK | ({"transformers": "5.24.0"} if moved else {})
         record = of_day(day, operators=12 if moved else 10, busy_s=0.25 + 0.001 * (day % 3) + 0.02 * moved, stack=stack)
-        accept(made.root / "baselines", record, reason=f"day {day}")
-        made.commit(f"day {day}")
-    return made.root
+        accept(git_project.root / "baselines", record, reason=f"day {day}")
+        git_project.commit(f"day {day}")
+    return git_project.root
 
 
 @pytest.fixture
@@ -47,21 +48,12 @@ def project(twelve_days: Path, tmp_path: Path) -> GitProject:
     return GitProject(Path(shutil.copytree(twelve_days, tmp_path / "project")))
 
 
-def run(*arguments: str | Path) -> int:
-    """The exit code of `hpc-core history`."""
-    try:
-        main(["history", *map(str, arguments)])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
-
-
 def test_git_remembers_more_than_the_file_keeps(project: GitProject) -> None:
-    """Sessions that fell out of the bounded history come back from its commits, each once, oldest first."""
+    """Sessions that no longer fit in the bounded history come back from its commits, each once, oldest first."""
     root = project.root / "baselines"
-    found = over_time(root, H100.key, CASE).points
-    assert [point.commit for point in found] == [f"{day:010d}" for day in range(1, 13)]
-    assert [point.source for point in found].count("accepted") == HISTORY_LENGTH
+    history = over_time(root, H100.key, CASE).points
+    assert [point.commit for point in history] == [f"{day:010d}" for day in range(1, 13)]
+    assert [point.source for point in history].count("accepted") == HISTORY_LENGTH
     assert len(over_time(root, H100.key, CASE, git=False).points) == HISTORY_LENGTH
 
 
@@ -73,8 +65,8 @@ def test_a_baseline_without_its_history_is_a_point_too(project: GitProject) -> N
         accept(root, msgspec.structs.replace(of_day(day, operators=day), case=case), reason="r")
         next(root.rglob("other.history.jsonl")).unlink()
         project.commit(f"other {day}")
-    found = over_time(root, H100.key, "tiny/other").points
-    assert [(point.source, point.metrics["operators"].value) for point in found] == [("git", 20), ("git", 21)]
+    history = over_time(root, H100.key, "tiny/other").points
+    assert [(point.source, point.metrics["operators"].value) for point in history] == [("git", 20), ("git", 21)]
 
 
 def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> None:
@@ -87,10 +79,10 @@ def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> N
     for name, record in records.items():
         (folder / f"{name}.json").write_bytes(record_to_json(record))
     (folder / "junk.json").write_text("{}")
-    found = over_time(project.root / "baselines", H100.key, CASE, [tmp_path / "records"])
-    assert [point.commit for point in found.points[-2:]] == ["0000000012", "0000000025"]
-    assert len(found.points) == 13
-    assert found.notes == (
+    history = over_time(project.root / "baselines", H100.key, CASE, [tmp_path / "records"])
+    assert [point.commit for point in history.points[-2:]] == ["0000000012", "0000000025"]
+    assert len(history.points) == 13
+    assert history.notes == (
         "1 files in the folders are not records of this schema",
         "1 records are invalid or of runs that failed, and are left out",
     )
@@ -100,33 +92,33 @@ def test_a_changed_case_starts_a_new_series(project: GitProject) -> None:
     """Points of another digest are left out, with a note."""
     root = project.root / "baselines"
     accept(root, msgspec.structs.replace(of_day(20), case=a_case(seed=3)), reason="another seed")
-    found = over_time(root, H100.key, CASE)
-    assert [point.commit for point in found.points] == ["0000000020"]
-    assert found.notes == ("12 older points have another digest of the case, and are left out",)
+    history = over_time(root, H100.key, CASE)
+    assert [point.commit for point in history.points] == ["0000000020"]
+    assert history.notes == ("12 older points have another digest of the case, and are left out",)
 
 
 def test_the_table_shows_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
     """An exact metric changes where its value does, a noisy one by a test; the commits and packages between are named."""
     root = project.root / "baselines"
-    assert run(CASE, "operators", "--baselines", root) == 0
-    told = capsys.readouterr().out
-    assert f"{CASE} on {H100.key}: 12 sessions, 2026-11-01 to 2026-11-12" in told
-    assert told.count("\n*") == 1
-    assert "+20 % (10 → 12); commits 0000000006..0000000007; moved: transformers 5.23.0 → 5.24.0" in told
-    assert run(CASE, "busy_s", "--baselines", root) == 0
-    told = capsys.readouterr().out
-    assert told.count("\n* 2026-11-07") == told.count("\n*") == 1
-    assert "p 0.0" in told
-    assert "with a chance of 5%" in told
-    assert run(CASE, "--baselines", root) == 0
+    assert exit_code(main, "history", CASE, "operators", "--baselines", root) == 0
+    printed = capsys.readouterr().out
+    assert f"{CASE} on {H100.key}: 12 sessions, 2026-11-01 to 2026-11-12" in printed
+    assert printed.count("\n*") == 1
+    assert "+20 % (10 → 12); commits 0000000006..0000000007; moved: transformers 5.23.0 → 5.24.0" in printed
+    assert exit_code(main, "history", CASE, "busy_s", "--baselines", root) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n* 2026-11-07") == printed.count("\n*") == 1
+    assert "p 0.0" in printed
+    assert "with a chance of 5%" in printed
+    assert exit_code(main, "history", CASE, "--baselines", root) == 0
     assert "peak_bytes  2.00 GiB  [12 sessions: no change]" in capsys.readouterr().out
 
 
 def test_few_sessions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four sessions of a noisy metric show no change point but say how many are needed; without git there is a note."""
+    """Four sessions of a noisy metric say how many a change point needs; without git there is a note."""
     for day, seconds in enumerate((0.2, 0.2, 0.4, 0.4), start=1):
         accept(tmp_path / "b", of_day(day, busy_s=seconds), reason="r")
-    assert run(CASE, "busy_s", "--baselines", tmp_path / "b") == 0
+    assert exit_code(main, "history", CASE, "busy_s", "--baselines", tmp_path / "b") == 0
     out, err = capsys.readouterr()
     assert "4 sessions cannot show a change: no order of them would be rarer than 5% by chance; 8 are needed." in out
     assert "\n*" not in out
@@ -138,22 +130,22 @@ def test_json_and_pictures(project: GitProject, tmp_path: Path, capsys: pytest.C
     pytest.importorskip("vl_convert")
     root = project.root / "baselines"
     picture = tmp_path / "history.svg"
-    assert run(CASE, "operators", "--baselines", root, "--json", "--plot", picture) == 0
-    told = json.loads(capsys.readouterr().out)["metrics"]["operators"]
-    assert [point["value"] for point in told["points"]] == [10] * 6 + [12] * 6
-    assert told["changes"] == [{"index": 6, "before": 10, "after": 12, "p": None}]
+    assert exit_code(main, "history", CASE, "operators", "--baselines", root, "--json", "--plot", picture) == 0
+    printed = json.loads(capsys.readouterr().out)["metrics"]["operators"]
+    assert [point["value"] for point in printed["points"]] == [10] * 6 + [12] * 6
+    assert printed["changes"] == [{"index": 6, "before": 10, "after": 12, "p": None}]
     first = picture.read_bytes()
     assert b"+20 % (10 " in first
-    assert run(CASE, "operators", "--baselines", root, "--plot", picture) == 0
+    assert exit_code(main, "history", CASE, "operators", "--baselines", root, "--plot", picture) == 0
     assert picture.read_bytes() == first
 
 
 def test_several_machines_need_a_choice(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:
     """A case of two machines, or a metric that no session holds, gives one line on stderr and exit code 2."""
     root = project.root / "baselines"
-    assert run(CASE, "no_such_metric", "--baselines", root) == 2
+    assert exit_code(main, "history", CASE, "no_such_metric", "--baselines", root) == 2
     assert "There are: busy_s, operators, peak_bytes." in capsys.readouterr().err
     accept(root, a_record(circumstances=around(msgspec.structs.replace(H100, key="cpu"))), reason="r")
-    assert run(CASE, "--baselines", root) == 2
+    assert exit_code(main, "history", CASE, "--baselines", root) == 2
     assert "choose one with --machine" in capsys.readouterr().err
-    assert run(CASE, "--baselines", root, "--machine", "cpu") == 0
+    assert exit_code(main, "history", CASE, "--baselines", root, "--machine", "cpu") == 0

@@ -1,4 +1,4 @@
-"""What `find` returns, whatever is in the baseline's place."""
+"""The result of `find`, whatever is in the baseline's place."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def place(root: Path) -> Path:
 
 
 def sealed(content: dict[str, Any]) -> bytes:
-    """The bytes of a file with this content and a right checksum."""
+    """The bytes of a file with this content and a valid checksum."""
     content.pop("checksum", None)
     checksum = hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()[:16]
     text = msgspec.json.encode(content | {"checksum": checksum}, order="sorted")
@@ -80,9 +80,9 @@ def test_junk_is_damaged(tmp_path: Path, content: bytes, fragment: str) -> None:
     """Whatever a file holds, `find` says what is wrong and does not raise."""
     place(tmp_path).parent.mkdir(parents=True)
     place(tmp_path).write_bytes(content)
-    found = look(tmp_path)
-    assert isinstance(found, Damaged)
-    assert fragment in found.reason
+    lookup = look(tmp_path)
+    assert isinstance(lookup, Damaged)
+    assert fragment in lookup.reason
 
 
 def test_what_is_not_a_file_is_damaged(tmp_path: Path) -> None:
@@ -132,13 +132,13 @@ def test_sealed_contradictions_are_damaged(tmp_path: Path, change: dict[str, Any
     accept(tmp_path, a_record(), reason="r")
     content = msgspec.json.decode(place(tmp_path).read_bytes())
     place(tmp_path).write_bytes(sealed(content | change))
-    found = look(tmp_path)
-    assert isinstance(found, Damaged)
-    assert fragment in found.reason
+    lookup = look(tmp_path)
+    assert isinstance(lookup, Damaged)
+    assert fragment in lookup.reason
 
 
 def test_other_line_ends_are_damaged(tmp_path: Path) -> None:
-    """The bytes must be those that were written, even where the content is intact."""
+    """The bytes must be exactly those written, even if the content is intact."""
     accept(tmp_path, a_record(), reason="r")
     place(tmp_path).write_bytes(place(tmp_path).read_bytes().replace(b"\n", b"\r\n"))
     assert "bytes are not those that hpc-core writes" in look(tmp_path).reason

@@ -1,4 +1,4 @@
-"""Accepted sessions, which statistics are made of; and baselines as they were at a commit."""
+"""Accepted sessions, from which statistics are computed, and baselines as they were at a commit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def of_session(number: int, **changes: Any) -> Record:
 
 
 def test_a_session_is_what_was_accepted(tmp_path: Path) -> None:
-    """A session holds time, commit, GPU, stack and canary; busy time has one value per process, other metrics one; oldest first."""
+    """A session has time, commit, GPU, stack, canary and metrics; busy time has one value per process."""
     for number in (1, 2):
         accept(tmp_path, of_session(number), reason="r")
     first, second = sessions(tmp_path, H100.key, CASE)
@@ -50,7 +50,7 @@ def test_a_session_is_what_was_accepted(tmp_path: Path) -> None:
 
 
 def test_sessions_of_another_case_or_twice_the_same_do_not_count(tmp_path: Path) -> None:
-    """Sessions before a change of the case do not count, and a session that was accepted twice counts once."""
+    """Sessions before a change of the case do not count, and a session accepted twice counts once."""
     accept(tmp_path, of_session(1), reason="r")
     changed = msgspec.structs.replace(of_session(2), case=a_case(seed=5))
     accept(tmp_path, changed, reason="r")
@@ -72,14 +72,14 @@ def test_a_damaged_history_gives_no_sessions(tmp_path: Path) -> None:
 
 
 def test_the_history_is_bounded_in_bytes_too(tmp_path: Path) -> None:
-    """Large records push older ones out, each kept whole; one that is larger than a history is refused and changes nothing."""
+    """Large records push older ones out whole; a record larger than a history is refused and changes nothing."""
     answer = "x" * (HISTORY_BYTES // 4)
     for number in range(1, HISTORY_LENGTH):
         accept(tmp_path, msgspec.structs.replace(of_session(number), answers=(answer,)), reason="r")
     path = history_path(tmp_path, H100.key, CASE)
     assert path.stat().st_size <= HISTORY_BYTES
-    kept = [record_from_json(line).circumstances.commit for line in path.read_bytes().splitlines()]
-    assert kept == ["c5", "c6", "c7"]
+    commits = [record_from_json(line).circumstances.commit for line in path.read_bytes().splitlines()]
+    assert commits == ["c5", "c6", "c7"]
     before = path.read_bytes()
     with pytest.raises(BaselineError, match="a whole history at most 1,048,576"):
         accept(tmp_path, msgspec.structs.replace(of_session(9), answers=(answer * 5,)), reason="r")
@@ -104,10 +104,10 @@ def test_baselines_of_a_commit(tmp_path: Path) -> None:
     assert len(sessions(root, H100.key, CASE)) == 2
     assert [each.metrics["peak_bytes"] for each in past.sessions(H100.key, CASE)] == [(2.0 * 2**30,)]
     assert past.sessions(H100.key, "tiny/new") == ()
-    found = past.find(H100.key, CASE)
+    baseline = past.find(H100.key, CASE)
     assert past.commit == first
-    assert isinstance(found, Baseline)
-    assert found.metrics["peak_bytes"] == peak()
+    assert isinstance(baseline, Baseline)
+    assert baseline.metrics["peak_bytes"] == peak()
     assert past.find("cpu", "tiny/gone") == Missing(
         path=f"{first[:10]}:baselines/cpu/tiny/gone.json", elsewhere=(H100.key,)
     )

@@ -37,12 +37,12 @@ def test_what_is_accepted_is_found(tmp_path: Path) -> None:
     assert [(change.metric, change.old) for change in done.changes] == [
         (name, None) for name in ("busy_s", "operators", "peak_bytes")
     ]
-    found = look(tmp_path)
-    assert isinstance(found, Baseline)
-    assert found.metrics == {name: metric for name, metric in record.metrics.items() if name != "step_s"}
-    assert (found.case, found.spec, found.digest) == (CASE, record.case, record.case.digest)
-    assert (found.machine, found.stack) == (H100, record.circumstances.stack)
-    assert (found.accepted.reason, found.accepted.at) == ("first numbers", "2026-11-23T12:00:00+00:00")
+    baseline = look(tmp_path)
+    assert isinstance(baseline, Baseline)
+    assert baseline.metrics == {name: metric for name, metric in record.metrics.items() if name != "step_s"}
+    assert (baseline.case, baseline.spec, baseline.digest) == (CASE, record.case, record.case.digest)
+    assert (baseline.machine, baseline.stack) == (H100, record.circumstances.stack)
+    assert (baseline.accepted.reason, baseline.accepted.at) == ("first numbers", "2026-11-23T12:00:00+00:00")
 
 
 def test_the_file_reads_well(tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_what_differs_rewrites_the_file(tmp_path: Path, record: Record) -> None:
     """Other metrics, another stack or another case make another baseline."""
     accept(tmp_path, a_record(), reason="first")
     assert accept(tmp_path, record, reason="second").action == "updated"
-    found = look(tmp_path)
-    assert isinstance(found, Baseline)
-    assert found.accepted.reason == "second"
+    baseline = look(tmp_path)
+    assert isinstance(baseline, Baseline)
+    assert baseline.accepted.reason == "second"
 
 
 def test_changes_name_old_and_new(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_refused_records(tmp_path: Path, record: Record, reason: str, fragment: 
 
 
 def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> None:
-    """Outside a repository, and in one without a commit, nobody could measure the numbers again."""
+    """Numbers without a commit cannot be measured again, so they are refused unless allowed."""
     record = a_record(circumstances=around(commit=None, dirty=None))
     with pytest.raises(
         BaselineError, match=r"which code gave these numbers.*HPC_CORE_COMMIT.*--perf-dirty.*--allow-dirty"
@@ -161,13 +161,13 @@ def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> 
         accept(tmp_path, record, reason="r")
     assert list(tmp_path.iterdir()) == []
     accept(tmp_path, record, reason="r", allow_dirty=True)
-    found = look(tmp_path)
-    assert isinstance(found, Baseline)
-    assert found.accepted.commit is None
+    baseline = look(tmp_path)
+    assert isinstance(baseline, Baseline)
+    assert baseline.accepted.commit is None
 
 
 def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
-    """Numbers of uncommitted code are refused unless allowed, and then marked; where a commit is named and changes are unknown they are accepted."""
+    """Numbers of uncommitted code are refused unless allowed, and then marked; a commit with unknown changes is accepted."""
     record = a_record(circumstances=around(dirty=True))
     with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-dirty.*--allow-dirty"):
         accept(tmp_path, record, reason="r")
@@ -177,9 +177,9 @@ def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
     accept(
         tmp_path, a_record({"operators": counted(1)}, circumstances=around(dirty=True)), reason="r", allow_dirty=True
     )
-    found = look(tmp_path)
-    assert isinstance(found, Baseline)
-    assert found.accepted.dirty is True
+    baseline = look(tmp_path)
+    assert isinstance(baseline, Baseline)
+    assert baseline.accepted.dirty is True
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])

@@ -14,6 +14,7 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.profiles import profile_path
 from hpc_core.cli import main
 from hpc_core.record.record import record_to_json
+from tests.commands import exit_code
 from tests.explain.profiles import a_profile, weights
 from tests.record.git_project import GitProject
 from tests.strategies import a_case, a_record, around, failed_record, peak
@@ -28,15 +29,6 @@ def record(tmp_path: Path) -> Path:
     path.parent.mkdir(parents=True)
     path.write_bytes(record_to_json(RECORD))
     return path
-
-
-def run(*arguments: str | Path) -> int:
-    """Run a command and return its exit code."""
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -68,10 +60,10 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Bad input: exit code 2, one line on stderr that names it, nothing on stdout, no traceback."""
+    """Bad input gives exit code 2 and one line on stderr that names it, and nothing on stdout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert run(*arguments) == 2
+    assert exit_code(main, *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert expected in err
@@ -81,30 +73,34 @@ def test_a_mistake_is_one_line(
 def test_it_starts_without_torch() -> None:
     """Listing the cases loads neither torch nor pytest."""
     code = "import sys; from hpc_core.cli import main\ntry: main(['cases', '--scale', 'tiny'])\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'pytest' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, cwd=ROOT)
-    assert ran.stdout.splitlines()[-1] == "False False"
-    assert any(line.startswith("tiny/lora ") for line in ran.stdout.splitlines())
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=True, cwd=ROOT
+    )
+    assert process.stdout.splitlines()[-1] == "False False"
+    assert any(line.startswith("tiny/lora ") for line in process.stdout.splitlines())
 
 
 def test_cases_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Each line is a case."""
-    assert run("cases", "--scale", "full", "--json") == 0
+    assert exit_code(main, "cases", "--scale", "full", "--json") == 0
     assert {json.loads(line)["scale"] for line in capsys.readouterr().out.splitlines()} == {"full"}
 
 
 def test_accept_show_diff(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A record from elsewhere is accepted, listed and shown; another one is judged against it without running."""
     root = tmp_path / "baselines"
-    assert run("baseline", "diff", record, "--baselines", root) == 0  # nothing to compare with is no failure
-    assert run("baseline", "accept", record, "--baselines", root, "--reason", "from the H100") == 0
-    assert run("baseline", "list", "--baselines", root) == 0
+    assert (
+        exit_code(main, "baseline", "diff", record, "--baselines", root) == 0
+    )  # nothing to compare with is no failure
+    assert exit_code(main, "baseline", "accept", record, "--baselines", root, "--reason", "from the H100") == 0
+    assert exit_code(main, "baseline", "list", "--baselines", root) == 0
     assert "from the H100" in capsys.readouterr().out
-    assert run("baseline", "show", "tiny/lora", "--baselines", root) == 0
+    assert exit_code(main, "baseline", "show", "tiny/lora", "--baselines", root) == 0
     assert "peak_bytes" in capsys.readouterr().out
-    assert run("baseline", "diff", record, "--baselines", root) == 0
+    assert exit_code(main, "baseline", "diff", record, "--baselines", root) == 0
     worse = tmp_path / "worse.json"
     worse.write_bytes(record_to_json(a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})))
-    assert run("baseline", "diff", worse, "--baselines", root) == 1
+    assert exit_code(main, "baseline", "diff", worse, "--baselines", root) == 1
     assert "REGRESSED" in capsys.readouterr().out
 
 
@@ -112,7 +108,7 @@ def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
     """All records are read before the first is accepted."""
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
-    assert run("baseline", "accept", record, bad, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert exit_code(main, "baseline", "accept", record, bad, "--baselines", tmp_path / "b", "--reason", "x") == 2
     assert not (tmp_path / "b").exists()
 
 
@@ -126,20 +122,20 @@ def test_profiles_are_added_to_existing_baselines_or_none(tmp_path: Path, capsys
     key = known.circumstances.machine.key
     elsewhere = msgspec.structs.replace(known.circumstances.machine, key="nvidia-h200-140gib")
     for number, record in enumerate((known, unknown)):
-        around_it = msgspec.structs.replace(record.circumstances, machine=elsewhere)
+        circumstances = msgspec.structs.replace(record.circumstances, machine=elsewhere)
         path = folder / f"{number}.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=around_it)))
-    lies = profile_path(root, key, known.case.id)
+        path.write_bytes(record_to_json(msgspec.structs.replace(record, circumstances=circumstances)))
+    stored_profile = profile_path(root, key, known.case.id)
 
-    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", "nowhere") == 2
+    assert exit_code(main, "baseline", "add-profile", folder, "--baselines", root, "--machine", "nowhere") == 2
     assert f"Machines here: {key}" in capsys.readouterr().err
     (folder / "2.json").write_bytes(record_to_json(msgspec.structs.replace(known, profile=None)))
-    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 2
-    assert not lies.exists()
+    assert exit_code(main, "baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 2
+    assert not stored_profile.exists()
     (folder / "2.json").unlink()
-    assert run("baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 0
-    assert lies.exists()
+    assert exit_code(main, "baseline", "add-profile", folder, "--baselines", root, "--machine", key) == 0
+    assert stored_profile.exists()
     printed = capsys.readouterr().out
     assert f"skipped, since {key} has no baseline of them: {unknown.case.id}" in " ".join(printed.split())
 
@@ -148,7 +144,7 @@ def test_a_failed_record_is_no_baseline(tmp_path: Path, capsys: pytest.CaptureFi
     """Accepting a failed run is refused with its reason."""
     path = tmp_path / "failed.json"
     path.write_bytes(record_to_json(failed_record()))
-    assert run("baseline", "accept", path, "--baselines", tmp_path / "b", "--reason", "x") == 2
+    assert exit_code(main, "baseline", "accept", path, "--baselines", tmp_path / "b", "--reason", "x") == 2
     assert "80.1 GiB" in capsys.readouterr().err
 
 
@@ -162,17 +158,17 @@ def test_what_changed_between_revisions_and_files(
     for name, each in records.items():
         Path("records", name).mkdir(parents=True)
         Path("records", name, "lora.json").write_bytes(record_to_json(each))
-        assert run("baseline", "accept", f"records/{name}", "--reason", f"the {name} one") == 0
+        assert exit_code(main, "baseline", "accept", f"records/{name}", "--reason", f"the {name} one") == 0
         project.commit(name)
     capsys.readouterr()
     line = "nvidia-h100-80gb-hbm3-80gib/tiny/lora: peak_bytes 2.00 GiB → 3.00 GiB (+50 %); reason: the new one"
     for revisions in (["HEAD~1"], ["HEAD~1", "HEAD"]):
-        assert run("baseline", "diff", *revisions) == 0
+        assert exit_code(main, "baseline", "diff", *revisions) == 0
         assert capsys.readouterr().out == f"{line}\n"
-    assert run("baseline", "diff", "HEAD") == 0
+    assert exit_code(main, "baseline", "diff", "HEAD") == 0
     assert "No baseline changed in" in capsys.readouterr().out
     stored = "baselines/nvidia-h100-80gb-hbm3-80gib/tiny/lora.json"
-    assert run("baseline", "diff", "records/old/lora.json", stored) == 0
+    assert exit_code(main, "baseline", "diff", "records/old/lora.json", stored) == 0
     assert "peak_bytes 2.00 GiB → 3.00 GiB (+50 %)" in capsys.readouterr().out
 
 
@@ -191,10 +187,10 @@ def test_uncommitted_code_needs_allow_dirty(tmp_path: Path, capsys: pytest.Captu
         "--baselines",
         tmp_path / "b",
     )
-    assert run(*accept) == 2
+    assert exit_code(main, *accept) == 2
     assert "--allow-dirty" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
-    assert run(*accept, "--allow-dirty") == 0
+    assert exit_code(main, *accept, "--allow-dirty") == 0
 
 
 def test_baselines_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +204,7 @@ def test_baselines_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureF
         ["diff", record],
         ["diff", record, record],
     ):
-        assert run("baseline", *command, *folder) == 0
+        assert exit_code(main, "baseline", *command, *folder) == 0
         outputs.append(json.loads(capsys.readouterr().out))
 
     accepted, listed, shown, judged, alike = outputs
@@ -216,5 +212,5 @@ def test_baselines_as_json(record: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert shown[0]["metrics"]["peak_bytes"]["value"] == RECORD.metrics["peak_bytes"].value
     assert (judged["judgement"]["verdict"], judged["cause"], alike["changes"]) == ("PASS", None, [])
     record.write_bytes(record_to_json(a_record({"peak_bytes": peak(4 * 2**30)})))
-    assert run("baseline", "diff", record, *folder) == 1
+    assert exit_code(main, "baseline", "diff", record, *folder) == 1
     assert json.loads(capsys.readouterr().out)["cause"]["lines"][0].startswith("peak +2.00 GiB")

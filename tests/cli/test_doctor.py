@@ -1,4 +1,4 @@
-"""`hpc-core doctor`: what is missing, too old or hidden each gets a line and a command. Distributions are metadata on the path."""
+"""`hpc-core doctor` reports what is missing, too old or hidden in one line with a command. Its packages are metadata on the path."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from hpc_core.cli import doctor as module
 from hpc_core.cli import main
+from tests.commands import exit_code
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "memory_bytes": 80 * 2**30, "uuid": "GPU-1", "driver": "580.1", "index": 0}
 METADATA = """\
@@ -32,7 +33,7 @@ Doctor = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Doctor:
-    """Run it where hpc-core and these versions are installed; exit code and stdout."""
+    """Run doctor where hpc-core and these versions are installed, and return exit code and stdout."""
 
     def run(*options: str, **versions: str) -> tuple[int, str]:
         folder = tmp_path / "site"
@@ -48,11 +49,8 @@ def doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             text = METADATA.format(name=name, version=version)
             (info / "METADATA").write_text(text + (OURS if name == "hpc-core" else ""))
         monkeypatch.syspath_prepend(str(folder))
-        try:
-            main(["doctor", *options])
-        except SystemExit as end:
-            return int(end.code or 0), capsys.readouterr().out
-        raise AssertionError("a command ends with SystemExit")
+        code = exit_code(main, "doctor", *options)
+        return code, capsys.readouterr().out
 
     return run
 
@@ -62,7 +60,7 @@ def checks(out: str) -> dict[str, dict[str, Any]]:
 
 
 def test_without_a_gpu_it_says_what_can_be_done(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine without a GPU and with the stack that is needed nothing must be done, and it says what runs and what is predicted."""
+    """On a machine without a GPU nothing is missing, and the output says what runs and what is predicted."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, out = doctor()
     assert code == 0
@@ -73,28 +71,28 @@ def test_without_a_gpu_it_says_what_can_be_done(doctor: Doctor, monkeypatch: pyt
 
 
 def test_packages_are_compared_with_what_hpc_core_needs(doctor: Doctor) -> None:
-    """Too old is to be repaired, a missing optional one is not; each has the command. Development's own extras are left out."""
+    """A package that is too old is an error, a missing optional one is not; each has its command."""
     code, out = doctor("--json", torch="1.13.1+cu117")
-    found = checks(out)
+    by_name = checks(out)
     assert (code, json.loads(out)["ok"]) == (1, False)
-    assert (found["torch"]["state"], found["torch"]["seen"]) == ("too old", "1.13.1+cu117, needs >=2.11")
-    assert "pip install -U 'hpc-core[run]'" in found["torch"]["advice"]
-    assert (found["no-such-thing"]["state"], found["no-such-thing"]["needed"]) == ("missing", False)
-    assert (found["peft"]["state"], found["datasets"]["state"], "ruff" in found) == ("ok", "ok", False)
+    assert (by_name["torch"]["state"], by_name["torch"]["seen"]) == ("too old", "1.13.1+cu117, needs >=2.11")
+    assert "pip install -U 'hpc-core[run]'" in by_name["torch"]["advice"]
+    assert (by_name["no-such-thing"]["state"], by_name["no-such-thing"]["needed"]) == ("missing", False)
+    assert (by_name["peft"]["state"], by_name["datasets"]["state"], "ruff" in by_name) == ("ok", "ok", False)
 
 
 def test_predictions_and_baselines(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a compiler nothing can be predicted, and without baselines nothing judged: notes with a command, no failure."""
+    """A missing compiler and missing baselines are notes with a command, not failures."""
     monkeypatch.setenv("PATH", str(tmp_path))
     code, out = doctor("--json", "--baselines", str(tmp_path))
-    found = checks(out)
+    by_name = checks(out)
     assert code == 0
-    assert (found["C++ compiler"]["state"], "g++" in found["C++ compiler"]["advice"]) == ("missing", True)
-    assert (found["baselines"]["state"], "--perf-update" in found["baselines"]["advice"]) == ("note", True)
+    assert (by_name["C++ compiler"]["state"], "g++" in by_name["C++ compiler"]["advice"]) == ("missing", True)
+    assert (by_name["baselines"]["state"], "--perf-update" in by_name["baselines"]["advice"]) == ("note", True)
 
 
 @pytest.mark.parametrize(
-    ("script", "seen"),
+    ("script", "expected"),
     [
         ("import time; time.sleep(60)", "longer than 1 s"),
         ("raise RuntimeError('driver too old')", "driver too old"),
@@ -103,13 +101,15 @@ def test_predictions_and_baselines(doctor: Doctor, tmp_path: Path, monkeypatch: 
     ],
 )
 def test_a_torch_that_cannot_use_the_gpu_is_broken(
-    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, script: str, seen: str
+    doctor: Doctor, monkeypatch: pytest.MonkeyPatch, script: str, expected: str
 ) -> None:
-    """NVML sees a GPU: whatever torch does with it, a hang, an error, a crash or nothing, costs one line."""
+    """Where NVML sees a GPU, a torch that hangs, raises, crashes or sees none gives one line."""
     monkeypatch.setattr(module, "visible_gpus", lambda: (GPU,))
     monkeypatch.setattr(module, "read_state", lambda index: {"persistence_mode": 0, "used_bytes": 2**30})
     monkeypatch.setattr(module, "_users", lambda pynvml, index: [{"pid": 7, "used_bytes": None}])
     monkeypatch.setattr(module, "_ASK_TORCH", script)
     code, out = doctor("--limit", "1")
-    assert (code, seen in out, "used by process 7" in out, "persistence mode is off" in out) == (1, True, True, True)
+    assert code == 1
+    for text in (expected, "used by process 7", "persistence mode is off"):
+        assert text in out
     assert sys.executable not in out

@@ -1,4 +1,4 @@
-"""The search for the largest value that fits: it is right for any growing curve, and needs few predictions."""
+"""The search for the largest value that fits is right for any growing curve, and needs few predictions."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_it_finds_the_largest_that_fits(rises: list[int], room: int, start: int)
 
 
 @given(
-    held=st.integers(0, 40 << 30),
+    fixed=st.integers(0, 40 << 30),
     each=st.integers(1 << 20, 4 << 30),
     room=st.integers(1, 80 << 30),
     start=st.integers(1, 64),
 )
-def test_linear_memory_takes_a_handful_of_predictions(held: int, each: int, room: int, start: int) -> None:
+def test_linear_memory_takes_a_handful_of_predictions(fixed: int, each: int, room: int, start: int) -> None:
     """For linear memory, as in most cases, few predictions suffice, even if the largest value is in the thousands."""
-    search = largest_fitting(lambda value: held + each * value, room, start=start, least=1, most=4096)
-    assert search.fitting == (min(4096, (room - held) // each) if room >= held + each else None)
+    search = largest_fitting(lambda value: fixed + each * value, room, start=start, least=1, most=4096)
+    assert search.fitting == (min(4096, (room - fixed) // each) if room >= fixed + each else None)
     assert len(search.peaks) <= 9
 
 

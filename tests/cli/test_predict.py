@@ -18,6 +18,7 @@ from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import catalogue
+from hpc_core.cli import main
 from hpc_core.cli import predict as command
 from hpc_core.cli.inputs import case_of_model, context_length, parse_bytes, parse_changes, parse_sweep, with_changes
 from hpc_core.record.gpus import gpu_named
@@ -28,7 +29,7 @@ from hpc_core.record.record import (
     record_from_json,
 )
 from hpc_core.report.predictions import prediction_block, sweep_table
-from tests.cli.test_cli import run
+from tests.commands import exit_code
 from tests.strategies import a_case, a_record, around, counted, peak
 
 GIB = 2**30
@@ -62,16 +63,16 @@ def tiny_config() -> dict[str, Any]:
 
 @pytest.fixture
 def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
-    """Predictions without workers: 2 GiB and one for each row of the batch. Holds the cases that were asked for."""
-    asked: list[Case] = []
+    """Predict 2 GiB and one per row of the batch without workers, and return the cases that are predicted."""
+    predicted_cases: list[Case] = []
 
     def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False) -> Record:
-        asked.append(case)
+        predicted_cases.append(case)
         assert isinstance(case.workload, FinetuneSpec)
         return predicted_record(case, gpu, (2 + case.workload.batch) * GIB)
 
     monkeypatch.setattr(command, "prediction", prediction)
-    return asked
+    return predicted_cases
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,8 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
 def test_a_mistake_is_one_line(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bad input: exit code 2, one line that names it and the remedy, and nothing is predicted."""
-    assert run("predict", *arguments) == 2
+    """Bad input gives exit code 2 and one line that names it and the remedy, and nothing is predicted."""
+    assert exit_code(main, "predict", *arguments) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert expected in err
@@ -145,19 +146,19 @@ def test_the_id_of_a_changed_case_names_the_changes() -> None:
     ("text", "size"), [("1GiB", GIB), ("1.5 GiB", 3 * GIB // 2), ("512mib", 2**29), ("0", 0), ("2GB", 2 * 10**9)]
 )
 def test_sizes_with_units(text: str, size: int) -> None:
-    """Powers of 1024 and of 1000, with or without a space."""
+    """A size has a unit of powers of 1024 or 1000, with or without a space."""
     assert parse_bytes("--margin", text) == size
 
 
-def test_a_size_without_sense_is_refused() -> None:
-    """An unknown unit."""
+def test_an_unknown_unit_is_refused() -> None:
+    """A size with an unknown unit is refused."""
     with pytest.raises(SpecError, match="not a size"):
         parse_bytes("--margin", "1 furlong")
 
 
 def test_fit_finds_the_largest_within_the_margin(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
-    """24 GiB minus the margin of 1 and 2 fixed: 21 rows. The output shows the margin and its reason."""
-    assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090") == 0
+    """Of 24 GiB with a margin of 1 and 2 fixed, 21 rows fit. The output shows the margin and its reason."""
+    assert exit_code(main, "predict", "tiny/lora", "--fit", "batch", "--gpu", "4090") == 0
     out, err = capsys.readouterr()
     assert "largest batch that fits: 21 (batch=22 would take 24.00 GiB" in out
     assert "kept free: 1.00 GiB of 24.00 GiB for the CUDA context (about 0.5 GiB)" in out
@@ -167,7 +168,7 @@ def test_fit_finds_the_largest_within_the_margin(a_gib_a_row: list[Case], capsys
 
 def test_fit_says_when_nothing_fits(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
     """If not even the least value fits, the error has the numbers."""
-    assert run("predict", "tiny/lora", "--fit", "batch", "--gpu", "4090", "--margin", "22GiB") == 2
+    assert exit_code(main, "predict", "tiny/lora", "--fit", "batch", "--gpu", "4090", "--margin", "22GiB") == 2
     assert (
         "does not fit one RTX 4090 with any batch: batch=1 takes 3.00 GiB, and 2.00 GiB are left"
         in capsys.readouterr().err
@@ -176,8 +177,8 @@ def test_fit_says_when_nothing_fits(a_gib_a_row: list[Case], capsys: pytest.Capt
 
 
 def test_sweep_prints_a_row_per_value(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
-    """The case's own value is a row like any other; a row that does not fit shows by how much."""
-    assert run("predict", "tiny/lora", "--sweep", "batch=1,2,40", "--gpu", "4090") == 0
+    """Each value of a sweep has a row, and one that does not fit shows by how much."""
+    assert exit_code(main, "predict", "tiny/lora", "--sweep", "batch=1,2,40", "--gpu", "4090") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[:2] == ["batch", "peak"]
     assert [line.split()[0] for line in lines[2:5]] == ["1", "2", "40"]
@@ -209,11 +210,11 @@ def test_the_first_line_says_whether_it_fits() -> None:
 @predicts
 @pytest.mark.slow
 def test_python_and_the_command_agree_on_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder with only a config.json is predicted by the command as its shape is by `hpc_core.predicted`, byte by byte."""
+    """A folder with only a config.json is predicted by the command exactly as its shape is by `hpc_core.predicted`."""
     (tmp_path / "My Model").mkdir()
     (tmp_path / "My Model" / "config.json").write_text(json.dumps(tiny_config()))
     options = ["--gpu=RTX 4090", "--batch=2", "--length=64", "--set=steps=5", "--json", "--timeline"]
-    assert run("predict", "--model", tmp_path / "My Model", "--method", "lora", *options) == 0
+    assert exit_code(main, "predict", "--model", tmp_path / "My Model", "--method", "lora", *options) == 0
     printed = capsys.readouterr().out
     own = record_from_json(printed)
     assert own.case.id == "my-model/lora+batch-2+length-64+steps-5"
@@ -232,13 +233,13 @@ def test_python_and_the_command_agree_on_any_model(tmp_path: Path, capsys: pytes
 @predicts
 @pytest.mark.slow
 def test_what_cannot_be_predicted_is_refused_by_name() -> None:
-    """A static cache: the worker refuses it, and Python raises the worker's message."""
+    """For a static cache Python raises the message with which the worker refuses it."""
     with pytest.raises(PredictError, match="static cache"):
         hpc_core.predicted(catalogue()["tiny/generate-bf16"].vary("static", cache="static"))
 
 
 def test_a_failed_prediction_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command prints why, without a traceback, and exits with 2."""
+    """A failed prediction prints its reason without a traceback and exits with 2."""
     failure = Failure(kind="refused", message="No model of it.", phase="build")
     monkeypatch.setattr(
         command,
@@ -247,7 +248,7 @@ def test_a_failed_prediction_is_one_line(capsys: pytest.CaptureFixture[str], mon
             case=case, status="failed", failure=failure, circumstances=a_record().circumstances
         ),
     )
-    assert run("predict", "tiny/lora") == 2
+    assert exit_code(main, "predict", "tiny/lora") == 2
     assert capsys.readouterr() == ("", "hpc-core: tiny/lora: No model of it.\n")
 
 

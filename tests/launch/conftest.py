@@ -14,7 +14,7 @@ Listener = Callable[[Case, Event], None]
 
 
 class Listening:
-    """A launcher whose events go to whoever listens at the moment."""
+    """A launcher whose events go to the current listener."""
 
     def __init__(self) -> None:
         self.listener: Listener | None = None
@@ -37,6 +37,6 @@ def listening() -> Iterator[Listening]:
 
 @pytest.fixture
 def warm(listening: Listening) -> Iterator[Launcher]:
-    """The launcher; what listened during the test stops with it."""
+    """The launcher. The test's listener is removed afterwards."""
     yield listening.launcher
     listening.listener = None

@@ -1,4 +1,4 @@
-"""Factories that test_launch_* name in their cases: each does one thing to its worker. Standard library only."""
+"""Factories for the cases of tests/launch: each does one thing to its worker. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 Step = Callable[[], None]
 CALLS: list[str] = []
-"""Grows with each case that runs in this process."""
+"""One entry for each case that ran in this process."""
 
 
 def quiet() -> Step:
@@ -22,7 +22,7 @@ def quiet() -> Step:
 
 
 def counted(path: str) -> Step:
-    """Write how many cases this process has run, this one included, and its environment variable HPC_CORE_TEST."""
+    """Write how many cases this process has run, and its variable HPC_CORE_TEST."""
     CALLS.append(path)
     facts = {"calls": len(CALLS), "variable": os.environ.get("HPC_CORE_TEST"), "folder": str(Path.cwd())}
     Path(path).write_text(json.dumps(facts))
@@ -30,7 +30,7 @@ def counted(path: str) -> Step:
 
 
 def noisy() -> Step:
-    """Write what could be mistaken for the protocol, and what is no text, to stdout and stderr."""
+    """Write what looks like the protocol, and bytes that are not text, to stdout and stderr."""
     for _ in range(200):
         print('{"event":"phase","name":"forged"}\n{"event":"exited","code":0,"signal":null,"leftovers":0}')
         print("not JSON", file=sys.stderr)
@@ -80,7 +80,7 @@ def kills_itself() -> Step:
 
 
 def forges(line: str) -> Step:
-    """Write a line to every pipe that this process can write to: the events are one of them."""
+    """Write a line to every pipe that this process can write to; one of them carries the events."""
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
             if int(entry.name) > 2 and str(entry.readlink()).startswith("pipe:"):
@@ -101,7 +101,7 @@ print(sorted(fd for fd, name in names.items() if "pipe:" in name))
 
 
 def lists_inherited_pipes(path: str) -> Step:
-    """Write which pipes a program inherits that is started from here without closing any descriptor."""
+    """Write which pipes a program inherits that is started without closing any descriptor."""
     command = [sys.executable, "-S", "-c", _LIST_PIPES]
     Path(path).write_text(subprocess.run(command, close_fds=False, capture_output=True, text=True, check=True).stdout)
     return quiet()
@@ -112,7 +112,7 @@ def hangs(seconds: float = 600.0) -> Step:
 
 
 def leaves_children(marker: str, hang: bool = True) -> Step:
-    """Start a child, one in a session of its own, and an orphan in one; each has the marker as an argument."""
+    """Start a child, a child in its own session, and an orphan in one; each has the marker as an argument."""
     sleep = [sys.executable, "-S", "-c", "import time; time.sleep(600)", marker]
     subprocess.Popen(sleep)
     subprocess.Popen(sleep, start_new_session=True)

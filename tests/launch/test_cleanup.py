@@ -1,4 +1,4 @@
-"""However a run ends, nothing it started survives: children, children with sessions of their own, orphans of those."""
+"""However a run ends, none of its processes survives: children, children with their own sessions, their orphans."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 _CHILDREN = 3
 _GONE_S = 15.0
-"""Milliseconds on an idle machine; a busy one may take its time."""
+"""Milliseconds on an idle machine; a busy one may take longer."""
 
 _LAUNCH = """
 import sys, msgspec
@@ -37,7 +37,7 @@ with Launcher(sys.argv[1]) as launcher:
 
 
 def processes(marker: str) -> list[int]:
-    """Process ids that have the marker as an argument of its own: what the worker started, and nothing else."""
+    """The ids of processes with the marker as an argument: those that the worker started."""
     return [each.pid for each in psutil.process_iter(["cmdline"]) if marker in (each.info["cmdline"] or ())]
 
 
@@ -50,7 +50,7 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 30.0) -> bool:
 
 @pytest.fixture
 def marker() -> Iterator[str]:
-    """An argument that no other process has; what still has it after the test is ended."""
+    """An argument that no other process has. Processes that still have it after the test are killed."""
     name = f"hpc-core-test-{uuid.uuid4().hex}"
     yield name
     for pid in processes(name):
@@ -64,23 +64,23 @@ def job(marker: str, *, hang: bool, timeout_s: float = 60.0) -> Job:
 
 
 def test_nothing_survives_a_timeout(marker: str, warm: Launcher) -> None:
-    """When the run returns, the worker's descendants are gone."""
+    """The worker's descendants are gone when the run returns."""
     with ThreadPoolExecutor() as pool:
-        were_there = pool.submit(wait_for, lambda: len(processes(marker)) == _CHILDREN)
+        had_started = pool.submit(wait_for, lambda: len(processes(marker)) == _CHILDREN)
         record = warm.run(job(marker, hang=True, timeout_s=3))
     assert record.failure is not None
-    assert (record.failure.kind, were_there.result(), processes(marker)) == ("timeout", True, [])
+    assert (record.failure.kind, had_started.result(), processes(marker)) == ("timeout", True, [])
 
 
 def test_nothing_survives_a_good_run(marker: str, warm: Launcher) -> None:
-    """Children that a case leaves behind are ended, and the record says how many."""
+    """Children that a case leaves behind are ended, and the record counts them."""
     record = warm.run(job(marker, hang=False))
     assert (record.status, processes(marker)) == ("ok", [])
     assert any(f"{_CHILDREN} processes" in note for note in record.circumstances.notes)
 
 
 def test_a_listener_that_raises_ends_the_worker(marker: str, warm: Launcher, listening: Listening) -> None:
-    """An error of the launcher's own leaves no process either."""
+    """An error in the launcher's listener leaves no process."""
 
     def refuse(_: Case, event: Event) -> None:
         if isinstance(event, Phase) and len(processes(marker)) == _CHILDREN:
@@ -93,7 +93,7 @@ def test_a_listener_that_raises_ends_the_worker(marker: str, warm: Launcher, lis
 
 
 def test_nothing_survives_ctrl_c(marker: str) -> None:
-    """A launcher that is interrupted waits until its worker has ended."""
+    """An interrupted launcher waits until its worker has ended."""
     with launching("exec", marker) as launcher:
         launcher.send_signal(signal.SIGINT)
         _, printed = launcher.communicate(timeout=_GONE_S)
@@ -101,7 +101,7 @@ def test_nothing_survives_ctrl_c(marker: str) -> None:
 
 
 def test_nothing_survives_a_launcher_that_is_killed(marker: str) -> None:
-    """The forkserver and its workers end with a launcher that gets SIGKILL, which it cannot handle."""
+    """The forkserver and its workers end with a launcher that is killed by SIGKILL."""
     with launching("warm", marker) as launcher:
         (forkserver,) = psutil.Process(launcher.pid).children()
         assert "hpc_core.launch.forkserver" in forkserver.cmdline()
@@ -110,7 +110,7 @@ def test_nothing_survives_a_launcher_that_is_killed(marker: str) -> None:
 
 
 def launching(way: str, marker: str) -> subprocess.Popen[str]:
-    """A launcher in a process of its own, once its worker hangs and has started its children."""
+    """A launcher in its own process, whose worker hangs and has started its children."""
     command = [sys.executable, "-c", _LAUNCH, way, msgspec.json.encode(job(marker, hang=True)).decode()]
     launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert wait_for(lambda: len(processes(marker)) == _CHILDREN, 60)
@@ -118,7 +118,7 @@ def launching(way: str, marker: str) -> subprocess.Popen[str]:
 
 
 def test_a_worker_does_not_survive_its_supervisor(warm: Launcher, listening: Listening) -> None:
-    """If the supervisor itself is killed, the kernel ends the worker, and the record says that neither reported its end."""
+    """If the supervisor is killed, the kernel ends the worker, and the record says that neither reported."""
     workers: list[psutil.Process] = []
     assert warm.preloaded is not None
     forkserver = psutil.Process(warm.preloaded.pid)
