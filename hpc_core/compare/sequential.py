@@ -12,15 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from hpc_core.gate.intervals import (
-    PASS_ALPHA,
-    Distance,
-    Interval,
-    Spread,
-    interval_of,
-    paired_distance,
-    three_way,
-)
+from hpc_core.gate.intervals import PASS_ALPHA, Distance, Interval, Spread, interval_of, paired_distance, three_way
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Better
 

@@ -15,12 +15,7 @@ import msgspec
 
 from hpc_core.baselines.over_time import moment
 from hpc_core.bounds.check import positions_of, step_seconds
-from hpc_core.bounds.cost import (
-    Floor,
-    decode_floor,
-    prefill_floor,
-    train_floor,
-)
+from hpc_core.bounds.cost import Floor, decode_floor, prefill_floor, train_floor
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 from hpc_core.record.gpus import gpu_of
 from hpc_core.record.record import Record

@@ -22,12 +22,7 @@ from hpc_core.cli import main
 from hpc_core.cli import predict as command
 from hpc_core.cli.inputs import case_of_model, context_length, parse_bytes, parse_changes, parse_sweep, with_changes
 from hpc_core.record.gpus import gpu_named
-from hpc_core.record.record import (
-    Failure,
-    Machine,
-    Record,
-    record_from_json,
-)
+from hpc_core.record.record import Failure, Machine, Record, record_from_json
 from hpc_core.report.predictions import prediction_block, sweep_table
 from tests.commands import exit_code
 from tests.strategies import a_case, a_record, around, counted, peak

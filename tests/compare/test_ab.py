@@ -14,13 +14,7 @@ from hypothesis import strategies as st
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
-from hpc_core.catalogue import (
-    FULL,
-    TINY,
-    finetune,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import FULL, TINY, finetune, lora, tiny
 from hpc_core.cli.ab import default_budget_s
 from hpc_core.compare.ab import Comparison, Plan, SideName, compare
 from hpc_core.compare.differences import Difference, Rule, exact_rows

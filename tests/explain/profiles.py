@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from hpc_core.record.profile import (
-    ModuleSeen,
-    OperatorUse,
-    Piece,
-    Profile,
-)
+from hpc_core.record.profile import ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record.record import Metric, Record
 from tests.strategies import a_record, counted, peak
 

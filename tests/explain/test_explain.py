@@ -21,29 +21,9 @@ from hpc_core.explain.findings import block
 from hpc_core.explain.memory import _changes
 from hpc_core.gate.judge import judge
 from hpc_core.instruments.attribution import DeviceWork, Range, attributed
-from hpc_core.record.profile import (
-    KernelUse,
-    ModuleSeen,
-    OperatorUse,
-    Piece,
-    Profile,
-)
-from hpc_core.record.record import (
-    Fact,
-    Metric,
-    Record,
-    record_from_json,
-    record_to_json,
-)
-from tests.explain.profiles import (
-    GIB,
-    HEAD,
-    MLP,
-    MODULES,
-    a_profile,
-    profiled_record,
-    weights,
-)
+from hpc_core.record.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
+from hpc_core.record.record import Fact, Metric, Record, record_from_json, record_to_json
+from tests.explain.profiles import GIB, HEAD, MLP, MODULES, a_profile, profiled_record, weights
 from tests.strategies import H100, around, busy, counted, peak
 
 

@@ -18,15 +18,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import LaunchError
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import (
-    Event,
-    Exited,
-    Finished,
-    Job,
-    Phase,
-    Way,
-    encode_event,
-)
+from hpc_core.record.job import Event, Exited, Finished, Job, Phase, Way, encode_event
 from hpc_core.record.record import Failure, Record
 
 pytestmark = pytest.mark.slow

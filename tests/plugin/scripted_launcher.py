@@ -7,20 +7,8 @@ from typing import Any
 
 from hpc_core.case.case import Case
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.record.job import (
-    Event,
-    Finished,
-    Job,
-    Phase,
-    Way,
-)
-from hpc_core.record.record import (
-    Circumstances,
-    Failure,
-    FailureKind,
-    Metric,
-    Record,
-)
+from hpc_core.record.job import Event, Finished, Job, Phase, Way
+from hpc_core.record.record import Circumstances, Failure, FailureKind, Metric, Record
 from tests.strategies import CPU, STACK, busy, counted, wall
 
 SAMPLES = (0.25, 0.5, 0.75)

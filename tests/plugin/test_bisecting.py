@@ -12,12 +12,7 @@ import pytest
 
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.plugin.outcome import bisect_exit_code
-from tests.compare.compare_repository import (
-    STEP,
-    commit,
-    git,
-    repository,
-)
+from tests.compare.compare_repository import STEP, commit, git, repository
 from tests.plugin.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow

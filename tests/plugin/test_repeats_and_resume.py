@@ -19,12 +19,7 @@ from hpc_core.plugin.repeats import MOST, Plan, narrow, replicated
 from hpc_core.plugin.resume import Earlier
 from hpc_core.record import environment
 from hpc_core.record.job import Job, Repeat
-from hpc_core.record.record import (
-    Metric,
-    Record,
-    record_from_json,
-    record_to_json,
-)
+from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from tests.plugin.scripted_launcher import ScriptedLauncher
 from tests.strategies import a_case, a_record
 

@@ -14,13 +14,7 @@ import pytest
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec
-from hpc_core.catalogue import (
-    finetune,
-    full,
-    lora,
-    qlora,
-    tiny,
-)
+from hpc_core.catalogue import finetune, full, lora, qlora, tiny
 from hpc_core.record.gpus import gpu_named
 from tests.predict.crosscheck import Real, run_for_real
 from tests.predict.predicting import GPU, predicted, values

@@ -6,13 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc_core.catalogue import (
-    TINY,
-    finetune,
-    full,
-    generate,
-    tiny,
-)
+from hpc_core.catalogue import TINY, finetune, full, generate, tiny
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record

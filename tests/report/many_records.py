@@ -9,12 +9,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.baselines.reading import read_records
-from hpc_core.record.record import (
-    Failure,
-    Metric,
-    Record,
-    record_to_json,
-)
+from hpc_core.record.record import Failure, Metric, Record, record_to_json
 from hpc_core.report.entry import Entry
 from hpc_core.report.pictures import pictures
 

@@ -13,14 +13,7 @@ import pytest
 from hpc_core.baselines.reading import read_records
 from hpc_core.report.entry import entries_of
 from hpc_core.report.page import page
-from tests.report.many_records import (
-    H100,
-    failed,
-    many,
-    measured,
-    with_metric,
-    written,
-)
+from tests.report.many_records import H100, failed, many, measured, with_metric, written
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page

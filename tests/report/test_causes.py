@@ -18,39 +18,15 @@ from hpc_core.baselines.profiles import stored_profile
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.explain.explain import stored_cause
-from hpc_core.record.profile import (
-    KernelUse,
-    ModuleSeen,
-    OperatorUse,
-    Piece,
-    Profile,
-)
+from hpc_core.record.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import LARGEST_BYTES, VEGA_BYTES, page
 from hpc_core.report.terminal import render
-from tests.explain.profiles import (
-    GIB,
-    HEAD,
-    MLP,
-    a_profile,
-    profiled_record,
-    weights,
-)
-from tests.report.hostile import (
-    check_error,
-    check_markdown,
-    check_page,
-    numbers,
-    texts,
-)
-from tests.report.many_records import (
-    H100,
-    failed,
-    many,
-    with_metric,
-)
+from tests.explain.profiles import GIB, HEAD, MLP, a_profile, profiled_record, weights
+from tests.report.hostile import check_error, check_markdown, check_page, numbers, texts
+from tests.report.many_records import H100, failed, many, with_metric
 from tests.strategies import a_case, counted
 
 GROWN = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)

@@ -15,14 +15,7 @@ from hpc_core.report.entry import Entry, entries_of
 from hpc_core.report.markdown import LARGEST_BYTES, markdown
 from hpc_core.report.page import LARGEST_BYTES as LARGEST_PAGE
 from hpc_core.report.page import VEGA_BYTES, page
-from tests.report.many_records import (
-    H100,
-    failed,
-    many,
-    measured,
-    with_metric,
-    written,
-)
+from tests.report.many_records import H100, failed, many, measured, with_metric, written
 
 NEWEST = {record.case.id: record for record in measured()}
 QLORA, FULL = "llama-3.2-3b/qlora", "llama-3.2-3b/full-fp32"

@@ -23,13 +23,7 @@ from hpc_core.report.entry import entries_of
 from hpc_core.report.markdown import markdown
 from hpc_core.report.page import page
 from hpc_core.report.terminal import render
-from tests.report.hostile import (
-    check_error,
-    check_markdown,
-    check_page,
-    numbers,
-    texts,
-)
+from tests.report.hostile import check_error, check_markdown, check_page, numbers, texts
 from tests.report.many_records import failed, measured
 
 PLAIN = json.loads(record_to_json(measured()[0]))

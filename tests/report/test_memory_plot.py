@@ -9,12 +9,7 @@ from typing import Any
 import pytest
 
 from hpc_core.case.errors import MissingLibraryError, SpecError
-from hpc_core.record.record import (
-    MemoryTimeline,
-    Record,
-    record_from_json,
-    record_to_json,
-)
+from hpc_core.record.record import MemoryTimeline, Record, record_from_json, record_to_json
 from hpc_core.report.pictures import check_picture, write_memory
 from tests.strategies import a_record, around
 

@@ -21,13 +21,7 @@ from hpc_core.report.charts_memory import memory_over_step
 from hpc_core.report.entry import entries_of
 from hpc_core.report.roofline import newest_roofs, points_of
 from hpc_core.report.tradeoff import ablations_of, front
-from tests.report.many_records import (
-    H100,
-    draw_all,
-    failed,
-    many,
-    measured,
-)
+from tests.report.many_records import H100, draw_all, failed, many, measured
 
 ENTRIES = entries_of(measured())
 ORIGINAL = ("generate-fp16", "generate-nf4", "full-bf16", "lora", "lora-gc", "qlora", "qlora-gc")

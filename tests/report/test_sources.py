@@ -14,12 +14,7 @@ from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.entry import entries_of
-from tests.report.many_records import (
-    H100,
-    many,
-    measured,
-    written,
-)
+from tests.report.many_records import H100, many, measured, written
 
 LORA = "llama-3.2-3b/lora"
 

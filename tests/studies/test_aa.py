@@ -12,23 +12,9 @@ from bench.studies.error_rates.__main__ import main
 from bench.studies.error_rates.metric_rates import residuals
 from bench.studies.error_rates.rates import binomial_bound, error_rates
 from bench.studies.error_rates.run import _chosen
-from bench.studies.error_rates.samples import (
-    Declared,
-    Samples,
-    Start,
-    merged,
-    samples_from_json,
-    samples_to_json,
-)
+from bench.studies.error_rates.samples import Declared, Samples, Start, merged, samples_from_json, samples_to_json
 from hpc_core.case.errors import SpecError
-from hpc_core.catalogue import (
-    ALL,
-    TINY,
-    finetune,
-    generate,
-    lora,
-    tiny,
-)
+from hpc_core.catalogue import ALL, TINY, finetune, generate, lora, tiny
 from hpc_core.gate.intervals import SPREADS, three_way
 from hpc_core.gate.tolerance import BUSY_RATIOS
 from hpc_core.gate.verdict import Verdict, share

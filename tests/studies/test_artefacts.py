@@ -11,12 +11,7 @@ from bench.studies.original_report.artefacts import NEEDED, artefacts
 from hpc_core.bounds.ratio import checkpointing_impossible, four_bit_impossible
 from hpc_core.case.case import Case
 from hpc_core.catalogue import DEVICE_BOUND, FULL
-from hpc_core.record.record import (
-    Fact,
-    Metric,
-    Record,
-    record_from_json,
-)
+from hpc_core.record.record import Fact, Metric, Record, record_from_json
 
 BASELINES = Path(__file__).parents[2] / "baselines" / "nvidia-h100-80gb-hbm3-80gib" / "llama-3.2-3b"
 

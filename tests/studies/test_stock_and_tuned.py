@@ -10,13 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.studies.stock_and_tuned.comparison import (
-    accepted_records,
-    floor_s,
-    losses_apart,
-    main,
-    page,
-)
+from bench.studies.stock_and_tuned.comparison import accepted_records, floor_s, losses_apart, main, page
 from bench.studies.stock_and_tuned.memory import memory_told
 from bench.studies.stock_and_tuned.paired import are_twins, changed_work, work_of
 from hpc_core.case.case import Case
