@@ -52,11 +52,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Kind]:
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
 def test_an_ab_takes_no_energy_measurement(
-    case: Case,
-    workload_of: Callable[[Place], Any],
-    sent: list[Kind],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    case: Case, workload_of: Callable[[Place], Any], sent: list[Kind], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On a GPU a run measures energy, but neither the first pair of an A/B does, nor a further one."""
     side = side_of("base", label="here", place=tmp_path, here=tmp_path, scratch=tmp_path)

@@ -110,10 +110,7 @@ def test_a_new_metric_fails_nothing_under_strict(pytester: pytest.Pytester, run:
     assert result.ret == 0
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(
-        [
-            "New, not judged in test_own/test_step: operators.*",
-            "*--case *test_own/test_step* --perf-update --reason *",
-        ]
+        ["New, not judged in test_own/test_step: operators.*", "*--case *test_own/test_step* --perf-update --reason *"]
     )
 
 

@@ -46,11 +46,7 @@ MORE: tuple[Case, ...] = (
     generate(tiny, variant="generate-batch", batch=3, prompts=2, prompt_length=None, new_tokens=6, data=_TRACE),
     generate(tiny, variant="generate-no-cache", batch=2, prompts=1, prompt_length=16, new_tokens=4, cache="off"),
     generate(
-        ModelSpec(shape="tiny", attention="eager"),
-        variant="generate-eager",
-        prompts=1,
-        prompt_length=16,
-        new_tokens=4,
+        ModelSpec(shape="tiny", attention="eager"), variant="generate-eager", prompts=1, prompt_length=16, new_tokens=4
     ),
     generate(
         tiny, variant="generate-static", prompts=1, prompt_length=16, new_tokens=6, cache="static", compiled=False

@@ -24,10 +24,7 @@ def test_flops_between_three_watched_widths_are_exact() -> None:
     assert record.metrics["flops"].value == measured.metrics["flops"].value
 
 
-@given(
-    st.lists(st.integers(1, 5000), min_size=3, max_size=6, unique=True),
-    st.tuples(*[st.integers(0, 10**12)] * 3),
-)
+@given(st.lists(st.integers(1, 5000), min_size=3, max_size=6, unique=True), st.tuples(*[st.integers(0, 10**12)] * 3))
 def test_three_points_determine_a_parabola(widths: list[int], factors: tuple[int, int, int]) -> None:
     """Three widths of a parabola give all others, in whole FLOPs."""
 
