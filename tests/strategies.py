@@ -241,5 +241,11 @@ def records(draw: st.DrawFn, *, acceptable: bool = False) -> Record:
         reasons=("more tokens than asked for",) if status == "invalid" else (),
         losses=tuple(draw(st.lists(positive, max_size=3))),
         answers=tuple(draw(st.lists(words, max_size=2))),
-        circumstances=around(draw(st.sampled_from([CPU, H100])), notes=tuple(draw(st.lists(words, max_size=2)))),
+        circumstances=around(
+            draw(st.sampled_from([CPU, H100])),
+            settings=draw(
+                st.none() | st.dictionaries(st.sampled_from(["OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE"]), words)
+            ),
+            notes=tuple(draw(st.lists(words, max_size=2))),
+        ),
     )

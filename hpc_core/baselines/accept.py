@@ -42,7 +42,7 @@ def accept(
 ) -> Acceptance:
     """Make this record the baseline of its case on its machine, and add it to the history.
 
-    The baseline is rewritten only if metrics, stack, digest or machine differ. The history grows by one line, within the bounds
+    The baseline is rewritten only if metrics, limits, stack, settings, digest or machine differ. The history grows by one line, within the bounds
     of `history`, and the profile becomes that of this record. A record of uncommitted code, or of code without a commit, is
     refused unless `allow_dirty`; a record that names its commit and does not know of changes (HPC_CORE_COMMIT) is not.
 
@@ -138,6 +138,7 @@ def _baseline(record: Record, reason: str, at: datetime.datetime) -> Baseline:
         spec=record.case,
         machine=circumstances.machine,
         stack=circumstances.stack,
+        settings=circumstances.settings,
         python=circumstances.python,
         accepted=Accepted(
             reason=reason,
@@ -151,7 +152,8 @@ def _baseline(record: Record, reason: str, at: datetime.datetime) -> Baseline:
 
 def _substance(baseline: Baseline) -> tuple[Any, ...]:
     # The key, not the whole machine: any CPU is "cpu", and another CPU's name must not rewrite every file.
-    return baseline.digest, baseline.machine.key, baseline.stack, baseline.metrics
+    around = (baseline.machine.key, baseline.stack, baseline.settings)
+    return baseline.digest, baseline.spec.limits, around, baseline.metrics
 
 
 def changes_between(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tuple[Change, ...]:

@@ -34,6 +34,8 @@ class Baseline(Stored, frozen=True, kw_only=True):
     spec: Case
     machine: Machine
     stack: dict[str, str]
+    settings: dict[str, str] | None = None
+    """As in `Circumstances.settings`."""
     python: str
     accepted: Accepted
     metrics: dict[str, Metric]

@@ -162,4 +162,7 @@ def _rendered(content: dict[str, Any]) -> bytes:
 def render(baseline: Baseline) -> bytes:
     """Return the text of a baseline: the only one that is read as sound."""
     spec = msgspec.json.decode(case_to_json(baseline.spec))
-    return _rendered(msgspec.to_builtins(baseline) | {"spec": spec})
+    content = msgspec.to_builtins(baseline) | {"spec": spec}
+    if baseline.settings is None:
+        del content["settings"]  # of a record that does not know them
+    return _rendered(content)

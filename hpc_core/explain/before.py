@@ -19,6 +19,7 @@ class Before(msgspec.Struct, frozen=True, kw_only=True):
 
     case: Case
     stack: dict[str, str]
+    settings: dict[str, str] | None = None
     commit: str | None
     metrics: dict[str, Metric]
     """The accepted values; and those that are shown and not gated, of the record that was accepted last."""
@@ -33,6 +34,7 @@ def before_of(record: Record) -> Before:
     return Before(
         case=record.case,
         stack=record.circumstances.stack,
+        settings=record.circumstances.settings,
         commit=record.circumstances.commit,
         metrics=record.metrics,
         record=record,
@@ -55,6 +57,7 @@ def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
     return Before(
         case=lookup.spec,
         stack=lookup.stack,
+        settings=lookup.settings,
         commit=lookup.accepted.commit,
         metrics=({} if record is None else record.metrics) | lookup.metrics,
         record=record,

@@ -13,7 +13,8 @@ from hpc_core.explain.before import Before, stored_before
 from hpc_core.explain.device import device_finding
 from hpc_core.explain.memory import memory_finding
 from hpc_core.explain.work import module_changes, work_finding
-from hpc_core.gate.comparability import case_changes, packages_moved
+from hpc_core.gate.comparability import Place, case_changes, packages_moved
+from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.record.metrics import Resource, definition_of
 from hpc_core.record.record import Record
@@ -121,10 +122,17 @@ def _cut(value: Any) -> str:
 def _surroundings(before: Before, now: Record) -> tuple[str, ...]:
     """Return what differs around the runs, one text each: packages first, then the case, the GPU, the commit."""
     run = now.circumstances
-    differences = [f"moved: {text}" for text in packages_moved(before.stack, run.stack)]
+    places = (
+        Place(run.machine.key, before.stack, before.settings),
+        Place(run.machine.key, run.stack, run.settings),
+    )
+    differences = [f"moved: {text}" for text in suspects(now.case, *places)]
     differences += [f"case: {text}" for text in case_changes(before.case, now.case)]
     if not differences:
-        differences.append("stack and case as before")
+        unused = packages_moved(before.stack, run.stack)
+        differences.append(
+            "case as before, and no package that it uses moved" if unused else "stack and case as before"
+        )
     if before.record is not None:
         differences += _gpu(before.record, now)
     if before.commit != run.commit and before.commit and run.commit:

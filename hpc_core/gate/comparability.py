@@ -31,6 +31,8 @@ class Place(msgspec.Struct, frozen=True):
 
     machine: str
     stack: Mapping[str, str]
+    settings: Mapping[str, str] | None = None
+    """As in `Circumstances.settings`."""
 
 
 def incomparable(name: str, old: Metric, new: Metric, places: tuple[Place, Place] | None = None) -> Incomparable | None:
@@ -50,21 +52,26 @@ def incomparable(name: str, old: Metric, new: Metric, places: tuple[Place, Place
     if "machine" in new.depends_on and before.machine != now.machine:
         reason = f"{name} depends on the machine; the baseline is of {before.machine}, this is {now.machine}."
         return Incomparable(Verdict.INCOMPATIBLE, reason)
-    moved = _moved_below_torch(before.stack, now.stack) if new.noise == "busy" else ()
-    if moved:
+    below = _moved_below_torch(before.stack, now.stack) if new.noise == "busy" else ()
+    if below:
         values = sizes.pair(old.value, new.value, new.unit)
-        reason = f"{name} {values}, but time cannot be compared across {', '.join(moved)}."
+        reason = f"{name} {values}, but time cannot be compared across {', '.join(below)}."
         return Incomparable(Verdict.INCONCLUSIVE, reason)
     return None
 
 
 def packages_moved(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:
     """Return the packages whose version moved, by name: "transformers 5.23.0 → 5.24.0", "peft absent → 0.21.0"."""
-    return tuple(
-        f"{name} {old.get(name, 'absent')} → {new.get(name, 'absent')}"
+    return tuple(moved(old, new, "absent").values())
+
+
+def moved(old: Mapping[str, str], new: Mapping[str, str], missing: str) -> dict[str, str]:
+    """Return what differs, by name, as text; `missing` stands for what one side does not have."""
+    return {
+        name: f"{name} {old.get(name, missing)} → {new.get(name, missing)}"
         for name in sorted({*old, *new})
         if old.get(name) != new.get(name)
-    )
+    }
 
 
 def _moved_below_torch(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from hpc_core.baselines.baseline import (
 )
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
-from hpc_core.gate.comparability import Place, case_changes, packages_moved
-from hpc_core.gate.metric import Context, Obstacle, judge_metric, update_command
+from hpc_core.gate.comparability import Place, case_changes
+from hpc_core.gate.metric import Context, Obstacle, judge_metric, place_of, update_command
+from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import (
     SUITE_ALPHA,
     Judgement,
@@ -62,10 +63,13 @@ def judge(
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
     gated = gated_metrics(record)
     tests = sum(metric.noise == "busy" and name in accepted for name, metric in gated.items())
+    around = record.circumstances
+    place = Place(around.machine.key, around.stack, around.settings)
     context = Context(
         case=record.case.id,
-        place=Place(record.circumstances.machine.key, record.circumstances.stack),
+        place=place,
         baseline=baseline if obstacle is None else None,
+        suspects=() if baseline is None else suspects(record.case, place_of(baseline), place),
         evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha)),
     )
     rows = []
@@ -73,8 +77,7 @@ def judge(
         shown = record.metrics.get(name)
         rows.append(judge_metric(context, name, gated.get(name), shown, limit=named.get(name), obstacle=obstacle))
     rows.sort(key=gravest_first)
-    moved = () if baseline is None else packages_moved(baseline.stack, context.place.stack)
-    return _judgement(record, tuple(rows), obstacle, moved)
+    return _judgement(record, tuple(rows), obstacle, context.suspects)
 
 
 def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:

@@ -7,7 +7,7 @@ import msgspec
 from hpc_core.baselines.baseline import Baseline, proves_nothing
 from hpc_core.case.limits import Limit
 from hpc_core.gate.busy import Evidence, judge_busy
-from hpc_core.gate.comparability import Place, incomparable, packages_moved
+from hpc_core.gate.comparability import Place, incomparable
 from hpc_core.gate.intervals import Interval
 from hpc_core.gate.tolerance import Tolerance, allowed_ratio, beyond, ceiling_text, exceeds, tolerance
 from hpc_core.gate.verdict import MetricVerdict, Verdict
@@ -22,6 +22,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     case: str
     place: Place
     baseline: Baseline | None
+    suspects: tuple[str, ...]
+    """What moved since the baseline and can have changed the case."""
     evidence: Evidence
 
     @property
@@ -48,6 +50,11 @@ class _Finding(msgspec.Struct, frozen=True):
     interval: Interval | None = None
     settled_by: str = ""
     judged: bool = True
+
+
+def place_of(baseline: Baseline) -> Place:
+    """Return where a baseline was measured."""
+    return Place(baseline.machine.key, baseline.stack, baseline.settings)
 
 
 def update_command(case: str) -> str:
@@ -172,7 +179,7 @@ def _absolute(name: str, new: Metric, limit: float) -> _Finding:
 def _against(context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
     """Compare with the accepted value, if the two can be compared."""
     accept = f"Accept anew: {context.update}"
-    unlike = incomparable(name, old, new, (Place(baseline.machine.key, baseline.stack), context.place))
+    unlike = incomparable(name, old, new, (place_of(baseline), context.place))
     if unlike is not None and unlike.verdict is Verdict.INCOMPATIBLE:
         return _Finding(unlike.verdict, "none", unlike.reason, accept)
     if (text := proves_nothing(name, old)) is not None:
@@ -197,7 +204,7 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
         return msgspec.structs.replace(found, next_step=f"Keep the gain: {context.update}")
     if found.verdict is not Verdict.REGRESSED:
         return found
-    moved = packages_moved(baseline.stack, context.place.stack) if "stack" in new.depends_on else ()
+    moved = context.suspects if "stack" in new.depends_on else ()
     suspects = f" Moved since the baseline: {', '.join(moved)}." if moved else ""
     step = f"Find the cause; if it is meant: {context.update}"
     return msgspec.structs.replace(found, reason=found.reason + suspects, next_step=step)

@@ -103,7 +103,7 @@ class Judgement(msgspec.Struct, frozen=True, kw_only=True):
     metrics: tuple[MetricVerdict, ...]
     """The gravest first, then by name; new metrics last."""
     moved: tuple[str, ...]
-    """Packages that moved since the baseline: "transformers 5.23.0 → 5.24.0"."""
+    """Packages and settings that moved since the baseline and can have changed the case: "transformers 5.23.0 → 5.24.0"."""
     headline: str
     """Starts with the metric and the size, since pytest cuts summaries: "peak_bytes +1.88 GiB, limit +0.05 %"."""
     reason: str

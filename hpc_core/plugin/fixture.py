@@ -190,6 +190,8 @@ def _extra(row: Row) -> dict[str, Any]:
         "verdict": row.verdict,
         "machine": circumstances.machine.key,
         "stack": dict(circumstances.stack),
+        "settings": circumstances.settings,
+        "suspects": [] if judgement is None else list(judgement.moved),
         "metrics": {name: {"value": metric.value, "unit": metric.unit} for name, metric in metrics.items()},
         "verdicts": {} if judgement is None else {each.metric: str(each.verdict) for each in judgement.metrics},
         # The whole record, so that `hpc-core report` needs no other file.

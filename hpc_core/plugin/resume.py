@@ -29,6 +29,7 @@ from hpc_core.record.environment import commit, machine, stack, visible_gpus
 from hpc_core.record.files import write_whole
 from hpc_core.record.git import content, is_ignored, top
 from hpc_core.record.record import Record, record_from_json
+from hpc_core.record.settings import settings, variables
 
 _CODES = "code-states.json"
 _NO_CODE = frozenset({"__pycache__", ".pytest_cache", ".benchmarks"})
@@ -128,12 +129,15 @@ class Earlier:
         done, gpu = max(1, len(found.processes)), then.gpu.get("before", {}).get("uuid")
         code = self._codes.states.get(self._codes.cases.get(case.id, ""))
         changed = [] if code is None else _differing(code, self._began_with)
+        set_then, set_now = variables(then.settings or {}), variables(settings())
+        switched = _differing(set_then, set_now)
         checks = (
             (found.status != "ok", f"the earlier run was {found.status}"),
             (found.case.digest != case.digest, f"the case changed, digest {found.case.digest} to {case.digest}"),
             (then.fault != self._fault, f"the earlier run had the fault {then.fault}, this one has {self._fault}"),
             (then.machine.key != machine(device).key, f"it was measured on {then.machine.key}"),
             (bool(packages), f"{', '.join(packages)} changed since"),
+            (bool(switched), f"{_some(switched)} differ from what it was measured with"),
             (then.python != platform.python_version(), f"it was measured with Python {then.python}"),
             (then.commit != revision, f"it was measured at commit {then.commit}, this is {revision}"),
             (code is None, f"{self._folder / _CODES} does not say which code it was measured with"),

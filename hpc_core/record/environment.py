@@ -17,6 +17,7 @@ from hpc_core.case.errors import MeasureError, RepositoryError
 from hpc_core.record.git import head, is_dirty
 from hpc_core.record.gpu_state import read_energy_mj, read_state
 from hpc_core.record.record import Circumstances, Machine
+from hpc_core.record.settings import settings
 
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
 """Packages whose version can change a metric."""
@@ -192,6 +193,7 @@ def circumstances(
     return Circumstances(
         machine=where or machine(device),
         stack=stack(device),
+        settings=settings(),
         python=platform.python_version(),
         host_cpu=_cpu_name(),
         launched=launched,

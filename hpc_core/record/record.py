@@ -100,6 +100,8 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     stack: dict[str, str]
     """Versions of driver, cuda, torch, transformers, peft, bitsandbytes, accelerate, … Packages that are not installed are left out."""
     python: str
+    settings: dict[str, str] | None = None
+    """Environment variables and switches of torch that change what runs, where they are not the default; None: not known."""
     host_cpu: str
     launched: Literal["warm", "exec", "inline"]
     started_at: str

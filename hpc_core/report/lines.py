@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hpc_core.baselines.at_commit import BaselineChange
 from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged, Lookup, Missing
-from hpc_core.gate.verdict import Verdict
+from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import Waiver
 from hpc_core.record import units
+from hpc_core.record.settings import is_setting
 from hpc_core.report.command import accept_together
 from hpc_core.report.entry import Row, first_change, moved
 
@@ -64,6 +66,18 @@ def changed_metric(change: Change) -> str:
         return f"{change.metric} {units.quantity(change.new, change.unit)} (what is known of it changed)"
     ratio = f" ({units.percent(change.new / change.old - 1)})" if change.old else ""
     return f"{change.metric} {units.pair(change.old, change.new, change.unit)}{ratio}"
+
+
+def settings_lines(judgements: Iterable[Judgement | None]) -> tuple[str, ...]:
+    """Return a line for each setting that differs from the baselines', whatever the verdict: numbers are then compared across it."""
+    differing = Counter(
+        text for each in judgements if each is not None for text in each.moved if is_setting(text.partition(" ")[0])
+    )
+    return tuple(f"set otherwise than in the baseline of {_many(count)}: {text}" for text, count in differing.items())
+
+
+def _many(cases: int) -> str:
+    return f"{cases} case{'' if cases == 1 else 's'}"
 
 
 def keep_gains(rows: Sequence[Row]) -> tuple[str, ...]:

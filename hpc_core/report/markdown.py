@@ -10,6 +10,7 @@ from hpc_core.baselines.reading import plain
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units
 from hpc_core.report.entry import Entry
+from hpc_core.report.lines import settings_lines
 from hpc_core.report.terminal import caption
 
 LARGEST_BYTES = 900_000
@@ -54,6 +55,7 @@ def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
     if still:
         lines += _fold(f"{_cases(len(still))} {'unmoved' if moved or _judged(entries) else 'measured'}", _table(still))
     lines += [f"<sub>{line}</sub>  " for line in dict.fromkeys(safe(caption(each.record)) for each in entries)]
+    notes = (*settings_lines(each.judgement for each in entries), *notes)
     lines += [f"<sub>note: {safe(note)}</sub>  " for note in notes]
     text = "\n".join(lines) + "\n"
     if len(text.encode()) <= LARGEST_BYTES:

@@ -18,7 +18,7 @@ from rich.text import Text
 from hpc_core.gate.verdict import Verdict, expected_line
 from hpc_core.record.record import Record
 from hpc_core.report.entry import NOTHING, Row
-from hpc_core.report.lines import accept_new, accepted_line, keep_gains
+from hpc_core.report.lines import accept_new, accepted_line, keep_gains, settings_lines
 
 _STYLES = {
     "PASS": "green",
@@ -134,7 +134,8 @@ def caption(record: Record) -> str:
         if seen.commit is None
         else f" · commit {seen.commit[:10]}{' with uncommitted changes' if seen.dirty else ''}"
     )
-    return f"{seen.machine.name} [{seen.machine.key}] · {stack or 'stack unknown'} · Python {seen.python}{commit}"
+    settings = "".join(f" · {name}={value}" for name, value in sorted((seen.settings or {}).items()))
+    return f"{seen.machine.name} [{seen.machine.key}] · {stack or 'stack unknown'} · Python {seen.python}{settings}{commit}"
 
 
 class _Problem(NamedTuple):
@@ -234,7 +235,8 @@ def summary(rows: Sequence[Row], width: int) -> Group:
     notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
     gains = [_unbroken(line) for line in keep_gains(rows)]
     new = [_unbroken(line) for line in accept_new(rows)]
-    for block in (problems, gains, new, written, [Text(f"note: {note}", style="dim") for note in notes]):
+    settings = [_unbroken(line) for line in settings_lines(row.judgement for row in rows)]
+    for block in (problems, gains, new, settings, written, [Text(f"note: {note}", style="dim") for note in notes]):
         if block:
             parts += [Text(), *block]
     captions = dict.fromkeys(caption(row.record) for row in rows)
