@@ -33,8 +33,9 @@ from hpc_core.baselines.lookup import (
 )
 from hpc_core.baselines.profiles import profile_bytes, profile_path
 from hpc_core.case.case import SCHEMA
-from hpc_core.case.errors import BaselineError
-from hpc_core.record.record import Metric, Record, record_to_json
+from hpc_core.case.errors import BaselineError, SpecError
+from hpc_core.record.plain import plain
+from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 
 
 def accept(
@@ -49,27 +50,24 @@ def accept(
     Raises:
         BaselineError: the record must not become a baseline, the history is damaged, or the files cannot be written.
     """
+    refuse(record, reason, allow_dirty)
+    record = _as_read(record)
     circumstances = record.circumstances
     path = baseline_path(root, circumstances.machine.key, record.case.id)
-    refuse(record, reason, allow_dirty)
-    new = _baseline(record, reason.strip(), at or datetime.datetime.now(datetime.UTC))
+    new = _baseline(record, plain(reason.strip()), at or datetime.datetime.now(datetime.UTC))
     history = history_path(root, circumstances.machine.key, record.case.id)
     profile_file = profile_path(root, circumstances.machine.key, record.case.id)
     kept = history_lines(history)
     found = find(root, circumstances.machine.key, record.case.id)
     old = found if isinstance(found, Baseline) else None
-    try:
-        # The history is read for every judgement; the profile is only for explanations, so it has its own file.
-        plain = msgspec.structs.replace(record, profile=None)
-        lines = lengthened(kept, record_to_json(plain), record.case.id)
-        texts = {history: b"".join(line + b"\n" for line in lines)}
-        if old is None or _substance(old) != _substance(new):
-            texts[path] = render(new)
-        profile = profile_bytes(record)
-        if profile is not None:
-            texts[profile_file] = profile
-    except UnicodeEncodeError as error:
-        raise BaselineError(f"{record.case.id}: the record or the reason is not valid text: {error}.") from error
+    # The history is read for every judgement; the profile is only for explanations, so it has its own file.
+    newest = record_to_json(msgspec.structs.replace(record, profile=None))
+    texts = {history: b"".join(line + b"\n" for line in lengthened(kept, newest, record.case.id))}
+    if old is None or _substance(old) != _substance(new):
+        texts[path] = render(new)
+    profile = profile_bytes(record)
+    if profile is not None:
+        texts[profile_file] = profile
     _replace_all(texts)
     if profile is None:
         profile_file.unlink(missing_ok=True)  # an earlier record's profile does not explain this baseline
@@ -79,6 +77,18 @@ def accept(
     return Acceptance(
         path=str(path), action=action, changes=changes_between({} if old is None else old.metrics, new.metrics)
     )
+
+
+def _as_read(record: Record) -> Record:
+    """Return the record as it will be read: its texts are plain, and none of its numbers is lost.
+
+    Raises:
+        BaselineError: it could not be read.
+    """
+    try:
+        return record_from_json(record_to_json(record))
+    except SpecError as error:
+        raise BaselineError(f"{record.case.id}: the record could not be read again: {error}") from error
 
 
 def unstored(record: Record, *, reason: str) -> Baseline:

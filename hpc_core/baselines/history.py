@@ -14,12 +14,16 @@ import msgspec
 from hpc_core.baselines.lookup import history_path
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
-from hpc_core.record.record import Metric, Record, record_from_json
+from hpc_core.record.files import read_regular
+from hpc_core.record.plain import plain
+from hpc_core.record.record import Metric, Record, record_from_json, schema_of
 
 HISTORY_LENGTH = 8
 """Accepted sessions that are kept: a prediction interval needs at least five, and machines drift over more."""
 HISTORY_BYTES = 2**20
 """1 MiB for the whole file. A record takes 4 to 30 KB, so only one with a timeline or many answers comes near."""
+_LARGEST_BYTES = 8 * HISTORY_BYTES
+"""Of a file that is read: one that a merge has joined is still longer than one that was written here."""
 
 
 def lengthened(lines: Sequence[bytes], newest: bytes, case_id: str) -> list[bytes]:
@@ -49,10 +53,12 @@ def history_lines(path: Path) -> list[bytes]:
         BaselineError: the file cannot be read, or a line is not a record.
     """
     try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        lines = read_regular(path, _LARGEST_BYTES).splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return []
     except OSError as error:
         raise BaselineError(
-            f"{path}: the history cannot be read ({error}). Move it away, then accept again."
+            f"{path}: the history cannot be read: {error.strerror}. Move it away, then accept again."
         ) from error
     return checked_lines(lines, str(path))
 
@@ -68,9 +74,7 @@ def checked_lines(lines: list[bytes], path: str) -> list[bytes]:
             if schema_of(line) == SCHEMA:
                 record_of_line(line)
         except (SpecError, msgspec.MsgspecError, ValueError, RecursionError) as error:
-            message = (
-                f"{path}, line {number}: not a record ({error}). Restore it from git or delete it, then accept again."
-            )
+            message = f"{path}, line {number}: not a record ({plain(str(error), 300)}). Restore it from git or delete it, then accept again."
             raise BaselineError(message) from error
     return lines
 
@@ -83,19 +87,6 @@ def record_of_line(line: bytes) -> Record:
         SpecError: it is not a record, or of another schema.
     """
     return record_from_json(line)
-
-
-def schema_of(line: bytes) -> int:
-    """Return the schema that a line states.
-
-    Raises:
-        msgspec.MsgspecError, ValueError, RecursionError: it is not a JSON object.
-    """
-    return msgspec.json.decode(line, type=_SchemaOnly).schema
-
-
-class _SchemaOnly(msgspec.Struct):
-    schema: int = SCHEMA
 
 
 def last_accepted(root: Path, key: str, case_id: str) -> Record | None:

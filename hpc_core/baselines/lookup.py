@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,11 @@ from hpc_core.baselines.baseline import (
 )
 from hpc_core.case.case import SCHEMA, case_to_json
 from hpc_core.case.errors import BaselineError
+from hpc_core.record.files import read_regular
+from hpc_core.record.plain import all_plain, is_suspect, plain
 
 _LARGEST_BYTES = 4 * 2**20
+_LONGEST_REASON = 300
 _NAME = r"[a-z0-9][a-z0-9.+_-]*"
 _KEY = re.compile(_NAME)
 _CASE_ID = re.compile(f"{_NAME}/{_NAME}")
@@ -61,7 +63,7 @@ def find(root: Path, key: str, case_id: str) -> Lookup:
     """
     path = baseline_path(root, key, case_id)
     try:
-        raw = _read(path)
+        raw = read_regular(path, _LARGEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return Missing(path=str(path), elsewhere=_elsewhere(root, key, case_id))
     except OSError as error:
@@ -74,20 +76,11 @@ def parsed(path: str, raw: bytes) -> Baseline | Damaged | OlderSchema:
     try:
         return _parse(path, raw)
     except _DamageError as damage:
-        return Damaged(path=path, reason=str(damage))
+        return Damaged(path=path, reason=plain(str(damage), _LONGEST_REASON))
 
 
 class _DamageError(Exception):
     """Carries the reason of a `Damaged`; never leaves this module."""
-
-
-def _read(path: Path) -> bytes:
-    # A pipe would block, and a device would never end.
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise OSError("not a regular file")
-    with path.open("rb") as file:
-        return file.read(_LARGEST_BYTES + 1)
 
 
 def _elsewhere(root: Path, key: str, case_id: str) -> tuple[str, ...]:
@@ -106,6 +99,8 @@ def _parse(path: str, raw: bytes) -> Baseline | OlderSchema:
     if schema != SCHEMA:
         return OlderSchema(path=path, found=schema)
     try:
+        if is_suspect(raw):  # the case stays as it is, for its digest; what is shown of it is quoted
+            content = {name: each if name == "spec" else all_plain(each) for name, each in content.items()}
         baseline = msgspec.convert(content, Baseline)
         contradiction = _contradiction(baseline)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -118,7 +113,7 @@ def _parse(path: str, raw: bytes) -> Baseline | OlderSchema:
 def _intact_content(raw: bytes) -> dict[str, Any]:
     """Return the content of the file without its checksum, if these are exactly the bytes that `render` writes for it."""
     if len(raw) > _LARGEST_BYTES:
-        raise _DamageError(f"it is larger than {_LARGEST_BYTES:,} bytes; a baseline takes a few thousand")
+        raise _DamageError(f"it is larger than {_LARGEST_BYTES // 2**20} MiB; a baseline takes a few KiB")
     try:
         content = msgspec.json.decode(raw)
         if not isinstance(content, dict):

@@ -13,6 +13,7 @@ from hpc_core.baselines.baseline import Baseline, gated_metrics
 from hpc_core.baselines.history import accepted_records
 from hpc_core.baselines.lookup import baseline_path, history_path, parsed
 from hpc_core.case.errors import RepositoryError, SpecError
+from hpc_core.record.files import read_record
 from hpc_core.record.git import contents, revisions_of
 from hpc_core.record.record import Metric, Record, record_from_json
 
@@ -110,6 +111,13 @@ def _intact(line: bytes) -> Record | None:
         return None
 
 
+def _record(path: Path) -> Record | None:
+    try:
+        return read_record(path)
+    except SpecError:
+        return None
+
+
 def _in_folders(folders: Iterable[Path], key: str, case_id: str, notes: list[str]) -> Iterator[Record]:
     """Return the sound records of this case and machine in these folders, and note how many others there are."""
     foreign = unsound = 0
@@ -117,7 +125,7 @@ def _in_folders(folders: Iterable[Path], key: str, case_id: str, notes: list[str
         if not folder.is_dir():
             raise SpecError(f"{folder}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
         for path in sorted(folder.rglob("*.json")):
-            record = _intact(path.read_bytes())
+            record = _record(path)
             if record is None:
                 foreign += 1
             elif record.case.id == case_id and record.circumstances.machine.key == key:

@@ -1,28 +1,24 @@
 """Read records from files, folders, a run's `--benchmark-json` and folders of baselines. For reports, not for verdicts.
 
 What is read here may come from strangers (a pull request's artifact), so nothing is trusted: sizes, names and keys are checked,
-control characters are removed, and a file that is not a record is refused by name.
+long texts are cut, and a file that is not a record is refused by name.
 """
 
 from __future__ import annotations
 
-import re
-import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, OlderSchema
-from hpc_core.baselines.history import schema_of
 from hpc_core.baselines.lookup import baseline_path, parsed
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
-from hpc_core.record.record import Circumstances, Record, record_from_json
+from hpc_core.record.files import read_regular
+from hpc_core.record.plain import all_plain, plain
+from hpc_core.record.record import Circumstances, Record, record_from_json, schema_of
 
-LARGEST_BYTES = 64 * 2**20
-"""Of one file. A record takes 4 to 30 KB, a run's `--benchmark-json` a few megabytes."""
 LONGEST_NAME = 160
 """Characters of a case's id or a machine's key, which become file names."""
 LONGEST_TEXT = 4000
@@ -31,11 +27,6 @@ _SUFFIXES = (".json", ".jsonl")
 _HISTORY = ".history.jsonl"
 _BASELINE = b'"accepted"'
 _RUN = b'"benchmarks"'
-# What controls a terminal or deceives the eye: C0 except tab and newline, DEL, C1, marks of direction, lone surrogates.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-_SUSPECT = re.compile(
-    rb"\\u00[01789]|\\u20[026]|\\u[dD][89a-fA-F]|\\u[fF][eE][fF]{2}|\\[bfr]|\x7f|\xc2[\x80-\x9f]|\xe2\x80[\x8e-\xae]|\xe2\x81[\xa6-\xa9]|\xef\xbb\xbf"
-)
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
@@ -139,16 +130,9 @@ def _read(path: Path) -> list[Record]:
 
 def _content(path: Path) -> bytes:
     try:
-        # A pipe would block, and a device would never end.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise SpecError(f"{path}: not a regular file.")
-        with path.open("rb") as file:
-            raw = file.read(LARGEST_BYTES + 1)
+        return read_regular(path)
     except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    if len(raw) > LARGEST_BYTES:
-        raise SpecError(f"{path}: larger than {LARGEST_BYTES // 2**20} MiB, the most that a report reads.")
-    return raw
+        raise SpecError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
 def _of_baseline(path: Path, lookup: Baseline | OlderSchema) -> list[Record]:
@@ -224,12 +208,12 @@ def _checked(raw: bytes) -> Record:
         baseline_path(Path(), machine.key, record.case.id)
     except BaselineError as error:
         raise SpecError(plain(str(error), 200)) from error
-    # The texts of nearly all records are short and plain: two searches in the bytes save a visit to each of them.
-    if not _SUSPECT.search(raw) and not may_hold_longer(raw, LONGEST_TEXT):
+    # The texts of nearly all records are short: a search in the bytes saves a visit to each of them.
+    if not may_hold_longer(raw, LONGEST_TEXT):
         return record
     content = msgspec.to_builtins(record)
-    cleaned = {name: value if name == "case" else _clean(value) for name, value in content.items()}
-    return msgspec.convert(cleaned, Record)
+    cut = {name: value if name == "case" else all_plain(value, LONGEST_TEXT) for name, value in content.items()}
+    return msgspec.convert(cut, Record)
 
 
 def may_hold_longer(raw: bytes, most: int) -> bool:
@@ -239,19 +223,3 @@ def may_hold_longer(raw: bytes, most: int) -> bool:
     count as one.
     """
     return max(map(len, raw.replace(b'\\"', b"  ").split(b'"'))) > most
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return plain(value, LONGEST_TEXT)
-    if isinstance(value, dict):
-        return {_clean(name): _clean(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_clean(each) for each in value]
-    return value
-
-
-def plain(text: str, most: int) -> str:
-    """Return the text without control characters, and cut to so many characters."""
-    cut = text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
-    return _UNSEEN.sub("\ufffd", cut)

@@ -5,11 +5,14 @@ This module holds the entry point and the handling of errors. Each group of comm
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import TYPE_CHECKING
 
 from hpc_core.case.errors import HpcCoreError
 from hpc_core.gate.exit_code import ExitCode
+from hpc_core.record.plain import plain
 
 if TYPE_CHECKING:
     import typer
@@ -24,14 +27,43 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_app(app: typer.Typer, name: str, arguments: list[str] | None = None) -> None:
     """Run a command. A user's mistake becomes one line on stderr and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that is no UTF-8, or a terminal that knows only ASCII
+            stream.reconfigure(errors="backslashreplace")
     try:
-        app(args=arguments, prog_name=name)
+        try:
+            app(args=arguments, prog_name=name)
+        finally:
+            _flush()
     except (HpcCoreError, OSError) as error:
-        print(f"{name}: {' '.join(_message(error).split())}", file=sys.stderr)  # noqa: T201
+        _drop_output()
+        print(f"{name}: {plain(' '.join(_message(error).split()))}", file=sys.stderr)  # noqa: T201
         sys.exit(ExitCode.REFUSED)
     except KeyboardInterrupt:
         print(f"{name}: interrupted. All workers have ended.", file=sys.stderr)  # noqa: T201
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def _flush() -> None:
+    """Write what is still buffered: a full disk is an error of this command, not of the interpreter's end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _drop_output()  # the reader, such as head, has what it wants; the exit code stays
+
+
+def _drop_output() -> None:
+    """Send what cannot be written nowhere, or the interpreter's end would report it again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _message(error: HpcCoreError | OSError) -> str:

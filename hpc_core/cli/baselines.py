@@ -19,7 +19,7 @@ from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.judge import judge
 from hpc_core.record import units as sizes
-from hpc_core.record.files import read_record, write_whole
+from hpc_core.record.files import read_record, read_regular, write_whole
 from hpc_core.record.record import Metric
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import accepted_line, change_line, changed_metric
@@ -180,14 +180,21 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """Show what differs: a record from its baseline (exit code 1 if it would fail), two files, or the baselines of two revisions."""
-    if other is None and Path(one).is_file():
-        _judge(Path(one), baselines, as_json=as_json)
-    if Path(one).is_file() != (other is None or Path(other).is_file()) and other is not None:
+    files = [_is_file(each) for each in (one, other) if each is not None]
+    if any(files) and not all(files):
         raise SpecError(f"{one} and {other}: compare two files, or two git revisions.")
-    if other and Path(one).is_file():
+    if other is not None and any(files):
         _of_files(Path(one), Path(other), as_json=as_json)
+    elif any(files):
+        _judge(Path(one), baselines, as_json=as_json)
     else:
         _of_revisions(one, other, baselines, as_json=as_json)
+
+
+def _is_file(text: str) -> bool:
+    """Return whether this names a file, there or not, rather than a revision."""
+    path = Path(text)
+    return path.suffix == ".json" or (path.exists() and not path.is_dir())
 
 
 def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
@@ -222,8 +229,7 @@ def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
     Raises:
         SpecError: the file is neither of them.
     """
-    raw = path.read_bytes()
-    lookup = parsed(str(path), raw)
+    lookup = parsed(str(path), read_regular(path))
     if isinstance(lookup, Baseline):
         return f"{lookup.machine.key}/{lookup.case} ({path})", lookup.metrics
     record = read_record(path)

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal
 
-import msgspec
-
+from hpc_core.record.plain import plain_json
 from hpc_core.report.entry import Row
 from hpc_core.report.terminal import render
 
@@ -20,8 +19,7 @@ def say(text: str = "") -> None:
 
 def say_json(thing: object, *, order: Literal["sorted"] | None = "sorted") -> None:
     """Print a result as indented JSON, with sorted keys unless `order` is None."""
-    text = msgspec.json.encode(thing, order=order)
-    say(msgspec.json.format(text, indent=2).decode())
+    say(plain_json(thing, indent=2, sort=order == "sorted").decode())
 
 
 def tell(text: str) -> None:

@@ -19,9 +19,9 @@ from hpc_core.faults.catalogue import FAULTS
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import write_record, write_whole
 from hpc_core.record.job import Job, Measure, Predict
-from hpc_core.record.record import Record, record_to_json
+from hpc_core.record.record import Record
 
 TABLE_FILE = "explained.md"
 EXPLAINED: Mapping[str, tuple[str, ...]] = {
@@ -95,7 +95,7 @@ def _written(record: Record, out: Path | None) -> Record:
     """Write the record as `<shape>/<variant>[+<fault>].json` if there is a folder, and return it."""
     if out is not None:
         fault = "" if record.circumstances.fault is None else f"+{record.circumstances.fault}"
-        write_whole(out / f"{record.case.id}{fault}.json", record_to_json(record, indent=2) + b"\n")
+        write_record(out / f"{record.case.id}{fault}.json", record)
     return record
 
 

@@ -61,24 +61,24 @@ def _found(case: str, machine: str | None, baselines: Path, records: list[Path],
     Raises:
         SpecError: no machine has the case, or several do.
     """
-    here = sorted(path.parent.parent.name for path in baselines.glob(f"*/{case}.json"))
+    known = {(path.parts[-3], f"{path.parts[-2]}/{path.stem}") for path in baselines.glob("*/*/*.json")}
+    here = sorted(key for key, known_case in known if known_case == case)
     tried = [machine] if machine else here or sorted(_of_records(records, case))
     found = {key: points for key in tried if (points := over_time(baselines, key, case, records, git=git)).points}
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
         raise SpecError(f"{case} is known on {', '.join(found)}: choose one with --machine.")
-    known = {f"{path.parent.name}/{path.stem}" for path in baselines.glob("*/*/*.json")}
-    close = ", ".join(near(case, known)) or "none; see hpc-core baseline list"
+    close = ", ".join(near(case, {known_case for _, known_case in known})) or "none; see hpc-core baseline list"
     where = f" on {machine}" if machine else ""
     raise SpecError(f"nothing is known of {case!r}{where} in {baselines}. Near: {close}.")
 
 
 def _of_records(folders: list[Path], case: str) -> set[str]:
     """Return the machines of a case's records."""
-    paths = [path for folder in folders for path in folder.rglob(f"{case.rpartition('/')[2]}*.json")]
+    variant = case.rpartition("/")[2]
     found = set()
-    for path in paths:
+    for path in (path for folder in folders for path in folder.rglob("*.json") if path.name.startswith(variant)):
         try:
             record = read_record(path)
         except SpecError:

@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-from hpc_core.baselines.reading import plain, read_records
+from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say_json, show, tell
 from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.files import write_whole
+from hpc_core.record.plain import plain
 from hpc_core.report.csv import records_csv
 from hpc_core.report.entry import Entry, entries_of
 from hpc_core.report.markdown import markdown as as_markdown

@@ -13,6 +13,7 @@ import msgspec
 from hpc_core.case.case import Case, case_to_json
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
+from hpc_core.record.plain import plain
 from hpc_core.record.record import Metric
 
 _NOT_RUN = ("id", "limits", "timeout_s")
@@ -104,7 +105,8 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return every stated field by its dotted name, as text; a part itself reads "given", so that an empty one shows."""
     flat: dict[str, str] = {}
     for name, value in content.items():
-        flat[prefix + name] = _GIVEN if isinstance(value, dict) else repr(value)
+        path = prefix + plain(name)
+        flat[path] = _GIVEN if isinstance(value, dict) else repr(value)
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= _flat(value, f"{path}.")
     return flat

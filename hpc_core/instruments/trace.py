@@ -18,6 +18,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.kernels import is_wait, one_cycle
 from hpc_core.instruments.program import Program
+from hpc_core.record.files import write_whole
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import OperatorTime, Trace, TraceTable
 
@@ -129,7 +130,7 @@ def trace_step(program: Program, device: torch.device, trace: Trace, case_id: st
         table = _operators(program, device, trace.phase, folder)
         if device.type == "cuda":
             _snapshot(program, device, folder / "memory.pickle")
-        (folder / "operators.json").write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n")
+        write_whole(folder / "operators.json", msgspec.json.format(msgspec.json.encode(table), indent=2) + b"\n")
     return Findings(reasons=("This run was profiled: nothing of it is a measurement.",))
 
 

@@ -22,8 +22,8 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.integrations.training import Training
-from hpc_core.record.files import write_whole
-from hpc_core.record.record import Failure, FailureKind, record_to_json
+from hpc_core.record.files import write_record
+from hpc_core.record.record import Failure, FailureKind
 
 _LOG = logging.getLogger("hpc_core")
 _PHASE = "train"
@@ -189,7 +189,7 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
             training.notes.append(f"losses are means, logged every {args.logging_steps:g} steps")
         try:
             record = training.record(self._warm_up)
-            write_whole(self.path, record_to_json(record, indent=2) + b"\n")
+            write_record(self.path, record)
         finally:
             training.leave()
 
@@ -212,7 +212,7 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
 
 
 def _write(path: Path, training: Training, failure: Failure) -> None:
-    write_whole(path, record_to_json(training.failed(failure), indent=2) + b"\n")
+    write_record(path, training.failed(failure))
 
 
 def _write_or_log(path: Path, training: Training, failure: Failure) -> None:

@@ -12,12 +12,15 @@ import msgspec
 
 from hpc_core.case.case import SCHEMA, Case
 from hpc_core.case.errors import SpecError
+from hpc_core.record.plain import all_plain, is_suspect, plain, plain_json
 from hpc_core.record.profile import Profile
 
 Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
 Dependence = Literal["case", "stack", "machine"]
 _BEYOND = 2**64
+_LONGEST_REASON = 300
+"""Characters of a parser's message that are repeated."""
 FailureKind = Literal[
     "out_of_memory", "crash", "timeout", "killed", "missing_library", "missing_data", "refused", "error", "interrupted"
 ]
@@ -224,20 +227,42 @@ class Record(_Seen, frozen=True, kw_only=True):
 
 def record_to_json(record: Record, *, indent: int = 0) -> bytes:
     """Return JSON with sorted keys, indented by `indent` spaces per level; 0 gives one line."""
-    text = msgspec.json.encode(record, order="sorted")
-    return msgspec.json.format(text, indent=indent) if indent else text
+    return plain_json(record, indent=indent)
 
 
 def record_from_json(text: bytes | str) -> Record:
-    """Parse a record.
+    """Parse a record, and make its texts plain: it may come from strangers, and its texts are printed.
 
     Raises:
         SpecError: the JSON is malformed, of another schema, or contradicts itself; the message contains the path.
     """
     try:
-        record = msgspec.json.decode(text, type=Record)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise SpecError(f"Not a record: {error}") from error
-    if record.schema != SCHEMA:
-        raise SpecError(f"The record has schema {record.schema}, this hpc-core reads {SCHEMA}.")
-    return record
+        raw = text.encode() if isinstance(text, str) else text
+        schema = schema_of(raw)
+        if schema != SCHEMA:
+            raise SpecError(f"The record has schema {schema}, this hpc-core reads {SCHEMA}.")
+        record = msgspec.json.decode(raw, type=Record)
+        return _plain_record(record) if is_suspect(raw) else record
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise SpecError(f"Not a record: {plain(str(error), _LONGEST_REASON)}") from error
+
+
+def schema_of(raw: bytes) -> int:
+    """Return the schema that a record states.
+
+    Raises:
+        msgspec.MsgspecError, UnicodeError, RecursionError: it is not a JSON object, or its schema is not a number.
+    """
+    return msgspec.json.decode(raw, type=_SchemaOnly).schema
+
+
+class _SchemaOnly(msgspec.Struct):
+    schema: int = SCHEMA
+
+
+def _plain_record(record: Record) -> Record:
+    # The case stays as it is, for its digest; what is shown of it is quoted.
+    content = msgspec.to_builtins(record)
+    return msgspec.convert(
+        {name: each if name == "case" else all_plain(each) for name, each in content.items()}, Record
+    )

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import altair as alt
 
-from hpc_core.baselines.reading import plain
 from hpc_core.bounds.check import flops_text
 from hpc_core.record import units
+from hpc_core.record.plain import plain
 from hpc_core.report.chart_parts import (
     FAMILIES,
     MOST_ROWS,

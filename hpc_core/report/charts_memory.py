@@ -11,9 +11,9 @@ from typing import Any
 
 import altair as alt
 
-from hpc_core.baselines.reading import plain
 from hpc_core.case.errors import SpecError
 from hpc_core.record import units
+from hpc_core.record.plain import plain
 from hpc_core.record.record import MemoryTimeline, Record
 from hpc_core.report.chart_parts import (
     AXIS,

@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Iterable
 
-from hpc_core.baselines.reading import plain
+from hpc_core.record.plain import plain
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
 

@@ -6,9 +6,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from hpc_core.baselines.reading import plain
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units
+from hpc_core.record.plain import plain
 from hpc_core.report.entry import Entry
 from hpc_core.report.lines import settings_lines
 from hpc_core.report.terminal import caption

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc_core.baselines.reading import plain
 from hpc_core.case.errors import MissingLibraryError, SpecError
 from hpc_core.record import units
 from hpc_core.record.files import write_whole
+from hpc_core.record.plain import plain
 from hpc_core.record.record import Record
 from hpc_core.report.entry import Entry
 from hpc_core.report.history import Series, summary

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from hpc_core.baselines.reading import plain
 from hpc_core.case.case import Case, case_to_json
+from hpc_core.record.plain import plain
 from hpc_core.report.entry import BUSY, WALL, Entry
 
 _MOST_CHANGES = 3

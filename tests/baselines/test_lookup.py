@@ -67,7 +67,7 @@ JUNK: dict[str, tuple[bytes, str]] = {
     "NaN": (b'{"metrics": NaN}', "not JSON"),
     "deep nesting": (b"[" * 200_000, "not JSON"),
     "a deep tree": (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "not JSON"),
-    "10 MB": (b" " * 10_000_000, "larger than 4,194,304 bytes"),
+    "10 MB": (b" " * 10_000_000, "larger than 4 MiB"),
     "a lone surrogate": (b'{"a": "\\ud800"}', "not JSON"),
     "no schema": (sealed({"a": 1}), "its schema is None"),
     "a true schema": (sealed({"schema": True}), "its schema is True"),
@@ -88,7 +88,7 @@ def test_junk_is_damaged(tmp_path: Path, content: bytes, fragment: str) -> None:
 def test_what_is_not_a_file_is_damaged(tmp_path: Path) -> None:
     """A folder, a pipe or a name that is too long is Damaged at once; a broken link is Missing."""
     place(tmp_path).mkdir(parents=True)
-    assert "not a regular file" in look(tmp_path).reason
+    assert "Is a directory" in look(tmp_path).reason
     place(tmp_path).rmdir()
     os.mkfifo(place(tmp_path))
     assert "not a regular file" in look(tmp_path).reason

@@ -10,18 +10,20 @@ import pytest
 from hypothesis import given
 
 from hpc_core.case.errors import SpecError
+from hpc_core.record.plain import all_plain
 from hpc_core.record.record import Fact, Metric, Record, record_from_json, record_to_json
 from tests.strategies import a_record, counted, failed_record, records, wall
 
 
 @given(records())
 def test_round_trip(record: Record) -> None:
-    """A record equals its JSON, compact or indented, and its case keeps its digest."""
+    """A record whose texts are plain equals its JSON, compact or indented, and its case keeps its digest."""
     again = record_from_json(record_to_json(record))
-    assert again == record
+    content = {name: each if name == "case" else all_plain(each) for name, each in msgspec.to_builtins(record).items()}
+    assert again == msgspec.convert(content, Record)
     assert again.case.digest == record.case.digest
-    assert record_from_json(record_to_json(record, indent=2)) == record
-    assert record_to_json(again) == record_to_json(record_from_json(record_to_json(again)))
+    assert record_from_json(record_to_json(record, indent=2)) == again
+    assert record_from_json(record_to_json(again)) == again
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2**64, -(2**64), 10**400])

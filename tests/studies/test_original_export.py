@@ -15,6 +15,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.limits import GiB
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
+from hpc_core.record.files import write_record
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from tests.commands import exit_code
 from tests.strategies import a_record, failed_record, peak, wall
@@ -128,3 +129,10 @@ def test_the_short_protocol_resumes_where_it_stopped(tmp_path: Path, capsys: pyt
     progress = capsys.readouterr().err
     assert progress.count("measured already") == 5
     assert progress.count(": running") == 2
+
+
+def test_an_export_into_its_own_folder_can_be_repeated(tmp_path: Path) -> None:
+    """The files of the export before are no records, and are left out."""
+    write_record(tmp_path / "tiny" / "lora.json", failed_record())
+    for _ in range(2):
+        assert exit_code(main, "export", tmp_path, "--out", tmp_path) == 0

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.studies.ablations.ladder import Ladder, Step, read_ladders
-from hpc_core.baselines.reading import plain
 from hpc_core.case.errors import SpecError
 from hpc_core.record.files import write_whole
+from hpc_core.record.plain import plain
 from hpc_core.report.chart_parts import Panel, bar_panel
 from hpc_core.report.pictures import picture
 

@@ -27,9 +27,9 @@ from hpc_core.cli.console import say, tell
 from hpc_core.cli.inputs import Files, known_cases, suite_cases
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.environment import visible_gpus
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import read_record, read_regular, write_whole
 from hpc_core.record.job import Job, Measure
-from hpc_core.record.record import Metric, Record, record_from_json
+from hpc_core.record.record import Metric, Record
 
 __all__ = ["aa"]
 
@@ -71,7 +71,7 @@ def aa(
 
 def _read(path: Path) -> Samples:
     try:
-        return samples_from_json(path.read_bytes(), str(path))
+        return samples_from_json(read_regular(path), str(path))
     except OSError as error:
         raise SpecError(
             f"{path}: {error.strerror}. A/A samples are what python -m bench.studies.error_rates --out writes."
@@ -107,9 +107,9 @@ def _recorded(held: Samples, folders: list[Path], globs: list[str], name: str | 
 
 def _records_in(folder: Path) -> list[tuple[Path, Record]]:
     try:
-        return [(path, record_from_json(path.read_bytes())) for path in sorted(folder.rglob("*/*.json"))]
-    except (OSError, SpecError) as error:
-        raise SpecError(f"{folder}: {error}") from error
+        return [(path, read_record(path)) for path in sorted(folder.rglob("*/*.json"))]
+    except OSError as error:
+        raise SpecError(f"{folder}: {error.strerror}.") from error
 
 
 def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:

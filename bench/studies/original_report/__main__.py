@@ -14,7 +14,7 @@ import msgspec
 import typer
 
 from bench.studies.original_report import rows
-from bench.studies.original_report.export import original_files
+from bench.studies.original_report.export import FINETUNE_FILE, INFERENCE_FILE, original_files
 from bench.studies.original_report.protocol import protocol
 from bench.studies.original_report.run import run_protocol
 from hpc_core.case.errors import SpecError
@@ -37,7 +37,8 @@ def export(
     """Write the original report's two JSON files from records."""
     if not records.is_dir():
         raise SpecError(f"{records}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
-    paths = sorted(path for path in records.rglob("*.json") if not path.name.startswith("."))
+    own = (INFERENCE_FILE, FINETUNE_FILE)  # of an earlier export into the same folder
+    paths = sorted(path for path in records.rglob("*.json") if path.name not in own and not path.name.startswith("."))
     if not paths:
         raise SpecError(f"{records}: holds no record (*.json).")
     _write_original(out, [read_record(path) for path in paths])

@@ -18,10 +18,10 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from hpc_core.baselines.reading import plain
 from hpc_core.case.case import case_to_json
 from hpc_core.gate.verdict import MetricVerdict
 from hpc_core.record import units
+from hpc_core.record.plain import plain
 from hpc_core.record.version import __version__
 from hpc_core.report import charts, charts_memory
 from hpc_core.report.chart_parts import Panel
