@@ -8,6 +8,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from hpc_core.baselines.baseline import Baseline
+from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.limits import Limits
 from hpc_core.case.parts import (
@@ -90,6 +92,13 @@ def a_record(metrics: dict[str, Metric] | None = None, *, case: Case | None = No
         metrics = {"peak_bytes": peak(), "operators": counted(), "busy_s": busy(), "step_s": wall()}
     fields: dict[str, Any] = {"status": "ok", "circumstances": around()}
     return Record(case=case or a_case(), metrics=metrics, **(fields | changes))
+
+
+def stored_baseline(root: Path, record: Record) -> Baseline:
+    """The sound baseline of this record's case and machine in a folder."""
+    found = find(root, record.circumstances.machine.key, record.case.id)
+    assert isinstance(found, Baseline), found
+    return found
 
 
 def failed_record(kind: str = "out_of_memory") -> Record:

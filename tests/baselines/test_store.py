@@ -10,19 +10,14 @@ from typing import Any
 import pytest
 
 from hpc_core.baselines.accept import accept
-from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.history import HISTORY_LENGTH
-from hpc_core.baselines.lookup import baseline_path, find, history_path
+from hpc_core.baselines.lookup import baseline_path, history_path
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.record import Record, record_from_json
-from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, wall
+from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, stored_baseline, wall
 
 AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)
 CASE = "tiny/lora"
-
-
-def look(root: Path) -> Any:
-    return find(root, H100.key, CASE)
 
 
 def place(root: Path) -> Path:
@@ -37,8 +32,7 @@ def test_what_is_accepted_is_found(tmp_path: Path) -> None:
     assert [(change.metric, change.old) for change in done.changes] == [
         (name, None) for name in ("busy_s", "operators", "peak_bytes")
     ]
-    baseline = look(tmp_path)
-    assert isinstance(baseline, Baseline)
+    baseline = stored_baseline(tmp_path, record)
     assert baseline.metrics == {name: metric for name, metric in record.metrics.items() if name != "step_s"}
     assert (baseline.case, baseline.spec, baseline.digest) == (CASE, record.case, record.case.digest)
     assert (baseline.machine, baseline.stack) == (H100, record.circumstances.stack)
@@ -80,8 +74,7 @@ def test_what_differs_rewrites_the_file(tmp_path: Path, record: Record) -> None:
     """Other metrics, another stack or another case make another baseline."""
     accept(tmp_path, a_record(), reason="first")
     assert accept(tmp_path, record, reason="second").action == "updated"
-    baseline = look(tmp_path)
-    assert isinstance(baseline, Baseline)
+    baseline = stored_baseline(tmp_path, record)
     assert baseline.accepted.reason == "second"
 
 
@@ -159,8 +152,7 @@ def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> 
         accept(tmp_path, record, reason="r")
     assert list(tmp_path.iterdir()) == []
     accept(tmp_path, record, reason="r", allow_dirty=True)
-    baseline = look(tmp_path)
-    assert isinstance(baseline, Baseline)
+    baseline = stored_baseline(tmp_path, record)
     assert baseline.accepted.commit is None
 
 
@@ -175,8 +167,7 @@ def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
     accept(
         tmp_path, a_record({"operators": counted(1)}, circumstances=around(dirty=True)), reason="r", allow_dirty=True
     )
-    baseline = look(tmp_path)
-    assert isinstance(baseline, Baseline)
+    baseline = stored_baseline(tmp_path, record)
     assert baseline.accepted.dirty is True
 
 

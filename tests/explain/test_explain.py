@@ -16,7 +16,7 @@ from hpc_core.baselines.profiles import profile_path, profile_to_keep, stored_pr
 from hpc_core.case.errors import BaselineError
 from hpc_core.cli import main
 from hpc_core.explain.before import before_of
-from hpc_core.explain.explain import explain, stored_cause
+from hpc_core.explain.explain import Cause, explain, stored_cause
 from hpc_core.explain.findings import block
 from hpc_core.explain.memory import _changes
 from hpc_core.gate.judge import judge
@@ -24,19 +24,28 @@ from hpc_core.instruments.attribution import DeviceWork, Range, attributed
 from hpc_core.record.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record.record import Fact, Metric, Record, record_from_json, record_to_json
 from tests.explain.profiles import GIB, HEAD, MLP, MODULES, a_profile, profiled_record, weights
-from tests.strategies import H100, around, busy, counted, peak
+from tests.strategies import H100, around, busy, counted, peak, stored_baseline
 
 
-def lines(before: Record, now: Record) -> tuple[str, ...]:
+def cause_of(before: Record, now: Record) -> Cause:
     cause = explain(before_of(before), now)
-    return () if cause is None else cause.lines
+    assert cause is not None
+    return cause
+
+
+def stored_cause_of(root: Path, now: Record) -> Cause:
+    cause = stored_cause(root, now, None)
+    assert cause is not None
+    return cause
 
 
 def test_the_first_line_names_category_module_and_operator() -> None:
     """The first line names the grown activations, their module, layers and operator, and that weights are as before."""
     grown = Piece("activations", f"{MLP}.act_fn", "forward", "aten.silu.default", GIB, 28)
 
-    first, second = lines(profiled_record(a_profile(weights())), profiled_record(a_profile(weights(), grown), 3 * GIB))
+    first, second = cause_of(
+        profiled_record(a_profile(weights())), profiled_record(a_profile(weights(), grown), 3 * GIB)
+    ).lines
 
     assert first == (
         "peak +1.00 GiB: activations +1.00 GiB in LlamaMLP (layers.*.mlp, 28 layers): act_fn by silu; weights as before"
@@ -51,7 +60,7 @@ def test_a_fact_that_does_not_hold_is_part_of_the_first_line() -> None:
         audit={"checkpointing": Fact(asked="on", seen="off")},
     )
 
-    first, _ = lines(profiled_record(a_profile()), now)
+    first, _ = cause_of(profiled_record(a_profile()), now).lines
 
     assert "checkpointing seen 'off', asked for 'on'" in first
     assert "forwards of LlamaMLP (model.layers.*.mlp) 56 → 28: no longer recomputed" in first
@@ -64,9 +73,8 @@ def test_kernels_are_listed_by_module_and_as_new_or_gone() -> None:
     before = profiled_record(a_profile(kernels=(old,)), busy_s=busy(0.25), kernels=counted(280))
     now = profiled_record(a_profile(kernels=(old, new)), busy_s=busy(0.255), kernels=counted(308))
 
-    cause = explain(before_of(before), now)
+    cause = cause_of(before, now)
 
-    assert cause is not None
     assert "elementwise kernels +5.00 ms (+28 launches) in LlamaMLP (layers.*.mlp, 28 layers)" in cause.lines[0]
     assert "new: add_b, 28 launches, 5.00 ms" in cause.details
 
@@ -82,9 +90,7 @@ def test_a_much_slower_kernel_comes_before_one_more_launch() -> None:
                 a_profile(kernels=(product, *more)), busy_s=busy(0.02 + seconds), kernels=counted(launched)
             )
 
-        cause = explain(before_of(side(3e-3, 280)), side(product_s, 290, copy))
-        assert cause is not None
-        return cause.lines[0]
+        return cause_of(side(3e-3, 280), side(product_s, 290, copy)).lines[0]
 
     plain, little, nothing = first_line(60e-3), first_line(3.3e-3), first_line(3e-3 + 2e-6)
     assert plain.index("gemm kernels +57.00 ms in ") < plain.index("copy kernels +10.00 µs (+1 launches)")
@@ -98,10 +104,10 @@ def test_the_second_line_names_moved_packages() -> None:
     before = profiled_record(a_profile(weights()))
     circumstances = around(H100, stack=before.circumstances.stack | {"transformers": "99.0"})
 
-    _, second = lines(
+    _, second = cause_of(
         before,
         msgspec.structs.replace(profiled_record(a_profile(weights(2 * GIB)), 3 * GIB), circumstances=circumstances),
-    )
+    ).lines
 
     assert "moved: transformers" in second
     assert "→ 99.0" in second
@@ -112,9 +118,8 @@ def test_without_profiles_categories_explain() -> None:
     before = profiled_record(None, at_peak_activations_bytes=peak(GIB))
     now = profiled_record(a_profile(weights()), 3 * GIB, at_peak_activations_bytes=peak(2 * GIB))
 
-    cause = explain(before_of(before), now)
+    cause = cause_of(before, now)
 
-    assert cause is not None
     assert cause.lines[0] == "peak +1.00 GiB: activations +1.00 GiB"
     assert "no profile" in cause.details[-1]
 
@@ -181,7 +186,7 @@ def test_a_profile_has_a_file_of_its_own(tmp_path: Path) -> None:
 
     assert path.read_bytes() == first_bytes
     assert b"held bfloat16" not in path.with_name("lora.history.jsonl").read_bytes()
-    assert last_profile(tmp_path, key, baseline_of(tmp_path, record)) == record.profile
+    assert last_profile(tmp_path, key, stored_baseline(tmp_path, record)) == record.profile
 
 
 def last_profile(root: Path, key: str, baseline: Baseline) -> Profile | None:
@@ -195,18 +200,12 @@ def keep_profile(root: Path, record: Record, machine: str = "") -> Path:
     return path
 
 
-def baseline_of(root: Path, record: Record) -> Baseline:
-    found = find(root, record.circumstances.machine.key, record.case.id)
-    assert isinstance(found, Baseline)
-    return found
-
-
 def test_a_profile_of_other_numbers_explains_nothing(tmp_path: Path) -> None:
     """A damaged profile, or one of a record with another peak, is ignored; accepting a record without a profile removes the old one."""
     record = profiled_record(a_profile(weights()))
     key = record.circumstances.machine.key
     accept(tmp_path, record, reason="first")
-    path, baseline = profile_path(tmp_path, key, record.case.id), baseline_of(tmp_path, record)
+    path, baseline = profile_path(tmp_path, key, record.case.id), stored_baseline(tmp_path, record)
 
     other = baseline.metrics | {"peak_bytes": peak(3 * GIB)}
     assert last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=other)) is None
@@ -229,7 +228,7 @@ def test_a_profile_can_be_added_to_an_unchanged_baseline(tmp_path: Path) -> None
 
     assert {each: each.read_bytes() for each in before} == before
     assert {each for each in tmp_path.rglob("*.*") if each.is_file()} == {*before, path}
-    assert last_profile(tmp_path, record.circumstances.machine.key, baseline_of(tmp_path, record)) == record.profile
+    assert last_profile(tmp_path, record.circumstances.machine.key, stored_baseline(tmp_path, record)) == record.profile
 
 
 def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(tmp_path: Path) -> None:
@@ -251,15 +250,13 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     keep_profile(tmp_path, there, here)
     keep_profile(tmp_path, there, here)  # another machine's profile may be replaced
 
-    baseline = baseline_of(tmp_path, profiled_record(None))
+    baseline = stored_baseline(tmp_path, profiled_record(None))
     assert last_profile(tmp_path, here, baseline) == a_profile(weights())
     now = profiled_record(a_profile(weights(2 * GIB), kernels=(use,)), 3 * GIB, kernels=counted(280), busy_s=took)
-    cause = stored_cause(tmp_path, now, None)
-    assert cause is not None
+    cause = stored_cause_of(tmp_path, now)
     assert "weights +1.00 GiB in Linear (lm_head)" in cause.lines[0]
     assert cause.details[-1].startswith("the baseline's profile is of NVIDIA H200,")
-    without = stored_cause(tmp_path, msgspec.structs.replace(now, profile=None), None)
-    assert without is not None
+    without = stored_cause_of(tmp_path, msgspec.structs.replace(now, profile=None))
     assert not any("profile is of" in text for text in without.details), "nothing is compared by module"
     keep_profile(
         tmp_path, profiled_record(a_profile(weights(), kernels=(use,)), kernels=counted(280), busy_s=took), here
@@ -269,8 +266,7 @@ def test_another_machines_profile_explains_memory_and_operators_but_no_kernels(t
     own = last_profile(tmp_path, here, baseline)
     assert own is not None
     assert own.kernels == (use,), "a machine's own profile keeps its kernels"
-    own_cause = stored_cause(tmp_path, now, None)
-    assert own_cause is not None
+    own_cause = stored_cause_of(tmp_path, now)
     assert not any("profile is of" in text for text in own_cause.details)
 
 
@@ -286,7 +282,7 @@ def test_a_profile_explains_only_a_baseline_with_its_counts(tmp_path: Path, has_
     uses = (KernelUse(MLP, "aten.mm.default", "gemm", "gemm", 28, 0.25),) if has_kernels else ()
     record = profiled_record(a_profile(weights(), kernels=uses), kernels=counted(280))
     accept(tmp_path, record, reason="first")
-    key, baseline = record.circumstances.machine.key, baseline_of(tmp_path, record)
+    key, baseline = record.circumstances.machine.key, stored_baseline(tmp_path, record)
 
     def stored_with(**metrics: Metric) -> Profile | None:
         return last_profile(tmp_path, key, msgspec.structs.replace(baseline, metrics=baseline.metrics | metrics))
@@ -342,7 +338,7 @@ def test_what_got_worse_comes_before_what_got_better() -> None:
         a_profile(weights(), operators=(OperatorUse(MLP, "forward", "aten.mm.default", 9),)), 20 * GIB
     )
 
-    first, second = lines(before, profiled_record(grown, 21 * GIB, operators=counted(800)))
+    first, second = cause_of(before, profiled_record(grown, 21 * GIB, operators=counted(800))).lines
 
     assert first.startswith("peak +1.00 GiB")
     assert second.startswith("also operators -817, -50.53 %: mm -8 in LlamaMLP")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -124,35 +126,17 @@ def test_ctrl_c_leaves_nothing(project: Path) -> None:
         output, _ = running.communicate(timeout=60)
     assert running.returncode == 2, output
     assert "INTERNALERROR" not in output
-    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+    assert [process for process in workers if process.is_running()] == []
 
 
-def _wait_for_worker(parent: int) -> list[int]:
-    """Processes below `parent`, once one of them is a worker."""
-    for _ in range(300):
-        pids = _below(parent)
-        lines = [_command_line(pid) for pid in pids]
-        if any("hpc_core.worker" in line and "supervisor" not in line for line in lines):
-            return pids
+def _wait_for_worker(parent: int) -> list[psutil.Process]:
+    """The descendants of `parent`, once one of them is a worker."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            processes = psutil.Process(parent).children(recursive=True)
+            commands = [process.cmdline() for process in processes]
+            if any("hpc_core.worker" in each and "hpc_core.launch.supervisor" not in each for each in commands):
+                return processes
         time.sleep(0.1)
     raise AssertionError("no worker was started within 30 s")
-
-
-def _below(parent: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                ppid = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if ppid == parent:
-                found += [int(entry.name), *_below(int(entry.name))]
-    return found
-
-
-def _command_line(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-    except OSError:
-        return ""

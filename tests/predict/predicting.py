@@ -17,7 +17,7 @@ from hpc_core.case.case import Case
 from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
 
-__all__ = ["GPU", "predicted", "predicted_jobs", "values"]
+__all__ = ["GPU", "predicted", "predicted_jobs", "refusal", "values"]
 
 ROOT = Path(__file__).parents[2]
 GPU = "H100 80GB HBM3"
@@ -44,6 +44,14 @@ def values(record: Record) -> dict[str, float | int]:
     """The metrics' values of a record that must not have failed."""
     assert record.failure is None, f"{record.case.id}: {record.failure.message}\n{record.failure.detail}"
     return {name: metric.value for name, metric in record.metrics.items()}
+
+
+def refusal(record: Record) -> str:
+    """The message, on one line, of a record that must have been refused."""
+    assert record.failure is not None
+    assert record.failure.kind == "refused", record.failure.detail
+    assert "\n" not in record.failure.message
+    return record.failure.message
 
 
 def _serve(first: str) -> None:

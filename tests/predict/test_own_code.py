@@ -18,7 +18,7 @@ from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.record import Record
 from tests.predict import own_steps
-from tests.predict.predicting import predicted, values
+from tests.predict.predicting import predicted, refusal, values
 
 pytestmark = pytest.mark.slow
 
@@ -68,11 +68,7 @@ def _records() -> dict[str, Record]:
 
 
 def _refusal(name: str) -> str:
-    failure = _records()[f"own/{name}"].failure
-    assert failure is not None
-    assert failure.kind == "refused", failure.detail
-    assert "\n" not in failure.message
-    return failure.message
+    return refusal(_records()[f"own/{name}"])
 
 
 @pytest.mark.parametrize(("what", "expected"), REFUSALS.items())

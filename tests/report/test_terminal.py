@@ -9,8 +9,7 @@ import pytest
 from rich.cells import cell_len
 
 from hpc_core.baselines.accept import accept
-from hpc_core.baselines.baseline import Baseline, Lookup, Missing
-from hpc_core.baselines.lookup import find
+from hpc_core.baselines.baseline import Lookup, Missing
 from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge
@@ -18,7 +17,7 @@ from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import accepted_line
 from hpc_core.report.terminal import render
-from tests.strategies import a_record, busy, counted, peak, wall
+from tests.strategies import a_record, busy, counted, peak, stored_baseline, wall
 
 LORA = catalogue()["llama-3.2-3b/lora"]
 
@@ -54,17 +53,11 @@ def rows(tmp_path: Path) -> list[Row]:
     failure = Failure(kind="out_of_memory", message="CUDA out of memory. Tried to allocate 20 GiB.", phase="build")
     broken = msgspec.structs.replace(measured("full-fp32"), status="failed", failure=failure, metrics={})
     return [
-        row(good, baseline(tmp_path, good)),
-        row(worse, baseline(tmp_path, worse)),
+        row(good, stored_baseline(tmp_path, good)),
+        row(worse, stored_baseline(tmp_path, worse)),
         row(broken),
         row(measured("lora-gc")),
     ]
-
-
-def baseline(root: Path, record: Record) -> Baseline:
-    found = find(root, record.circumstances.machine.key, record.case.id)
-    assert isinstance(found, Baseline)
-    return found
 
 
 @pytest.mark.parametrize("width", [80, 100, 140])
@@ -124,7 +117,7 @@ def test_a_long_change_never_cuts_a_verdict(tmp_path: Path, width: int) -> None:
     )
     after = a_record(before.metrics | {"peak_optimizer_bytes": peak(1.68 * GiB)})
     accept(tmp_path, before, reason="first")
-    table = render([row(after, baseline(tmp_path, before))], width=width, color=False).splitlines()
+    table = render([row(after, stored_baseline(tmp_path, before))], width=width, color=False).splitlines()
     line = next(line for line in table if line.startswith("tiny/lora "))
     assert "REGRESSED" in line
     assert "5.69 GiB" in line

@@ -177,14 +177,6 @@ def test_the_page_is_what_the_command_prints() -> None:
     assert (ROOT / "bench" / "studies" / "stock_and_tuned" / "results.md").read_text(encoding="utf-8") == main(folder)
 
 
-@given(st.floats(1e-4, 10.0), st.floats(1e-4, 10.0))
-def test_faster_is_the_ratio_of_walls(stock_s: float, tuned_s: float) -> None:
-    """Twice the time is 0.50 x, half of it 2.00 x."""
-    records = [_record("lora-nodrop", {"step_s": wall(stock_s)}), _record("lora-tuned", {"step_s": wall(tuned_s)})]
-    cells = _row(page({"a GPU": {each.case.id: each for each in records}}), "lora-tuned")
-    assert cells[2] == f"{stock_s / tuned_s:.2f} x"
-
-
 @pytest.mark.parametrize("content", [b"", b"\n", b"{bad\n", b"\xff\xfe\n"])
 def test_a_file_without_a_record_is_named(tmp_path: Path, content: bytes) -> None:
     """A broken file is an error rather than a missing row."""
