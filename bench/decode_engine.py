@@ -26,7 +26,7 @@ def test_case(case: Case, perf: Perf) -> None:
     perf(case)
 
 
-@pytest.mark.gpu
+@pytest.mark.perf_gpu
 def test_side_by_side(perf_session: PerfSession) -> None:
     """What this session measured of each case stands in one table."""
     records = [record for name, record in perf_session.records.items() if "decode_token_s" in record.metrics]

@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Raises:
         pytest.UsageError: options contradict each other.
     """
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; `perf_cases` marks such cases")
+    config.addinivalue_line("markers", "perf_gpu: needs a CUDA GPU; `perf_cases` marks such cases")
     config.addinivalue_line(
         "markers", "perf_predicted: predicts a case without a GPU; `predicted_cases` marks such tests"
     )

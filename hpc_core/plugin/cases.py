@@ -20,14 +20,14 @@ _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
 def perf_cases(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Parametrize a test over its argument `case`: one test per case, named by its id and marked `gpu` if it needs a GPU.
+    """Parametrize a test over its argument `case`: one test per case, named by its id and marked `perf_gpu` if it needs a GPU.
 
     Raises:
         SpecError: an element is not a case, or two cases share an id.
     """
     checked = checked_cases(list(cases), "perf_cases")
     parameters = [
-        pytest.param(case, id=case.id, marks=(pytest.mark.gpu,) if case.needs_gpu else ()) for case in checked
+        pytest.param(case, id=case.id, marks=(pytest.mark.perf_gpu,) if case.needs_gpu else ()) for case in checked
     ]
     decorate: Callable[[Callable[..., Any]], Callable[..., Any]] = pytest.mark.parametrize("case", parameters)
     return decorate

@@ -33,7 +33,7 @@ _SHORT = {
 _SPELLED = pytest.StashKey[dict[str, str]]()
 """The short names that are ours in this run."""
 _SCALES = ("tiny", "small", "full", "auto")
-_GPU_WORD = re.compile(r"\bgpu\b")
+_GPU_WORD = re.compile(r"\bperf_gpu\b")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -298,5 +298,5 @@ def _prepare(item: pytest.Item) -> None:
     with_timer(item, f"{case.scale} {case.kind}" if case is not None else case_id_of(item).partition("/")[0])
     # A case that fails before it has samples leaves pytest-benchmark's fixture unused; it should not warn about that.
     item.add_marker(pytest.mark.filterwarnings(_UNUSED))
-    if item.get_closest_marker("gpu") is not None and not visible_gpus():
+    if item.get_closest_marker("perf_gpu") is not None and not visible_gpus():
         item.add_marker(pytest.mark.skip(reason=_NO_GPU))

@@ -129,3 +129,24 @@ def test_a_plugins_options_are_theirs(pytester: pytest.Pytester, run: Run) -> No
     pytester.makepyfile(test_reads=READS, stranger=OPTIONS)
     pytester.syspathinsert()
     run("-p", "stranger", "--benchmark", "--case", "3", "test_reads.py").assert_outcomes(passed=1)
+
+
+def test_a_strangers_unregistered_marker_is_seen(pytester: pytest.Pytester) -> None:
+    """Under --strict-markers a marker that the project does not register is an error, also if it is called like ours were."""
+    names = ("gpu", "benchmark")
+    for name in names:
+        pytester.makepyfile(**{f"test_{name}": f"import pytest\n\n@pytest.mark.{name}\ndef test_it():\n    pass\n"})
+    # A process of its own: pytest remembers the markers of the run around it.
+    result = pytester.runpytest_subprocess("--strict-markers", "-p", "no:benchmark")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    for name in names:
+        result.stdout.fnmatch_lines_random([f"*'{name}' not found in `markers` configuration option*"])
+
+
+def test_our_markers_are_registered(pytester: pytest.Pytester, run: Run) -> None:
+    """`perf_cases` works under --strict-markers, without --benchmark too."""
+    pytester.makepyfile(
+        "from hpc_core import perf_cases\nfrom hpc_core.catalogue import ALL\n\n"
+        "@perf_cases(ALL)\ndef test_all(case, perf):\n    perf(case)\n"
+    )
+    assert run("--strict-markers").ret == 0

@@ -121,12 +121,12 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_what_runs_where_there_is_no_gpu(pytester: pytest.Pytester, refused: Refused) -> None:
-    """By default the tiny scale is chosen; -m gpu chooses the full one, whose cases are skipped with the reason."""
+    """By default the tiny scale is chosen; -m perf_gpu chooses the full one, whose cases are skipped with the reason."""
     listed = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q").outlines
     ids = [line for line in listed if "::" in line]
     assert ids
     assert all("[tiny/" in line for line in ids)
-    on_gpu = pytester.runpytest_inprocess("--benchmark", "-m", "gpu", "-rs")
+    on_gpu = pytester.runpytest_inprocess("--benchmark", "-m", "perf_gpu", "-rs")
     assert on_gpu.ret == 0
     whole = sum(case.scale == "full" for case in ALL)
     on_gpu.assert_outcomes(skipped=whole, deselected=len(ALL) - whole)

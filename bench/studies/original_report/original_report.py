@@ -22,7 +22,7 @@ def test_case(case: Case, perf: Perf) -> None:
     perf(case)
 
 
-@pytest.mark.gpu
+@pytest.mark.perf_gpu
 @pytest.mark.parametrize(
     "number", [pytest.param(0, id="full-lora"), pytest.param(1, id="qlora"), pytest.param(2, id="int4")]
 )
