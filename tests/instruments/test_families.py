@@ -1,4 +1,4 @@
-"""Families of kernels, on names that an H100 gave and on those of training steps."""
+"""Families of kernels, with names recorded on an H100."""
 
 from __future__ import annotations
 
@@ -51,17 +51,17 @@ NAMES = {
 
 @pytest.mark.parametrize(("name", "expected"), NAMES.items(), ids=lambda text: text[:40])
 def test_real_names_fall_into_their_family(name: str, expected: str) -> None:
-    """Each of these kernels of training, decoding and quantizing is where a reader would look for it."""
+    """Each kernel belongs to the family in which a reader would look for it."""
     assert family(name) == expected
 
 
 @given(st.dictionaries(st.sampled_from(sorted(NAMES)), st.tuples(st.floats(0, 10), st.integers(1, 999))))
 def test_families_add_up_to_the_whole(kernels: dict[str, tuple[float, int]]) -> None:
-    """No second and no launch is lost or counted twice, and the longest family comes first."""
+    """Families add up to all seconds and launches, and the longest comes first."""
     seconds = {name: value for name, (value, _) in kernels.items()}
     counts = {name: count for name, (_, count) in kernels.items()}
-    found = families_of(seconds, counts)
-    assert set(found) <= set(FAMILIES)
-    assert sum(value for value, _ in found.values()) == pytest.approx(sum(seconds.values()))
-    assert sum(count for _, count in found.values()) == sum(counts.values())
-    assert [value for value, _ in found.values()] == sorted((value for value, _ in found.values()), reverse=True)
+    families = families_of(seconds, counts)
+    assert set(families) <= set(FAMILIES)
+    assert sum(value for value, _ in families.values()) == pytest.approx(sum(seconds.values()))
+    assert sum(count for _, count in families.values()) == sum(counts.values())
+    assert [value for value, _ in families.values()] == sorted((value for value, _ in families.values()), reverse=True)

@@ -1,4 +1,4 @@
-"""Owners in the allocator's history and places of kernels, on a real GPU: the rest of the instruments is tested by `bench/test_instruments.py`."""
+"""Owners of memory and modules of kernels on a real GPU; `bench/test_instruments.py` tests the other instruments there."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def device() -> torch.device:
 
 
 def test_owners_are_named_to_the_byte(device: torch.device) -> None:
-    """Allocations on a schedule give the peaks of their phases, and the history names their owners, to the byte."""
+    """A schedule of allocations gives the exact peaks of its phases and the exact bytes of each owner."""
     synchronize(device)
-    resting = torch.cuda.memory_allocated(device)
-    kept = torch.empty(32 * _MIB, dtype=torch.uint8, device=device)
+    before = torch.cuda.memory_allocated(device)
+    weights = torch.empty(32 * _MIB, dtype=torch.uint8, device=device)
     peaks = PhasePeaks(device)
     peaks.close()
     history = AllocatorHistory(device, ("first", "second"))
     history.start()
-    history.own_before("weights", [kept])
+    history.own_before("weights", [weights])
 
     for mark in (peaks, history):
         mark("first")
@@ -47,13 +47,13 @@ def test_owners_are_named_to_the_byte(device: torch.device) -> None:
     timeline = history.stop()
     at_peak = timeline.at_peak()
 
-    assert {name: value - resting for name, value in peaks.peaks.items()} == {"first": 112 * _MIB, "second": 56 * _MIB}
+    assert {name: value - before for name, value in peaks.peaks.items()} == {"first": 112 * _MIB, "second": 56 * _MIB}
     assert (at_peak["weights"], at_peak["activations"], at_peak["temporaries"]) == (32 * _MIB, 16 * _MIB, 64 * _MIB)
     assert activation.numel() + gradient.numel() == 24 * _MIB
 
 
-def test_kernels_are_laid_at_their_modules_door(device: torch.device) -> None:
-    """Of two layers, forward and backward, every kernel is found with the operator and the module that it was launched for."""
+def test_kernels_are_attributed_to_their_modules(device: torch.device) -> None:
+    """Every kernel of a forward and backward is attributed to its operator and module."""
     model = torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.SiLU(), torch.nn.Linear(256, 256)).to(device)
     batch = torch.ones(64, 256, device=device)
 
@@ -62,20 +62,19 @@ def test_kernels_are_laid_at_their_modules_door(device: torch.device) -> None:
 
     step()
     with following() as places:
-        found = kernel_uses(step, device, places.here)
+        uses = kernel_uses(step, device, places.here)
 
-    launches = {use.module: 0 for use in found}
-    for use in found:
+    launches = {use.module: 0 for use in uses}
+    for use in uses:
         launches[use.module] += use.launches
-    assert all(use.seconds > 0 and use.operator for use in found)
-    assert (
-        launches["*"] >= 5 + 2
-    )  # the paths of a Sequential are numbers: both products and the activation, there and back
-    assert {"aten.silu.default", "aten.silu_backward.default"} <= {use.operator for use in found if use.module == "*"}
+    assert all(use.seconds > 0 and use.operator for use in uses)
+    # A Sequential's layers share the path "*": products and activation, forward and backward.
+    assert launches["*"] >= 5 + 2
+    assert {"aten.silu.default", "aten.silu_backward.default"} <= {use.operator for use in uses if use.module == "*"}
 
 
 def test_an_nvtx_range_holds_the_backward(device: torch.device) -> None:
-    """With NVTX ranges the backward of a GPU's tensors runs in the thread that opened them; else in one of autograd's."""
+    """With NVTX ranges the backward runs in the thread that opened them; without, in one of autograd's."""
     threads: dict[bool, int] = {}
     for nvtx in (True, False):
         x = torch.ones(4, device=device, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Work of known size, on a CPU: the same factories and the same path as `bench/test_instruments.py` takes on a GPU."""
+"""Work of known size on a CPU, by the factories that `bench/test_instruments.py` uses on a GPU."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _record(factory: str, **arguments: Any) -> Record:
     return perform(Job(case=Case(id=f"known/{factory}", scale="tiny", workload=workload), device="cpu"), lambda _: None)
 
 
-def test_a_schedule_of_allocations_is_seen_to_the_byte() -> None:
-    """Peaks by phase and categories at the peak are those of the schedule."""
+def test_a_schedule_of_allocations_is_measured_exactly() -> None:
+    """Peaks by phase, and categories at the peak, are exactly those of the schedule."""
     unit = 1_000_003
     values = {name: metric.value for name, metric in _record("scheduled", unit_bytes=unit).metrics.items()}
     assert (values["peak_bytes"], values["peak_first_bytes"], values["peak_second_bytes"]) == (
@@ -33,12 +33,12 @@ def test_a_schedule_of_allocations_is_seen_to_the_byte() -> None:
 
 
 def test_launches_are_counted_as_operators() -> None:
-    """Additions, copies and fills are one operator each."""
+    """Additions, copies and fills count as one operator each."""
     assert _record("launching", kernels=37, copies=3, fills=2).metrics["operators"].value == 42
 
 
 @pytest.mark.parametrize("times", [1, 5])
 def test_products_have_the_flops_of_their_sizes(times: int) -> None:
-    """FLOPs are two a multiply-add, product by product."""
+    """A product takes two FLOPs per multiply-add."""
     record = _record("multiplying", rows=8, inner=32, columns=16, times=times, dtype="float32")
     assert record.metrics["flops"].value == times * 2 * 8 * 32 * 16

@@ -1,4 +1,4 @@
-"""Recorders of memory: known bytes on a schedule are seen exactly, by owner and by phase."""
+"""Recorders of memory give the exact bytes of a schedule, by owner and by phase."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
 from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.timeline import Timeline
 
 KIB = 1024
 
@@ -19,41 +20,36 @@ def _bytes(kib: int) -> torch.Tensor:
 
 def _scheduled(watch: StorageWatch) -> None:
     watch("first")
-    kept = _bytes(100)
-    passing = _bytes(50)
-    del passing
+    long_lived = _bytes(100)
+    temporary = _bytes(50)
+    del temporary
     watch("second")
     _bytes(30)
     watch("third")
     last = _bytes(80)
-    del kept, last
+    del long_lived, last
 
 
-def test_known_bytes_on_a_schedule_are_seen_exactly() -> None:
-    """Births and deaths give the peaks of each phase and the owners at the peak to the byte."""
+def _timeline() -> Timeline:
     watch = StorageWatch(("first", "second", "third"))
     with watch:
         _scheduled(watch)
-    peaks = watch.timeline.peaks_by_phase(("first", "second", "third"))
+    return watch.timeline
+
+
+def test_a_schedule_of_known_bytes_is_recorded_exactly() -> None:
+    """The peak of each phase and the owners at the peak are exact, and the same in a second run."""
+    timeline = _timeline()
+    peaks = timeline.peaks_by_phase(("first", "second", "third"))
     assert peaks == {"first": 150 * KIB, "second": 130 * KIB, "third": 180 * KIB}
-    seen = {name: value for name, value in watch.timeline.at_peak().items() if value}
-    assert seen == {"activations": 100 * KIB, "temporaries": 80 * KIB}
+    owners = {name: value for name, value in timeline.at_peak().items() if value}
+    assert owners == {"activations": 100 * KIB, "temporaries": 80 * KIB}
+    assert len(timeline.allocations) == 4
+    assert timeline == _timeline()
 
 
-def test_two_runs_record_the_same() -> None:
-    """The record of a schedule is the same every time."""
-    seen = []
-    for _ in range(2):
-        watch = StorageWatch(("first", "second", "third"))
-        with watch:
-            _scheduled(watch)
-        seen.append(watch.timeline)
-    assert seen[0] == seen[1]
-    assert len(seen[0].allocations) == 4
-
-
-def test_views_and_operators_in_place_add_nothing() -> None:
-    """A storage counts once, however many tensors look at it."""
+def test_views_and_in_place_operators_add_nothing() -> None:
+    """A storage counts once, however many tensors use it."""
     watch = StorageWatch(("step",))
     with watch:
         watch("step")
@@ -66,8 +62,8 @@ def test_views_and_operators_in_place_add_nothing() -> None:
     assert len(watch.timeline.allocations) == 1
 
 
-def test_what_was_there_before_is_other_from_the_start() -> None:
-    """Memory that the step takes but did not make counts in full, as nobody's, and not as born in the step."""
+def test_memory_from_before_the_step_is_other() -> None:
+    """Memory that the step uses but did not allocate counts in full as `other`."""
     weight, target = torch.ones(100, 10), torch.ones(10)
     watch = StorageWatch(("step",))
     with watch:
@@ -81,7 +77,7 @@ def test_what_was_there_before_is_other_from_the_start() -> None:
 
 
 def test_owners_are_named_before_and_during_the_step() -> None:
-    """Weights claimed before and gradients claimed within a step are theirs at the peak, to the byte."""
+    """Weights named before and gradients named during a step are at the peak with their exact bytes."""
     model = torch.nn.Linear(64, 32, bias=False)
     inputs = torch.ones(8, 64)
     watch = StorageWatch(("forward", "backward"))
@@ -98,7 +94,7 @@ def test_owners_are_named_before_and_during_the_step() -> None:
 
 
 def test_a_reused_address_is_another_allocation() -> None:
-    """Many short-lived tensors one after another each count, and never together."""
+    """A hundred short-lived tensors are a hundred allocations, and never add up."""
     watch = StorageWatch(("step",))
     with watch:
         watch("step")
@@ -109,14 +105,14 @@ def test_a_reused_address_is_another_allocation() -> None:
 
 
 def test_owned_bytes_count_each_storage_once() -> None:
-    """Tied and viewed tensors are counted once, in full."""
+    """Tied tensors and views count once, in full."""
     table = torch.ones(16, 16)
     assert owned_bytes([table, table.t(), table[0], torch.ones(2, dtype=torch.float16)]) == 16 * 16 * 4 + 4
     assert owned_bytes([]) == 0
 
 
 def test_owners_of_a_training_step_are_found() -> None:
-    """Weights and buffers, gradients and two moments with a count, each by its bytes."""
+    """Weights and buffers, gradients, and AdamW's moments and step counts have their exact bytes."""
     model = torch.nn.BatchNorm1d(10)
     optimizer = torch.optim.AdamW(model.parameters())
     assert owned_bytes(weight_tensors(model)["weights"]) == 4 * 10 * 4 + 8  # weight, bias, mean, variance, counter
@@ -131,32 +127,32 @@ def _entry(action: str, address: int, size: int) -> dict[str, Any]:
     return {"action": action, "addr": address, "size": size}
 
 
-class _Told(AllocatorHistory):
-    """A history whose entries are told instead of read from an allocator."""
+class _MadeUpHistory(AllocatorHistory):
+    """A history with made-up entries in place of an allocator's."""
 
     def __init__(self) -> None:
         super().__init__(torch.device("cuda", 0), ("forward", "backward"))
-        self.told: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
 
     def _position(self) -> int:
-        return len(self.told)
+        return len(self.entries)
 
     def _entries(self) -> list[dict[str, Any]]:
-        return self.told
+        return self.entries
 
 
 def test_an_allocators_history_is_replayed_with_phases_and_owners() -> None:
-    """Addresses that are used again, owners named between events, and frees of memory from before fall into place."""
+    """Reused addresses, owners named between events, and frees of earlier memory are replayed correctly."""
     tensor = torch.empty(10, dtype=torch.uint8)
     address = tensor.untyped_storage().data_ptr()
-    history = _Told()
+    history = _MadeUpHistory()
     history("forward")
-    history.told += [_entry("alloc", address, 100), _entry("alloc", 2, 30)]
+    history.entries += [_entry("alloc", address, 100), _entry("alloc", 2, 30)]
     history.own_now("gradients", [tensor])
     history("backward")
-    history.told += [_entry("free_requested", address, 100)]
-    history.told += [_entry("alloc", address, 7), _entry("free_requested", 12345, 1)]
-    timeline = history._replay(history.told)
+    history.entries += [_entry("free_requested", address, 100)]
+    history.entries += [_entry("alloc", address, 7), _entry("free_requested", 12345, 1)]
+    timeline = history._replay(history.entries)
     assert [(piece.size_bytes, piece.phase, piece.died_in, piece.category) for piece in timeline.allocations] == [
         (100, 0, 1, "gradients"), (30, 0, None, None), (7, 1, None, None),
     ]  # fmt: skip
@@ -165,6 +161,6 @@ def test_an_allocators_history_is_replayed_with_phases_and_owners() -> None:
 
 
 def test_an_unknown_phase_is_refused() -> None:
-    """A mark that is not among the phases is an error, not a phase of its own."""
+    """A mark that is not among the phases is an error."""
     with pytest.raises(ValueError, match="decode"):
         StorageWatch(("forward",))("decode")

@@ -1,4 +1,4 @@
-"""Which module is at work, on real modules: in the forward, in the backward, in recomputation, and after an error."""
+"""Work is attributed to its module in the forward, in the backward, in recomputation and after an error."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ pytestmark = pytest.mark.slow
 
 
 class Block(torch.nn.Module):
-    """A layer with a part of its own work: a sum that is no module's but the block's."""
+    """A layer with work of its own around its part's."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up = torch.nn.Linear(4, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """A sum around a product."""
+        """Add the sine of a product."""
         return torch.sin(self.up(x)) + x
 
 
 class Model(torch.nn.Module):
-    """Three layers, recomputed if asked."""
+    """Three layers, with checkpointing if `recompute`."""
 
     def __init__(self, *, recompute: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Model(torch.nn.Module):
         self.recompute = recompute
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Layer after layer."""
+        """Run the layers."""
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
         return x
@@ -53,8 +53,8 @@ def watched(model: Model) -> tuple[StorageWatch, dict[str, int]]:
         return watch, {path: each.calls for path, each in places.seen().items()}
 
 
-def test_operators_are_laid_at_their_modules_door() -> None:
-    """Forward and backward work of a layer's part, and of the layer itself, is found under their paths, three layers as one."""
+def test_operators_are_attributed_to_their_modules() -> None:
+    """Operators of the layers and of their parts are found under one path for all three layers, forward and backward."""
     watch, calls = watched(Model())
 
     assert watch.uses["layers.*.up", "forward", "aten.addmm.default"] == 3
@@ -64,16 +64,16 @@ def test_operators_are_laid_at_their_modules_door() -> None:
     assert calls == {"Model": 1, "layers.*": 3, "layers.*.up": 3}
 
 
-def test_recomputed_forwards_are_counted_and_left() -> None:
-    """A recomputation that stops as soon as it has what it needs leaves its modules, and counts as a forward."""
+def test_recomputed_forwards_are_counted() -> None:
+    """A recomputation counts as a forward, and leaves its modules even if it stops early."""
     watch, calls = watched(Model(recompute=True))
 
     assert (calls["layers.*"], calls["layers.*.up"]) == (6, 6)
     assert watch.uses["layers.*", "backward", "aten.cos.default"] == 3
 
 
-def test_after_an_error_nothing_is_at_work() -> None:
-    """A forward that raises is left like any other."""
+def test_a_forward_that_raises_leaves_its_modules() -> None:
+    """After an error no module is current."""
     with following() as places:
         with pytest.raises(RuntimeError):
             Model()(torch.ones(2, 3))
@@ -81,22 +81,21 @@ def test_after_an_error_nothing_is_at_work() -> None:
 
 
 def test_parameters_gradients_and_state_have_an_owner() -> None:
-    """Weights, gradients and optimizer state are found under the module whose they are."""
+    """Weights, gradients and optimizer state are tensors_by_path under their module."""
     model = Model()
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
 
-    found = [(path, len(tensors)) for path, tensors in by_module(model, optimizer)]
+    tensors_by_path = [(path, len(tensors)) for path, tensors in by_module(model, optimizer)]
 
-    assert {path for path, _ in found} == {"layers.*.up"}
-    assert (
-        sum(count for _, count in found) == 6 * 2 + 6 * 3
-    )  # weight and bias of each with gradient, step and two moments
+    assert {path for path, _ in tensors_by_path} == {"layers.*.up"}
+    # Each of six parameters has a gradient, a step count and two moments.
+    assert sum(count for _, count in tensors_by_path) == 6 * 2 + 6 * 3
 
 
-def test_parameters_in_one_storage_are_those_of_the_module_around_them() -> None:
-    """As of queries, keys and values that are one product: no one of the three is said to hold what all three do; gradients are each one's own."""
+def test_parameters_in_one_storage_belong_to_the_module_around_them() -> None:
+    """Joined query and key weights belong to the attention, and their gradients to each projection."""
     queries, keys = torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 2, bias=False)
     whole = torch.ones(6, 4)
     queries.weight.data, keys.weight.data = whole[:4], whole[4:]
@@ -104,15 +103,15 @@ def test_parameters_in_one_storage_are_those_of_the_module_around_them() -> None
     attention = torch.nn.ModuleDict({"q": queries, "k": keys})
     model = torch.nn.ModuleDict({"attention": attention, "other": torch.nn.Linear(4, 4, bias=False)})
 
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for path, tensors in by_module(model, None):
-        found[path] = found.get(path, 0) + len(tensors)
+        counts[path] = counts.get(path, 0) + len(tensors)
 
-    assert {path: count for path, count in found.items() if count} == {"attention": 2, "attention.k": 1, "other": 1}
+    assert {path: count for path, count in counts.items() if count} == {"attention": 2, "attention.k": 1, "other": 1}
 
 
 def test_wrappers_do_not_change_a_path() -> None:
-    """The same layer has the same path with and without peft's and torch.compile's wrappers."""
+    """A layer has the same path inside the wrappers of peft and torch.compile."""
     plain = "model.layers.*.self_attn.q_proj"
     assert path_of("model.layers.11.self_attn.q_proj") == plain
     assert path_of("base_model.model.model.layers.0.self_attn.q_proj.base_layer") == plain
@@ -120,7 +119,7 @@ def test_wrappers_do_not_change_a_path() -> None:
 
 
 def test_each_operator_is_a_range_of_the_profiler() -> None:
-    """Under torch's real profiler every operator lies in a range that says for which module it runs, in both directions."""
+    """Under torch's profiler each operator, forward and backward, has a range that names its module."""
     model = Model()
     kinds = [torch.profiler.ProfilerActivity.CPU]
     with following() as places, torch.profiler.profile(activities=kinds) as profiler, NamedRanges(places.here):

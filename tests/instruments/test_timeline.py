@@ -1,4 +1,4 @@
-"""Laws of the timeline: conservation at the peak, and peaks equal to brute force."""
+"""Laws of the timeline: categories add up to the peak, and peaks equal brute force."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PHASES = ("forward", "backward", "optimizer")
 
 @st.composite
 def timelines(draw: st.DrawFn) -> Timeline:
-    """Pieces with distinct event numbers, as a recorder makes them: some from before the step, some that outlive it."""
+    """Allocations with distinct event numbers, some from before the step and some that outlive it."""
     count = draw(st.integers(1, 12))
     ends = sorted(draw(st.lists(st.integers(1, 40), min_size=3, max_size=3)))
     clock = draw(st.permutations(range(1, 2 * count + 1)))
@@ -47,7 +47,7 @@ def _live(timeline: Timeline, event: int) -> int:
 
 @given(timelines())
 def test_categories_at_the_peak_add_up_to_it(timeline: Timeline) -> None:
-    """Whatever the owners, nothing is lost and nothing counted twice."""
+    """The categories at the peak add up to it."""
     totals = timeline.at_peak()
     assert sum(totals.values()) == timeline.peak()[1]
     assert set(totals) == set(CATEGORIES)
@@ -55,7 +55,7 @@ def test_categories_at_the_peak_add_up_to_it(timeline: Timeline) -> None:
 
 @given(timelines())
 def test_the_peak_is_the_highest_of_all_events(timeline: Timeline) -> None:
-    """The peak equals that of adding up every event's live pieces, and it is reached where it says."""
+    """The peak equals the largest sum of live allocations over all events, at the event that it names."""
     when, peak = timeline.peak()
     assert peak == max(_live(timeline, event) for event in range(30))
     assert _live(timeline, when) == peak
@@ -63,7 +63,7 @@ def test_the_peak_is_the_highest_of_all_events(timeline: Timeline) -> None:
 
 @given(timelines())
 def test_the_highest_phase_is_the_peak(timeline: Timeline) -> None:
-    """No phase is above the peak, and one of them reaches it, with what it inherits."""
+    """No phase is above the peak, and one of them reaches it."""
     peaks = timeline.peaks_by_phase(PHASES)
     assert max(peaks.values()) == timeline.peak()[1]
     assert set(peaks) == set(PHASES)
@@ -71,7 +71,7 @@ def test_the_highest_phase_is_the_peak(timeline: Timeline) -> None:
 
 @given(timelines())
 def test_each_phases_peak_is_the_highest_of_its_events(timeline: Timeline) -> None:
-    """A phase's peak equals brute force over its events and the moment before its first."""
+    """A phase's peak equals brute force over its events and the moment before its first one."""
     moments = [(p.born, p.phase) for p in timeline.allocations] + [
         (p.died or 0, p.died_in or 0) for p in timeline.allocations if p.died
     ]
@@ -83,7 +83,7 @@ def test_each_phases_peak_is_the_highest_of_its_events(timeline: Timeline) -> No
 
 @given(timelines(), st.integers(0, 11))
 def test_one_more_byte_never_lowers_a_peak(timeline: Timeline, index: int) -> None:
-    """Peaks are monotone in the size of every piece."""
+    """Peaks are monotone in the size of every allocation."""
     before, by_phase = timeline.peak()[1], timeline.peaks_by_phase(PHASES)
     timeline.allocations[index % len(timeline.allocations)].size_bytes += 1
     assert before <= timeline.peak()[1] <= before + 1
@@ -91,22 +91,22 @@ def test_one_more_byte_never_lowers_a_peak(timeline: Timeline, index: int) -> No
 
 
 def test_an_empty_timeline_has_no_peak() -> None:
-    """Nothing allocated is zero bytes everywhere."""
+    """An empty timeline has zero bytes everywhere."""
     assert Timeline().peak() == (0, 0)
     assert Timeline().peaks_by_phase(PHASES) == dict.fromkeys(PHASES, 0)
     assert sum(Timeline().at_peak().values()) == 0
 
 
 def test_a_phase_without_events_keeps_what_it_inherits() -> None:
-    """A phase in which nothing comes or goes is as high as the end of the one before it."""
+    """A phase without events is as high as the end of the phase before."""
     timeline = Timeline(
         [Allocation(size_bytes=100, born=0, phase=-1), Allocation(size_bytes=7, born=1, phase=0, died=2, died_in=0)]
     )
     assert timeline.peaks_by_phase(PHASES) == {"forward": 107, "backward": 100, "optimizer": 100}
 
 
-def test_who_owns_what_nobody_claimed() -> None:
-    """Unclaimed memory is an activation if a later phase needs it, else a temporary; from before, it is other."""
+def test_unnamed_memory_is_classified_by_its_lifetime() -> None:
+    """Unnamed memory is an activation if a later phase needs it, else a temporary; from before the step it is `other`."""
     timeline = Timeline(
         [
             Allocation(size_bytes=1, born=0, phase=-1),
@@ -116,13 +116,13 @@ def test_who_owns_what_nobody_claimed() -> None:
             Allocation(size_bytes=10_000, born=4, phase=0),
         ]
     )
-    seen = {name: value for name, value in timeline.at_peak().items() if value}
-    assert seen == {"other": 1, "activations": 10 + 10_000, "temporaries": 100, "weights": 1000}
+    owners = {name: value for name, value in timeline.at_peak().items() if value}
+    assert owners == {"other": 1, "activations": 10 + 10_000, "temporaries": 100, "weights": 1000}
 
 
 @given(timelines(), st.integers(7, 30))
 def test_samples_keep_the_peak_and_add_nothing(timeline: Timeline, most: int) -> None:
-    """No more points than asked for, each a moment that was, the highest among them the peak with its categories."""
+    """A sample has at most the requested points, each a real moment, with the peak and its categories among them."""
     sampled = timeline.sampled(PHASES, most)
     assert len(sampled.events) <= most
     assert list(sampled.events) == sorted(set(sampled.events))
@@ -138,8 +138,8 @@ def test_samples_keep_the_peak_and_add_nothing(timeline: Timeline, most: int) ->
 
 @given(st.lists(st.integers(1, 1000), min_size=500, max_size=1000))
 @settings(max_examples=10)
-def test_a_long_timeline_becomes_few_points(sizes: list[int]) -> None:
-    """Thousands of temporaries, each freed before the next: 400 points at most, the first of each phase and the peak among them."""
+def test_a_long_timeline_is_sampled(sizes: list[int]) -> None:
+    """A long timeline becomes at most 400 points, with the first of each phase and the peak among them."""
     third = len(sizes) // 3 + 1
     pieces = [
         Allocation(size_bytes=size, born=2 * at + 1, phase=at // third, died=2 * at + 2, died_in=at // third)

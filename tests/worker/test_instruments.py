@@ -1,4 +1,4 @@
-"""The measuring path itself: known bytes, operators and FLOPs come out, and what ran is audited."""
+"""Programs of known cost are measured exactly, and what ran is audited."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpc_core.worker.perform import perform
 
 
 def measured(step: Any, steps: int) -> Record:
-    """The record of a program as a step of the user's own."""
+    """The record of a program, run as a step of the user's own."""
     case = Case(id="mine/known", scale="tiny", workload=CallableSpec(factory="a:b", steps=steps))
     return perform(Job(case=case, device="cpu", launched="inline"), lambda _: None, step=step)
 
@@ -38,7 +38,7 @@ class Known:
         self.left, self.right = torch.ones(64, 128), torch.ones(128, 32)
 
     def step(self, mark: Mark = unmarked) -> None:
-        """5 operators: mm, t, mm, empty, zero_."""
+        """Five operators: mm, t, mm, empty, zero_."""
         mark("first")
         product = self.left @ self.right
         again = product @ self.right.t()
@@ -53,20 +53,20 @@ def _values(record: Record) -> dict[str, float | int]:
 
 
 def test_a_program_of_known_cost_is_measured_exactly() -> None:
-    """Bytes by phase and category, operators and FLOPs are those worked out by hand."""
+    """Bytes by phase and category, operators and FLOPs are those computed by hand."""
     values = _values(measured(Known(), 3))
-    given, product, again = 4 * (64 * 128 + 128 * 32), 4 * 64 * 32, 4 * 64 * 128
-    assert values["peak_first_bytes"] == given + product + again
-    assert values["peak_second_bytes"] == max(given + again + 100_000, given + product + again) == values["peak_bytes"]
-    assert values["at_peak_other_bytes"] == given
+    inputs, product, again = 4 * (64 * 128 + 128 * 32), 4 * 64 * 32, 4 * 64 * 128
+    assert values["peak_first_bytes"] == inputs + product + again
+    assert values["peak_second_bytes"] == inputs + again + 100_000 == values["peak_bytes"]
+    assert values["at_peak_other_bytes"] == inputs
     assert values["at_peak_temporaries_bytes"] == 100_000
     assert values["at_peak_activations_bytes"] == again
     assert values["operators"] == 5
     assert values["flops"] == 2 * (2 * 64 * 128 * 32)
 
 
-def test_twice_the_work_is_seen_as_twice_the_work() -> None:
-    """A program that does its step twice has twice the operators and FLOPs and the same peak."""
+def test_twice_the_work_counts_twice() -> None:
+    """A program that repeats its step has twice the operators and FLOPs, and the same peak."""
 
     class Twice(Known):
         def step(self, mark: Mark = unmarked) -> None:
@@ -79,8 +79,8 @@ def test_twice_the_work_is_seen_as_twice_the_work() -> None:
     assert twice["peak_bytes"] == once["peak_bytes"]
 
 
-def test_a_thousand_more_bytes_are_seen_to_the_byte() -> None:
-    """A step that holds a little more has exactly that much higher a peak."""
+def test_a_thousand_more_bytes_are_measured_exactly() -> None:
+    """A step that holds 1000 bytes more has a peak that is 1000 bytes higher."""
 
     class Wasteful(Known):
         def step(self, mark: Mark = unmarked) -> None:
@@ -93,39 +93,41 @@ def test_a_thousand_more_bytes_are_seen_to_the_byte() -> None:
     assert more["operators"] == plain["operators"] + 1
 
 
-def test_what_else_lives_in_the_process_changes_nothing() -> None:
-    """Tensors that were there before the case, and that it does not touch, are not its memory."""
-    plain = _values(measured(Known(), 1))
-    bystander = torch.empty(123_456, dtype=torch.uint8)
-    beside = _values(measured(Known(), 1))
-    assert bystander.nbytes == 123_456
-    assert {name: value for name, value in beside.items() if name.endswith("_bytes") and name != "host_peak_bytes"} == {
-        name: value for name, value in plain.items() if name.endswith("_bytes") and name != "host_peak_bytes"
-    }
+def test_other_tensors_of_the_process_do_not_count() -> None:
+    """Tensors from before the case, which it does not use, are not its memory."""
+
+    def tensor_bytes() -> dict[str, float | int]:
+        values = _values(measured(Known(), 1))
+        return {name: value for name, value in values.items() if name.endswith("_bytes") and name != "host_peak_bytes"}
+
+    alone = tensor_bytes()
+    unrelated = torch.empty(123_456, dtype=torch.uint8)
+    assert tensor_bytes() == alone
+    assert unrelated.nbytes == 123_456
 
 
-def test_a_forgotten_reference_is_seen() -> None:
-    """Memory that every step leaves behind is in the peak, as other, for each step before."""
+def test_leaked_memory_is_in_the_peak() -> None:
+    """Memory that every step leaves behind is at the peak as `other`, once for each step before."""
 
     class Leaking(Known):
         def __init__(self) -> None:
             super().__init__()
-            self.kept: list[torch.Tensor] = []
+            self.leaked: list[torch.Tensor] = []
 
         def step(self, mark: Mark = unmarked) -> None:
             super().step(mark)
-            self.kept.append(torch.empty(5_000, dtype=torch.uint8))
+            self.leaked.append(torch.empty(5_000, dtype=torch.uint8))
 
     program, plain = Leaking(), _values(measured(Known(), 1))
     leaking = _values(measured(program, 1))
-    before = len(program.kept) - 3  # without the watched step's own, and the counted and the profiled step's after it
+    before = len(program.leaked) - 3  # the watched, the counted and the profiled step come after
     assert before >= 3
     assert leaking["peak_bytes"] == plain["peak_bytes"] + 5_000 * before
     assert leaking["at_peak_other_bytes"] == plain["at_peak_other_bytes"] + 5_000 * before
 
 
-def test_timing_sees_a_sleep() -> None:
-    """Wall time of each timed step is that of the step."""
+def test_wall_time_includes_a_sleep() -> None:
+    """Each timed step takes at least as long as it sleeps."""
 
     class Slow(Known):
         def step(self, mark: Mark = unmarked) -> None:
@@ -138,8 +140,8 @@ def test_timing_sees_a_sleep() -> None:
     assert record.metrics["cold_start_s"].value >= 0.01
 
 
-def test_a_program_that_never_settles_is_noted() -> None:
-    """Warm-up ends, and says so, when steps get slower and slower."""
+def test_an_unfinished_warm_up_is_noted() -> None:
+    """If steps get slower and slower, warm-up ends with a note."""
 
     class Slower(Known):
         calls = 0
@@ -150,23 +152,22 @@ def test_a_program_that_never_settles_is_noted() -> None:
             time.sleep(0.004 * 2 ** min(self.calls, 5) if self.calls < 11 else 0)
 
     record = measured(Slower(), 1)
-    settled = [note for note in record.circumstances.notes if "did not settle" in note]
-    # The sixth and later steps sleep alike, 32 times the first: never within a quarter of the fastest.
-    assert len(settled) == 1
+    # From the sixth step on each takes 32 times as long as the first, never within a quarter of the fastest.
+    assert sum("did not settle" in note for note in record.circumstances.notes) == 1
 
 
-def test_a_fixed_program_does_the_same_step_again() -> None:
-    """Whatever the program has done, its fixed form stays at one index."""
+def test_a_fixed_program_repeats_one_step() -> None:
+    """A fixed program always runs the step of its index."""
 
     class Counting(Known):
         steps_done = 0
 
         def __init__(self) -> None:
             super().__init__()
-            self.seen: list[int] = []
+            self.indices: list[int] = []
 
         def step(self, mark: Mark = unmarked) -> None:
-            self.seen.append(self.steps_done)
+            self.indices.append(self.steps_done)
             self.steps_done += 1
 
     program = Counting()
@@ -174,12 +175,12 @@ def test_a_fixed_program_does_the_same_step_again() -> None:
     program.step()
     fixed.step()
     fixed.step()
-    assert program.seen == [0, 3, 3]
+    assert program.indices == [0, 3, 3]
     assert (fixed.period, fixed.phases) == (1, program.phases)
 
 
-def test_what_checkpointing_looks_like() -> None:
-    """One forward a layer and step is off, two are on, anything else is told in numbers."""
+def test_checkpointing_follows_from_the_number_of_forwards() -> None:
+    """One forward per layer and step is off, two are on, and anything else is reported in numbers."""
     assert checkpointing_seen(15, 3, 5) == "off"
     assert checkpointing_seen(30, 3, 5) == "on"
     assert checkpointing_seen(20, 3, 5) == "partly: 20 forwards of 3 layers in 5 steps"
@@ -190,8 +191,8 @@ def _tiny(checkpointing: Any, variant: str) -> Case:
     return finetune(tiny, lora(), variant=variant, batch=1, length=16, steps=1, checkpointing=checkpointing)
 
 
-def test_a_model_that_checkpoints_unasked_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case that asks for no checkpointing and gets it is invalid, and the reason says both."""
+def test_unrequested_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case without checkpointing whose model checkpoints is invalid."""
     monkeypatch.setattr(
         "hpc_core.builders.assemble.enable_checkpointing",
         lambda model, _, **more: enable_checkpointing(model, "non-reentrant", **more),
@@ -202,15 +203,15 @@ def test_a_model_that_checkpoints_unasked_voids_the_run(monkeypatch: pytest.Monk
     assert not record.audit["checkpointing"].holds
 
 
-def test_a_model_that_does_not_checkpoint_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case that asks for checkpointing and does not get it is invalid too."""
+def test_missing_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case with checkpointing whose model does not checkpoint is invalid."""
     monkeypatch.setattr("hpc_core.builders.assemble.enable_checkpointing", lambda *_, **__: None)
     record = perform(Job(case=_tiny("reentrant", "lora-gc")), lambda _: None)
     assert (record.status, record.reasons) == ("invalid", ("checkpointing: asked for 'on', saw 'off'.",))
 
 
 def test_an_adapter_of_another_dtype_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adapter weights that are not stored as asked are an invalid run."""
+    """A case whose adapter has another dtype is invalid."""
     monkeypatch.setattr(
         "hpc_core.builders.assemble.attach_adapter", lambda model, spec: attach_adapter(model, spec).to(torch.bfloat16)
     )
@@ -219,7 +220,7 @@ def test_an_adapter_of_another_dtype_voids_the_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_losses_that_are_not_finite_void_the_run() -> None:
-    """A learning rate that destroys the model gives an invalid record that can still be stored."""
+    """A case whose losses are not finite gives an invalid record that can be stored."""
     case = finetune(
         ModelSpec(shape="tiny", dtype="float16"), variant="full-fp16", batch=1, length=16, steps=4, learning_rate=1e6
     )
@@ -237,8 +238,8 @@ def product(size):
 """
 
 
-def test_a_callable_is_measured_like_anything_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step from the user's module gives time, memory, operators and FLOPs, and its phases are told."""
+def test_a_callable_is_measured_like_any_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the user's own gives time, memory, operators and FLOPs, in the usual phases."""
     (tmp_path / "my_product.py").write_text(FACTORY)
     monkeypatch.syspath_prepend(tmp_path)
     workload = CallableSpec(factory="my_product:product", arguments={"size": 48}, steps=4)
@@ -253,8 +254,8 @@ def test_a_callable_is_measured_like_anything_else(tmp_path: Path, monkeypatch: 
     ]  # fmt: skip
 
 
-def test_a_step_that_fails_tells_its_own_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the code under test is passed on as it is."""
+def test_an_error_of_the_step_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the user's step is raised as it is."""
     (tmp_path / "my_failure.py").write_text("def make():\n    return lambda: 1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     case = Case(id="mine/failure", scale="tiny", workload=CallableSpec(factory="my_failure:make"))
@@ -263,6 +264,6 @@ def test_a_step_that_fails_tells_its_own_error(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_embedded_text_case_runs_without_a_tokenizer() -> None:
-    """Random weights with texts train on bytes."""
+    """Random weights train on the bytes of texts."""
     case = catalogue()["tiny/lora-padded"].vary("lora-texts", source="embedded", name="paragraphs", rows=None)
     assert perform(Job(case=case), lambda _: None).status == "ok"

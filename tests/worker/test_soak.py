@@ -1,4 +1,4 @@
-"""The soak: two hundred steps over real, varying lengths, whose memory must stay flat."""
+"""The soak: two hundred steps over real, varying lengths, in flat memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hpc_core.record.job import Job
 pytestmark = pytest.mark.nightly
 
 
-def test_a_clean_soak_is_flat_and_a_leak_of_each_step_is_not() -> None:
-    """Two hundred steps of different widths keep nothing; four megabytes left behind by each make the record INVALID, with the sum."""
+def test_memory_of_the_soak_is_flat_unless_it_leaks() -> None:
+    """Memory stays flat over two hundred steps of different widths; with 4 MB leaked per step the record is INVALID."""
     case = catalogue()["tiny/lora-soak"]
     with Launcher("warm") as launcher:
         clean = launcher.run(Job(case=case))

@@ -1,4 +1,4 @@
-"""Profiles for the eye, of a real tiny model in this process: a table, a trace, one phase alone, and nothing that could be a baseline."""
+"""Profiles of a real tiny model, as table and trace, which can never become a baseline."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def table_of(folder: Path) -> TraceTable:
 
 
 def test_a_trace_shows_phases_layers_and_operators(tmp_path: Path) -> None:
-    """The trace is JSON that viewers read, with a range for each phase and layer; the table is the operators' own time, most first."""
+    """The trace has a range for each phase and layer; the table has operators by their own time, longest first."""
     record = traced(tmp_path)
 
     table = table_of(tmp_path)
@@ -56,8 +56,8 @@ def test_a_trace_shows_phases_layers_and_operators(tmp_path: Path) -> None:
         accept(tmp_path, record, reason="by mistake")
 
 
-def test_one_phase_alone_holds_nothing_of_the_others(tmp_path: Path) -> None:
-    """Of the optimizer's phase there are the optimizer's operators and no product of the forward."""
+def test_a_profile_of_one_phase_has_no_other(tmp_path: Path) -> None:
+    """A profile of the optimizer has its operators and no product of the forward."""
     traced(tmp_path, "optimizer")
 
     names = {each.name for each in table_of(tmp_path).operators}
@@ -65,16 +65,16 @@ def test_one_phase_alone_holds_nothing_of_the_others(tmp_path: Path) -> None:
     assert not names & {"aten::mm", "aten::silu"}
 
 
-def test_a_profile_of_a_fed_case_holds_no_other_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The widest batch is taken by index: to come to it again a loader would make all others within the profile."""
+def test_a_profile_of_a_fed_case_fetches_no_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The profiled batch is taken by index, so that no other batch is made within the profile."""
     phases, fetched = [""], []
     fetch = Fed._fetch
 
-    def seen(fed: Fed) -> HostBatch:
+    def fetch_and_note_phase(fed: Fed) -> HostBatch:
         fetched.append(phases[-1])
         return fetch(fed)
 
-    monkeypatch.setattr(Fed, "_fetch", seen)
+    monkeypatch.setattr(Fed, "_fetch", fetch_and_note_phase)
     [case] = [case for case in TINY_DATA if case.id == "tiny/data-w0"]
     job = Job(case=case, launched="inline", kind=Trace(folder=str(tmp_path)))
     record = run_job(job, lambda event: phases.append(getattr(event, "name", phases[-1])))
@@ -85,33 +85,33 @@ def test_a_profile_of_a_fed_case_holds_no_other_batches(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("phase", "ranges", "said"),
+    ("phase", "ranges", "message"),
     [("prefill", False, "Its phases are: forward, backward, optimizer"), (None, True, "need a GPU")],
 )
-def test_what_cannot_be_profiled_is_refused(tmp_path: Path, phase: str | None, ranges: bool, said: str) -> None:
-    """An unknown phase, and NVTX without a GPU: a refusal with the reason, and no file."""
+def test_what_cannot_be_profiled_is_refused(tmp_path: Path, phase: str | None, ranges: bool, message: str) -> None:
+    """An unknown phase, and NVTX ranges without a GPU, are refused and no file is written."""
     record = traced(tmp_path / "out", phase, ranges=ranges)
     assert record.failure is not None
     assert record.failure.kind == "refused"
-    assert said in record.failure.message
+    assert message in record.failure.message
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_and_their_parts_have_ranges_and_what_is_deeper_has_none() -> None:
-    """Ranges stop where they would be more than the operators."""
+def test_only_layers_and_their_parts_have_ranges() -> None:
+    """Deeper modules have no ranges, which would outnumber the operators."""
     assert all(map(shown, ("model.layers.0", "model.layers.11.mlp", "lm_head")))
     assert not any(map(shown, ("", "model.layers.0.mlp.act_fn", "model.layers.0.self_attn.q_proj")))
 
 
 def test_the_command_lines_can_be_pasted(tmp_path: Path) -> None:
-    """A folder with a space is quoted, and the phase is the one that ncu looks at."""
+    """Command lines quote a folder with a space, and ncu profiles the given phase."""
     commands = nsight_commands("tiny/lora", tmp_path / "a b", "backward")
     assert f"'{tmp_path / 'a b' / 'nsys'}' hpc-core profile tiny/lora --ranges" in commands["nsys"]
     assert "--nvtx-include hpc-core:backward/" in commands["ncu"]
 
 
-def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
-    """Where taking a step apart fails, the record is as sound as ever, has no profile, and a note says why."""
+def test_a_failed_profile_leaves_the_record_ok() -> None:
+    """If profiling by module fails, the record is ok without a profile, and a note says why."""
     case = Case(
         id="own/not-followed", scale="tiny", workload=CallableSpec(factory="tests.predict.own_steps:refuses_hooks")
     )
@@ -123,7 +123,7 @@ def test_code_that_cannot_be_followed_costs_the_profile_alone() -> None:
 
 
 def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
-    """A user's training step is taken apart by its own modules, without being told which model is in it."""
+    """A user's training step is profiled by its own modules, although nothing names its model."""
     workload = CallableSpec(factory="tests.predict.own_steps:train", arguments={"device": "cpu"})
 
     profile = run_job(
@@ -137,7 +137,7 @@ def test_a_step_of_ones_own_has_a_profile(tmp_path: Path) -> None:
 
 
 def test_nvtx_ranges_keep_the_backward_in_their_thread() -> None:
-    """A range belongs to a thread, so while NVTX ranges are open autograd has none of its own; without them it does as ever."""
+    """A range belongs to a thread, so autograd uses no other thread while NVTX ranges are open."""
     for nvtx in (True, False):
         with named_ranges(nvtx=nvtx):
             assert torch._C._is_multithreading_enabled() is not nvtx
@@ -145,7 +145,7 @@ def test_nvtx_ranges_keep_the_backward_in_their_thread() -> None:
 
 
 def test_the_device_time_of_a_table_is_that_of_kernels() -> None:
-    """Named ranges and waits have time on the device too, and are no part of the total that shares are of."""
+    """Named ranges and waits are no part of the table's total device time."""
     cpu, cuda = torch._C._autograd.DeviceType.CPU, torch._C._autograd.DeviceType.CUDA
 
     def row(key: str, device: object, us: float, *, named: bool = False) -> SimpleNamespace:
