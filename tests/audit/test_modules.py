@@ -101,5 +101,4 @@ def test_a_patch_of_one_instance_is_found() -> None:
 
     mlp.forward = lambda x: x
 
-    seen = module_facts(model).facts["modules_own"].seen
-    assert seen == f"all but LlamaMLP.forward from {__name__}"
+    assert module_facts(model).facts["modules_own"].seen == f"all but LlamaMLP.forward from {__name__}"

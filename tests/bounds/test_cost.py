@@ -126,9 +126,9 @@ def test_decode_reads_every_weight_once_and_the_cache(shape: Shape) -> None:
         cache = model(input_ids=ids, use_cache=True).past_key_values
     parameters = owned_bytes(model.parameters())
     embedding = shape.vocab_size * shape.hidden_size * 4
-    held = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 17 * 2 * 4
-    assert owned_bytes(cache_tensors(cache)) == held
-    needed = decode_bytes(parameters, embedding, shape.tie_word_embeddings, held)
+    cache_bytes = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * 17 * 2 * 4
+    assert owned_bytes(cache_tensors(cache)) == cache_bytes
+    needed = decode_bytes(parameters, embedding, shape.tie_word_embeddings, cache_bytes)
     read = 4 * (shape.parameter_count() - (0 if shape.tie_word_embeddings else shape.vocab_size * shape.hidden_size))
-    assert needed == read + held
+    assert needed == read + cache_bytes
     assert owned_bytes(weight_tensors(model)["weights"]) - parameters < 4096  # rotary tables

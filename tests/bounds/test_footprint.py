@@ -76,8 +76,8 @@ def test_unexplained_bytes_are_measured_minus_expected() -> None:
     """Each category gets its difference; a missing weight measurement counts as zero; a GGUF file has no closed form."""
     case = generate(TINY, prompts=1, prompt_length=24, new_tokens=8, batch=3)
     weights = expected_bytes(case)["weights_bytes"]
-    held = 3 * 31 * kv_bytes_per_token(SHAPES["tiny"], "bfloat16")
-    measured = {"weights_bytes": weights + 12, "kv_cache_bytes": held - 1, "peak_bytes": 10**9}
+    cache_bytes = 3 * 31 * kv_bytes_per_token(SHAPES["tiny"], "bfloat16")
+    measured = {"weights_bytes": weights + 12, "kv_cache_bytes": cache_bytes - 1, "peak_bytes": 10**9}
     assert unexplained_bytes(case, measured, cached_tokens=31) == {"weights_bytes": 12, "kv_cache_bytes": -1}
     assert unexplained_bytes(case, {}) == {"weights_bytes": -weights}
     own = ModelSpec(weights="gguf", path="some.gguf", dtype="float32")
@@ -146,12 +146,12 @@ def test_adapter_bytes_are_conserved(adapter: Any, times: int) -> None:
     """Adapter bytes are proportional to the rank, and add up over the targets."""
     case = finetune(TINY, lora(), variant="law")
     case = msgspec.structs.replace(case, adapter=adapter)
-    held = expected_bytes(case)["adapter_weights_bytes"]
+    adapter_bytes = expected_bytes(case)["adapter_weights_bytes"]
     more = msgspec.structs.replace(adapter, rank=adapter.rank * times)
-    assert expected_bytes(msgspec.structs.replace(case, adapter=more))["adapter_weights_bytes"] == times * held
+    assert expected_bytes(msgspec.structs.replace(case, adapter=more))["adapter_weights_bytes"] == times * adapter_bytes
     parts = [msgspec.structs.replace(adapter, targets=(target,)) for target in adapter.targets]
     shares = [expected_bytes(msgspec.structs.replace(case, adapter=part))["adapter_weights_bytes"] for part in parts]
-    assert sum(shares) == held
+    assert sum(shares) == adapter_bytes
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(["nf4", "int8"]))

@@ -94,12 +94,12 @@ def test_defaults_are_pinned(kind: type[msgspec.Struct]) -> None:
     Add a new field here if its default means "as before". If a default changes on purpose, raise SCHEMA too.
     """
     assert SCHEMA == 1
-    seen = {}
+    defaults = {}
     for field in msgspec.structs.fields(kind):
         default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
         if default is not msgspec.NODEFAULT:
-            seen[field.name] = default
-    assert seen == DEFAULTS[kind]
+            defaults[field.name] = default
+    assert defaults == DEFAULTS[kind]
 
 
 def test_digests_are_pinned() -> None:

@@ -1,4 +1,4 @@
-"""Our Triton kernels, run by Triton's interpreter on a CPU: `TRITON_INTERPRET=1 python -m tests.engines.interpreted` prints the error of each."""
+"""Check our Triton kernels on a CPU: `TRITON_INTERPRET=1 python -m tests.engines.interpreted` prints each one's error."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ SHAPES = (
 )
 """Columns, batch, and whether constants are quantized again.
 
-64 columns are one block of constants; 320 are more than a program takes at a time, and no multiple of it. The batches are padded to 8, 16 and
-32, one fills its padding.
+64 columns are one block of constants; 320 are more than a program takes at once, and no multiple of it. Batches are
+padded to 8, 16 and 32; a batch of 32 has no padding.
 """
 
 
 def main() -> int:
-    """Print each result's largest error, relative to its largest value; return 1 if one is larger than float32's rounding."""
+    """Print each result's largest error relative to its largest value; return 1 if one is above float32's rounding."""
     results: list[tuple[str, torch.Tensor, torch.Tensor]] = []
     for width, batch, nested in SHAPES:
         for name, computed, expected in _products(width, batch, nested=nested):
@@ -51,21 +51,21 @@ def main() -> int:
         error = float((computed - expected).abs().max() / expected.abs().max())
         print(f"{name} {error:.1e}")
         worst = max(worst, error)
-    print(_refused(96, 32), _refused(64, 24), sep="\n")
+    print(_refusal(96, 32), _refusal(64, 24), sep="\n")
     return int(not worst < 1e-5)
 
 
 def _products(width: int, batch: int, *, nested: bool) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     torch.manual_seed(width + batch)
     x = torch.randn(batch, width)
-    around = torch.randn(batch, 32)
+    residual = torch.randn(batch, 32)
     rows = [_layer(width, each, has_bias=True, nested=nested) for each in (48, 16, 16)]
     pair = [_layer(width, 32, nested=nested), _layer(width, 32, nested=nested)]
     gate, up = (layer(x) for layer in pair)
     return [
-        ("side by side, biases", _ours(rows, x, (True, False)), torch.cat([layer(x) for layer in rows], -1)),
-        ("gated", _ours(pair, x, (True, True), gated=True), packed_layout(functional.silu(gate) * up)),
-        ("residual", _ours(pair[:1], x, (True, True), around=around), packed_layout(gate + around)),
+        ("side by side, biases", _product(rows, x, (True, False)), torch.cat([layer(x) for layer in rows], -1)),
+        ("gated", _product(pair, x, (True, True), gated=True), packed_layout(functional.silu(gate) * up)),
+        ("residual", _product(pair[:1], x, (True, True), residual=residual), packed_layout(gate + residual)),
     ]
 
 
@@ -83,7 +83,7 @@ def _decoder() -> Decoder:
 
 
 def _step(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of two tokens after a padded prompt, by our kernels and by torch's operators: all launches of a step, with plain weights."""
+    """Logits of two tokens after a padded prompt, by our kernels and by torch's operators, with plain weights."""
     decoder = _decoder()
     turns = decoder.turns(64)
     logits = []
@@ -98,17 +98,17 @@ def _step(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         )
         tokens = torch.arange(batch)
         with torch.no_grad():
-            both = []
+            of_steps = []
             for _ in range(2):
-                both.append(step(tokens).clone())
+                of_steps.append(step(tokens).clone())
                 cache.filled += 1
                 cache.length += 1
-            logits.append(torch.stack(both))
+            logits.append(torch.stack(of_steps))
     return logits[0], logits[1]
 
 
 def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
-    """What stands between the products of a prefill, by our kernels and by torch's operators; one of two rows is padded."""
+    """What runs between the products of a prefill, by our kernels and by torch's operators; one of two rows is padded."""
     decoder = _decoder()
     turns = decoder.turns(24)
     width, first = 20, torch.tensor([5, 0], dtype=torch.int32)
@@ -120,16 +120,14 @@ def _between_products() -> list[tuple[str, torch.Tensor, torch.Tensor]]:
     results = []
     for between in (KernelBetween(decoder, turns), PlainBetween()):
         cache = StaticKeyValues(decoder, 2, 24)
-        turned, kept = query.clone(), cache.layers[0]
+        rotated, layer_cache = query.clone(), cache.layers[0]
         with torch.no_grad():
-            between.keep(turned, key.clone(), value, kept, places)
-            every = {"norm": between.normed(norm, x), "some rows": between.normed(norm, x[3::7])}
-            results.append(
-                every
-                | {"gate": between.gated(x.clone(), query), "query": turned, "keys": kept.keys, "values": kept.values}
-            )
-    ours, plain = results
-    return [(name, ours[name], plain[name]) for name in ours]
+            between.keep(rotated, key.clone(), value, layer_cache, places)
+            outputs = {"norm": between.normed(norm, x), "some rows": between.normed(norm, x[3::7])}
+            outputs |= {"gate": between.gated(x.clone(), query), "query": rotated}
+            results.append(outputs | {"keys": layer_cache.keys, "values": layer_cache.values})
+    kernels, plain = results
+    return [(name, kernels[name], plain[name]) for name in kernels]
 
 
 def _layer(columns: int, rows: int, *, has_bias: bool = False, nested: bool = False) -> Any:
@@ -140,26 +138,26 @@ def _layer(columns: int, rows: int, *, has_bias: bool = False, nested: bool = Fa
     return layer.requires_grad_(False).to("cpu")
 
 
-def _ours(
+def _product(
     layers: Sequence[Any],
     x: torch.Tensor,
     packed: tuple[bool, bool],
     *,
     gated: bool = False,
-    around: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     product = product_of(layers, batch=len(x), dummy=torch.zeros(1), early="none", gated=gated, packed=packed)
     out = torch.full((len(x), product.out_rows), float("nan"))
-    product(packed_layout(x), out, None if around is None else packed_layout(around))
+    product(packed_layout(x), out, None if residual is None else packed_layout(residual))
     return out
 
 
-def _refused(columns: int, rows: int) -> str:
+def _refusal(columns: int, rows: int) -> str:
     try:
         product_of([_layer(columns, rows)], batch=4, dummy=torch.zeros(1), early="none")
     except BuildError as error:
         return f"refused: {error}"
-    return f"{rows} rows of {columns} were taken"
+    return f"accepted: {rows} rows of {columns} columns"
 
 
 if __name__ == "__main__":

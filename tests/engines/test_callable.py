@@ -1,4 +1,4 @@
-"""Steps of the user's own: found, called with their arguments, and refused with a reason."""
+"""Steps of the user's own are found, called with their arguments, and refused with a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def nothing():
 
 @pytest.fixture
 def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module called my_steps that can be imported."""
+    """An importable module my_steps."""
     (tmp_path / "my_steps.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "my_steps", raising=False)
@@ -35,7 +35,7 @@ def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_factory_gets_its_arguments_and_its_step_is_called(factories: Path) -> None:
-    """Each step calls what the factory returned once, under the only phase."""
+    """A step calls once what the factory returned, in its only phase."""
     program = load_factory(CallableSpec(factory="my_steps:appends", arguments={"what": "x", "times": 2}))
     marks: list[str] = []
     program.step(marks.append)
@@ -57,19 +57,19 @@ def test_a_factory_gets_its_arguments_and_its_step_is_called(factories: Path) ->
     ],
 )
 def test_a_factory_that_cannot_be_used_is_refused(factories: Path, factory: str, message: str) -> None:
-    """A missing module, name or step is a build error that says which."""
+    """A missing module, name or step is a build error that names it."""
     with pytest.raises(BuildError, match=message):
         load_factory(CallableSpec(factory=factory))
 
 
 def test_other_arguments_are_refused(factories: Path) -> None:
-    """A factory that takes other arguments is a build error that names it and them."""
+    """Arguments that a factory does not take are a build error that names both."""
     with pytest.raises(BuildError, match=r"my_steps:appends.*whatever"):
         load_factory(CallableSpec(factory="my_steps:appends", arguments={"whatever": 1}))
 
 
-def test_a_fault_inside_the_users_module_is_shown_as_it_is(factories: Path) -> None:
-    """A package that the module itself lacks, and any error while it is imported, are not called a missing factory."""
+def test_an_error_of_the_users_module_is_raised(factories: Path) -> None:
+    """An error while the module is imported is raised as it is, a missing package included."""
     (factories / "broken_steps.py").write_text("import no_such_package_at_all\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
         load_factory(CallableSpec(factory="broken_steps:make"))
@@ -78,8 +78,8 @@ def test_a_fault_inside_the_users_module_is_shown_as_it_is(factories: Path) -> N
         load_factory(CallableSpec(factory="odd_steps:make"))
 
 
-def test_a_type_error_inside_a_factory_is_shown_as_it_is(factories: Path) -> None:
-    """A factory that takes its arguments and then fails by itself is not blamed on the arguments."""
+def test_a_type_error_of_a_factory_is_raised(factories: Path) -> None:
+    """A TypeError inside a factory is not reported as one about its arguments."""
     (factories / "failing_steps.py").write_text("def make():\n    return 1 + 'one'\n")
     with pytest.raises(TypeError, match="unsupported operand"):
         load_factory(CallableSpec(factory="failing_steps:make"))

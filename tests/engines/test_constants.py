@@ -1,4 +1,4 @@
-"""Constants of 4-bit matrices as our kernels read them, on a CPU: what bitsandbytes decodes, in the place where it keeps them."""
+"""Our kernels read the constants of 4-bit matrices in place, as bitsandbytes decodes them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _states(*rows: int, nested: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("rows", [(300,), (512, 16, 16), (700, 300)])
-def test_a_byte_stands_for_what_bitsandbytes_decodes(rows: tuple[int, ...]) -> None:
-    """Matrices of one and of several outer blocks: code, outer constant and offset of each give its constants."""
+def test_constants_equal_those_that_bitsandbytes_decodes(rows: tuple[int, ...]) -> None:
+    """Code, outer constant and offset give each matrix's constants, for one and for several outer blocks."""
     functional = library("bitsandbytes", "4-bit matrices").functional
     states = _states(*rows, nested=True)
     constants = constants_of(states)
@@ -35,14 +35,14 @@ def test_a_byte_stands_for_what_bitsandbytes_decodes(rows: tuple[int, ...]) -> N
         blocks = torch.arange(len(state.absmax))
         assert constants.code is not None
         assert constants.offsets is not None
-        seen = constants.code[constants.each[index].int()] * constants.outer[index][blocks >> 8]
-        wanted = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        torch.testing.assert_close(seen + constants.offsets[index], wanted)
+        decoded = constants.code[constants.each[index].int()] * constants.outer[index][blocks >> 8]
+        expected = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        torch.testing.assert_close(decoded + constants.offsets[index], expected)
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_nothing_but_the_offsets_is_copied(nested: bool) -> None:
-    """The launch reads bitsandbytes' own tensors, the second and third by their offset from the first."""
+    """A launch reads bitsandbytes' own tensors, the second and third by their offset from the first."""
     states = _states(512, 64, 64, nested=nested)
     constants = constants_of(states)
     assert [each.data_ptr() for each in constants.each] == [state.absmax.data_ptr() for state in states]
@@ -58,7 +58,7 @@ def test_nothing_but_the_offsets_is_copied(nested: bool) -> None:
 
 
 def test_constants_that_one_launch_cannot_read_are_refused() -> None:
-    """Some quantized again and some not, other sizes, other codes: by name, with what to do."""
+    """Matrices that differ in double quantization, block size or codes are refused."""
     plain, nested = _states(64, nested=False), _states(64, nested=True)
     with pytest.raises(BuildError, match=r"same double_quant, or say kernels='torch'"):
         constants_of([*plain, *nested])
@@ -73,9 +73,9 @@ def test_constants_that_one_launch_cannot_read_are_refused() -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=3))
 def test_pointer_offsets_lead_from_the_first_tensor_to_the_others(sizes: list[int]) -> None:
-    """Counted in elements; 0 for those that are not there."""
+    """Offsets count elements, and are 0 for missing tensors."""
     tensors = [torch.zeros(size) for size in sizes]
-    far = pointer_offsets(tensors)
-    for tensor, elements in zip(tensors[1:], far, strict=False):
+    offsets = pointer_offsets(tensors)
+    for tensor, elements in zip(tensors[1:], offsets, strict=False):
         assert tensors[0].data_ptr() + 4 * elements == tensor.data_ptr()
-    assert far[len(tensors) - 1 :] == (0, 0)[len(tensors) - 1 :]
+    assert offsets[len(tensors) - 1 :] == (0, 0)[len(tensors) - 1 :]

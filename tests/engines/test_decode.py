@@ -1,4 +1,4 @@
-"""The graph engine on a CPU, where its step runs eagerly: the tokens of transformers' `generate`, ends, sampling, refusals."""
+"""The graph engine on a CPU, where its step runs eagerly: answers, ends, sampling and refusals."""
 
 from __future__ import annotations
 
@@ -26,32 +26,24 @@ from hpc_core.engines.decode.tokens import Chooser, Sampling
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.generate import GenerateProgram, generate_program
 from hpc_core.instruments.program import unmarked
+from tests.engines.conftest import randomize
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
 NF4 = QuantSpec(kind="nf4", compute_dtype="float32")
 
 
-def _stirred(model: Any) -> Any:
-    """Matrices moved at random, so that greedy answers are not one token repeated."""
-    torch.manual_seed(11)
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and parameter.is_floating_point():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
-
-
 @pytest.fixture(scope="module")
 def plain() -> Built:
     built = build(generate(FLOAT), CPU)
-    _stirred(built.model)
+    randomize(built.model)
     return built
 
 
 @pytest.fixture(scope="module")
 def quantized() -> Built:
     built = build(generate(FLOAT, quantization=NF4), CPU)
-    _stirred(built.model)
+    randomize(built.model)
     for module in built.model.modules():
         if hasattr(module, "quant_state"):
             cast("Any", module).weight.quant_state.absmax *= 5.0
@@ -60,7 +52,7 @@ def quantized() -> Built:
 
 @pytest.fixture(scope="module")
 def qwen() -> Built:
-    """A small Qwen2, whose q, k and v have biases."""
+    """A small Qwen2, whose query, key and value projections have biases."""
     config = transformers.Qwen2Config(
         hidden_size=64,
         intermediate_size=96,
@@ -75,10 +67,10 @@ def qwen() -> Built:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.data.normal_(std=0.3)
-    return Built(_stirred(_stirred(model)), CPU, 300, None)
+    return Built(randomize(randomize(model)), CPU, 300, None)
 
 
-def _both(built: Built, **workload: Any) -> tuple[GraphProgram, GenerateProgram]:
+def _graph_and_stock(built: Built, **workload: Any) -> tuple[GraphProgram, GenerateProgram]:
     sizes: dict[str, Any] = {"prompts": 2, "prompt_length": 9, "new_tokens": 10} | workload
     return graph_program(built, GenerateSpec(engine="graph", **sizes)), generate_program(built, GenerateSpec(**sizes))
 
@@ -86,8 +78,8 @@ def _both(built: Built, **workload: Any) -> tuple[GraphProgram, GenerateProgram]
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", ["plain", "quantized", "qwen"])
 def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, name: str, batch: int) -> None:
-    """Unquantized, in NF4 and with biases, one prompt and four: token by token what transformers answers."""
-    engine, stock = _both(request.getfixturevalue(name), batch=batch)
+    """Plain, in NF4 and with biases, alone and in a batch, the engine gives the tokens of transformers' `generate`."""
+    engine, stock = _graph_and_stock(request.getfixturevalue(name), batch=batch)
     for _ in range(2):
         engine.step()
         stock.step()
@@ -96,7 +88,7 @@ def test_greedy_answers_are_those_of_generate(request: pytest.FixtureRequest, na
 
 
 class _OneBuffer:
-    """A step that leaves every token's logits in the same tensor, as our kernels and a captured step do."""
+    """A step that writes every token's logits into one tensor, as our kernels and a captured step do."""
 
     def __init__(self, step: Any):
         self._step = step
@@ -108,22 +100,22 @@ class _OneBuffer:
         return self._buffer
 
 
-def test_logits_of_each_place_are_kept_though_a_step_has_one_buffer(plain: Built) -> None:
-    """In float32, where a change of type copies nothing: those of the model's own forward, at every answered place."""
-    engine, _ = _both(plain, batch=2, new_tokens=6)
+def test_logits_are_copied_from_a_steps_buffer(plain: Built) -> None:
+    """With one buffer for all steps, logits at every place are still those of the model's own forward."""
+    engine, _ = _graph_and_stock(plain, batch=2, new_tokens=6)
     engine.step_of = _OneBuffer(engine.step_of)
     draw = torch.Generator().manual_seed(1)
     for index in (0, 1):
-        given = torch.randint(3, 250, (2, 6), generator=draw)
-        seen = engine.logits_after(index, given, 2)
+        answer = torch.randint(3, 250, (2, 6), generator=draw)
+        logits = engine.logits_after(index, answer, 2)
         ids = engine.inputs[index]["input_ids"]
         with torch.no_grad():
-            whole = cast("Any", plain.model)(input_ids=torch.cat([ids, given[:, :-1]], dim=1), use_cache=False).logits
-        torch.testing.assert_close(seen, whole[:, ids.shape[1] - 1 :], rtol=1e-4, atol=1e-4)
+            whole = cast("Any", plain.model)(input_ids=torch.cat([ids, answer[:, :-1]], dim=1), use_cache=False).logits
+        torch.testing.assert_close(logits, whole[:, ids.shape[1] - 1 :], rtol=1e-4, atol=1e-4)
 
 
 def test_padded_prompts_are_answered_as_generate_answers_them(plain: Built) -> None:
-    """Rows padded on the left count their positions from their first token, and see no padding."""
+    """Left-padded prompts are answered as `generate` answers them."""
     ids = [[0] * 14 + list(range(3, 9)), list(range(100, 120)), [0] * 3 + list(range(40, 57))]
     mask = [[0] * 14 + [1] * 6, [1] * 20, [0] * 3 + [1] * 17]
     prompt = [PromptBatch(ids, mask, 43, 17)]
@@ -134,81 +126,78 @@ def test_padded_prompts_are_answered_as_generate_answers_them(plain: Built) -> N
     assert engine.answer_ids() == stock.answer_ids()
 
 
-def test_tokens_are_told_in_order_and_phases_marked(plain: Built) -> None:
-    """A watched query marks prefill and decode, tells every token once, and says why nothing was captured."""
-    engine, _ = _both(plain)
-    seen: list[Any] = []
-    engine.on_token = seen.append
-    engine.step(seen.append)
-    assert seen == ["prefill", "decode", *range(1, 11)]
+def test_a_query_marks_its_phases_and_reports_every_token(plain: Built) -> None:
+    """A query marks prefill and decode, reports each token once in order, and says why nothing was captured."""
+    engine, _ = _graph_and_stock(plain)
+    events: list[Any] = []
+    engine.on_token = events.append
+    engine.step(events.append)
+    assert events == ["prefill", "decode", *range(1, 11)]
     assert engine.captured is None
     assert "no CUDA" in str(engine.why_eager)
 
 
-def test_ends_are_respected_and_looked_at_every_few_tokens(plain: Built) -> None:
-    """A row that has ended goes on with padding; the query stops at the first look after every row has ended."""
-    engine, _ = _both(plain, new_tokens=12)
+@pytest.mark.parametrize("every", [1, 5])
+def test_a_query_stops_after_its_end_tokens(plain: Built, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An ended row is padded; the query stops at the first check, every few tokens, that finds all rows ended."""
+    engine, _ = _graph_and_stock(plain, new_tokens=12)
     engine.step()
     answer = engine.answer_ids()[0]
     at = next(index for index, token in enumerate(answer) if index >= 4 and token not in answer[:index])
-    cast("Any", plain.model).generation_config.eos_token_id = answer[at]
-    for every in (1, 5):
-        ending = graph_program(
-            plain, GenerateSpec(engine="graph", prompts=2, prompt_length=9, new_tokens=12, eos_every=every)
-        )
-        cast("Any", plain.model).generation_config.eos_token_id = answer[at]
-        ending.step()
-        assert ending.answer_ids()[0] == answer[: at + 1]
-        assert ending.output is not None
-        made = ending.output.shape[1] - 9
-        assert made == min(12, -(-(at + 1) // every) * every)
-        assert ending.output[0, 9 + at + 1 :].tolist() == [0] * (made - at - 1)
-    cast("Any", plain.model).generation_config.eos_token_id = None
+    monkeypatch.setattr(cast("Any", plain.model).generation_config, "eos_token_id", answer[at])
+    workload = GenerateSpec(engine="graph", prompts=2, prompt_length=9, new_tokens=12, eos_every=every)
+    stopping = graph_program(plain, workload)
+    stopping.step()
+    assert stopping.answer_ids()[0] == answer[: at + 1]
+    assert stopping.output is not None
+    generated = stopping.output.shape[1] - 9
+    assert generated == min(12, -(-(at + 1) // every) * every)
+    assert stopping.output[0, 9 + at + 1 :].tolist() == [0] * (generated - at - 1)
 
 
 def test_sampling_follows_its_seed_and_its_top_k(plain: Built) -> None:
-    """The same seed draws the same tokens, another one others; the likeliest one alone is greedy."""
+    """A seed always draws the same tokens, another seed draws others, and top_k=1 is greedy."""
     drawn = []
     for seed, top_k in ((1, 50), (1, 50), (2, 50), (3, 1)):
         workload = GenerateSpec(engine="graph", prompts=1, prompt_length=9, new_tokens=10, temperature=1.5, top_k=top_k)
         program = graph_program(plain, workload, seed=seed)
         program.step()
         drawn.append(program.answer_ids())
-    greedy, _ = _both(plain)
+    greedy, _ = _graph_and_stock(plain)
     greedy.step()
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[3] == greedy.answer_ids()
 
 
-def test_tokens_are_drawn_as_often_as_their_probabilities_say() -> None:
-    """Over four thousand rows the shares of three tokens are the softmax at this temperature, within four standard errors."""
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    """Over 4000 rows each token's share is its softmax probability, within four standard errors."""
     rows, logits = 4000, torch.tensor([0.0, 1.0, 2.0])
     chooser = Chooser(rows, 1, CPU, Sampling(temperature=0.7, seed=4), None)
     chooser.begin(0)
     chooser(logits.expand(rows, 3))
-    wanted = (logits / 0.7).softmax(0)
+    probabilities = (logits / 0.7).softmax(0)
     shares = torch.bincount(chooser.tokens, minlength=3) / rows
-    assert (shares - wanted).abs().max() < 4 * 0.5 / rows**0.5
+    assert (shares - probabilities).abs().max() < 4 * 0.5 / rows**0.5
 
 
 def test_a_merged_adapter_runs_and_another_is_refused() -> None:
-    """LoRA merged into its model is a model like any other; not merged, the error says how to."""
+    """A merged LoRA model runs like any other; an unmerged one is refused with the way to merge it."""
     built = build(generate(FLOAT), CPU)
-    wrapped: Any = attach_adapter(_stirred(built.model), AdapterSpec(dropout=0.0))
+    wrapped: Any = attach_adapter(randomize(built.model), AdapterSpec(dropout=0.0))
     for name, parameter in wrapped.named_parameters():
         if ".lora_B." in name:
             parameter.data.normal_(std=0.3)
     with pytest.raises(SpecError, match=r"knows LlamaForCausalLM and Qwen2ForCausalLM.*merge_and_unload"):
         decoder_of(wrapped.eval())
     merged = Built(wrapped.merge_and_unload().eval(), CPU, built.vocab_size, None)
-    engine, stock = _both(merged)
+    engine, stock = _graph_and_stock(merged)
     engine.step()
     stock.step()
     assert engine.answer_ids() == stock.answer_ids()
 
 
-def test_what_the_engine_does_not_know_is_refused_by_name() -> None:
-    """Another architecture, LLM.int8, and ends that no model names: one sentence each, with what is known."""
+def test_unsupported_models_are_refused_by_name() -> None:
+    """Another architecture and LLM.int8 are refused by name."""
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
     with pytest.raises(SpecError, match="this is GPT2LMHeadModel"):
         decoder_of(transformers.GPT2LMHeadModel(config))
@@ -218,7 +207,7 @@ def test_what_the_engine_does_not_know_is_refused_by_name() -> None:
 
 
 def test_a_prediction_is_refused() -> None:
-    """Kernels of our own in a graph have no model: the message says what to predict instead."""
+    """A prediction is refused, because our own kernels have no model, and engine='stock' is suggested."""
     case = generate(tiny, prompt_length=8, new_tokens=4, engine="graph")
     assert re.search(
         r"engine='graph' runs kernels of its own.*engine='stock'", str(engine_of(case).unpredictable(case))
@@ -238,7 +227,7 @@ def test_a_prediction_is_refused() -> None:
     ],
 )
 def test_specs_that_contradict_themselves_are_refused(workload: dict[str, Any], message: str) -> None:
-    """What only one engine knows is refused for the other, in one sentence."""
+    """Options of another engine, and values out of range, are refused."""
     with pytest.raises(SpecError, match=message):
         GenerateSpec(prompt_length=8, **workload)
 
@@ -255,53 +244,55 @@ def test_specs_that_contradict_themselves_are_refused(workload: dict[str, Any], 
     ],
 )
 def test_cases_that_the_engine_cannot_run_are_refused(case: dict[str, Any], message: str) -> None:
-    """Before anything is built, by name, with what can be run instead."""
+    """A case that the engine cannot run is refused before anything is built."""
     with pytest.raises(SpecError, match=message):
         generate(tiny, prompt_length=8).vary("refused", **case)
 
 
 @given(tokens=st.integers(1, 100_000), step=st.integers(1, 512))
-def test_a_cache_has_little_more_room_than_it_needs(tokens: int, step: int) -> None:
-    """Enough, less than a step too much, and less than a 128th; more tokens never get less room."""
+def test_a_cache_has_little_spare_room(tokens: int, step: int) -> None:
+    """A cache has room for all tokens, less than a step and less than a 128th to spare, and grows with the tokens."""
     capacity = capacity_for(tokens, step)
     assert 0 <= capacity - tokens < step
     assert 128 * (capacity - tokens) < max(128, tokens)
     assert capacity_for(tokens + 1, step) >= capacity
 
 
-def test_neighbouring_lengths_share_the_room_of_a_cache() -> None:
-    """From 256 tokens on several lengths meet the same shapes, at most as many as a step."""
-    rooms = [capacity_for(tokens, 256) for tokens in range(4096, 8192)]
-    assert len(set(rooms)) == 129
+def test_neighbouring_lengths_share_a_capacity() -> None:
+    """Capacities are whole steps, so many lengths share the same shapes."""
+    capacities = [capacity_for(tokens, 256) for tokens in range(4096, 8192)]
+    assert len(set(capacities)) == 129
     assert {capacity_for(tokens, 16) % 16 for tokens in range(4096, 8192)} == {0}
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 33), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
 def test_int8_rows_err_by_half_a_step_at_most(rows: int, columns: int, seed: int) -> None:
-    """Each weight is within half of its row's scale, whatever the pieces the matrix is converted in."""
+    """Each weight is within half of its row's scale, also where the matrix is converted in pieces."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     codes, scales = int8_rows(weight, rows=4)
     assert codes.dtype == torch.int8
     assert ((codes.float() * scales[:, None] - weight).abs() <= 0.5001 * scales[:, None]).all()
 
 
-def test_attention_sees_the_filled_part_alone() -> None:
-    """What lies beyond it, or before a row's prompt, changes nothing, and grouped heads equal repeated keys."""
+def test_attention_reads_only_the_filled_part() -> None:
+    """Cache beyond the filled part and before a row's prompt has no effect, and grouped heads equal repeated keys."""
     torch.manual_seed(1)
     query, keys, values = torch.randn(2, 6, 8), torch.randn(2, 3, 20, 8), torch.randn(2, 3, 20, 8)
     first, filled = torch.tensor([0, 4]), 13
-    seen = attend(query, keys, values, first, filled)
+    output = attend(query, keys, values, first, filled)
     repeated = [part.repeat_interleave(2, dim=1) for part in (keys, values)]
     for row, start in enumerate((0, 4)):
-        held = [part[row : row + 1, :, start:filled] for part in repeated]
-        wanted = torch.nn.functional.scaled_dot_product_attention(query[row : row + 1, :, None], held[0], held[1])
-        torch.testing.assert_close(seen[row], wanted[0, :, 0])
+        part_keys, part_values = (part[row : row + 1, :, start:filled] for part in repeated)
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row : row + 1, :, None], part_keys, part_values
+        )
+        torch.testing.assert_close(output[row], expected[0, :, 0])
 
 
-def test_unmarked_queries_follow_each_other(plain: Built) -> None:
-    """Queries go round the prompts, and a later one does not see what an earlier one left in the cache."""
-    engine, _ = _both(plain)
+def test_queries_cycle_through_the_prompts(plain: Built) -> None:
+    """Queries repeat after the last prompt, unaffected by what an earlier one left in the cache."""
+    engine, _ = _graph_and_stock(plain)
     answers = []
     for _ in range(4):
         engine.step(unmarked)

@@ -1,4 +1,4 @@
-"""The training loop: its losses are those of a loop written by hand; masks, packing and optimizers do what they say."""
+"""The stock training loop equals one written by hand, with masks, packing and every optimizer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from hpc_core.case.errors import BuildError, DataError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, full, lora, qlora, tiny
-from hpc_core.engines.finetune import FinetuneProgram, finetune_program, make_optimizer
+from hpc_core.engines.finetune import finetune_program, make_optimizer
 from hpc_core.instruments.owners import optimizer_tensors
+from tests.engines.conftest import losses_of, program_of
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32")
@@ -29,22 +30,8 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-def _program(case: Case) -> FinetuneProgram:
-    assert isinstance(case.workload, FinetuneSpec)
-    return finetune_program(build(case, CPU), case, case.workload)
-
-
-def _losses(program: FinetuneProgram, steps: int) -> list[float]:
-    found = []
-    for _ in range(steps):
-        program.step()
-        assert program.loss is not None
-        found.append(float(program.loss))
-    return found
-
-
 def _by_hand(case: Case, steps: int) -> list[float]:
-    """The same training without any of the program's code: own loss, own AdamW, no mask where none is needed."""
+    """Losses of the same training without the program's code: own loss, own AdamW, and no mask where none is needed."""
     workload = case.workload
     assert isinstance(workload, FinetuneSpec)
     model = build(case, CPU).model
@@ -58,9 +45,9 @@ def _by_hand(case: Case, steps: int) -> list[float]:
         batch = data[step]
         ids, labels = torch.tensor(batch.ids), torch.tensor(batch.labels)
         logits = model(input_ids=ids, attention_mask=None if batch.mask is None else torch.tensor(batch.mask)).logits
-        predicted, wanted = logits[:, :-1].reshape(-1, 1024).log_softmax(-1), labels[:, 1:].reshape(-1)
-        real = wanted != -100
-        loss = -predicted[real, wanted[real]].mean()
+        log_probabilities, targets = logits[:, :-1].reshape(-1, 1024).log_softmax(-1), labels[:, 1:].reshape(-1)
+        real = targets != -100
+        loss = -log_probabilities[real, targets[real]].mean()
         loss.backward()
         losses.append(float(loss.detach()))
         with torch.no_grad():
@@ -83,27 +70,27 @@ def _adamw(parameter: torch.nn.Parameter, moments: dict[str, Any], name: str, st
 @pytest.mark.parametrize("method", [full, lora(dropout=0.0)], ids=["full", "lora"])
 @pytest.mark.parametrize("form", FORMS)
 def test_three_steps_equal_a_loop_written_by_hand(form: str, method: Any) -> None:
-    """Losses of three steps, optimizer included, are those of a reference that shares no code with the program."""
+    """The losses of three steps are those of a loop that shares no code with the program."""
     case = finetune(FLOAT, method, batch=2, length=48, steps=3, learning_rate=3e-3, **FORMS[form])
-    losses = _losses(_program(case), 3)
+    losses = losses_of(program_of(case), 3)
     assert losses == pytest.approx(_by_hand(case, 3), rel=2e-5)
     assert len(set(losses)) == 3
 
 
 def test_padding_changes_no_loss() -> None:
-    """The same rows padded to their longest and further give the same loss."""
+    """Rows padded to the longest one and further give the same loss."""
     losses, widths = [], []
     for padding in ("longest", "max_length"):
-        program = _program(finetune(FLOAT, full, batch=4, length=400, steps=1, data=TRACE, padding=padding))
+        program = program_of(finetune(FLOAT, full, batch=4, length=400, steps=1, data=TRACE, padding=padding))
         widths.append(program.batches[0].ids.shape[1])
-        losses += _losses(program, 1)
+        losses += losses_of(program, 1)
     assert widths[0] < widths[1] == 400
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_a_padded_row_counts_like_the_row_alone() -> None:
-    """The padded batch's loss is the token-weighted mean of its rows' losses without any padding."""
-    program = _program(finetune(FLOAT, full, batch=4, length=300, steps=1, data=TRACE, padding="longest"))
+    """A padded batch's loss is the token-weighted mean of its rows' losses without padding."""
+    program = program_of(finetune(FLOAT, full, batch=4, length=300, steps=1, data=TRACE, padding="longest"))
     batch = program.batches[0]
     assert batch.mask is not None
     assert batch.padded == int((batch.mask == 0).sum()) > 0
@@ -113,7 +100,7 @@ def test_a_padded_row_counts_like_the_row_alone() -> None:
         with torch.no_grad():
             total += float(program.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert _losses(program, 1)[0] == pytest.approx(total / count, rel=1e-5)
+    assert losses_of(program, 1)[0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -122,25 +109,25 @@ def test_a_padded_row_counts_like_the_row_alone() -> None:
     ids=["full", "lora", "qlora"],
 )
 def test_the_loss_falls(method: Any, remains: float) -> None:
-    """Thirty steps at a high rate on the same batches bring the loss down; adapters can do little."""
-    program = _program(finetune(FLOAT, method, batch=2, length=16, steps=2, learning_rate=2e-2))
-    losses = _losses(program, 30)
+    """Thirty steps at a high learning rate lower the loss."""
+    program = program_of(finetune(FLOAT, method, batch=2, length=16, steps=2, learning_rate=2e-2))
+    losses = losses_of(program, 30)
     assert sum(losses[-2:]) < remains * sum(losses[:2])
 
 
 @pytest.mark.parametrize("optimizer", ["adamw-fused", "adamw-foreach"])
 def test_both_forms_of_adamw_train_alike(optimizer: Any) -> None:
-    """Fused and foreach AdamW give the same losses, and keep two moments and a count for every parameter."""
-    program = _program(
+    """Fused and foreach AdamW give the same losses, with two moments and a count per parameter."""
+    program = program_of(
         finetune(FLOAT, lora(dropout=0.0), batch=2, length=16, steps=2, learning_rate=1e-2, optimizer=optimizer)
     )
-    reference = _program(finetune(FLOAT, lora(dropout=0.0), batch=2, length=16, steps=2, learning_rate=1e-2))
-    assert _losses(program, 4) == pytest.approx(_losses(reference, 4), rel=1e-5)
+    reference = program_of(finetune(FLOAT, lora(dropout=0.0), batch=2, length=16, steps=2, learning_rate=1e-2))
+    assert losses_of(program, 4) == pytest.approx(losses_of(reference, 4), rel=1e-5)
     assert len(optimizer_tensors(program.optimizer)) == 3 * 24
 
 
 def test_eight_bit_adamw_keeps_smaller_moments() -> None:
-    """The 8-bit AdamW of bitsandbytes holds its moments of a large parameter in bytes, and still lowers a loss."""
+    """bitsandbytes' 8-bit AdamW stores a large parameter's moments in bytes, and lowers a loss."""
     weight = torch.nn.Parameter(torch.ones(128, 64))
     workload = FinetuneSpec(optimizer="adamw-8bit", learning_rate=0.1)
     optimizer = make_optimizer(workload, [weight])
@@ -156,41 +143,41 @@ def test_eight_bit_adamw_keeps_smaller_moments() -> None:
 
 
 def test_autocast_computes_in_bfloat16_and_keeps_float32_weights() -> None:
-    """Under autocast the loss is near that of float32 and not the same; weights and moments stay float32."""
+    """Autocast's loss is near float32's but not equal, and the weights stay float32."""
     changes: dict[str, Any] = {"batch": 2, "length": 16, "steps": 1}
-    plain = _losses(_program(finetune(FLOAT, full, **changes)), 1)[0]
-    program = _program(finetune(FLOAT, full, precision="autocast-bf16", **changes))
-    loss = _losses(program, 1)[0]
+    plain = losses_of(program_of(finetune(FLOAT, full, **changes)), 1)[0]
+    program = program_of(finetune(FLOAT, full, precision="autocast-bf16", **changes))
+    loss = losses_of(program, 1)[0]
     assert loss != plain
     assert loss == pytest.approx(plain, rel=1e-2)
     assert {parameter.dtype for parameter in program.model.parameters()} == {torch.float32}
 
 
-def test_steps_repeat_the_same_batches_and_count_their_tokens() -> None:
-    """Batches come round in order, and tokens and padding are counted from the first one."""
-    program = _program(finetune(tiny, lora(), batch=2, length=64, steps=3, data=TRACE, padding="longest"))
+def test_steps_cycle_through_the_batches() -> None:
+    """Batches repeat in order, and tokens and padding are summed from the first one."""
+    program = program_of(finetune(tiny, lora(), batch=2, length=64, steps=3, data=TRACE, padding="longest"))
     assert len(program.batches) == program.period == 3
     tokens, padded = [batch.tokens for batch in program.batches], [batch.padded for batch in program.batches]
     assert program.tokens_of(7) == 2 * sum(tokens) + tokens[0]
     assert program.padded_of(4) == sum(padded) + padded[0]
     assert program.batches[program.widest].ids.shape[1] == max(batch.ids.shape[1] for batch in program.batches)
-    seen: list[torch.Tensor] = []
-    program.model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    inputs: list[torch.Tensor] = []
+    program.model.register_forward_pre_hook(lambda _, __, kwargs: inputs.append(kwargs["input_ids"]), with_kwargs=True)
     for _ in range(4):
         program.step()
-    assert [torch.equal(seen[3], ids) for ids in seen] == [True, False, False, True]
+    assert [torch.equal(inputs[3], ids) for ids in inputs] == [True, False, False, True]
 
 
 def test_equal_shapes_have_period_one() -> None:
-    """Unpadded, packed and fully padded batches all cost the same, so one step is like another."""
+    """Unpadded, packed and fully padded batches have equal shapes, so the program has period one."""
     for form in ("random", "packed", "max-length"):
-        assert _program(finetune(tiny, lora(), batch=2, length=32, steps=3, **FORMS[form])).period == 1
+        assert program_of(finetune(tiny, lora(), batch=2, length=32, steps=3, **FORMS[form])).period == 1
 
 
 def test_packing_joins_whole_rows() -> None:
-    """Packed blocks hold every token of the rows one after another, none cut off at the block's length."""
+    """Packed blocks hold every token of the rows, none cut at the block's length."""
     data = DataSpec(source="trace", name="gsm8k", rows=4)
-    program = _program(finetune(tiny, lora(), batch=1, length=16, steps=1000, data=data, packing=True))
+    program = program_of(finetune(tiny, lora(), batch=1, length=16, steps=1000, data=data, packing=True))
     rows = token_rows(data, count=4, length=None, vocab_size=1024, tokenizer=None)
     total = sum(map(len, rows))
     assert max(map(len, rows)) > 16
@@ -198,8 +185,8 @@ def test_packing_joins_whole_rows() -> None:
 
 
 def test_a_step_marks_its_phases_and_leaves_no_gradient() -> None:
-    """Each phase is marked once in order, and nothing of the step but its loss remains."""
-    program = _program(finetune(tiny, lora(), batch=1, length=8, steps=1))
+    """A step marks each phase once in order, and leaves only its loss."""
+    program = program_of(finetune(tiny, lora(), batch=1, length=8, steps=1))
     marks: list[str] = []
     program.step(marks.append)
     assert tuple(marks) == program.phases == ("forward", "backward", "optimizer")
@@ -209,7 +196,7 @@ def test_a_step_marks_its_phases_and_leaves_no_gradient() -> None:
 
 
 def test_a_model_that_trains_nothing_is_refused() -> None:
-    """Without a trainable parameter there is no program."""
+    """A model without a trainable parameter is refused."""
     case = finetune(tiny, full, batch=1, length=8, steps=1)
     assert isinstance(case.workload, FinetuneSpec)
     built = build(case, CPU)
@@ -219,6 +206,6 @@ def test_a_model_that_trains_nothing_is_refused() -> None:
 
 
 def test_too_few_rows_are_refused() -> None:
-    """A batch larger than the data is a data error with both numbers."""
+    """A batch larger than the data is refused with both numbers."""
     with pytest.raises(DataError, match="A batch needs 50 rows, the data has 40"):
-        _program(finetune(tiny, lora(), batch=50, length=16, data=TRACE, padding="longest"))
+        program_of(finetune(tiny, lora(), batch=50, length=16, data=TRACE, padding="longest"))

@@ -1,4 +1,4 @@
-"""Generation: exactly N greedy tokens, equal to a loop written by hand, whatever the batch and the cache."""
+"""The stock engine generates exactly N greedy tokens, equal to a loop written by hand, for any batch and cache."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
 from hpc_core.engines.generate import AskedInChat, GenerateProgram, TokenTimes, generate_program
 from hpc_core.instruments.owners import watch_cache
+from tests.engines.conftest import randomize
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
@@ -23,13 +24,10 @@ FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
 
 @pytest.fixture(scope="module")
 def built() -> Built:
-    """A tiny float32 model whose head is untied in value, so that greedy answers are not one token repeated."""
-    model = build(generate(FLOAT), CPU)
-    torch.manual_seed(11)
-    for parameter in model.model.parameters():
-        if parameter.dim() == 2:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
+    """A tiny float32 model with moved matrices, so that greedy answers are not one token repeated."""
+    built = build(generate(FLOAT), CPU)
+    randomize(built.model)
+    return built
 
 
 def _program(built: Built, **workload: Any) -> GenerateProgram:
@@ -46,7 +44,7 @@ def _argmax_loop(built: Built, ids: list[int], tokens: int) -> list[int]:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "off"])
 def test_answers_are_those_of_an_argmax_loop(built: Built, cache: str) -> None:
-    """Every kind of cache, and none, gives the tokens of a loop that recomputes everything."""
+    """With every kind of cache the tokens are those of a loop that recomputes everything."""
     program = _program(built, cache=cache)
     for prompt in program.prompts:
         program.step()
@@ -55,19 +53,19 @@ def test_answers_are_those_of_an_argmax_loop(built: Built, cache: str) -> None:
         assert len(set(answer)) > 1
 
 
-def test_the_cache_is_the_one_asked_for(built: Built) -> None:
-    """Static, dynamic and no cache are what the model is really called with."""
+def test_the_requested_cache_is_used(built: Built) -> None:
+    """The model is called with a static cache, a dynamic one or none."""
     names = {}
     for cache in ("dynamic", "static", "off"):
         program = _program(built, cache=cache)
-        with watch_cache(built.model) as seen:
+        with watch_cache(built.model) as watched:
             program.step()
-        names[cache] = type(seen.seen).__name__
+        names[cache] = type(watched.seen).__name__
     assert names == {"dynamic": "DynamicCache", "static": "StaticCache", "off": "NoneType"}
 
 
 def test_a_batch_padded_on_the_left_equals_its_prompts_alone(built: Built) -> None:
-    """Prompts of different lengths in one batch are answered as each one by itself."""
+    """Prompts of different lengths in one batch are answered as each one alone."""
     rows = [list(range(3, 9)), list(range(100, 120))]
     padded = [[0] * 14 + rows[0], rows[1]]
     mask = [[0] * 14 + [1] * 6, [1] * 20]
@@ -79,7 +77,7 @@ def test_a_batch_padded_on_the_left_equals_its_prompts_alone(built: Built) -> No
 
 
 def test_prompts_of_a_batch_really_differ_in_length(built: Built) -> None:
-    """Trace prompts make padded batches, with as many zeros in the mask as padding is counted."""
+    """Trace prompts make padded batches, whose masks agree with the counted padding."""
     program = _program(built, batch=2, prompts=2, prompt_length=None, data=DataSpec(source="trace", name="gsm8k"))
     for prompt, inputs in zip(program.prompts, program.inputs, strict=True):
         assert int((inputs["attention_mask"] == 0).sum()) == prompt.padded
@@ -88,8 +86,8 @@ def test_prompts_of_a_batch_really_differ_in_length(built: Built) -> None:
 
 
 @pytest.mark.parametrize("tokens", [2, 5, 17])
-def test_exactly_the_asked_tokens_come_even_if_the_model_would_stop(tokens: int) -> None:
-    """A model that answers with its end-of-sequence token goes on to the asked number."""
+def test_end_tokens_do_not_stop_a_query(tokens: int) -> None:
+    """A model that generates its end-of-sequence token goes on to the requested number."""
     model = build(generate(FLOAT), CPU)
     program = _program(model, new_tokens=tokens)
     stop = _argmax_loop(model, program.prompts[0].ids[0], 1)[0]
@@ -101,7 +99,7 @@ def test_exactly_the_asked_tokens_come_even_if_the_model_would_stop(tokens: int)
 
 
 def test_another_number_of_tokens_is_an_error(built: Built) -> None:
-    """A model that stops early makes the reading void."""
+    """A query with another number of tokens is an error."""
     program = _program(built, new_tokens=6)
     program.model.generation_config.eos_token_id = _argmax_loop(built, program.prompts[0].ids[0], 1)[0]
     try:
@@ -112,17 +110,17 @@ def test_another_number_of_tokens_is_an_error(built: Built) -> None:
 
 
 def test_marks_and_tokens_arrive_in_order(built: Built) -> None:
-    """Prefill is marked first, decode with the first token, and every token is told as it comes."""
+    """A query marks prefill, then decode at its first token, and reports every token."""
     program = _program(built, batch=2)
-    seen: list[Any] = []
-    program.on_token = seen.append
-    program.step(seen.append)
+    events: list[Any] = []
+    program.on_token = events.append
+    program.step(events.append)
     program.on_token = None
-    assert seen == ["prefill", "decode", 1, 2, 3, 4, 5, 6, 7, 8]
+    assert events == ["prefill", "decode", 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_an_unwatched_query_has_no_streamer(built: Built) -> None:
-    """Without a mark and a listener, generate is called without a streamer and answers the same."""
+    """A query with a mark and one without a streamer give the same answer."""
     program = _program(built)
     program.step()
     plain = program.answer_ids()
@@ -132,7 +130,7 @@ def test_an_unwatched_query_has_no_streamer(built: Built) -> None:
 
 
 def test_token_times_follow_the_work() -> None:
-    """The streamer's first call is the prompt, later ones are tokens 1, 2, 3 in time."""
+    """The streamer's first call is the prompt; later calls report tokens 1, 2, 3."""
     times: list[tuple[int, float]] = []
     streamer = TokenTimes(lambda count: times.append((count, time.perf_counter())))
     for _ in range(4):
@@ -142,7 +140,7 @@ def test_token_times_follow_the_work() -> None:
     assert times == sorted(times, key=lambda pair: pair[1])
 
 
-def test_queries_come_round(built: Built) -> None:
+def test_queries_cycle_through_the_prompts(built: Built) -> None:
     """Query i answers prompt i modulo their number."""
     program = _program(built)
     answers = []
@@ -152,8 +150,8 @@ def test_queries_come_round(built: Built) -> None:
     assert answers[0] == answers[2] != answers[1]
 
 
-def test_an_instruct_model_is_asked_in_its_own_words() -> None:
-    """Where a tokenizer has a chat template, the text stands where the user speaks and the model's turn begins after it."""
+def test_a_chat_template_wraps_the_prompt() -> None:
+    """A tokenizer's chat template wraps the prompt as the user's message, followed by the model's turn."""
 
     class Instruct:
         def apply_chat_template(self, messages: list[dict[str, str]], **options: bool) -> list[int]:

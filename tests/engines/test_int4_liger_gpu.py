@@ -1,4 +1,4 @@
-"""torchao's int4 and Liger's kernels on a real GPU: the engine's products, captured and compiled; training as the libraries train, and nothing replaced."""
+"""torchao's int4 and Liger's kernels on a real GPU."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from hpc_core.engines.generate import generate_program
 from hpc_core.engines.tuned.engine import TunedTraining
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job
+from tests.engines.conftest import losses_of, relative_error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,32 +39,27 @@ def _int4_case(**workload: Any) -> Case:
 
 
 @pytest.fixture(scope="module")
-def device() -> torch.device:
-    return torch.device("cuda", 0)
-
-
-@pytest.fixture(scope="module")
 def packed(device: torch.device) -> Built:
     pytest.importorskip("torchao")
     return build(_int4_case(), device)
 
 
 def test_tile_packed_weights_are_near_what_was_drawn(packed: Built, device: torch.device) -> None:
-    """Each in its place, in the tile-packed layout; 3B's widths are whole tiles."""
+    """Every linear layer is tile-packed, with an error of about a tenth."""
     plain = build(generate(_MODEL, variant="generate-2-layers", **_SHORT), device).model
     layers: dict[str, Any] = dict(quantized_layers(packed.model))
     assert len(layers) == 14
     for name, layer in layers.items():
         assert type(layer.weight).__name__ == "Int4TilePackedTo4dTensor"
         drawn: Any = plain.get_submodule(name).weight
-        off = float((dequantized_weight(layer).float() - drawn.float()).norm() / drawn.float().norm())
-        assert 0.03 < off < 0.15, (name, off)
+        error = relative_error(dequantized_weight(layer), drawn)
+        assert 0.03 < error < 0.15, (name, error)
 
 
 @pytest.mark.parametrize("kernels", ["torch", "inductor"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_captured_int4_steps_give_the_stock_forwards_logits(packed: Built, kernels: str, batch: int) -> None:
-    """Tokens at random through prefill and captured steps, against transformers' forward on the same int4 weights."""
+    """Prefill and captured steps give the logits of transformers' forward on the same int4 weights."""
     workload = GenerateSpec(**_SHORT, batch=batch, engine="graph", kernels=kernels)  # type: ignore[arg-type]
     program = graph_program(packed, workload)
     assert program.captured is not None
@@ -75,17 +71,18 @@ def test_captured_int4_steps_give_the_stock_forwards_logits(packed: Built, kerne
     with torch.no_grad():
         model: Any = packed.model
         stock = model(input_ids=ids, use_cache=False).logits[:, -8:].float()
-    assert float((engine - stock).norm() / stock.norm()) < 0.02
+    assert relative_error(engine, stock) < 0.02
 
 
-@pytest.mark.parametrize("by", ["generate", "graph"])
-def test_int4_answers_are_the_best_of_the_stock_forward(packed: Built, by: str) -> None:
-    """Every token of both paths, within what bfloat16 rounds: of 128 thousand random logits the two best are often closer than that.
+@pytest.mark.parametrize("path", ["generate", "graph"])
+def test_int4_answers_are_the_best_of_the_stock_forward(packed: Built, path: str) -> None:
+    """Each token's logit is near the stock forward's best, path either path.
 
-    Allowed is four times the relative error that the logits' own test allows; a token of a broken path lies some root mean squares below.
+    Two of 128 thousand random logits are often equal up to bfloat16's rounding, so four times the relative error of the
+    logits' own test is allowed; a wrong token lies several root mean squares below.
     """
-    engine: dict[str, Any] = {} if by == "generate" else {"engine": "graph", "kernels": "torch"}
-    make = generate_program if by == "generate" else graph_program
+    engine: dict[str, Any] = {} if path == "generate" else {"engine": "graph", "kernels": "torch"}
+    make = generate_program if path == "generate" else graph_program
     program: Any = make(packed, GenerateSpec(**_SHORT, **engine))
     program.step()
     width = program.inputs[0]["input_ids"].shape[1]
@@ -99,7 +96,7 @@ def test_int4_answers_are_the_best_of_the_stock_forward(packed: Built, by: str) 
 
 
 def test_int4_cases_are_sound_in_forked_workers() -> None:
-    """torchao asks for the GPU's capability when transformers imports it: the forkserver must not initialize CUDA for that."""
+    """int4 cases run in forked workers, although torchao asks for the GPU's capability on import."""
     pytest.importorskip("torchao")
     with Launcher("warm") as launcher:
         for engine in ({}, {"engine": "graph", "kernels": "inductor"}):
@@ -113,12 +110,7 @@ def test_int4_cases_are_sound_in_forked_workers() -> None:
 
 def _losses(case: Case, device: torch.device, steps: int = 5) -> tuple[list[float], Any]:
     program: Any = engine_of(case).load(case, device, build(case, device))
-    losses = []
-    for _ in range(steps):
-        program.step()
-        assert program.loss is not None
-        losses.append(float(program.loss))
-    return losses, program
+    return losses_of(program, steps), program
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -126,15 +118,15 @@ def _losses(case: Case, device: torch.device, steps: int = 5) -> tuple[list[floa
     "switches", [{}, {"loss": "liger"}, {"loss": "chunked", "graph": True}], ids=["norms", "loss", "graph"]
 )
 def test_liger_trains_as_the_libraries_do(method: str, switches: dict[str, Any], device: torch.device) -> None:
-    """Losses within what bfloat16 rounds, every module by Liger, and the file of Llama as it was: another model of the process is stock."""
+    """Losses are the libraries' up to bfloat16's rounding, and Llama's module is not patched."""
     pytest.importorskip("liger_kernel")
-    how = lora(dropout=0.0, dtype="bfloat16") if method == "lora" else full
-    stock = finetune(_MODEL, how, variant="stock-2-layers", batch=2, length=128, steps=2)
+    method_spec = lora(dropout=0.0, dtype="bfloat16") if method == "lora" else full
+    stock = finetune(_MODEL, method_spec, variant="stock-2-layers", batch=2, length=128, steps=2)
     before = (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb, llama.LlamaRMSNorm)
     steps = 7 if switches.get("graph") else 5
     expected, _ = _losses(stock, device, steps)
-    seen, program = _losses(stock.vary("liger-2-layers", engine="tuned", fusion="liger", **switches), device, steps)
-    assert seen == pytest.approx(expected, rel=5e-3)
+    losses, program = _losses(stock.vary("liger-2-layers", engine="tuned", fusion="liger", **switches), device, steps)
+    assert losses == pytest.approx(expected, rel=5e-3)
     assert isinstance(program, TunedTraining)
     assert not program.fallen
     facts = program.facts().facts

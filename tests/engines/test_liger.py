@@ -1,4 +1,4 @@
-"""Liger's kernels in the tuned training engine: what is refused, how large its chunks are, and that nothing of transformers is replaced."""
+"""Liger's kernels in the tuned engine: what is refused, the size of chunks, and that transformers is not patched."""
 
 from __future__ import annotations
 
@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BuildError, SpecError
-from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, lora, qlora, tiny
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.tuned.forward import restore
 from hpc_core.engines.tuned.liger import _rotating, chunk_rows, memory_constant
-from hpc_core.engines.tuned.program import training_program
+from tests.engines.conftest import program_of
 
 _CPU = torch.device("cpu")
 _SMALL: dict[str, Any] = {"batch": 2, "length": 32, "steps": 2}
@@ -31,7 +30,7 @@ def _case(**switches: Any) -> Case:
 
 
 @pytest.mark.parametrize(
-    ("switches", "says"),
+    ("switches", "message"),
     [
         ({"fusion": "liger", "compile": "layers"}, "compiled already"),
         ({"loss": "liger", "graph": True}, "use loss='chunked'"),
@@ -39,14 +38,14 @@ def _case(**switches: Any) -> Case:
         ({"fusion": "liger", "budget_bytes": 1 << 30}, "budget_bytes needs fusion='blocks'"),
     ],
 )
-def test_what_liger_cannot_go_with_is_refused(switches: dict[str, Any], says: str) -> None:
-    """When the case is made, with what to say instead."""
-    with pytest.raises(SpecError, match=says):
+def test_options_that_contradict_liger_are_refused(switches: dict[str, Any], message: str) -> None:
+    """Each is refused when the case is made, with the alternative."""
+    with pytest.raises(SpecError, match=message):
         _case(**switches)
 
 
-def test_liger_belongs_to_the_tuned_engine_and_leaves_linear_layers_alone() -> None:
-    """So adapters may have dropout, and weights may be in int8, as in the stock path."""
+def test_liger_needs_the_tuned_engine_and_allows_dropout_and_int8() -> None:
+    """Liger changes no linear layer, so adapters may have dropout and weights may be int8."""
     with pytest.raises(SpecError, match="engine='tuned'"):
         finetune(tiny, lora(), fusion="liger", **_SMALL)
     finetune(tiny, lora(dropout=0.1), variant="lora-l", engine="tuned", fusion="liger", **_SMALL)
@@ -54,25 +53,24 @@ def test_liger_belongs_to_the_tuned_engine_and_leaves_linear_layers_alone() -> N
 
 
 @pytest.mark.parametrize("switch", [{"fusion": "liger"}, {"loss": "liger"}])
-def test_without_a_gpu_liger_says_what_it_needs(switch: dict[str, str]) -> None:
-    """Before its package, which needs triton, is even looked for."""
+def test_liger_needs_a_gpu(switch: dict[str, str]) -> None:
+    """Without a GPU, Liger is refused before its package is imported."""
     case = _case(**switch)
-    assert isinstance(case.workload, FinetuneSpec)
     name, value = next(iter(switch.items()))
     with pytest.raises(BuildError, match=f"{name}='{value}' runs Liger's kernels, which need a CUDA GPU"):
-        training_program(build(case, _CPU), case, case.workload)
+        program_of(case)
 
 
 @pytest.mark.parametrize("switch", [{"fusion": "liger"}, {"loss": "liger"}])
-def test_a_prediction_refuses_liger_by_the_switch(switch: dict[str, str]) -> None:
-    """What its kernels take is not known without a GPU."""
+def test_a_prediction_of_liger_is_refused(switch: dict[str, str]) -> None:
+    """A prediction is refused by the option's name, because the kernels' memory is unknown without a GPU."""
     case = _case(**switch)
     assert f"without {next(iter(switch))}" in str(engine_of(case).unpredictable(case))
 
 
 @pytest.mark.parametrize(("constant", "rows"), [(1, 64), (4, 256), (8, 512)])
 def test_chunks_are_ligers_own(constant: int, rows: int) -> None:
-    """The sizes that Liger's rule gives for 2048 tokens of Llama-3.2-3B."""
+    """Chunks have the sizes of Liger's rule for 2048 tokens of Llama-3.2-3B."""
     assert chunk_rows(2048, 128256, 3072, constant) == rows
 
 
@@ -85,7 +83,7 @@ def test_chunks_are_ligers_own(constant: int, rows: int) -> None:
 def test_the_constant_is_the_smallest_that_gives_the_rows(
     rows: int, vocabulary: int, features: int, least: int
 ) -> None:
-    """Chunks have the rows asked for, or all there are; a smaller constant gives fewer."""
+    """Chunks have the requested rows, or all there are; a smaller constant gives fewer."""
     constant = memory_constant(rows, vocabulary, features, least)
     assert chunk_rows(rows, vocabulary, features, constant) >= min(rows, least)
     if constant > 1:
@@ -93,13 +91,13 @@ def test_the_constant_is_the_smallest_that_gives_the_rows(
 
 
 class _PlainRotation:
-    """What Liger's function computes, by transformers' own."""
+    """Transformers' own function, in the place of Liger's."""
 
     apply = staticmethod(llama.apply_rotary_pos_emb)
 
 
-def test_an_attention_takes_another_rotation_and_its_module_keeps_its_own() -> None:
-    """The same output to the bit, by a rotation that was counted; the file's function and the class's forward are what they were."""
+def test_one_attention_takes_another_rotation() -> None:
+    """An attention with a replaced rotation gives the same output, and transformers' module and class stay unchanged."""
     model: Any = build(finetune(tiny, **_SMALL), _CPU).model
     before = llama.apply_rotary_pos_emb, llama.LlamaAttention.forward
     attention, called = model.model.layers[0].self_attn, dict[str, int]()
@@ -116,6 +114,6 @@ def test_an_attention_takes_another_rotation_and_its_module_keeps_its_own() -> N
 
 
 def test_an_attention_without_that_name_is_refused() -> None:
-    """Another model's rotation may be called otherwise: Liger's would never run, and nobody would know."""
+    """A model that calls its rotation otherwise is refused, since Liger's would never run."""
     with pytest.raises(BuildError, match="calls no apply_rotary_pos_emb"):
         _rotating(torch.nn.Linear(2, 2), _PlainRotation, {})

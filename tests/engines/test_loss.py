@@ -1,7 +1,8 @@
-"""The chunked loss: the same mean, the same gradients as whole logits give, and the logits never whole."""
+"""The chunked loss equals the loss of whole logits, which it never holds."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ PLAIN = Pointwise(compiled=False)
 
 
 def _drawn(seed: int, rows: int, length: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states (rows, length, 8), head (vocabulary, 8) and labels, some of them ignored, the second of each row never."""
+    """Hidden states (rows, length, 8), head (vocabulary, 8) and labels, some of them ignored."""
     source = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, length, 8, generator=source, dtype=torch.float64)
     head = torch.randn(vocabulary, 8, generator=source, dtype=torch.float64)
@@ -28,52 +29,51 @@ def _drawn(seed: int, rows: int, length: int, vocabulary: int) -> tuple[torch.Te
 
 
 def _plain(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss by whole logits, as transformers shifts and averages."""
+    """The loss of whole logits, shifted and averaged as in transformers."""
     logits = (hidden @ head.t())[:, :-1].reshape(-1, head.shape[0])
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1), ignore_index=-100)
 
 
-def _both(
+def _chunked_and_whole(
     hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, chunk: int, dtype: torch.dtype
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Loss and both gradients, chunked in `dtype` and whole in float64."""
-    found: list[list[torch.Tensor]] = []
-    for kind in (dtype, torch.float64):
+
+    def loss_and_gradients(loss_of: Any, kind: torch.dtype) -> list[torch.Tensor]:
         leaves = [each.detach().to(kind).requires_grad_() for each in (hidden, head)]
-        if kind is dtype and not found:
-            loss = chunked_cross_entropy(leaves[0], leaves[1], labels, chunk=chunk, run=PLAIN)
-        else:
-            loss = _plain(leaves[0], leaves[1], labels)
-        torch.autograd.backward(loss * 3.0)  # any factor from above must arrive
-        found.append([loss.detach(), *(each.grad for each in leaves if each.grad is not None)])
-    return found[0], found[1]
+        loss = loss_of(*leaves, labels)
+        torch.autograd.backward(loss * 3.0)  # gradients must include a factor from above
+        return [loss.detach(), *(each.grad for each in leaves if each.grad is not None)]
+
+    chunked = functools.partial(chunked_cross_entropy, chunk=chunk, run=PLAIN)
+    return loss_and_gradients(chunked, dtype), loss_and_gradients(_plain, torch.float64)
 
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 3), length=st.integers(2, 9), chunk=st.integers(1, 30))
 def test_loss_and_gradients_are_those_of_whole_logits(seed: int, rows: int, length: int, chunk: int) -> None:
-    """In float64, whatever the chunk, loss and gradients of hidden states and head are the plain ones to 1e-12."""
-    chunked, whole = _both(*_drawn(seed, rows, length, 17), chunk, torch.float64)
-    for seen, wanted in zip(chunked, whole, strict=True):
-        torch.testing.assert_close(seen, wanted, rtol=1e-12, atol=1e-12)
+    """In float64, for any chunk, loss and gradients equal those of whole logits to 1e-12."""
+    chunked, whole = _chunked_and_whole(*_drawn(seed, rows, length, 17), chunk, torch.float64)
+    for actual, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_lower_precision_errs_by_its_rounding(dtype: torch.dtype, within: float) -> None:
-    """In float32 and bfloat16 gradients are within a few roundings (6e-8 and 4e-3) of float64, by norm, and the loss is float32."""
-    chunked, whole = _both(*_drawn(1, 2, 33, 50), 8, dtype)
+    """In float32 and bfloat16 gradients err by a few roundings, and the loss is float32."""
+    chunked, whole = _chunked_and_whole(*_drawn(1, 2, 33, 50), 8, dtype)
     assert chunked[0].dtype == torch.float32
-    for seen, wanted in zip(chunked, whole, strict=True):
-        assert float((seen.double() - wanted).norm() / wanted.norm()) < within
+    for actual, expected in zip(chunked, whole, strict=True):
+        assert float((actual.double() - expected).norm() / expected.norm()) < within
 
 
 def test_labels_move_by_one_and_the_last_place_predicts_nothing() -> None:
-    """Each place holds the next token of its own row, never one of the row below."""
+    """Each place's label is the next token of its own row; the last place has none."""
     assert next_tokens(torch.tensor([[1, 2, 3], [4, -100, 6]])).tolist() == [[2, 3, -100], [-100, 6, -100]]
 
 
 def test_a_batch_without_labels_gives_zero_and_no_nan() -> None:
-    """Where every label is ignored loss and gradients are zero."""
+    """If every label is ignored, loss and gradients are zero."""
     hidden, head, labels = _drawn(2, 1, 4, 11)
     hidden.requires_grad_()
     loss = chunked_cross_entropy(hidden, head, torch.full_like(labels, -100), chunk=2, run=PLAIN)
@@ -84,7 +84,7 @@ def test_a_batch_without_labels_gives_zero_and_no_nan() -> None:
 
 
 class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Numbers in the largest tensor that any operator gave, and how many products ran."""
+    """The size of the largest tensor that an operator returned, and the number of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,11 +101,11 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize(("frozen", "products"), [(True, 2), (False, 3)], ids=["frozen-head", "trained-head"])
 def test_logits_are_never_whole_and_a_frozen_head_costs_no_product(frozen: bool, products: int) -> None:
-    """No tensor is larger than a chunk's logits; a chunk takes two products, a third only where the head learns."""
+    """No tensor exceeds a chunk's logits; a chunk takes two products, and a third if the head is trained."""
     hidden, head, labels = _drawn(3, 2, 16, 400)
     hidden.requires_grad_()
     head.requires_grad_(not frozen)
-    with _Largest() as seen:
+    with _Largest() as watched:
         torch.autograd.backward(chunked_cross_entropy(hidden, head, labels, chunk=8, run=PLAIN))
-    assert seen.numbers == 8 * 400 < hidden.shape[0] * hidden.shape[1] * 400
-    assert seen.products == products * 4
+    assert watched.numbers == 8 * 400 < hidden.shape[0] * hidden.shape[1] * 400
+    assert watched.products == products * 4

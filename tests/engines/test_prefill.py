@@ -1,4 +1,4 @@
-"""The graph engine's prefill on a CPU: the model's own hidden state and cache, little memory beside the cache, pieces of 4-bit matrices."""
+"""The graph engine's prefill on a CPU: hidden states, cache, memory, and pieces of 4-bit matrices."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _prefill(model: Any, batch: int, capacity: int) -> tuple[Prefill, StaticKeyV
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 9])
 @pytest.mark.parametrize("padded", [0, 7])
-def test_a_prefill_leaves_what_the_model_would(batch: int, padded: int) -> None:
-    """Whatever parts the rows are taken in: last hidden states and every key and value of real tokens are transformers' own."""
+def test_a_prefill_equals_the_models(batch: int, padded: int) -> None:
+    """Last hidden states and every real key and value equal transformers', however the rows are divided."""
     model = _model(96)
     prefill, cache = _prefill(model, batch, 96)
     width = 70
@@ -65,20 +65,21 @@ def test_a_prefill_leaves_what_the_model_would(batch: int, padded: int) -> None:
     with torch.no_grad():
         last = prefill(ids, mask if padded else None)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        wanted = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-    torch.testing.assert_close(last, wanted.last_hidden_state[:, -1], rtol=1e-4, atol=1e-5)
+        expected = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+    torch.testing.assert_close(last, expected.last_hidden_state[:, -1], rtol=1e-4, atol=1e-5)
     assert cache.first.tolist() == [padded] + [0] * (batch - 1)
-    for kept, layer in zip(cache.layers, wanted.past_key_values.layers, strict=True):
-        for seen, held in ((kept.keys, layer.keys), (kept.values, layer.values)):
-            torch.testing.assert_close(seen[0, :, padded:width], held[0, :, padded:], rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(seen[1:, :, :width], held[1:], rtol=1e-4, atol=1e-5)
+    for own, layer in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        for actual, wanted in ((own.keys, layer.keys), (own.values, layer.values)):
+            torch.testing.assert_close(actual[0, :, padded:width], wanted[0, :, padded:], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(actual[1:, :, :width], wanted[1:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("batch", "rows"), [(1, 1), (4, 1), (32, 8)])
 @pytest.mark.parametrize("inner", [32, 1024])
 def test_prefill_takes_little_on_top_of_the_cache(inner: int, batch: int, rows: int) -> None:
-    """Of a quarter of the rows the stream, and beside it either its normed copy and half of gate and up, or q, k and v and what turning q takes: a
-    narrow MLP shows the one, a wide one the other. Only last hidden states stay from part to part.
+    """For a quarter of the rows it holds hidden states with either a normed copy and half of gate and up, or q, k and v with a rotated half of q.
+
+    The wide MLP needs the first, the narrow one the second. Only last hidden states are kept from part to part.
     """
     width = 100
     model = _model(inner)
@@ -94,17 +95,15 @@ def test_prefill_takes_little_on_top_of_the_cache(inner: int, batch: int, rows: 
     hidden, grouped = decoder.hidden, 2 * decoder.groups * decoder.head_width
     each = max(2 * hidden + inner, 3 * hidden + hidden // 2 + grouped)
     needed = rows * width * each * decoder.embedding.element_size()
-    kept = batch * hidden * decoder.embedding.element_size()
-    assert needed <= watch.timeline.peak()[1] - before <= 1.01 * needed + kept
+    last_states = batch * hidden * decoder.embedding.element_size()
+    assert needed <= watch.timeline.peak()[1] - before <= 1.01 * needed + last_states
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_four_bit_matrix_in_pieces_multiplies_as_the_whole(nested: bool, biased: bool, dtype: torch.dtype) -> None:
-    """Rows of several pieces, the last one shorter, with block constants and with constants that are quantized again, for activations in the type
-    computed in and in another: what the layer itself gives, in the type of the activations.
-    """
+    """Products by pieces, the last one shorter, equal the layer's, with and without double quantization, in either dtype."""
     torch.manual_seed(3)
     nn = library("bitsandbytes", "4-bit layers").nn
     layer = nn.Linear4bit(
@@ -115,17 +114,17 @@ def test_a_four_bit_matrix_in_pieces_multiplies_as_the_whole(nested: bool, biase
     assert [piece.shape for piece in pieces] == [[512, 128], [512, 128], [76, 128]]
     x, stream = torch.randn(5, 128, dtype=dtype), torch.randn(5, 1100, dtype=dtype)
     whole = library("bitsandbytes", "4-bit layers").functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
-    wanted = torch.nn.functional.linear(x.float(), whole, layer.bias).to(dtype)
+    expected = torch.nn.functional.linear(x.float(), whole, layer.bias).to(dtype)
     product = FourBit(layer, pieces)
-    torch.testing.assert_close(product(x), wanted)
+    torch.testing.assert_close(product(x), expected)
     torch.testing.assert_close(product(x), layer(x))
     added = stream.clone()
     product.add_to(added, x)
-    torch.testing.assert_close(added, stream + wanted)
+    torch.testing.assert_close(added, stream + expected)
 
 
 def test_gate_and_up_in_pieces_are_those_of_whole_matrices() -> None:
-    """Of equal pieces, of pieces that differ, and of one piece each."""
+    """Gate and up by equal pieces, by different pieces and by one piece each equal the whole matrices."""
     torch.manual_seed(4)
     nn = library("bitsandbytes", "4-bit layers").nn
     gate, up = (
@@ -135,14 +134,14 @@ def test_gate_and_up_in_pieces_are_those_of_whole_matrices() -> None:
         for _ in range(2)
     )
     x = torch.randn(6, 64)
-    wanted = torch.nn.functional.silu(gate(x)) * up(x)
-    for ours, theirs in ((256, 256), (256, 512), (1024, 1024)):
-        first, second = (FourBit(layer, pieces_of(layer, rows * 64)) for layer, rows in ((gate, ours), (up, theirs)))
-        torch.testing.assert_close(gated_product(first, second, x, PlainBetween().gated), wanted)
+    expected = torch.nn.functional.silu(gate(x)) * up(x)
+    for gate_rows, up_rows in ((256, 256), (256, 512), (1024, 1024)):
+        first, second = FourBit(gate, pieces_of(gate, gate_rows * 64)), FourBit(up, pieces_of(up, up_rows * 64))
+        torch.testing.assert_close(gated_product(first, second, x, PlainBetween().gated), expected)
 
 
 def test_pieces_hold_every_row_once() -> None:
-    """A piece is at most as large as asked, a multiple of 256 rows but for the last, and no matrix is cut that need not be."""
+    """Pieces have multiples of 256 rows but for the last, within the limit, and a small matrix is one piece."""
     nn = library("bitsandbytes", "4-bit layers").nn
     for rows in (64, 256, 1000, 4096):
         layer = nn.Linear4bit(64, rows, bias=False, compute_dtype=torch.bfloat16).requires_grad_(False).to("cpu")
@@ -154,8 +153,8 @@ def test_pieces_hold_every_row_once() -> None:
             assert most < 10**9 or len(sizes) == 1
 
 
-def test_a_cpu_leaves_four_bit_layers_to_themselves() -> None:
-    """There bitsandbytes may pack a weight anew at its first product, and views of the old one would read something else."""
+def test_four_bit_layers_are_not_cut_on_a_cpu() -> None:
+    """On a CPU 4-bit layers are not cut, because bitsandbytes may repack a weight at its first product."""
     quantization = QuantSpec(kind="nf4", compute_dtype="float32")
     built = build(generate(ModelSpec(shape="tiny", dtype="float32"), quantization=quantization), CPU)
     layer = decoder_of(cast("Any", built.model)).layers[0]
@@ -166,37 +165,37 @@ def test_a_cpu_leaves_four_bit_layers_to_themselves() -> None:
         assert torch.equal(prefill_product(layer.output, torch.float32)(x), layer.output(x))
 
 
-def test_whoever_follows_modules_sees_each_at_work() -> None:
-    """A product that is not the module's own call is counted, and placed, where its weight belongs."""
+def test_products_are_attributed_to_their_modules() -> None:
+    """A product that bypasses a module's own call is still counted for, and attributed to, the module."""
     model = _model(96)
     prefill, _ = _prefill(model, 2, 32)
     with torch.no_grad(), following() as places:
         places.learn(model)
         places.begin()
         prefill(torch.randint(3, 290, (2, 20)), None)
-        seen = places.seen()
-    # Two rows are two parts; each of two layers runs once a part.
+        work = places.seen()
+    # Two rows are two parts, and each of two layers runs once per part.
     for path in ("self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp.down_proj"):
-        assert seen[f"model.layers.*.{path}"].calls == 4
+        assert work[f"model.layers.*.{path}"].calls == 4
     assert places.here() == ""
 
 
-def test_hooks_that_take_keywords_see_each_module_too() -> None:
-    """A global hook registered `with_kwargs` gets empty ones; its handle removed, nothing is called."""
-    seen: list[Any] = []
+def test_global_hooks_with_keywords_are_called() -> None:
+    """A global hook registered `with_kwargs` is called with empty ones, until its handle is removed."""
+    calls: list[Any] = []
     linear = torch.nn.Linear(2, 2)
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda *given: seen.append(given), with_kwargs=True)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *given: calls.append(given), with_kwargs=True)
     with at_module(linear):
-        assert seen == []
-    assert seen == [(linear, (), {}, None)]
+        assert calls == []
+    assert calls == [(linear, (), {}, None)]
     handle.remove()
     with at_module(linear):
         pass
-    assert len(seen) == 1
+    assert len(calls) == 1
 
 
 def test_workspaces_are_kept_while_a_graph_needs_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training step's graph was captured on a stream that had a workspace already: until it is gone nothing is let go."""
+    """cuBLAS's workspaces are not released while a captured graph uses one."""
 
     class Graph:
         pass
@@ -226,7 +225,7 @@ def test_workspaces_are_kept_while_a_graph_needs_one(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_prefills_that_get_no_graph_say_why(prompts: int, length: int, batch: int, why: str) -> None:
-    """Many prompts, or parts so long that a GPU is busy without: the reason is there before anything runs."""
+    """A prefill of many or long prompts is not captured, and the reason is known before anything runs."""
     built = build(generate(ModelSpec(shape="tiny", layers=1)), CPU)
     workload = GenerateSpec(engine="graph", prompts=prompts, prompt_length=length, batch=batch, new_tokens=2)
     first = graph_program(built, workload).first_tokens

@@ -1,4 +1,4 @@
-"""Plans of a memory budget: within it, the cheapest that is, or refused with both numbers."""
+"""A memory budget gives the cheapest plan within it, or is refused with both numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ sizes = st.builds(
 
 @settings(max_examples=200, deadline=None)
 @given(size=sizes, budget=st.integers(0, 2500), more=st.integers(0, 300))
-def test_a_plan_fits_or_nothing_does_and_more_room_never_costs_more(size: Sizes, budget: int, more: int) -> None:
-    """A plan is within its budget; a larger budget is never refused where a smaller one was served, and takes no more time."""
+def test_a_plan_fits_its_budget_and_a_larger_one_costs_no_more(size: Sizes, budget: int, more: int) -> None:
+    """A plan is within its budget, and a larger budget never takes more time or is refused."""
 
     def seconds(plan: Plan) -> float:
         return plan.attentions * size.attention.again_s + plan.mlps * size.mlp.again_s
@@ -38,13 +38,13 @@ def test_a_plan_fits_or_nothing_does_and_more_room_never_costs_more(size: Sizes,
 
 
 def test_enough_room_recomputes_nothing() -> None:
-    """Where everything fits, nothing is computed again."""
+    """If everything fits, nothing is recomputed."""
     size = Sizes(2, 100, 0, HalfCost(10, 1), HalfCost(30, 5))
     assert plan_for(size, 180) == Plan(0, 0, 180)
 
 
 def test_too_little_is_refused_with_the_numbers() -> None:
-    """The refusal says what was given and what is needed at least."""
+    """The refusal gives the budget and the least that is needed."""
     gib = 1024**3
     size = Sizes(2, 4 * gib, 0, HalfCost(gib // 2, 1), HalfCost(gib, 5))
     with pytest.raises(BuildError, match=r"budget of 4\.500 GiB .* needs 5\.000 GiB, 4\.000 GiB"):

@@ -1,4 +1,4 @@
-"""A sixth engine, in a package of its own: found by its entry point, measured and audited like those of hpc-core."""
+"""An engine of another package is found by its entry point, and measured and audited like hpc-core's own."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class LoopEngine(GenerationEngine):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package with the engine, as pip would install it."""
+    """A package with the engine, as installed by pip."""
     (tmp_path / "looped.py").write_text(ENGINE)
     metadata = tmp_path / "looped-1.0.dist-info"
     metadata.mkdir()
@@ -85,7 +85,7 @@ def _measured(engine: str) -> Record:
 @pytest.mark.usefixtures("package")
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # transformers 5.17 knows no other name
 def test_an_engine_of_another_package_is_measured_and_judged_like_any_other(tmp_path: Path) -> None:
-    """Same answers as transformers' `generate`, fewer operators, the whole audit, and PASS against its own baseline."""
+    """It gives the answers of transformers' `generate` with fewer operators, has the whole audit, and passes against its baseline."""
     loop, stock = _measured("loop"), _measured("stock")
     accept(tmp_path, loop, reason="first", allow_dirty=True)
     judgement = judge(_measured("loop"), find(tmp_path, "cpu", loop.case.id))
@@ -96,8 +96,8 @@ def test_an_engine_of_another_package_is_measured_and_judged_like_any_other(tmp_
     assert judgement.verdict is Verdict.PASS
 
 
-def test_an_engine_that_nobody_has_is_refused_with_those_that_exist(package: Path) -> None:
-    """The message lists the built-in engines and those of installed packages."""
+def test_an_unknown_engine_is_refused_with_the_known_ones(package: Path) -> None:
+    """The error lists the built-in engines and those of installed packages."""
     assert engine_of(generate(tiny, engine="loop")).name == "loop"
     with pytest.raises(SpecError, match=r"There is no engine 'grpah' for this workload. There are: graph, loop, stock"):
         GenerateSpec(engine="grpah")

@@ -1,4 +1,4 @@
-"""The tuned training program against the stock one and against float64; its switches, its budget, and what it refuses."""
+"""The tuned training program equals the stock one and float64; its options, its memory budget, and what it refuses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from hpc_core.case.errors import BuildError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, full, lora, qlora
-from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.engines.tuned.forward import restore, tune
 from hpc_core.engines.tuned.pointwise import Pointwise
-from hpc_core.engines.tuned.program import TunedProgram, training_program
 from hpc_core.engines.tuned.projection import projection_of
 from hpc_core.instruments.counters import own_formulas
 from hpc_core.instruments.owners import owned_bytes
+from tests.engines.conftest import losses_of, program_of, tuned_program_of
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32")
@@ -37,19 +36,8 @@ LINEARS: dict[str, Any] = {"engine": "tuned", "fusion": "linears"}
 SHORT: dict[str, Any] = {"batch": 2, "length": 32, "steps": 3, "learning_rate": 1e-3}
 
 
-def _program(case: Case) -> FinetuneProgram:
-    assert isinstance(case.workload, FinetuneSpec)
-    return training_program(build(case, CPU), case, case.workload)
-
-
 def _losses(case: Case, steps: int = 20) -> list[float]:
-    program = _program(case)
-    found = []
-    for _ in range(steps):
-        program.step()
-        assert program.loss is not None
-        found.append(float(program.loss))
-    return found
+    return losses_of(program_of(case), steps)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +54,7 @@ def _losses(case: Case, steps: int = 20) -> list[float]:
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
 )
 def test_twenty_steps_are_those_of_the_stock_path(method: str, switches: dict[str, Any]) -> None:
-    """In float32 the losses of twenty steps are the stock program's to 1e-5: sums in another order, through Adam, and nothing else."""
+    """In float32 the losses of twenty steps equal the stock program's to 1e-5, the difference of other orders of summation."""
     stock = _losses(finetune(FLOAT, METHODS[method], **SHORT))
     tuned = _losses(finetune(FLOAT, METHODS[method], **SHORT, **switches))
     assert tuned == pytest.approx(stock, rel=1e-5)
@@ -78,8 +66,8 @@ def _gradients(model: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) 
     return {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
 
 
-def _lively(model: torch.nn.Module) -> None:
-    """LoRA's B starts at zero, which hides A's gradient; every B gets values."""
+def _fill_lora_b(model: torch.nn.Module) -> None:
+    """Fill LoRA's B, whose initial zeros hide the gradient of A."""
     torch.manual_seed(3)
     for name, part in model.named_parameters():
         if "lora_B" in name:
@@ -89,35 +77,36 @@ def _lively(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_gradients_are_those_of_float64(method: str, dtype: str) -> None:
-    """Every gradient of the fused halves is near that of the libraries' own forward in float64: within 1e-5 in float32; in bfloat16
-    no more than 1.5 times as far as the libraries' own bfloat16 is, over all gradients by norm.
+    """In float32 every gradient of the fused halves is within 1e-5 of the libraries' in float64.
+
+    In bfloat16 the largest error is at most 1.5 times that of the libraries' own bfloat16.
     """
     model = msgspec.structs.replace(FLOAT, dtype=dtype)
     case = finetune(model, METHODS[method], **SHORT, **BLOCKS)
     assert isinstance(case.workload, FinetuneSpec)
     ids = torch.randint(0, 1024, (2, 32), generator=torch.Generator().manual_seed(5))
     labels = ids.masked_fill(torch.arange(32) % 7 == 3, -100)
-    found = {}
+    gradients = {}
     for kind in ("exact", "stock", "tuned"):
         built = build(case, CPU).model
-        _lively(built)
+        _fill_lora_b(built)
         if kind == "exact":
             built.double()
         if kind == "tuned":
             tune(built, case.workload, Pointwise(compiled=False))
-        found[kind] = _gradients(built, ids, labels)
-    errors = {kind: _off(found[kind], found["exact"]) for kind in ("stock", "tuned")}
-    assert set(found["tuned"]) == set(found["exact"])
+        gradients[kind] = _gradients(built, ids, labels)
+    errors = {kind: _largest_error(gradients[kind], gradients["exact"]) for kind in ("stock", "tuned")}
+    assert set(gradients["tuned"]) == set(gradients["exact"])
     assert errors["tuned"] < (1e-5 if dtype == "float32" else 1.5 * errors["stock"])
 
 
-def _off(seen: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+def _largest_error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """The largest relative error of any gradient, by norm."""
-    return max(float((seen[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact)
+    return max(float((gradients[name].double() - exact[name]).norm() / exact[name].norm()) for name in exact)
 
 
-def test_biases_of_projections_learn_too() -> None:
-    """Qwen2's biases on queries, keys and values get the gradient of the libraries' own forward in float64, whose norms are in float32."""
+def test_biases_of_projections_are_trained() -> None:
+    """Qwen2's biases of queries, keys and values get the libraries' gradients in float64, except for norms in float32."""
     transformers = pytest.importorskip("transformers")
     config = transformers.Qwen2Config(
         hidden_size=64,
@@ -138,33 +127,32 @@ def test_biases_of_projections_learn_too() -> None:
     model.zero_grad(set_to_none=True)
     workload = FinetuneSpec(**SHORT, **BLOCKS)
     tune(model, workload, Pointwise(compiled=False))
-    assert _off(_gradients(model, ids, ids), exact) < 2e-6
+    assert _largest_error(_gradients(model, ids, ids), exact) < 2e-6
 
 
 def test_halves_computed_again_change_no_gradient() -> None:
-    """With every half computed again gradients are equal to the bit, and each attention is entered twice."""
+    """If every half is recomputed, gradients are equal bit for bit, and each attention runs twice."""
     case = finetune(FLOAT, METHODS["lora"], **SHORT, **BLOCKS)
     assert isinstance(case.workload, FinetuneSpec)
     ids = torch.randint(0, 1024, (2, 32), generator=torch.Generator().manual_seed(5))
-    found, entered = [], []
+    gradients, entered = [], []
     for again in (False, True):
         built = build(case, CPU).model
-        _lively(built)
+        _fill_lora_b(built)
         forward = tune(built, case.workload, Pointwise(compiled=False))
         for half in forward.halves:
             half.again = again
         forward.halves[0].module.register_forward_pre_hook(lambda *_, again=again: entered.append(again))
-        found.append(_gradients(built, ids, ids))
+        gradients.append(_gradients(built, ids, ids))
     assert entered == [False, True, True]
-    assert all(torch.equal(found[1][name], found[0][name]) for name in found[0])
+    assert all(torch.equal(gradients[1][name], gradients[0][name]) for name in gradients[0])
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_half_computed_again_is_its_forward_without_the_last_product(method: str) -> None:
-    """To the FLOP: neither `o_proj` nor `down_proj` is multiplied with again; an adapter's A, whose product the backward reads, is."""
+    """Recomputing a half takes exactly the FLOPs of its forward without `o_proj` or `down_proj`, except for their adapter's A."""
     case = finetune(FLOAT, METHODS[method], **SHORT, **BLOCKS)
-    program = _program(case)
-    assert isinstance(program, TunedProgram)
+    program = tuned_program_of(case)
     layers = program.forward.decoder.layers
     rows, length = 2 * 32, 32
     attention, mlp = layers[0].self_attn, layers[0].mlp
@@ -174,61 +162,57 @@ def test_a_half_computed_again_is_its_forward_without_the_last_product(method: s
         rank = int(part.r["default"]) if hasattr(part, "lora_A") else 0
         return 2 * rows * (rank * inner if last else inner * outer + rank * (inner + outer))
 
-    wanted = {
+    expected = {
         "attention": 4 * rows * length * attention.q_proj.out_features
         + sum(map(product, (attention.q_proj, attention.k_proj, attention.v_proj)))
         + product(attention.o_proj, last=True),
         "mlp": product(mlp.gate_proj) + product(mlp.up_proj) + product(mlp.down_proj, last=True),
     }
-    found = {}
+    flops = {}
     for again in ("", "attention", "mlp"):
         for half in program.forward.halves:
             half.again = half.name == again
         with FlopCounterMode(display=False, custom_mapping=own_formulas()) as counted:
             program.step()
-        found[again] = counted.get_total_flops()
-    assert {name: found[name] - found[""] for name in wanted} == {
-        name: len(layers) * one for name, one in wanted.items()
-    }
+        flops[again] = counted.get_total_flops()
+    for name, per_layer in expected.items():
+        assert flops[name] - flops[""] == len(layers) * per_layer, name
 
 
 def test_a_smaller_budget_takes_less_memory_and_keeps_the_losses() -> None:
-    """A budget between the least and the most gives a plan that recomputes some halves, the same losses, and is refused below the least."""
+    """A smaller budget recomputes some halves and gives the same losses; one that is too small is refused."""
     case = finetune(FLOAT, METHODS["lora"], **{**SHORT, "length": 64}, **BLOCKS)
-    most = _program(case.vary("roomy", budget_bytes=2**33))
-    assert isinstance(most, TunedProgram)
+    most = tuned_program_of(case.vary("roomy", budget_bytes=2**33))
     assert most.plan is not None
     assert (most.plan.attentions, most.plan.mlps) == (0, 0)
     tight = case.vary("tight", budget_bytes=most.plan.peak_bytes - 200_000)
-    program = _program(tight)
-    assert isinstance(program, TunedProgram)
+    program = tuned_program_of(tight)
     assert program.plan is not None
     again = [half.name for half in program.forward.halves if half.again]
     assert len(again) == program.plan.attentions + program.plan.mlps > 0
     assert _losses(tight, 5) == _losses(case, 5)
     with pytest.raises(BuildError, match="is too small"):
-        _program(case.vary("none", budget_bytes=1000))
+        tuned_program_of(case.vary("none", budget_bytes=1000))
 
 
 def test_padding_needs_no_mask() -> None:
-    """Rows padded on the right give the stock losses without any mask: no real token sees padding, and padding has no label."""
+    """Rows padded on the right give the stock losses without a mask, since no real token attends to padding."""
     data = DataSpec(source="trace", name="gsm8k", rows=40)
     padded: dict[str, Any] = {**SHORT, "batch": 4, "length": 300, "data": data, "padding": "longest"}
     stock = _losses(finetune(FLOAT, METHODS["lora"], **padded), 3)
     assert _losses(finetune(FLOAT, METHODS["lora"], **padded, **BLOCKS), 3) == pytest.approx(stock, rel=1e-5)
 
 
-def test_a_graph_falls_back_by_name_where_there_is_no_gpu() -> None:
-    """The program trains on without it and says why; it captures nothing."""
-    program = _program(finetune(FLOAT, METHODS["lora"], **SHORT, **LOSS, graph=True))
-    assert isinstance(program, TunedProgram)
+def test_a_graph_falls_back_without_a_gpu() -> None:
+    """Without a GPU the program trains without a graph, and says why."""
+    program = tuned_program_of(finetune(FLOAT, METHODS["lora"], **SHORT, **LOSS, graph=True))
     program.step()
     assert program.fallen == {"graph": "off: a CUDA graph needs a GPU"}
     assert program.captured is None
 
 
 def test_a_restored_model_is_the_libraries_own_again() -> None:
-    """After `restore` no module has a forward of ours, and the loss is that of an untouched model."""
+    """After `restore` no module has a forward of ours, and the logits are those of an untouched model."""
     case = finetune(FLOAT, METHODS["qlora"], **SHORT, **BLOCKS)
     assert isinstance(case.workload, FinetuneSpec)
     model, untouched = build(case, CPU).model, build(case, CPU).model
@@ -240,8 +224,8 @@ def test_a_restored_model_is_the_libraries_own_again() -> None:
         assert torch.equal(model(input_ids=ids).logits, untouched(input_ids=ids).logits)
 
 
-def test_models_that_the_switches_do_not_know_are_refused() -> None:
-    """An adapter with dropout, layers of another architecture, and linears with nothing to fuse are errors that name the way out."""
+def test_unsupported_models_are_refused() -> None:
+    """Dropout, another architecture, and layers with nothing to fuse are refused with the alternative."""
     transformers = pytest.importorskip("transformers")
     workload = FinetuneSpec(**SHORT, **BLOCKS)
     dropping = build(finetune(FLOAT, lora(dropout=0.1), **SHORT), CPU).model
@@ -258,12 +242,12 @@ def test_models_that_the_switches_do_not_know_are_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_queries_keys_and_values_are_one_product_where_nobody_trains_their_weights(method: str) -> None:
-    """Frozen weights move into one storage, no byte is held twice, and each module still multiplies with its own; trained ones stay apart."""
+def test_frozen_query_key_and_value_weights_share_one_storage(method: str) -> None:
+    """Frozen weights move into one storage without using more bytes, and each module still works; trained ones stay separate."""
     case = finetune(FLOAT, METHODS[method], **SHORT, **BLOCKS)
     assert isinstance(case.workload, FinetuneSpec)
     model: Any = build(case, CPU).model
-    held = owned_bytes(model.parameters())
+    bytes_before = owned_bytes(model.parameters())
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     attention = causal.model.layers[0].self_attn
     names = ("q_proj", "k_proj", "v_proj")
@@ -273,7 +257,7 @@ def test_queries_keys_and_values_are_one_product_where_nobody_trains_their_weigh
         tune(model, case.workload, Pointwise(compiled=False))
         after = [getattr(attention, name)(x) for name in names]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
-    assert owned_bytes(model.parameters()) == held
+    assert owned_bytes(model.parameters()) == bytes_before
     weights = [projection_of(getattr(attention, name)).weight for name in names]
     storages = {each.untyped_storage().data_ptr() for each in weights if each is not None}
     assert len(storages) == {"lora": 1, "qlora": 0, "full": 3}[method]

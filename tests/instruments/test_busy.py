@@ -100,7 +100,7 @@ def _replayed(graph: int, start: int) -> list[Interval]:
 
 
 def test_kernels_of_a_graph_need_one_launch_together() -> None:
-    """Two replays of two kernels are four kernels by two graph launches, beside kernels that the host launched one by one."""
+    """Two replays of two kernels count as four kernels, in addition to kernels that the host launched one by one."""
     records = [START, *_replayed(5, 100), *_replayed(6, 200), Interval("copy", "kernel", 7, 300, 310), END]
     activity = summarize(records, 3, 2)
     assert (activity.kernels, activity.busy_s) == (5, 50e-9)

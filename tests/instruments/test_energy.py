@@ -78,7 +78,7 @@ def test_a_counter_that_does_not_move_is_an_error() -> None:
     [({}, {}, 0), ({"processes": 0}, {"processes": 1}, 0), ({"processes": 1}, {}, 1), ({}, {"processes": 3}, 2)],
 )
 def test_other_processes_on_the_gpu_are_counted(before: dict[str, int], during: dict[str, int], others: int) -> None:
-    """Other processes are those before ours started, and those beside ours during the measurement."""
+    """Other processes are those before ours started, and those other than ours during the measurement."""
     assert other_processes(before, during) == others
 
 
@@ -159,7 +159,7 @@ def test_weights_are_restored_in_place() -> None:
 def test_energy_shared_with_others_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]], why: str
 ) -> None:
-    """On a slice of a GPU, or beside other processes, a note replaces the metric."""
+    """On a slice of a GPU, or with other processes on it, a note replaces the metric."""
     _simulate_gpu(monkeypatch, states)
     findings = token_energy(_three_queries(), _GPU, query_s=None, gpu_before={})
     assert findings.metrics == {}

@@ -217,7 +217,7 @@ def test_quantization_shrinks_weights_and_leaves_the_flops() -> None:
     records = {name: _exact(_record(f"tiny/generate-{name}")) for name in ("fp16", "bf16", "nf4", "int8")}
     assert records["nf4"]["weights_bytes"] < records["int8"]["weights_bytes"] < records["fp16"]["weights_bytes"]
     assert records["fp16"]["weights_bytes"] == records["bf16"]["weights_bytes"]
-    assert len({found["flops"] for found in records.values()}) == 1
+    assert len({exact["flops"] for exact in records.values()}) == 1
     assert _exact(_record("tiny/qlora"))["flops"] == _exact(_record("tiny/lora"))["flops"]
 
 

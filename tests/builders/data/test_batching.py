@@ -99,11 +99,11 @@ def test_padding_loses_no_token(rows: list[list[int]], padding: Padding, batch: 
     cut = sorted(row[:length] for row in rows if row)
     assume(len(cut) >= batch and max(map(len, cut)) >= 2)
     try:
-        found = list(batches(rows, spec))
+        built = list(batches(rows, spec))
     except DataError:  # the only rows with two tokens were the spare ones of the last, incomplete batch
         assert len(cut) % batch
         return
-    for one in found:
+    for one in built:
         width = len(one.ids[0])
         assert one.mask is not None
         assert [len(row) for row in one.ids + one.mask + one.labels] == [width] * (3 * batch)
@@ -115,13 +115,13 @@ def test_padding_loses_no_token(rows: list[list[int]], padding: Padding, batch: 
             assert mask == sorted(mask, reverse=True)
             assert row[sum(mask) :] == [0] * (width - sum(mask))
             assert labels == row[: sum(mask)] + [-100] * (width - sum(mask))
-    kept = [row for one in found for row in without_padding(one)]
-    left = list(cut)
-    for row in kept:
-        left.remove(row)  # each row of a batch is one of the rows handed in, and none is used twice
+    used = [row for one in built for row in without_padding(one)]
+    unused = list(cut)
+    for row in used:
+        unused.remove(row)  # each row of a batch is one of the rows handed in, and none is used twice
     size = epoch_size(rows, spec)
-    assert size == total(len(rows), found, size.skipped)
-    assert len(left) == size.skipped * batch + len(cut) % batch
+    assert size == total(len(rows), built, size.skipped)
+    assert len(unused) == size.skipped * batch + len(cut) % batch
 
 
 @given(rows=ragged_rows, padding=paddings, seed=st.integers(0, 99))
@@ -180,9 +180,9 @@ def test_random_rows_stay_in_order_without_a_mask() -> None:
     """Random rows are neither shuffled nor masked, and an incomplete last batch is dropped."""
     spec = FinetuneSpec(batch=2, length=3)
     rows = token_rows(spec.data, count=5, length=3, vocab_size=100, tokenizer=None)
-    found = list(batches(rows, spec))
-    assert [row for batch in found for row in batch.ids] == rows[:4]
-    assert all(batch.mask is None and batch.labels == batch.ids for batch in found)
+    built = list(batches(rows, spec))
+    assert [row for batch in built for row in batch.ids] == rows[:4]
+    assert all(batch.mask is None and batch.labels == batch.ids for batch in built)
     assert epoch_size(rows, spec) == EpochSize(rows=5, batches=2, tokens=12, padded=0, skipped=0)
 
 
@@ -203,17 +203,17 @@ def test_packing_loses_only_the_tail(rows: list[list[int]], batch: int, length: 
     tokens = sum(map(len, tagged))
     assume(tokens >= batch * length)
     spec = packed_spec(batch, length, seed)
-    found = list(batches(tagged, spec))
-    assert all(len(block) == length for one in found for block in one.ids)
-    assert all(len(one.ids) == batch and one.mask is None and one.labels == one.ids for one in found)
-    stream = [token for one in found for block in one.ids for token in block]
+    built = list(batches(tagged, spec))
+    assert all(len(block) == length for one in built for block in one.ids)
+    assert all(len(one.ids) == batch and one.mask is None and one.labels == one.ids for one in built)
+    stream = [token for one in built for block in one.ids for token in block]
     assert 0 <= tokens - len(stream) < batch * length
     for earlier, later in pairwise(stream):
         inside = earlier // 1000 == later // 1000
         ended = earlier % 1000 == len(tagged[earlier // 1000 - 1]) - 1
         assert (later == earlier + 1 and not ended) if inside else (ended and later % 1000 == 0)
     assert len(set(stream)) == len(stream)
-    assert epoch_size(tagged, spec) == total(len(rows), found, 0)
+    assert epoch_size(tagged, spec) == total(len(rows), built, 0)
 
 
 def test_packing_shuffles_rows_by_the_seed() -> None:

@@ -108,9 +108,9 @@ def _cached(spec: FinetuneSpec = PACKED) -> tuple[CollatedEpoch, str]:
 def test_an_epoch_is_made_once(folder: Path) -> None:
     """The second call finds the first one's file, the only one in the folder, and gives the same batches."""
     rows = token_rows(TRACE, count=200, length=None, vocab_size=1000, tokenizer=None)
-    (first, made), (second, found) = _cached(), _cached()
-    assert made.startswith("made and stored as")
-    assert found.startswith("found as")
+    (first, first_note), (second, second_note) = _cached(), _cached()
+    assert first_note.startswith("made and stored as")
+    assert second_note.startswith("found as")
     assert [path.suffix for path in folder.iterdir()] == [".batches"]
     for epoch in (first, second):
         _same(epoch, list(batches(rows, PACKED)))

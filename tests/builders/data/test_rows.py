@@ -149,9 +149,9 @@ def test_more_texts_than_there_are_is_refused() -> None:
 
 def test_random_prompts_need_no_mask() -> None:
     """Random prompts have one length, so there is no padding and no mask."""
-    found = prompt_batches(GenerateSpec(batch=2, prompts=3, prompt_length=7), vocab_size=100, tokenizer=None)
-    assert [(len(batch.ids), batch.mask, batch.tokens, batch.padded) for batch in found] == [(2, None, 14, 0)] * 3
-    assert len({tuple(row) for batch in found for row in batch.ids}) == 6
+    built = prompt_batches(GenerateSpec(batch=2, prompts=3, prompt_length=7), vocab_size=100, tokenizer=None)
+    assert [(len(batch.ids), batch.mask, batch.tokens, batch.padded) for batch in built] == [(2, None, 14, 0)] * 3
+    assert len({tuple(row) for batch in built for row in batch.ids}) == 6
 
 
 @given(batch=st.integers(1, 9), prompts=st.integers(1, 9), seed=st.integers(0, 1000))
@@ -160,10 +160,10 @@ def test_prompts_are_padded_on_the_left_and_none_is_lost(batch: int, prompts: in
     data = DataSpec(source="trace", name="gsm8k", seed=seed)
     spec = GenerateSpec(batch=batch, prompts=prompts, prompt_length=None, data=data)
     rows = token_rows(data, count=batch * prompts, length=None, vocab_size=1000, tokenizer=None)
-    found = prompt_batches(spec, vocab_size=1000, tokenizer=None)
-    assert len(found) == prompts
-    seen = []
-    for one in found:
+    built = prompt_batches(spec, vocab_size=1000, tokenizer=None)
+    assert len(built) == prompts
+    unpadded = []
+    for one in built:
         width = len(one.ids[0])
         masks = one.mask or [[1] * width] * batch
         assert [len(row) for row in one.ids] == [len(mask) for mask in masks] == [width] * batch
@@ -173,8 +173,8 @@ def test_prompts_are_padded_on_the_left_and_none_is_lost(batch: int, prompts: in
         for row, mask in zip(one.ids, masks, strict=True):
             assert mask == sorted(mask)
             assert set(row[: width - sum(mask)]) <= {0}
-            seen.append(row[width - sum(mask) :])
-    assert seen == rows
+            unpadded.append(row[width - sum(mask) :])
+    assert unpadded == rows
 
 
 def test_too_few_prompts_are_refused() -> None:
@@ -197,6 +197,6 @@ def test_real_questions_become_prompts() -> None:
     """GSM8K's test file gives batches whose bytes are its questions."""
     data = DataSpec(source="file", name=str(SHARED / "gsm8k" / "test.jsonl"))
     spec = GenerateSpec(batch=1, prompts=3, prompt_length=None, data=data)
-    found = prompt_batches(spec, vocab_size=512, tokenizer=None)
-    decoded = [bytes(token - 3 for token in batch.ids[0][1:]).decode() for batch in found]
+    built = prompt_batches(spec, vocab_size=512, tokenizer=None)
+    decoded = [bytes(token - 3 for token in batch.ids[0][1:]).decode() for batch in built]
     assert decoded == texts(data)[:3]
