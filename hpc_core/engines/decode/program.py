@@ -1,6 +1,6 @@
-"""The graph engine: generation with a static cache, one captured step a token, and no wait for the host between tokens.
+"""The graph engine: generation with a static cache, one captured step per token, and no wait for the host between tokens.
 
-On a machine without CUDA the same step runs eagerly in plain torch. It says so: `captured` is None, `why_eager` is the reason.
+Without CUDA the same step runs eagerly in plain torch; then `captured` is None and `why_eager` is the reason.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from hpc_core.engines.generate import GenerateProgram, prompts_for
 from hpc_core.instruments.program import Mark, unmarked
 
 _IN_FLIGHT = 2
-"""Tokens that may be queued while the host waits for an earlier one: the device is never idle for it."""
+"""Tokens that may be queued while the host waits for an earlier one, so that the device is never idle."""
 
 
 class Int8Head:
-    """The head with int8 rows, in plain torch: for the paths without our own kernels."""
+    """The head with int8 rows in plain torch, for the paths without our own kernels."""
 
     def __init__(self, weight: torch.Tensor):
         self.codes, self.scales = int8_rows(weight)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocabulary) of (batch, hidden)."""
+        """Logits (batch, vocabulary) of hidden states (batch, hidden)."""
         products = hidden @ self.codes.to(hidden.dtype).T
         return (products.float() * self.scales).to(hidden.dtype)
 
 
 class GraphProgram(GenerateProgram):
-    """Answers prompt after prompt as `GenerateProgram` does, by its own step."""
+    """Answers prompt after prompt like `GenerateProgram`, with its own step."""
 
     watched = False
-    """Whether somebody records single allocations: first tokens are then no replays."""
+    """Whether an instrument records single allocations; then first tokens are not replayed."""
 
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
         self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
         super().__init__(built, workload, prompts)
-        # The last token is handed out and never fed back.
+        # The last token is never fed back, so it needs no place in the cache.
         longest = max(len(prompt.ids[0]) for prompt in prompts) + workload.new_tokens - 1
         self.cache = StaticKeyValues(self.decoder, workload.batch, capacity_for(longest, workload.cache_step))
         self._turns = self.decoder.turns(self.cache.capacity)
@@ -63,7 +63,7 @@ class GraphProgram(GenerateProgram):
         self.chosen_blocks: dict[str, str] = {}
         self.first_use_s: dict[str, float] = {}
         self.replays = 0
-        """Steps of the last query, replayed or eager."""
+        """The number of steps in the last query, replayed or eager."""
         self.step_of: Any = self._step(on_gpu)
         prefill = Prefill(self.decoder, self.cache, self._turns, self.step_of.between())
         inputs = [
@@ -100,29 +100,29 @@ class GraphProgram(GenerateProgram):
         return PlainStep(self.decoder, self.cache, self._turns, head, eager=not on_gpu, compiled=kernels == "inductor")
 
     def _prepare(self, on_gpu: bool) -> None:
-        """Choose block sizes and capture the step; what each takes is kept in `first_use_s`."""
+        """Choose block sizes and capture the step; `first_use_s` has the seconds of each."""
         if not on_gpu:
             return
         with torch.no_grad():
-            began = time.perf_counter()
+            start = time.perf_counter()
             self.chosen_blocks = self.step_of.settle()
             torch.cuda.synchronize(self.device)
             tuned = time.perf_counter()
-            # A token and a prefill never run at once: what one leaves behind (`_logits`) is held, and the rest is the other's.
+            # A token and a prefill never run at once, so they share a pool; `_logits`, which the step returns, stays allocated.
             pool: Any = torch.cuda.graph_pool_handle()
             generator = self.chooser.generator
             self.captured = captured(self._decode, self.device, before=self._rewind, generator=generator, pool=pool)
             self.first_tokens.capture(before=self._rewind, pool=pool)
             torch.cuda.synchronize(self.device)
         self.hidden_bytes = max(self.captured.hidden_bytes, self.first_tokens.hidden_bytes)
-        self.first_use_s = {"tune": tuned - began, "capture": time.perf_counter() - tuned}
+        self.first_use_s = {"tune": tuned - start, "capture": time.perf_counter() - tuned}
 
     def _rewind(self) -> None:
         self.cache.begin(1, None)
         self.chooser.begin(0)
 
     def _decode(self) -> None:
-        """One whole token: what is captured."""
+        """Decode one token; this is what is captured."""
         self._logits = self.step_of(self.chooser.tokens)
         self.chooser(self._logits)
         self.cache.filled += 1
@@ -136,10 +136,10 @@ class GraphProgram(GenerateProgram):
         self.replays += 1
 
     def step(self, mark: Mark = unmarked) -> None:
-        """One query: prefill and `new_tokens` tokens, fewer where every row has ended and ends are respected.
+        """Answer one query: prefill and `new_tokens` tokens, or fewer if every row has ended and `eos_every` is set.
 
         Raises:
-            MeasureError: another number of tokens came out.
+            MeasureError: the query gave another number of tokens.
         """
         index = self.steps_done % self.period
         with torch.no_grad():
@@ -147,33 +147,33 @@ class GraphProgram(GenerateProgram):
             self._begin(index)
             arrivals = _Arrivals(self) if self.on_token is not None else None
             mark("decode")
-            made = 1
+            count = 1
             if arrivals is not None:
                 arrivals.launched()
-            while made < self.new_tokens and not self._all_ended(made):
+            while count < self.new_tokens and not self._all_ended(count):
                 self._advance()
-                made += 1
+                count += 1
                 if arrivals is not None:
                     arrivals.launched()
             if arrivals is not None:
                 arrivals.finish()
-            self.output = torch.cat([self.inputs[index]["input_ids"], self.chooser.answers[:, :made]], dim=1)
+            self.output = torch.cat([self.inputs[index]["input_ids"], self.chooser.answers[:, :count]], dim=1)
         self.steps_done += 1
-        if made != self.new_tokens and self.workload.eos_every is None:
-            raise MeasureError(f"The engine gave {made} new tokens, asked for exactly {self.new_tokens}.")
+        if count != self.new_tokens and self.workload.eos_every is None:
+            raise MeasureError(f"The engine gave {count} new tokens, asked for exactly {self.new_tokens}.")
 
     def _begin(self, index: int) -> None:
-        """Prefill, and the first token."""
+        """Run the prefill and choose the first token."""
         self.replays = 0
         self.chooser.begin(index)
         self.first_tokens(index, watched=self.watched)
 
-    def _all_ended(self, made: int) -> bool:
+    def _all_ended(self, count: int) -> bool:
         every = self.workload.eos_every
-        return every is not None and made % every == 0 and bool(self.chooser.ended.all())
+        return every is not None and count % every == 0 and bool(self.chooser.ended.all())
 
     def answer_ids(self) -> list[list[int]]:
-        """The new tokens of the last query; where ends are respected, each row up to its own."""
+        """The new tokens of the last query, each row up to its end token if `eos_every` is set."""
         assert self.output is not None
         width = self.inputs[(self.steps_done - 1) % self.period]["input_ids"].shape[1]
         rows: list[list[int]] = self.output[:, width:].tolist()
@@ -183,24 +183,24 @@ class GraphProgram(GenerateProgram):
         return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
     def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor:
-        """Logits of the first `rows` rows at each place of `given` (batch, tokens), by the engine's own prefill and steps, float32.
+        """The engine's float32 logits for the first `rows` rows of `given` (batch, tokens), as (rows, tokens, vocabulary).
 
-        (rows, tokens, vocabulary): the logits that chose `given[:, 0]`, then those after each given token but the last.
+        They are the prefill's logits, which choose the first token, and those after each token of `given` but the last.
         """
-        found = []
+        logits = []
         with torch.no_grad():
             self._begin(index)
-            found.append(self.first_tokens.logits[:rows].to(torch.float32, copy=True))
+            logits.append(self.first_tokens.logits[:rows].to(torch.float32, copy=True))
             for at in range(given.shape[1] - 1):
                 self.chooser.tokens.copy_(given[:, at])
                 self._advance()
                 assert self._logits is not None
-                found.append(self._logits[:rows].to(torch.float32, copy=True))
-        return torch.stack(found, dim=1)
+                logits.append(self._logits[:rows].to(torch.float32, copy=True))
+        return torch.stack(logits, dim=1)
 
 
 class _Arrivals:
-    """Tells when each token reached the host, while the device goes on with the next one."""
+    """Reports each token when it has reached the host, while the device decodes the next one."""
 
     def __init__(self, program: GraphProgram):
         self._program = program
@@ -210,7 +210,7 @@ class _Arrivals:
         self._host = torch.empty(program.chooser.answers.T.shape, dtype=torch.long, pin_memory=on_gpu)
 
     def launched(self) -> None:
-        """Another token is queued; its copy to the host follows it."""
+        """Queue a copy to the host behind the token that was just launched."""
         self._host[self._count].copy_(self._program.chooser.tokens, non_blocking=True)
         self._count += 1
         event = None
@@ -219,25 +219,25 @@ class _Arrivals:
             event.record()
         self._waiting.append((self._count, event))
         while len(self._waiting) >= _IN_FLIGHT or (event is None and self._waiting):
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         count, event = self._waiting.popleft()
         if event is not None:
             event.synchronize()
         self._program.on_token(count)
 
     def finish(self) -> None:
-        """Wait for the rest."""
+        """Wait for all other tokens."""
         while self._waiting:
-            self._tell()
+            self._report()
 
 
 def _ends_of(model: Any, workload: GenerateSpec) -> tuple[int, ...]:
-    """Ids that end a sequence, by the generation's configuration or the model's.
+    """Ids of end tokens, from the generation configuration or the model's.
 
     Raises:
-        SpecError: they are to be respected and there are none.
+        SpecError: `eos_every` is set and there are none.
     """
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         ends = getattr(holder, "eos_token_id", None)
@@ -249,11 +249,11 @@ def _ends_of(model: Any, workload: GenerateSpec) -> tuple[int, ...]:
 
 
 def graph_program(built: Built, workload: GenerateSpec, *, seed: int = 0) -> GraphProgram:
-    """The engine's program of a generation case: cache made, step captured on a GPU, nothing answered yet.
+    """Return the engine's program for a generation case, with its cache allocated and its step captured on a GPU.
 
     Raises:
-        DataError: the data has fewer prompts than asked for.
-        SpecError: a model that the engine does not know, by name.
-        MissingLibraryError: kernels='triton' without triton.
+        DataError: the data has fewer prompts than requested.
+        SpecError: the engine does not support the model.
+        MissingLibraryError: kernels='triton' needs triton, which is not installed.
     """
     return GraphProgram(built, workload, prompts_for(built, workload), seed)

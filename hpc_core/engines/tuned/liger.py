@@ -1,7 +1,8 @@
-"""Liger's kernels in one live model: RMS norms, rotary positions and SwiGLU, and its linear cross-entropy.
+"""Liger's kernels in one model: RMS norms, rotary positions, SwiGLU, and the linear cross-entropy.
 
-Liger's own patch of an instance (`apply_liger_kernel_to_llama(model=…)`, 0.8) also binds the names of transformers' module anew, and so changes every
-model of the process from then on. Here each module of this model gets a forward of its own, and `forward.restore` takes them off again.
+Liger's own function for one model (`apply_liger_kernel_to_llama(model=…)`, 0.8) also patches transformers' module, and so
+changes every later model of the process. Here each module of this model gets its own forward, which `forward.restore`
+removes again.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def _count(called: dict[str, int], name: str) -> None:
 
 
 class _Norm:
-    """In place of an RMS norm's forward."""
+    """Replaces an RMS norm's forward."""
 
     def __init__(self, module: Any, function: Any, called: dict[str, int]):
         self._module, self._function, self._called = module, function, called
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states: (..., features)."""
+        """Normalize hidden states (..., features)."""
         _count(self._called, _NORM)
         normed: torch.Tensor = self._function.apply(
             hidden_states, self._module.weight, float(self._module.variance_epsilon), 0.0, "llama", True
@@ -40,24 +41,24 @@ class _Norm:
 
 
 class _Gated:
-    """In place of an MLP's forward."""
+    """Replaces an MLP's forward."""
 
     def __init__(self, module: Any, function: Any, called: dict[str, int]):
         self._module, self._function, self._called = module, function, called
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: (batch, length, features)."""
+        """Run the MLP on x (batch, length, features)."""
         _count(self._called, _SWIGLU)
         module = self._module
-        inner: torch.Tensor = module.down_proj(self._function.apply(module.gate_proj(x), module.up_proj(x)))
-        return inner
+        output: torch.Tensor = module.down_proj(self._function.apply(module.gate_proj(x), module.up_proj(x)))
+        return output
 
 
 def refuse_without_gpu(device: torch.device, switch: str) -> None:
-    """Liger's kernels are Triton's.
+    """Check that Liger's kernels, which Triton compiles, can run on the device.
 
     Raises:
-        BuildError: the device is no CUDA GPU.
+        BuildError: the device is not a CUDA GPU.
     """
     if device.type != "cuda":
         raise BuildError(
@@ -66,10 +67,10 @@ def refuse_without_gpu(device: torch.device, switch: str) -> None:
 
 
 def fuse_by_liger(causal: Any, called: dict[str, int]) -> None:
-    """Give norms, MLPs and attentions of this model forwards with Liger's kernels, counted in `called`; everything else stays.
+    """Replace the forwards of the model's norms, MLPs and attentions by ones with Liger's kernels, counted in `called`.
 
     Raises:
-        BuildError: the model's layers are not built as Llama's, or it is not on a GPU.
+        BuildError: the model's layers are not built like Llama's, or it is not on a GPU.
         MissingLibraryError: liger-kernel is not installed.
     """
     refuse_without_gpu(next(causal.parameters()).device, "fusion='liger'")
@@ -95,65 +96,68 @@ def _known(module: Any, kind: str) -> Any:
 
 
 def _rotating(module: Any, function: Any, called: dict[str, int]) -> MethodType:
-    """The attention's own forward with one of its names, the rotation, bound to Liger's: a function of its own, the module's stays."""
-    own = inspect.unwrap(type(module).forward)
-    if not isinstance(own, FunctionType) or _ROTATE not in own.__code__.co_names:
+    """A copy of the attention's forward in which the name of the rotation is bound to Liger's; the class is not changed."""
+    original = inspect.unwrap(type(module).forward)
+    if not isinstance(original, FunctionType) or _ROTATE not in original.__code__.co_names:
         raise BuildError(
             f"{type(module).__name__}.forward calls no {_ROTATE}: Liger cannot take its place, say fusion='off'."
         )
 
     def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, **_: Any) -> Any:
-        """q and k: (batch, heads, length, width), views of (batch, length, heads, width), which Liger changes in place."""
+        """Rotate q and k (batch, heads, length, width), views of (batch, length, heads, width), in place."""
         _count(called, _ROPE)
         return function.apply(q, k, cos, sin)
 
-    names = {**own.__globals__, _ROTATE: rotate}
-    bound = FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
-    bound.__kwdefaults__ = own.__kwdefaults__
-    return MethodType(bound, module)
+    names = {**original.__globals__, _ROTATE: rotate}
+    copy = FunctionType(original.__code__, names, original.__name__, original.__defaults__, original.__closure__)
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return MethodType(copy, module)
 
 
 def seen_of_liger(decoder: Any, called: dict[str, int]) -> str | None:
-    """The word "liger" where every module of the live decoder has Liger's kernels and each kind was called; a count where some have; None where none."""
+    """Return "liger" if all modules of the decoder have Liger's kernels and each kind was called.
+
+    If only some modules have them, return how many; if none has, return None.
+    """
     layers = list(decoder.layers)
     norms = [
         decoder.norm,
         *(norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)),
     ]
-    have = [isinstance(vars(norm).get("forward"), _Norm) for norm in norms]
-    have += [isinstance(vars(layer.mlp).get("forward"), _Gated) for layer in layers]
-    have += [_is_rotating(vars(layer.self_attn).get("forward")) for layer in layers]
-    if not any(have):
+    replaced = [isinstance(vars(norm).get("forward"), _Norm) for norm in norms]
+    replaced += [isinstance(vars(layer.mlp).get("forward"), _Gated) for layer in layers]
+    replaced += [_is_rotating(vars(layer.self_attn).get("forward")) for layer in layers]
+    if not any(replaced):
         return None
     uncalled = [name for name in (_NORM, _ROPE, _SWIGLU) if not called.get(name)]
-    if all(have) and not uncalled:
+    if all(replaced) and not uncalled:
         return "liger"
-    return f"{sum(have)} of {len(have)} modules by Liger" + (
+    return f"{sum(replaced)} of {len(replaced)} modules by Liger" + (
         f", {', '.join(uncalled)} never called" if uncalled else ""
     )
 
 
 def _is_rotating(forward: Any) -> bool:
-    named = getattr(getattr(forward, "__func__", None), "__globals__", {})
-    return getattr(named.get(_ROTATE), "__module__", "") == __name__
+    names = getattr(getattr(forward, "__func__", None), "__globals__", {})
+    return getattr(names.get(_ROTATE), "__module__", "") == __name__
 
 
 def chunk_rows(rows: int, vocabulary: int, features: int, constant: int) -> int:
-    """Rows that Liger's loss takes at a time under this `chunk_mem_const` (`ops/fused_linear_cross_entropy.py`, 0.8)."""
-    shares = -(-vocabulary // (constant * features))
-    wanted = -(-rows // shares)
-    return min(rows, 1 << (wanted - 1).bit_length())
+    """Rows in a chunk of Liger's loss with this `chunk_mem_const` (`ops/fused_linear_cross_entropy.py`, 0.8)."""
+    chunks = -(-vocabulary // (constant * features))
+    rows_per_chunk = -(-rows // chunks)
+    return min(rows, 1 << (rows_per_chunk - 1).bit_length())
 
 
 def memory_constant(rows: int, vocabulary: int, features: int, least: int) -> int:
     """The smallest `chunk_mem_const` whose chunks have at least `least` rows, or all rows.
 
-    Liger's own, 1, gives 64 rows for 2048 tokens and a vocabulary of 128 thousand, and reads the head 32 times over; 512 rows, as the
-    constants 6 to 8 give, hide that behind the products.
+    Liger's default, 1, gives 64 rows for 2048 tokens and a vocabulary of 128 thousand, so it reads the head 32 times. With
+    512 rows, which the constants 6 to 8 give, the products hide the time to read it.
     """
-    enough = min(least, rows)
+    required = min(least, rows)
     constant = 1
-    while chunk_rows(rows, vocabulary, features, constant) < enough:
+    while chunk_rows(rows, vocabulary, features, constant) < required:
         constant += 1
     return constant
 
@@ -163,8 +167,8 @@ def liger_cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy over the labels that are not -100, a float32 scalar, by Liger's fused linear cross-entropy.
 
-    hidden: (batch, length, features); head: (vocabulary, features); labels: (batch, length), as given to the model, not moved. It waits
-    for the device (Liger counts the labels with `.item()`), so it cannot be captured.
+    hidden: (batch, length, features); head: (vocabulary, features); labels: (batch, length), as given to the model, not
+    shifted. It waits for the device, because Liger counts labels with `.item()`, so it cannot be captured.
 
     Raises:
         MissingLibraryError: liger-kernel is not installed.

@@ -1,7 +1,8 @@
-"""What lies between the matrix products of a decoder layer and of the loss, norms, gates, rotations, softmax; and AdamW. Functions of tensors alone.
+"""The operations between matrix products of a decoder layer and of the loss (norms, gates, rotations, softmax), and AdamW.
 
-On a GPU each is one kernel, or two, made by torch.compile: called inside autograd functions, where no gradient is recorded, so that nothing
-is guarded but shapes. Elsewhere they run as plain torch. Arithmetic is float32 inside, as in the libraries; in float64 it stays float64.
+Each is a function of tensors alone. On a GPU torch.compile makes one or two kernels of it. It is called inside autograd
+functions, where no gradient is recorded, so only shapes are guarded. Elsewhere it runs as plain torch. Arithmetic is in
+float32, as in the libraries, or in float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm over the last dimension, and 1 / root mean square as (..., 1). Rounds as transformers' LlamaRMSNorm does."""
+    """The RMS norm over the last dimension, rounded like LlamaRMSNorm, and 1 / root mean square as (..., 1)."""
     wide = _wide(x)
     scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * (wide * scale).to(x.dtype), scale
@@ -37,18 +38,18 @@ def add_and_norm(
 
 
 def norm_again(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The norm by the scale that its forward found."""
+    """The norm, from the scale that its forward computed."""
     return weight * (_wide(x) * scale).to(x.dtype)
 
 
 def norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None
 ) -> torch.Tensor:
-    """Gradient of the norm's input, with `residual`, the gradient that comes to it by the residual path, added."""
+    """Gradient of the norm's input, plus `residual`, the gradient from the residual path."""
     unit = _wide(x) * scale
     inner = _wide(gradient) * _wide(weight)
-    found = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
-    return (found if residual is None else found + _wide(residual)).to(x.dtype)
+    d_input = scale * (inner - unit * (inner * unit).mean(-1, keepdim=True))
+    return (d_input if residual is None else d_input + _wide(residual)).to(x.dtype)
 
 
 def norm_weight_gradient(gradient: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -62,21 +63,25 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Gradient of up; the gate's is put in the place of `gradient`, which nobody needs any more. It is the backward's highest point."""
-    wide, arrived = _wide(gate), _wide(gradient)
-    share = torch.sigmoid(wide)
-    slope = share * (1 + wide * (1 - share))
-    d_up = (arrived * wide * share).to(up.dtype)
-    gradient.copy_(arrived * _wide(up) * slope)
+    """Return the gradient of `up` and overwrite `gradient`, which is not needed again, with that of `gate`.
+
+    Memory is at the backward's peak here.
+    """
+    wide_gate, wide_gradient = _wide(gate), _wide(gradient)
+    sigmoid = torch.sigmoid(wide_gate)
+    slope = sigmoid * (1 + wide_gate * (1 - sigmoid))
+    d_up = (wide_gradient * wide_gate * sigmoid).to(up.dtype)
+    gradient.copy_(wide_gradient * _wide(up) * slope)
     return d_up
 
 
 def rotate(
     queries: torch.Tensor, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions, halves as in transformers. Queries and keys (batch, length, heads, width), cos and sin (length, 1, width).
+    """Apply rotary positions by halves, as in transformers.
 
-    The backward is the same with -sin: a rotation's transpose turns back.
+    Queries and keys are (batch, length, heads, width), cos and sin (length, 1, width). The backward is the same with -sin,
+    because a rotation's transpose is its inverse.
     """
     return _turn(queries, cos, sin), _turn(keys, cos, sin)
 
@@ -84,9 +89,10 @@ def rotate(
 def rotate_and_split(
     joined: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int, keys: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries, keys and values of their own, rotated but for the values, from (rows, all heads times width), side by side.
+    """Split (rows, all heads times width) into queries, keys and values, and rotate queries and keys.
 
-    Each (batch, length, heads, width); the first `queries` heads and the `keys` behind them are so named, the rest are values.
+    Each result is a copy of (batch, length, heads, width). The first `queries` heads are queries, the next `keys` heads
+    are keys, and the rest are values.
     """
     length, _, width = cos.shape
     heads = joined.view(-1, length, joined.shape[1] // width, width)
@@ -97,7 +103,10 @@ def rotate_and_split(
 def rotate_and_join(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Queries and keys rotated, values as they are, side by side as (rows, all heads times width). With -sin the way back of `rotate_and_split`."""
+    """Rotate queries and keys, and join them with the values into (rows, all heads times width).
+
+    With -sin it is the inverse of `rotate_and_split`.
+    """
     joined = torch.cat((_turn(queries, cos, sin), _turn(keys, cos, sin), values), dim=2)
     return joined.view(-1, joined.shape[2] * joined.shape[3])
 
@@ -108,7 +117,7 @@ def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor
 
 
 def row_losses(logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of the cross-entropies of the kept rows, and each row's logsumexp as (rows, 1); logits (rows, vocabulary)."""
+    """The sum of cross-entropies over the `kept` rows of logits (rows, vocabulary), and each row's logsumexp (rows, 1)."""
     wide = _wide(logits)
     whole = torch.logsumexp(wide, dim=-1, keepdim=True)
     chosen = wide.gather(1, targets.unsqueeze(1))
@@ -118,11 +127,14 @@ def row_losses(logits: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor) 
 def logits_into_gradient(
     logits: torch.Tensor, whole: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor
 ) -> None:
-    """Put (softmax - one-hot) times each row's weight (rows,) in the logits' place: a chunk of them is 131 MB, and needed once."""
-    likely = torch.exp(_wide(logits) - whole)
+    """Overwrite the logits with (softmax - one-hot) times each row's weight (rows,).
+
+    A chunk of logits has 131 MB and is not needed again.
+    """
+    probabilities = torch.exp(_wide(logits) - whole)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    hot = (columns == targets.unsqueeze(1)).to(likely.dtype)
-    logits.copy_((likely - hot) * weight.unsqueeze(1))
+    one_hot = (columns == targets.unsqueeze(1)).to(probabilities.dtype)
+    logits.copy_((probabilities - one_hot) * weight.unsqueeze(1))
 
 
 def adamw(
@@ -137,17 +149,18 @@ def adamw(
     beta2: float,
     eps: float,
 ) -> None:
-    """One step of AdamW in place, as torch's fused kernel takes it; all (elements,), but `steps`, a scalar: those taken before.
+    """Take one step of AdamW in place, like torch's fused kernel. All tensors are (elements,) but `steps`, the steps before.
 
-    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2. Moments are used before they are rounded to their dtype.
+    Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2. Moments are used before they are
+    rounded to their dtype.
     """
-    wide, arrived, count = _wide(parameter), _wide(gradient), steps + 1
-    moved = beta1 * _wide(average) + (1 - beta1) * arrived
-    spread = beta2 * _wide(square) + (1 - beta2) * arrived * arrived
-    unbiased = torch.sqrt(spread) / torch.sqrt(1 - beta2**count) + eps
-    parameter.copy_(wide * (1 - rate * decay) - rate / (1 - beta1**count) * moved / unbiased)
-    average.copy_(moved)
-    square.copy_(spread)
+    wide_parameter, wide_gradient, count = _wide(parameter), _wide(gradient), steps + 1
+    first_moment = beta1 * _wide(average) + (1 - beta1) * wide_gradient
+    second_moment = beta2 * _wide(square) + (1 - beta2) * wide_gradient * wide_gradient
+    denominator = torch.sqrt(second_moment) / torch.sqrt(1 - beta2**count) + eps
+    parameter.copy_(wide_parameter * (1 - rate * decay) - rate / (1 - beta1**count) * first_moment / denominator)
+    average.copy_(first_moment)
+    square.copy_(second_moment)
 
 
 _BODIES: dict[str, Body] = {
@@ -168,7 +181,7 @@ _BODIES: dict[str, Body] = {
 
 
 class Pointwise:
-    """The functions above by name, compiled or plain. `called` counts those that ran, so that an audit can tell which did."""
+    """The functions above by name, compiled or plain. `called` counts the calls of each, for the audit."""
 
     def __init__(self, *, compiled: bool):
         self.compiled = compiled
@@ -181,9 +194,9 @@ class Pointwise:
         }
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Run one. Tensors are detached: a kernel needs no graph, and whether a tensor wants one would be guarded.
+        """Run one function. Tensors are detached, because otherwise torch.compile guards on `requires_grad`.
 
-        While a dispatch mode counts operators it runs as plain torch: torch.compile refuses to run there.
+        Under a dispatch mode, which counts operators and in which torch.compile does not run, it runs as plain torch.
         """
         self.called[name] += 1
         run = _BODIES[name] if is_in_torch_dispatch_mode() else self._run[name]
@@ -194,7 +207,7 @@ class Pointwise:
 def sum_and_norm(
     run: Pointwise, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x + delta, or x itself where there is no delta; its RMS norm; the norm's scale."""
+    """The sum x + delta, or x without a delta; its RMS norm; and the norm's scale."""
     if delta is None:
         return (x, *run("norm", x, weight, eps))
     total, inner, scale = run("add_and_norm", x, delta, weight, eps)

@@ -1,6 +1,7 @@
-"""The tuned training program: a `FinetuneProgram` whose step is made by the switches of the case.
+"""The tuned training program: a `FinetuneProgram` whose step follows the switches of the case.
 
-Where a switch cannot be had, the step runs without it and `fallen` says why, by the switch's name; the audit makes that a mismatch.
+If a switch is not possible, the step runs without it and `fallen` gives the reason by the switch's name, which the audit
+reports as a mismatch.
 """
 
 from __future__ import annotations
@@ -26,26 +27,29 @@ from hpc_core.engines.tuned.pointwise import Pointwise
 from hpc_core.instruments.program import Mark, unmarked
 
 _WARM_STEPS = 4
-"""Real steps before the capture: the first compiles and makes the optimizer's state, the second shows the peak that a budget is held against,
-the third is the first by the corrected plan, and in the fourth nothing may compile."""
+"""Real steps before the capture.
+
+The first compiles and creates the optimizer's state, the second shows the peak that is compared with the budget, the
+third follows the corrected plan, and in the fourth nothing may compile.
+"""
 _PEAK_STEP = 2
 
 
 class TunedProgram(FinetuneProgram):
-    """Trains as its workload's switches say. The first steps are real ones too, so losses are those of the stock program, step by step."""
+    """Trains with the workload's switches. Warm-up steps train too, so the losses are the stock program's, step by step."""
 
     workload: FinetuneSpec
     forward: TunedForward
     captured: CapturedWork | None = None
     plan: Plan | None = None
     miscounted_bytes = 0
-    """By how much the plan's expected peak was off, once a step on a GPU has shown it."""
+    """The error of the plan's expected peak, known after a step on a GPU."""
 
     def prepare(self, workload: FinetuneSpec) -> None:
-        """Put the tuned forward into the model.
+        """Install the tuned forward in the model.
 
         Raises:
-            BuildError: the model is not built as the switches need, or the budget is too small.
+            BuildError: the switches do not support the model, or the budget is too small.
         """
         self.workload = workload
         self.fallen: dict[str, str] = {}
@@ -73,20 +77,20 @@ class TunedProgram(FinetuneProgram):
         self.first_steps = _WARM_STEPS + 1 if self._stream is not None else _PEAK_STEP
 
     def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
-        """A step on this batch: replayed once it is captured, else operator by operator."""
+        """Train on this batch: replay the captured step, or run it operator by operator."""
         if self._watched or self._stream is None or "graph" in self.fallen or self._taken < _WARM_STEPS - 1:
-            self._plainly(batch, mark)
+            self._run_uncaptured(batch, mark)
         elif self._taken == _WARM_STEPS - 1:
             self._rehearse(batch, mark)
         else:
             self._replay(batch, mark)
         self._taken += 1
         if self.plan is not None and batch.ids.is_cuda:
-            self._hold_against_peak()
+            self._correct_plan()
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """In the block every step runs operator by operator: the same code, which can be watched."""
+        """In the block every step runs operator by operator, so that instruments can watch it."""
         before, self._watched = self._watched, True
         try:
             with super().uncaptured():
@@ -95,42 +99,42 @@ class TunedProgram(FinetuneProgram):
             self._watched = before
 
     def release(self) -> None:
-        """Let go of the graph and its memory too."""
+        """Release the graph and its memory too."""
         super().release()
         if self.captured is not None:
             self.fallen["graph"] = "off: it was released"
         self.captured = self._static = None
 
-    def _plainly(self, batch: DeviceBatch, mark: Mark) -> None:
+    def _run_uncaptured(self, batch: DeviceBatch, mark: Mark) -> None:
         if self._stream is None:
             with eager_where_counted(compiled=self.workload.compile == "layers"):
                 super().train_on(batch, mark)
             return
-        # Where it is captured later: gradients are accumulated on the stream that they were first made on.
+        # Run on the stream of the later capture: gradients are accumulated on the stream on which they were first made.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), eager_where_counted(compiled=self.workload.compile == "layers"):
             super().train_on(batch, mark)
         current.wait_stream(self._stream)
 
-    def _hold_against_peak(self) -> None:
-        """Correct the plan once, by the peak of the second step."""
+    def _correct_plan(self) -> None:
+        """Correct the plan once, with the peak of the second step."""
         if self._taken == _PEAK_STEP - 1:
             torch.cuda.reset_peak_memory_stats()
         elif self._taken == _PEAK_STEP and self.workload.budget_bytes is not None:
             self.plan = fit(self, self.workload.budget_bytes, expected=self.plan)
 
     def _rehearse(self, batch: DeviceBatch, mark: Mark) -> None:
-        """The last step before the capture. Nothing may compile in it; if something would, there is no graph, and the step is taken again."""
+        """Run the last step before the capture. If something compiles in it, there is no graph, and the step runs again."""
         try:
             with settled(compiled=self._compiles()):
-                self._plainly(batch, mark)
+                self._run_uncaptured(batch, mark)
         except RuntimeError as error:
             if not self._compiles() or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.fallen["graph"] = f"off: compiling has not settled after {_WARM_STEPS - 1} steps: {error}"
             self.optimizer.zero_grad(set_to_none=True)
-            self._plainly(batch, mark)
+            self._run_uncaptured(batch, mark)
 
     def _compiles(self) -> bool:
         return self.workload.compile == "layers" or self.run.compiled
@@ -139,18 +143,18 @@ class TunedProgram(FinetuneProgram):
         if self.captured is None:
             self._capture(batch)
         if self.captured is None or self._static is None:
-            self._plainly(batch, mark)
+            self._run_uncaptured(batch, mark)
             return
         mark("forward")
         self._static.ids.copy_(batch.ids)
         self._static.labels.copy_(batch.labels)
         self.captured.replay()
-        for phase in self.phases[1:]:  # on the host they are one moment
+        for phase in self.phases[1:]:  # the host cannot tell the phases of a replay apart
             mark(phase)
         self.loss = self._static_loss
 
     def _capture(self, batch: DeviceBatch) -> None:
-        """Capture the step; once more with a tighter plan where the graph's pool takes more than the budget leaves."""
+        """Capture the step, and capture it again with a tighter plan if the graph's pool exceeds the budget."""
         self._capture_once(batch)
         budget = self.workload.budget_bytes
         if self.captured is None or budget is None or self.plan is None:
@@ -178,7 +182,7 @@ class TunedProgram(FinetuneProgram):
             self._static = None
             self.optimizer.zero_grad(set_to_none=True)
             return
-        # Written by every replay, and never freed: its memory is the graph's own.
+        # Every replay writes it, and it is never freed, because its memory belongs to the graph.
         self._static_loss = self.loss
 
 
@@ -186,7 +190,8 @@ def training_program(built: Built, case: Case, workload: FinetuneSpec) -> Finetu
     """Return the program of a fine-tuning case by its engine, stock or tuned.
 
     Raises:
-        DataError, BuildError, MissingLibraryError: as `engines.finetune.finetune_program`; or the switches do not fit the model or the budget.
+        DataError, BuildError, MissingLibraryError: as in `engines.finetune.finetune_program`, or the switches do not support
+            the model or the budget.
     """
     if workload.engine == "stock":
         return finetune_program(built, case, workload)
