@@ -13,10 +13,14 @@ Run = Callable[..., pytest.RunResult]
 
 
 def scripted_project(
-    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, files: Mapping[str, str] | None = None
+    pytester: pytest.Pytester,
+    monkeypatch: pytest.MonkeyPatch,
+    files: Mapping[str, str] | None = None,
+    *,
+    launcher: type[ScriptedLauncher] = ScriptedLauncher,
 ) -> Run:
     """Make the project, with these files in its bench/, and return a function that runs pytest in it."""
-    monkeypatch.setattr(runner, "Launcher", ScriptedLauncher)
+    monkeypatch.setattr(runner, "Launcher", launcher)
     pytester.makepyprojecttoml("""
         [tool.pytest.ini_options]
         addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
@@ -26,7 +30,4 @@ def scripted_project(
     for name, text in (files or {}).items():
         (folder / name).write_text(text)
 
-    def ran(*arguments: str) -> pytest.RunResult:
-        return pytester.runpytest_inprocess(*arguments)
-
-    return ran
+    return pytester.runpytest_inprocess

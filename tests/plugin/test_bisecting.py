@@ -39,7 +39,7 @@ addopts = ["--perf-launch=exec", "-p", "no:cacheprovider"]
     ],
 )
 def test_only_a_worse_number_makes_a_commit_bad(exit_status: int, blames: list[str], code: int) -> None:
-    """Any other failure, errors of collection included, skips the commit."""
+    """Any other failure, an error of collection too, skips the commit."""
     assert bisect_exit_code(exit_status, blames) is ExitCode(code)  # type: ignore[arg-type]
 
 
@@ -56,12 +56,12 @@ def test_what_cannot_be_judged_is_skipped(pytester: pytest.Pytester, monkeypatch
 
 @pytest.mark.nightly
 def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
-    """The command printed below a red case finds the commit. It skips one whose step and one whose conftest.py cannot be imported."""
+    """The command printed below a red case finds the commit, and skips commits that cannot be imported."""
     root = tmp_path / "repo"
     repository(root, 64)
     (root / "pyproject.toml").write_text(PYPROJECT)
     good = commit(root, "number 1", STEP.format(kib=65))
-    updated = ran(root, f"{sys.executable} -m pytest --benchmark --perf-update --reason first")
+    updated = run_shell(root, f"{sys.executable} -m pytest --benchmark --perf-update --reason first")
     assert updated.returncode == 0, updated.stdout
     commit(root, "the baseline", STEP.format(kib=65))
     commit(root, "does not import", "raise RuntimeError('this commit does not even import')\n")
@@ -70,19 +70,19 @@ def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
     (root / "conftest.py").unlink()
     commit(root, "drift", STEP.format(kib=64))
     bad = commit(root, "bigger", STEP.format(kib=8192))
-    red = ran(root, f"{sys.executable} -m pytest --benchmark")
+    red = run_shell(root, f"{sys.executable} -m pytest --benchmark")
     assert red.returncode == 1, red.stdout
-    found = re.search(
+    printed = re.search(
         r"Find the commit: (git bisect start HEAD (\w+) && git bisect run pytest .*--perf-bisect)", red.stdout
     )
-    assert found is not None, red.stdout
-    assert good.startswith(found[2])
-    searched = ran(root, found[1].replace("run pytest", f"run {sys.executable} -m pytest"))
+    assert printed is not None, red.stdout
+    assert good.startswith(printed[2])
+    searched = run_shell(root, printed[1].replace("run pytest", f"run {sys.executable} -m pytest"))
     assert f"{bad} is the first bad commit" in searched.stdout, searched.stdout + searched.stderr
     git(root, "bisect", "reset")
 
 
-def ran(root: Path, command: str) -> subprocess.CompletedProcess[str]:
+def run_shell(root: Path, command: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": ""}
     return subprocess.run(

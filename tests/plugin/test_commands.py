@@ -36,8 +36,8 @@ def test_crash(perf):
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a suite with a case that got worse, one that improved, one with a new metric, one without a baseline, and a crash."""
-    ran = scripted_project(pytester, monkeypatch, {"test_own.py": SUITE})
-    ran("--benchmark", "--perf-update", "--reason=first", "--perf-baselines=accepted")
+    run_pytest = scripted_project(pytester, monkeypatch, {"test_own.py": SUITE})
+    run_pytest("--benchmark", "--perf-update", "--reason=first", "--perf-baselines=accepted")
     root = pytester.path / "accepted"
     for name, factor in (("more", 0.5), ("less", 2), ("extended", 1)):
         history = root / "cpu" / "test_own" / f"test_{name}.history.jsonl"
@@ -50,7 +50,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
         accept(root, msgspec.structs.replace(record, metrics=metrics), reason="doctored")
     for path in root.rglob("test_new.*"):
         path.unlink()
-    return ran
+    return run_pytest
 
 
 def printed(result: pytest.RunResult) -> list[str]:

@@ -1,4 +1,4 @@
-"""hpc-core is installed beside suites of strangers: what they define is theirs, and their tests run as without us."""
+"""hpc-core next to other suites: their fixtures and options are theirs, and their tests run as without hpc-core."""
 
 from __future__ import annotations
 
@@ -53,22 +53,22 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_strangers_fixture_called_perf_is_theirs(pytester: pytest.Pytester, run: Run) -> None:
-    """Fixtures and parameters that are called like ours run as without us, with --benchmark too."""
+    """A stranger's fixtures and parameters called `perf` run as without hpc-core, even with --benchmark."""
     pytester.makepyfile(test_stranger=STRANGER)
     run().assert_outcomes(passed=4)
     run("--benchmark", ".").assert_outcomes(passed=4)
 
 
 def test_a_fixture_that_extends_ours_is_ours(pytester: pytest.Pytester, run: Run) -> None:
-    """A fixture `perf` that asks for `perf` gets ours, and its tests are cases."""
+    """A fixture `perf` that requests `perf` extends ours, and its tests are cases."""
     pytester.makepyfile(test_extending=OURS)
     run().assert_outcomes(skipped=1)
     result = run("--benchmark", ".")
     result.stdout.fnmatch_lines(["test_extending/test_extended *NO_BASELINE*"])
 
 
-def test_a_fixture_asked_for_at_run_time(pytester: pytest.Pytester, run: Run) -> None:
-    """`getfixturevalue("perf")` skips without --benchmark. With it, one line says how to write it."""
+def test_a_fixture_requested_at_run_time(pytester: pytest.Pytester, run: Run) -> None:
+    """`getfixturevalue("perf")` skips without --benchmark; with it, one line says how to write the test."""
     pytester.makepyfile(test_late="def test_late(request):\n    request.getfixturevalue('perf')('scripted:step')\n")
     run().assert_outcomes(skipped=1)
     result = run("--benchmark", ".")
@@ -90,7 +90,7 @@ def benchmark():
 
 
 def test_another_plugins_benchmark_gets_nothing(pytester: pytest.Pytester, run: Run) -> None:
-    """pytest-codspeed puts its own `benchmark` in the place of pytest-benchmark's; a case is judged as ever."""
+    """A case is judged as usual where pytest-codspeed replaces pytest-benchmark's `benchmark`."""
     pytester.makepyfile(conftest=CODSPEED, test_case="def test_case(perf):\n    perf('scripted:step')\n")
     run("--benchmark", "--perf-update", "--reason=first", ".").assert_outcomes(passed=1)
     assert run("--benchmark", "--perf-strict", ".").ret == 0
@@ -109,7 +109,7 @@ def test_theirs(request):
 
 
 def test_a_strangers_options_are_theirs(pytester: pytest.Pytester, run: Run) -> None:
-    """A conftest.py defines all our short names, as an initial one and as one that is read late; --perf-* are ours there."""
+    """Options that a conftest.py defines are its own; only --perf-* are ours there."""
     pytester.makepyfile(test_reads=READS)
     initial = pytester.makeconftest(OPTIONS)
     run("--benchmark", "--case=3", "test_reads.py").assert_outcomes(passed=1)
@@ -125,7 +125,7 @@ def test_a_strangers_options_are_theirs(pytester: pytest.Pytester, run: Run) -> 
 
 
 def test_a_plugins_options_are_theirs(pytester: pytest.Pytester, run: Run) -> None:
-    """The same for a plugin, whether pytest loads it before ours or after."""
+    """Options that another plugin defines are its own, in whichever order pytest loads the two."""
     pytester.makepyfile(test_reads=READS, stranger=OPTIONS)
     pytester.syspathinsert()
     run("-p", "stranger", "--benchmark", "--case", "3", "test_reads.py").assert_outcomes(passed=1)

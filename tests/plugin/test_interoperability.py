@@ -1,6 +1,6 @@
-"""What other tools read from `--benchmark-json`: pytest-benchmark's own `compare`, github-action-benchmark and Bencher.
+"""Other tools read `--benchmark-json`: pytest-benchmark's own `compare`, github-action-benchmark and Bencher.
 
-Each reader here takes the fields that the tool's public source takes, by the same names, and fails where that would fail.
+Each reader here takes the fields that the tool's public source takes, by the same names, and fails where the tool would fail.
 """
 
 from __future__ import annotations
@@ -70,15 +70,15 @@ def _as_bencher(text: str, average: str) -> dict[str, tuple[float, float, float]
     assert isinstance(content["machine_info"], dict)
     assert isinstance(content["commit_info"], dict)
     spread = {"median": "iqr", "mean": "stddev"}[average]
-    found = {}
+    statistics_of = {}
     for bench in content["benchmarks"]:
-        value, around = (1e9 * float(bench["stats"][name]) for name in (average, spread))
-        found[bench["fullname"]] = (value - around, value, value + around)
-    return found
+        value, spread_ns = (1e9 * float(bench["stats"][name]) for name in (average, spread))
+        statistics_of[bench["fullname"]] = (value - spread_ns, value, value + spread_ns)
+    return statistics_of
 
 
 def test_github_action_benchmark_reads_our_samples(report: Path) -> None:
-    """Its value is one divided by the mean of our samples; spread and rounds are those of the samples."""
+    """Its value is one divided by the mean of our samples, with their spread and rounds."""
     read = _as_github_action_benchmark(report.read_text())
     assert [each["name"] for each in read] == NAMES
     mean = statistics.fmean(SAMPLES)
@@ -89,7 +89,7 @@ def test_github_action_benchmark_reads_our_samples(report: Path) -> None:
 
 
 def test_bencher_reads_our_samples(report: Path) -> None:
-    """Median with interquartile range, or mean with standard deviation, in nanoseconds."""
+    """It takes the median with the interquartile range, or the mean with the standard deviation, in nanoseconds."""
     spread = 1e9 * statistics.stdev(SAMPLES)
     by_mean, by_median = (_as_bencher(report.read_text(), average) for average in ("mean", "median"))
     assert list(by_mean) == list(by_median) == NAMES
@@ -101,7 +101,7 @@ def test_bencher_reads_our_samples(report: Path) -> None:
 
 
 def test_our_own_report_reads_it(report: Path) -> None:
-    """`hpc-core report` needs only this file: it holds each complete record."""
+    """`hpc-core report` needs only this file, which has each complete record."""
     records = read_records([report]).records
     assert sorted(record.case.id for record in records) == sorted(
         each["extra_info"]["record"]["case"] for each in _benchmarks(report)
@@ -114,12 +114,12 @@ def test_our_own_report_reads_it(report: Path) -> None:
 
 
 def _benchmarks(report: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(report.read_text())["benchmarks"]
-    return found
+    entries: list[dict[str, Any]] = json.loads(report.read_text())["benchmarks"]
+    return entries
 
 
 def test_compare_reads_two_runs(pytester: pytest.Pytester, run: Run, report: Path) -> None:
-    """`pytest-benchmark compare` puts two runs side by side: each case twice, with the statistics of our samples."""
+    """`pytest-benchmark compare` shows each case of two runs, with the statistics of our samples."""
     assert run("--benchmark", "--benchmark-json=two.json").ret == 0
     files = [report.name, "two.json"]
     command = [sys.executable, "-m", "pytest_benchmark", "compare", *files, "--group-by=fullname", "--csv=out.csv"]

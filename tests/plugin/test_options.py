@@ -1,4 +1,4 @@
-"""Options of the plugin. Nonsense is refused in one line with exit code 4. No case runs here."""
+"""Options of the plugin: nonsense is refused in one line with exit code 4. No case runs here."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_cases_do_not_run_in_parallel(refused: Refused) -> None:
 
 
 def test_pytest_benchmark_must_be_there(refused: Refused) -> None:
-    """The suite does not run without pytest-benchmark, whose table it fills."""
+    """The suite is refused without pytest-benchmark, whose table it fills."""
     assert "drop -p no:benchmark" in refused("-p", "no:benchmark")
 
 

@@ -34,7 +34,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 
 
 def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pytester) -> None:
-    """Logits that stay alive are red, with the operator that made them; a case without a baseline is skipped with the reason."""
+    """Memory that stays alive fails, with the operator that allocated it; a case without a baseline is skipped."""
     suite(pytester)
     accepted = run(pytester, "--perf-predict=short", "--perf-update", "--perf-dirty", "--reason=first")
     accepted.stdout.fnmatch_lines(["*predictions: short*", "created baselines/predicted/tiny/lora.json*"])
@@ -53,7 +53,7 @@ def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pyt
 
 
 @pytest.mark.nightly
-def test_a_second_prediction_is_green(pytester: pytest.Pytester) -> None:
+def test_a_second_prediction_passes(pytester: pytest.Pytester) -> None:
     """The same case is predicted again in another process and passes under strict. By day, bench/test_predicted.py shows this."""
     suite(pytester)
     run(pytester, "--perf-predict=short", "--perf-update", "--perf-dirty", "--reason=first").assert_outcomes(
@@ -69,7 +69,7 @@ def test_predictions_can_be_switched_off(pytester: pytest.Pytester) -> None:
 
 
 def test_a_wrong_decorator_is_one_clear_line(pytester: pytest.Pytester) -> None:
-    """An unknown GPU, an ambiguous name, and a short case that is not in the list. pytest shows the message as a collection error."""
+    """An unknown or ambiguous GPU, and a short case that is not in the list, are errors that pytest shows at collection."""
     case = finetune(tiny, batch=2, length=64, steps=2)
     with pytest.raises(PredictError, match="No GPU is called 'TPU v9'"):
         predicted_cases([case], gpu="TPU v9")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.plugin import resume, runner
+from hpc_core.plugin import resume
 from hpc_core.plugin.repeats import MOST, Plan, narrow, replicated
 from hpc_core.plugin.resume import Earlier
 from hpc_core.record import environment
 from hpc_core.record.job import Job, Repeat
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from tests.plugin.scripted_launcher import ScriptedLauncher
+from tests.plugin.scripted_project import Run, scripted_project
 from tests.strategies import a_case, a_record
 
 
@@ -31,65 +32,65 @@ def timed(value: float) -> Record:
 
 
 class Processes:
-    """Further processes with these busy times; the last one repeats. Each process takes ten seconds of the clock."""
+    """Further processes with these busy times; the last one repeats. Each takes ten seconds of the clock."""
 
     def __init__(self, *values: float) -> None:
         self._values = values
-        self.asked: list[tuple[int, int]] = []
+        self.started: list[tuple[int, int]] = []
 
     def __call__(self, number: int, total: int) -> Record:
-        """The record of the next process."""
-        self.asked.append((number, total))
-        return timed(self._values[min(len(self.asked), len(self._values)) - 1])
+        """Return the record of the next process."""
+        self.started.append((number, total))
+        return timed(self._values[min(len(self.started), len(self._values)) - 1])
 
     def clock(self) -> float:
-        """Seconds since the first."""
-        return 10.0 * len(self.asked)
+        """The seconds since the first process."""
+        return 10.0 * len(self.started)
 
 
-def ran(first: Record, plan: Plan, *values: float) -> tuple[Record, list[tuple[int, int]]]:
+def repeated(first: Record, plan: Plan, *values: float) -> tuple[Record, list[tuple[int, int]]]:
     """Return the record after all planned processes, and the numbers of those that ran."""
     more = Processes(*values)
-    return replicated(first, more, plan, clock=more.clock), more.asked
+    return replicated(first, more, plan, clock=more.clock), more.started
 
 
 def test_three_on_a_gpu_and_one_elsewhere() -> None:
-    """Where there is busy time, three processes are the default; where there is none, one."""
-    record, asked = ran(timed(1.0), Plan(), 3.0, 2.0)
-    assert (record.metrics["busy_s"].samples, asked) == ((1.0, 3.0, 2.0), [(2, 3), (3, 3)])
+    """A case with busy time runs in three processes by default, another in one."""
+    record, numbers = repeated(timed(1.0), Plan(), 3.0, 2.0)
+    assert (record.metrics["busy_s"].samples, numbers) == ((1.0, 3.0, 2.0), [(2, 3), (3, 3)])
     on_cpu = a_record({"peak_bytes": a_record().metrics["peak_bytes"]})
-    assert ran(on_cpu, Plan(), 1.0) == (on_cpu, [])
+    assert repeated(on_cpu, Plan(), 1.0) == (on_cpu, [])
 
 
 @given(st.integers(1, MOST), st.integers(1, MOST))
 def test_a_fixed_number_includes_earlier_processes(wanted: int, before: int) -> None:
-    """The number is the total, with the processes of an earlier run included; no further one runs."""
+    """The number is the total, with the processes of an earlier run."""
     plan = Plan(processes=wanted)
-    first = ran(timed(1.0), Plan(processes=before), 1.0)[0]
-    record, asked = ran(first, plan, 2.0)
-    assert len(asked) == max(0, wanted - before)
+    first = repeated(timed(1.0), Plan(processes=before), 1.0)[0]
+    record, numbers = repeated(first, plan, 2.0)
+    assert len(numbers) == max(0, wanted - before)
     assert max(1, len(record.processes)) == max(wanted, before)
 
 
 def test_a_budget_lets_wide_times_have_more_processes() -> None:
-    """With a budget, processes are added until their times lie close together, and no longer."""
+    """With a budget, processes are added until their times lie close together."""
     spread = (1.01, 1.0, 1.01, 1.0, 1.0)
-    assert len(ran(timed(1.0), Plan(), *spread)[1]) == 2
-    assert len(ran(timed(1.0), Plan(budget_s=1000.0), *spread)[1]) == MOST - 1
-    assert len(ran(timed(1.0), Plan(budget_s=1000.0), 1.001, 1.002)[1]) == 2
+    assert len(repeated(timed(1.0), Plan(), *spread)[1]) == 2
+    assert len(repeated(timed(1.0), Plan(budget_s=1000.0), *spread)[1]) == MOST - 1
+    assert len(repeated(timed(1.0), Plan(budget_s=1000.0), 1.001, 1.002)[1]) == 2
 
 
 def test_a_spent_budget_is_reported() -> None:
-    """No process starts once the budget is spent; a note says how many of the planned ones ran."""
-    record, asked = ran(timed(1.0), Plan(processes=5, budget_s=20.0), 1.0)
-    assert asked == [(2, 5), (3, 5)]
+    """No process starts once the budget is spent, and a note says how many of the planned ones ran."""
+    record, numbers = repeated(timed(1.0), Plan(processes=5, budget_s=20.0), 1.0)
+    assert numbers == [(2, 5), (3, 5)]
     assert record.circumstances.notes[0].startswith("the time budget ended after 3 of 5 processes of tiny/lora")
 
 
 def test_a_broken_case_has_no_further_process() -> None:
     """A case whose first process is invalid has no further process."""
     void = a_record(status="invalid", reasons=("It ran unquantized.",))
-    assert ran(void, Plan(processes=5), 1.0) == (void, [])
+    assert repeated(void, Plan(processes=5), 1.0) == (void, [])
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,8 @@ def test_times_are_narrow_within_a_quarter_of_a_percent(values: tuple[float, ...
     assert narrow(values) is enough
 
 
-def committed(folder: Path) -> None:
-    """Make a folder a git repository with one commit of what it holds."""
+def commit_all(folder: Path) -> None:
+    """Make a folder a git repository with one commit of its files."""
     identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], cwd=folder, check=True)
@@ -119,7 +120,7 @@ def committed(folder: Path) -> None:
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path]:
     """A git repository with one file of code, as the working folder."""
     (tmp_path / "code.py").write_text("x = 1\n")
-    committed(tmp_path)
+    commit_all(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resume, "_imported_from", list)  # hpc-core itself need not be a checkout
     environment.commit.cache_clear()
@@ -127,7 +128,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path
     environment.commit.cache_clear()
 
 
-def left(folder: Path, **changes: Any) -> Record:
+def write_record(folder: Path, **changes: Any) -> Record:
     """Write a record of the current code into `folder`, as an earlier run would."""
     seen = environment.circumstances("cpu", "warm")
     record = a_record(circumstances=msgspec.structs.replace(seen, **changes))
@@ -144,9 +145,9 @@ def earlier(folder: Path, **named: Any) -> Earlier:
     return Earlier(folder, Plan(processes=1), ignoring=[Path("baselines"), Path("junit.xml")], **named)
 
 
-def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
-    """Case, code, stack and machine are the same: the record replaces a run, and a note says so."""
-    record = left(repository / "records")
+def test_a_record_of_the_same_code_is_reused(repository: Path) -> None:
+    """A record of the same case, code, stack and machine replaces a run, and a note says so."""
+    record = write_record(repository / "records")
     (repository / "records" / "junk.py").write_text("")
     (repository / "baselines").mkdir()
     (repository / "baselines" / "accepted.py").write_text("")
@@ -171,11 +172,11 @@ def test_a_record_of_the_same_code_is_taken(repository: Path) -> None:
         ({}, {"fault": "rank"}, "the earlier run had the fault None, this one has rank"),
     ],
 )
-def test_a_record_of_anything_else_is_not(
+def test_a_record_of_anything_else_is_not_reused(
     repository: Path, changes: dict[str, Any], named: dict[str, Any], why: str
 ) -> None:
-    """Another commit, stack, machine or fault: the case runs again, and a note says why."""
-    record = left(repository / "records", **changes)
+    """A record of another commit, stack, machine or fault is not reused, and a note says why."""
+    record = write_record(repository / "records", **changes)
     again = earlier(repository / "records", **named)
     assert again.record(record.case, "cpu") is None
     assert again.notes[0].startswith("tiny/lora runs again: ")
@@ -185,37 +186,37 @@ def test_a_record_of_anything_else_is_not(
 @pytest.mark.parametrize("name", ["code.py", "new.py", "settings.json", "deep/run.yaml", "native.so", "log.txt"])
 def test_every_file_that_is_not_committed_counts(repository: Path, name: str) -> None:
     """A changed file and a new one invalidate earlier records, and are named; a record of the same change is reused."""
-    record = left(repository / "records")
+    record = write_record(repository / "records")
     (repository / name).parent.mkdir(exist_ok=True)
     (repository / name).write_text("x = 2\n")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
     assert again.notes == [f"tiny/lora runs again: {repository / name} differ from what it was measured with"]
-    left(repository / "records")
+    write_record(repository / "records")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
 
 
 def test_the_whole_repository_counts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started in a subfolder, a run sees changes beside and above it; and in a submodule or a repository inside."""
+    """A run in a subfolder sees changes next to it, above it, and in a repository inside."""
     (repository / "below").mkdir()
     inside = repository / "vendored"
     inside.mkdir()
     (inside / "code.py").write_text("x = 1\n")
-    committed(inside)
+    commit_all(inside)
     monkeypatch.chdir(repository / "below")
     for changed in (repository / "code.py", inside / "code.py"):
-        record = left(repository / "records")
+        record = write_record(repository / "records")
         changed.write_text(f"{changed.read_text()}x = 3\n")
         assert earlier(repository / "records").record(record.case, "cpu") is None
 
 
 def test_a_compiled_module_counts_although_git_ignores_it(repository: Path) -> None:
-    """An extension that is built in place is code; what is installed in an environment has a version."""
+    """An extension that is built in place is code; one installed in an environment has a version."""
     (repository / ".gitignore").write_text("*.so\nvenv/\n")
     for name in ("native.so", "venv/lib/site-packages/other.so"):
         (repository / name).parent.mkdir(parents=True, exist_ok=True)
         (repository / name).write_text("1")
-    record = left(repository / "records")
+    record = write_record(repository / "records")
     (repository / "venv/lib/site-packages/other.so").write_text("22")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
     (repository / "native.so").write_text("22")
@@ -225,7 +226,7 @@ def test_a_compiled_module_counts_although_git_ignores_it(repository: Path) -> N
 def test_code_outside_the_repository_counts(
     repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever Python imports from belongs to the code; without git it cannot be compared, so nothing is resumed."""
+    """Every import path belongs to the code; one without git cannot be compared, so nothing is resumed."""
     monkeypatch.undo()
     monkeypatch.chdir(repository)
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -234,16 +235,16 @@ def test_code_outside_the_repository_counts(
     monkeypatch.setattr(resume, "_editable", list)
     with pytest.raises(pytest.UsageError, match=f"--perf-resume: nobody can tell .*{elsewhere}.*git init"):
         earlier(repository / "records")
-    committed(elsewhere)
-    record = left(repository / "records")
+    commit_all(elsewhere)
+    record = write_record(repository / "records")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
     (elsewhere / "helper.py").write_text("x = 2\n")
     assert earlier(repository / "records").record(record.case, "cpu") is None
 
 
 def test_a_package_that_is_not_in_the_stack_counts(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another version of any package invalidates a record, as does another build of the same version."""
-    record = left(repository / "records")
+    """Another version or another build of any package invalidates a record."""
+    record = write_record(repository / "records")
     installed = resume._installed()
     monkeypatch.setattr(resume, "_installed", lambda: installed | {"package numpy": "another build"})
     again = earlier(repository / "records")
@@ -252,8 +253,8 @@ def test_a_package_that_is_not_in_the_stack_counts(repository: Path, monkeypatch
 
 
 def test_code_that_changes_while_a_case_runs_leaves_no_record_to_resume(repository: Path) -> None:
-    """Nobody knows which of the two a record belongs to."""
-    record = left(repository / "records")
+    """A record of a case whose code changed while it ran is not reused."""
+    record = write_record(repository / "records")
     run = earlier(repository / "records")
     assert run.record(record.case, "cpu") is not None
     (repository / "code.py").write_text("x = 2\n")
@@ -266,7 +267,7 @@ def test_code_that_changes_while_a_case_runs_leaves_no_record_to_resume(reposito
 
 def test_a_damaged_record_runs_again(repository: Path) -> None:
     """A truncated record makes the case run again, without a traceback."""
-    record = left(repository / "records")
+    record = write_record(repository / "records")
     path = repository / "records" / "tiny" / "lora.json"
     path.write_bytes(path.read_bytes()[:100])
     again = earlier(repository / "records")
@@ -288,7 +289,7 @@ def test_code_that_nobody_can_identify_is_not_resumed(
 
 
 class BusyLauncher(ScriptedLauncher):
-    """Like a GPU: each process has its own busy time, and further processes have another number of kernels if scripted."""
+    """Gives each process its own busy time, and further processes another number of kernels if scripted."""
 
     jobs: list[Job] = []
 
@@ -305,27 +306,24 @@ class BusyLauncher(ScriptedLauncher):
         return msgspec.structs.replace(record, metrics=record.metrics | {"busy_s": busy, "kernels": count})
 
 
-Run = Callable[..., pytest.RunResult]
 STORY = 'def test_step(perf):\n    perf("scripted:step", {arguments})\n'
 
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a project of one case with scripted workers."""
-    monkeypatch.setattr(runner, "Launcher", BusyLauncher)
     BusyLauncher.jobs = []
-    pytester.makepyprojecttoml('[tool.pytest.ini_options]\nfilterwarnings = ["error"]\n')
-    folder = pytester.mkdir("bench")
+    run_pytest = scripted_project(pytester, monkeypatch, launcher=BusyLauncher)
 
-    def ran(*options: str, arguments: str = "") -> pytest.RunResult:
-        (folder / "test_own.py").write_text(STORY.format(arguments=arguments))
-        return pytester.runpytest_inprocess("--benchmark", *options)
+    def run_case(*options: str, arguments: str = "") -> pytest.RunResult:
+        (pytester.path / "bench" / "test_own.py").write_text(STORY.format(arguments=arguments))
+        return run_pytest("--benchmark", *options)
 
-    return ran
+    return run_case
 
 
 def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.Pytester, run: Run) -> None:
-    """Three by default where there is busy time: one in full, two short; the history keeps every sample."""
+    """A case with busy time is measured once in full and twice briefly, and the history keeps every sample."""
     run("--perf-update", "--reason", "first").assert_outcomes(passed=1)
     assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True]
     history = pytester.path / "baselines" / "cpu" / "test_own" / "test_step.history.jsonl"
@@ -335,20 +333,20 @@ def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.P
 
 
 def test_counts_that_differ_between_processes_fail_the_case(run: Run) -> None:
-    """An extra kernel in a further process is INVALID, with both numbers, and no further process runs."""
+    """An extra kernel in a further process is INVALID, with both numbers, and ends the repeats."""
     result = run(arguments="kernels=101")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*kernels is 100 in process 1 and 101 in process 2 of the same case*"])
     assert len(BusyLauncher.jobs) == 2
 
 
-def test_a_second_call_takes_what_the_first_left(
+def test_a_second_run_adds_the_missing_processes(
     pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With --perf-resume the second run adds only the missing processes, and says where the others came from."""
     monkeypatch.setattr(resume.Earlier, "_moved", lambda self, found, case, device: None)
     monkeypatch.setattr(resume, "_imported_from", list)
-    committed(pytester.path)
+    commit_all(pytester.path)
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")
@@ -372,8 +370,8 @@ def test_a_second_call_takes_what_the_first_left(
         (("--perf-records=a", "--perf-resume=b"), "both name the folder of records"),
     ],
 )
-def test_what_makes_no_sense_is_refused(run: Run, options: tuple[str, ...], expected: str) -> None:
-    """One line, exit code 4, nothing runs."""
+def test_wrong_options_are_refused(run: Run, options: tuple[str, ...], expected: str) -> None:
+    """A wrong option gives one line and exit code 4, and nothing runs."""
     result = run(*options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert expected in str(result.stderr)

@@ -1,18 +1,19 @@
-"""What a reviewer sees: a pull request that edits its baselines, waivers, uncommitted code, gains to keep."""
+"""What a reviewer sees of a pull request: edited baselines, waivers, uncommitted code, gains to keep."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable
+import functools
 
+import msgspec
 import pytest
 
-from hpc_core.plugin import runner
-from tests.plugin.scripted_launcher import ScriptedLauncher
+from hpc_core.baselines.accept import accept
+from hpc_core.record.record import record_from_json
+from tests.plugin.scripted_project import Run, scripted_project
 from tests.record.git_project import GitProject
 
 pytestmark = pytest.mark.slow
-Run = Callable[..., pytest.RunResult]
 
 GIB = 2**30
 TODAY = datetime.datetime.now(datetime.UTC).date()
@@ -21,19 +22,8 @@ CASE = "test_own/test_step"
 
 @pytest.fixture
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run pytest in a project whose warnings are errors and whose suite lies in bench/."""
-    monkeypatch.setattr(runner, "Launcher", ScriptedLauncher)
-    pytester.makepyprojecttoml("""
-        [tool.pytest.ini_options]
-        addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]
-        filterwarnings = ["error"]
-    """)
-    pytester.mkdir("bench")
-
-    def ran(*arguments: str) -> pytest.RunResult:
-        return pytester.runpytest_inprocess("--benchmark", *arguments)
-
-    return ran
+    """Run pytest --benchmark in a project whose suite each test writes."""
+    return functools.partial(scripted_project(pytester, monkeypatch), "--benchmark")
 
 
 def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
@@ -48,11 +38,6 @@ def bench(pytester: pytest.Pytester, *peaks: int, more: str = "") -> None:
 
 def lower(pytester: pytest.Pytester, run: Run, peak: int) -> None:
     """Accept a peak that differs from what the suite measures; the case, and so its digest, stays the same."""
-    import msgspec
-
-    from hpc_core.baselines.accept import accept
-    from hpc_core.record.record import record_from_json
-
     run("--perf-update", "--reason", "first")
     root = pytester.path / "baselines"
     for history in root.rglob("*.history.jsonl"):
@@ -69,8 +54,9 @@ def waive(pytester: pytest.Pytester, *, limit: str, days: int, case: str = CASE,
 
 
 def test_a_pull_request_that_edits_its_baseline(pytester: pytest.Pytester, run: Run) -> None:
-    """More memory fails against the merge base; accepted in the same pull request it passes, is still called REGRESSED, and
-    the edited baseline is listed with both values and the reason.
+    """More memory fails against the merge base; accepted in the same pull request it passes and stays REGRESSED.
+
+    The edited baseline is listed with both values and the reason.
     """
     bench(pytester, GIB)
     lower(pytester, run, GIB // 2)
@@ -98,7 +84,7 @@ def test_a_pull_request_that_edits_its_baseline(pytester: pytest.Pytester, run: 
 
 
 def test_no_merge_base_is_a_usage_error(pytester: pytest.Pytester, run: Run) -> None:
-    """Without a repository, or with a revision that it lacks, nothing runs and one line says why."""
+    """Without a repository, or with an unknown revision, nothing runs and one line says why."""
     bench(pytester, GIB)
     assert run("--perf-base", "main").ret == 4
     GitProject(pytester.path).commit("first")
@@ -108,8 +94,9 @@ def test_no_merge_base_is_a_usage_error(pytester: pytest.Pytester, run: Run) -> 
 
 
 def test_a_waiver_until_it_expires(pytester: pytest.Pytester, run: Run) -> None:
-    """Within its limit the test passes and every report names owner, reason and days; a tighter one does not help; an
-    expired one fails any run, even if the metric is within its tolerance.
+    """Within its limit the test passes, with owner, reason and days; a tighter limit does not help.
+
+    An expired waiver fails any run, even if the metric is within its tolerance.
     """
     bench(pytester, GIB, GIB)
     lower(pytester, run, GIB - 2**24)
@@ -139,8 +126,8 @@ def test_a_waiver_until_it_expires(pytester: pytest.Pytester, run: Run) -> None:
     other.stdout.fnmatch_lines(["*EXPIRED 2 days ago*"])
 
 
-def test_a_waiver_of_nothing_is_seen(pytester: pytest.Pytester, run: Run) -> None:
-    """A waiver that matches no case or metric warns in the report; one that cannot be read is a usage error."""
+def test_a_waiver_of_nothing_warns(pytester: pytest.Pytester, run: Run) -> None:
+    """A waiver that matches no case or metric gives a warning; one that cannot be read is a usage error."""
     bench(pytester, GIB)
     waive(pytester, limit="1", days=1, case="gone/*")
     run().stdout.fnmatch_lines(["*WARNING: matches none of the suite's 1 cases*"])

@@ -1,4 +1,4 @@
-"""Tests that judge a whole session: what they see, when they take part, what they print. Workers are scripted."""
+"""Tests that judge a whole session: which records they get, when they run, what they print. Workers are scripted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_a_test_of_the_session_sees_its_records_and_prints_below_the_table(run: Run) -> None:
-    """The section comes after the table of cases, and shows what the test computed from the records."""
+    """Its section comes after the table of cases and shows what the test computed from the records."""
     result = run("--benchmark", "bench/together.py")
     result.assert_outcomes(skipped=1, passed=1)
     result.stdout.fnmatch_lines(["*= hpc-core =*", "*= all of it =*", "one record, 1,073,741,824 bytes"])
 
 
 def test_it_takes_part_only_when_named(run: Run) -> None:
-    """Without --benchmark it is skipped; with --case for other cases it is left out; without its name the file is not collected."""
+    """Without --benchmark it is skipped, with --case for other cases deselected, and without its name not collected."""
     result = run("-rs", "bench/together.py")
     result.assert_outcomes(skipped=2)
     result.stdout.fnmatch_lines(["*needs --benchmark*"])
@@ -49,7 +49,7 @@ def test_the_command_names_a_file_that_must_be_named(run: Run) -> None:
 
 
 def test_the_suites_false_alarms_are_divided_and_reported(run: Run, pytester: pytest.Pytester) -> None:
-    """Two cases with busy time have half of the suite's false alarms each, and the end of the run shows their sum."""
+    """Each of two cases with busy time gets half of the suite's alpha, and the end of the run shows the sum."""
     (pytester.path / "bench" / "test_busy.py").write_text("""
 def test_one(perf):
     perf("scripted:step", busy=0.2)
@@ -57,10 +57,10 @@ def test_one(perf):
 def test_two(perf):
     perf("scripted:step", busy=0.1)
 """)
-    said = "expected false alarms in this run: 0.01 (2 tests of GPU-busy time)"
+    line = "expected false alarms in this run: 0.01 (2 tests of GPU-busy time)"
     run("--benchmark", "--perf-update", "--reason", "r").assert_outcomes(passed=2)
     both = run("--benchmark")
     both.assert_outcomes(passed=2)
-    assert said in both.outlines
+    assert line in both.outlines
     extra = run("--benchmark", "--case", "test_busy/test_one")
-    assert said.replace("2 tests", "1 test") in extra.outlines
+    assert line.replace("2 tests", "1 test") in extra.outlines

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import msgspec
 import pytest
 
 from hpc_core.baselines.accept import accept
@@ -46,7 +47,7 @@ def baseline(pytester: pytest.Pytester, case: str = "test_own/test_step") -> Pat
 
 
 def test_without_the_option_nothing_is_measured(pytester: pytest.Pytester, run: Run) -> None:
-    """A test that measures is skipped, and says what it needs."""
+    """Without --benchmark a case is skipped, and says what it needs."""
     bench(pytester)
     result = run("-rs", "bench")
     assert result.ret == 0
@@ -55,7 +56,7 @@ def test_without_the_option_nothing_is_measured(pytester: pytest.Pytester, run: 
 
 
 def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -> None:
-    """First skipped without a baseline, then accepted, then passed; more memory fails, and the first line says how much."""
+    """A case is skipped without a baseline, passes once accepted, and fails with more memory; the first line says how much."""
     bench(pytester)
     first = run("--benchmark", "-rs")
     assert first.ret == 0
@@ -92,8 +93,6 @@ def test_from_no_baseline_to_a_regression(pytester: pytest.Pytester, run: Run) -
 
 def lower(pytester: pytest.Pytester, peak: int, without: str = "") -> None:
     """Accept a peak that differs from what runs measure, and leave out a metric."""
-    import msgspec
-
     history = baseline(pytester).with_suffix(".history.jsonl")
     record = record_from_json(history.read_text().splitlines()[-1])
     metrics = record.metrics | {"peak_bytes": msgspec.structs.replace(record.metrics["peak_bytes"], value=peak)}
@@ -115,7 +114,7 @@ def test_a_new_metric_fails_nothing_under_strict(pytester: pytest.Pytester, run:
 
 
 def test_a_limit_needs_no_baseline(pytester: pytest.Pytester, run: Run) -> None:
-    """An absolute limit that is exceeded fails even a case that was never accepted, and accepting does not lift it."""
+    """An exceeded absolute limit fails even a case without a baseline, and accepting does not lift it."""
     bench(pytester, STORY.replace("peak={peak}", "peak=2 * GiB, limits=Limits(peak_bytes=GiB)"))
     result = run("--benchmark")
     assert result.ret == 1
@@ -124,7 +123,7 @@ def test_a_limit_needs_no_baseline(pytester: pytest.Pytester, run: Run) -> None:
 
 
 def test_the_tests_own_assertions_come_before_the_skip(pytester: pytest.Pytester, run: Run) -> None:
-    """Without a baseline the rest of the test still runs: what it asserts can fail, with exit code 1."""
+    """Without a baseline the rest of the test still runs and can fail."""
     bench(pytester, peak="9 * GiB")
     result = run("--benchmark", "--perf-strict")
     assert result.ret == 1
@@ -164,7 +163,7 @@ def test_plain():
     ids=lambda value: "-".join(value) if isinstance(value, list) else str(value),
 )
 def test_exit_codes_under_strict(pytester: pytest.Pytester, run: Run, chosen: list[str], code: int) -> None:
-    """Under strict: 1 when something got worse, 11 when runs broke, 10 when nothing could be compared."""
+    """Under strict: 1 if something got worse, 11 if runs broke, 10 if nothing could be compared."""
     bench(pytester, SEVERAL)
     cases = [part for name in chosen for part in ("--case", f"test_own/test_{name.replace('no-', 'no_')}")]
     result = run("--benchmark", "--perf-strict", "--deselect", "bench/test_own.py::test_plain", *cases)
@@ -172,7 +171,7 @@ def test_exit_codes_under_strict(pytester: pytest.Pytester, run: Run, chosen: li
 
 
 def test_a_missing_baseline_is_reported_once(pytester: pytest.Pytester, run: Run) -> None:
-    """Under strict a case without a baseline fails with one line on it, how to accept it, and how to run it again."""
+    """Under strict a case without a baseline fails with one line and the commands that accept it and run it again."""
     bench(pytester)
     reported = str(run("--benchmark", "--perf-strict").stdout).partition("FAILURES")[2].partition("Run it again")[0]
     assert reported.count("no baseline of") == 1
@@ -197,7 +196,7 @@ def test_a_missing_library_skips_its_cases(pytester: pytest.Pytester, run: Run) 
 
 
 def test_nothing_bad_becomes_a_baseline(pytester: pytest.Pytester, run: Run) -> None:
-    """Under --perf-update an invalid and a crashed run still fail, and write nothing."""
+    """Under --perf-update an invalid and a crashed run still fail, and nothing is written."""
     bench(pytester, SEVERAL)
     chosen = ["--case", "test_own/test_crash", "--case", "test_own/test_invalid", "-k", "not plain"]
     assert run("--benchmark", "--perf-update", "--reason", "hope", *chosen).ret == 1

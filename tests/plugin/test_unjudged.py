@@ -35,7 +35,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
-    """Green without a baseline, even under strict; red by its own assertion, a broken or invalid run, or ignored limits."""
+    """It passes without a baseline, even under strict; its own assertion, a broken or invalid run, or ignored limits fail it."""
     result = run("--benchmark", "--perf-strict", "--benchmark-json=out.json")
     result.assert_outcomes(passed=1, failed=4)
     result.stdout.fnmatch_lines([
@@ -49,7 +49,7 @@ def test_its_assertions_decide(pytester: pytest.Pytester, run: Run) -> None:
 
 
 def test_nothing_is_accepted(pytester: pytest.Pytester, run: Run) -> None:
-    """--perf-update writes no baseline of it."""
+    """--perf-update writes no baseline of an unjudged test."""
     result = run("--benchmark", "--case=test_own/test_sound", "--perf-update", "--reason=all of them")
     result.assert_outcomes(passed=1, deselected=4)
     assert not (pytester.path / "baselines").exists()

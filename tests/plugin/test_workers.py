@@ -65,7 +65,7 @@ def project(pytester: pytest.Pytester) -> Path:
 
 
 def test_factories_in_fresh_processes(pytester: pytest.Pytester, project: Path) -> None:
-    """One within its limits, one beyond, one that raises: each gets its own outcome, and pytest never imports torch."""
+    """A factory within its limits, one beyond and one that raises have their own outcomes, and pytest never imports torch."""
     (project / "performance" / "test_steps.py").write_text(TESTS)
     result = pytester.runpytest_subprocess("--benchmark", "--benchmark-json=out.json")
     assert result.ret == 1
@@ -103,7 +103,7 @@ def test_breaks(perf):
 
 
 def test_what_runs_in_the_test_process(pytester: pytest.Pytester, project: Path) -> None:
-    """A bare callable has its exact metrics gated and its time reported; inline, a factory's error is the test's own, for --pdb."""
+    """A bare callable's exact metrics are gated; inline, a factory's error is the test's own, for --pdb."""
     (project / "performance" / "test_inline.py").write_text(INLINE)
     result = pytester.runpytest_subprocess(
         "--benchmark", "--perf-inline", "-W", "ignore", "--perf-update", "--perf-dirty", "--reason", "first"
@@ -115,7 +115,7 @@ def test_what_runs_in_the_test_process(pytester: pytest.Pytester, project: Path)
 
 
 def test_ctrl_c_leaves_nothing(project: Path) -> None:
-    """Ctrl-C while a case runs: exit code 2, no worker is left, and there is no traceback of ours."""
+    """Ctrl-C while a case runs ends with exit code 2, without a worker or a traceback of ours."""
     (project / "performance" / "test_long.py").write_text(
         "def test_long(perf):\n    perf('steps:make_nothing', seconds=600)\n"
     )
