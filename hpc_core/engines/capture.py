@@ -96,6 +96,16 @@ def captured(
     return Captured(graph, hidden)
 
 
+def unused_pool_bytes() -> int:
+    """Return the bytes of all captured graphs' private pools that the allocator does not count as allocated.
+
+    Nothing else may use them. For graphs that somebody else captured, such as torch.compile's mode "reduce-overhead".
+    """
+    segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()
+    private = [segment for segment in segments if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in private)
+
+
 class CapturedWork:
     """A CUDA graph of `work`, which must have run on `stream` before, so that compiling, tuning and first allocations are over.
 

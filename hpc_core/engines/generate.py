@@ -13,9 +13,12 @@ from hpc_core.builders.data.rows import PromptBatch, prompt_batches
 from hpc_core.case.case import Case
 from hpc_core.case.errors import MeasureError
 from hpc_core.case.workloads import GenerateSpec
+from hpc_core.engines.capture import unused_pool_bytes
 from hpc_core.engines.engine import Engine
+from hpc_core.instruments.counters import compiled_graphs, without_compiling
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.findings import Findings
+from hpc_core.record.record import Fact
 
 BUSY_TOKENS = 16
 """Decoded tokens under the profiler; it keeps every launch of every token."""
@@ -79,14 +82,22 @@ class GenerateProgram:
         """The KV cache where the program has one of its own; None where `generate` makes one."""
         self.owned: dict[str, list[torch.Tensor]] = {}
         """Tensors of the program's own, by category of memory."""
-        self.hidden_bytes = 0
-        """Memory that each query takes and the allocator's counters do not show: a captured graph's."""
         self.captured: Any = None
-        """The CUDA graph that a token replays; None where it runs operator by operator."""
+        """Our CUDA graph that a token replays; None where there is none."""
         # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
         generation = getattr(built.model, "generation_config")  # noqa: B009
         generation.eos_token_id = None
         generation.pad_token_id = 0
+
+    @property
+    def compiled(self) -> bool:
+        """Whether transformers compiles the forward of a token: with a static cache, on a GPU."""
+        return self.workload.cache == "static" and self.workload.compiled and self.device.type == "cuda"
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Memory that each query takes and the allocator's counters do not show: that of captured graphs."""
+        return unused_pool_bytes() if self.compiled else 0
 
     def _inputs(self, prompt: PromptBatch) -> dict[str, torch.Tensor]:
         ids = torch.tensor(prompt.ids, dtype=torch.long, device=self.device)
@@ -155,8 +166,10 @@ class GenerateProgram:
         return None
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Nothing: hooks on the model see what runs."""
-        return Findings()
+        """Return whether a compiled forward was compiled; hooks on the model see everything else."""
+        if not self.compiled:
+            return Findings()
+        return Findings(facts={"compiled": Fact(asked=True, seen=compiled_graphs() > 0)})
 
     def counters(self, found: Findings) -> Findings:
         """Nothing beyond what instruments count."""
@@ -165,7 +178,8 @@ class GenerateProgram:
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
         """Run every query in the block operator by operator, so that single allocations can be recorded."""
-        yield
+        with without_compiling():
+            yield
 
     def close(self) -> None:
         """Nothing outlives the last query."""

@@ -9,6 +9,7 @@ kernel takes for itself, so the numbers depend on the stack and not on the machi
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hpc_core.case.errors import MeasureError
-from hpc_core.instruments.counters import FREE
+from hpc_core.instruments.counters import FREE, without_compiling
 from hpc_core.instruments.places import nowhere
 from hpc_core.instruments.timeline import Allocation, Timeline
 
@@ -139,6 +140,17 @@ class StorageWatch(TorchDispatchMode):
         """Says for which module an operator runs."""
         self.uses: Counter[tuple[str, str, str]] = Counter()
         """Operators by module, phase and name, as `counting` counts them."""
+        self._eager = contextlib.ExitStack()
+
+    def __enter__(self) -> Any:
+        """Record from now on. Compiled functions run eagerly."""
+        self._eager.enter_context(without_compiling())
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        """Stop recording."""
+        super().__exit__(*error)
+        self._eager.close()
 
     def __call__(self, phase: str) -> None:
         """A phase begins."""

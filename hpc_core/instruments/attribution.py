@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.counters import without_compiling
 from hpc_core.instruments.kernels import family, is_wait, one_cycle
 from hpc_core.instruments.memory import claim_before
 from hpc_core.instruments.owners import Bystanders, by_module, optimizer_tensors, weight_tensors
@@ -72,7 +73,7 @@ def kernel_uses(work: Callable[[], None], device: torch.device, place: Callable[
     synchronize(device)
     kinds = torch.profiler.ProfilerActivity
     with quiet(), one_cycle([kinds.CPU, kinds.CUDA]) as profiler:
-        with NamedRanges(place):
+        with without_compiling(), NamedRanges(place):
             work()
         synchronize(device)
     inner: Any = profiler.profiler

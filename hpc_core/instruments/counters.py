@@ -7,6 +7,7 @@ bitsandbytes. Their formulas here take shapes, as FlopCounterMode's do, and coun
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -101,6 +102,23 @@ FREE = {"prim", "profiler"}
 """Operator namespaces that do no work."""
 
 
+def without_compiling() -> contextlib.AbstractContextManager[Any]:
+    """Run functions of torch.compile eagerly in the block, so that a dispatch mode sees their operators.
+
+    Without it dynamo gives up every function that it meets under a dispatch mode, and the function stays eager after the block.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()  # nothing is compiled here, and importing it takes a second
+    eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def compiled_graphs() -> int:
+    """Return how many graphs torch.compile has made in this process."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
+
+
 class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -129,11 +147,11 @@ class Counts:
 def counting() -> Iterator[Counts]:
     """Count while the block runs: operators as they are dispatched, FLOPs as torch's FlopCounterMode counts them.
 
-    Products that torch does not know are added (`own_formulas`).
+    Products that torch does not know are added (`own_formulas`). Compiled functions run eagerly.
     """
     counts = Counts()
     operators = _Operators()
-    with FlopCounterMode(display=False, custom_mapping=own_formulas()) as flops, operators:
+    with without_compiling(), FlopCounterMode(display=False, custom_mapping=own_formulas()) as flops, operators:
         yield counts
     counts.operators = operators.seen
     counts.flops = flops.get_total_flops()

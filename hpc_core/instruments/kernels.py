@@ -20,6 +20,7 @@ import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.program import Program
 from hpc_core.record.environment import gpu_state
 from hpc_core.record.findings import Findings
@@ -390,8 +391,13 @@ def compilations(device: torch.device) -> Findings:
     """
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
     breaks = 0 if dynamo is None else sum(dynamo.counters["graph_break"].values())
+    graphs = compiled_graphs()
     made = () if dynamo is None else dynamo.get_compilation_metrics()
     again = sum(getattr(each, "recompile_reason", None) is not None for each in made)
     counts = {"graph_breaks": int(breaks), "recompilations": int(again)}
     on_gpu = device.type == "cuda"
-    return Findings(metrics={name: metric(name, value, on_gpu=on_gpu) for name, value in counts.items()})
+    note = f"torch.compile made {graphs} graphs; operators, FLOPs and the profile are those of the same functions run eagerly"
+    return Findings(
+        metrics={name: metric(name, value, on_gpu=on_gpu) for name, value in counts.items()},
+        notes=(note,) if graphs else (),
+    )

@@ -7,7 +7,6 @@ Reading and resetting those counters happens on the host and waits for nothing, 
 from __future__ import annotations
 
 import resource
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
@@ -15,6 +14,7 @@ import torch
 
 from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
+from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.owners import Bystanders, living_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.instruments.program import Mark, Program
 from hpc_core.instruments.timeline import CATEGORIES, Timeline
@@ -245,7 +245,7 @@ class Growth:
         quarter, on_gpu = max(1, len(self._held) // 4), self._device.type == "cuda"
         growth = min(self._held[-quarter:]) - max(self._held[:quarter])
         seen = "flat" if growth <= _FLAT_BYTES else f"+{growth:,} bytes over {self._steps} steps"
-        made = metric("compilations", _compilations(), note="graphs that torch.compile made in this process")
+        made = metric("compilations", compiled_graphs(), note="graphs that torch.compile made in this process")
         metrics = {
             # Shrinking is no growth; the metric is for the reader, the fact decides.
             "held_growth_bytes": metric("held_growth_bytes", max(growth, 0), on_gpu=on_gpu),
@@ -256,9 +256,3 @@ class Growth:
             note = "peak allocated over reserved; the rest is fragmentation"
             metrics["used_of_reserved"] = metric("used_of_reserved", share, note=note)
         return Findings(metrics=metrics, facts={"memory_growth": Fact(asked="flat", seen=seen)})
-
-
-def _compilations() -> int:
-    """Graphs that dynamo has compiled; 0 where it was never imported."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

@@ -92,7 +92,9 @@ class Runner:
         self._began = time.monotonic() if self._began is None else self._began
         with self._progress.case(case.id):
             first = self._earlier(case) or self._first(case)
-            return self._judged(self._replicated(case, first), command) if judge else self._unjudged(first, command)
+            record = self._replicated(case, first) if judge else first
+        self._keep(record)
+        return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def _earlier(self, case: Case) -> Record | None:
         return None if self.earlier is None else self.earlier.record(case, _device_of(case))
@@ -140,6 +142,7 @@ class Runner:
             launcher = self._predicting_launcher()
             launcher.prepare()
             record = launcher.run(Job(case=case, kind=Predict(gpu=gpu), fault=self._settings.fault))
+        self._keep(record, predicted_for=gpu)
         return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def _predicting_launcher(self) -> Launcher:
@@ -153,6 +156,7 @@ class Runner:
         """Measure a bare callable in this process, and judge it."""
         with self._progress.case(case.id):
             record = measure_here(case, step, self._on_event)
+        self._keep(record)
         return self._judged(record, command) if judge else self._unjudged(record, command)
 
     def run_unjudged(self, job: Job) -> Record:
@@ -175,20 +179,21 @@ class Runner:
         return self._machine
 
     def _unjudged(self, record: Record, command: Command) -> Row:
-        self._keep(record)
         row = Row(record=record, judgement=None if record.status == "ok" else self._judgement(record), command=command)
         self.rows.append(row)
         return row
 
-    def _keep(self, record: Record) -> None:
-        """Write the record if a folder is given, so that a later run can reuse it."""
+    def _keep(self, record: Record, *, predicted_for: str | None = None) -> None:
+        """Write the record if a folder is given, so that a later run can reuse it; a prediction apart, by its GPU."""
         if self._settings.records is not None:
-            write_whole(self._settings.records / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
-            if self.earlier is not None:
+            folder = self._settings.records
+            if predicted_for is not None:
+                folder = folder / "predicted" / predicted_for.lower().replace(" ", "-")
+            write_whole(folder / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
+            if self.earlier is not None and predicted_for is None:
                 self.earlier.keep(record.case.id)
 
     def _judged(self, record: Record, command: Command) -> Row:
-        self._keep(record)
         judgement = self._judgement(record)
         row = Row(
             record=record,

@@ -31,7 +31,7 @@ def loaded() -> bool:
 
 
 def load() -> None:
-    """Load the library into this process. Compile it first if the cache has none for this torch.
+    """Load the library into this process, and hide real GPUs from it. Compile it first if the cache has none for this torch.
 
     Raises:
         PredictError: torch is already imported or not installed, or the library cannot be compiled.
@@ -44,6 +44,7 @@ def load() -> None:
             "Prediction needs a process that has not imported torch yet: run it through `hpc-core predict`, "
             "`hpc_core.predicted(...)` or the plugin, which start one."
         )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a CUDA build must not meet a real GPU: there is one fake one
     torch = _torch_folder()
     path = compiled()
     for name in _TORCH_LIBRARIES:  # the library needs torch's symbols

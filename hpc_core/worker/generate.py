@@ -57,8 +57,9 @@ class Generation:
         self.longest = Fixed(program, program.longest)
 
     def warm_up(self) -> Findings:
-        """Warm up with short queries of the longest prompt."""
-        with self._new_tokens(min(_WARM_TOKENS, self.program.new_tokens)):
+        """Warm up with short queries of the longest prompt; compiled code with whole ones, since another length compiles again."""
+        program = self.program
+        with self._new_tokens(program.new_tokens if program.compiled else min(_WARM_TOKENS, program.new_tokens)):
             found = warm_up(self.longest, self.device, self.place.began)
         self.program.steps_done = 0
         return found
@@ -257,9 +258,11 @@ class Generation:
         prefill, whole = counts[1], counts[1 + COUNTED_TOKENS]
         observed = {"operators": whole.operators, "forwards": forwards, "new_tokens": 1 + COUNTED_TOKENS}
         flops_prefill = metric("flops_prefill", prefill.flops, on_gpu=on_gpu)
-        if program.captured is not None:
+        if program.captured is not None or program.compiled:
             operators = metric("operators", prefill.total, on_gpu=True, per="prefill")
-            note = "engine: a replayed token dispatches no operator, so operators and FLOPs are of the prefill"
+            note = (
+                "engine: a captured or compiled token dispatches no operator, so operators and FLOPs are of the prefill"
+            )
             metrics = {"flops_prefill": flops_prefill, "operators": operators}
             return Findings(metrics=metrics, notes=(note,), observed=observed)
         both, decode = f"prefill and {COUNTED_TOKENS} tokens", f"{COUNTED_TOKENS} tokens"
@@ -287,7 +290,8 @@ class Generation:
         if not self.place.on_gpu:
             return Findings()
         program = self.program
-        decoded = min(BUSY_TOKENS, program.new_tokens - 1)
+        # Fewer tokens are another static cache, which compiles again.
+        decoded = program.new_tokens - 1 if program.compiled else min(BUSY_TOKENS, program.new_tokens - 1)
         activities, busy = [], Findings()
 
         def work() -> None:

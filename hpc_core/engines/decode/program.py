@@ -114,8 +114,12 @@ class GraphProgram(GenerateProgram):
             self.captured = captured(self._decode, self.device, before=self._rewind, generator=generator, pool=pool)
             self.first_tokens.capture(before=self._rewind, pool=pool)
             torch.cuda.synchronize(self.device)
-        self.hidden_bytes = max(self.captured.hidden_bytes, self.first_tokens.hidden_bytes)
         self.first_use_s = {"tune": tuned - start, "capture": time.perf_counter() - tuned}
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The larger of the graphs' pools: a token and a prefill never run at once."""
+        return 0 if self.captured is None else max(self.captured.hidden_bytes, self.first_tokens.hidden_bytes)
 
     def _rewind(self) -> None:
         self.cache.begin(1, None)

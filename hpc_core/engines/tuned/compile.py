@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _LIMIT = 64
 """Compilations of one layer's code. Layers share them, but the first one's input has no gradient, and adapters are guarded by layer."""
@@ -48,11 +47,3 @@ def settled(*, compiled: bool) -> Iterator[None]:
         return
     with torch.compiler.set_stance("fail_on_recompile"):
         yield
-
-
-def eager_where_counted(*, compiled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Run compiled layers eagerly while a dispatch mode counts operators, since torch.compile refuses to run there."""
-    if compiled and is_in_torch_dispatch_mode():
-        eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-        return eager
-    return contextlib.nullcontext()

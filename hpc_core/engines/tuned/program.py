@@ -19,7 +19,7 @@ from hpc_core.case.errors import BuildError
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.capture import CapturedWork
 from hpc_core.engines.finetune import FinetuneProgram, finetune_program
-from hpc_core.engines.tuned.compile import compile_layers, eager_where_counted, settled
+from hpc_core.engines.tuned.compile import compile_layers, settled
 from hpc_core.engines.tuned.forward import TunedForward, tune
 from hpc_core.engines.tuned.memory_budget import Plan, fit
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
@@ -107,13 +107,12 @@ class TunedProgram(FinetuneProgram):
 
     def _run_uncaptured(self, batch: DeviceBatch, mark: Mark) -> None:
         if self._stream is None:
-            with eager_where_counted(compiled=self.workload.compile == "layers"):
-                super().train_on(batch, mark)
+            super().train_on(batch, mark)
             return
         # Run on the stream of the later capture: gradients are accumulated on the stream on which they were first made.
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), eager_where_counted(compiled=self.workload.compile == "layers"):
+        with torch.cuda.stream(self._stream):
             super().train_on(batch, mark)
         current.wait_stream(self._stream)
 
