@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.machine import measure_canary, measure_ceilings
@@ -158,3 +161,37 @@ def test_the_canary_runs_on_a_cpu_too() -> None:
     canary = measure_canary(CPU)
     assert set(canary) == {"compute", "memory"}
     assert all(seconds > 0 for seconds in canary.values())
+
+
+def _compiled_step() -> tuple[Callable[[], torch.Tensor], Counter[str]]:
+    """A step of torch.compile, and how often its compiled code ran."""
+    runs: Counter[str] = Counter()
+    layer, inputs = torch.nn.Linear(6, 10, bias=False), torch.ones(7, 6)
+
+    def counted_backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            runs["compiled"] += 1
+            return graph.forward(*arguments)
+
+        return run
+
+    @torch.compile(backend=counted_backend)
+    def step() -> torch.Tensor:
+        output: torch.Tensor = layer(inputs)
+        return output
+
+    step()
+    return step, runs
+
+
+@pytest.mark.parametrize("watch", [counting, lambda: StorageWatch(["step"])], ids=["operators", "storages"])
+def test_a_compiled_step_still_runs_compiled_after_it_was_watched(watch: Callable[[], Any]) -> None:
+    """A dispatch mode sees the operators of the eager function; dynamo would give up a function that it meets under one."""
+    step, runs = _compiled_step()
+    with watch() as seen:
+        step()
+    assert runs["compiled"] == 1
+    operators = seen.operators.total() if hasattr(seen, "operators") else seen.uses.total()
+    assert operators == 2  # a transpose and a product
+    step()
+    assert runs["compiled"] == 2
