@@ -145,21 +145,10 @@ def test_the_cause_names_category_and_module(launcher: Launcher, tmp_path: Path)
     }
 
 
-class _BrokenLauncher(Launcher):
-    """A launcher whose every run breaks."""
-
-    runs = 0
-
-    def run(self, job: Job) -> Record:
-        """Count the run and fail."""
-        self.runs += 1
-        return failed_record()
-
-
 def test_no_fault_is_tried_on_a_case_that_breaks_without_one() -> None:
     """Where the clean run breaks, its faults do not run, and the table gives the reason for each."""
-    broken = _BrokenLauncher("exec")
-    explanations = explained_faults(["extra-kernel", "extra-clone"], broken, cases=TINY, tell=lambda _: None)
+    broken = _FixedLauncher(failed_record())
+    explanations = explained_faults(["extra-kernel", "extra-clone"], broken, cases=TINY, tell=lambda _: None)  # type: ignore[arg-type]
     assert broken.runs == 1
     assert cause_table(explanations).count("the clean run broke") == 2
 
@@ -179,9 +168,10 @@ class _FixedLauncher:
     """Returns the same record for every job, in place of a launcher."""
 
     def __init__(self, record: Record):
-        self._record = record
+        self._record, self.runs = record, 0
 
     def run(self, _: Job) -> Record:
+        self.runs += 1
         return self._record
 
 

@@ -17,6 +17,15 @@ from tests.gate.judging import CPU_BYTES, UPDATE, baseline
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
 
 
+def host_peak(value: int) -> Metric:
+    """Counted bytes, which depend on no machine and no allocator."""
+    return peak(value, **CPU_BYTES)
+
+
+def flops(value: int) -> Metric:
+    return counted(value, unit="FLOP")
+
+
 @pytest.fixture
 def against() -> Any:
     """Judge a metric against its accepted value."""
@@ -50,29 +59,11 @@ def test_what_was_accepted_passes() -> None:
         ("peak_bytes", peak(GiB), peak(GiB + 2 * MiB), "PASS", "peak_bytes +2.00 MiB, limit +2.00 MiB"),
         ("peak_bytes", peak(GiB), peak(GiB + 2 * MiB + 1), "REGRESSED", "peak_bytes +2.00 MiB, limit +2.00 MiB"),
         ("peak_bytes", peak(GiB), peak(GiB - 3 * MiB), "IMPROVED", "peak_bytes -3.00 MiB, limit +2.00 MiB"),
-        (
-            "peak_bytes",
-            peak(10**6, **CPU_BYTES),
-            peak(10**6 + 500, **CPU_BYTES),
-            "PASS",
-            "peak_bytes +500 B, limit +0.05 %",
-        ),
-        (
-            "peak_bytes",
-            peak(10**6, **CPU_BYTES),
-            peak(10**6 + 501, **CPU_BYTES),
-            "REGRESSED",
-            "peak_bytes +501 B, limit +0.05 %",
-        ),
+        ("peak_bytes", host_peak(10**6), host_peak(10**6 + 500), "PASS", "peak_bytes +500 B, limit +0.05 %"),
+        ("peak_bytes", host_peak(10**6), host_peak(10**6 + 501), "REGRESSED", "peak_bytes +501 B, limit +0.05 %"),
         ("operators", counted(1617), counted(1618), "REGRESSED", "operators +1, limit equal"),
         ("operators", counted(1617), counted(1616), "IMPROVED", "operators -1, limit equal"),
-        (
-            "flops",
-            counted(10**12, unit="FLOP"),
-            counted(10**12 + 1, unit="FLOP"),
-            "REGRESSED",
-            "flops +1 FLOP, limit equal",
-        ),
+        ("flops", flops(10**12), flops(10**12 + 1), "REGRESSED", "flops +1 FLOP, limit equal"),
         ("copies", counted(0), counted(0), "PASS", "copies +0, limit equal"),
         ("copies", counted(0), counted(1), "REGRESSED", "copies +1, limit equal"),
         ("share", counted(5, better="higher"), counted(4, better="higher"), "REGRESSED", "share -1, limit equal"),

@@ -63,24 +63,6 @@ def test_launches_over_lists_equal_those_of_atens_loop(sizes: list[int], depth: 
     assert multi_tensor_launches(sizes, depth) == _simulated(sizes, depth)
 
 
-@given(SIZES, DEPTHS)
-def test_launches_are_bounded_by_blocks_and_tensors(sizes: list[int], depth: int) -> None:
-    """The launches are at least those that blocks or tensors need, and at most the sum of both."""
-    chunks = sum(-(-size // CHUNK) for size in sizes)
-    tensors = sum(size > 0 for size in sizes)
-    by_blocks, by_tensors = -(-chunks // BLOCKS), -(-tensors // TENSORS[depth])
-    assert max(by_blocks, by_tensors) <= multi_tensor_launches(sizes, depth) <= by_blocks + by_tensors
-
-
-@given(SIZES, DEPTHS, st.integers(0, 129), st.integers(0, 50 * CHUNK))
-def test_launches_grow_with_the_last_tensor(sizes: list[int], depth: int, which: int, more: int) -> None:
-    """Another tensor or a longer last tensor never needs fewer launches."""
-    before = multi_tensor_launches(sizes, depth)
-    assert multi_tensor_launches([*sizes, more], depth) >= before
-    if sizes:
-        assert multi_tensor_launches([*sizes[:-1], sizes[-1] + more], depth) >= before
-
-
 def test_examples_of_launches() -> None:
     """Nothing launches nothing, 36 tensors fit in one launch of a fused Adam, and 320 chunks fill one."""
     assert multi_tensor_launches([], 4) == multi_tensor_launches([0, 0], 4) == 0
