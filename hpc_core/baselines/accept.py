@@ -1,15 +1,12 @@
 """Make a record the baseline of its case, and keep the record in the history next to it.
 
-Refuses what must never become a baseline. The files are replaced whole or not at all.
+Refuses what must never become a baseline. All files are replaced or none, and one process at a time does it.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
-import secrets
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +29,7 @@ from hpc_core.baselines.lookup import (
     render,
 )
 from hpc_core.baselines.profiles import profile_bytes, profile_path
+from hpc_core.baselines.transaction import locked, replace_together
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.plain import plain
@@ -52,26 +50,22 @@ def accept(
     """
     refuse(record, reason, allow_dirty)
     record = _as_read(record)
-    circumstances = record.circumstances
-    path = baseline_path(root, circumstances.machine.key, record.case.id)
+    key, case = record.circumstances.machine.key, record.case.id
+    path = baseline_path(root, key, case)
     new = _baseline(record, plain(reason.strip()), at or datetime.datetime.now(datetime.UTC))
-    history = history_path(root, circumstances.machine.key, record.case.id)
-    profile_file = profile_path(root, circumstances.machine.key, record.case.id)
-    kept = history_lines(history)
-    found = find(root, circumstances.machine.key, record.case.id)
-    old = found if isinstance(found, Baseline) else None
-    # The history is read for every judgement; the profile is only for explanations, so it has its own file.
-    newest = record_to_json(msgspec.structs.replace(record, profile=None))
-    texts = {history: b"".join(line + b"\n" for line in lengthened(kept, newest, record.case.id))}
-    if old is None or _substance(old) != _substance(new):
-        texts[path] = render(new)
-    profile = profile_bytes(record)
-    if profile is not None:
-        texts[profile_file] = profile
-    _replace_all(texts)
-    if profile is None:
-        profile_file.unlink(missing_ok=True)  # an earlier record's profile does not explain this baseline
-    action: Literal["created", "updated", "unchanged"] = "updated" if path in texts else "unchanged"
+    with locked(path.parent):
+        found = find(root, key, case)
+        old = found if isinstance(found, Baseline) else None
+        changed = old is None or _substance(old) != _substance(new)
+        history = history_path(root, key, case)
+        # The history is read for every judgement; the profile is only for explanations, so it has its own file.
+        newest = record_to_json(msgspec.structs.replace(record, profile=None))
+        lines = lengthened(history_lines(history), newest, case)
+        # An earlier record's profile does not explain this baseline.
+        contents = {profile_path(root, key, case): profile_bytes(record)}
+        contents |= {path: render(new)} if changed else {}
+        replace_together(contents | {history: b"".join(line + b"\n" for line in lines)})
+    action: Literal["created", "updated", "unchanged"] = "updated" if changed else "unchanged"
     if isinstance(found, Missing):
         action = "created"
     return Acceptance(
@@ -176,31 +170,3 @@ def changes_between(old: Mapping[str, Metric], new: Mapping[str, Metric]) -> tup
             old_value, new_value = (None if metric is None else metric.value for metric in (was, now))
             changes.append(Change(metric=name, old=old_value, new=new_value, unit=unit))
     return tuple(changes)
-
-
-def _replace_all(texts: dict[Path, bytes]) -> None:
-    """Write and flush every text to a temporary file before any is put in place, so that a full disk changes nothing."""
-    try:
-        with _drafts(texts) as drafts:
-            for path, draft in drafts.items():
-                draft.replace(path)
-    except OSError as error:
-        raise BaselineError(
-            f"{', '.join(map(str, texts))}: cannot be written: {error}. The old files are intact."
-        ) from error
-
-
-@contextmanager
-def _drafts(texts: dict[Path, bytes]) -> Iterator[dict[Path, Path]]:
-    drafts = {path: path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp") for path in texts}
-    try:
-        for path, draft in drafts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with draft.open("xb") as file:
-                file.write(texts[path])
-                file.flush()
-                os.fsync(file.fileno())
-        yield drafts
-    finally:
-        for draft in drafts.values():
-            draft.unlink(missing_ok=True)

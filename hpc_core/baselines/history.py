@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.baselines.lookup import history_path
+from hpc_core.baselines.transaction import recover
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.files import read_regular
@@ -53,6 +54,7 @@ def history_lines(path: Path) -> list[bytes]:
         BaselineError: the file cannot be read, or a line is not a record.
     """
     try:
+        recover(path.parent)
         lines = read_regular(path, _LARGEST_BYTES).splitlines()
     except (FileNotFoundError, NotADirectoryError):
         return []

@@ -20,6 +20,7 @@ from hpc_core.baselines.baseline import (
     OlderSchema,
     is_gated,
 )
+from hpc_core.baselines.transaction import recover
 from hpc_core.case.case import SCHEMA, case_to_json
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.files import read_regular
@@ -63,6 +64,7 @@ def find(root: Path, key: str, case_id: str) -> Lookup:
     """
     path = baseline_path(root, key, case_id)
     try:
+        recover(path.parent)
         raw = read_regular(path, _LARGEST_BYTES)
     except (FileNotFoundError, NotADirectoryError):
         return Missing(path=str(path), elsewhere=_elsewhere(root, key, case_id))

@@ -17,15 +17,10 @@ LARGEST_BYTES = 64 * 2**20
 """Of a file with a record. One takes 4 to 30 KB, a run's `--benchmark-json` a few megabytes."""
 
 
-def write_whole(path: Path, content: bytes, *, drafts: Path | None = None) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Replace a file with this content, or leave it unchanged if that fails. Creates missing parent folders.
 
     What is no regular file, such as a device, a pipe or `/dev/stdout`, is written to and stays. A link stays a link.
-
-    Args:
-        path: the file.
-        content: all of it.
-        drafts: an existing folder on the same file system for the temporary file, which lies next to `path` otherwise.
 
     Raises:
         OSError: it cannot be written; the error names `path`.
@@ -33,7 +28,7 @@ def write_whole(path: Path, content: bytes, *, drafts: Path | None = None) -> No
     try:
         descriptor = _straight(path)
         if descriptor is None:
-            _replace(path.resolve(), content, drafts)
+            _replace(path.resolve(), content)
             return
         sys.stdout.flush()  # so that what was printed before comes first
         with os.fdopen(descriptor, "wb") as stream:
@@ -43,9 +38,9 @@ def write_whole(path: Path, content: bytes, *, drafts: Path | None = None) -> No
         raise OSError(error.errno, reason or str(error), str(path)) from error
 
 
-def _replace(path: Path, content: bytes, drafts: Path | None) -> None:
+def _replace(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = (drafts or path.parent) / f".{secrets.token_hex(8)}.tmp"
+    draft = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
         with draft.open("xb") as file:
             file.write(content)
