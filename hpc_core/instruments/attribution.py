@@ -25,6 +25,7 @@ from hpc_core.instruments.owners import Bystanders, by_module, optimizer_tensors
 from hpc_core.instruments.places import Places, following
 from hpc_core.instruments.program import Mark, Program
 from hpc_core.instruments.timeline import Timeline
+from hpc_core.record.exceptions import message_of
 from hpc_core.record.findings import Findings
 from hpc_core.record.profile import KernelUse, OperatorUse, Profile
 
@@ -177,7 +178,7 @@ def profile_step(
     # Everything that is gated has been measured by now, and no explanation is worth losing it: code under test that cannot be
     # followed, or a card without room for it, leaves a note.
     except Exception as error:
-        message = (str(error).strip() or "no message").splitlines()[0]
+        message = message_of(error).splitlines()[0]
         return Findings(notes=(f"no profile: {type(error).__name__}: {message}",))
     return Findings(profile=profile)
 

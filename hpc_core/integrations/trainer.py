@@ -22,6 +22,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.integrations.training import Training
+from hpc_core.record.exceptions import message_of
 from hpc_core.record.files import write_record
 from hpc_core.record.record import Failure, FailureKind
 
@@ -204,10 +205,12 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
 
     def _stop_recording(self, error: Exception) -> None:
         training, self._training = self._training, None
-        _LOG.warning("PerfCallback stopped recording: %s: %s. The training goes on.", type(error).__name__, error)
+        _LOG.warning(
+            "PerfCallback stopped recording: %s: %s. The training goes on.", type(error).__name__, message_of(error)
+        )
         if training is not None:
             training.leave()
-            message = f"recording stopped after {training.steps} steps: {type(error).__name__}: {error}"
+            message = f"recording stopped after {training.steps} steps: {type(error).__name__}: {message_of(error)}"
             _write_or_log(self.path, training, Failure(kind="error", message=message, phase=_PHASE))
 
 
@@ -234,7 +237,7 @@ def _kind(error: BaseException) -> FailureKind:
 
 
 def _described(error: BaseException, steps: int) -> str:
-    return f"{type(error).__name__} after {steps} steps: {str(error).strip() or 'no message'}"
+    return f"{type(error).__name__} after {steps} steps: {message_of(error)}"
 
 
 def _case(case_id: str, args: Any, state: Any, loader: Any, *, cuda: bool, limits: Limits) -> Case:

@@ -24,6 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from hpc_core.case.errors import HpcCoreError, PredictError
 from hpc_core.predict.fake_gpu import was_moved
 from hpc_core.predict.watch import GpuWatch
+from hpc_core.record.exceptions import message_of
 
 _OURS = ("torch", "hpc_core", "unittest", "contextlib")
 _MASKING = "transformers.masking_utils"
@@ -210,8 +211,7 @@ def _at(error: BaseException) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    line = next(iter(str(error).strip().splitlines()), "no message").rstrip(".")
-    return f"{line}."
+    return f"{message_of(error).splitlines()[0].rstrip('.')}."
 
 
 def _refuse_left_behind(optimizer: Any, *_: Any) -> None:

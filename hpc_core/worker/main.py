@@ -15,13 +15,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from io import FileIO
 from typing import NoReturn
 
 import msgspec
 
 from hpc_core.case.errors import HpcCoreError, MissingDataError, MissingLibraryError, install_command
 from hpc_core.record import environment
+from hpc_core.record.exceptions import message_of, traceback_of, with_causes
 from hpc_core.record.job import (
     Event,
     Finished,
@@ -37,7 +37,7 @@ from hpc_core.record.record import (
     record_to_json,
 )
 
-_DETAIL_CHARACTERS = 4000
+_RECURSION = 1000  # Python's own
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch's plain RuntimeErrors say when the host's allocator or a CUDA library runs out."""
 
@@ -82,9 +82,10 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
         return record
     # Here, and only here, every exception becomes a record: a case runs code of other people, and whatever it raises
     # is one row of the report. SystemExit and KeyboardInterrupt too, since a factory may call sys.exit.
-    except (Exception, SystemExit, KeyboardInterrupt) as error:
+    except BaseException as error:
         if debug:
             raise
+        sys.setrecursionlimit(max(sys.getrecursionlimit(), _RECURSION))  # the code under test may have left too little
         return _failed(job, progress, error)
 
 
@@ -111,7 +112,6 @@ def _make_folder_importable() -> None:
 def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
     progress.settle()
     kind, message = _diagnosis(job, error)
-    detail = "".join(traceback.format_exception(error))[-_DETAIL_CHARACTERS:]
     wants_gpu = job.device == "auto" and job.case.scale != "tiny" and bool(environment.visible_gpus())
     on_gpu = job.device == "cuda" or wants_gpu
     seen = environment.circumstances(
@@ -122,80 +122,105 @@ def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
         started_at=progress.started_at,
         phase_s=progress.phase_s,
     )
-    failure = Failure(kind=kind, message=message, phase=progress.phase, detail=detail)
+    failure = Failure(kind=kind, message=message, phase=progress.phase, detail=traceback_of(error))
     return Record(case=job.case, status="failed", failure=failure, circumstances=seen)
 
 
 def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
-    """Kind and message of what was raised."""
-    text = str(error).strip() or type(error).__name__
+    """Kind and message of what was raised. By its type: what `isinstance` asks an exception for may be its own invention."""
+    kind, text = type(error), message_of(error)
     if (shortage := _shortage(error)) is not None:
         return (
             "out_of_memory",
             f"{shortage} Lower batch or length, turn checkpointing on, or take a device with more memory.",
         )
-    if isinstance(error, MissingLibraryError):
+    if issubclass(kind, MissingLibraryError):
         return "missing_library", text
-    if isinstance(error, MissingDataError):
+    if issubclass(kind, MissingDataError):
         return "missing_data", text
-    missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    missing = str(getattr(error, "name", "")).partition(".")[0] if issubclass(kind, ModuleNotFoundError) else ""
     if (command := install_command(missing)) is not None:
         return "missing_library", f"{missing} is not installed: {command}."
-    if isinstance(error, HpcCoreError):
+    if issubclass(kind, HpcCoreError):
         return "refused", text
-    if isinstance(error, KeyboardInterrupt):
+    if issubclass(kind, KeyboardInterrupt):
         return "interrupted", f"{job.case.id} was interrupted before it had numbers; run it again."
-    if isinstance(error, SystemExit):
+    if issubclass(kind, SystemExit):
         return (
             "crash",
-            f"The code under test called sys.exit({error.code!r}); a step must return, or raise what is wrong.",
+            f"The code under test called sys.exit({text}); a step must return, or raise what is wrong.",
         )
-    return "error", f"{type(error).__name__}: {text}"
+    return "error", f"{kind.__name__}: {text}"
 
 
 def _shortage(error: BaseException) -> str | None:
     """What an out-of-memory error says, with its numbers; None if it is another error. Causes are looked at too."""
-    at: BaseException | None = error
-    while at is not None:
+    for at in with_causes(error):
         names = {f"{kind.__module__}.{kind.__name__}" for kind in type(at).__mro__}
         # By name, because a case without torch must not pay for importing it.
         torch_says = any(name.startswith("torch.") and name.endswith(".OutOfMemoryError") for name in names)
-        if torch_says or (isinstance(at, RuntimeError) and any(sign in str(at) for sign in _NO_MEMORY)):
-            return f"{str(at).strip().rstrip('.')}."
-        if isinstance(at, MemoryError):
-            return f"The host ran out of memory: {str(at) or 'an allocation failed'}."
-        at = at.__cause__
+        text = message_of(at)
+        if torch_says or (issubclass(type(at), RuntimeError) and any(sign in text for sign in _NO_MEMORY)):
+            return f"{text.rstrip('.')}."
+        if issubclass(type(at), MemoryError):
+            return f"The host ran out of memory: {'an allocation failed' if text == type(at).__name__ else text}."
     return None
 
 
 def serve(job_fd: int, events_fd: int) -> NoReturn:
-    """Read one job, run it, write its events and its record, end this process.
-
-    Raises:
-        msgspec.MsgspecError: what lies on `job_fd` is no job.
-    """
-    os.set_inheritable(events_fd, False)  # no program started from here holds the launcher's line open
-    faulthandler.enable(2, all_threads=True)  # a crash shows where it happened
-    faulthandler.register(signal.SIGUSR1, 2, all_threads=True)  # the supervisor asks before it ends a worker that hangs
-    with os.fdopen(job_fd, "rb") as job_file:
-        job = msgspec.json.decode(job_file.read(), type=Job)
-    with os.fdopen(events_fd, "wb", buffering=0) as events:
-
-        def emit(event: Event) -> None:
-            _write_all(events, encode_event(event))
-
+    """Read one job, run it, write its events and its record, end this process."""
+    code = 1
+    try:
+        os.set_inheritable(events_fd, False)  # no program started from here holds the launcher's line open
+        faulthandler.enable(2, all_threads=True)  # a crash shows where it happened
+        faulthandler.register(
+            signal.SIGUSR1, 2, all_threads=True
+        )  # the supervisor asks before it ends a worker that hangs
+        with os.fdopen(job_fd, "rb") as job_file:
+            job = msgspec.json.decode(job_file.read(), type=Job)
+        emit = _Events(events_fd)
         emit(Finished(run_job(job, emit)))
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
+        code = 0
+        for stream in (sys.stdout, sys.stderr):
             stream.flush()
-    # Neither exit handlers nor threads of the code under test can hold up, or crash, a worker whose record is out.
-    os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        # Neither exit handlers nor threads of the code under test can hold up, or crash, a worker whose record is out.
+        os._exit(code)
 
 
-def _write_all(events: FileIO, line: bytes) -> None:
-    rest = memoryview(line)
-    while rest:
-        rest = rest[events.write(rest) :]
+class _Events:
+    """Writes events to their descriptor, for this process alone and as long as the code under test leaves it there."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._pid, self._pipe = fd, os.getpid(), os.fstat(fd)
+
+    def __call__(self, event: Event) -> None:
+        """Write an event.
+
+        Raises:
+            OSError: the descriptor was closed, or is another file's by now.
+        """
+        if os.getpid() != self._pid:
+            sys.stderr.write("A child that the code under test forked returned into hpc-core's code, and was ended.\n")
+            os._exit(1)
+        try:
+            now = os.fstat(self._fd)
+        except OSError:
+            now = None
+        if now is None or not os.path.samestat(now, self._pipe):
+            raise OSError(f"The code under test closed descriptor {self._fd}, which a worker reports its record on.")
+        rest = memoryview(encode_event(event))
+        while rest:
+            rest = rest[self._write(rest) :]
+
+    def _write(self, line: memoryview) -> int:
+        try:
+            return os.write(self._fd, line)
+        except BlockingIOError:  # the code under test made it non-blocking
+            os.set_blocking(self._fd, True)
+            return 0
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
