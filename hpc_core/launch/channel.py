@@ -17,6 +17,7 @@ from typing import Self
 
 import msgspec
 
+from hpc_core.launch.family import kill_all, writers
 from hpc_core.launch.supervisor import TIMED_OUT
 from hpc_core.record.job import Event, Exited, Finished, Job, Phase, decode_event
 from hpc_core.record.record import Record
@@ -24,6 +25,10 @@ from hpc_core.record.record import Record
 _TAIL_CHARACTERS = 4000
 _TAIL_BYTES = 4 * _TAIL_CHARACTERS  # a character of UTF-8 has up to four bytes
 _END_LIMIT_S = 40.0  # the supervisor itself gives up after 30 s
+_AFTER_RECORD_S = 30.0
+"""Seconds for a worker to end after its record: nothing but a flush of its output and the kernel's work is left."""
+_AFTER_EXIT_S = 5.0
+_LONGEST_LINE_BYTES = 1 << 26
 _LONGEST_POLL_S = 3600.0  # poll counts milliseconds in 32 bits
 
 
@@ -36,9 +41,11 @@ class Observed:
     record: Record | None = None
     exited: Exited | None = None
     malformed: str | None = None
-    """The first line that was not an event, and why."""
+    """What the first line was that was not an event, or no event of its own, as a clause."""
     limit_s: float | None = None
     """The limit that ran out, if one did."""
+    alive: tuple[int, ...] = ()
+    """Ids of the worker's processes that could not be ended."""
 
 
 class Channel:
@@ -95,22 +102,21 @@ class Channel:
             on_event: called with every event. What it raises leaves here, like Ctrl-C, after the worker has been ended.
         """
         observed = Observed()
+        lines = _Lines(self._events_read_fd)
         try:
-            self._read_events(_Clock(timeout_s, import_limit_s), observed, on_event)
+            self._read_events(lines, _Clock(timeout_s, import_limit_s), observed, on_event)
         finally:
-            if observed.exited is None:
-                self._end_and_wait()
+            self._end_and_wait(lines, observed)
         return observed
 
-    def _read_events(self, clock: _Clock, observed: Observed, on_event: Callable[[Event], None]) -> None:
-        lines = _Lines(self._events_read_fd)
-        give_up = float("inf")
-        while observed.exited is None and time.monotonic() < give_up:
-            if observed.limit_s is None and clock.left_s() <= 0:
+    def _read_events(self, lines: _Lines, clock: _Clock, observed: Observed, on_event: Callable[[Event], None]) -> None:
+        """Read until the worker has ended or a limit has run out."""
+        while observed.exited is None:
+            if clock.left_s() <= 0:
                 observed.limit_s = clock.limit_s
                 self._end(TIMED_OUT)
-                give_up = time.monotonic() + _END_LIMIT_S
-            batch = lines.read(clock.left_s() if observed.limit_s is None else give_up - time.monotonic())
+                return
+            batch = lines.read(clock.left_s())
             if batch is None:
                 return
             for event in _decoded(batch, observed):
@@ -118,9 +124,8 @@ class Channel:
                     observed.phase = event.name
                     clock.enter(event.name)
                 elif isinstance(event, Finished):
-                    observed.record = event.record
-                else:
-                    observed.exited = event
+                    clock.finish()
+                _observe(event, observed)
                 on_event(event)
 
     def _end(self, message: bytes = b"") -> None:
@@ -131,14 +136,28 @@ class Channel:
                     os.write(self._life_write_fd, message)
             self._close(self._life_write_fd)
 
-    def _end_and_wait(self) -> None:
-        """End the worker and wait until the events end, when not even the supervisor is left. At most 40 s."""
+    def _end_and_wait(self, lines: _Lines, observed: Observed) -> None:
+        """End the worker and wait until the events end, when not even the supervisor is left; end by force what does not.
+
+        At most 45 s; what is left even then is named in `observed`.
+        """
         self._end()
-        lines = _Lines(self._events_read_fd)
-        deadline = time.monotonic() + _END_LIMIT_S
+        if self._ends_within(_END_LIMIT_S if observed.exited is None else _AFTER_EXIT_S, lines, observed):
+            return
+        kill_all(family := writers(self._events_read_fd))
+        if not self._ends_within(_AFTER_EXIT_S, lines, observed):
+            observed.alive = tuple(process.pid for process in family if process.is_running())
+
+    def _ends_within(self, limit_s: float, lines: _Lines, observed: Observed) -> bool:
+        """Read what still comes; return whether nobody is left who could write."""
+        deadline = time.monotonic() + limit_s
         while (left_s := deadline - time.monotonic()) > 0:
-            if lines.read(left_s) is None:
-                return
+            batch = lines.read(left_s)
+            if batch is None:
+                return True
+            for event in _decoded(batch, observed):
+                _observe(event, observed)
+        return False
 
     def output_tail(self) -> str:
         """Return the last 4000 characters that worker and supervisor wrote to stdout and stderr."""
@@ -153,17 +172,20 @@ class _Clock:
     def __init__(self, timeout_s: float, import_limit_s: float) -> None:
         self._timeout_s = timeout_s
         self._import_limit_s = import_limit_s
-        self._left_s = timeout_s
+        self._left_s = {True: import_limit_s, False: timeout_s}
         self._entered = time.monotonic()
         self._importing = True  # until the worker reports a phase, its interpreter is starting
 
     def enter(self, phase: str) -> None:
         now = time.monotonic()
-        if not self._importing:
-            self._left_s -= now - self._entered
-        if not (self._importing and phase == "import"):  # starting and importing share one allowance
-            self._entered = now
+        self._left_s[self._importing] -= now - self._entered
+        self._entered = now
         self._importing = phase == "import"
+
+    def finish(self) -> None:
+        """The record is there: what is left to do takes no time of the case's."""
+        self.enter("")
+        self._left_s[False] = min(self._left_s[False], _AFTER_RECORD_S)
 
     @property
     def limit_s(self) -> float:
@@ -171,7 +193,7 @@ class _Clock:
         return self._import_limit_s if self._importing else self._timeout_s
 
     def left_s(self) -> float:
-        return (self._import_limit_s if self._importing else self._left_s) - (time.monotonic() - self._entered)
+        return self._left_s[self._importing] - (time.monotonic() - self._entered)
 
 
 class _Lines:
@@ -179,24 +201,49 @@ class _Lines:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._rest = b""
+        self._rest: list[bytes] = []
+        self._rest_bytes = 0
         self._poll = select.poll()
         self._poll.register(fd, select.POLLIN)
 
     def read(self, wait_s: float) -> list[bytes] | None:
-        """Return the complete lines that came within the wait, perhaps none; None at the end of the events."""
+        """Return the complete lines that came within the wait, perhaps none; None at the end of the events.
+
+        Of a line that is too long for an event, only the beginning is returned.
+        """
         if not self._poll.poll(min(max(0.0, wait_s), _LONGEST_POLL_S) * 1000):
             return []
         chunk = os.read(self._fd, 1 << 16)
         if not chunk:
             return None
-        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        *lines, rest = chunk.split(b"\n")
+        if lines:
+            lines[0] = b"".join((*self._rest, lines[0]))
+            self._rest, self._rest_bytes = [], 0
+        if self._rest_bytes <= _LONGEST_LINE_BYTES:
+            self._rest.append(rest)
+            self._rest_bytes += len(rest)
         return [line for line in lines if line]
 
 
 def _decoded(lines: list[bytes], observed: Observed) -> Iterator[Event]:
     for line in lines:
+        if observed.malformed is not None and b'"exited"' not in line:
+            continue  # only the supervisor's report still counts
         try:
             yield decode_event(line)
         except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            observed.malformed = observed.malformed or f"{line[:200]!r}: {error}"
+            why = f"longer than {_LONGEST_LINE_BYTES >> 20} MiB" if len(line) > _LONGEST_LINE_BYTES else str(error)
+            observed.malformed = observed.malformed or f"a line from the worker is not an event ({line[:200]!r}: {why})"
+
+
+def _observe(event: Event, observed: Observed) -> None:
+    """Keep what an event says. A worker has one record and one end, so a second one shows that the code under test wrote one."""
+    if isinstance(event, Finished):
+        if observed.record is not None:
+            observed.malformed = observed.malformed or "the worker sent two records"
+        observed.record = event.record
+    elif isinstance(event, Exited):
+        if observed.exited is not None:
+            observed.malformed = observed.malformed or "the worker's end was reported twice"
+        observed.exited = event

@@ -55,7 +55,15 @@ def _remarks(observed: Observed) -> tuple[str, ...]:
         )
     if observed.record is not None and observed.exited is not None and observed.exited.signal is not None:
         remarks.append(f"The worker ended by {_name(observed.exited.signal)} after it had given its record.")
+    if alive := _alive(observed):
+        remarks.append(
+            f"Processes that the worker had started could not be ended: {', '.join(map(str, alive))}. End them before the next run."
+        )
     return tuple(remarks)
+
+
+def _alive(observed: Observed) -> tuple[int, ...]:
+    return observed.alive if observed.exited is None else (*observed.exited.alive, *observed.alive)
 
 
 def _failed(job: Job, observed: Observed, output: str, notes: tuple[str, ...], foreign: bool) -> Record:
@@ -76,7 +84,7 @@ def _diagnosis(job: Job, observed: Observed) -> tuple[FailureKind, str]:
     if observed.malformed is not None:
         return (
             "crash",
-            f"{case}: a line from the worker is not an event, so nothing that it sent is trusted: {observed.malformed}",
+            f"{case}: {observed.malformed}, so nothing that it sent is trusted. The code under test wrote to a descriptor that is not its own.",
         )
     if observed.record is not None:
         return "crash", _wrong_record(job, observed.record)
@@ -84,8 +92,13 @@ def _diagnosis(job: Job, observed: Observed) -> tuple[FailureKind, str]:
         return "timeout", _timeout(case, observed)
     if exited is None:
         return "crash", (
-            f"{case}: worker and supervisor ended {where} without a report. "
+            f"{case}: worker and supervisor ended {where} without a report, so programs that the worker had started may still run. "
             "Run it again, and look for the OOM killer in the kernel's log."
+        )
+    if exited.supervisor is not None:
+        return "killed" if exited.supervisor == "SIGKILL" else "crash", (
+            f"{case}: the worker's supervisor was ended ({exited.supervisor}) {where}, and the worker with it. If the code under test "
+            "did not kill its parent process, look for the OOM killer in the kernel's log."
         )
     if exited.signal == signal.SIGKILL:
         return "killed", (
@@ -115,14 +128,15 @@ def _wrong_record(job: Job, record: Record) -> str:
 
 
 def _timeout(case: str, observed: Observed) -> str:
+    all_ended = "" if _alive(observed) else " with everything it had started"
     if observed.phase == "import":
         return (
-            f"{case}: the worker was still importing after {observed.limit_s:g} s, the limit for imports, and was ended. "
+            f"{case}: the worker was still importing after {observed.limit_s:g} s, the limit for imports, and was ended{all_ended}. "
             "Where it hung is in the detail."
         )
     return (
-        f"{case}: the worker was in phase {observed.phase!r} when its {observed.limit_s:g} s were over, and was ended with "
-        "everything it had started. Where it hung is in the detail; if it only needs longer, raise timeout_s=."
+        f"{case}: the worker was in phase {observed.phase!r} when its {observed.limit_s:g} s were over, and was ended{all_ended}. "
+        "Where it hung is in the detail; if it only needs longer, raise timeout_s=."
     )
 
 

@@ -1,8 +1,11 @@
-"""The process between launcher and worker, which leaves nothing behind: `python -m hpc_core.launch.supervisor … -- COMMAND`.
+"""The processes between launcher and worker, which leave nothing behind: `python -m hpc_core.launch.supervisor … -- COMMAND`.
 
-It starts the worker, waits for its end or for the launcher's, ends every process below itself, and writes one Exited event.
-It knows neither cases nor records, and imports no torch of its own (forked from a forkserver, it finds torch loaded).
-Linux only: it relies on prctl and pidfd.
+    launcher ─ reaper ─ supervisor ─ worker ─ whatever it starts
+
+The supervisor starts the worker, waits for its end or for the launcher's, ends every process below itself, and writes one Exited
+event. The reaper does so if the code under test kills the supervisor, and lets it go on if it was stopped.
+They know neither cases nor records, and import no torch of their own (forked from a forkserver, they find torch loaded).
+Linux only: they rely on prctl and pidfd.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import json
 import os
 import select
 import signal
+import stat
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import psutil
@@ -33,38 +38,86 @@ _TRACEBACK_S = 0.3
 _SIGTERM_POLL_MS = 200
 _END_S = 30.0
 _PAUSE_S = 0.01
+_MOST_OUTPUT_BYTES = 1 << 28
+_FOR_REAPER = {signal.SIGCHLD, signal.SIGTERM}
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def supervise(become_worker: Callable[[], object], *, events_fd: int, life_fd: int) -> None:
-    """Fork a worker, wait for its end or for the life pipe, end all processes below, write an Exited event.
+    """Be the reaper of a supervisor and its worker; return when all processes below have ended and an Exited event is written.
 
     Args:
-        become_worker: called in the child; it execs or runs the job, and the child ends if it returns.
+        become_worker: called in the worker; it execs or runs the job, and the worker ends if it returns.
         events_fd: where Exited goes; the worker has it too.
         life_fd: read end of a pipe that only the launcher can write to, so that even its SIGKILL shows as end of file.
     """
-    # Orphans below this process become its children, even those that called setsid: none can escape.
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    mask = set(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_REAPER)))
+    supervisor = _child(lambda: _supervise(become_worker, mask, events_fd, life_fd))
+    os.close(life_fd)
+    ended = _outlive(supervisor)
+    if ended is not None:
+        statuses, alive = _end_descendants()
+        _report(events_fd, Exited(None, None, leftovers=_count_killed(statuses), alive=alive, supervisor=ended))
+
+
+def _supervise(become_worker: Callable[[], object], mask: set[int], events_fd: int, life_fd: int) -> None:
+    """Fork a worker, wait for its end or for the life pipe, end all processes below, report."""
     terminated = _take_signals()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     supervisor = os.getpid()
-    worker = os.fork()
-    if worker == 0:
+
+    def work() -> None:
+        _leave_supervision(supervisor, life_fd)
+        become_worker()
+        os._exit(1)
+
+    worker = _child(work)
+    status = _wait(worker, terminated, life_fd)
+    statuses, alive = _end_descendants()
+    status = statuses.pop(worker, signal.SIGKILL) if status is None else status
+    code = os.waitstatus_to_exitcode(status)
+    leftovers = _count_killed(statuses)
+    _report(events_fd, Exited(code if code >= 0 else None, -code if code < 0 else None, leftovers, alive))
+
+
+def _child(work: Callable[[], object]) -> int:
+    """Fork, and return the child's process id. Orphans below this process become its children: none escapes by setsid."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    child = os.fork()
+    if child == 0:
+        code = 1
         try:
-            _leave_supervision(supervisor, life_fd)
-            become_worker()
+            work()
+            code = 0
         finally:
             if sys.exc_info()[0] is not None:
                 traceback.print_exc()
-            os._exit(1)  # whatever happened, never fall back into the supervisor's code
-    status = _wait(worker, terminated, life_fd)
-    killed, statuses = _end_descendants()
-    code = os.waitstatus_to_exitcode(statuses.get(worker, signal.SIGKILL) if status is None else status)
-    exited = Exited(code if code >= 0 else None, -code if code < 0 else None, leftovers=len(killed - {worker}))
+            os._exit(code)  # whatever happened, never fall back into the parent's code
+    return child
+
+
+def _report(events_fd: int, exited: Exited) -> None:
     with contextlib.suppress(BrokenPipeError):  # the launcher has ended
         # The newline ends a line that the worker was killed in the middle of.
         os.write(events_fd, b"\n" + encode_event(exited))
+
+
+def _outlive(supervisor: int) -> str | None:
+    """Wait until the supervisor has ended; return how if it did not report, as a signal's name or an exit code, else None."""
+    while True:
+        if signal.sigwait(_FOR_REAPER) == signal.SIGTERM:
+            os.kill(supervisor, signal.SIGTERM)
+        state = os.waitid(os.P_PID, supervisor, os.WEXITED | os.WSTOPPED | os.WNOHANG)
+        if state is None:
+            continue
+        if state.si_code == os.CLD_STOPPED:
+            os.kill(supervisor, signal.SIGCONT)
+        elif state.si_code != os.CLD_EXITED:
+            return signal.Signals(state.si_status).name
+        else:
+            return f"exit code {state.si_status}" if state.si_status else None
 
 
 def die_with(parent: int) -> None:
@@ -86,10 +139,9 @@ def _prctl(option: int, argument: int) -> None:
 
 
 def _take_signals() -> list[int]:
-    """Note SIGTERM in the returned list, ignore Ctrl-C, which is the launcher's, and leave children to be reaped."""
+    """Note SIGTERM in the returned list, and ignore Ctrl-C, which is the launcher's."""
     noted: list[int] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     return noted
 
@@ -119,6 +171,7 @@ def _wait(worker: int, terminated: list[int], life_fd: int) -> int | None:
             status = _reap().get(worker)
             if status is not None:
                 return status
+            _cut_output()
             if terminated:
                 return None
             if life_fd in ready:
@@ -130,41 +183,72 @@ def _wait(worker: int, terminated: list[int], life_fd: int) -> int | None:
         os.close(worker_fd)
 
 
+def _cut_output() -> None:
+    """Let a worker that prints without end start its output's file again, before that fills the disk."""
+    if stat.S_ISREG(os.fstat(1).st_mode) and os.fstat(1).st_size > _MOST_OUTPUT_BYTES:
+        os.ftruncate(1, 0)
+        os.lseek(1, 0, os.SEEK_SET)  # the worker's descriptors share this position
+
+
 def _reap() -> dict[int, int]:
-    """Return the wait statuses, by process id, of all children that have ended, without waiting for others."""
+    """Return the wait statuses, by process id, of all children that have ended, without waiting for others.
+
+    Raises:
+        ChildProcessError: there is no child at all, neither before nor after.
+    """
     statuses: dict[int, int] = {}
-    with contextlib.suppress(ChildProcessError):
+    try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             statuses[ended[0]] = ended[1]
+    except ChildProcessError:
+        if not statuses:
+            raise
     return statuses
 
 
-def _end_descendants() -> tuple[set[int], dict[int, int]]:
-    """Kill everything below this process until nothing is left, and reap it; return killed ids and wait statuses.
+def _end_descendants() -> tuple[dict[int, int], tuple[int, ...]]:
+    """Kill and reap children until there is none; return wait statuses, and the ids of those that could not be ended.
 
+    Children are enough: what they leave becomes a child of this process. A process that forks and exits forever is never in a list
+    of what runs, but it is a child or about to be one, so only ECHILD says that nothing is left. A signal to its group misses none.
     Gives up after 30 s: a process stuck in a driver dies when the driver lets go.
     """
-    killed: set[int] = set()
     statuses: dict[int, int] = {}
+    tried: set[int] = set()
     deadline = time.monotonic() + _END_S
     while time.monotonic() < deadline:
-        alive = [child for child in psutil.Process().children(recursive=True) if _runs(child)]
-        if not alive:
-            break
-        for child in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-                killed.add(child.pid)
-        time.sleep(_PAUSE_S)
-        statuses |= _reap()
-    return killed, statuses | _reap()
+        try:
+            statuses |= _reap()
+        except ChildProcessError:
+            return statuses, ()
+        children = _children()
+        for child in children:
+            _kill(child)
+        if tried >= children:
+            time.sleep(_PAUSE_S)
+        tried |= children
+    return statuses, tuple(process.pid for process in psutil.Process().children(recursive=True))
 
 
-def _runs(process: psutil.Process) -> bool:
+def _children() -> set[int]:
+    """Return the ids of this process's children, without a walk over all processes where the kernel lists them."""
     try:
-        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
+        listed = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    except FileNotFoundError:
+        return {child.pid for child in psutil.Process().children()}
+    return set(map(int, listed.split()))
+
+
+def _kill(child: int) -> None:
+    """Send SIGKILL to a child that has not been reaped, and so still owns its id, and to its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        if (group := os.getpgid(child)) != os.getpgrp():
+            os.killpg(group, signal.SIGKILL)
+        os.kill(child, signal.SIGKILL)
+
+
+def _count_killed(statuses: dict[int, int]) -> int:
+    return sum(os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL for status in statuses.values())
 
 
 def _exec(

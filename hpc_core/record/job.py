@@ -125,6 +125,10 @@ class Exited(msgspec.Struct, frozen=True, tag="exited", tag_field="event"):
     signal: int | None
     leftovers: int
     """Processes that outlived the worker and were killed."""
+    alive: tuple[int, ...] = ()
+    """Ids of processes that could not be ended."""
+    supervisor: str | None = None
+    """How the supervisor itself ended, such as "SIGKILL", where that is why the worker was ended."""
 
 
 Event = Phase | Finished | Exited

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from tests.launch.conftest import Listening
 pytestmark = pytest.mark.slow
 
 _CHILDREN = 3
+_ROLES = ("reaper", "supervisor", "worker")
 _GONE_S = 15.0
 """Milliseconds on an idle machine; a busy one may take longer."""
 
@@ -117,22 +120,87 @@ def launching(way: str, marker: str) -> subprocess.Popen[str]:
     return launcher
 
 
-def test_a_worker_does_not_survive_its_supervisor(warm: Launcher, listening: Listening) -> None:
-    """If the supervisor is killed, the kernel ends the worker, and the record says that neither reported."""
+def test_a_worker_does_not_survive_its_supervisors(warm: Launcher, listening: Listening) -> None:
+    """If reaper and supervisor are both killed, the kernel ends the worker, and the record says that nobody reported its end."""
     workers: list[psutil.Process] = []
     assert warm.preloaded is not None
     forkserver = psutil.Process(warm.preloaded.pid)
 
-    def kill_supervisor(_: Case, event: Event) -> None:
+    def kill_both(_: Case, event: Event) -> None:
         if event == Phase("start"):
-            (supervisor,) = (child for child in forkserver.children() if child.children())
+            (reaper,) = (child for child in forkserver.children() if child.children())
+            (supervisor,) = reaper.children()
             workers.extend(supervisor.children())
+            reaper.kill()
             supervisor.kill()
 
-    workload = CallableSpec(factory="tests.launch.launch_factories:hangs", steps=1)
-    hanging = Job(case=Case(id="own/hangs", scale="tiny", workload=workload, timeout_s=20), device="cpu")
-    listening.listener = kill_supervisor
-    record = warm.run(hanging)
+    listening.listener = kill_both
+    record = warm.run(hanging(timeout_s=20))
     assert record.failure is not None
     assert (record.failure.kind, "without a report" in record.failure.message) == ("crash", True)
     assert wait_for(lambda: not workers[0].is_running(), _GONE_S)
+
+
+def hanging(timeout_s: float) -> Job:
+    workload = CallableSpec(factory="tests.launch.launch_factories:hangs", steps=1)
+    return Job(case=Case(id="own/hangs", scale="tiny", workload=workload, timeout_s=timeout_s), device="cpu")
+
+
+@pytest.mark.nightly
+def test_stopped_supervisors_are_ended_by_the_launcher(
+    warm: Launcher, listening: Listening, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If reaper and supervisor are both stopped, the launcher waits for their limit, then ends them and the worker itself."""
+    assert warm.preloaded is not None
+    forkserver = psutil.Process(warm.preloaded.pid)
+    family: list[psutil.Process] = []
+
+    def stop_both(_: Case, event: Event) -> None:
+        if event == Phase("start"):
+            (reaper,) = (child for child in forkserver.children() if child.children())
+            family.extend([reaper, *reaper.children(recursive=True)])
+            reaper.suspend()
+            family[1].suspend()
+
+    monkeypatch.setattr("hpc_core.launch.channel._END_LIMIT_S", 2.0)
+    listening.listener = stop_both
+    record = warm.run(hanging(timeout_s=1))
+    assert record.failure is not None
+    assert (record.failure.kind, len(family)) == ("timeout", 3)
+    assert psutil.wait_procs(family, timeout=_GONE_S)[1] == []
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("number", range(20))
+def test_nothing_survives_a_kill_at_a_random_moment(number: int, marker: str, warm: Launcher) -> None:
+    """Whether worker, supervisor, reaper or launcher is killed, and whenever: there is one record, and no process is left."""
+    moment = random.Random(number)
+    victim = (*_ROLES, "launcher")[number % 4]
+    if victim == "launcher":
+        with launching("exec", marker) as launcher:
+            time.sleep(moment.uniform(0, 0.5))
+            launcher.kill()
+        assert wait_for(lambda: not processes(marker), _GONE_S)
+        return
+    assert warm.preloaded is not None
+    forkserver = psutil.Process(warm.preloaded.pid)
+
+    def running() -> dict[str, psutil.Process]:
+        reapers = forkserver.children()
+        supervisors = [child for reaper in reapers for child in reaper.children()]
+        workers = [child for supervisor in supervisors for child in supervisor.children()]
+        return {name: each[0] for name, each in zip(_ROLES, (reapers, supervisors, workers), strict=True) if each}
+
+    hang = moment.random() < 0.5
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(warm.run, job(marker, hang=hang, timeout_s=4))
+        with contextlib.suppress(psutil.NoSuchProcess, KeyError):  # it was faster
+            wait_for(lambda: victim in running() or run.done())
+            time.sleep(moment.uniform(0, 1))
+            running()[victim].kill()
+        record = run.result()
+    outcome = record.status if record.failure is None else record.failure.kind
+    uninterrupted = "timeout" if hang else "ok"
+    assert outcome in ({uninterrupted} if victim == "reaper" else {"killed", uninterrupted}), record.failure
+    assert processes(marker) == []
+    assert wait_for(lambda: not forkserver.children(), 1)
