@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,17 +10,38 @@ import pytest
 from hpc_core.catalogue import TINY, finetune, full, generate, tiny
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Job, Predict
-from tests.predict.predicting import GPU, predicted, refusal, values
+from hpc_core.record.record import Record
+from tests.predict.predicting import GPU, predicted, predicted_jobs, refusal, values
 
 pytestmark = pytest.mark.slow
 
 LORA = next(case for case in TINY if case.id == "tiny/lora")
 
 
+STOCK = finetune(tiny, full, variant="stock", batch=4, length=256, steps=2)
+CHUNKED = STOCK.vary("chunked", engine="tuned", loss="chunked", loss_chunk=128)
+SWITCHES: dict[str, dict[str, Any]] = {
+    "graph": {"graph": True},
+    "compile": {"compile": "layers"},
+    "fusion": {"fusion": "blocks"},
+    "feed": {"way": "loader"},
+}
+STATIC = generate(tiny, variant="generate-static", prompts=1, prompt_length=8, new_tokens=4, cache="static")
+
+
+@functools.cache
+def _records() -> dict[str, Record]:
+    """Predictions by the name of what they try, all made by one process."""
+    cases = {"stock": STOCK, "chunked": CHUNKED, "static cache": STATIC}
+    cases |= {name: CHUNKED.vary(name, **on) for name, on in SWITCHES.items()}
+    jobs = {name: Job(case=case, kind=Predict(gpu=GPU)) for name, case in cases.items()}
+    jobs["unknown GPU"] = Job(case=LORA, kind=Predict(gpu="GTX 480"))
+    return dict(zip(jobs, predicted_jobs(list(jobs.values())), strict=True))
+
+
 def test_a_static_cache_is_refused() -> None:
     """A static cache is refused, because its forward is compiled on a GPU; the message names the alternative."""
-    case = generate(tiny, variant="generate-static", prompts=1, prompt_length=8, new_tokens=4, cache="static")
-    message = refusal(predicted([case])[0])
+    message = refusal(_records()["static cache"])
     assert "torch.compile cannot be predicted" in message
     assert "cache='dynamic'" in message
 
@@ -39,7 +61,7 @@ def test_a_compiled_model_is_refused(first: str) -> None:
 
 def test_an_unknown_gpu_is_refused() -> None:
     """An unknown GPU is refused, and the message lists the known ones."""
-    message = refusal(predicted([LORA], gpu="GTX 480")[0])
+    message = refusal(_records()["unknown GPU"])
     assert "'GTX 480'" in message
     assert GPU in message
 
@@ -60,19 +82,14 @@ def test_a_case_can_be_predicted_through_the_launcher() -> None:
     assert record.circumstances.machine.key == "predicted"
 
 
-def test_the_chunked_loss_is_predicted_and_other_switches_are_refused() -> None:
-    """The chunked loss lowers the predicted peak by most of the logits; a graph, compiled layers, fused blocks and a loader are refused by name."""
-    stock = finetune(tiny, full, variant="stock", batch=4, length=256, steps=2)
-    chunked = stock.vary("chunked", engine="tuned", loss="chunked", loss_chunk=128)
-    switches: dict[str, dict[str, Any]] = {
-        "graph": {"graph": True},
-        "compile": {"compile": "layers"},
-        "fusion": {"fusion": "blocks"},
-        "feed": {"way": "loader"},
-    }
-    whole, chunks, *refused = predicted([stock, chunked, *(chunked.vary(name, **on) for name, on in switches.items())])
+def test_the_chunked_loss_is_predicted() -> None:
+    """The chunked loss lowers the predicted peak by most of the logits."""
     logits = 4 * 256 * 1024 * 4
-    assert chunks.status == "ok", chunks.reasons
-    assert int(values(chunks)["peak_bytes"]) < int(values(whole)["peak_bytes"]) - 2 * logits
-    for name, record in zip(switches, refused, strict=True):
-        assert f"{name}=" in refusal(record)
+    whole, chunked = (values(_records()[name])["peak_bytes"] for name in ("stock", "chunked"))
+    assert chunked < whole - 2 * logits
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_other_switches_are_refused(switch: str) -> None:
+    """A graph, compiled layers, fused blocks and a loader are refused by the names of their switches."""
+    assert f"{switch}=" in refusal(_records()[switch])
