@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -13,12 +12,9 @@ from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
 from hpc_core.case.parts import DataSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.catalogue import TINY, finetune, generate, lora, qlora, tiny
-from hpc_core.record.job import Job
-from hpc_core.record.record import Record
-from hpc_core.worker.perform import perform
+from hpc_core.catalogue import finetune, generate, lora, qlora, tiny
+from tests.tiny_cases import TINY_CASES, measured, tiny_record
 
-CASES = {case.id: case for case in TINY if not case.id.endswith("-soak")}  # the soak runs in tests/worker/test_soak.py
 WEIGHTS = {
     "quantized_layers",
     "embedding_dtype",
@@ -59,11 +55,6 @@ GENERATION = {
 }
 
 
-@functools.cache
-def _record(case: Case) -> Record:
-    return perform(Job(case=case, launched="inline", device="cpu"), lambda _: None)
-
-
 def _expected_facts(case: Case) -> set[str]:
     facts = WEIGHTS | (TRAINING if isinstance(case.workload, FinetuneSpec) else GENERATION)
     if case.quantization is not None:
@@ -77,13 +68,11 @@ def _expected_facts(case: Case) -> set[str]:
     return facts
 
 
-@pytest.mark.parametrize("case_id", CASES)
-def test_a_tiny_case_has_all_its_facts_and_they_hold(case_id: str) -> None:
-    """No fact is missing or fails, and no note says that one could not be determined."""
-    record = _record(CASES[case_id])
-    assert record.reasons == ()
-    assert record.status == "ok"
-    assert _expected_facts(CASES[case_id]) - set(record.audit) == set()
+@pytest.mark.parametrize("case_id", TINY_CASES)
+def test_a_tiny_case_has_all_its_facts(case_id: str) -> None:
+    """No fact is missing or undetermined; tests/worker/test_cases.py checks that all hold."""
+    record = tiny_record(case_id)
+    assert _expected_facts(TINY_CASES[case_id]) - set(record.audit) == set()
     assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
 
 
@@ -130,26 +119,26 @@ VARIANTS = [
 @pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.id)
 def test_a_rarer_variant_is_no_false_alarm(case: Case) -> None:
     """Every fact also holds for caches, optimizers, kinds of checkpointing, attention and targets that no catalogue case uses."""
-    record = _record(case)
+    record, _ = measured(case)
     assert record.reasons == ()
     assert [note for note in record.circumstances.notes if note.startswith("audit")] == []
 
 
 def test_without_a_cache_there_is_no_cache_length() -> None:
     """Without a KV cache the fact `cache` is off and there is no `cache_length`."""
-    audit = _record(generate(tiny, variant="generate-uncached", cache="off", **_answer)).audit
-    assert audit["cache"].seen == "off"
-    assert "cache_length" not in audit
+    record, _ = measured(generate(tiny, variant="generate-uncached", cache="off", **_answer))
+    assert record.audit["cache"].seen == "off"
+    assert "cache_length" not in record.audit
 
 
 def test_the_attention_kernel_is_recorded() -> None:
     """The record names the fused attention kernel that ran."""
-    assert _record(CASES["tiny/lora"]).audit["attention_kernel"].seen == ["flash_attention_for_cpu"]
+    assert tiny_record("tiny/lora").audit["attention_kernel"].seen == ["flash_attention_for_cpu"]
 
 
 def test_the_checkpointing_that_prepare_chose_is_noted() -> None:
     """If a case leaves checkpointing to peft's preparation, a note says which kind ran."""
-    assert "prepare left checkpointing on, reentrant" in _record(CASES["tiny/qlora-prepare"]).circumstances.notes
+    assert "prepare left checkpointing on, reentrant" in tiny_record("tiny/qlora-prepare").circumstances.notes
 
 
 @pytest.mark.parametrize(
@@ -171,8 +160,8 @@ def test_the_closed_form_of_a_layers_bytes_adds_up(spec: QuantSpec) -> None:
 
 def test_linear_layers_keep_their_names_under_an_adapter() -> None:
     """A wrapped layer is listed once, under its own name, without LoRA's linear layers."""
-    plain = build(CASES["tiny/full-bf16"], torch.device("cpu")).model
-    wrapped = build(CASES["tiny/qlora"], torch.device("cpu")).model
+    plain = build(TINY_CASES["tiny/full-bf16"], torch.device("cpu")).model
+    wrapped = build(TINY_CASES["tiny/qlora"], torch.device("cpu")).model
     prefix = "base_model.model."
     assert [prefix + name for name in linear_layers(plain)] == list(linear_layers(wrapped))
     assert len(linear_layers(plain)) == 3 * 7 + 1

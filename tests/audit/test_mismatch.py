@@ -18,7 +18,7 @@ from tests.audit.conftest import Change, Run
 
 _short: dict[str, Any] = {"batch": 2, "length": 16, "steps": 2}
 LORA = finetune(tiny, lora(), **_short)
-FULL = finetune(tiny, **_short)
+CHECKPOINTED = LORA.vary("lora-gc", checkpointing="non-reentrant")
 QLORA = finetune(tiny, qlora(), **_short)
 NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
 ANSWER = generate(tiny, prompts=1, prompt_length=9, new_tokens=6)
@@ -88,22 +88,37 @@ _FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight
 _NAMES = sorted(f"{target}_proj.lora_{half}" for target in "kqvo" for half in "AB")
 _EMBEDDING = "base_model.model.model.embed_tokens.weight"
 
-MODELS = {
-    "quantized_layers": (NF4_ANSWER, _replace_one_layer, 21, "20; model.layers.0.self_attn.q_proj is not"),
-    "compute_dtype": (NF4_ANSWER, _compute_in_float32, ["bfloat16"], ["float32"]),
-    "quantized_bytes": (NF4_ANSWER, _widen_constants, 250176, 250176 + 4 * 6912),
-    "norm_dtype": (LORA, _widen_norms, ["bfloat16"], ["float32"]),
-    "trainable_parameters": (LORA, _freeze_one_adapter_weight, 21504, 21504 - 8 * 128),
-    "trainable_names": (LORA, _train_embedding, _NAMES, [_EMBEDDING, *_NAMES]),
-    "dropout": (LORA, _disable_dropout, [0.05], [0.0]),
-    "autograd": (ANSWER, _enable_grad, "off", "on"),
-}
+
+def _convert_adapter(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.bfloat16()
 
 
-@pytest.mark.parametrize("fact", MODELS)
-def test_a_changed_model_voids_the_run(fact: str, run: Run) -> None:
+def _checkpoint(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+MODELS: list[tuple[str, Case, Change, Any, Any]] = [
+    ("quantized_layers", NF4_ANSWER, _replace_one_layer, 21, "20; model.layers.0.self_attn.q_proj is not"),
+    ("compute_dtype", NF4_ANSWER, _compute_in_float32, ["bfloat16"], ["float32"]),
+    ("quantized_bytes", NF4_ANSWER, _widen_constants, 250176, 250176 + 4 * 6912),
+    ("norm_dtype", LORA, _widen_norms, ["bfloat16"], ["float32"]),
+    ("adapter_dtype", LORA, _convert_adapter, ["float32"], ["bfloat16"]),
+    ("trainable_parameters", LORA, _freeze_one_adapter_weight, 21504, 21504 - 8 * 128),
+    ("trainable_names", LORA, _train_embedding, _NAMES, [_EMBEDDING, *_NAMES]),
+    ("dropout", LORA, _disable_dropout, [0.05], [0.0]),
+    ("checkpointing", LORA, _checkpoint, "off", "on"),
+    ("checkpointing", CHECKPOINTED, lambda model: model.gradient_checkpointing_disable(), "on", "off"),
+    ("autograd", ANSWER, _enable_grad, "off", "on"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fact", "case", "change", "asked", "seen"), MODELS, ids=[f"{fact}-{case.id}" for fact, case, *_ in MODELS]
+)
+def test_a_changed_model_voids_the_run(fact: str, case: Case, change: Change, asked: Any, seen: Any, run: Run) -> None:
     """A model that was changed after it was built fails the fact."""
-    case, change, asked, seen = MODELS[fact]
     _assert_mismatch(run(case, model=change), fact, asked, seen)
 
 
@@ -156,7 +171,7 @@ def test_the_other_kind_of_checkpointing_voids_the_run(run: Run, monkeypatch: py
         "hpc_core.builders.assemble.enable_checkpointing",
         lambda model, _, **more: enable_checkpointing(model, "reentrant", **more),
     )
-    record = run(LORA.vary("lora-gc", checkpointing="non-reentrant"))
+    record = run(CHECKPOINTED)
     _assert_mismatch(record, "checkpointing_kind", "non-reentrant", "reentrant")
     assert len(record.reasons) == 1
 

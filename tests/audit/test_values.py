@@ -14,8 +14,9 @@ from hpc_core.builders.assemble import build
 from hpc_core.builders.causal_lm import causal_lm, drawn
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
-from hpc_core.catalogue import TINY, catalogue, finetune, lora, qlora, tiny
+from hpc_core.catalogue import catalogue, finetune, lora, qlora, tiny
 from hpc_core.record.record import Fact
+from tests.tiny_cases import TINY_CASES
 
 CPU = torch.device("cpu")
 LORA, NF4, INT8 = (catalogue()[f"tiny/{name}"] for name in ("lora", "qlora", "generate-int8"))
@@ -32,7 +33,7 @@ def _layer(model: Any, number: int) -> Any:
     return (model.base_model.model if hasattr(model, "peft_config") else model).model.layers[number]
 
 
-@pytest.mark.parametrize("case", [case for case in TINY if "soak" not in case.id], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", TINY_CASES.values(), ids=lambda case: case.id)
 def test_every_case_holds_what_was_drawn(case: Case) -> None:
     """Plain, quantized, prepared or with an adapter, the base weights are those of the seed."""
     assert _weights(case) == Fact(asked=AS_DRAWN, seen=AS_DRAWN)

@@ -7,19 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.case.case import Case
 from hpc_core.case.parts import AdapterSpec, QuantSpec
 from hpc_core.catalogue import generate, tiny
 from hpc_core.engines.decode import plain_step
-from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.worker.perform import perform
+from tests.tiny_cases import measured
 
 CASE = generate(tiny, variant="graph", prompts=1, prompt_length=12, new_tokens=8, engine="graph", cache_step=64)
-
-
-def _perform(case: Case) -> Record:
-    return perform(Job(case=case, launched="inline"), lambda _: None)
 
 
 def _facts(record: Record) -> dict[str, Any]:
@@ -29,7 +23,7 @@ def _facts(record: Record) -> dict[str, Any]:
 
 def test_a_record_says_what_ran_and_how_it_compares() -> None:
     """On a CPU nothing is captured, a note says why, and logits agree with the reference and the stock path."""
-    record = _perform(CASE)
+    record, _ = measured(CASE)
     facts = _facts(record)
     expected = {"engine": "graph", "captured": False, "kernels": "torch"}
     expected |= {"head": "plain", "steps": 4, "cache_length": 16}
@@ -47,13 +41,13 @@ def test_an_adapter_is_merged_into_four_bit_weights() -> None:
     case = CASE.vary(
         "merged", adapter=AdapterSpec(), quantization=QuantSpec(kind="nf4", compute_dtype="bfloat16"), head="int8"
     )
-    facts = _facts(_perform(case))
+    facts = _facts(measured(case)[0])
     assert (facts["adapter"], facts["head"], facts["quantization"]) == ("merged", "int8", ["nf4"])
 
 
 def test_a_wrong_engine_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that leaves out the MLP fails the comparison with the reference."""
     monkeypatch.setattr(plain_step, "_mlp", lambda layer, hidden: torch.zeros_like(hidden))
-    record = _perform(CASE)
+    record, _ = measured(CASE)
     assert record.status == "invalid"
     assert any(reason.startswith("equivalence: asked for 'within 0.05") for reason in record.reasons), record.reasons

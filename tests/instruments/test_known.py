@@ -8,16 +8,15 @@ import pytest
 
 from hpc_core.case.case import Case
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.record.job import Job
 from hpc_core.record.record import Record
-from hpc_core.worker.perform import perform
+from tests.tiny_cases import measured
 
 
 def _record(factory: str, **arguments: Any) -> Record:
     workload = CallableSpec(
         factory=f"hpc_core.instruments.known:{factory}", arguments=arguments | {"device": "cpu"}, steps=2
     )
-    return perform(Job(case=Case(id=f"known/{factory}", scale="tiny", workload=workload), device="cpu"), lambda _: None)
+    return measured(Case(id=f"known/{factory}", scale="tiny", workload=workload))[0]
 
 
 def test_a_schedule_of_allocations_is_measured_exactly() -> None:

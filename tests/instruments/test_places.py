@@ -81,7 +81,7 @@ def test_a_forward_that_raises_leaves_its_modules() -> None:
 
 
 def test_parameters_gradients_and_state_have_an_owner() -> None:
-    """Weights, gradients and optimizer state are tensors_by_path under their module."""
+    """Weights, gradients and optimizer state are found under their module."""
     model = Model()
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(2, 4)).sum().backward()

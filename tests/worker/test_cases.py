@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +11,15 @@ import torch
 from hpc_core.builders.causal_lm import causal_lm
 from hpc_core.builders.data.batching import batches
 from hpc_core.builders.data.rows import token_rows
-from hpc_core.case.case import Case, case_to_json
+from hpc_core.case.case import Case
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
-from hpc_core.catalogue import TINY, TINY_DATA, catalogue
-from hpc_core.record.job import Event, Job, Kind, Measure, Phase, Repeat, Retime
+from hpc_core.catalogue import TINY_DATA, catalogue
+from hpc_core.record.job import Kind, Measure, Repeat, Retime
 from hpc_core.record.record import Record, record_from_json, record_to_json
 from hpc_core.record.repeats import merged
-from hpc_core.worker.perform import perform
+from tests.tiny_cases import TINY_CASES, measured, measured_once, tiny_record
 
-# The soak is short here; tests/worker/test_soak.py runs its two hundred steps.
-CASES = {case.id: case.vary("lora-soak", steps=50) if case.id == "tiny/lora-soak" else case for case in TINY}
 _PHASES = [
     "build",
     "data",
@@ -43,33 +36,16 @@ _PHASES = [
 ]
 
 
-def _perform(case: Case, kind: Kind | None = None) -> tuple[Record, list[str]]:
-    """The case's record, and the phases in which it was measured."""
-    events: list[Event] = []
-    record = perform(Job(case=case, launched="inline", kind=kind or Measure()), events.append)
-    return record, [event.name for event in events if isinstance(event, Phase)]
-
-
-@functools.cache
-def _once(case_id: str) -> tuple[Record, list[str]]:
-    return _perform(CASES[case_id])
-
-
-def _record(case_id: str) -> Record:
-    return _once(case_id)[0]
-
-
 def _exact(record: Record) -> dict[str, float | int]:
     return {name: metric.value for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", TINY_CASES)
 def test_a_tiny_case_gives_a_sound_record(case_id: str) -> None:
     """The record is ok, every fact holds, phases come in order, and the record equals its JSON."""
-    record, phases = _once(case_id)
+    record, phases = measured_once(case_id)
     assert record.status == "ok", record.reasons
-    assert record.case == CASES[case_id]
-    assert record.reasons == ()
+    assert record.case == TINY_CASES[case_id]
     assert all(fact.holds for fact in record.audit.values())
     assert phases == _PHASES
     assert record_from_json(record_to_json(record)) == record
@@ -81,8 +57,8 @@ def test_a_tiny_case_gives_a_sound_record(case_id: str) -> None:
 @pytest.mark.parametrize(("case_id", "timed"), [("tiny/qlora-gc", "step_s"), ("tiny/generate-nf4", "query_s")])
 def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str) -> None:
     """Without a GPU a further process only times steps or queries, and merges into the first one's record."""
-    first = _record(case_id)
-    record, phases = _perform(CASES[case_id], Repeat())
+    first = tiny_record(case_id)
+    record, phases = measured(TINY_CASES[case_id], Repeat())
     assert phases == ["build", "data", "warm-up", "measure", "record", "done"]
     assert "peak_bytes" not in record.metrics
     both = merged(first, [record])
@@ -94,11 +70,13 @@ def test_a_further_process_measures_what_can_be_merged(case_id: str, timed: str)
 FED = next(case for case in TINY_DATA if case.id == "tiny/data-w0").vary("data-few", steps=5)
 
 
-@pytest.mark.parametrize("case", [CASES["tiny/qlora-gc"], CASES["tiny/generate-nf4"], FED], ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", [TINY_CASES["tiny/qlora-gc"], TINY_CASES["tiny/generate-nf4"], FED], ids=lambda case: case.id
+)
 def test_a_retimed_process_measures_every_time_again(case: Case) -> None:
     """A retimed process has every sampled time of the full one, with as many samples, but no memory and no operators."""
-    first, _ = _perform(case, Measure(profile=False))
-    record, phases = _perform(case, Retime())
+    first, _ = measured(case, Measure(profile=False))
+    record, phases = measured(case, Retime())
     assert (first.status, record.status) == ("ok", "ok"), record.reasons
     feed = ["feed"] if case is FED else []
     assert phases == ["build", "data", "warm-up", "measure", "busy", *feed, "record", "done"]
@@ -114,12 +92,12 @@ def test_a_retimed_process_measures_every_time_again(case: Case) -> None:
     ("case", "fact", "seen", "status"),
     [
         (
-            CASES["tiny/lora-tuned"].vary("lora-captured", graph=True),
+            TINY_CASES["tiny/lora-tuned"].vary("lora-captured", graph=True),
             "engine_graph",
             "a CUDA graph needs a GPU",
             "invalid",
         ),
-        (CASES["tiny/lora-tuned"], "engine", "tuned", "ok"),
+        (TINY_CASES["tiny/lora-tuned"], "engine", "tuned", "ok"),
     ],
     ids=["fallen", "sound"],
 )
@@ -128,20 +106,22 @@ def test_a_further_process_audits_the_engines_switches(
     case: Case, fact: str, seen: str, status: str, kind: Kind
 ) -> None:
     """A further process whose engine fell back is INVALID, so its time is never taken for the engine's."""
-    record, _ = _perform(case, kind)
+    record, _ = measured(case, kind)
     assert seen in str(record.audit[fact].seen)
     assert record.status == status
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", TINY_CASES)
 def test_memory_adds_up(case_id: str) -> None:
     """Categories add up to the peak, which is that of the highest phase, and the weights at the peak are the model's."""
-    values = {name: int(metric.value) for name, metric in _record(case_id).metrics.items() if name.endswith("_bytes")}
+    values = {
+        name: int(metric.value) for name, metric in tiny_record(case_id).metrics.items() if name.endswith("_bytes")
+    }
     categories = {name: value for name, value in values.items() if name.startswith("at_peak_")}
     phases = {name: value for name, value in values.items() if name.startswith("peak_") and name != "peak_bytes"}
     assert sum(categories.values()) == max(phases.values()) == values["peak_bytes"]
     assert categories["at_peak_weights_bytes"] == values["weights_bytes"]
-    if isinstance(CASES[case_id].workload, FinetuneSpec):
+    if isinstance(TINY_CASES[case_id].workload, FinetuneSpec):
         assert set(phases) == {"peak_forward_bytes", "peak_backward_bytes", "peak_optimizer_bytes"}
         assert categories["at_peak_optimizer_bytes"] == values["optimizer_bytes"]
         assert categories.get("at_peak_adapter_bytes") == values.get("adapter_weights_bytes")
@@ -155,12 +135,12 @@ def test_memory_adds_up(case_id: str) -> None:
         )
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", TINY_CASES)
 def test_no_bytes_are_unexplained(case_id: str) -> None:
     """Weights, adapter, gradients, optimizer state and KV cache take exactly the bytes of their closed forms."""
-    unexplained = _record(case_id).metrics["unexplained_bytes"]
-    adapter = CASES[case_id].adapter is not None
-    categories = 2 + (1 + adapter) * isinstance(CASES[case_id].workload, FinetuneSpec)
+    unexplained = tiny_record(case_id).metrics["unexplained_bytes"]
+    adapter = TINY_CASES[case_id].adapter is not None
+    categories = 2 + (1 + adapter) * isinstance(TINY_CASES[case_id].workload, FinetuneSpec)
     assert (unexplained.value, unexplained.gated) == (0, True)
     assert unexplained.note == f"measured minus closed form: equal in {categories} categories"
 
@@ -174,7 +154,7 @@ def test_an_extra_buffer_is_unexplained(monkeypatch: pytest.MonkeyPatch) -> None
         return model
 
     monkeypatch.setattr("hpc_core.builders.assemble.causal_lm", with_a_buffer)
-    unexplained = _perform(CASES["tiny/full-bf16"])[0].metrics["unexplained_bytes"]
+    unexplained = measured(TINY_CASES["tiny/full-bf16"])[0].metrics["unexplained_bytes"]
     assert (unexplained.value, unexplained.note) == (1000, "measured minus closed form: weights +1,000")
 
 
@@ -183,29 +163,12 @@ def test_an_extra_buffer_is_unexplained(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_exact_metrics_are_equal_in_the_same_process(case_id: str) -> None:
     """A second run in this process, after many others, gives the same exact metrics."""
-    assert _exact(_perform(CASES[case_id])[0]) == _exact(_record(case_id))
-
-
-def test_exact_metrics_are_equal_in_a_fresh_process(tmp_path: Path) -> None:
-    """A fresh interpreter gives the same exact metrics."""
-    case_id = "tiny/qlora-gc"
-    program = (
-        "import sys; from pathlib import Path; from hpc_core.record.job import Job\n"
-        "from hpc_core.worker.perform import perform\n"
-        "from hpc_core.record.record import record_to_json; from hpc_core.case.case import case_from_json\n"
-        "record = perform(Job(case=case_from_json(sys.argv[1])), lambda event: None)\n"
-        "Path(sys.argv[2]).write_bytes(record_to_json(record))"
-    )
-    out = tmp_path / "record.json"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", program, case_to_json(CASES[case_id]).decode(), str(out)]
-    subprocess.run(command, check=True, env=environment, timeout=120)
-    assert _exact(record_from_json(out.read_bytes())) == _exact(_record(case_id))
+    assert _exact(measured(TINY_CASES[case_id])[0]) == _exact(tiny_record(case_id))
 
 
 def test_checkpointing_costs_work_and_saves_memory() -> None:
     """Checkpointing computes more and holds fewer activations; losses stay equal."""
-    plain, checkpointed = _record("tiny/lora"), _record("tiny/lora-gc")
+    plain, checkpointed = tiny_record("tiny/lora"), tiny_record("tiny/lora-gc")
     assert _exact(checkpointed)["flops"] > _exact(plain)["flops"]
     assert _exact(checkpointed)["at_peak_activations_bytes"] < _exact(plain)["at_peak_activations_bytes"] / 2
     assert checkpointed.losses[:2] == plain.losses[:2]
@@ -214,17 +177,17 @@ def test_checkpointing_costs_work_and_saves_memory() -> None:
 
 def test_quantization_shrinks_weights_and_leaves_the_flops() -> None:
     """NF4 takes less than int8 and int8 less than half precision; FLOPs are equal."""
-    records = {name: _exact(_record(f"tiny/generate-{name}")) for name in ("fp16", "bf16", "nf4", "int8")}
+    records = {name: _exact(tiny_record(f"tiny/generate-{name}")) for name in ("fp16", "bf16", "nf4", "int8")}
     assert records["nf4"]["weights_bytes"] < records["int8"]["weights_bytes"] < records["fp16"]["weights_bytes"]
     assert records["fp16"]["weights_bytes"] == records["bf16"]["weights_bytes"]
     assert len({exact["flops"] for exact in records.values()}) == 1
-    assert _exact(_record("tiny/qlora"))["flops"] == _exact(_record("tiny/lora"))["flops"]
+    assert _exact(tiny_record("tiny/qlora"))["flops"] == _exact(tiny_record("tiny/lora"))["flops"]
 
 
 @pytest.mark.parametrize("case_id", ["tiny/lora-padded", "tiny/lora-max-length", "tiny/lora-packed", "tiny/lora"])
 def test_tokens_are_the_datas_own(case_id: str) -> None:
     """Tokens and padding of the record are those counted in the batches."""
-    workload = CASES[case_id].workload
+    workload = TINY_CASES[case_id].workload
     assert isinstance(workload, FinetuneSpec)
     count = workload.batch * workload.steps if workload.data.source == "random" else None
     length = None if workload.packing else workload.length
@@ -232,16 +195,16 @@ def test_tokens_are_the_datas_own(case_id: str) -> None:
     chosen = list(batches(rows, workload))[: workload.steps]
     places = sum(len(row) for batch in chosen for row in batch.ids)
     real = places - sum(mask.count(0) for batch in chosen for mask in batch.mask or [])
-    exact = _exact(_record(case_id))
+    exact = _exact(tiny_record(case_id))
     assert (exact["tokens"], exact["padded_tokens"]) == (real, places - real)
     assert (exact["padded_tokens"] > 0) is (workload.padding != "none")
-    rate = _record(case_id).metrics["tokens_per_s"].value
-    assert rate * sum(_record(case_id).wall_samples) == pytest.approx(real)
+    rate = tiny_record(case_id).metrics["tokens_per_s"].value
+    assert rate * sum(tiny_record(case_id).wall_samples) == pytest.approx(real)
 
 
 def test_a_padded_cases_memory_is_that_of_its_widest_batch() -> None:
     """With ragged rows the peak is that of padding every batch to the widest."""
-    padded, widest = _exact(_record("tiny/lora-padded")), _exact(_record("tiny/lora-max-length"))
+    padded, widest = _exact(tiny_record("tiny/lora-padded")), _exact(tiny_record("tiny/lora-max-length"))
     assert padded["peak_bytes"] == widest["peak_bytes"]
     assert padded["flops"] < 5 * widest["flops"]
 
@@ -249,7 +212,7 @@ def test_a_padded_cases_memory_is_that_of_its_widest_batch() -> None:
 @pytest.mark.parametrize("name", ["generate-fp16", "generate-nf4"])
 def test_a_generation_record_holds_its_answers_and_times(name: str) -> None:
     """A record has one answer and one time per prompt, one time per decoded token, and the requested tokens."""
-    record = _record(f"tiny/{name}")
+    record = tiny_record(f"tiny/{name}")
     workload = record.case.workload
     assert isinstance(workload, GenerateSpec)
     assert [len(answer.split()) for answer in record.answers] == [workload.new_tokens] * workload.prompts
@@ -265,9 +228,9 @@ def test_a_generation_record_holds_its_answers_and_times(name: str) -> None:
 
 def test_only_exact_metrics_are_gated_on_a_cpu() -> None:
     """On a CPU only exact metrics are gated."""
-    for case_id in CASES:
-        gated = {name for name, metric in _record(case_id).metrics.items() if metric.gated}
-        assert gated == set(_exact(_record(case_id))), case_id
+    for case_id in TINY_CASES:
+        gated = {name for name, metric in tiny_record(case_id).metrics.items() if metric.gated}
+        assert gated == set(_exact(tiny_record(case_id))), case_id
         assert not gated & {"host_peak_bytes", "cold_start_s", "epoch_s", "tokens_per_s", "step_s", "query_s"}
 
 
@@ -279,4 +242,4 @@ def test_a_full_case_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match=r"llama-3\.2-3b/lora needs a CUDA GPU"):
-        _perform(catalogue()["llama-3.2-3b/lora"])
+        measured(catalogue()["llama-3.2-3b/lora"])

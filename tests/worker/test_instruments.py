@@ -10,12 +10,10 @@ import pytest
 import torch
 
 from hpc_core.audit.forwards import checkpointing_seen
-from hpc_core.builders.adapter import attach_adapter
-from hpc_core.builders.assemble import enable_checkpointing
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.workloads import CallableSpec
-from hpc_core.catalogue import catalogue, finetune, lora, tiny
+from hpc_core.catalogue import catalogue, finetune
 from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.record.job import Event, Job, Phase
 from hpc_core.record.record import Record
@@ -63,34 +61,6 @@ def test_a_program_of_known_cost_is_measured_exactly() -> None:
     assert values["at_peak_activations_bytes"] == again
     assert values["operators"] == 5
     assert values["flops"] == 2 * (2 * 64 * 128 * 32)
-
-
-def test_twice_the_work_counts_twice() -> None:
-    """A program that repeats its step has twice the operators and FLOPs, and the same peak."""
-
-    class Twice(Known):
-        def step(self, mark: Mark = unmarked) -> None:
-            super().step(mark)
-            super().step()
-
-    once, twice = _values(measured(Known(), 2)), _values(measured(Twice(), 2))
-    assert twice["operators"] == 2 * once["operators"]
-    assert twice["flops"] == 2 * once["flops"]
-    assert twice["peak_bytes"] == once["peak_bytes"]
-
-
-def test_a_thousand_more_bytes_are_measured_exactly() -> None:
-    """A step that holds 1000 bytes more has a peak that is 1000 bytes higher."""
-
-    class Wasteful(Known):
-        def step(self, mark: Mark = unmarked) -> None:
-            extra = torch.empty(1000, dtype=torch.uint8)
-            super().step(mark)
-            del extra
-
-    plain, more = _values(measured(Known(), 1)), _values(measured(Wasteful(), 1))
-    assert more["peak_bytes"] == plain["peak_bytes"] + 1000
-    assert more["operators"] == plain["operators"] + 1
 
 
 def test_other_tensors_of_the_process_do_not_count() -> None:
@@ -185,38 +155,6 @@ def test_checkpointing_follows_from_the_number_of_forwards() -> None:
     assert checkpointing_seen(30, 3, 5) == "on"
     assert checkpointing_seen(20, 3, 5) == "partly: 20 forwards of 3 layers in 5 steps"
     assert checkpointing_seen(0, 0, 5).startswith("unknown")
-
-
-def _tiny(checkpointing: Any, variant: str) -> Case:
-    return finetune(tiny, lora(), variant=variant, batch=1, length=16, steps=1, checkpointing=checkpointing)
-
-
-def test_unrequested_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case without checkpointing whose model checkpoints is invalid."""
-    monkeypatch.setattr(
-        "hpc_core.builders.assemble.enable_checkpointing",
-        lambda model, _, **more: enable_checkpointing(model, "non-reentrant", **more),
-    )
-    record = perform(Job(case=_tiny("off", "lora")), lambda _: None)
-    assert record.status == "invalid"
-    assert record.reasons == ("checkpointing: asked for 'off', saw 'on'.",)
-    assert not record.audit["checkpointing"].holds
-
-
-def test_missing_checkpointing_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case with checkpointing whose model does not checkpoint is invalid."""
-    monkeypatch.setattr("hpc_core.builders.assemble.enable_checkpointing", lambda *_, **__: None)
-    record = perform(Job(case=_tiny("reentrant", "lora-gc")), lambda _: None)
-    assert (record.status, record.reasons) == ("invalid", ("checkpointing: asked for 'on', saw 'off'.",))
-
-
-def test_an_adapter_of_another_dtype_voids_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A case whose adapter has another dtype is invalid."""
-    monkeypatch.setattr(
-        "hpc_core.builders.assemble.attach_adapter", lambda model, spec: attach_adapter(model, spec).to(torch.bfloat16)
-    )
-    record = perform(Job(case=_tiny("off", "lora")), lambda _: None)
-    assert record.reasons == ("adapter_dtype: asked for ['float32'], saw ['bfloat16'].",)
 
 
 def test_losses_that_are_not_finite_void_the_run() -> None:
