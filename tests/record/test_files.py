@@ -1,4 +1,4 @@
-"""The one door to files: what is no regular file is written to and stays, and is never read."""
+"""Only regular files of bounded size are read; a pipe or a device is written to and not replaced."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pipe(tmp_path: Path) -> Path:
 
 
 def test_a_pipe_is_written_to_and_stays(pipe: Path) -> None:
-    """The reader gets the content, and the pipe is still one."""
+    """A reader gets the content, and the pipe is not replaced."""
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_whole(pipe, b"content")
     assert os.read(reader, 100) == b"content"
@@ -34,14 +34,14 @@ def test_a_pipe_is_written_to_and_stays(pipe: Path) -> None:
 
 
 def test_a_pipe_without_a_reader_is_an_error(pipe: Path) -> None:
-    """Nobody waits for a reader that may never come."""
-    with pytest.raises(OSError, match="nothing reads from this pipe") as found:
+    """Writing to a pipe without a reader is an error instead of a wait."""
+    with pytest.raises(OSError, match="nothing reads from this pipe") as error:
         write_whole(pipe, b"content")
-    assert found.value.filename == str(pipe)
+    assert error.value.filename == str(pipe)
 
 
 def test_a_terminal_is_written_to_and_stays() -> None:
-    """A character device gets the content."""
+    """A character device gets the content and is not replaced."""
     controller, terminal = os.openpty()
     path = Path(os.ttyname(terminal))
     write_whole(path, b"content")
@@ -52,8 +52,8 @@ def test_a_terminal_is_written_to_and_stays() -> None:
 
 
 @pytest.mark.parametrize("name", ["/dev/fd/{}", "/proc/self/fd/{}", "link"])
-def test_a_descriptor_of_this_process_continues_where_it_is(tmp_path: Path, name: str) -> None:
-    """Redirected to a file, `/dev/stdout` adds to it; replacing the file would lose what comes later."""
+def test_an_open_descriptor_is_appended_to(tmp_path: Path, name: str) -> None:
+    """Content for `/dev/stdout` is appended to the file behind it, which is not replaced."""
     output = tmp_path / "output"
     with output.open("wb", buffering=0) as file:
         path = Path(name.format(file.fileno()))
@@ -66,15 +66,15 @@ def test_a_descriptor_of_this_process_continues_where_it_is(tmp_path: Path, name
     assert output.read_bytes() == b"before content after"
 
 
-def test_a_page_on_standard_output_comes_between_the_lines(tmp_path: Path) -> None:
-    """What was printed before comes first."""
+def test_standard_output_stays_in_order(tmp_path: Path) -> None:
+    """Content for `/dev/stdout` follows what was printed before."""
     code = "from pathlib import Path; from hpc_core.record.files import write_whole\nprint('one'); write_whole(Path('/dev/stdout'), b'two\\n'); print('three')"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=30, cwd=ROOT)
-    assert ran.stdout == b"one\ntwo\nthree\n"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=30, cwd=ROOT)
+    assert result.stdout == b"one\ntwo\nthree\n"
 
 
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    """The file that it points to is replaced, also where that does not exist yet."""
+    """The file behind a link is replaced or created, and the link stays."""
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "file")
     for content in (b"first", b"second"):
         write_whole(tmp_path / "link", content)
@@ -86,7 +86,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    """The error names the file that was to be written, not the temporary one."""
+    """If a write fails, the old file is unchanged, no temporary file is left, and the error names the file."""
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -94,29 +94,29 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(
     path = tmp_path / "file"
     write_whole(path, b"old")
     monkeypatch.setattr(os, failing, full)
-    with pytest.raises(OSError, match="No space left on device") as found:
+    with pytest.raises(OSError, match="No space left on device") as error:
         write_whole(path, b"new")
-    assert (found.value.filename, path.read_bytes()) == (str(path), b"old")
+    assert (error.value.filename, path.read_bytes()) == (str(path), b"old")
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("path", [Path("/proc/nowhere/file"), Path("/dev/full"), Path("/")])
 def test_what_cannot_be_written_is_named(path: Path) -> None:
-    """A folder, a full device and a file system without files: the error names the path that was given."""
-    with pytest.raises(OSError, match=r"^\[Errno") as found:
+    """The error names the given path of a folder, a full device or an unwritable file system."""
+    with pytest.raises(OSError, match=r"^\[Errno") as error:
         write_whole(path, b"content")
-    assert found.value.filename == str(path)
+    assert error.value.filename == str(path)
 
 
 def test_a_name_of_the_longest_length_is_written(tmp_path: Path) -> None:
-    """The temporary file's name is not longer."""
+    """A file whose name has the maximum length can be written."""
     path = tmp_path / ("a" * 255)
     write_whole(path, b"content")
     assert path.read_bytes() == b"content"
 
 
 def test_only_a_regular_file_of_bounded_size_is_read(tmp_path: Path, pipe: Path) -> None:
-    """A pipe would block, and a device never end, also behind a link."""
+    """A pipe, a device behind a link, a folder and a file that is too large are refused."""
     (tmp_path / "zeros").symlink_to("/dev/zero")
     for path in (pipe, tmp_path / "zeros"):
         with pytest.raises(OSError, match="not a regular file"):

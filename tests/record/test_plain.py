@@ -1,4 +1,4 @@
-"""Texts from elsewhere reach neither the terminal nor a file with what controls a terminal."""
+"""Control characters in other people's texts reach neither the terminal nor a stored file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ESCAPE = "\x1b]0;owned\x07\x1b[31mred\u202e\x9b2J\r"
 
 
 def hostile(value: int = 1) -> Record:
-    """A record with escape sequences wherever a text is free."""
+    """A record with escape sequences in every free text."""
     case = a_case()
     return a_record(
         {
@@ -48,7 +48,7 @@ def written(path: Path, record: Record) -> Path:
 
 
 def test_commands_print_no_escape_of_a_foreign_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither accepting, nor comparing, nor explaining lets one through; none is stored."""
+    """No command prints or stores an escape sequence of a record."""
     root = tmp_path / "baselines"
     one, other = written(tmp_path / "one.json", hostile(1)), written(tmp_path / "other.json", hostile(3))
     commands: list[list[Any]] = [
@@ -72,22 +72,22 @@ def test_commands_print_no_escape_of_a_foreign_record(tmp_path: Path, capsys: py
 
 
 def test_a_foreign_baseline_is_read_without_escapes(tmp_path: Path) -> None:
-    """A baseline whose checksum fits may hold anything; its reason and its stack come out plain."""
+    """A baseline with a valid checksum is read without its escape sequences."""
     accept(tmp_path, a_record(), reason="why")
     path = baseline_path(tmp_path, H100.key, "tiny/lora")
-    found = find(tmp_path, H100.key, "tiny/lora")
-    assert isinstance(found, Baseline)
-    accepted = msgspec.structs.replace(found.accepted, reason=f"why{ESCAPE}")
-    path.write_bytes(render(msgspec.structs.replace(found, accepted=accepted, stack={"torch": ESCAPE})))
+    baseline = find(tmp_path, H100.key, "tiny/lora")
+    assert isinstance(baseline, Baseline)
+    accepted = msgspec.structs.replace(baseline.accepted, reason=f"why{ESCAPE}")
+    path.write_bytes(render(msgspec.structs.replace(baseline, accepted=accepted, stack={"torch": ESCAPE})))
     assert b"\\u001b" in path.read_bytes()
-    found = find(tmp_path, H100.key, "tiny/lora")
-    assert isinstance(found, Baseline)
-    assert "\x1b" not in found.accepted.reason + found.stack["torch"]
-    assert found.accepted.reason.startswith("why\ufffd]0;owned\ufffd")
+    baseline = find(tmp_path, H100.key, "tiny/lora")
+    assert isinstance(baseline, Baseline)
+    assert "\x1b" not in baseline.accepted.reason + baseline.stack["torch"]
+    assert baseline.accepted.reason.startswith("why\ufffd]0;owned\ufffd")
 
 
 def test_an_error_repeats_no_escape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names of fields and of files reach the message without them."""
+    """Error messages contain field names and file names without escape sequences."""
     path = tmp_path / f"bad{ESCAPE}.json"
     path.write_text(json.dumps({"schema": 1, ESCAPE: 1}))
     assert exit_code(main, "explain", path) == 2
@@ -98,7 +98,7 @@ def test_an_error_repeats_no_escape(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @given(st.text(st.sampled_from('a"\\\n\r\x1b\u202e\ud800\udfff\u2026é'), max_size=12), st.booleans())
 def test_no_such_character_is_overlooked(text: str, ascii_only: bool) -> None:
-    """However it is escaped in JSON, the quick look at the bytes finds it."""
+    """`is_suspect` finds every control character in JSON bytes, however it is escaped."""
     if not ascii_only:
         text = text.encode("utf-8", "replace").decode()
     raw = json.dumps(text, ensure_ascii=ascii_only).encode()
