@@ -49,22 +49,6 @@ def built() -> Built:
     return build(_case(), _CPU)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"double_quant": True}, "double_quant applies to nf4"),
-        ({"compute_dtype": "float16"}, "compute_dtype='bfloat16'"),
-        ({"group_size": 100}, "32, 64, 128, 256"),
-        ({"skip_modules": ()}, "does not quantize the head"),
-        ({"kind": "nf4", "group_size": 64}, "applies to int4 only"),
-    ],
-)
-def test_what_int4_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
-    """An option that int4 does not support is refused with the valid values."""
-    with pytest.raises(SpecError, match=message):
-        QuantSpec(**{"kind": "int4", "compute_dtype": "bfloat16", **options})
-
-
 def test_int4_with_unsupported_features_is_refused() -> None:
     """int4 supports no training, no adapter, no Triton kernels and no weights but bfloat16."""
     with pytest.raises(SpecError, match="cannot be fine-tuned"):

@@ -160,7 +160,9 @@ def test_kind_and_gpu() -> None:
     assert (callable_case.kind, callable_case.needs_gpu) == ("callable", True)
 
 
+INT4: dict[str, Any] = {"kind": "int4", "compute_dtype": "bfloat16"}
 TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked"}
+IN_BACKWARD: dict[str, Any] = {**TUNED, "fusion": "blocks", "optimizer_in_backward": True}
 
 REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(), "Random weights need a shape"),
@@ -180,6 +182,11 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
         lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"),
         "bitsandbytes always computes int8 matrix products in float16",
     ),
+    (lambda: QuantSpec(**INT4, double_quant=True), "double_quant applies to nf4"),
+    (lambda: QuantSpec(kind="int4", compute_dtype="float16"), "compute_dtype='bfloat16'"),
+    (lambda: QuantSpec(**INT4, group_size=100), "32, 64, 128, 256"),
+    (lambda: QuantSpec(**INT4, skip_modules=()), "does not quantize the head"),
+    (lambda: QuantSpec(kind="nf4", compute_dtype="bfloat16", group_size=64), "applies to int4 only"),
     (lambda: AdapterSpec(rank=0), "rank must be at least 1, got 0"),
     (lambda: AdapterSpec(rank="8"), r"AdapterSpec\(rank='8'\): Expected `int`, got `str`"),  # type: ignore[arg-type]
     (lambda: AdapterSpec(alpha=0), "alpha must be above 0"),
@@ -200,6 +207,13 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: GenerateSpec(data=TRACE), "trace prompts bring their own lengths"),
     (lambda: GenerateSpec(compiled=False), "compiled=False belongs to cache='static'"),
     (lambda: GenerateSpec(extrapolate_to=10), "extrapolate_to=10 is below new_tokens=64"),
+    (lambda: GenerateSpec(head="int8"), "head belongs to engine='graph'"),
+    (lambda: GenerateSpec(kernels="torch", eos_every=4), "kernels, eos_every belongs to engine='graph'"),
+    (lambda: GenerateSpec(engine="graph", cache="static"), "remove cache='static'"),
+    (lambda: GenerateSpec(engine="graph", batch=33), "supports batches of 1 to 32, got 33"),
+    (lambda: GenerateSpec(engine="graph", temperature=0.0), "temperature must be above 0"),
+    (lambda: GenerateSpec(engine="graph", top_k=3), "top_k=3 needs a temperature"),
+    (lambda: GenerateSpec(engine="graph", cache_step=0), "cache_step must be at least 1"),
     (lambda: FinetuneSpec(batch=0), "batch must be at least 1"),
     (lambda: FinetuneSpec(steps=0), "steps must be at least 1"),
     (lambda: FinetuneSpec(length=1), "length must be at least 2"),
@@ -217,6 +231,14 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: FinetuneSpec(**TUNED, fusion="blocks", checkpointing="reentrant"), "recomputes by budget_bytes"),
     (lambda: FinetuneSpec(**TUNED, budget_bytes=2**32), "budget_bytes needs fusion='blocks'"),
     (lambda: FinetuneSpec(**TUNED, fusion="blocks", budget_bytes=0), "budget_bytes must be at least 1, got 0"),
+    (lambda: FinetuneSpec(**TUNED, optimizer_in_backward=True), "fusion='off'"),
+    (lambda: FinetuneSpec(**IN_BACKWARD, optimizer="adamw-8bit"), "adamw-8bit"),
+    (lambda: FinetuneSpec(optimizer_in_backward=True), "belongs to engine='tuned'"),
+    (lambda: FinetuneSpec(fusion="liger"), "engine='tuned'"),
+    (lambda: FinetuneSpec(engine="tuned", fusion="liger", compile="layers"), "compiled already"),
+    (lambda: FinetuneSpec(engine="tuned", loss="liger", graph=True), "use loss='chunked'"),
+    (lambda: FinetuneSpec(engine="tuned", loss="liger", fusion="blocks"), "use loss='chunked'"),
+    (lambda: FinetuneSpec(engine="tuned", fusion="liger", budget_bytes=2**30), "budget_bytes needs fusion='blocks'"),
     (lambda: FinetuneSpec(**TUNED, graph=True, optimizer="adamw-8bit"), "graph=True needs steps of one shape"),
     (lambda: FinetuneSpec(**TUNED, graph=True, padding="longest", data=TRACE), "graph=True needs steps of one shape"),
     (

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
-from hpc_core.case.errors import BuildError, SpecError
+from hpc_core.case.errors import BuildError
 from hpc_core.catalogue import finetune, lora, qlora, tiny
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.tuned.forward import restore
@@ -29,25 +29,8 @@ def _case(**switches: Any) -> Case:
     )
 
 
-@pytest.mark.parametrize(
-    ("switches", "message"),
-    [
-        ({"fusion": "liger", "compile": "layers"}, "compiled already"),
-        ({"loss": "liger", "graph": True}, "use loss='chunked'"),
-        ({"loss": "liger", "fusion": "blocks"}, "use loss='chunked'"),
-        ({"fusion": "liger", "budget_bytes": 1 << 30}, "budget_bytes needs fusion='blocks'"),
-    ],
-)
-def test_options_that_contradict_liger_are_refused(switches: dict[str, Any], message: str) -> None:
-    """Each is refused when the case is made, with the alternative."""
-    with pytest.raises(SpecError, match=message):
-        _case(**switches)
-
-
-def test_liger_needs_the_tuned_engine_and_allows_dropout_and_int8() -> None:
+def test_liger_allows_dropout_and_int8() -> None:
     """Liger changes no linear layer, so adapters may have dropout and weights may be int8."""
-    with pytest.raises(SpecError, match="engine='tuned'"):
-        finetune(tiny, lora(), fusion="liger", **_SMALL)
     finetune(tiny, lora(dropout=0.1), variant="lora-l", engine="tuned", fusion="liger", **_SMALL)
     finetune(tiny, qlora(kind="int8", compute_dtype="float16"), engine="tuned", fusion="liger", **_SMALL)
 

@@ -9,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_core.case.errors import SpecError
-from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.catalogue import finetune, full, tiny
 from hpc_core.engines.tuned.optimizer import AdamWInBackward
 from hpc_core.engines.tuned.pointwise import Pointwise
@@ -104,15 +102,8 @@ def test_the_plan_includes_the_updates_memory() -> None:
     assert 0.9 * program.plan.peak_bytes < record.metrics["peak_bytes"].value
 
 
-def test_options_that_contradict_it_are_refused() -> None:
-    """It needs engine='tuned', fusion='blocks' and AdamW, and takes no closure."""
-    tuned = {"engine": "tuned", "loss": "chunked", "optimizer_in_backward": True}
-    with pytest.raises(SpecError, match="fusion='off'"):
-        FinetuneSpec(**tuned)  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="adamw-8bit"):
-        FinetuneSpec(**tuned, fusion="blocks", optimizer="adamw-8bit")  # type: ignore[arg-type]
-    with pytest.raises(SpecError, match="belongs to engine='tuned'"):
-        FinetuneSpec(optimizer_in_backward=True)
+def test_a_closure_is_refused() -> None:
+    """The optimizer cannot evaluate a closure, because its steps are taken in the backward."""
     parameter = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="cannot evaluate a closure"):
         AdamWInBackward([parameter], lr=0.1, run=Pointwise(compiled=False)).step(lambda: 0.0)

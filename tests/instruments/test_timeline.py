@@ -62,32 +62,16 @@ def test_the_peak_is_the_highest_of_all_events(timeline: Timeline) -> None:
 
 
 @given(timelines())
-def test_the_highest_phase_is_the_peak(timeline: Timeline) -> None:
-    """No phase is above the peak, and one of them reaches it."""
-    peaks = timeline.peaks_by_phase(PHASES)
-    assert max(peaks.values()) == timeline.peak()[1]
-    assert set(peaks) == set(PHASES)
-
-
-@given(timelines())
 def test_each_phases_peak_is_the_highest_of_its_events(timeline: Timeline) -> None:
     """A phase's peak equals brute force over its events and the moment before its first one."""
     moments = [(p.born, p.phase) for p in timeline.allocations] + [
         (p.died or 0, p.died_in or 0) for p in timeline.allocations if p.died
     ]
+    assert set(timeline.peaks_by_phase(PHASES)) == set(PHASES)
     for index, name in enumerate(PHASES):
         before = max((event for event, phase in moments if phase < index), default=0)
         own = [event for event, phase in moments if phase == index]
         assert timeline.peaks_by_phase(PHASES)[name] == max(_live(timeline, event) for event in [before, *own])
-
-
-@given(timelines(), st.integers(0, 11))
-def test_one_more_byte_never_lowers_a_peak(timeline: Timeline, index: int) -> None:
-    """Peaks are monotone in the size of every allocation."""
-    before, by_phase = timeline.peak()[1], timeline.peaks_by_phase(PHASES)
-    timeline.allocations[index % len(timeline.allocations)].size_bytes += 1
-    assert before <= timeline.peak()[1] <= before + 1
-    assert all(by_phase[name] <= after for name, after in timeline.peaks_by_phase(PHASES).items())
 
 
 def test_an_empty_timeline_has_no_peak() -> None:
@@ -95,14 +79,6 @@ def test_an_empty_timeline_has_no_peak() -> None:
     assert Timeline().peak() == (0, 0)
     assert Timeline().peaks_by_phase(PHASES) == dict.fromkeys(PHASES, 0)
     assert sum(Timeline().at_peak().values()) == 0
-
-
-def test_a_phase_without_events_keeps_what_it_inherits() -> None:
-    """A phase without events is as high as the end of the phase before."""
-    timeline = Timeline(
-        [Allocation(size_bytes=100, born=0, phase=-1), Allocation(size_bytes=7, born=1, phase=0, died=2, died_in=0)]
-    )
-    assert timeline.peaks_by_phase(PHASES) == {"forward": 107, "backward": 100, "optimizer": 100}
 
 
 def test_unnamed_memory_is_classified_by_its_lifetime() -> None:

@@ -161,12 +161,6 @@ def test_only_rows_of_one_token_are_refused() -> None:
         batches([[1]] * 4, padded_spec("longest", 2, 8))
 
 
-def test_rows_without_tokens_are_left_out() -> None:
-    """A row without tokens takes no place in a batch."""
-    (only,) = batches([[], [5, 6], [], [7, 8]], padded_spec("max_length", 2, 3))
-    assert sorted(only.ids) == [[5, 6, 0], [7, 8, 0]]
-
-
 def test_too_few_rows_say_how_many_are_needed() -> None:
     """Too few rows for a batch are refused at once, and the error says how many are missing."""
     with pytest.raises(DataError, match=r"needs 4 rows, the data has 2 and 1 without any token: give 2 more rows"):
