@@ -9,7 +9,6 @@ import pytest
 
 from hpc_core.catalogue import ALL
 from hpc_core.faults.catalogue import FAULTS
-from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import fixture, options, runner, suite
 
 ROOT = Path(__file__).parents[2]
@@ -143,15 +142,3 @@ def test_collecting_loads_no_torch(pytester: pytest.Pytester) -> None:
     )
     assert result.ret == 0
     result.stdout.fnmatch_lines(["*tiny/lora*", "TORCH False"])
-
-
-def test_one_run_a_gpu(tmp_path: Path) -> None:
-    """A second run on a GPU is refused with the first one's process id; it may start once the first has ended."""
-    gpu = {"uuid": "GPU-1/../x", "name": "some GPU"}
-    first, second = GpuLocks(tmp_path), GpuLocks(tmp_path)
-    first.take([gpu])
-    with pytest.raises(GpuInUseError, match=r"pid \d+\) is using some GPU"):
-        second.take([{"uuid": "GPU-2", "name": "free"}, gpu])
-    first.release()
-    second.take([gpu])
-    second.release()
