@@ -22,7 +22,7 @@ from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
 
-pytestmark = pytest.mark.perf_gpu
+pytestmark = [pytest.mark.perf_gpu, pytest.mark.perf_on_request]
 
 _SECONDS = 0.02
 _WITHIN = 0.01

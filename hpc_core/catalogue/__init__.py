@@ -20,7 +20,7 @@ from hpc_core.catalogue.shorthand import (
     tiny,
 )
 from hpc_core.catalogue.stock import DEVICE_BOUND, FULL, SMALL, TINY, TRIAL, WHOLE
-from hpc_core.catalogue.tuned import INT4, SWEEP, TUNED
+from hpc_core.catalogue.tuned import INT4, STATIC, SWEEP, TUNED
 
 __all__ = [
     "ALL",
@@ -28,6 +28,7 @@ __all__ = [
     "DEVICE_BOUND",
     "FULL",
     "INT4",
+    "ON_REQUEST",
     "SMALL",
     "SWEEP",
     "TINY",
@@ -47,7 +48,9 @@ __all__ = [
     "tiny",
 ]
 
-ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, *TUNED)
+ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, STATIC, *TUNED)
+ON_REQUEST: frozenset[str] = frozenset(case.id for case in TUNED)
+"""Ids of the cases that the suite leaves out unless it is asked for them: our own engines, and what they are compared with."""
 
 
 def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:

@@ -59,14 +59,13 @@ def _decode(model: ModelSpec) -> tuple[Case, Case, Case, Case]:
 
 
 _bf16, _bf16_graph, _nf4, _nf4_graph = DECODE = _decode(llama_3b)
-_static = _bf16.vary("generate-bf16-static", cache="static")
+STATIC = _bf16.vary("generate-bf16-static", cache="static")
 """transformers' own fast path: a static cache and a compiled forward."""
 _int8_head = _nf4_graph.vary("generate-nf4-graph-int8-head", head="int8")
 
 TUNED: tuple[Case, ...] = (
     *_tuned(*FULL),
     *DECODE,
-    _static,
     _int8_head,
 )
 """Our engines and the stock cases to compare with: same dropout (none), adapters, batch, data and prompts. In ALL, not in FULL."""

@@ -8,11 +8,9 @@ from types import TracebackType
 from typing import Literal, Self
 
 from hpc_core.case.case import Case
-from hpc_core.case.workloads import CallableSpec, FinetuneSpec
 from hpc_core.compare.ab import SideName
 from hpc_core.compare.sides import Side
-from hpc_core.launch.launcher import Launcher
-from hpc_core.record.environment import visible_gpus
+from hpc_core.launch.launcher import Launcher, preloadable
 from hpc_core.record.job import Job, Measure, Retime, Way
 from hpc_core.record.record import Failure, Record
 
@@ -29,7 +27,7 @@ class Bench:
         self, base: Side, head: Side, cases: Sequence[Case], *, way: Way = "warm", device: Device = "auto"
     ) -> None:
         self._device = device
-        self._more = _preloadable(cases) if way == "warm" else ()
+        self._more = preloadable(cases) if way == "warm" else ()
         self._sides: dict[SideName, Side] = {"base": base, "head": head}
         self._launchers: dict[SideName, Launcher] = {
             name: self._launcher(side, way) for name, side in self._sides.items()
@@ -94,18 +92,3 @@ class Bench:
         message = f"{name} is {side.label}, but the worker ran {commit or 'no commit at all'}."
         failure = Failure(kind="refused", message=message, phase="record")
         return Record(case=case, status="failed", failure=failure, circumstances=record.circumstances)
-
-
-def _preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Return the packages that every worker of these cases imports and that a forkserver may import, as there is no CUDA."""
-    if visible_gpus() or any(isinstance(case.workload, CallableSpec) for case in cases):
-        return ()
-    names = ["peft"] if any(case.adapter is not None for case in cases) else []
-    if any(_uses_bitsandbytes(case) for case in cases):
-        names.append("bitsandbytes")
-    return tuple(names)
-
-
-def _uses_bitsandbytes(case: Case) -> bool:
-    quantizes = case.quantization is not None and case.quantization.kind != "int4"
-    return quantizes or (isinstance(case.workload, FinetuneSpec) and "8bit" in case.workload.optimizer)

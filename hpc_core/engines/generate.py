@@ -18,6 +18,7 @@ from hpc_core.engines.engine import Engine
 from hpc_core.instruments.counters import compiled_graphs, without_compiling
 from hpc_core.instruments.program import Mark, unmarked
 from hpc_core.record.findings import Findings
+from hpc_core.record.metrics import metric
 from hpc_core.record.record import Fact
 
 BUSY_TOKENS = 16
@@ -172,8 +173,13 @@ class GenerateProgram:
         return Findings(facts={"compiled": Fact(asked=True, seen=compiled_graphs() > 0)})
 
     def counters(self, found: Findings) -> Findings:
-        """Nothing beyond what instruments count."""
-        return Findings()
+        """Return what the graphs of a compiled forward hold; instruments count everything else."""
+        if not self.compiled:
+            return Findings()
+        note = "of a compiled token's graphs; part of every peak"
+        return Findings(
+            metrics={"graph_pool_bytes": metric("graph_pool_bytes", self.hidden_bytes, on_gpu=True, note=note)}
+        )
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import msgspec
 
 from hpc_core.gate.intervals import (
     COMPUTE_BOUND,
+    PASS_ALPHA,
     SPREADS,
     Distance,
     Interval,
@@ -42,6 +43,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     sessions: Sessions = {}
     alpha: float
     """Of one metric."""
+    pass_alpha: float = PASS_ALPHA
     clock_mhz: float | None = None
     """SM clock of this session; None where it is not known."""
     shares: Mapping[str, float] = {}
@@ -78,7 +80,7 @@ def judge_busy(name: str, new: Metric, old: Metric, ratio: float, evidence: Evid
             verdict=Verdict.INVALID, text=f"; but a process or an accepted session holds a {name} that is not above 0."
         )
     distance = stored_distance(values, sessions, SPREADS[family_of(name)])
-    interval = interval_of(distance, evidence.alpha)
+    interval = interval_of(distance, evidence.alpha, pass_alpha=evidence.pass_alpha)
     verdict = three_way(interval, ratio, new.better)
     observed = f": {_range(interval)} by {interval.text}"
     obstacle = _unlike_share(name, distance, evidence) or _clock(name, distance, verdict, ratio, new.better, evidence)

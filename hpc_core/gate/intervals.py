@@ -24,6 +24,9 @@ LEAST_SESSIONS = 5
 """From this many stored sessions on, they alone say how much sessions differ."""
 PASS_ALPHA = 0.05
 """How often a change as large as the tolerance may pass. REGRESSED is judged at the test's share of the suite's false alarms."""
+EARLY_PASS_ALPHA = 0.03
+"""The same where further processes run unless the first one passes. A change as large as the tolerance then passes at either
+look in at most `PASS_ALPHA` of the runs: sessions differ more than processes, so the looks mostly agree (tests/gate/test_busy.py)."""
 FLOOR = 0.0003
 """0.03 %: the least standard deviation of a session. A few sessions may look more alike than they are."""
 _UNKNOWN = 1.0

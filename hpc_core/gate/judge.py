@@ -16,6 +16,7 @@ from hpc_core.baselines.baseline import (
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
 from hpc_core.gate.comparability import Place, case_changes
+from hpc_core.gate.intervals import PASS_ALPHA
 from hpc_core.gate.metric import Context, Obstacle, judge_metric, place_of, update_command
 from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import (
@@ -39,6 +40,7 @@ def judge(
     *,
     sessions: Sessions | None = None,
     alpha: float | None = None,
+    pass_alpha: float = PASS_ALPHA,
 ) -> Judgement:
     """Return the verdict on a record.
 
@@ -54,6 +56,7 @@ def judge(
         sessions: values by metric of the accepted sessions, as far as they agree with the baseline; without them the
             baseline's value is the only session. They may also hold shares of wall time and `sm_clock_mhz`.
         alpha: the case's share of the suite's false alarms; by default the case is the whole suite.
+        pass_alpha: how often a change of busy time as large as the tolerance may pass.
     """
     if record.status != "ok":
         return _unjudged(record)
@@ -70,7 +73,7 @@ def judge(
         place=place,
         baseline=baseline if obstacle is None else None,
         suspects=() if baseline is None else suspects(record.case, place_of(baseline), place),
-        evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha)),
+        evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha), pass_alpha),
     )
     rows = []
     for name in sorted({*gated, *accepted, *named}):
@@ -80,11 +83,12 @@ def judge(
     return _judgement(record, tuple(rows), obstacle, context.suspects)
 
 
-def _evidence(record: Record, sessions: Sessions, alpha: float) -> Evidence:
+def _evidence(record: Record, sessions: Sessions, alpha: float, pass_alpha: float) -> Evidence:
     """Return what each busy metric is judged by; `alpha` is the level of one of them."""
     return Evidence(
         sessions=sessions,
         alpha=alpha,
+        pass_alpha=pass_alpha,
         clock_mhz=sm_clock_mhz(record.circumstances.gpu),
         shares={name: float(metric.value) for name, metric in record.metrics.items() if name.startswith("busy_share")},
     )

@@ -240,7 +240,7 @@ def sorted_events(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]
                 of_call.append(event.correlation_id())
         elif name.startswith("cu"):
             calls.append(HostCall(name, event.correlation_id(), event.start_ns()))
-    graphs = {call.correlation for call in calls if kinds([call]) == ["graph"]}
+    graphs = {call.correlation for call in calls if _call_kind(call.name) == "graph"}
     marked = [
         replace(interval, graph=number) if number in graphs else interval
         for interval, number in zip(intervals, of_call, strict=True)
@@ -312,18 +312,18 @@ def union_s(intervals: Iterable[Interval]) -> float:
 BUSY_STEPS = 10
 """Kernels, copies, memsets and synchronizations are totals over so many steps, and busy time is their mean."""
 _SHORT_STEPS = 5
-"""Enough in a further process, if each of them launched as often as the others: ten then launch twice as often."""
+"""Enough if each of them launched as often as the others: ten then launch twice as often."""
 
 
-def busy_steps(program: Program, device: torch.device, *, short: bool = False) -> Findings:
-    """Measure `busy_s` and launches over ten steps; nothing on a CPU.
+def busy_steps(program: Program, device: torch.device) -> Findings:
+    """Measure `busy_s` and launches; nothing on a CPU.
 
     Counts are totals over ten steps, not means: a kernel that only every second step launches must not vanish in a division.
-    With `short`, five steps do where all five are alike, which is checked; their counts are then doubled.
+    Where five steps in a row are alike, which is checked, their counts are doubled; else ten steps are run.
     """
     if device.type != "cuda":
         return Findings()
-    if short and program.period == 1:
+    if program.period == 1:
         activity, found = _busy_of(program, device, _SHORT_STEPS, marked=True)
         if activity is None or activity.steps_alike:
             return found | _busy_metrics(activity, _SHORT_STEPS)

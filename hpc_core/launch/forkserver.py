@@ -3,11 +3,11 @@
 multiprocessing's forkserver cannot replace it: there is one a process, it runs the launcher's own interpreter and environment, ignores
 a preload that fails, and gives a child neither a working directory, nor output of its own, nor a supervisor that outlives the worker.
 
-It imports neither peft nor bitsandbytes: those initialize CUDA, which a forked child could then not use. With --predicting it loads
-the fake CUDA device before torch and need not care; nor need a forkserver on a machine without CUDA, which may preload more
-(--preload peft,bitsandbytes): a tiny case spends most of its time importing them. It runs no job itself, sets no thread count and
-computes nothing: a pool of torch's threads would not survive the fork. (The threads it has are OpenBLAS's, numpy's and scipy's, which
-OpenBLAS starts again in a child by itself.) It ends when its socket closes.
+A process that has initialized CUDA cannot fork workers that use it. So NVML answers what packages ask about the GPU while they are
+imported, and a package that is to be preloaded beyond torch and transformers (--preload peft,bitsandbytes) is first tried in a forked
+copy of this process. With --predicting it loads the fake CUDA device before torch and need not care. It runs no job itself, sets no
+thread count and computes nothing: a pool of torch's threads would not survive the fork. (The threads it has are OpenBLAS's, numpy's
+and scipy's, which OpenBLAS starts again in a child by itself.) It ends when its socket closes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import gc
 import importlib
-import importlib.util
 import math
 import os
 import signal
@@ -43,9 +42,9 @@ _PRELOAD = (
     # A tiny case is measured in less time than these take to import.
     "hpc_core.worker.perform",
 )
-_INITIALIZE_CUDA = ("peft", "bitsandbytes")
 _PRELOAD_PREDICTING = ("peft", "bitsandbytes", "hpc_core.predict.perform")
 _REQUEST_BYTES = 1 << 20
+_TRIAL_LIMIT_S = 60
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 
 
@@ -75,7 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--socket-fd", type=int, required=True)
     parser.add_argument("--preload-limit", type=float, required=True, help="seconds")
     parser.add_argument("--predicting", action="store_true", help="load the fake CUDA device before torch")
-    parser.add_argument("--preload", default="", help="further packages, by commas; only without CUDA")
+    parser.add_argument(
+        "--preload", default="", help="further packages, by commas, if they can be imported without CUDA"
+    )
     chosen = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.alarm(math.ceil(chosen.preload_limit))  # ends a preload that hangs, even if nobody is left to end it
@@ -92,7 +93,7 @@ def _preload(*, predicting: bool, more: tuple[str, ...]) -> Preloaded:
     """Import what every case needs.
 
     Raises:
-        RuntimeError: this initialized CUDA, or imported peft or bitsandbytes: children could not use the GPU.
+        RuntimeError: this initialized CUDA: children could not use the GPU.
     """
     began = time.monotonic()
     if predicting:
@@ -103,15 +104,11 @@ def _preload(*, predicting: bool, more: tuple[str, ...]) -> Preloaded:
         if predicting:
             _import_installed(_PRELOAD_PREDICTING)
         cuda = sys.modules["torch"].cuda
-        if more and cuda.is_available():
-            raise RuntimeError("--preload is for machines without CUDA; a forked worker could not use it.")
+        if not cuda.is_available() or _leave_cuda_alone(more):
+            _import_installed(more)
     initialized = bool(cuda.is_initialized())
     if initialized:
         raise RuntimeError("Preloading initialized CUDA; a forked worker could not use it.")
-    _import_installed(more)
-    for name in _INITIALIZE_CUDA:
-        if name in sys.modules and not predicting and not more:
-            raise RuntimeError(f"Preloading imported {name}, which initializes CUDA; a forked worker could not use it.")
     gc.collect()
     gc.freeze()  # children do not walk, and so do not copy, what is shared
     return Preloaded(
@@ -120,6 +117,20 @@ def _preload(*, predicting: bool, more: tuple[str, ...]) -> Preloaded:
         modules=tuple(sorted(sys.modules)),
         cuda_initialized=initialized,
     )
+
+
+def _leave_cuda_alone(names: tuple[str, ...]) -> bool:
+    """Return whether a process that has imported these packages can still fork children that use CUDA, by trying it."""
+    if not names:
+        return True
+    if (child := os.fork()) == 0:
+        signal.alarm(_TRIAL_LIMIT_S)  # a parent's alarm is not inherited
+        _import_installed(names)
+        if (grandchild := os.fork()) == 0:
+            sys.modules["torch"].ones(1, device="cuda").item()
+            os._exit(0)
+        os._exit(os.waitpid(grandchild, 0)[1] != 0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def _import_installed(names: tuple[str, ...]) -> None:
@@ -150,7 +161,7 @@ def gpus_by_nvml() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _capability_by_nvml() -> Iterator[None]:
-    capability = None if importlib.util.find_spec("torchao") is None else compute_capability()
+    capability = compute_capability()
     if capability is None:
         yield
         return

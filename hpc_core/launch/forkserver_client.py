@@ -34,7 +34,7 @@ class Forkserver:
         preload_limit_s: seconds that its imports may take.
         folder: its workers' working directory and its own; without one, this process's at the time of the request.
         predicting: whether its workers predict, and so need the fake CUDA device.
-        preload: further packages to import, on a machine without CUDA.
+        preload: further packages to import, if workers can use CUDA afterwards.
 
     Raises:
         NoForkserver: it did not get ready within `preload_limit_s` seconds.

@@ -16,6 +16,7 @@ from typing import Self
 import msgspec
 
 from hpc_core.case.case import Case
+from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.launch.channel import Channel
 from hpc_core.launch.failures import record_of, with_notes
 from hpc_core.launch.forkserver import Preloaded
@@ -50,7 +51,7 @@ class Launcher:
         debug: "inline" raises a case's error instead of recording it, for `--pdb`.
         preload_limit_s: seconds that imports may take.
         predicting: whether the jobs are predictions, so that a forkserver loads the fake CUDA device.
-        preload: further packages for a forkserver to import, on a machine without CUDA.
+        preload: further packages for a forkserver to import, as far as workers can use CUDA afterwards (`preloadable`).
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class Launcher:
         self._debug = debug
         self._preload_limit_s = preload_limit_s
         self._predicting = predicting
-        self._preload = tuple(preload)
+        self.preload = tuple(preload)
+        """May be set until the forkserver starts."""
         self._forkserver: Forkserver | None = None
         self._notes: tuple[str, ...] = ()
         self._starting = threading.RLock()
@@ -119,7 +121,7 @@ class Launcher:
                     preload_limit_s=self._preload_limit_s,
                     folder=self._folder,
                     predicting=self._predicting,
-                    preload=self._preload,
+                    preload=self.preload,
                 )
             except NoForkserver as reason:
                 self._fall_back(reason)
@@ -198,3 +200,16 @@ def _reap(supervisor: subprocess.Popen[bytes]) -> None:
         return
     supervisor.kill()
     supervisor.wait()
+
+
+def preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
+    """Return the packages beyond torch and transformers that workers of these cases import: seconds for each of them."""
+    names = ["peft"] if any(case.adapter is not None for case in cases) else []
+    if any(_uses_bitsandbytes(case) for case in cases):
+        names.append("bitsandbytes")
+    return tuple(names)
+
+
+def _uses_bitsandbytes(case: Case) -> bool:
+    quantizes = case.quantization is not None and case.quantization.kind != "int4"
+    return quantizes or (isinstance(case.workload, FinetuneSpec) and "8bit" in case.workload.optimizer)

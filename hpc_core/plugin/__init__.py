@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.UsageError: options contradict each other.
     """
     config.addinivalue_line("markers", "perf_gpu: needs a CUDA GPU; `perf_cases` marks such cases")
+    config.addinivalue_line("markers", "perf_on_request: runs only with --perf-all, or if its case or file is named")
     config.addinivalue_line(
         "markers", "perf_predicted: predicts a case without a GPU; `predicted_cases` marks such tests"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from typing import Any, Literal
 
 import pytest
@@ -19,18 +19,25 @@ Extent = Literal["short", "all", "off"]
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
-def perf_cases(cases: Iterable[Case]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def perf_cases(
+    cases: Iterable[Case], *, on_request: Container[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Parametrize a test over its argument `case`: one test per case, named by its id and marked `perf_gpu` if it needs a GPU.
+
+    Cases whose ids are in `on_request` are marked `perf_on_request`: a run leaves them out unless it is told otherwise.
 
     Raises:
         SpecError: an element is not a case, or two cases share an id.
     """
     checked = checked_cases(list(cases), "perf_cases")
-    parameters = [
-        pytest.param(case, id=case.id, marks=(pytest.mark.perf_gpu,) if case.needs_gpu else ()) for case in checked
-    ]
+    parameters = [pytest.param(case, id=case.id, marks=_marks(case, on_request)) for case in checked]
     decorate: Callable[[Callable[..., Any]], Callable[..., Any]] = pytest.mark.parametrize("case", parameters)
     return decorate
+
+
+def _marks(case: Case, on_request: Container[str]) -> list[pytest.MarkDecorator]:
+    marks = [(pytest.mark.perf_gpu, case.needs_gpu), (pytest.mark.perf_on_request, case.id in on_request)]
+    return [mark for mark, applies in marks if applies]
 
 
 def case_of(item: pytest.Item) -> Case | None:

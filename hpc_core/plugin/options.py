@@ -24,6 +24,7 @@ ACTIVE = "perf_active"
 WAIVERS = "perf-waivers.toml"
 """The default name, below the root folder."""
 _SHORT = {
+    "--all": "--perf-all",
     "--benchmark": "--perf-benchmark",
     "--case": "--perf-case",
     "--cases": "--perf-cases",
@@ -44,6 +45,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     why_scale: str
     """Why this scale was chosen, for the header."""
     globs: tuple[str, ...]
+    all: bool
+    """Whether tests that are marked perf_on_request run too."""
     update: bool
     reason: str
     baselines: Path
@@ -95,6 +98,11 @@ def add_options(parser: pytest.Parser) -> None:
         default=[],
         metavar="GLOB",
         help="run only cases whose full id matches, such as 'tiny/lora*'; repeatable (short: --case)",
+    )
+    add(
+        "--perf-all",
+        action="store_true",
+        help="also run what is marked perf_on_request, which otherwise needs --perf-case or its path (short: --all)",
     )
     add("--perf-update", action="store_true", help="make the results of this run the baselines; needs --perf-reason")
     add(
@@ -148,7 +156,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--perf-processes",
         default=None,
         metavar="N|auto",
-        help="processes per case, for its GPU-busy time (ini: perf_processes); auto, the default: 3 on a GPU, else 1",
+        help="processes per case, for its GPU-busy time (ini: perf_processes); auto, the default: on a GPU 1 if it decides, else 3; 1 on a CPU",
     )
     add(
         "--perf-budget",
@@ -225,6 +233,7 @@ def read_settings(config: pytest.Config) -> Settings:
         scale=scale,
         why_scale=why,
         globs=tuple(option("perf_case")),
+        all=bool(option("perf_all")),
         update=update,
         reason=reason,
         baselines=here / where if where else config.rootpath / str(config.getini("perf_baselines")),

@@ -30,7 +30,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The options `--perf-processes` and `--perf-budget`."""
 
     processes: int | Literal["auto"] = "auto"
-    """Processes per case. "auto": three on a GPU, one elsewhere; with a budget, more until their times agree."""
+    """Processes per case. "auto": on a GPU one if it decides, else three; one elsewhere; with a budget, more until times agree."""
     budget_s: float | None = None
     """No further process starts once the session has run for this long. None: no limit, and no more than `processes`."""
 
@@ -52,6 +52,7 @@ def replicated(
     plan: Plan,
     *,
     enough: Enough = narrow,
+    decided: Callable[[Record], bool] = lambda _: False,
     keep: Callable[[Record], None] = lambda _: None,
     began: float = 0.0,
     clock: Callable[[], float] = time.monotonic,
@@ -63,6 +64,7 @@ def replicated(
         run: runs one further process. Takes its number (from 2) and the total; 0 if the total is not known yet.
         plan: how many processes, and for how long.
         enough: called for every busy metric, to decide whether more processes than the least are needed.
+        decided: called with the first process's record under "auto" without a budget: whether further ones can be spared.
         keep: called with the record after each further process, so that an interrupted run loses nothing.
         began: when the session began, by `clock`.
         clock: returns seconds.
@@ -70,6 +72,8 @@ def replicated(
     record, least = first, plan.total(first)
     done = max(1, len(first.processes))
     spent = False
+    if plan.processes == "auto" and not plan.open_ended and done == 1 and first.status == "ok" and decided(first):
+        return first
     while record.status == "ok":
         more = done < least or (plan.open_ended and done < MOST and _is_wide(record, enough))
         spent = plan.budget_s is not None and clock() - began >= plan.budget_s

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -20,7 +20,7 @@ from hpc_core.case.errors import BaselineError
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
-from hpc_core.launch.launcher import Launcher
+from hpc_core.launch.launcher import Launcher, preloadable
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
 from hpc_core.plugin.repeats import Enough, Plan, narrow, replicated
@@ -76,6 +76,10 @@ class Runner:
         self._predicting: Launcher | None = None
         """Created for the first prediction; its forkserver differs from that of cases that run."""
 
+    def expect(self, cases: Sequence[Case]) -> None:
+        """Preload what the workers of these cases import; called before the first of them runs."""
+        self._launcher.preload = preloadable(cases)
+
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Phase):
             self._progress.phase(f"{self._process}{event.name}")
@@ -129,7 +133,13 @@ class Runner:
                 self._process = ""
 
         assert self._began is not None
-        return replicated(first, further, self._plan, enough=self._enough, keep=self._keep, began=self._began)
+
+        def decided(record: Record) -> bool:
+            return not self._settings.update and self._review.passes_early(record, self.alpha)
+
+        return replicated(
+            first, further, self._plan, enough=self._enough, decided=decided, keep=self._keep, began=self._began
+        )
 
     def predict(self, case: Case, gpu: str, command: Command, *, judge: bool = True) -> Row:
         """Predict the case for this GPU in a process of its own, and judge it against the predictions' baselines.

@@ -47,6 +47,8 @@ class Suite:
         self._locks = GpuLocks()
         self._failure_kinds: list[FailureKind] = []
         self._plain = False
+        self._on_request = 0
+        """Tests of this scale that are left out because nobody asked for them."""
         self._progress = Progress(ticking=settings.way != "inline")
         self._review = Review(settings)
         self._runner = Runner(settings, self._progress, self._review)
@@ -128,6 +130,11 @@ class Suite:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
         dropped = [item for item in taking_part if not self._is_chosen(item)]
+        self._on_request = sum(
+            self._waits_for_request(item)
+            for item in dropped
+            if (case := case_of(item)) is None or self._settings.scale in (None, case.scale)
+        )
         _refuse_duplicates([item for item in taking_part if item not in dropped])
         if dropped:
             gone = set(dropped)
@@ -144,13 +151,31 @@ class Suite:
         if predicted_gpu(item) is not None:
             return takes_part(item, self._settings.predict)
         # A test with a step of its own belongs to no scale.
-        return case is None or self._settings.scale in (None, case.scale)
+        return (case is None or self._settings.scale in (None, case.scale)) and not self._waits_for_request(item)
+
+    def _waits_for_request(self, item: pytest.Item) -> bool:
+        """Return whether a test that is marked perf_on_request was not asked for: by `--perf-all`, its case or its file."""
+        asked_for = self._settings.all or self._settings.globs or item.session.isinitpath(item.path)
+        return item.get_closest_marker("perf_on_request") is not None and not asked_for
+
+    def pytest_report_collectionfinish(self) -> list[str]:
+        """Say how many tests wait for a request."""
+        count = self._on_request
+        return (
+            [
+                f"hpc-core: {count} more on request: {spelled(self._config, '--all')}, {spelled(self._config, '--case')}, or their file"
+            ]
+            if count
+            else []
+        )
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Count what will run, and divide the suite's false alarms over the cases. A case divides its share over its metrics."""
         self._progress.total = sum(
             uses_perf(item) and item.get_closest_marker("skip") is None for item in session.items
         )
+        measured = [item for item in session.items if uses_perf(item) and predicted_gpu(item) is None]
+        self._runner.expect([case for item in measured if (case := case_of(item)) is not None])
         # A prediction has no time that an interval could judge. Measured cases without one leave their share unused.
         self._runner.alpha = share(
             sum(

@@ -99,7 +99,7 @@ class OwnStep:
 def repeated(program: Program, place: Place, steps: int) -> Instrument:
     """What a further process measures of a warm program: busy time and launches, or on a CPU at most ten steps by the clock."""
     if place.on_gpu:
-        return Instrument("busy time", "busy", lambda _: busy_steps(program, place.device, short=True))
+        return Instrument("busy time", "busy", lambda _: busy_steps(program, place.device))
     return Instrument("time", "measure", lambda _: wall_steps(program, place.device, min(steps, BUSY_STEPS)))
 
 

@@ -57,7 +57,7 @@ class Generation:
         self.longest = Fixed(program, program.longest)
 
     def warm_up(self) -> Findings:
-        """Warm up with short queries of the longest prompt; compiled code with whole ones, since another length compiles again."""
+        """Warm up with short queries of the longest prompt; compiled code with whole ones, since a longer cache compiles again."""
         program = self.program
         with self._new_tokens(program.new_tokens if program.compiled else min(_WARM_TOKENS, program.new_tokens)):
             found = warm_up(self.longest, self.device, self.place.began)
@@ -235,7 +235,9 @@ class Generation:
                 owned=program.owned,
                 timeline=timeline,
             )
-            cached = len(program.prompts[program.longest].ids[0]) + count - 1  # the last token is never fed back
+            # The last token is never fed back. A static cache is as long as the longest query so far needed.
+            made = self.workload.new_tokens if self.workload.cache == "static" else count
+            cached = len(program.prompts[program.longest].ids[0]) + made - 1
             if program.cache is not None:
                 cache.seen, cached = program.cache, program.cache.capacity
             program.on_token = None
@@ -290,8 +292,7 @@ class Generation:
         if not self.place.on_gpu:
             return Findings()
         program = self.program
-        # Fewer tokens are another static cache, which compiles again.
-        decoded = program.new_tokens - 1 if program.compiled else min(BUSY_TOKENS, program.new_tokens - 1)
+        decoded = min(BUSY_TOKENS, program.new_tokens - 1)
         activities, busy = [], Findings()
 
         def work() -> None:

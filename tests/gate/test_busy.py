@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,8 @@ from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import sm_clock_mhz
 from hpc_core.gate.intervals import (
     _MEDIAN_VARIANCE,
+    EARLY_PASS_ALPHA,
+    PASS_ALPHA,
     SPREADS,
     Distance,
     interval_of,
@@ -20,6 +24,7 @@ from hpc_core.gate.intervals import (
 )
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import SUITE_ALPHA, MetricVerdict, Verdict, expected_line
+from hpc_core.record.metrics import Family
 from hpc_core.record.record import Metric
 from tests.gate.judging import stored
 from tests.strategies import a_record, around, busy, counted
@@ -172,3 +177,25 @@ def test_the_variance_of_a_median_of_few_values() -> None:
     for count, variance in enumerate(_MEDIAN_VARIANCE, start=1):
         drawn = np.median(random.normal(size=(40_000, count)), axis=1).var()
         assert drawn == pytest.approx(variance, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["train", "decode"])
+@pytest.mark.parametrize("sessions", [1, 6])
+def test_two_looks_pass_a_change_at_the_limit_no_more_often_than_one(family: Family, sessions: int) -> None:
+    """A change as large as the tolerance passes at the first process or at all three in at most `PASS_ALPHA` of the runs."""
+    spread, tolerance, runs = SPREADS[family], 0.02 if family == "train" else 0.03, 3000
+    draw = random.Random(sessions)
+
+    def session(change: float = 0.0) -> list[float]:
+        start = draw.gauss(math.log1p(change), spread.between)
+        return [math.exp(draw.gauss(start, spread.within)) for _ in range(3)]
+
+    def passes(new: list[float], stored: list[list[float]], pass_alpha: float) -> bool:
+        interval = interval_of(stored_distance(new, stored, spread), 0.0005, pass_alpha=pass_alpha)
+        return three_way(interval, tolerance, "lower") is Verdict.PASS
+
+    missed = 0
+    for _ in range(runs):
+        stored, new = [session() for _ in range(sessions)], session(tolerance)
+        missed += passes(new[:1], stored, EARLY_PASS_ALPHA) or passes(new, stored, PASS_ALPHA)
+    assert missed <= PASS_ALPHA * runs + 3 * math.sqrt(PASS_ALPHA * runs)

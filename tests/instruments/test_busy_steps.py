@@ -1,4 +1,4 @@
-"""Which steps the first and a further process profile, and what is counted. The profiler itself needs a GPU."""
+"""Which steps are profiled, and what is counted. The profiler itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -42,39 +42,30 @@ class Profiler:
             steps_alike=marked_steps > 0 and self._alike,
         )  # fmt: skip
 
-    def take(self, *, short: bool, period: int = 1) -> dict[str, Metric]:
+    def take(self, *, period: int = 1) -> dict[str, Metric]:
         """The exact metrics that `busy_steps` makes of the readings."""
         self.profiled.clear()
         program: Any = SimpleNamespace(period=period, step=lambda: None, phases=("step",))
-        findings = busy_steps(program, _GPU, short=short)
+        findings = busy_steps(program, _GPU)
         assert findings.metrics["busy_s"].value == pytest.approx(0.1)
         assert sum(each.kernels for each in findings.kernel_families.values()) == findings.metrics["kernels"].value
         return {name: each for name, each in findings.metrics.items() if each.noise == "exact"}
 
 
 def test_five_equal_steps_count_like_ten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A further process profiles half as many steps and gives the first one's counts."""
+    """Five steps that are alike count twice: as much as ten steps of another period."""
     profiler = Profiler(monkeypatch)
-    first, profiled = profiler.take(short=False), list(profiler.profiled)
-    assert first == profiler.take(short=True)
-    assert (profiled, profiler.profiled) == ([10], [5])
-    assert first["kernels"].unit == "1 per 10 steps"
+    five, profiled = profiler.take(), list(profiler.profiled)
+    assert five == profiler.take(period=7)
+    assert (profiled, profiler.profiled) == ([5], [10])
+    assert five["kernels"].unit == "1 per 10 steps"
 
 
 def test_ten_steps_are_profiled_if_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If steps differ, a further process profiles ten and gives the first one's counts."""
+    """Steps that differ are profiled again, ten of them."""
     profiler = Profiler(monkeypatch, alike=False)
-    first = profiler.take(short=False)
-    assert first == profiler.take(short=True)
+    assert profiler.take()["kernels"].value == 1005
     assert profiler.profiled == [5, 10]
-    assert first["kernels"].value == 1005
-
-
-def test_ten_steps_are_profiled_if_shapes_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If shapes repeat only after several steps, a further process profiles the same ten as the first."""
-    profiler = Profiler(monkeypatch)
-    profiler.take(short=True, period=7)
-    assert profiler.profiled == [10]
 
 
 COMPILED = """

@@ -292,6 +292,7 @@ class BusyLauncher(ScriptedLauncher):
     """Gives each process its own busy time, and further processes another number of kernels if scripted."""
 
     jobs: list[Job] = []
+    busy_s = 1.0
 
     def run(self, job: Job) -> Record:
         """Return the scripted record, with busy time."""
@@ -302,7 +303,7 @@ class BusyLauncher(ScriptedLauncher):
         arguments: dict[str, Any] = job.case.workload.arguments  # type: ignore[union-attr]
         kernels = arguments.get("kernels", 100) if isinstance(job.kind, Repeat) else 100
         count = msgspec.structs.replace(record.metrics["operators"], value=kernels)
-        busy = timed(1.0 + len(BusyLauncher.jobs) / 1000).metrics["busy_s"]
+        busy = timed(self.busy_s + len(BusyLauncher.jobs) / 1000).metrics["busy_s"]
         return msgspec.structs.replace(record, metrics=record.metrics | {"busy_s": busy, "kernels": count})
 
 
@@ -330,6 +331,18 @@ def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.P
     record = record_from_json(history.read_text())
     assert record.metrics["busy_s"].samples == (1.001, 1.002, 1.003)
     assert (record.metrics["busy_s"].value, len(record.processes)) == (1.002, 3)
+
+
+def test_one_process_decides_if_it_passes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case whose busy time passes in its first process gets no further ones; one that does not gets three."""
+    run("--perf-update", "--reason", "first")
+    BusyLauncher.jobs.clear()
+    run().assert_outcomes(passed=1)
+    assert len(BusyLauncher.jobs) == 1
+    BusyLauncher.jobs.clear()
+    monkeypatch.setattr(BusyLauncher, "busy_s", 1.1)
+    run().assert_outcomes(failed=1)
+    assert len(BusyLauncher.jobs) == 3
 
 
 def test_counts_that_differ_between_processes_fail_the_case(run: Run) -> None:
