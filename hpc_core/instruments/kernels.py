@@ -75,6 +75,8 @@ _KINDS = (
     ("copy", re.compile(r"^cu(da)?Memcpy")),
     ("fill", re.compile(r"^cu(da)?Memset")),
     ("mark", re.compile(MARK)),
+    ("capture", re.compile(r"StreamBeginCapture")),
+    ("captured", re.compile(r"StreamEndCapture")),
 )
 
 
@@ -94,12 +96,18 @@ def _call_kind(name: str) -> str | None:
 
 
 def kinds(calls: Iterable[HostCall]) -> list[str]:
-    """launch, graph, wait, copy, fill or mark for each call that is one, in the host's order, each call once."""
+    """Return launch, graph, wait, copy, fill or mark for each call that is one, in the host's order, each call once.
+
+    What is called while a CUDA graph is captured runs nothing, and is left out: torch.compile captures again for a new cache.
+    """
     seen: set[tuple[str, int]] = set()
     ordered = []
+    capturing = False
     for call in sorted(calls, key=lambda one: one.start_ns):
         kind = _call_kind(call.name)
-        if kind is not None and (kind, call.correlation) not in seen:
+        if kind in ("capture", "captured"):
+            capturing = kind == "capture"
+        elif kind is not None and not capturing and (kind, call.correlation) not in seen:
             seen.add((kind, call.correlation))
             ordered.append(kind)
     return ordered

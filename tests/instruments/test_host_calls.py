@@ -86,3 +86,16 @@ END = [MARK] * MARKS
 def test_steps_are_alike_only_if_all_were_recorded(names: list[str], alike: bool) -> None:
     """Three marked steps are alike if all three were recorded with the same calls."""
     assert steps_alike(between(names), 3) is alike
+
+
+def test_a_capture_launches_nothing() -> None:
+    """Calls between the begin and the end of a capture of a CUDA graph do not run on the device; its launch does."""
+    names = [
+        "cudaLaunchKernel",
+        "cudaStreamBeginCapture",
+        "cudaLaunchKernel",
+        "cudaMemcpyAsync",
+        "cudaStreamEndCapture",
+        "cudaGraphLaunch",
+    ]
+    assert kinds(calls(names)) == ["launch", "graph"]
