@@ -16,43 +16,18 @@ from hpc_core.catalogue import finetune, generate, lora, qlora, tiny
 from tests.tiny_cases import TINY_CASES, measured, tiny_record
 
 WEIGHTS = {
-    "quantized_layers",
-    "embedding_dtype",
-    "norm_dtype",
-    "head_dtype",
-    "trainable_parameters",
-    "attention",
-    "attention_kernel",
-    "weights",
-    "modules_own",
-}
+    "quantized_layers", "embedding_dtype", "norm_dtype", "head_dtype", "trainable_parameters", "attention",
+    "attention_kernel", "weights", "modules_own",
+}  # fmt: skip
 QUANTIZED = {"quantization", "quantized_bytes"}
 TRAINING = {
-    "checkpointing",
-    "optimizer",
-    "optimizer_state_dtype",
-    "trainable_names",
-    "training_mode",
-    "autocast",
-    "gradients",
-    "trained_tokens",
-    "padded_tokens",
-    "batch",
-    "losses_finite",
-    "loss",
-    "loss_scale",
-}
+    "checkpointing", "optimizer", "optimizer_state_dtype", "trainable_names", "training_mode", "autocast",
+    "gradients", "trained_tokens", "padded_tokens", "batch", "losses_finite", "loss", "loss_scale",
+}  # fmt: skip
 GENERATION = {
-    "cache",
-    "cache_length",
-    "forwards",
-    "new_tokens",
-    "training_mode",
-    "autograd",
-    "autocast",
-    "prompt_tokens",
+    "cache", "cache_length", "forwards", "new_tokens", "training_mode", "autograd", "autocast", "prompt_tokens",
     "prefill",
-}
+}  # fmt: skip
 
 
 def _expected_facts(case: Case) -> set[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_core.catalogue import catalogue
-from hpc_core.record.job import Job, Measure
-from hpc_core.worker.perform import perform
+from hpc_core.record.job import Measure
+from tests.tiny_cases import TINY_CASES, measured, tiny_record
 
 _FREE = {"new_tokens", "losses_finite"}
 """Facts that the timed run gives anyway."""
@@ -15,8 +14,7 @@ _FREE = {"new_tokens", "losses_finite"}
 @pytest.mark.parametrize("case_id", ["tiny/lora-padded", "tiny/qlora-gc", "tiny/full-bf16", "tiny/generate-nf4"])
 def test_peaks_and_operators_are_the_same_without_the_audit(case_id: str) -> None:
     """All gated exact metrics are equal with and without the audit; without it the record is INVALID and says why."""
-    case = catalogue()[case_id]
-    audited, unaudited = (perform(Job(case=case, kind=Measure(audit=audit)), lambda _: None) for audit in (True, False))
+    audited, (unaudited, _) = tiny_record(case_id), measured(TINY_CASES[case_id], Measure(audit=False))
     exact, exact_without = (
         {name: metric.value for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
         for record in (audited, unaudited)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from hpc_core.catalogue import TINY, finetune, lora, tiny
+from hpc_core.catalogue import finetune, lora, tiny
 from tests.audit.conftest import Run
+from tests.tiny_cases import tiny_record
 
 LORA = finetune(tiny, lora(), batch=2, length=16, steps=2)
 
@@ -56,14 +57,14 @@ def test_a_gradient_of_another_scale_voids_the_run(run: Run) -> None:
     assert float(record.audit["loss_scale"].seen) == pytest.approx(4, rel=0.005)
 
 
-def test_the_mean_is_over_real_labels(run: Run) -> None:
+def test_the_mean_is_over_real_labels() -> None:
     """Padding counts neither in the loss nor in its scale."""
-    case = next(case for case in TINY if case.id == "tiny/lora-padded")
-    record = run(case)
+    record = tiny_record("tiny/lora-padded")
+    workload: Any = record.case.workload
 
     assert record.reasons == ()
     labels = int(record.audit["loss"].asked.split()[2])
-    assert 0 < labels < case.workload.batch * (case.workload.length - 1)  # type: ignore[union-attr]
+    assert 0 < labels < workload.batch * (workload.length - 1)
 
 
 @pytest.mark.parametrize(

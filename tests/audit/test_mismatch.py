@@ -11,10 +11,11 @@ import torch
 from hpc_core.audit.model import linear_layers
 from hpc_core.case.case import Case
 from hpc_core.case.parts import QuantSpec
-from hpc_core.catalogue import TINY, finetune, generate, lora, qlora, tiny
+from hpc_core.catalogue import finetune, generate, lora, qlora, tiny
 from hpc_core.engines.finetune import make_optimizer
 from hpc_core.record.record import Record
 from tests.audit.conftest import Change, Run
+from tests.tiny_cases import TINY_CASES
 
 _short: dict[str, Any] = {"batch": 2, "length": 16, "steps": 2}
 LORA = finetune(tiny, lora(), **_short)
@@ -237,13 +238,12 @@ def test_a_changed_step_voids_the_run(fact: str, change: Change, asked: Any, see
 
 def test_a_dropped_padding_mask_voids_the_run(run: Run) -> None:
     """If the model attends to padding, `padded_tokens` fails."""
-    case = next(case for case in TINY if case.id == "tiny/lora-max-length")
 
     def unmask(program: Any) -> None:
         for batch in program.batches:
             batch.mask.fill_(1)
 
-    record = run(case, program=unmask)
+    record = run(TINY_CASES["tiny/lora-max-length"], program=unmask)
     asked = record.metrics["padded_tokens"].value
     assert asked > 0
     _assert_mismatch(record, "padded_tokens", asked, 0)

@@ -24,8 +24,7 @@ from hpc_core.case.parts import ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.record.findings import Findings
-from hpc_core.record.job import Job
-from hpc_core.worker.perform import perform
+from tests.tiny_cases import measured, tiny_record
 
 
 def _built(variant: str) -> tuple[Case, Any]:
@@ -69,7 +68,7 @@ def test_the_reference_holds_the_same_weights_dequantized(variant: str) -> None:
 )
 def test_a_clean_case_is_equivalent_with_room_to_spare(variant: str) -> None:
     """A correct case's error is below a fifth of its tolerance."""
-    record = perform(Job(case=catalogue()[f"tiny/{variant}"]), lambda _: None)
+    record = tiny_record(f"tiny/{variant}")
 
     allowed = float(str(record.audit["equivalence"].asked).split()[1])
     assert record.audit["equivalence"].holds
@@ -120,7 +119,7 @@ def test_an_adapter_is_compared_without_dropout() -> None:
     method = lora(dropout=0.5)
     model = ModelSpec(shape="tiny", dtype="float32")
     case = finetune(model, method, variant="lora-dropout", batch=2, length=32, steps=3, learning_rate=1e-2)
-    record = perform(Job(case=case), lambda _: None)
+    record, _ = measured(case)
     assert record.status == "ok", record.reasons
     assert record.metrics["logits_error"].value < 1e-5
     assert record.metrics["loss_checked"].value == pytest.approx(record.metrics["loss_reference"].value, rel=1e-5)

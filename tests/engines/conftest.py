@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from hpc_core.builders.assemble import build
 from hpc_core.case.case import Case
@@ -32,6 +33,25 @@ def tuned_program_of(case: Case, device: torch.device = CPU) -> TunedProgram:
     program = program_of(case, device)
     assert isinstance(program, TunedProgram)
     return program
+
+
+def small_qwen2(seed: int) -> Any:
+    """A Qwen2 of random weights, whose query, key and value projections have biases that matter."""
+    config = transformers.Qwen2Config(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        eos_token_id=2,
+    )
+    torch.manual_seed(seed)
+    model = transformers.Qwen2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.3)
+    return model
 
 
 def losses_of(program: Any, steps: int) -> list[float]:

@@ -25,7 +25,7 @@ from hpc_core.engines.decode.program import GraphProgram, graph_program
 from hpc_core.engines.decode.tokens import Chooser, Sampling
 from hpc_core.engines.engine import engine_of
 from hpc_core.engines.generate import GenerateProgram, generate_program
-from tests.engines.conftest import randomize
+from tests.engines.conftest import randomize, small_qwen2
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32", seed=3)
@@ -52,21 +52,7 @@ def quantized() -> Built:
 @pytest.fixture(scope="module")
 def qwen() -> Built:
     """A small Qwen2, whose query, key and value projections have biases."""
-    config = transformers.Qwen2Config(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        eos_token_id=2,
-    )
-    torch.manual_seed(5)
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.data.normal_(std=0.3)
-    return Built(randomize(randomize(model)), CPU, 300, None)
+    return Built(randomize(randomize(small_qwen2(seed=5).eval())), CPU, 300, None)
 
 
 def _graph_and_stock(built: Built, **workload: Any) -> tuple[GraphProgram, GenerateProgram]:

@@ -20,7 +20,7 @@ from hpc_core.engines.tuned.pointwise import Pointwise
 from hpc_core.engines.tuned.projection import projection_of
 from hpc_core.instruments.counters import own_formulas
 from hpc_core.instruments.owners import owned_bytes
-from tests.engines.conftest import losses_of, program_of, tuned_program_of
+from tests.engines.conftest import losses_of, program_of, small_qwen2, tuned_program_of
 
 CPU = torch.device("cpu")
 FLOAT = ModelSpec(shape="tiny", dtype="float32")
@@ -107,22 +107,8 @@ def _largest_error(gradients: dict[str, torch.Tensor], exact: dict[str, torch.Te
 
 def test_biases_of_projections_are_trained() -> None:
     """Qwen2's biases of queries, keys and values get the libraries' gradients in float64, except for norms in float32."""
-    transformers = pytest.importorskip("transformers")
-    config = transformers.Qwen2Config(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(config).double().train()
-    for name, part in model.named_parameters():
-        if name.endswith("bias"):
-            part.data.normal_(std=0.3)
-    ids = torch.randint(0, 96, (2, 16))
+    model = small_qwen2(seed=0).double().train()
+    ids = torch.randint(0, 300, (2, 16))
     exact = _gradients(model, ids, ids)
     model.zero_grad(set_to_none=True)
     workload = FinetuneSpec(**SHORT, **BLOCKS)

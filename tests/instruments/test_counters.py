@@ -164,7 +164,7 @@ def test_the_canary_runs_on_a_cpu_too() -> None:
 
 
 def _compiled_step() -> tuple[Callable[[], torch.Tensor], Counter[str]]:
-    """A step of torch.compile, and how often its compiled code ran."""
+    """A compiled step, and how often its compiled code ran."""
     runs: Counter[str] = Counter()
     layer, inputs = torch.nn.Linear(6, 10, bias=False), torch.ones(7, 6)
 
@@ -186,12 +186,12 @@ def _compiled_step() -> tuple[Callable[[], torch.Tensor], Counter[str]]:
 
 @pytest.mark.parametrize("watch", [counting, lambda: StorageWatch(["step"])], ids=["operators", "storages"])
 def test_a_compiled_step_still_runs_compiled_after_it_was_watched(watch: Callable[[], Any]) -> None:
-    """A dispatch mode sees the operators of the eager function; dynamo would give up a function that it meets under one."""
+    """A dispatch mode counts the eager operators, and afterwards the compiled code runs again."""
     step, runs = _compiled_step()
-    with watch() as seen:
+    with watch() as watched:
         step()
     assert runs["compiled"] == 1
-    operators = seen.operators.total() if hasattr(seen, "operators") else seen.uses.total()
+    operators = watched.operators.total() if hasattr(watched, "operators") else watched.uses.total()
     assert operators == 2  # a transpose and a product
     step()
     assert runs["compiled"] == 2

@@ -1,4 +1,4 @@
-"""What an exception says is bounded, valid UTF-8 and always there."""
+"""The text of an exception is never empty, bounded and valid UTF-8."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from hpc_core.record.exceptions import message_of, traceback_of, with_causes
 
 @given(st.text(st.characters(codec=None), max_size=5000))
 def test_any_text_can_be_encoded_and_is_bounded(text: str) -> None:
-    """Lone surrogates are escaped, long texts lose their middle, an empty one becomes the type's name."""
-    for said in (message_of(ValueError(text)), traceback_of(ValueError(text))):
-        assert said
-        assert len(said.encode()) < 50_000
+    """Lone surrogates are escaped, a long text is shortened, and an empty one becomes the type's name."""
+    for text_of_error in (message_of(ValueError(text)), traceback_of(ValueError(text))):
+        assert text_of_error
+        assert len(text_of_error.encode()) < 50_000
 
 
-def test_a_short_message_is_left_alone() -> None:
-    """It is the message, or the type's name where there is none."""
+def test_a_short_message_is_unchanged() -> None:
+    """A short message is unchanged; without one it is the type's name."""
     assert message_of(ValueError("what is wrong: 3 < 4")) == "what is wrong: 3 < 4"
     assert message_of(ValueError()) == "ValueError"
 
 
 def test_a_long_message_keeps_both_ends() -> None:
-    """Between them stands how long it was."""
-    said = message_of(ValueError(f"begin {'x' * 10**6} end"))
-    assert (said[:6], said[-4:], "1,000,010 characters" in said) == ("begin ", " end", True)
+    """A long message keeps its start and end, and says how long it was."""
+    message = message_of(ValueError(f"begin {'x' * 10**6} end"))
+    assert (message[:6], message[-4:], "1,000,010 characters" in message) == ("begin ", " end", True)
 
 
 @pytest.mark.parametrize("raised", [RuntimeError, SystemExit, KeyboardInterrupt])
-def test_what_printing_raises_replaces_nothing(raised: type[BaseException]) -> None:
-    """The message names the type, and what went wrong."""
+def test_an_exception_that_cannot_be_printed_is_named(raised: type[BaseException]) -> None:
+    """If `str` raises, the message names both types."""
 
     class Odd(Exception):  # noqa: N818
         def __str__(self) -> str:
@@ -41,7 +41,7 @@ def test_what_printing_raises_replaces_nothing(raised: type[BaseException]) -> N
 
 
 def test_each_cause_comes_once() -> None:
-    """Causes that form a circle end the walk."""
+    """A cycle of causes ends after each was listed once."""
     first, second = ValueError("first"), ValueError("second")
     first.__cause__, second.__cause__ = second, first
     assert list(with_causes(first)) == [first, second]

@@ -1,4 +1,4 @@
-"""Settings outside a case: what a record says of the environment and of torch's switches."""
+"""A record holds environment variables and torch switches that change what runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hpc_core.record.record import Circumstances, record_from_json, record_to_js
 from hpc_core.record.settings import is_setting, settings, variables
 from tests.strategies import a_record, around
 
-CHANGING = {
+CHANGING_WORK = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "PYTORCH_ALLOC_CONF": "max_split_size_mb:64",
     "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
@@ -24,7 +24,7 @@ CHANGING = {
     "BNB_TRITON_KERNELS": "0",
     "TORCHINDUCTOR_MAX_AUTOTUNE": "1",
 }
-OF_THE_MACHINE = {
+MACHINE_ONLY = {
     "TORCHINDUCTOR_CACHE_DIR": "/somewhere",
     "TORCH_HOME": "/somewhere",
     "TRITON_CACHE_DIR": "/somewhere",
@@ -35,24 +35,24 @@ OF_THE_MACHINE = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("name", CHANGING_WORK)
 def test_a_variable_that_changes_the_work_is_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Set, it is in the record with its value; not set, it is not."""
+    """A variable that is set is recorded with its value; one that is not set is not recorded."""
     monkeypatch.delenv(name, raising=False)
     assert name not in settings()
-    monkeypatch.setenv(name, CHANGING[name])
-    assert settings()[name] == CHANGING[name]
-    assert variables(settings())[name] == CHANGING[name]
+    monkeypatch.setenv(name, CHANGING_WORK[name])
+    assert settings()[name] == CHANGING_WORK[name]
+    assert variables(settings())[name] == CHANGING_WORK[name]
 
 
-@pytest.mark.parametrize("name", OF_THE_MACHINE)
-def test_a_variable_that_says_where_things_lie_is_not(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Folders, versions, devices and secrets differ between machines and change no work."""
-    monkeypatch.setenv(name, OF_THE_MACHINE[name])
+@pytest.mark.parametrize("name", MACHINE_ONLY)
+def test_a_variable_of_the_machine_is_not_recorded(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Folders, versions, devices and secrets are not recorded, because they change no work."""
+    monkeypatch.setenv(name, MACHINE_ONLY[name])
     assert name not in settings()
 
 
-SWITCHED = """
+PRINT_SWITCHES = """
 import torch
 from hpc_core.record.settings import settings
 before = [name for name in settings() if name.startswith("torch.")]
@@ -81,23 +81,23 @@ print(before, sorted(name for name in settings() if name.startswith("torch.")))
         ),
     ],
 )
-def test_a_switch_of_torch_is_recorded_where_it_is_not_the_default(switch: str, names: list[str]) -> None:
-    """By the old names and by the new ones of TF32; a process that sets nothing has no switch in its record."""
-    script = SWITCHED.format(switch=switch)
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == f"[] {names}"
+def test_a_switch_of_torch_is_recorded_unless_default(switch: str, names: list[str]) -> None:
+    """A torch switch is recorded if it is not the default, under TF32's old and new names."""
+    script = PRINT_SWITCHES.format(switch=switch)
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == f"[] {names}"
 
 
 def test_names_of_settings_are_not_names_of_packages() -> None:
-    """A report tells them apart by their names."""
+    """A setting and a package can be told apart by name."""
     assert is_setting("OMP_NUM_THREADS")
     assert is_setting("torch.backends.cudnn.benchmark")
     assert not is_setting("torch")
     assert not is_setting("liger-kernel")
 
 
-def test_a_record_with_settings_equals_its_json_and_an_older_one_still_loads() -> None:
-    """Old records do not know their settings, which is not the same as having none."""
+def test_settings_survive_json() -> None:
+    """Settings survive JSON; in an older record they are None, which is not the same as empty."""
     record = a_record(circumstances=around(settings={"OMP_NUM_THREADS": "4"}))
     assert record_from_json(record_to_json(record)) == record
     old = record_from_json(record_to_json(a_record()))

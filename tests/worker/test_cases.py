@@ -21,19 +21,9 @@ from hpc_core.record.repeats import merged
 from tests.tiny_cases import TINY_CASES, measured, measured_once, tiny_record
 
 _PHASES = [
-    "build",
-    "data",
-    "warm-up",
-    "measure",
-    "memory",
-    "counters",
-    "audit",
-    "busy",
-    "profile",
-    "equivalence",
-    "record",
+    "build", "data", "warm-up", "measure", "memory", "counters", "audit", "busy", "profile", "equivalence", "record",
     "done",
-]
+]  # fmt: skip
 
 
 def _exact(record: Record) -> dict[str, float | int]:
