@@ -16,6 +16,7 @@ from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.record.files import read_record
 from hpc_core.record.git import contents, revisions_of
 from hpc_core.record.record import Metric, Record, record_from_json
+from hpc_core.record.units import counted
 
 Source = Literal["accepted", "git", "record"]
 
@@ -65,7 +66,7 @@ def over_time(root: Path, key: str, case_id: str, records: Sequence[Path] = (), 
     points = sorted(_each_once(found), key=lambda point: moment(point.at))
     chosen = [point for point in points if point.digest == points[-1].digest]
     if len(chosen) < len(points):
-        notes.append(f"{len(points) - len(chosen)} older points have another digest of the case, and are left out")
+        notes.append(f"left out, another digest of the case: {counted(len(points) - len(chosen), 'older point')}")
     return OverTime(points=tuple(chosen), notes=tuple(notes))
 
 
@@ -133,9 +134,9 @@ def _in_folders(folders: Iterable[Path], key: str, case_id: str, notes: list[str
                 if record.status == "ok":
                     yield record
     if foreign:
-        notes.append(f"{foreign} files in the folders are not records of this schema")
+        notes.append(f"left out, not a record of this schema: {counted(foreign, 'file')} of the folders")
     if unsound:
-        notes.append(f"{unsound} records are invalid or of runs that failed, and are left out")
+        notes.append(f"left out, invalid or failed: {counted(unsound, 'record')}")
 
 
 def _each_once(points: Iterable[Point]) -> list[Point]:

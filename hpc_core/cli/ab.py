@@ -141,7 +141,9 @@ def ab(
             (tell if as_json else say)(line)
         plan = Plan(cases=cases, rule=rule, budget_s=budget_s, exact_only=exact, refused=arranged.refused)
         with Bench(arranged.base, arranged.head, cases, way=launch, device=device) as bench:
-            tell(f"{_cases_text(len(cases))}{'; importing torch on both sides first' if launch == 'warm' else ''}")
+            tell(
+                f"{sizes.counted(len(cases), 'case')}{'; importing torch on both sides first' if launch == 'warm' else ''}"
+            )
             bench.prepare()
             plan = msgspec.structs.replace(plan, spent_s=time.monotonic() - began)
             comparison = compare(plan, bench.run, tell, check=arranged.check)
@@ -202,11 +204,6 @@ def _rounded(ratio: float) -> str:
     return f"{percent:+,.{decimals}f} %"
 
 
-def _cases_text(number: int) -> str:
-    """Return the number with its noun: "1 case", "18 cases"."""
-    return "1 case" if number == 1 else f"{number} cases"
-
-
 def _change(row: Difference) -> str:
     if row.ratio is None or row.ratio == 0:
         return _MISSING if row.ratio is None else "="
@@ -254,9 +251,11 @@ def _summary(comparison: Comparison, seconds: float) -> list[str]:
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
     counts = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
     failed = [result for result in comparison.results if result.failure is not None]
-    text = [f"{_cases_text(len(comparison.results))}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"]
+    text = [
+        f"{sizes.counted(len(comparison.results), 'case')}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"
+    ]
     if failed:
-        text[0] += f"; {_cases_text(len(failed))} without numbers"
+        text[0] += f"; {sizes.counted(len(failed), 'case')} without numbers"
     if not any(row.differs for _, row in rows) and not failed:
         text.append("Nothing differs beyond noise.")
     undecided = [f"{case} {row.metric}" for case, row in rows if row.verdict is Verdict.INCONCLUSIVE]

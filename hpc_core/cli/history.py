@@ -12,7 +12,8 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.select import near
 from hpc_core.cli.console import say, say_json, tell
 from hpc_core.record.files import read_record
-from hpc_core.report.history import as_json, counted, lines, overview, series
+from hpc_core.record.units import counted
+from hpc_core.report.history import as_json, lines, overview, series
 from hpc_core.report.pictures import check_picture, write_series
 
 

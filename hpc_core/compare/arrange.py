@@ -15,6 +15,7 @@ from hpc_core.compare.checkouts import Checkouts
 from hpc_core.compare.describe import check_comparable
 from hpc_core.compare.sides import Side, side_of
 from hpc_core.record.git import content, head, resolved, top, uncommitted
+from hpc_core.record.units import counted
 
 
 class SideOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +124,7 @@ def _side(
         label = commit[:9] if commit.startswith(revision) else f"{revision} ({commit[:9]})"
     elif in_git:
         changed = len(uncommitted(place))
-        state = "clean" if not changed else "1 file changed" if changed == 1 else f"{changed} files changed"
+        state = f"{counted(changed, 'file')} changed" if changed else "clean"
         label = f"the working tree ({(head(place) or 'no commit')[:9]}, {state})"
     label += f" under {python}" if python is not None else ""
     label += f" with the fault {fault}" if fault is not None else ""

@@ -17,6 +17,7 @@ import msgspec
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record.metrics import Family, definition_of
 from hpc_core.record.record import Better
+from hpc_core.record.units import counted
 
 COMPUTE_BOUND: frozenset[Family] = frozenset({"train", "prefill"})
 """Families whose busy time follows the SM clock. Decoding reads weights, at the memory's clock."""
@@ -163,7 +164,7 @@ def stored_distance(
         sessions=count,
         stored=stored,
         assumed=0.0 if spread is None else spread.degrees,
-        text=f"{_many(len(ours), 'process', 'processes')} against {_many(count, 'session', 'sessions')}{assumed}",
+        text=f"{counted(len(ours), 'process', 'processes')} against {counted(count, 'session')}{assumed}",
     )
 
 
@@ -184,7 +185,7 @@ def paired_distance(base: Sequence[float], head: Sequence[float], spread: Spread
         process_variance=(expected + _squares(pairs)) / known if known else math.inf,
         new=len(pairs),
         assumed=degrees,
-        text=_many(len(pairs), "pair", "pairs"),
+        text=counted(len(pairs), "pair"),
     )
 
 
@@ -210,10 +211,6 @@ def _process_variance(sessions: Sequence[Sequence[float]], spread: Spread | None
 
 def _median_variance(count: int) -> float:
     return _MEDIAN_VARIANCE[count - 1] if count <= len(_MEDIAN_VARIANCE) else math.pi / 2 / count
-
-
-def _many(count: int, singular: str, plural: str) -> str:
-    return f"{count} {singular if count == 1 else plural}"
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
@@ -301,8 +298,8 @@ def required_sample_size(distance: Distance, alpha: float, tolerance: float, bet
 
     for count in range(1, _MOST_PROCESSES + 1):
         if decides(distance.grown(new=count)):
-            return _many(count, "more process", "more processes")
+            return counted(count, "more process", "more processes")
     for count in range(1, _MOST_SESSIONS + 1):
         if decides(distance.grown(sessions=count)):
-            return f"{_many(count, 'more accepted session', 'more accepted sessions')}, or an A/B: hpc-core ab"
+            return f"{counted(count, 'more accepted session')}, or an A/B: hpc-core ab"
     return f"an A/B (hpc-core ab), since {_MOST_PROCESSES} more processes or {_MOST_SESSIONS} more sessions would not decide it"

@@ -8,6 +8,8 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.record.units import counted
+
 Outcome = Literal["passed", "failed", "skipped"]
 
 SUITE_ALPHA = 0.01
@@ -143,7 +145,6 @@ def expected_line(judged: Iterable[MetricVerdict]) -> str | None:
     levels = [row.alpha for row in judged if row.alpha is not None]
     if not levels:
         return None
-    tests = "1 test" if len(levels) == 1 else f"{len(levels)} tests"
     total = sum(levels)
     shown = f"{total:.2f}" if round(total, 2) else f"{total:.1g}"
-    return f"expected false alarms in this run: {shown} ({tests} of GPU-busy time)"
+    return f"expected false alarms in this run: {shown} ({counted(len(levels), 'test')} of GPU-busy time)"

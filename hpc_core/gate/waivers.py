@@ -145,7 +145,7 @@ def _beyond(row: MetricVerdict, waivers: Sequence[Waiver]) -> MetricVerdict:
 
 def _text(waiver: Waiver, unit: str, today: datetime.date) -> str:
     days = (waiver.expires - today).days
-    left = "1 day left" if days == 1 else f"{days} days left"
+    left = f"{sizes.counted(days, 'day')} left"
     return f"waived up to {waiver.limit_text(unit)} by {waiver.owner} until {waiver.expires} ({left}): {waiver.reason}"
 
 
@@ -153,7 +153,7 @@ def expired(waivers: Iterable[Waiver], today: datetime.date, case_id: str | None
     """Return a sentence on each waiver whose last day has passed, of one case or of all."""
     return tuple(
         f"waiver of {waiver.metric} of {waiver.case} by {waiver.owner} expired on {waiver.expires} "
-        f"({(today - waiver.expires).days} days ago): remove it or renew it"
+        f"({sizes.counted((today - waiver.expires).days, 'day')} ago): remove it or renew it"
         for waiver in waivers
         if waiver.is_over(today) and (case_id is None or waiver.covers(case_id))
     )

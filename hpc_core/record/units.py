@@ -64,6 +64,11 @@ def pair(old: float, new: float, unit: str) -> str:
     return f"{texts[0]} → {texts[1]}"
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Return a count with its noun: "1 session", "2 sessions", "3 processes"."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def _finer(old: float, new: float, scale: Any) -> str:
     """Return both in the larger one's prefix, with the fewest decimals that tell them apart."""
     size, name = next(((size, name) for size, name in scale if max(abs(old), abs(new)) >= size), scale[-1])

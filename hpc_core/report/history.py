@@ -60,7 +60,7 @@ def series(points: Sequence[Point], metric: str) -> Series:
             if exact
             else f"no order of them would be rarer than {ALPHA:.0%} by chance; {least} are needed"
         )
-        silence = f"{counted(len(alike), 'session')} cannot show a change: {why}"
+        silence = f"{units.counted(len(alike), 'session')} cannot show a change: {why}"
     changes = exact_changes(values) if exact else noisy_changes(values)
     return Series(metric=metric, unit=newest.unit, noise=newest.noise, points=alike, changes=changes, silence=silence)
 
@@ -87,9 +87,11 @@ def summary(each: Series) -> str:
         return f"[{each.silence}]"
     many = len(each.changes)
     shown = (
-        "no change" if not many else f"{counted(many, 'change')}, last {each.points[each.changes[-1].index].at[:10]}"
+        "no change"
+        if not many
+        else f"{units.counted(many, 'change')}, last {each.points[each.changes[-1].index].at[:10]}"
     )
-    return f"[{counted(len(each.points), 'session')}: {shown}]"
+    return f"[{units.counted(len(each.points), 'session')}: {shown}]"
 
 
 def lines(each: Series) -> list[str]:
@@ -132,11 +134,6 @@ def change_text(each: Series, change: ChangePoint) -> str:
     packages = f"; moved: {', '.join(moved[:_SHOWN_PACKAGES])}{more}" if moved else ""
     commits = f"; commits {was.commit[:10]}..{now.commit[:10]}" if was.commit and now.commit else ""
     return f"{ratio}({units.pair(change.before, change.after, each.unit)}){certain}{commits}{packages}"
-
-
-def counted(many: int, word: str) -> str:
-    """Return such as "1 session" or "2 sessions"."""
-    return f"{many} {word}{'' if many == 1 else 's'}"
 
 
 def as_json(case_id: str, key: str, found: Sequence[Series], notes: Sequence[str]) -> dict[str, Any]:

@@ -73,11 +73,10 @@ def settings_lines(judgements: Iterable[Judgement | None]) -> tuple[str, ...]:
     differing = Counter(
         text for each in judgements if each is not None for text in each.moved if is_setting(text.partition(" ")[0])
     )
-    return tuple(f"set otherwise than in the baseline of {_many(count)}: {text}" for text, count in differing.items())
-
-
-def _many(cases: int) -> str:
-    return f"{cases} case{'' if cases == 1 else 's'}"
+    return tuple(
+        f"set otherwise than in the baseline of {units.counted(count, 'case')}: {text}"
+        for text, count in differing.items()
+    )
 
 
 def keep_gains(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -127,10 +126,14 @@ def waiver_line(waiver: Waiver, rows: Sequence[Row], known: Sequence[str] | None
     that ran may still match another.
     """
     mine = [row for row in rows if waiver.covers(row.case)]
-    units = [row.record.metrics[waiver.metric].unit for row in mine if waiver.metric in row.record.metrics]
-    limit = waiver.limit_text(next(iter(units), ""))
+    known_units = [row.record.metrics[waiver.metric].unit for row in mine if waiver.metric in row.record.metrics]
+    limit = waiver.limit_text(next(iter(known_units), ""))
     days = (waiver.expires - today).days
-    when = f"EXPIRED {-days} days ago: remove it or renew it" if days < 0 else f"{days} days left"
+    when = (
+        f"EXPIRED {units.counted(-days, 'day')} ago: remove it or renew it"
+        if days < 0
+        else f"{units.counted(days, 'day')} left"
+    )
     state = _waiver_state(waiver, mine, known)
     return (
         f"{waiver.metric} of {waiver.case} up to {limit}, by {waiver.owner} until {waiver.expires} ({when}): "

@@ -53,7 +53,10 @@ def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
             lines += _details(entry)
     still = [entry for entry in entries if not entry.needs_attention]
     if still:
-        lines += _fold(f"{_cases(len(still))} {'unmoved' if moved or _judged(entries) else 'measured'}", _table(still))
+        lines += _fold(
+            f"{units.counted(len(still), 'case')} {'unmoved' if moved or _judged(entries) else 'measured'}",
+            _table(still),
+        )
     lines += [f"<sub>{line}</sub>  " for line in dict.fromkeys(safe(caption(each.record)) for each in entries)]
     notes = (*settings_lines(each.judgement for each in entries), *notes)
     lines += [f"<sub>note: {safe(note)}</sub>  " for note in notes]
@@ -76,14 +79,12 @@ def _gravest_first(entry: Entry) -> tuple[int, str, str]:
 
 def _headline(entries: Sequence[Entry], moved: Sequence[Entry]) -> str:
     if not moved:
-        return f"{_cases(len(entries))}, {'nothing changed' if _judged(entries) else 'nothing judged'} ✅"
+        return (
+            f"{units.counted(len(entries), 'case')}, {'nothing changed' if _judged(entries) else 'nothing judged'} ✅"
+        )
     counts = Counter(entry.row.verdict for entry in moved)
     counted = ", ".join(f"{_MARKS.get(word, _UNDECIDED)} {many} {word}" for word, many in counts.items())
-    return f"{counted} of {_cases(len(entries))}"
-
-
-def _cases(many: int) -> str:
-    return f"{many} case{'' if many == 1 else 's'}"
+    return f"{counted} of {units.counted(len(entries), 'case')}"
 
 
 def _table(entries: Sequence[Entry]) -> list[str]:

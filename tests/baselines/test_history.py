@@ -83,8 +83,8 @@ def test_records_of_folders_are_points(project: GitProject, tmp_path: Path) -> N
     assert [point.commit for point in history.points[-2:]] == ["0000000012", "0000000025"]
     assert len(history.points) == 13
     assert history.notes == (
-        "1 files in the folders are not records of this schema",
-        "1 records are invalid or of runs that failed, and are left out",
+        "left out, not a record of this schema: 1 file of the folders",
+        "left out, invalid or failed: 1 record",
     )
 
 
@@ -94,7 +94,7 @@ def test_a_changed_case_starts_a_new_series(project: GitProject) -> None:
     accept(root, msgspec.structs.replace(of_day(20), case=a_case(seed=3)), reason="another seed")
     history = over_time(root, H100.key, CASE)
     assert [point.commit for point in history.points] == ["0000000020"]
-    assert history.notes == ("12 older points have another digest of the case, and are left out",)
+    assert history.notes == ("left out, another digest of the case: 12 older points",)
 
 
 def test_the_table_shows_where_and_what_moved(project: GitProject, capsys: pytest.CaptureFixture[str]) -> None:

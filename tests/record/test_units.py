@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.record.units import change, pair, percent, quantity
+from hpc_core.record.units import change, counted, pair, percent, quantity
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,9 @@ def test_a_difference_never_prints_as_zero(ratio: float) -> None:
     assert float(percent(ratio).removesuffix(" %").replace(",", "")) != 0
     for unit in ("bytes", "s", "FLOP", "1", "ratio"):
         assert float(change(ratio, unit).partition(" ")[0].replace(",", "")) != 0
+
+
+def test_a_count_agrees_with_its_noun() -> None:
+    """One is singular, every other count plural, with an irregular plural where one is given."""
+    assert [counted(count, "day") for count in (0, 1, 2)] == ["0 days", "1 day", "2 days"]
+    assert counted(3, "process", "processes") == "3 processes"
