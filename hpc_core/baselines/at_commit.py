@@ -97,7 +97,7 @@ class BaselineChange(msgspec.Struct, frozen=True, kw_only=True):
 
 def baseline_changes(root: Path, old: PastBaselines, new: PastBaselines | None = None) -> tuple[BaselineChange, ...]:
     """Return every baseline that differs between two commits, or between a commit and the files on disk."""
-    now = new.known() if new is not None else _known_on_disk(root)
+    now = new.known() if new is not None else known_on_disk(root)
     found = []
     for machine, case_id in sorted({*old.known(), *now}):
         before = old.find(machine, case_id)
@@ -107,7 +107,8 @@ def baseline_changes(root: Path, old: PastBaselines, new: PastBaselines | None =
     return tuple(found)
 
 
-def _known_on_disk(root: Path) -> tuple[tuple[str, str], ...]:
+def known_on_disk(root: Path) -> tuple[tuple[str, str], ...]:
+    """Return machine and case id of every file in a folder that could be a baseline."""
     paths = [path.relative_to(root) for path in root.glob("*/*/*.json")]
     return tuple((path.parts[0], f"{path.parts[1]}/{path.stem}") for path in paths if not path.name.startswith("."))
 

@@ -13,6 +13,8 @@ import msgspec
 
 from hpc_core.baselines.baseline import Baseline, OlderSchema
 from hpc_core.baselines.lookup import baseline_path, parsed
+from hpc_core.baselines.pull_request import NAME as PULL_REQUEST
+from hpc_core.baselines.pull_request import pull_request_from_json
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.files import read_regular
@@ -23,6 +25,7 @@ LONGEST_NAME = 160
 """Characters of a case's id or a machine's key, which become file names."""
 LONGEST_TEXT = 4000
 """Characters that are kept of any text of a record, except in its case."""
+_LONGEST_LINE = 1000
 _SUFFIXES = (".json", ".jsonl")
 _HISTORY = ".history.jsonl"
 _BASELINE = b'"accepted"'
@@ -34,6 +37,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
     records: tuple[Record, ...]
     notes: tuple[str, ...]
+    loosened: tuple[str, ...] = ()
+    """What the pull request of the run loosens, a line each."""
 
 
 class _Bench(msgspec.Struct):
@@ -61,9 +66,13 @@ def read_records(paths: Iterable[Path]) -> Reading:
     chosen = list(paths)
     found: dict[bytes, Record] = {}
     notes: list[str] = []
+    loosened: dict[str, None] = {}
     for path in chosen:
         for file in _files(path):
             try:
+                if file.name == PULL_REQUEST:
+                    loosened |= dict.fromkeys(_loosened(file))
+                    continue
                 read = _read(file)
             except SpecError as error:
                 if not path.is_dir():
@@ -74,7 +83,15 @@ def read_records(paths: Iterable[Path]) -> Reading:
                 found.setdefault(msgspec.json.encode(record, order="sorted"), record)
     if not found:
         raise SpecError(_nothing(chosen, notes))
-    return Reading(records=tuple(found.values()), notes=tuple(notes))
+    return Reading(records=tuple(found.values()), notes=tuple(notes), loosened=tuple(loosened))
+
+
+def _loosened(file: Path) -> list[str]:
+    try:
+        found = pull_request_from_json(_content(file))
+    except msgspec.MsgspecError as error:
+        raise SpecError(f"{file}: not what --perf-base writes: {plain(str(error), 300)}") from error
+    return [plain(each.line, _LONGEST_LINE) for each in found.loosened]
 
 
 def _nothing(paths: list[Path], notes: list[str]) -> str:

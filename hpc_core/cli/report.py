@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-from hpc_core.baselines.reading import read_records
+from hpc_core.baselines.reading import Reading, read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say_json, show, tell
 from hpc_core.instruments.garbage import uncollected
@@ -19,6 +19,7 @@ from hpc_core.record.files import write_whole
 from hpc_core.record.plain import plain
 from hpc_core.report.csv import records_csv
 from hpc_core.report.entry import Entry, entries_of
+from hpc_core.report.markdown import LOOSENED
 from hpc_core.report.markdown import markdown as as_markdown
 from hpc_core.report.pictures import pictures, require_charts
 
@@ -59,23 +60,24 @@ def report(
         if not chosen:
             raise SpecError(f"None of {len(found.records)} records is of a case that matches {', '.join(case or ())}.")
         entries = entries_of(chosen, baselines)
-        files = _texts(entries, found.notes, html=html, markdown=markdown, csv=csv)
+        files = _texts(entries, found, html=html, markdown=markdown, csv=csv)
         if plots is not None:
             files += pictures(entries, plots, ("svg", "png") if plot_format == "both" else (plot_format,)).items()
     for path, content in files:
         write_whole(path, content)
     if as_json:
-        say_json({"cases": [_entry(entry) for entry in entries], "notes": list(found.notes)}, order=None)
+        cases = [_entry(entry) for entry in entries]
+        say_json({"cases": cases, "loosened": list(found.loosened), "notes": list(found.notes)}, order=None)
     else:
         show([entry.row for entry in entries])
-    for note in found.notes:
-        tell(f"note: {note}")
+    for line in _loosened_lines(found) + [f"note: {note}" for note in found.notes]:
+        tell(line)
     for path, _ in files:
         tell(f"wrote {path}")
 
 
 def _texts(
-    entries: Sequence[Entry], notes: Sequence[str], *, html: Path | None, markdown: Path | None, csv: Path | None
+    entries: Sequence[Entry], read: Reading, *, html: Path | None, markdown: Path | None, csv: Path | None
 ) -> list[tuple[Path, bytes]]:
     """Return what to write where. In a GitHub job, the Markdown is also appended to the job's summary.
 
@@ -84,10 +86,10 @@ def _texts(
     """
     found: list[tuple[Path, str]] = []
     if html is not None:
-        found.append((html, _page(entries, notes)))
+        found.append((html, _page(entries, [*_loosened_lines(read), *read.notes])))
     summary = os.environ.get(_SUMMARY, "")
     if markdown is not None or summary:
-        text = as_markdown(entries, notes)
+        text = as_markdown(entries, read.notes, read.loosened)
         if markdown is not None:
             found.append((markdown, text))
         if summary:
@@ -96,6 +98,10 @@ def _texts(
     if csv is not None:
         found.append((csv, records_csv(entries)))
     return [(path, text.encode(errors="replace")) for path, text in found]
+
+
+def _loosened_lines(read: Reading) -> list[str]:
+    return [f"{LOOSENED}: {line}" for line in read.loosened]
 
 
 def _page(entries: Sequence[Entry], notes: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ Values in, verdicts out: nothing here reads a file. A missing, damaged, foreign 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hpc_core.baselines.baseline import (
     Baseline,
     Damaged,
@@ -38,6 +40,7 @@ def judge(
     lookup: Lookup,
     limits: Limits | None = None,
     *,
+    beside: Sequence[Limits] = (),
     sessions: Sessions | None = None,
     alpha: float | None = None,
     pass_alpha: float = PASS_ALPHA,
@@ -53,6 +56,7 @@ def judge(
         record: what was observed.
         lookup: the baseline of its case and machine, or what was found in its place.
         limits: of the case; by default those in the record.
+        beside: further limits that hold, such as those at a merge base. The strictest counts for each metric.
         sessions: values by metric of the accepted sessions, as far as they agree with the baseline; without them the
             baseline's value is the only session. They may also hold shares of wall time and `sm_clock_mhz`.
         alpha: the case's share of the suite's false alarms; by default the case is the whole suite.
@@ -60,7 +64,7 @@ def judge(
     """
     if record.status != "ok":
         return _unjudged(record)
-    named = (record.case.limits if limits is None else limits).named()
+    named = [each.named() for each in (record.case.limits if limits is None else limits, *beside)]
     baseline = lookup if isinstance(lookup, Baseline) else None
     obstacle = _obstacle(record, lookup)
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
@@ -76,9 +80,9 @@ def judge(
         evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha), pass_alpha),
     )
     rows = []
-    for name in sorted({*gated, *accepted, *named}):
-        shown = record.metrics.get(name)
-        rows.append(judge_metric(context, name, gated.get(name), shown, limit=named.get(name), obstacle=obstacle))
+    for name in sorted({*gated, *accepted}.union(*named)):
+        shown, its_limits = record.metrics.get(name), [each.get(name) for each in named]
+        rows.append(judge_metric(context, name, gated.get(name), shown, limits=its_limits, obstacle=obstacle))
     rows.sort(key=gravest_first)
     return _judgement(record, tuple(rows), obstacle, context.suspects)
 

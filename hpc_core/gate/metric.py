@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, proves_nothing
@@ -9,7 +11,16 @@ from hpc_core.case.limits import Limit
 from hpc_core.gate.busy import Evidence, judge_busy
 from hpc_core.gate.comparability import Place, incomparable
 from hpc_core.gate.intervals import Interval
-from hpc_core.gate.tolerance import Tolerance, allowed_ratio, beyond, ceiling_text, exceeds, tolerance
+from hpc_core.gate.tolerance import (
+    Tolerance,
+    allowed_ratio,
+    beyond,
+    ceiling_text,
+    exceeds,
+    strictest,
+    strictest_absolute,
+    tolerance,
+)
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
 from hpc_core.record.metrics import definition_of
@@ -68,7 +79,7 @@ def judge_metric(
     new: Metric | None,
     shown: Metric | None,
     *,
-    limit: Limit,
+    limits: Sequence[Limit],
     obstacle: Obstacle | None,
 ) -> MetricVerdict:
     """Return the verdict on one metric.
@@ -78,16 +89,16 @@ def judge_metric(
         name: of the metric.
         new: its value; None if the record does not gate it.
         shown: its value, gated or not; None if the record lacks it.
-        limit: of the case for this metric.
+        limits: of the case for this metric; None stands for the registry's tolerance. The strictest one counts.
         obstacle: why there is no comparable baseline; None if there is one.
     """
     old = None if context.baseline is None else context.baseline.metrics.get(name)
     if new is None:
-        findings = [_vanished(context, name, shown, limited=limit is not None)]
+        findings = [_vanished(context, name, shown, limited=any(limit is not None for limit in limits))]
     elif (text := proves_nothing(name, new)) is not None:
         findings = [_Finding(Verdict.INVALID, "none", f"{text}.", "Measure again.")]
     else:
-        findings = _findings(context, name, new, old, limit, obstacle)
+        findings = _findings(context, name, new, old, limits, obstacle)
     gravest = max(findings, key=lambda finding: finding.verdict.severity)
     reasons = [finding.reason for finding in findings if finding.verdict is gravest.verdict]
     comparable = old is not None and new is not None and old.unit == new.unit
@@ -117,10 +128,11 @@ def _findings(
     name: str,
     new: Metric,
     old: Metric | None,
-    limit: Limit,
+    limits: Sequence[Limit],
     obstacle: Obstacle | None,
 ) -> list[_Finding]:
-    absolute = None if limit is None or isinstance(limit, str) else _absolute(name, new, limit)
+    ceiling = strictest_absolute(new, limits)
+    absolute = None if ceiling is None else _absolute(name, new, ceiling)
     if obstacle is not None:
         if absolute is not None and obstacle.verdict is Verdict.NO_BASELINE:
             return [absolute]  # the case stays NO_BASELINE, but this metric was judged by a limit of its own
@@ -130,7 +142,7 @@ def _findings(
             return [absolute]
         found = _new(context, name, new)
     else:
-        found = _against(context, context.baseline, name, new, old, limit)
+        found = _against(context, context.baseline, name, new, old, limits)
     return [found] if absolute is None else [found, absolute]
 
 
@@ -176,7 +188,9 @@ def _absolute(name: str, new: Metric, limit: float) -> _Finding:
     return _Finding(Verdict.REGRESSED, text, reason, f"Get it back within the limit, or raise Limits({name}=…).")
 
 
-def _against(context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:
+def _against(
+    context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limits: Sequence[Limit]
+) -> _Finding:
     """Compare with the accepted value, if the two can be compared."""
     accept = f"Accept anew: {context.update}"
     unlike = incomparable(name, old, new, (place_of(baseline), context.place))
@@ -186,7 +200,7 @@ def _against(context: Context, baseline: Baseline, name: str, new: Metric, old: 
         return _Finding(Verdict.INVALID, "none", f"in the baseline, {text}.", accept)
     if unlike is not None:
         return _Finding(unlike.verdict, "none", unlike.reason, accept)
-    return _compared(context, baseline, name, new, old, limit)
+    return _compared(context, baseline, name, new, old, strictest(name, old, limits))
 
 
 def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old: Metric, limit: Limit) -> _Finding:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, Lookup
+from hpc_core.case.limits import Limits
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, gravest_first, worst, worst_metric
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Metric
@@ -23,6 +24,20 @@ class Side(msgspec.Struct, frozen=True):
 
     lookup: Lookup
     judgement: Judgement
+
+
+def limits_beside(base: Lookup, head: Lookup) -> tuple[tuple[Limits, ...], tuple[Limits, ...]]:
+    """Return the limits that hold beside those of the code: against the merge base's baseline, and against the pull request's.
+
+    A baseline stores the limits that its case was accepted with, so those of the merge base are known. Looser ones in the code
+    have no effect. A pull request that accepts its case anew brings an absolute limit of its own, as it brings a value; but what
+    it accepts must be what was measured, so the percentage at the merge base holds there, too. A new case has only the code's.
+    """
+    if not isinstance(base, Baseline):
+        return (), ()
+    old = base.spec.limits
+    relative = Limits(**{name: limit for name, limit in old.named().items() if isinstance(limit, str)})
+    return (old,), (relative, *((head.spec.limits,) if isinstance(head, Baseline) else ()))
 
 
 def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:

@@ -5,6 +5,8 @@ Tolerances count from the accepted value, so that small steps cannot accumulate 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from hpc_core.case.limits import Limit, MiB, relative_limit
@@ -58,6 +60,22 @@ def allowed_ratio(name: str, accepted: Metric, limit: Limit, *, ratio: float | N
     if accepted.noise == "busy":
         return BUSY_RATIOS["train"]
     return BYTES_RATIO if accepted.unit == "bytes" else 0.0
+
+
+def strictest(name: str, accepted: Metric, limits: Iterable[Limit]) -> Limit:
+    """Return the limit that leaves a metric the least distance from its accepted value; None for the registry's tolerance."""
+    return min(
+        (limit if isinstance(limit, str) else None for limit in limits),
+        key=lambda limit: tolerance(name, accepted, limit).distance,
+    )
+
+
+def strictest_absolute(metric: Metric, limits: Iterable[Limit]) -> float | None:
+    """Return the absolute limit that is broken first; None without one."""
+    numbers = [limit for limit in limits if limit is not None and not isinstance(limit, str)]
+    if not numbers:
+        return None
+    return max(numbers) if metric.better == "higher" else min(numbers)
 
 
 def _relative(accepted: Metric, ratio: float) -> Tolerance:

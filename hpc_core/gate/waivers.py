@@ -19,6 +19,7 @@ from hpc_core.case.select import matches
 from hpc_core.gate.tolerance import exceeds
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import definition_of
 from hpc_core.record.record import Metric, Record
 
 
@@ -72,6 +73,16 @@ class Waiver(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             near, far = sorted((self.limit, self.limit if accepted is None else accepted))
             return near <= metric.value <= far
         return not exceeds(metric, self.limit)
+
+    def allows_more_than(self, other: Waiver) -> bool:
+        """Return whether its limit is looser than another's of the same metric; so where one is a percentage and one an amount."""
+        mine, its = self._ratio(), other._ratio()
+        if mine is not None and its is not None:
+            return mine > its
+        if isinstance(self.limit, str) or isinstance(other.limit, str):
+            return True
+        definition = definition_of(self.metric)
+        return self.limit < other.limit if definition and definition.better == "higher" else self.limit > other.limit
 
     def limit_text(self, unit: str) -> str:
         """Return the limit in words: "+5 %" or "8.00 GiB"."""
@@ -136,6 +147,18 @@ def waived(judgement: Judgement, record: Record, waivers: Iterable[Waiver], toda
             excuses.append(Excuse(metric=row.metric, text=_text(enough, metric.unit, today)))
         rows.append(row if enough is not None else _beyond(row, mine))
     return msgspec.structs.replace(judgement, metrics=tuple(rows), excuses=tuple(excuses))
+
+
+def waived_since_base(
+    judgement: Judgement, record: Record, here: Sequence[Waiver], base: Sequence[Waiver], today: datetime.date
+) -> Judgement:
+    """Return `waived` for a pull request: a waiver excuses only what one at the merge base excuses, too."""
+    found = waived(judgement, record, here, today)
+    allowed = {excuse.metric for excuse in waived(judgement, record, base, today).excuses}
+    excuses = tuple(excuse for excuse in found.excuses if excuse.metric in allowed)
+    refused = [excuse.metric for excuse in found.excuses if excuse.metric not in allowed]
+    why = f"this pull request waives {', '.join(refused)}: a waiver counts from the merge on"
+    return msgspec.structs.replace(found, excuses=excuses, remarks=(*found.remarks, *([why] if refused else [])))
 
 
 def _beyond(row: MetricVerdict, waivers: Sequence[Waiver]) -> MetricVerdict:

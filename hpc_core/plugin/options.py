@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 from pathlib import Path
 from typing import Literal, cast
@@ -14,6 +15,7 @@ import pytest
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.gate.waivers import Waiver, waivers_from_toml
+from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings
 from hpc_core.plugin.cases import Extent
 from hpc_core.plugin.repeats import MOST
 from hpc_core.record.environment import visible_gpus
@@ -21,8 +23,6 @@ from hpc_core.record.job import Way
 
 ACTIVE = "perf_active"
 """Where pytest keeps `--benchmark`."""
-WAIVERS = "perf-waivers.toml"
-"""The default name, below the root folder."""
 _SHORT = {
     "--all": "--perf-all",
     "--benchmark": "--perf-benchmark",
@@ -70,6 +70,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     base: str | None = None
     """The revision whose merge base provides the baselines."""
     waivers: tuple[Waiver, ...] = ()
+    rules: Rules
+    """Where the rules of this run come from, for a comparison with those at the merge base."""
     code: tuple[Path, ...] = ()
     """Where the tests and cases of this run come from."""
     reports: tuple[Path, ...] = ()
@@ -120,7 +122,7 @@ def add_options(parser: pytest.Parser) -> None:
         "--perf-base",
         default=None,
         metavar="REV",
-        help="judge against the baselines of the merge base with REV (such as origin/main), and list the baselines that changed since",
+        help="judge by the baselines, limits, waivers and settings of the merge base with REV (such as origin/main), and list what changed since",
     )
     add(
         "--perf-baselines",
@@ -185,7 +187,7 @@ def add_options(parser: pytest.Parser) -> None:
         help="predict GPU memory without a GPU: a short set (the default where none is visible), all cases, or none",
     )
     parser.addini("perf_paths", "paths that --benchmark runs when none is given", type="args", default=["bench"])
-    parser.addini("perf_baselines", "folder of baselines, below the root folder", default="baselines")
+    parser.addini("perf_baselines", "folder of baselines, below the root folder", default=BASELINES)
     parser.addini("perf_waivers", "file of waivers, below the root folder", default=WAIVERS)
     parser.addini("perf_processes", "processes per case: a number, or auto", default="auto")
     parser.addini("perf_cases", "Python files whose CASES also run", type="args", default=[])
@@ -229,6 +231,7 @@ def read_settings(config: pytest.Config) -> Settings:
             "--perf-records and --perf-resume both name the folder of records. Drop --perf-records."
         )
     here = config.invocation_params.dir
+    baselines = here / where if where else config.rootpath / str(config.getini("perf_baselines"))
     return Settings(
         scale=scale,
         why_scale=why,
@@ -236,7 +239,7 @@ def read_settings(config: pytest.Config) -> Settings:
         all=bool(option("perf_all")),
         update=update,
         reason=reason,
-        baselines=here / where if where else config.rootpath / str(config.getini("perf_baselines")),
+        baselines=baselines,
         strict=bool(option("perf_strict") or option("perf_bisect")),
         way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
         records=here / (records or resume) if records or resume else None,
@@ -251,8 +254,24 @@ def read_settings(config: pytest.Config) -> Settings:
         bisect=bool(option("perf_bisect")),
         base=option("perf_base"),
         waivers=read_waivers(config),
+        rules=_rules(config, baselines),
         code=_code(config),
         reports=_reports(config),
+    )
+
+
+def _rules(config: pytest.Config, baselines: Path) -> Rules:
+    file = config.getoption("inifilename", None)
+    here = config.invocation_params.dir
+    given = [*config.invocation_params.args, os.environ.get("PYTEST_ADDOPTS", "")]
+    raw = b"" if config.inipath is None else config.inipath.read_bytes()
+    return Rules(
+        root=config.rootpath,
+        file=None if file is None else here / file,
+        here=here,
+        baselines=baselines,
+        named=any("perf-baselines" in str(each) or "perf_baselines" in str(each) for each in given),
+        settings={} if config.inipath is None else pytest_settings(config.inipath, raw) or {},
     )
 
 

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-import pytest
+import msgspec
 
-from hpc_core.baselines.at_commit import PastBaselines, baseline_changes
+from hpc_core.baselines.at_commit import BaselineChange, baseline_changes, known_on_disk
 from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
 from hpc_core.baselines.history import Session, sessions
 from hpc_core.baselines.lookup import find
-from hpc_core.case.errors import BaselineError, RepositoryError
+from hpc_core.baselines.pull_request import Loosening, PullRequest
+from hpc_core.case.errors import BaselineError
+from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.intervals import EARLY_PASS_ALPHA, PASS_ALPHA
 from hpc_core.gate.judge import judge
-from hpc_core.gate.pull_request import Side, judge_pull_request
+from hpc_core.gate.loosened import loosened_limits, loosened_waivers
+from hpc_core.gate.pull_request import Side, judge_pull_request, limits_beside
 from hpc_core.gate.verdict import Judgement, Verdict
-from hpc_core.gate.waivers import expired, waived
+from hpc_core.gate.waivers import expired, waived, waived_since_base
+from hpc_core.plugin.base import MergeBase
 from hpc_core.plugin.options import Settings
-from hpc_core.record.git import merge_base
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values
 from hpc_core.report.entry import Row
@@ -39,7 +42,8 @@ class Review:
         """
         self._settings = settings
         self._today = today or datetime.datetime.now(datetime.UTC).date()
-        self._base = _at_merge_base(settings.baselines, settings.base)
+        self._base = None if settings.base is None else MergeBase(settings.base, settings.rules)
+        self._loosened: dict[str, Loosening] = {}
         self.known: tuple[str, ...] | None = None
         """Ids of all cases of the suite; None if only part of it was collected."""
 
@@ -48,13 +52,30 @@ class Review:
         key, case_id = record.circumstances.machine.key, record.case.id
         here = find(self._settings.baselines, key, case_id)
         accepted_sessions = partial(sessions, self._settings.baselines, key, case_id, digest=record.case.digest)
-        judgement = _against(record, here, accepted_sessions, alpha, pass_alpha)
-        if self._base is not None:
-            there = self._base.find(key, case_id)
-            past = partial(self._base.sessions, key, case_id, digest=record.case.digest)
-            before = _against(record, there, past, alpha, pass_alpha)
-            judgement = judge_pull_request(Side(there, before), Side(here, judgement))
-        return waived(judgement, record, self._settings.waivers, self._today)
+        alphas = alpha, pass_alpha
+        if self._base is None:
+            return waived(
+                _against(record, here, accepted_sessions, alphas), record, self._settings.waivers, self._today
+            )
+        there = self._base.baselines.find(key, case_id)
+        past = partial(self._base.baselines.sessions, key, case_id, digest=record.case.digest)
+        at_base, at_head = limits_beside(there, here)
+        judgement = judge_pull_request(
+            Side(there, _against(record, there, past, alphas, at_base)),
+            Side(here, _against(record, here, accepted_sessions, alphas, at_head)),
+        )
+        judgement = waived_since_base(judgement, record, self._settings.waivers, self._base.waivers, self._today)
+        return judgement if not isinstance(there, Baseline) else self._with_limits(judgement, record, there, here)
+
+    def _with_limits(self, judgement: Judgement, record: Record, base: Baseline, head: Lookup) -> Judgement:
+        """Note the limits that the code loosens, and remark those that no acceptance brings."""
+        found = loosened_limits(record.case.id, base.spec.limits, record.case.limits, base.metrics)
+        self._loosened |= {each.line: each for each in found}
+        if not found or (isinstance(head, Baseline) and head.spec.limits == record.case.limits):
+            return judgement
+        lines = "; ".join(each.line for each in found)
+        why = f"looser than at the merge base, and without effect until the case is accepted with it: {lines}"
+        return msgspec.structs.replace(judgement, remarks=(*judgement.remarks, why))
 
     def passes_early(self, record: Record, alpha: float) -> bool:
         """Return whether one process decides: every busy metric passes, so that further processes would change no verdict."""
@@ -65,22 +86,57 @@ class Review:
     def good_commit(self, record: Record) -> str | None:
         """Return the commit that the record's baseline was measured at; None if it is unknown or had uncommitted changes."""
         key, case_id = record.circumstances.machine.key, record.case.id
-        lookup = find(self._settings.baselines, key, case_id) if self._base is None else self._base.find(key, case_id)
+        lookup = (
+            find(self._settings.baselines, key, case_id)
+            if self._base is None
+            else self._base.baselines.find(key, case_id)
+        )
         return lookup.accepted.commit if isinstance(lookup, Baseline) and not lookup.accepted.dirty else None
 
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
         """Return a sentence for each expired waiver: of one case, or of all."""
         return expired(self._settings.waivers, self._today, case_id)
 
+    @functools.cached_property
+    def _changes(self) -> tuple[BaselineChange, ...]:
+        return () if self._base is None else baseline_changes(self._settings.baselines, self._base.baselines)
+
+    def _all_loosened(self) -> tuple[Loosening, ...]:
+        """Return what this pull request loosens: settings, waivers, and limits of cases that ran or were accepted anew."""
+        assert self._base is not None
+        found = [*self._base.settings_changed(), *loosened_waivers(self._base.waivers, self._settings.waivers)]
+        for change in self._changes:
+            if isinstance(change.old, Baseline) and isinstance(change.new, Baseline):
+                limits = change.old.spec.limits, change.new.spec.limits
+                found += loosened_limits(change.case, *limits, change.old.metrics)
+        return tuple({each.line: each for each in [*found, *self._loosened.values()]}.values())
+
+    def pull_request(self) -> PullRequest | None:
+        """Return what the pull request loosens, for reports; None without `--perf-base`."""
+        if self._base is None:
+            return None
+        return PullRequest(revision=self._base.revision, merge_base=self._base.commit, loosened=self._all_loosened())
+
     def sections(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
         """Return titles and texts for the end of a run: the baselines that changed, and the waivers."""
         found = []
         if self._base is not None:
-            title = f"baselines changed since the merge base with {self._settings.base} ({self._base.commit[:10]})"
-            lines = [change_line(change) for change in baseline_changes(self._settings.baselines, self._base)]
-            found.append((title, "\n".join(lines or ["none"])))
+            since = f"since the merge base with {self._base.revision} ({self._base.commit[:10]})"
+            lines = [change_line(change) for change in self._changes]
+            found.append((f"baselines changed {since}", "\n".join(lines or ["none"])))
+            lines = [each.line for each in self._all_loosened()]
+            found.append((f"loosened {since}", "\n".join(lines or ["nothing"])))
         if self._settings.waivers:
-            lines = [waiver_line(waiver, rows, self.known, self._today) for waiver in self._settings.waivers]
+            known = self.known
+            if known is not None:  # a case that only another file or machine runs has a baseline
+                known = (*known, *(case_id for _, case_id in known_on_disk(self._settings.baselines)))
+            merged = self._settings.waivers if self._base is None else self._base.waivers
+            lines = [
+                waiver_line(
+                    waiver, rows, known and set(known), self._today, is_merged=not loosened_waivers(merged, [waiver])
+                )
+                for waiver in self._settings.waivers
+            ]
             found.append(("waivers", "\n".join(lines)))
         return found
 
@@ -89,24 +145,15 @@ def _against(
     record: Record,
     lookup: Lookup,
     accepted_sessions: Callable[[], tuple[Session, ...]],
-    alpha: float,
-    pass_alpha: float,
+    alphas: tuple[float, float],
+    beside: Sequence[Limits] = (),
 ) -> Judgement:
     """Judge by a baseline and the sessions that were accepted for it. A damaged history counts as a damaged baseline."""
+    judged = partial(judge, record, beside=beside, alpha=alphas[0], pass_alpha=alphas[1])
     if not isinstance(lookup, Baseline):
-        return judge(record, lookup, alpha=alpha, pass_alpha=pass_alpha)
+        return judged(lookup)
     try:
         found = sessions_of_regime([session.metrics for session in accepted_sessions()], lookup.metrics)
     except BaselineError as error:
-        return judge(record, Damaged(path=f"the history of {record.case.id}", reason=str(error)), alpha=alpha)
-    return judge(record, lookup, sessions=found, alpha=alpha, pass_alpha=pass_alpha)
-
-
-def _at_merge_base(baselines: Path, revision: str | None) -> PastBaselines | None:
-    if revision is None:
-        return None
-    folder = next(each for each in (baselines, *baselines.parents) if each.is_dir())
-    try:
-        return PastBaselines(baselines, merge_base(folder, revision))
-    except RepositoryError as error:
-        raise pytest.UsageError(f"--perf-base {revision}: {error}") from error
+        return judged(Damaged(path=f"the history of {record.case.id}", reason=str(error)))
+    return judged(lookup, sessions=found)

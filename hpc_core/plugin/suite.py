@@ -13,8 +13,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+import msgspec
 import pytest
 
+from hpc_core.baselines.pull_request import write_pull_request
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
@@ -255,6 +257,8 @@ class Suite:
         finally:
             self._runner.close()
             self._locks.release()
+            if self._settings.records is not None and self._runner.rows:
+                write_pull_request(self._settings.records, self._review.pull_request())
             if exitstatus == pytest.ExitCode.TESTS_FAILED and self._failure_kinds:
                 session.exitstatus = exit_code(self._failure_kinds)
             elif exitstatus == pytest.ExitCode.OK and self._review.expired():
@@ -285,6 +289,13 @@ class Suite:
                 terminalreporter.section(title, sep="=")
                 terminalreporter.write_line(text)
         return result
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        """Add what the pull request loosens to pytest-benchmark's file."""
+        found = self._review.pull_request()
+        if found is not None:
+            output_json["hpc_core"] = msgspec.to_builtins(found)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_machine_info(self, machine_info: dict[str, Any]) -> None:

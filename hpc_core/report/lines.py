@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import datetime
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from hpc_core.baselines.at_commit import BaselineChange
 from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged, Lookup, Missing
+from hpc_core.gate.comparability import moved as differences
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import Waiver
 from hpc_core.record import units
@@ -25,6 +26,8 @@ def accepted_line(acceptance: Acceptance) -> str:
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     if acceptance.action == "unchanged":
         return f"unchanged {path}: every gated metric as accepted"
+    if acceptance.action == "updated" and not acceptance.changes:
+        return f"updated {path}: every gated metric as accepted, with the limits, stack and settings of this run"
     changed = [change for change in acceptance.changes if change.old is not None]
     if acceptance.action == "created" or not changed:
         leading = first_change(acceptance.changes)
@@ -47,9 +50,16 @@ def change_line(change: BaselineChange) -> str:
         return f"{where}: {before}, {len(change.new.metrics)} metrics{reason}"
     case = "the case changed; " if change.old.digest != change.new.digest else ""
     metrics = change.metrics
+    limits = _limits_changed(change.old, change.new)
     shown = ", ".join(changed_metric(each) for each in metrics[:_SHOWN]) or "every value as before"
     more = f" and {len(metrics) - _SHOWN} more" if len(metrics) > _SHOWN else ""
-    return f"{where}: {case}{shown}{more}{reason}"
+    return f"{where}: {case}{shown}{more}{limits}{reason}"
+
+
+def _limits_changed(old: Baseline, new: Baseline) -> str:
+    was, now = ({name: str(limit) for name, limit in each.spec.limits.named().items()} for each in (old, new))
+    texts = differences(was, now, "none").values()
+    return f"; limits: {', '.join(texts)}" if texts else ""
 
 
 def _state(lookup: Lookup) -> str:
@@ -119,11 +129,18 @@ def _commands(rows: Iterable[Row]) -> list[str]:
     return [f"    {command}" for command in accept_together(row.commands for row in rows)]
 
 
-def waiver_line(waiver: Waiver, rows: Sequence[Row], known: Sequence[str] | None, today: datetime.date) -> str:
+def waiver_line(
+    waiver: Waiver,
+    rows: Sequence[Row],
+    known: Collection[str] | None,
+    today: datetime.date,
+    *,
+    is_merged: bool = True,
+) -> str:
     """Return a waiver in one line: metric, limit, owner, expiry, reason, and whether this run needed it.
 
-    `known` holds the ids of all cases of the suite, or None if only a part was collected: then a waiver that matches no case
-    that ran may still match another.
+    `known` holds the ids of all cases of the suite and of all baselines, or None if only a part was collected: then a waiver that
+    matches no case that ran may still match another. `is_merged` is False for a waiver that a pull request brings or loosens.
     """
     mine = [row for row in rows if waiver.covers(row.case)]
     known_units = [row.record.metrics[waiver.metric].unit for row in mine if waiver.metric in row.record.metrics]
@@ -135,16 +152,17 @@ def waiver_line(waiver: Waiver, rows: Sequence[Row], known: Sequence[str] | None
         else f"{units.counted(days, 'day')} left"
     )
     state = _waiver_state(waiver, mine, known)
+    state = state if is_merged or state.startswith("WARNING") else "counts from the merge on"
     return (
         f"{waiver.metric} of {waiver.case} up to {limit}, by {waiver.owner} until {waiver.expires} ({when}): "
         f"{waiver.reason} [{state}]"
     )
 
 
-def _waiver_state(waiver: Waiver, mine: Sequence[Row], known: Sequence[str] | None) -> str:
+def _waiver_state(waiver: Waiver, mine: Sequence[Row], known: Collection[str] | None) -> str:
     if not mine:
         if known is not None and not any(map(waiver.covers, known)):
-            return f"WARNING: matches none of the suite's {len(known)} cases"
+            return f"WARNING: matches none of {len(known)} cases of the suite and of the baselines"
         return "no case of it ran"
     sound = [row for row in mine if row.record.status == "ok"]
     if sound and not any(waiver.metric in row.record.metrics for row in sound):

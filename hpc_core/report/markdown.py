@@ -13,6 +13,7 @@ from hpc_core.report.entry import Entry
 from hpc_core.report.lines import settings_lines
 from hpc_core.report.terminal import caption
 
+LOOSENED = "Loosened since the merge base"
 LARGEST_BYTES = 900_000
 """GitHub drops a step's summary above 1 MiB; a comment takes 65,536 characters."""
 _MARKS = {
@@ -43,10 +44,16 @@ def safe(text: str, longest: int = _LONGEST) -> str:
     return escaped.replace("@", "&#64;").replace("://", ":&#47;/").replace("www.", "www&#46;")
 
 
-def markdown(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
-    """Return the whole report. If no case needs attention, it is one sentence and a fold."""
+def markdown(entries: Sequence[Entry], notes: Sequence[str] = (), loosened: Sequence[str] = ()) -> str:
+    """Return the whole report. If no case needs attention, it is one sentence and a fold.
+
+    `loosened` are lines on what the pull request loosens; they come before every case.
+    """
     moved = sorted((each for each in entries if each.needs_attention), key=_gravest_first)
-    lines = [f"### hpc-core: {_headline(entries, moved)}", ""]
+    more = f", {_UNDECIDED} {len(loosened)} loosened" if loosened else ""
+    lines = [f"### hpc-core: {_headline(entries, moved)}{more}", ""]
+    if loosened:
+        lines += [f"**{LOOSENED}:**", "", *(f"- {safe(line, _LONGEST_CAUSE)}" for line in loosened), ""]
     if moved:
         lines += [*_table(moved), ""]
         for entry in moved:

@@ -13,6 +13,7 @@ from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import HISTORY_LENGTH
 from hpc_core.baselines.lookup import baseline_path, history_path
 from hpc_core.case.errors import BaselineError
+from hpc_core.case.limits import Limits
 from hpc_core.record.record import Record, record_from_json
 from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, stored_baseline, wall
 
@@ -66,12 +67,14 @@ def test_the_same_numbers_do_not_rewrite_the_file(tmp_path: Path) -> None:
     [
         a_record({"peak_bytes": peak(2**30)}),
         a_record(circumstances=around(stack={"torch": "2.12.0"})),
+        a_record(circumstances=around(settings={"OMP_NUM_THREADS": "4"})),
         a_record(case=a_case(seed=1)),
+        a_record(case=a_case(limits=Limits(peak_bytes="5%"))),
     ],
-    ids=["metrics", "stack", "digest"],
+    ids=["metrics", "stack", "settings", "digest", "limits"],
 )
 def test_what_differs_rewrites_the_file(tmp_path: Path, record: Record) -> None:
-    """Other metrics, another stack or another case make another baseline."""
+    """Other metrics, another stack, other settings, another case or other limits make another baseline."""
     accept(tmp_path, a_record(), reason="first")
     assert accept(tmp_path, record, reason="second").action == "updated"
     baseline = stored_baseline(tmp_path, record)

@@ -1,0 +1,62 @@
+"""What a pull request loosens: limits of cases and waivers, each with what held at the merge base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from hpc_core.baselines.pull_request import Loosening
+from hpc_core.case.limits import Limits
+from hpc_core.gate.tolerance import tolerance
+from hpc_core.gate.waivers import Waiver
+from hpc_core.record import units
+from hpc_core.record.metrics import definition_of
+from hpc_core.record.record import Metric
+
+_NONE = "none"
+
+
+def loosened_limits(case: str, old: Limits, new: Limits, accepted: Mapping[str, Metric]) -> tuple[Loosening, ...]:
+    """Return the limits of a case that allow more than they did; `accepted` holds the metrics of its baseline at the merge base."""
+    before, now = old.named(), new.named()
+    found = []
+    for name in sorted({*before, *now}):
+        metric, was, is_now = accepted.get(name), before.get(name), now.get(name)
+        what = f"limit on {name} of {case}"
+        if metric is not None:
+            allowed, allows = tolerance(name, metric, was), tolerance(name, metric, is_now)
+            if allows.distance > allowed.distance:
+                found.append(Loosening(what=what, old=allowed.text, new=allows.text))
+        if isinstance(was, int | float) and not (
+            isinstance(is_now, int | float) and not _allows_more(name, was, is_now)
+        ):
+            now_text = _amount(name, is_now) if isinstance(is_now, int | float) else _NONE
+            found.append(Loosening(what=f"absolute {what}", old=_amount(name, was), new=now_text))
+    return tuple(found)
+
+
+def _allows_more(metric: str, old: float, new: float) -> bool:
+    definition = definition_of(metric)
+    return new < old if definition is not None and definition.better == "higher" else new > old
+
+
+def _amount(metric: str, limit: float) -> str:
+    definition = definition_of(metric)
+    return units.quantity(limit, "1" if definition is None else definition.unit)
+
+
+def loosened_waivers(old: Iterable[Waiver], new: Iterable[Waiver]) -> tuple[Loosening, ...]:
+    """Return the waivers that are new, and those that allow more or hold longer than they did."""
+    before = {(waiver.case, waiver.metric): waiver for waiver in old}
+    found = []
+    for waiver in new:
+        was = before.get((waiver.case, waiver.metric))
+        if was is None or waiver.expires > was.expires or waiver.allows_more_than(was):
+            what = f"waiver of {waiver.metric} of {waiver.case}"
+            found.append(Loosening(what=what, old=_NONE if was is None else _terms(was), new=_terms(waiver)))
+    return tuple(found)
+
+
+def _terms(waiver: Waiver) -> str:
+    definition = definition_of(waiver.metric)
+    limit = waiver.limit_text("1" if definition is None else definition.unit)
+    return f"up to {limit} until {waiver.expires} by {waiver.owner} ({waiver.reason})"
