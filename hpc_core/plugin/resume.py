@@ -31,7 +31,7 @@ from hpc_core.record.git import content, is_ignored, top
 from hpc_core.record.record import Record, record_from_json
 from hpc_core.record.settings import settings, variables
 
-_CODES = "code-states.json"
+_CODES = ".code-states.json"
 _NO_CODE = frozenset({"__pycache__", ".pytest_cache", ".benchmarks"})
 """Folders that pytest, its benchmarks and Python write."""
 _MOST_NAMES = 2
