@@ -1,4 +1,4 @@
-"""Accepting loses nothing: not when several processes accept at once, and not when one is killed in the middle."""
+"""Accepting loses nothing, even if several processes accept at once or one is killed in the middle."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PROFILE = a_profile(weights())
 
 
 def of_session(number: int, *, operators: int = 10, profiled: bool = True) -> Record:
-    """The record of a session of its own."""
+    """The record of one session."""
     run = around(started_at=f"2026-11-{number + 1:02d}T10:00:00+00:00")
     metrics = {"operators": counted(operators), "peak_bytes": peak()}
     return a_record(metrics, circumstances=run, profile=PROFILE if profiled else None)
 
 
 def forked(work: Callable[[], Any]) -> int:
-    """Start this work in a process of its own."""
+    """Start this work in a forked process."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -59,7 +59,7 @@ def ended(pid: int) -> int:
 
 
 def test_nothing_is_lost_when_six_processes_accept_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 30 sessions of one case, the history holds 30."""
+    """The history has all 30 sessions that six processes accepted at once."""
     monkeypatch.setattr(history, "HISTORY_LENGTH", 64)
 
     def five(first: int) -> None:
@@ -74,8 +74,8 @@ def test_nothing_is_lost_when_six_processes_accept_at_once(tmp_path: Path, monke
     assert baseline.metrics["operators"].value == found[-1].metrics["operators"][0]
 
 
-def test_a_process_that_accepts_for_ever_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits longer than the limit says where, and has changed nothing."""
+def test_a_lock_that_is_held_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepting that waits longer than the limit fails with the folder's name and changes nothing."""
     monkeypatch.setattr(transaction, "_WAIT_S", 0.05)
     with (
         transaction.locked(baseline_path(tmp_path, H100.key, CASE).parent),
@@ -98,7 +98,7 @@ def content(root: Path) -> dict[str, bytes]:
 
 
 def killed_at(line: int, root: Path, record: Record) -> bool:
-    """Accept a record in a process that kills itself before this line of what writes; return whether it came there."""
+    """Accept a record in a process that kills itself before this line of the writing code; return whether it got there."""
     watched = {module.__file__ for module in (accept_module, transaction, files)}
 
     def work() -> None:
@@ -114,19 +114,14 @@ def killed_at(line: int, root: Path, record: Record) -> bool:
             return trace
 
         sys.settrace(trace)
-        accept(
-            root,
-            record,
-            reason="second",
-            at=AT,
-        )
+        accept(root, record, reason="second", at=AT)
         sys.settrace(None)
 
     return ended(forked(work)) == -signal.SIGKILL
 
 
 def cuts(tmp_path: Path, change: str, step: int) -> Iterator[tuple[Path, dict[str, bytes], dict[str, bytes]]]:
-    """Return the folder after each cut, and its content before and after the whole change."""
+    """Yield the folder after each cut, with its content before and after the whole change."""
     old, new = CHANGES[change]
     first, last = tmp_path / "first", tmp_path / "last"
     first.mkdir()
@@ -144,7 +139,7 @@ def cuts(tmp_path: Path, change: str, step: int) -> Iterator[tuple[Path, dict[st
 
 
 def check_cut(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> None:
-    """Whatever the cut has left can be judged by as it is; git ignores what is half written; the next start repairs it."""
+    """Check that the folder can be judged as it is, git ignores drafts, and the next start repairs it."""
     left = content(root)
     for name in set(left) - set(before) - set(after):
         folder = (root / name).parent
@@ -167,7 +162,7 @@ def check_cut(root: Path, before: dict[str, bytes], after: dict[str, bytes]) -> 
 
 
 def test_a_kill_at_any_of_some_twenty_points_leaves_all_or_nothing(tmp_path: Path) -> None:
-    """Baseline, history and profile are those before the acceptance or those after it."""
+    """Baseline, history and profile are all those before the acceptance or all those after it."""
     count = 0
     for root, before, after in cuts(tmp_path, "updated", 13):
         check_cut(root, before, after)
@@ -178,7 +173,7 @@ def test_a_kill_at_any_of_some_twenty_points_leaves_all_or_nothing(tmp_path: Pat
 @pytest.mark.nightly
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_kill_at_every_line_leaves_all_or_nothing(tmp_path: Path, change: str) -> None:
-    """The same before every line of the code that writes, for each kind of acceptance."""
+    """The same holds before every line of the writing code, for each kind of acceptance."""
     count = 0
     for root, before, after in cuts(tmp_path, change, 1):
         check_cut(root, before, after)
@@ -187,7 +182,7 @@ def test_a_kill_at_every_line_leaves_all_or_nothing(tmp_path: Path, change: str)
 
 
 def test_an_acceptance_that_was_cut_off_is_completed_by_the_next_reader(tmp_path: Path) -> None:
-    """Also if it is only `history` that reads."""
+    """The next reader completes the acceptance, even if it only reads the history."""
     accept(tmp_path, of_session(1), reason="first")
     place = baseline_path(tmp_path, H100.key, CASE).parent
     drafts = place / ".accepting"
@@ -201,7 +196,7 @@ def test_an_acceptance_that_was_cut_off_is_completed_by_the_next_reader(tmp_path
 
 @pytest.mark.parametrize("name", ["../lora.json", "/etc/passwd", ".gitignore", ""])
 def test_a_foreign_journal_moves_nothing_elsewhere(tmp_path: Path, name: str) -> None:
-    """Names that lead out of the folder are no journal of ours: it is dropped."""
+    """A journal whose names lead out of the folder is dropped."""
     accept(tmp_path, of_session(1), reason="first")
     before = content(tmp_path)
     drafts = baseline_path(tmp_path, H100.key, CASE).parent / ".accepting"
@@ -212,7 +207,7 @@ def test_a_foreign_journal_moves_nothing_elsewhere(tmp_path: Path, name: str) ->
 
 
 def test_git_sees_nothing_of_a_cut(tmp_path: Path) -> None:
-    """A killed acceptance leaves no file that `git add` would take, in a repository without a rule for it."""
+    """A killed acceptance leaves no file that `git add` would take, even without a rule in .gitignore."""
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     left = 0
     for line in range(60, 200, 10):

@@ -1,4 +1,4 @@
-"""What can have changed a case: packages that it uses, settings that act where it ran."""
+"""The suspects of a change: packages that the case uses, and settings that act where it ran."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ def suspected(case: Case, machine: str, old: Mapping[str, str], new: Mapping[str
     ],
 )
 def test_only_packages_that_a_case_uses_are_suspects(case_id: str, machine: str, used: set[str]) -> None:
-    """A package that came and that nothing uses is none, nor is a library for GPUs where there is no GPU."""
+    """A package that the case does not use is no suspect, nor is a GPU library on a machine without a GPU."""
     case = CASES[case_id]
     assert suspected(case, machine, {}, ALL) == used
     assert suspected(case, machine, ALL, {}) == used
     assert suspected(case, machine, ALL, ALL) == set()
 
 
-def test_a_step_of_the_users_own_may_use_whatever_works_there() -> None:
-    """Nobody knows what it imports; a CPU still runs no CUDA library."""
+def test_a_users_own_step_may_use_any_package() -> None:
+    """Every package is a suspect of a user's own step, except CUDA libraries on a CPU."""
     case = Case(id="my/step", scale="tiny", workload=CallableSpec(factory="mine:step"))
     assert suspected(case, H100.key, {}, ALL) == set(ALL)
     assert set(ALL) - suspected(case, "cpu", {}, ALL) == {"driver", "cuda", "triton", "liger-kernel"}
 
 
 def test_every_known_case_has_torch_and_transformers_as_suspects() -> None:
-    """Whatever else the table says of a case, it builds its model by transformers and runs it by torch."""
+    """torch and transformers are suspects of every built-in case."""
     assert all({"torch", "transformers"} <= suspected(case, "cpu", {}, ALL) for case in CASES.values())
 
 
@@ -85,18 +85,19 @@ def test_every_known_case_has_torch_and_transformers_as_suspects() -> None:
     ],
 )
 def test_a_setting_is_a_suspect_where_it_acts(setting: str, on_cpu: bool, on_gpu: bool) -> None:
-    """A setting for GPUs is none on a CPU, and one of a library is none where the library is not used."""
+    """A GPU setting is no suspect on a CPU, nor a library's setting where the case does not use the library."""
     for machine, acts in (("cpu", on_cpu), (H100.key, on_gpu)):
         places = Place(machine, ALL, {}), Place(machine, ALL, {setting: "1"})
         assert suspects(CASES["tiny/lora"], *places) == ((f"{setting} default → 1",) if acts else ())
 
 
 def of_settings(settings: dict[str, str] | None, value: int = 2**30, machine: Machine = H100) -> Record:
+    """A record with these settings."""
     return a_record({"peak_bytes": peak(value)}, circumstances=around(machine, settings=settings))
 
 
 def test_another_setting_is_compared_and_named() -> None:
-    """Worse, it is a suspect in headline and cause; equal, the run still says that it was compared across it."""
+    """A moved setting is a suspect of a regression, and is reported if the case passes."""
     before = of_settings({})
     worse, equal = of_settings({"CUDA_LAUNCH_BLOCKING": "1"}, 2**31), of_settings({"CUDA_LAUNCH_BLOCKING": "1"})
     judgement = judge(worse, baseline(before))
@@ -113,13 +114,13 @@ def test_another_setting_is_compared_and_named() -> None:
     assert "CUDA_LAUNCH_BLOCKING=1" in caption(equal)
 
 
-def test_a_baseline_without_settings_says_nothing_of_them() -> None:
-    """It is of an older hpc-core: what was set then is not known."""
+def test_a_baseline_without_settings_gives_no_suspects() -> None:
+    """A baseline of an older hpc-core records no settings, so none is a suspect."""
     assert judge(of_settings({"OMP_NUM_THREADS": "4"}), baseline(of_settings(None))).moved == ()
 
 
 def test_a_package_that_the_case_does_not_use_is_no_suspect_anywhere() -> None:
-    """torchao and triton came since; a LoRA case on a CPU uses neither, and its red row names neither."""
+    """A regressed LoRA case on a CPU names neither torchao nor triton, which moved."""
     before = a_record({"operators": counted(100)}, circumstances=around(CPU))
     now = a_record(
         {"operators": counted(200)}, circumstances=around(CPU, stack=STACK | {"torchao": "0.18.0", "triton": "3.7.1"})

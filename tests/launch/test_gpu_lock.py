@@ -1,4 +1,4 @@
-"""One run a GPU, whoever starts it."""
+"""Only one run uses a GPU at a time, whoever starts it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ except GpuInUseError as error:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder like /tmp, and in it, where everybody can reach it: everybody may write, and only owners may remove."""
+    """A folder like the system's for temporary files: everybody may write, and only owners may remove."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         Path(folder).chmod(0o1777)
         yield Path(folder)
 
 
 def take_as_another_user(folder: Path) -> str:
-    """What came of it, in a process of its own."""
+    """Take the GPU as another user in a new process, and return what it printed."""
     if os.geteuid() != 0:
         pytest.skip("only root can become another user")
     command = [sys.executable, "-c", _TAKE, str(folder)]
@@ -59,7 +59,7 @@ def test_one_run_a_gpu(tmp_path: Path) -> None:
 
 
 def test_another_user_waits_for_the_run_and_then_takes_the_gpu(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock file stays and belongs to the user who came first, whatever the umask: others can use it nevertheless."""
+    """A lock file of another user refuses a second run, and serves it after the first, whatever the umask."""
     before = os.umask(0o077)
     first = GpuLocks(shared)
     first.take([GPU])
@@ -70,7 +70,7 @@ def test_another_user_waits_for_the_run_and_then_takes_the_gpu(shared: Path, mon
 
 
 def test_root_takes_a_gpu_after_another_user(shared: Path) -> None:
-    """Where the kernel protects files in sticky folders (fs.protected_regular), it does so from root as well."""
+    """Root can use another user's lock file even where the kernel protects files in sticky folders."""
     assert take_as_another_user(shared) == "taken"
     (lock,) = shared.iterdir()
     assert (lock.stat().st_uid, stat.S_IMODE(lock.stat().st_mode)) == (_OTHER_USER, 0o444)
@@ -80,8 +80,8 @@ def test_root_takes_a_gpu_after_another_user(shared: Path) -> None:
 @pytest.mark.parametrize(
     "make", [os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero"), lambda path: Path(path).mkdir()]
 )
-def test_what_somebody_put_in_its_place_is_one_clear_line(make: object, tmp_path: Path) -> None:
-    """Neither a FIFO nor a link nor a folder hangs a run or is followed."""
+def test_a_foreign_file_in_its_place_hangs_nothing(make: object, tmp_path: Path) -> None:
+    """A FIFO, a link or a folder in the lock file's place neither hangs a run nor is followed."""
     path = tmp_path / "hpc-core-GPU-1-x.lock"
     make(path)  # type: ignore[operator]
     locks = GpuLocks(tmp_path)
