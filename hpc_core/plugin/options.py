@@ -354,7 +354,10 @@ def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | No
 
 
 def _extent(config: pytest.Config, why_scale: str) -> Extent:
-    """Choose all predictions with `--case`, the short set where no GPU is visible, and none where a scale was chosen."""
+    """Choose all predictions with `--case`, the short set where no GPU is visible, and none where a scale was chosen.
+
+    With `--case` a GPU runs the cases that are measured here; only what is not is predicted.
+    """
     given = config.getoption("perf_predict")
     if given is not None:
         return cast("Extent", given)

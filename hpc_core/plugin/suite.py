@@ -49,6 +49,8 @@ class Suite:
         self._locks = GpuLocks()
         self._failure_kinds: list[FailureKind] = []
         self._plain = False
+        self._measured: frozenset[str] = frozenset()
+        """Ids of the collected cases that are measured."""
         self._on_request = 0
         """Tests of this scale that are left out because nobody asked for them."""
         self._progress = Progress(ticking=settings.way != "inline")
@@ -131,12 +133,9 @@ class Suite:
         for glob in self._settings.globs:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
+        self._measured = frozenset(case_id_of(item) for item in taking_part if predicted_gpu(item) is None)
         dropped = [item for item in taking_part if not self._is_chosen(item)]
-        self._on_request = sum(
-            self._waits_for_request(item)
-            for item in dropped
-            if (case := case_of(item)) is None or self._settings.scale in (None, case.scale)
-        )
+        self._on_request = sum(self._waits_for_request(item) and self._of_this_scale(item) for item in dropped)
         _refuse_duplicates([item for item in taking_part if item not in dropped])
         if dropped:
             gone = set(dropped)
@@ -147,29 +146,37 @@ class Suite:
                 _prepare(item)
 
     def _is_chosen(self, item: pytest.Item) -> bool:
-        case = case_of(item)
         if not matches(case_id_of(item), self._settings.globs):
             return False
         if predicted_gpu(item) is not None:
-            return takes_part(item, self._settings.predict)
-        # A test with a step of its own belongs to no scale.
-        return (case is None or self._settings.scale in (None, case.scale)) and not self._waits_for_request(item)
+            return takes_part(item, self._settings.predict) and not self._runs_here(item)
+        return self._of_this_scale(item) and not self._waits_for_request(item)
+
+    def _of_this_scale(self, item: pytest.Item) -> bool:
+        """Return whether a test is of the chosen scale; one with a step of its own belongs to every scale."""
+        case = case_of(item)
+        return case is None or self._settings.scale in (None, case.scale)
+
+    def _runs_here(self, item: pytest.Item) -> bool:
+        """Return whether a prediction that only `--perf-case` chose is of a case that a GPU of this machine runs."""
+        unasked = self._config.getoption("perf_predict") is None
+        return unasked and bool(visible_gpus()) and case_id_of(item) in self._measured
 
     def _waits_for_request(self, item: pytest.Item) -> bool:
-        """Return whether a test that is marked perf_on_request was not asked for: by `--perf-all`, its case or its file."""
+        """Return whether a test that is marked perf_on_request was not asked for: by `--perf-all`, its case or its file.
+
+        A test that needs a GPU does not wait where none is visible: it is skipped, and the reason is shown.
+        """
         asked_for = self._settings.all or self._settings.globs or item.session.isinitpath(item.path)
-        return item.get_closest_marker("perf_on_request") is not None and not asked_for
+        waits = item.get_closest_marker("perf_on_request") is not None and not asked_for
+        return waits and (item.get_closest_marker("perf_gpu") is None or bool(visible_gpus()))
 
     def pytest_report_collectionfinish(self) -> list[str]:
-        """Say how many tests wait for a request."""
-        count = self._on_request
-        return (
-            [
-                f"hpc-core: {count} more on request: {spelled(self._config, '--all')}, {spelled(self._config, '--case')}, or their file"
-            ]
-            if count
-            else []
-        )
+        """Say how many tests of this machine wait for a request."""
+        if not self._on_request:
+            return []
+        ways = f"{spelled(self._config, '--all')}, {spelled(self._config, '--case')} or their file"
+        return [f"hpc-core: {self._on_request} more on request, by {ways}"]
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Count what will run, and divide the suite's false alarms over the cases. A case divides its share over its metrics."""

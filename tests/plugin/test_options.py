@@ -132,6 +132,46 @@ def test_what_runs_where_there_is_no_gpu(pytester: pytest.Pytester, refused: Ref
     on_gpu.stdout.fnmatch_lines(["SKIPPED*needs a CUDA GPU: none is visible"])
 
 
+ON_REQUEST = """
+import pytest
+from hpc_core import perf_cases
+from hpc_core.catalogue import catalogue
+
+CASES = [catalogue()[name] for name in ("tiny/lora", "tiny/qlora")]
+
+@perf_cases(CASES, on_request=["tiny/qlora"])
+def test_case(case, perf): perf(case)
+
+@pytest.mark.perf_on_request
+def test_own(perf): perf(lambda: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "chosen"),
+    [
+        ([], {"tiny/lora"}),
+        (["--all"], {"tiny/lora", "tiny/qlora", "own"}),
+        (["--case", "tiny/qlora"], {"tiny/qlora"}),
+        (["bench/test_some.py"], {"tiny/lora", "tiny/qlora", "own"}),
+        (["bench"], {"tiny/lora"}),
+    ],
+    ids=["default", "all", "case", "file", "folder"],
+)
+def test_what_is_on_request_runs_when_it_is_asked_for(
+    pytester: pytest.Pytester, refused: Refused, arguments: list[str], chosen: set[str]
+) -> None:
+    """Tests on request run with --perf-all, or if their case or file is named; otherwise a line counts them."""
+    (pytester.path / "bench" / "test_all.py").unlink()
+    (pytester.path / "bench" / "test_some.py").write_text(ON_REQUEST)
+    result = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q", *arguments)
+    found = {line.partition("::")[2] for line in result.outlines if "::" in line}
+    assert found == {"test_own" if name == "own" else f"test_case[{name}]" for name in chosen}
+    if len(chosen) == 1 and "--case" not in arguments:
+        listed = pytester.runpytest_inprocess("--benchmark", "--collect-only", *arguments)
+        listed.stdout.fnmatch_lines(["hpc-core: 2 more on request, by --all, --case or their file"])
+
+
 def test_collecting_loads_no_torch(pytester: pytest.Pytester) -> None:
     """`pytest --benchmark --collect-only` of our own bench/ never imports torch."""
     pytester.makepyfile(
