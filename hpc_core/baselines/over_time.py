@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +16,20 @@ from hpc_core.baselines.history import accepted_records
 from hpc_core.baselines.lookup import baseline_path, history_path, parsed
 from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.record.files import read_record
-from hpc_core.record.git import contents, revisions_of
+from hpc_core.record.git import contents, revisions_of, sizes
 from hpc_core.record.record import Metric, Record, record_from_json
-from hpc_core.record.units import counted
+from hpc_core.record.units import counted, quantity
 
 Source = Literal["accepted", "git", "record"]
+
+MOST_POINTS = 500
+"""Sessions of more than a year. Change points of as many take about a second for each noisy metric."""
+_LARGEST_VERSION = 4 * 2**20
+"""Bytes of one version of a file in git; a history has at most 1 MiB."""
+_AT_ONCE = 16
+"""Versions in memory."""
+_MOST_BYTES = 128 * 2**20
+"""Bytes of all versions in git that are read."""
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +70,7 @@ def over_time(root: Path, key: str, case_id: str, records: Sequence[Path] = (), 
     found = [_of_record(record, "accepted") for record in accepted_records(root, key, case_id)]
     if git:
         try:
-            found += _in_git(root, key, case_id)
+            found += _in_git(root, key, case_id, notes)
         except RepositoryError as error:
             notes.append(f"nothing from git: {error}")
     found += [_of_record(record, "record") for record in _in_folders(records, key, case_id, notes)]
@@ -67,7 +78,9 @@ def over_time(root: Path, key: str, case_id: str, records: Sequence[Path] = (), 
     chosen = [point for point in points if point.digest == points[-1].digest]
     if len(chosen) < len(points):
         notes.append(f"left out, another digest of the case: {counted(len(points) - len(chosen), 'older point')}")
-    return OverTime(points=tuple(chosen), notes=tuple(notes))
+    if len(chosen) > MOST_POINTS:
+        notes.append(f"left out, more than {MOST_POINTS}: {counted(len(chosen) - MOST_POINTS, 'older point')}")
+    return OverTime(points=tuple(chosen[-MOST_POINTS:]), notes=tuple(notes))
 
 
 def _of_record(record: Record, source: Source) -> Point:
@@ -82,27 +95,56 @@ def _of_record(record: Record, source: Source) -> Point:
     )
 
 
-def _in_git(root: Path, key: str, case_id: str) -> Iterator[Point]:
+def _in_git(root: Path, key: str, case_id: str, notes: list[str]) -> Iterator[Point]:
     """Return what git holds: every line that was ever in the history, and the baselines whose record it never held."""
     history, baseline = history_path(root, key, case_id), baseline_path(root, key, case_id)
     folder = next(each for each in (root, *root.resolve().parents) if each.is_dir())
-    commits = [revision.commit for revision in revisions_of(folder, [history, baseline])]
-    raws = contents(folder, [(commit, path) for commit in commits for path in (history, baseline)])
-    lines = dict.fromkeys(line for raw in raws[::2] for line in (raw or b"").splitlines())
-    records = [record for record in map(_intact, lines) if record is not None]
-    yield from (_of_record(record, "git") for record in records)
-    proven = [(record.circumstances.commit, gated_metrics(record)) for record in records]
-    for raw in dict.fromkeys(raws[1::2]):
-        lookup = None if raw is None else parsed(str(baseline), raw)
-        if isinstance(lookup, Baseline) and (lookup.accepted.commit, lookup.metrics) not in proven:
+    lines, proven, accepted = set[bytes](), set[bytes](), list[Baseline]()
+    for path, raw in _versions(folder, (history, baseline), notes):
+        if path == baseline:
+            lookup = parsed(str(baseline), raw)
+            accepted += [lookup] if isinstance(lookup, Baseline) else []
+            continue
+        for line in raw.splitlines():
+            digest = hashlib.sha256(line).digest()
+            record = None if digest in lines else _intact(line)
+            lines.add(digest)
+            if record is not None:
+                proven.add(_fingerprint(record.circumstances.commit, gated_metrics(record)))
+                yield _of_record(record, "git")
+    for each in accepted:
+        if _fingerprint(each.accepted.commit, each.metrics) not in proven:
             yield Point(
-                at=lookup.accepted.at,
-                commit=lookup.accepted.commit,
+                at=each.accepted.at,
+                commit=each.accepted.commit,
                 source="git",
-                digest=lookup.digest,
-                stack=lookup.stack,
-                metrics=lookup.metrics,
+                digest=each.digest,
+                stack=each.stack,
+                metrics=each.metrics,
             )
+
+
+def _fingerprint(commit: str | None, metrics: Mapping[str, Metric]) -> bytes:
+    return hashlib.sha256(msgspec.json.encode((commit, metrics), order="sorted")).digest()
+
+
+def _versions(folder: Path, paths: Sequence[Path], notes: list[str]) -> Iterator[tuple[Path, bytes]]:
+    """Return the versions of these files in git, oldest first; of too many bytes together, only the newest."""
+    wanted = [(each.commit, path) for each in revisions_of(folder, paths) for path in paths]
+    there = [(each, size) for each, size in zip(wanted, sizes(folder, wanted), strict=True) if size is not None]
+    small = [(each, size) for each, size in there if size <= _LARGEST_VERSION]
+    if large := len(there) - len(small):
+        notes.append(
+            f"left out, more than {quantity(_LARGEST_VERSION, 'bytes')} each: {counted(large, 'version')} in git"
+        )
+    together = itertools.accumulate(size for _, size in reversed(small))
+    if old := sum(size > _MOST_BYTES for size in together):
+        notes.append(f"left out, more than {quantity(_MOST_BYTES, 'bytes')}: {counted(old, 'older version')} in git")
+    for first in range(old, len(small), _AT_ONCE):
+        batch = [each for each, _ in small[first : first + _AT_ONCE]]
+        for (_, path), raw in zip(batch, contents(folder, batch), strict=True):
+            assert raw is not None  # it has a size
+            yield path, raw
 
 
 def _intact(line: bytes) -> Record | None:

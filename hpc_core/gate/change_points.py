@@ -11,11 +11,18 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 import statistics
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.intp]
 
 ALPHA = 0.05
 """Probability of a change point in a noisy metric that did not move."""
@@ -23,6 +30,8 @@ _LEAST_SEGMENT = 2
 """One value alone is a spike, not a new level."""
 _PERMUTATIONS = 1999
 _SEED = 20140
+_AT_ONCE = 100
+"""Orders in memory."""
 
 
 class ChangePoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,41 +85,48 @@ def _division(values: Sequence[float], alpha: float) -> tuple[int, float] | None
     """Return the best split of a segment and its p-value, if it is significant."""
     if len(values) < least_points(alpha):
         return None
+    import numpy as np
+
     ranks = _centred_ranks(values)
-    best, cut = _best_split(ranks)
-    if best <= 0:
+    [reached], [cut] = _best_splits(ranks[np.newaxis])
+    if reached <= 0:
         return None
     # Sums of squares that differ only by rounding are equal.
-    p = _p_value(ranks, best * (1 - 1e-9), alpha)
-    return None if p is None else (cut, p)
+    p = _p_value(ranks, reached * (1 - 1e-9), alpha)
+    return None if p is None else (int(cut), p)
 
 
-def _p_value(ranks: Sequence[float], reached: float, alpha: float) -> float | None:
+def _p_value(ranks: FloatArray, reached: float, alpha: float) -> float | None:
     """Return the share of orders whose best split is as clear, of random orders and the observed one; None above `alpha`."""
-    generator, order, hits = random.Random(_SEED), list(ranks), 1
-    for _ in range(_PERMUTATIONS):
-        generator.shuffle(order)
-        hits += _best_split(order)[0] >= reached
+    import numpy as np
+
+    # RandomState, because its numbers are the same in every version of numpy.
+    generator, hits = np.random.RandomState(_SEED), 1
+    for first in range(0, _PERMUTATIONS, _AT_ONCE):
+        rows = min(_AT_ONCE, _PERMUTATIONS - first)
+        orders = generator.random_sample((rows, len(ranks))).argsort(axis=1)
+        hits += int((_best_splits(ranks[orders])[0] >= reached).sum())
         if hits > alpha * (1 + _PERMUTATIONS):
             return None  # whatever the remaining orders give
     return hits / (1 + _PERMUTATIONS)
 
 
-def _best_split(ranks: Sequence[float]) -> tuple[float, int]:
-    """Return the largest between-group sum of squares over all splits, and its position. Ranks must sum to zero."""
-    best, cut, total, n = -1.0, 0, 0.0, len(ranks)
-    for index, rank in enumerate(ranks, start=1):
-        total += rank
-        if _LEAST_SEGMENT <= index <= n - _LEAST_SEGMENT:
-            between = total * total * n / (index * (n - index))
-            if between > best:
-                best, cut = between, index
-    return best, cut
+def _best_splits(rows: FloatArray) -> tuple[FloatArray, IntArray]:
+    """Return for each row of ranks the largest between-group sum of squares over all splits, and its position.
+
+    The ranks of a row must sum to zero.
+    """
+    import numpy as np
+
+    n = rows.shape[1]
+    at = np.arange(_LEAST_SEGMENT, n - _LEAST_SEGMENT + 1)
+    between = rows.cumsum(axis=1)[:, _LEAST_SEGMENT - 1 : n - _LEAST_SEGMENT] ** 2 * (n / (at * (n - at)))
+    return between.max(axis=1), at[between.argmax(axis=1)]
 
 
-def _centred_ranks(values: Sequence[float]) -> list[float]:
+def _centred_ranks(values: Sequence[float]) -> FloatArray:
     """Return ranks less their mean; equal values share theirs: [3, 1, 1] gives [1, -0.5, -0.5]."""
     from scipy.stats import rankdata  # takes a second to import, and most reports have no noisy series
 
-    middle = (len(values) + 1) / 2
-    return [float(rank) - middle for rank in rankdata(values)]
+    ranks: FloatArray = rankdata(values) - (len(values) + 1) / 2
+    return ranks

@@ -194,19 +194,39 @@ def contents(folder: Path, wanted: Sequence[tuple[str, Path]]) -> tuple[bytes | 
     Raises:
         RepositoryError: a path lies outside the repository, or git fails.
     """
-    root = top(folder)
-    names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in wanted)
-    output = git(root, "cat-file", "--batch", stdin=names.encode(errors="surrogateescape"))
+    output = _cat_file(folder, "--batch", wanted)
     found: list[bytes | None] = []
+    at = 0
     for _ in wanted:
-        line, _, output = output.partition(b"\n")
-        if line.endswith((b" missing", b" ambiguous")):
+        end = output.index(b"\n", at)
+        size = _size(output[at:end])
+        at = end + 1
+        if size is None:
             found.append(None)
             continue
-        size = int(line.rsplit(b" ", 1)[1])
-        found.append(output[:size])
-        output = output[size + 1 :]
+        found.append(output[at : at + size])
+        at += size + 1
     return tuple(found)
+
+
+def sizes(folder: Path, wanted: Sequence[tuple[str, Path]]) -> tuple[int | None, ...]:
+    """Return how many bytes `contents` would return for each; None for a file that did not exist.
+
+    Raises:
+        RepositoryError: as `contents`.
+    """
+    return tuple(map(_size, _cat_file(folder, "--batch-check", wanted).splitlines()))
+
+
+def _cat_file(folder: Path, how: str, wanted: Sequence[tuple[str, Path]]) -> bytes:
+    root = top(folder)
+    names = "".join(f"{commit}:{_inside(root, path)}\n" for commit, path in wanted)
+    return git(root, "cat-file", how, stdin=names.encode(errors="surrogateescape"))
+
+
+def _size(line: bytes) -> int | None:
+    """Return the size that a line of git names, such as "7c3a… blob 1024"."""
+    return None if line.endswith((b" missing", b" ambiguous")) else int(line.rsplit(b" ", 1)[1])
 
 
 def listing(folder: Path, commit: str, path: Path) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
+from hpc_core.baselines import over_time as over_time_module
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import HISTORY_LENGTH
+from hpc_core.baselines.lookup import baseline_path
 from hpc_core.baselines.over_time import over_time
 from hpc_core.cli import main
 from hpc_core.record.record import Record, record_to_json
@@ -149,3 +152,52 @@ def test_several_machines_need_a_choice(project: GitProject, capsys: pytest.Capt
     assert exit_code(main, "history", CASE, "--baselines", root) == 2
     assert "choose one with --machine" in capsys.readouterr().err
     assert exit_code(main, "history", CASE, "--baselines", root, "--machine", "cpu") == 0
+
+
+def test_only_the_newest_points_are_shown(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More points than can be searched in a second are left out, oldest first, with a note."""
+    monkeypatch.setattr(over_time_module, "MOST_POINTS", 5)
+    history = over_time(project.root / "baselines", H100.key, CASE)
+    assert [point.commit for point in history.points] == [f"{day:010d}" for day in range(8, 13)]
+    assert history.notes == ("left out, more than 5: 7 older points",)
+
+
+def test_only_so_many_bytes_of_git_are_read(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest versions count; what is left out is in a note."""
+    place = baseline_path(project.root / "baselines", H100.key, CASE)
+    monkeypatch.setattr(over_time_module, "_MOST_BYTES", 2 * place.with_suffix(".history.jsonl").stat().st_size)
+    history = over_time(project.root / "baselines", H100.key, CASE)
+    assert [point.commit for point in history.points] == [f"{day:010d}" for day in range(5, 13)]
+    assert "21 older versions in git" in history.notes[0]
+    monkeypatch.setattr(over_time_module, "_LARGEST_VERSION", 10)
+    history = over_time(project.root / "baselines", H100.key, CASE)
+    assert history.notes == ("left out, more than 10 B each: 24 versions in git",)
+
+
+@pytest.mark.parametrize("name", ["lora.history.jsonl", "lora.profile.json.gz"])
+@pytest.mark.parametrize("kind", ["pipe", "endless", "folder", "huge"])
+def test_what_is_no_history_or_profile_is_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    """A pipe would block and a device never end: a history gives one clear line, and a profile only explains less."""
+    accept(tmp_path, of_day(1), reason="r")
+    place = baseline_path(tmp_path, H100.key, CASE)
+    path = place.with_name(name)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**30)
+    record = tmp_path / "record.json"
+    record.write_bytes(record_to_json(of_day(2, operators=11)))
+    assert exit_code(main, "history", CASE, "--baselines", tmp_path, "--no-git") == (2 if "history" in name else 0)
+    err = capsys.readouterr().err
+    assert err.count("\n") == (1 if "history" in name else 0)
+    assert ("the history cannot be read" in err) == ("history" in name)
+    assert exit_code(main, "explain", record, "--baselines", tmp_path) == 0
+    assert exit_code(main, "report", record, "--baselines", tmp_path) == 0
