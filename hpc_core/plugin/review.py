@@ -101,21 +101,38 @@ class Review:
     def _changes(self) -> tuple[BaselineChange, ...]:
         return () if self._base is None else baseline_changes(self._settings.baselines, self._base.baselines)
 
-    def _all_loosened(self) -> tuple[Loosening, ...]:
-        """Return what this pull request loosens: settings, waivers, and limits of cases that ran or were accepted anew."""
+    def _all_loosened(self, rows: Sequence[Row]) -> tuple[Loosening, ...]:
+        """Return what this pull request loosens: settings, waivers, limits, and cases that are no longer judged."""
         assert self._base is not None
         found = [*self._base.settings_changed(), *loosened_waivers(self._base.waivers, self._settings.waivers)]
+        found += self._no_longer_judged(rows)
         for change in self._changes:
             if isinstance(change.old, Baseline) and isinstance(change.new, Baseline):
                 limits = change.old.spec.limits, change.new.spec.limits
                 found += loosened_limits(change.case, *limits, change.old.metrics)
         return tuple({each.line: each for each in [*found, *self._loosened.values()]}.values())
 
-    def pull_request(self) -> PullRequest | None:
+    def _no_longer_judged(self, rows: Sequence[Row]) -> list[Loosening]:
+        """Return the cases with a baseline at the merge base that run without a judgement, or in no test of the suite."""
+        assert self._base is not None
+        known = self._base.baselines.known()
+        places = {(row.record.circumstances.machine.key, row.case): row for row in rows}
+        found = []
+        for machine, case_id in known:
+            row = places.get((machine, case_id))
+            gone = self.known is not None and case_id not in self.known and any(key == machine for key, _ in places)
+            unjudged = row is not None and row.judgement is None and row.record.status == "ok"
+            if unjudged or gone:
+                new = "runs with judge=False" if unjudged else "no test runs it"
+                found.append(Loosening(what=f"case {case_id} on {machine}", old="judged", new=new))
+        return found
+
+    def pull_request(self, rows: Sequence[Row]) -> PullRequest | None:
         """Return what the pull request loosens, for reports; None without `--perf-base`."""
         if self._base is None:
             return None
-        return PullRequest(revision=self._base.revision, merge_base=self._base.commit, loosened=self._all_loosened())
+        loosened = self._all_loosened(rows)
+        return PullRequest(revision=self._base.revision, merge_base=self._base.commit, loosened=loosened)
 
     def sections(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
         """Return titles and texts for the end of a run: the baselines that changed, and the waivers."""
@@ -124,7 +141,7 @@ class Review:
             since = f"since the merge base with {self._base.revision} ({self._base.commit[:10]})"
             lines = [change_line(change) for change in self._changes]
             found.append((f"baselines changed {since}", "\n".join(lines or ["none"])))
-            lines = [each.line for each in self._all_loosened()]
+            lines = [each.line for each in self._all_loosened(rows)]
             found.append((f"loosened {since}", "\n".join(lines or ["nothing"])))
         if self._settings.waivers:
             known = self.known

@@ -265,7 +265,7 @@ class Suite:
             self._runner.close()
             self._locks.release()
             if self._settings.records is not None and self._runner.rows:
-                write_pull_request(self._settings.records, self._review.pull_request())
+                write_pull_request(self._settings.records, self._review.pull_request(self._runner.rows))
             if exitstatus == pytest.ExitCode.TESTS_FAILED and self._failure_kinds:
                 session.exitstatus = exit_code(self._failure_kinds)
             elif exitstatus == pytest.ExitCode.OK and self._review.expired():
@@ -300,7 +300,7 @@ class Suite:
     @pytest.hookimpl(optionalhook=True)
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         """Add what the pull request loosens to pytest-benchmark's file."""
-        found = self._review.pull_request()
+        found = self._review.pull_request(self._runner.rows)
         if found is not None:
             output_json["hpc_core"] = msgspec.to_builtins(found)
 

@@ -131,7 +131,7 @@ def test_a_tighter_limit_holds_at_once(pytester: pytest.Pytester, run: Run) -> N
 def test_a_new_case_has_the_limits_of_its_code(pytester: pytest.Pytester, run: Run) -> None:
     """There is nothing to loosen: it has no baseline at the merge base."""
     bench(pytester, GIB, f"peak_bytes={2 * GIB}", name="other")
-    result = run("--perf-base", "main", "--perf-update", "--reason", "new")
+    result = run("--perf-base", "main", "--perf-update", "--reason", "new", "bench")
     assert result.ret == 0
     assert loosened(result) == ["nothing"]
 
@@ -197,6 +197,19 @@ def test_a_suite_that_shrinks_is_named(pytester: pytest.Pytester, run: Run) -> N
     GitProject(pytester.path).git("branch", "-f", "wide")
     result = run("--perf-base", "wide")
     assert "setting perf_paths: bench more → bench" in str(result.stdout)
+
+
+def test_a_case_that_is_no_longer_judged_is_named(pytester: pytest.Pytester, run: Run) -> None:
+    """It ran and was judged at the merge base: now nothing judges it, or no test runs it."""
+    bench(pytester, GIB)
+    own = pytester.path / "bench" / "test_own.py"
+    own.write_text(own.read_text().replace(f"peak={GIB}", f"peak={GIB}, judge=False"))
+    unjudged = run("--perf-base", "main")
+    assert unjudged.ret == 0
+    assert loosened(unjudged) == ["case test_own/test_step on cpu: judged → runs with judge=False"]
+    bench(pytester, GIB, name="other")
+    assert loosened(run("--perf-base", "main")) == ["case test_own/test_step on cpu: judged → no test runs it"]
+    assert loosened(run("--perf-base", "main", "bench")) == ["nothing"]  # paths were chosen by hand
 
 
 @pytest.mark.parametrize(
