@@ -55,6 +55,19 @@ def weight_facts(case: Case, model: Any) -> Findings:
     return facts
 
 
+def context_note(model: Any, tokens: int) -> Findings:
+    """Return a note if a row of so many tokens has positions that the model was not made for.
+
+    It runs nevertheless: memory, time and counts are right, and only what it answers there means little.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or tokens <= most:
+        return Findings()
+    return Findings(
+        notes=(f"rows of {tokens:,} tokens are longer than the model's context of {most:,} (max_position_embeddings)",)
+    )
+
+
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Every linear layer of the base model, quantized or not, under the name it had before an adapter wrapped it."""
     return {

@@ -57,6 +57,8 @@ class FinetuneProgram:
         self.period = 1 if len(set(widths)) == 1 else len(data)
         self.widest = max(range(len(data)), key=widths.__getitem__)
         """Index of the batch that needs the most memory."""
+        self.most_tokens = max(widths)
+        """Tokens of the longest row, padding included."""
         self.loss: torch.Tensor | None = None
         self.steps_done = 0
         self._autocast = precision == "autocast-bf16"

@@ -153,6 +153,11 @@ class GenerateProgram:
         """Index of the longest prompt."""
         return max(range(self.period), key=lambda index: len(self.prompts[index].ids[0]))
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the longest row, the answer included."""
+        return len(self.prompts[self.longest].ids[0]) + self.new_tokens
+
     def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor | None:
         """Return the logits that an engine's own forward chose `given` by, after prompt `index`; None: the model's forward did.
 

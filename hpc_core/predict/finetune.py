@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 
+from hpc_core.audit.model import context_note
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.instrument import Instrument, observe
@@ -43,7 +44,7 @@ def predict_finetune(place: Place) -> Findings:
         ),
         program,
         place.phases,
-        loaded,
+        loaded | context_note(program.model, program.most_tokens),
     )
 
 

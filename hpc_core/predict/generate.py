@@ -11,6 +11,7 @@ import gc
 
 import torch
 
+from hpc_core.audit.model import context_note
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.owners import by_module, cache_tensors, watch_cache, weight_tensors
@@ -75,7 +76,7 @@ def predict_generate(place: Place) -> Findings:
         ),
         program,
         place.phases,
-        loaded,
+        loaded | context_note(program.model, program.most_tokens),
     )
 
 

@@ -45,6 +45,7 @@ def prediction_block(record: Record, margin_bytes: int) -> str:
     width = max(len(label) for label, _ in lines)
     head = f"{record.case.id} on one {card.name}, predicted"
     shown = [f"  {label:<{width}}  {text}" for label, text in lines if text]
+    shown += [f"  note: {note}" for note in _notes(record)]
     shown += [f"  INVALID: {reason}" for reason in record.reasons]
     return "\n".join([head, *shown])
 
@@ -71,10 +72,16 @@ def sweep_table(field: str, rows: Sequence[tuple[str, Record]], margin_bytes: in
                 *(_shown(metrics, name).partition(" per ")[0] for name in ("flops", "kernels")),
             ]
         )
+        reasons += [f"{field}={value}: note: {note}" for note in _notes(record)]
         reasons += [f"{field}={value}: INVALID: {reason}" for reason in record.reasons]
     widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
     return "\n".join([*lines, *_covered(good), *reasons])
+
+
+def _notes(record: Record) -> list[str]:
+    """Return what a reader of the numbers should know; which card and torch they are for is shown anyway."""
+    return [note for note in record.circumstances.notes if not note.startswith("predicted for one")]
 
 
 def _covered(records: Sequence[Record]) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_seen, count_layer_forwards
 from hpc_core.audit.generation import attention_facts
 from hpc_core.audit.loss import loss_facts
+from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.audit.training import Ran, trainable_facts, training_facts
 from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
@@ -49,7 +50,7 @@ class Training:
         self.widest = Fixed(program, program.widest)
         trainable = sum(parameter.numel() for parameter in self.built.model.parameters() if parameter.requires_grad)
         metrics = {"trainable_parameters": metric("trainable_parameters", trainable)}
-        self.loaded = loaded | Findings(metrics=metrics)
+        self.loaded = loaded | Findings(metrics=metrics) | context_note(program.model, program.most_tokens)
 
     def warm_up(self) -> Findings:
         """Run until memory and time have settled; the losses of these steps are the first ones."""

@@ -12,6 +12,7 @@ import torch
 
 from hpc_core.audit.forwards import ForwardsSeen, watch_forwards
 from hpc_core.audit.generation import attention_facts, generation_facts
+from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.audit.training import trainable_facts
 from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
@@ -54,6 +55,7 @@ class Generation:
         assert isinstance(program, GenerateProgram)
         assert isinstance(place.case.workload, GenerateSpec)
         self.program, self.workload = program, place.case.workload
+        self.loaded |= context_note(program.model, program.most_tokens)
         self.longest = Fixed(program, program.longest)
 
     def warm_up(self) -> Findings:

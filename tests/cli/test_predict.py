@@ -192,6 +192,18 @@ def test_a_failed_row_of_a_sweep_says_why() -> None:
     assert table[-1] == "batch=2: No model of it."
 
 
+@predicts
+@pytest.mark.slow
+def test_a_length_beyond_the_host_or_the_model_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beyond the host's memory a row has no prediction; beyond the model's context it has one, with a note."""
+    assert exit_code(main, "predict", "tiny/lora", "--sweep", "length=2049,99999999") == 11
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == (
+        "length=2049: note: rows of 2,049 tokens are longer than the model's context of 2,048 (max_position_embeddings)"
+    )
+    assert lines[-1].startswith("length=99999999: 10 random rows of 99,999,999 tokens need about ")
+
+
 def test_the_first_line_says_whether_it_fits() -> None:
     """The first line says whether it fits; the last one shows a failed audit."""
     record = predicted_record(a_case(), "4090", 30 * GIB)

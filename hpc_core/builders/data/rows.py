@@ -9,15 +9,19 @@ with BOS, because its recorded length counts one.
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import msgspec
+import psutil
 
 from hpc_core.builders.data.texts import texts
 from hpc_core.case.errors import DataError, MissingLibraryError
 from hpc_core.case.lengths import recorded_lengths
 from hpc_core.case.parts import DataSpec
 from hpc_core.case.workloads import GenerateSpec
+from hpc_core.record.units import quantity
 
 if TYPE_CHECKING:
     from numpy.random import Generator
@@ -28,6 +32,9 @@ FIRST_FREE_ID = 3
 
 _SHUFFLE_STREAM = 1
 """Mixed into the seed of shuffling, so that the order does not use the numbers that the ids were drawn from."""
+
+_TOKEN_BYTES = 56
+"""A token of a random row, on the host: 40 as an integer in a list, the rest for the lists that batches are cut from (measured: 53)."""
 
 _T = TypeVar("_T")
 
@@ -201,8 +208,28 @@ def _random_rows(data: DataSpec, count: int | None, length: int | None, vocab_si
     if wanted is None:
         raise DataError("Random rows have no end: give count=, or DataSpec(rows=...).")
     wanted = _how_many(data, wanted, wanted if data.rows is None else data.rows)
+    _check_room(wanted, length)
     source = IdSource(data.seed, vocab_size)
     return [source.row(length) for _ in range(wanted)]
+
+
+def _check_room(count: int, length: int) -> None:
+    needed, free = count * length * _TOKEN_BYTES, _free_bytes()
+    if needed > free:
+        raise DataError(
+            f"{count:,} random rows of {length:,} tokens need about {quantity(needed, 'bytes')} of the host's memory, and "
+            f"{quantity(free, 'bytes')} are free: use shorter rows, a smaller batch or fewer batches."
+        )
+
+
+def _free_bytes() -> int:
+    """Return what this host, or its container, has left."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        counted = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(counted["inactive_file"]))
+    return free
 
 
 def _text_rows(

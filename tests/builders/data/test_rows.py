@@ -72,6 +72,14 @@ def test_random_rows_need_count_and_length(count: int | None, length: int | None
         token_rows(RANDOM, count=count, length=length, vocab_size=100, tokenizer=None)
 
 
+def test_more_random_rows_than_the_host_can_hold_are_refused() -> None:
+    """Before any is drawn, with both numbers: the kernel would end the process without a word."""
+    with pytest.raises(
+        DataError, match=r"40 random rows of 10,000,000,000 tokens need about .* of the host's memory, and .* are free"
+    ):
+        token_rows(RANDOM, count=40, length=10_000_000_000, vocab_size=100, tokenizer=None)
+
+
 # Traces
 
 
