@@ -140,13 +140,13 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
     That is so outside a repository, before its first commit, and without git.
 
     The environment variable HPC_CORE_COMMIT takes precedence. It is for trees that were copied without their repository; whether such
-    a tree was changed is unknown, so the second value is then None. `git.is_dirty` defines what counts as a change: baselines that the
-    run itself writes do not.
+    a tree was changed is unknown, so the second value is then None, unless git has just that commit. `git.is_dirty` defines what
+    counts as a change: baselines that the run itself writes do not.
     """
     given = os.environ.get("HPC_CORE_COMMIT", "").strip()
-    if given:
-        return given, None
     found = head(Path(folder))
+    if given and (found is None or not found.startswith(given)):
+        return given, None
     if found is None:
         return None, None
     try:

@@ -16,7 +16,7 @@ _SECONDS = 120
 _OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Variables that git sets inside hooks. They would direct every command to the hook's repository."""
 CODE_SUFFIXES = frozenset(
-    {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".toml", ".cfg", ".ini"}
+    {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyd", ".toml", ".cfg", ".ini"}
 )
 """Suffixes of untracked files that count as changes: files that can be code."""
 _COMPILED = ("*.so", "*.pyd", ":(exclude,glob)**/site-packages/**")

@@ -32,6 +32,7 @@ def project(tmp_path: Path) -> GitProject:
         ("new.py", True),
         ("settings.json", True),
         ("deep/new.toml", True),
+        ("native.so", True),
         ("records/tiny/lora.json", False),
         ("junit.xml", False),
         ("baselines/cpu/tiny/lora.json", False),
@@ -65,6 +66,9 @@ def test_the_environment_names_the_commit_of_a_copied_tree(
     environment.commit.cache_clear()
     monkeypatch.setenv("HPC_CORE_COMMIT", "0123abc")
     assert environment.commit(str(project.root)) == ("0123abc", None)
+    environment.commit.cache_clear()
+    monkeypatch.setenv("HPC_CORE_COMMIT", str(head(project.root)))  # hides no change from git
+    assert environment.commit(str(project.root)) == (head(project.root), True)
     monkeypatch.setenv("HPC_CORE_COMMIT", "")
     assert environment.commit(str(tmp_path)) == (None, None)
     environment.commit.cache_clear()

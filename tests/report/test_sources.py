@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from hpc_core.baselines.history import accepted_records
+from hpc_core.baselines.pull_request import Loosening, PullRequest, write_pull_request
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record.record import Record, record_to_json
@@ -73,6 +74,21 @@ def test_an_unknown_file_is_noted_in_a_folder_and_refused_by_name(tmp_path: Path
     assert [note.partition(": ")[0] for note in read.notes] == [f"left out {tmp_path / 'other.json'}"]
     with pytest.raises(SpecError, match=r"other\.json: Not a record"):
         read_records([tmp_path, tmp_path / "other.json"])
+
+
+def test_what_a_pull_request_loosens_is_read_beside_its_records(tmp_path: Path) -> None:
+    """Without escape sequences, whoever wrote the file; one that is something else is left out with a note."""
+    written(tmp_path, many(2))
+    hidden = Loosening(what="limit \x1b[2J", old="1 %", new="9 %")
+    write_pull_request(tmp_path, PullRequest(revision="main", merge_base="0123abc", loosened=(hidden,)))
+    read = read_records([tmp_path])
+    assert (len(read.records), read.notes) == (2, ())
+    assert [line.partition(": ")[2] for line in read.loosened] == ["1 % → 9 %"]
+    assert "\x1b" not in read.loosened[0]
+    (tmp_path / "pull-request.json").write_text('{"loosened": 3}')
+    read = read_records([tmp_path])
+    assert read.loosened == ()
+    assert "not what --perf-base writes" in read.notes[0]
 
 
 def test_no_record_is_an_error(tmp_path: Path) -> None:
