@@ -34,6 +34,10 @@ _SHORT = {
 _SPELLED = pytest.StashKey[dict[str, str]]()
 """The short names that are ours in this run."""
 _SCALES = ("tiny", "small", "full", "auto")
+_LISTING = frozenset({
+    "--collect-only", "--collectonly", "--co", "--setup-plan", "--setup-only", "--fixtures", "--funcargs",
+    "--fixtures-per-test", "--markers",
+})  # fmt: skip
 _GPU_WORD = re.compile(r"\bperf_gpu\b")
 
 
@@ -51,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     baselines: Path
     strict: bool
+    why_strict: str
+    """What makes it strict; empty if it is not."""
     way: Way
     records: Path | None
     resume: Path | None
@@ -133,7 +139,15 @@ def add_options(parser: pytest.Parser) -> None:
     add(
         "--perf-strict",
         action="store_true",
-        help="fail instead of skip where nothing can be compared (exit code 10)",
+        default=None,
+        help="fail where a chosen case was not measured or cannot be compared (exit code 10); the default where CI is set",
+    )
+    add(
+        "--perf-lenient",
+        action="store_false",
+        default=None,
+        dest="perf_strict",
+        help="skip such cases, although CI is set",
     )
     add(
         "--perf-bisect",
@@ -240,7 +254,8 @@ def read_settings(config: pytest.Config) -> Settings:
         update=update,
         reason=reason,
         baselines=baselines,
-        strict=bool(option("perf_strict") or option("perf_bisect")),
+        strict=bool(strictness(config)),
+        why_strict=strictness(config),
         way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
         records=here / (records or resume) if records or resume else None,
         resume=None if resume is None else here / resume,
@@ -285,6 +300,20 @@ def _reports(config: pytest.Config) -> tuple[Path, ...]:
     table = config.getoption("benchmark_json", None)  # an open file
     names = [config.getoption("xmlpath", None), getattr(table, "name", None)]
     return tuple(config.invocation_params.dir / name for name in names if name)
+
+
+def strictness(config: pytest.Config) -> str:
+    """Return what makes this run strict: an option, or the environment variable CI; empty if it is not."""
+    for name in ("perf_bisect", "perf_strict"):
+        if config.getoption(name):
+            return f"--{name.replace('_', '-')}"
+    in_ci = os.environ.get("CI", "").strip().lower() not in ("", "0", "false")
+    return "CI is set" if in_ci and config.getoption("perf_strict") is None else ""
+
+
+def is_listing(config: pytest.Config) -> bool:
+    """Return whether the command line asks to list something instead of running it. Settings cannot ask for that."""
+    return not _LISTING.isdisjoint(config.invocation_params.args)
 
 
 def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | None) -> None:

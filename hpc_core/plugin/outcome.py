@@ -150,4 +150,4 @@ def bisect_exit_code(exit_status: int, kinds: Collection[FailureKind]) -> ExitCo
     """
     if "worse" in kinds:
         return ExitCode.FAILED
-    return ExitCode.OK if exit_status == ExitCode.OK else ExitCode.CANNOT_TEST
+    return ExitCode.OK if exit_status == ExitCode.OK and not kinds else ExitCode.CANNOT_TEST

@@ -22,12 +22,13 @@ from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import uses_perf
 from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
-from hpc_core.plugin.fixture import OUTCOME, Perf, PerfSession, with_timer
-from hpc_core.plugin.options import Settings, spelled
+from hpc_core.plugin.fixture import CALLED, OUTCOME, Perf, PerfSession, with_timer
+from hpc_core.plugin.options import Settings, is_listing, spelled
 from hpc_core.plugin.outcome import FailureKind, bisect_exit_code, exit_code
 from hpc_core.plugin.progress import Progress, duration
 from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
+from hpc_core.plugin.tally import Tally
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.record import Record
 from hpc_core.record.version import __version__
@@ -53,6 +54,9 @@ class Suite:
         """Ids of the collected cases that are measured."""
         self._on_request = 0
         """Tests of this scale that are left out because nobody asked for them."""
+        self._tally = Tally([Path(path.partition("::")[0]) for path in settings.paths])
+        self.decided: int | None = None
+        """The exit code, once the session has ended."""
         self._progress = Progress(ticking=settings.way != "inline")
         self._review = Review(settings)
         self._runner = Runner(settings, self._progress, self._review)
@@ -107,7 +111,8 @@ class Suite:
         fault = f", fault {settings.fault}" if settings.fault else ""
         where = f"baselines {self._short(settings.baselines)}"
         predict = "" if settings.predict == "off" else f", predictions: {settings.predict}"
-        return f"hpc-core: {__version__}, {what}{predict}, {where}, {settings.way}{fault}"
+        strict = f", strict ({settings.why_strict})" if settings.strict else ""
+        return f"hpc-core: {__version__}, {what}{predict}, {where}, {settings.way}{fault}{strict}"
 
     def pytest_collect_file(self, file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
         """Collect a case file below a folder that also runs: pytest 9 drops such a file from its arguments."""
@@ -141,9 +146,18 @@ class Suite:
             gone = set(dropped)
             config.hook.pytest_deselected(items=dropped)
             items[:] = [item for item in items if item not in gone]
+        self._tally.choose(items)
         for item in items:
             if uses_perf(item):
                 _prepare(item)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """Expect no numbers of cases that were deselected."""
+        self._tally.deselect(items)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Note files that skip themselves."""
+        self._tally.note_file(self._config.rootpath / report.nodeid.partition("::")[0], report)
 
     def _is_chosen(self, item: pytest.Item) -> bool:
         if not matches(case_id_of(item), self._settings.globs):
@@ -180,6 +194,7 @@ class Suite:
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Count what will run, and divide the suite's false alarms over the cases. A case divides its share over its metrics."""
+        self._tally.collected(session.items)
         self._progress.total = sum(
             uses_perf(item) and item.get_closest_marker("skip") is None for item in session.items
         )
@@ -202,14 +217,21 @@ class Suite:
             except GpuInUseError as error:
                 raise pytest.UsageError(str(error)) from error
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Apply the outcome of a test that had nothing to compare with, once its own assertions have passed."""
-        result = yield
-        outcome = pyfuncitem.stash.get(OUTCOME, None)
+        try:
+            result = yield
+        finally:
+            item.stash[CALLED] = True
+        outcome = item.stash.get(OUTCOME, None)
         if outcome is not None:
             outcome.apply()
         return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how a test went."""
+        self._tally.note(report)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -251,11 +273,11 @@ class Suite:
             return None
         return report.outcome, "", report.outcome.upper()
 
-    @pytest.hookimpl(wrapper=True)
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> Generator[None, object, object]:
-        """End all processes, and choose the exit code: worse, broken or not comparable.
+        """End all processes, choose the exit code (worse, broken or not comparable), and print the last line.
 
-        Runs around pytest-benchmark's own hook. Without any numbers that hook warns that there is nothing to save. In a project
+        Runs around the hooks of pytest's reporter and of pytest-benchmark. Without any numbers that hook warns that there is nothing to save. In a project
         that turns warnings into errors, this would be a traceback that hides the failures.
         """
         warnings.filterwarnings("ignore", message="Not saving anything, no benchmarks have been run")
@@ -264,14 +286,34 @@ class Suite:
         finally:
             self._runner.close()
             self._locks.release()
+            self.decided = session.exitstatus = self._exit_code(exitstatus)
             if self._settings.records is not None and self._runner.rows:
                 write_pull_request(self._settings.records, self._review.pull_request(self._runner.rows))
-            if exitstatus == pytest.ExitCode.TESTS_FAILED and self._failure_kinds:
-                session.exitstatus = exit_code(self._failure_kinds)
-            elif exitstatus == pytest.ExitCode.OK and self._review.expired():
-                session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            if self._settings.bisect:
-                session.exitstatus = bisect_exit_code(exitstatus, self._failure_kinds)
+            self._print_tally(exitstatus)
+
+    def _exit_code(self, exitstatus: int) -> int:
+        """Return the code for a session that pytest would end with this one. What pytest calls an error stays so."""
+        ran = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+        kinds = [] if exitstatus == pytest.ExitCode.OK else self._failure_kinds
+        if ran and self._settings.strict and not is_listing(self._config):
+            kinds = [*kinds, *self._tally.kinds(self.session.jobs)]
+        if self._settings.bisect:
+            return bisect_exit_code(exitstatus, kinds)
+        if ran and kinds:
+            return exit_code(kinds)
+        if exitstatus == pytest.ExitCode.OK and self._review.expired():
+            return pytest.ExitCode.TESTS_FAILED
+        return exitstatus
+
+    def _print_tally(self, exitstatus: int) -> None:
+        """Print the last line: what was measured, what was not, and why; and what makes the exit code differ from pytest's."""
+        reporter = self._config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None or self._config.option.collectonly:
+            return
+        code = f"; exit code {self.decided}" if self.decided else ""
+        strict = f" ({self._settings.why_strict})" if self._settings.strict and self.decided != exitstatus else ""
+        reporter.ensure_newline()
+        reporter.write_line(f"{self._tally.line(self._runner.rows)}{code}{strict}")
 
     def pytest_unconfigure(self) -> None:
         """End all processes of a session that never began or never finished."""
