@@ -238,14 +238,13 @@ def read_settings(config: pytest.Config) -> Settings:
     fault = cast("str | None", option("perf_fault"))
     _refuse(config, update=update, reason=reason, fault=fault)
     scale, why = _scale(config)
-    where = option("perf_baselines")
     records, resume = option("perf_records"), option("perf_resume")
     if records is not None and resume is not None:
         raise pytest.UsageError(
             "--perf-records and --perf-resume both name the folder of records. Drop --perf-records."
         )
     here = config.invocation_params.dir
-    baselines = here / where if where else config.rootpath / str(config.getini("perf_baselines"))
+    baselines = _baselines(config, update=update)
     return Settings(
         scale=scale,
         why_scale=why,
@@ -336,6 +335,19 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError(
             f"--perf-fault {fault} with --perf-update: a run with a fault cannot be a baseline. Drop one of the two."
         )
+
+
+def _baselines(config: pytest.Config, *, update: bool) -> Path:
+    given, configured = config.getoption("perf_baselines"), str(config.getini("perf_baselines"))
+    folder: Path = config.invocation_params.dir / given if given else config.rootpath / configured
+    named = "--perf-baselines" if given else "perf_baselines"
+    if folder.exists() and not folder.is_dir():
+        raise pytest.UsageError(f"{named}: {folder} is not a folder.")
+    if not folder.exists() and not update and (given or configured != BASELINES):
+        raise pytest.UsageError(
+            f"{named}: the folder {folder} does not exist. Correct its name, or write its first baseline with --perf-update."
+        )
+    return folder
 
 
 def _processes(config: pytest.Config) -> int | Literal["auto"]:

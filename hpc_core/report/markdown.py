@@ -22,7 +22,6 @@ _MARKS = {
     "BROKEN": "🔴",
     "IMPROVED": "🟢",
     "PASS": "✅",
-    "OK": "✅",
 }
 _UNDECIDED = "⚪"
 _BLOCKS = ("|", "- ", "<")
@@ -86,9 +85,8 @@ def _gravest_first(entry: Entry) -> tuple[int, str, str]:
 
 def _headline(entries: Sequence[Entry], moved: Sequence[Entry]) -> str:
     if not moved:
-        return (
-            f"{units.counted(len(entries), 'case')}, {'nothing changed' if _judged(entries) else 'nothing judged'} ✅"
-        )
+        result = "nothing changed ✅" if _judged(entries) else f"nothing judged {_UNDECIDED}"
+        return f"{units.counted(len(entries), 'case')}, {result}"
     counts = Counter(entry.row.verdict for entry in moved)
     counted = ", ".join(f"{_MARKS.get(word, _UNDECIDED)} {many} {word}" for word, many in counts.items())
     return f"{counted} of {units.counted(len(entries), 'case')}"

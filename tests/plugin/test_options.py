@@ -54,6 +54,16 @@ def test_a_fault_is_never_accepted(refused: Refused) -> None:
     assert fault in refused("--perf-fault", "unheard-of")
 
 
+def test_a_folder_of_baselines_that_is_not_there(pytester: pytest.Pytester, refused: Refused) -> None:
+    """A folder that an option or the ini file names must exist, or everything would be skipped; --perf-update makes it."""
+    text = refused("--perf-baselines=/nope")
+    assert "--perf-baselines: the folder /nope does not exist. Correct its name, or write its first baseline" in text
+    assert "is not a folder" in refused("--perf-baselines=bench/test_all.py")
+    assert "is not a folder" in refused("--perf-baselines=bench/test_all.py", "--perf-update", "--reason=r")
+    pytester.makeini("[pytest]\nperf_baselines = perf/accepted\n")
+    assert "perf_baselines: the folder" in refused()
+
+
 def test_cases_do_not_run_in_parallel(refused: Refused) -> None:
     """-n is refused: cases would disturb each other."""
     pytest.importorskip("xdist")

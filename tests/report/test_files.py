@@ -35,6 +35,13 @@ def test_markdown_is_short_where_nothing_moved() -> None:
     assert "<details open>" not in markdown(judged())
 
 
+def test_markdown_without_baselines_is_neutral() -> None:
+    """Where nothing was judged, no mark says that all is well."""
+    text = markdown(entries_of(NEWEST.values()))
+    assert text.startswith(f"### hpc-core: {len(NEWEST)} cases, nothing judged ⚪\n")
+    assert "✅" not in text
+
+
 def test_markdown_begins_with_the_cases_that_moved() -> None:
     """Markdown counts the verdicts, lists the moved cases alone, and opens each with value, change and limit."""
     text = markdown(judged(worse=1.33, broken=True))
