@@ -14,6 +14,7 @@ import msgspec
 from hpc_core.baselines.baseline import Baseline, gated_metrics
 from hpc_core.baselines.history import accepted_records
 from hpc_core.baselines.lookup import baseline_path, history_path, parsed
+from hpc_core.case.case import Case
 from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.record.files import read_record
 from hpc_core.record.git import contents, revisions_of, sizes
@@ -40,9 +41,16 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     commit: str | None
     source: Source
     """"accepted" now, accepted once and found in "git", or a "record" in a folder."""
-    digest: str
+    case: Case
+    machine: str
     stack: dict[str, str]
+    settings: dict[str, str] | None
     metrics: dict[str, Metric]
+
+    @property
+    def digest(self) -> str:
+        """Return that of its case."""
+        return self.case.digest
 
 
 class OverTime(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,8 +97,10 @@ def _of_record(record: Record, source: Source) -> Point:
         at=run.started_at,
         commit=run.commit,
         source=source,
-        digest=record.case.digest,
+        case=record.case,
+        machine=run.machine.key,
         stack=run.stack,
+        settings=run.settings,
         metrics=record.metrics,
     )
 
@@ -118,8 +128,10 @@ def _in_git(root: Path, key: str, case_id: str, notes: list[str]) -> Iterator[Po
                 at=each.accepted.at,
                 commit=each.accepted.commit,
                 source="git",
-                digest=each.digest,
+                case=each.spec,
+                machine=each.machine.key,
                 stack=each.stack,
+                settings=each.settings,
                 metrics=each.metrics,
             )
 

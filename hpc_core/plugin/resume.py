@@ -78,7 +78,7 @@ class Earlier:
             self._state()
         except RepositoryError as error:
             raise pytest.UsageError(
-                f"--perf-resume: nobody can tell whether this code changed since an earlier run: {error} "
+                f"--perf-resume: nobody can tell whether this code changed since an earlier run: {str(error).rstrip('.')}. "
                 "Drop --perf-resume, or put the code under git: git init && git add -A && git commit."
             ) from error
         self._codes = self._read_codes()
@@ -137,11 +137,11 @@ class Earlier:
             (then.fault != self._fault, f"the earlier run had the fault {then.fault}, this one has {self._fault}"),
             (then.machine.key != machine(device).key, f"it was measured on {then.machine.key}"),
             (bool(packages), f"{', '.join(packages)} changed since"),
-            (bool(switched), f"{_some(switched)} differ from what it was measured with"),
+            (bool(switched), f"set otherwise than when it was measured: {_some(switched)}"),
             (then.python != platform.python_version(), f"it was measured with Python {then.python}"),
             (then.commit != revision, f"it was measured at commit {then.commit}, this is {revision}"),
             (code is None, f"{self._folder / _CODES} does not say which code it was measured with"),
-            (bool(changed), f"{_some(changed)} differ from what it was measured with"),
+            (bool(changed), f"changed since it was measured: {_some(changed)}"),
             (done < self._plan.total(found) and gpu != _gpu_uuid(), f"its {done} processes ran on another GPU"),
         )
         return next((reason for is_so, reason in checks if is_so), None)

@@ -10,7 +10,8 @@ import msgspec
 from hpc_core.baselines.over_time import Point
 from hpc_core.case.errors import SpecError
 from hpc_core.gate.change_points import ALPHA, ChangePoint, exact_changes, least_points, noisy_changes
-from hpc_core.gate.comparability import packages_moved
+from hpc_core.gate.comparability import Place
+from hpc_core.gate.suspects import suspects
 from hpc_core.record import units
 
 _SHOWN_PACKAGES = 4
@@ -129,7 +130,7 @@ def change_text(each: Series, change: ChangePoint) -> str:
     ratio = f"{units.percent(change.after / change.before - 1)} " if change.before else ""
     certain = "" if change.p is None else f", p {change.p:.2g}"
     was, now = each.points[change.index - 1], each.points[change.index]
-    moved = packages_moved(was.stack, now.stack)
+    moved = suspects(now.case, *(Place(each.machine, each.stack, each.settings) for each in (was, now)))
     more = f" and {len(moved) - _SHOWN_PACKAGES} more" if len(moved) > _SHOWN_PACKAGES else ""
     packages = f"; moved: {', '.join(moved[:_SHOWN_PACKAGES])}{more}" if moved else ""
     commits = f"; commits {was.commit[:10]}..{now.commit[:10]}" if was.commit and now.commit else ""

@@ -191,7 +191,7 @@ def test_every_file_that_is_not_committed_counts(repository: Path, name: str) ->
     (repository / name).write_text("x = 2\n")
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
-    assert again.notes == [f"tiny/lora runs again: {repository / name} differ from what it was measured with"]
+    assert again.notes == [f"tiny/lora runs again: changed since it was measured: {repository / name}"]
     write_record(repository / "records")
     assert earlier(repository / "records").record(record.case, "cpu") is not None
 
@@ -249,7 +249,7 @@ def test_a_package_that_is_not_in_the_stack_counts(repository: Path, monkeypatch
     monkeypatch.setattr(resume, "_installed", lambda: installed | {"package numpy": "another build"})
     again = earlier(repository / "records")
     assert again.record(record.case, "cpu") is None
-    assert "package numpy differ from" in again.notes[0]
+    assert "changed since it was measured: package numpy" in again.notes[0]
 
 
 def test_code_that_changes_while_a_case_runs_leaves_no_record_to_resume(repository: Path) -> None:
