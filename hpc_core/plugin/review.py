@@ -143,19 +143,24 @@ class Review:
             found.append((f"baselines changed {since}", "\n".join(lines or ["none"])))
             lines = [each.line for each in self._all_loosened(rows)]
             found.append((f"loosened {since}", "\n".join(lines or ["nothing"])))
-        if self._settings.waivers:
-            known = self.known
-            if known is not None:  # a case that only another file or machine runs has a baseline
-                known = (*known, *(case_id for _, case_id in known_on_disk(self._settings.baselines)))
-            merged = self._settings.waivers if self._base is None else self._base.waivers
-            lines = [
-                waiver_line(
-                    waiver, rows, known and set(known), self._today, is_merged=not loosened_waivers(merged, [waiver])
-                )
-                for waiver in self._settings.waivers
-            ]
-            found.append(("waivers", "\n".join(lines)))
-        return found
+        lines = self._waiver_lines(rows)
+        return [*found, ("waivers", "\n".join(lines))] if lines else found
+
+    def _waiver_lines(self, rows: Sequence[Row]) -> list[str]:
+        """Return a line for each waiver of a case that ran, and for each that needs attention: expired, not merged, or of no case."""
+        known: set[str] | None = None
+        if self.known is not None and not self._settings.globs:
+            # A case that only another file or machine runs has a baseline.
+            known = {*self.known, *(case_id for _, case_id in known_on_disk(self._settings.baselines))}
+        base = self._settings.waivers if self._base is None else self._base.waivers
+        lines = []
+        for waiver in self._settings.waivers:
+            is_merged = not loosened_waivers(base, [waiver])
+            runs = any(waiver.covers(row.case) for row in rows)
+            is_of_no_case = known is not None and not any(map(waiver.covers, known))
+            if runs or waiver.is_over(self._today) or not is_merged or is_of_no_case:
+                lines.append(waiver_line(waiver, rows, known, self._today, is_merged=is_merged))
+        return lines
 
 
 def _against(

@@ -126,6 +126,17 @@ def test_a_waiver_of_nothing_warns(pytester: pytest.Pytester, run: Run) -> None:
     result.stderr.fnmatch_lines(["ERROR: perf-waivers.toml, waiver 1: *"])
 
 
+def test_a_waiver_of_other_cases_is_not_shown(pytester: pytest.Pytester, run: Run) -> None:
+    """A run of one case shows the waivers of that case, and no warning about a waiver of no case."""
+    bench(pytester, GIB, GIB)
+    waive(pytester, limit="1", days=1)
+    assert "test_own/test_step up to" in str(run("--case", CASE).stdout)
+    assert "up to" not in str(run("--case", "*/test_other").stdout)
+    waive(pytester, limit="1", days=1, case="gone/*")
+    assert "matches none" not in str(run("--case", CASE).stdout)
+    assert "matches none" in str(run().stdout)
+
+
 def test_uncommitted_code_needs_perf_dirty(pytester: pytest.Pytester, run: Run) -> None:
     """--perf-update refuses numbers of a changed tree and writes nothing; --perf-dirty accepts them."""
     bench(pytester, GIB, more=", dirty=True")
