@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Container, Iterable
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from hpc_core.record.gpus import DEFAULT, gpu_named
 MARK = "perf_predicted"
 Extent = Literal["short", "all", "off"]
 """Which predictions a run makes: the short set, all of them, or none."""
+_TELLING = pytest.StashKey[str]()
+"""What tells apart the ids of two tests whose names differ only in what an id cannot hold."""
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
@@ -48,15 +51,50 @@ def case_of(item: pytest.Item) -> Case | None:
 
 
 def case_id_of(item: pytest.Item) -> str:
-    """Return the id of a test's case; `<module>/<test>` for a test with a step of its own."""
+    """Return the id of a test's case; for a test with a step of its own `<folders>.<module>/<classes>.<test>`.
+
+    Folders are those below the folder of `perf_paths` that holds the file, or below the root folder.
+    """
     case = case_of(item)
     if case is not None:
         return case.id
-    return f"{_plain(item.path.stem)}/{_plain(item.name)}"
+    classes = [each.name for each in item.listchain() if isinstance(each, pytest.Class)]
+    shape, variant = [*_folders(item), item.path.stem], [*classes, item.name]
+    return f"{_joined(shape)}/{_joined(variant)}{item.stash.get(_TELLING, '')}"
 
 
-def _plain(name: str) -> str:
-    return _NOT_IN_AN_ID.sub("-", name.lower()).strip("-._+") or "unnamed"
+def _folders(item: pytest.Item) -> tuple[str, ...]:
+    root = item.config.rootpath
+    paths = [root / str(name).partition("::")[0] for name in item.config.getini("perf_paths")]
+    suites = [path if path.is_dir() else path.parent for path in paths if path.exists()]
+    mine = max(
+        (path for path in suites if item.path.is_relative_to(path)), key=lambda path: len(path.parts), default=root
+    )
+    if not item.path.is_relative_to(mine):
+        return ()
+    below = item.path.relative_to(mine)
+    # Where two suites have a file of the same name, the suite's own folder belongs to the id.
+    is_shared = any((suite / below).exists() for suite in suites if suite != mine)
+    own = mine.relative_to(root).parts if is_shared and mine.is_relative_to(root) else ()
+    return (*own, *below.parent.parts)
+
+
+def tell_apart(found: Iterable[pytest.Item | pytest.Collector]) -> None:
+    """Give tests of one module or class whose ids would be equal, such as `test[A]` and `test[a]`, a digest of their names.
+
+    It is the same whichever of them run.
+    """
+    alike: dict[str, list[pytest.Item]] = {}
+    for item in found:
+        if isinstance(item, pytest.Item) and case_of(item) is None:
+            alike.setdefault(case_id_of(item), []).append(item)
+    for items in alike.values():
+        for item in items if len(items) > 1 else ():
+            item.stash[_TELLING] = f".{hashlib.sha256(item.name.encode()).hexdigest()[:4]}"
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ".".join(_NOT_IN_AN_ID.sub("-", name.lower()).strip("-._+") or "unnamed" for name in names)
 
 
 class CaseFile(pytest.Module):

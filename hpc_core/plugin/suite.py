@@ -21,7 +21,7 @@ from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import uses_perf
-from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part
+from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part, tell_apart
 from hpc_core.plugin.fixture import CALLED, OUTCOME, Perf, PerfSession, with_timer
 from hpc_core.plugin.options import Settings, is_listing, spelled
 from hpc_core.plugin.outcome import FailureKind, bisect_exit_code, exit_code
@@ -154,6 +154,14 @@ class Suite:
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Expect no numbers of cases that were deselected."""
         self._tally.deselect(items)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        """Tell apart the tests of one module or class whose ids would be equal."""
+        report = yield
+        if report.passed:
+            tell_apart(report.result)
+        return report
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """Note files that skip themselves."""
