@@ -32,6 +32,8 @@ MACHINE_ONLY = {
     "NVIDIA_VISIBLE_DEVICES": "all",
     "PYTORCH_VERSION": "2.11",
     "HF_TOKEN": "secret",
+    "VLLM_API_KEY": "secret",
+    "PYTORCH_TUNABLEOP_FILENAME": "/somewhere",
 }
 
 
