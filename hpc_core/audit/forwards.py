@@ -1,7 +1,7 @@
-"""Look into forwards through module hooks: what the model was given, in which mode it ran, which graph it left.
+"""Observe forward passes through module hooks: the model's inputs, its mode, and the autograd graph that it built.
 
-The hooks of `watch_forwards` run no tensor operator, so that operators, kernels and bytes stay what they are. Those of
-`audited_step` do, inside the `aside` that they are given: there nothing is counted, and the time is the audit's own.
+The hooks of `watch_forwards` run no tensor operators, so they do not change counts of operators, kernels or bytes. Those of
+`audited_step` do, inside an `uncounted` block: no counter sees it, and its time is reported as the audit's.
 """
 
 from __future__ import annotations
@@ -14,67 +14,64 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.loss import LossSeen, watch_loss
+from hpc_core.audit.loss import LossCheck, Uncounted, watch_loss
 from hpc_core.audit.model import dtype_name
 from hpc_core.engines.finetune import FinetuneProgram
 
-Aside = Callable[[], contextlib.AbstractContextManager[None]]
-"""What is done in the block that it gives is in no count of the pass that it interrupts."""
-
 
 @dataclass
-class ForwardsSeen:
-    """What was seen in the forwards of a model while they were watched."""
+class Forwards:
+    """What was observed in the forward passes of a model."""
 
     calls: int = 0
     first: dict[str, Any] = field(default_factory=dict)
     """The keyword arguments of the first call, by reference."""
     cache: Any = None
-    """The KV cache of the last call; None where none was given."""
+    """The KV cache of the last call; None if that call had none."""
     modules: int = 0
     training: int = 0
-    """Of `modules`, those in training mode when the last forward began."""
+    """How many of `modules` were in training mode when the last forward began."""
     autocast: set[str] = field(default_factory=set)
-    """"off" or a dtype, as the model and each attention found it."""
+    """"off" or a dtype, read when the model and each attention module were called."""
     graph: bool = False
-    """Whether some output was part of an autograd graph."""
+    """True if any output requires a backward pass."""
     reentrant: bool = False
-    """Whether that graph holds a reentrantly checkpointed function."""
+    """True if reentrant checkpointing was used."""
 
 
 @contextlib.contextmanager
 def watch_forwards(
-    model: torch.nn.Module, device_type: str, aside: Aside = contextlib.nullcontext
-) -> Iterator[ForwardsSeen]:
-    """Watch every call of `model` while the block runs."""
-    seen = ForwardsSeen()
+    model: torch.nn.Module, device_type: str, uncounted: Uncounted = contextlib.nullcontext
+) -> Iterator[Forwards]:
+    """Observe every call of `model` while the block runs."""
+    forwards = Forwards()
 
-    def autocast(*_: object) -> None:
+    def read_autocast(*_: object) -> None:
         on = torch.is_autocast_enabled(device_type)
-        seen.autocast.add(dtype_name(torch.get_autocast_dtype(device_type)) if on else "off")
+        forwards.autocast.add(dtype_name(torch.get_autocast_dtype(device_type)) if on else "off")
 
-    def called(module: torch.nn.Module, _: Any, arguments: dict[str, Any]) -> None:
-        autocast()
-        seen.calls += 1
-        seen.first = seen.first or dict(arguments)
-        seen.cache = next((value for value in arguments.values() if _is_cache(value)), None)
+    def before_forward(module: torch.nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        read_autocast()
+        forwards.calls += 1
+        forwards.first = forwards.first or dict(arguments)
+        forwards.cache = next((value for value in arguments.values() if _is_cache(value)), None)
         modes = [part.training for part in module.modules()]
-        seen.modules, seen.training = len(modes), sum(modes)
+        forwards.modules, forwards.training = len(modes), sum(modes)
 
-    def left(_: Any, __: Any, output: Any) -> None:
+    def after_forward(_: Any, __: Any, output: Any) -> None:
         result = getattr(output, "loss", None)
         result = getattr(output, "logits", None) if result is None else result
         node = getattr(result, "grad_fn", None)
-        seen.graph = seen.graph or node is not None
-        with aside():
-            seen.reentrant = seen.reentrant or "CheckpointFunctionBackward" in _node_names(node)
+        forwards.graph = forwards.graph or node is not None
+        with uncounted():
+            forwards.reentrant = forwards.reentrant or "CheckpointFunctionBackward" in _node_names(node)
 
     attentions = [module for name, module in model.named_modules() if name.endswith("self_attn")]
-    handles = [module.register_forward_pre_hook(autocast) for module in attentions]
-    handles.append(model.register_forward_pre_hook(called, with_kwargs=True))
-    handles.append(model.register_forward_hook(left))
+    handles = [module.register_forward_pre_hook(read_autocast) for module in attentions]
+    handles.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+    handles.append(model.register_forward_hook(after_forward))
     try:
-        yield seen
+        yield forwards
     finally:
         for handle in handles:
             handle.remove()
@@ -98,29 +95,30 @@ def _node_names(root: Any) -> set[str]:
 
 
 @dataclass
-class StepSeen:
-    """One training step that was looked at."""
+class AuditedStep:
+    """What was observed in one training step."""
 
-    forwards: ForwardsSeen
+    forwards: Forwards
     gradients: dict[str, float | None]
-    """Largest absolute gradient of each trainable parameter before the optimizer's step; None where none arrived."""
-    loss: LossSeen
+    """Largest absolute gradient of each trainable parameter before the optimizer's step; None if it received none."""
+    loss: LossCheck
 
 
-def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext) -> StepSeen:
-    """Run a step on the program's widest batch, and look at it from the forward to the gradients.
+def audited_step(program: FinetuneProgram, uncounted: Uncounted = contextlib.nullcontext) -> AuditedStep:
+    """Run one step on the program's widest batch and observe its forward pass, its loss and its gradients.
 
-    A gradient is looked at when it arrives: an optimizer inside the backward frees it at once. For any other it must still be there when that steps.
+    Each gradient is read when it is computed, because an optimizer that runs inside the backward pass frees it at once. With
+    any other optimizer, the gradient must still exist when the optimizer steps.
     """
     trained = {name: each for name, each in program.model.named_parameters() if each.requires_grad}
     largest: dict[str, torch.Tensor | None] = dict.fromkeys(trained)
 
-    def look_at(name: str) -> Callable[[torch.Tensor], None]:
-        def arrives(gradient: torch.Tensor) -> None:
-            with aside():
+    def gradient_hook(name: str) -> Callable[[torch.Tensor], None]:
+        def read(gradient: torch.Tensor) -> None:
+            with uncounted():
                 largest[name] = _largest(gradient)
 
-        return arrives
+        return read
 
     def mark(phase: str) -> None:
         if phase == "optimizer" and not getattr(program.optimizer, "frees_gradients", False):
@@ -129,31 +127,31 @@ def audited_step(program: FinetuneProgram, aside: Aside = contextlib.nullcontext
     program.steps_done = program.widest
     batch = program.batches[program.widest]
     with (
-        watch_forwards(program.model, batch.ids.device.type, aside) as forwards,
-        watch_loss(program.model, batch.labels, aside) as loss,
+        watch_forwards(program.model, batch.ids.device.type, uncounted) as forwards,
+        watch_loss(program.model, batch.labels, uncounted) as loss,
         contextlib.ExitStack() as hooks,
     ):
         for name, parameter in trained.items():
-            hooks.callback(parameter.register_hook(look_at(name)).remove)
+            hooks.callback(parameter.register_hook(gradient_hook(name)).remove)
         program.step(mark)
-    with aside():
+    with uncounted():
         loss.close()
-        arrived = [value for value in largest.values() if value is not None]
-        # One wait for the device, not one a parameter.
-        values = iter(torch.stack(arrived).tolist() if arrived else [])
+        received = [value for value in largest.values() if value is not None]
+        # Synchronize once, not once per parameter.
+        values = iter(torch.stack(received).tolist() if received else [])
     gradients = {name: None if value is None else float(next(values)) for name, value in largest.items()}
-    return StepSeen(forwards, gradients, loss)
+    return AuditedStep(forwards, gradients, loss)
 
 
 def _largest(gradient: torch.Tensor) -> torch.Tensor:
-    """The infinity norm: a reduction without a temporary of the gradient's size; NaN and infinity come through."""
+    """Return the infinity norm, which needs no temporary of the gradient's size and propagates NaN and infinity."""
     largest: torch.Tensor = torch.linalg.vector_norm(gradient.detach(), ord=math.inf, dtype=torch.float32)
     return largest
 
 
 @dataclass
 class LayerForwards:
-    """Layers watched, and the forwards seen in them."""
+    """The number of layers, and of forward passes through them."""
 
     layers: int = 0
     count: int = 0
@@ -161,30 +159,29 @@ class LayerForwards:
 
 @contextlib.contextmanager
 def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
-    """Count forwards of every module whose name ends in `self_attn` while the block runs.
+    """Count forward passes of every module whose name ends in `self_attn` while the block runs.
 
-    The attention inside a layer is entered again when the layer is recomputed, whichever kind of checkpointing does it;
-    the layer's own hooks may not be.
+    Both kinds of checkpointing call the attention again when they recompute a layer; the layer's own hooks may not run then.
     """
-    seen = LayerForwards()
+    forwards = LayerForwards()
 
-    def entered(*_: object) -> None:
-        seen.count += 1
+    def before_forward(*_: object) -> None:
+        forwards.count += 1
 
     handles = []
     for name, module in model.named_modules():
         if name.endswith("self_attn"):
-            seen.layers += 1
-            handles.append(module.register_forward_pre_hook(entered))
+            forwards.layers += 1
+            handles.append(module.register_forward_pre_hook(before_forward))
     try:
-        yield seen
+        yield forwards
     finally:
         for handle in handles:
             handle.remove()
 
 
-def checkpointing_seen(forwards: int, layers: int, steps: int) -> str:
-    """Say "off" for one forward a layer and step, "on" for two, a sentence for anything else."""
+def checkpointing_state(forwards: int, layers: int, steps: int) -> str:
+    """Return "off" for one forward per layer and step, "on" for two, and a description otherwise."""
     per_step = layers * steps
     if layers == 0:
         return "unknown: no layer is called self_attn"

@@ -1,4 +1,4 @@
-"""Facts of the data path: how batches came, against how the case asks for them."""
+"""Facts of the data path: how batches were made, against how the case asks for them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from hpc_core.record.record import Fact
 
 
 def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | None) -> Findings:
-    """What the batches since the feed last began showed of it, after at least as many steps as there are workers.
+    """Return facts of the batches since the feed last began; run at least as many steps as there are workers first.
 
     Args:
-        feed: as asked.
-        fed: has seen the process that made each batch, whether it lay in page-locked memory, and how many were ahead of each step.
+        feed: what the case asks for.
+        fed: the loader. It records which process made each batch, whether the batch was in page-locked memory, and how many
+            batches were ready ahead of each step.
         on_gpu: whether there is a stream to copy on.
-        copies_apart: whether every copy to the device was recorded on a stream without kernels; None where none was recorded.
+        copies_apart: whether every copy to the device ran on a stream without kernels; None if no copy was recorded.
     """
-    seen = fed.seen
+    batches = fed.seen
     facts = {
         "feed_tokenize": Fact(asked=feed.tokenize, seen=fed.source.tokenize),
-        "feed_workers": Fact(asked=feed.workers, seen=len(seen.makers - {os.getpid()})),
-        "feed_pinned": Fact(asked=feed.pinned, seen=_one(seen.pinned)),
-        "feed_ahead": Fact(asked=feed.ahead, seen=_one(seen.ahead)),
+        "feed_workers": Fact(asked=feed.workers, seen=len(batches.makers - {os.getpid()})),
+        "feed_pinned": Fact(asked=feed.pinned, seen=_one(batches.pinned)),
+        "feed_ahead": Fact(asked=feed.ahead, seen=_one(batches.ahead)),
     }
     if feed.pinned and not on_gpu:
         facts["feed_pinned"] = Fact(asked=True, seen="off: page-locked memory needs a GPU")
@@ -35,5 +36,5 @@ def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | N
 
 
 def _one(values: set[bool] | set[int]) -> bool | int | list[int]:
-    """The value that was always seen, or all that were."""
+    """Return the only value, or all values sorted."""
     return next(iter(values)) if len(values) == 1 else sorted(values)

@@ -1,10 +1,10 @@
 """Facts of the model: quantized layers, weights, dtypes, and whose code it runs.
 
 `weights` compares every matrix of the live model with the same matrix drawn again from the case's seed. It needs no stored
-number, and does not depend on machine or version: both come from the same library on the same device in the same process.
+reference and does not depend on machine or version: the same library draws both on the same device in the same process.
 
-`modules_own` finds patches. Libraries such as Liger replace forwards and functions of transformers for the whole process. A
-process of its own protects a case from that; where cases share one (`inline`), this fact reports it.
+`modules_own` finds patches. Libraries such as Liger replace forwards and functions of transformers for the whole process.
+Cases that run in their own process are safe from that; for cases that share one (`inline`), this fact reports it.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact
 
 _BLOCK = 64
-"""Weights that share a constant in 4 bits: bitsandbytes' default, which transformers leaves alone."""
+"""Weights per constant in 4 bits: bitsandbytes' default, which transformers does not change."""
 _NESTED_BLOCK = 256
-"""Constants that share a constant when they are quantized again."""
+"""Constants per second-level constant in double quantization."""
 _TILE = {"tile_packed_to_4d": (8, 1024), "opaque": (1, 1)}
-"""Rows and columns to whose multiples torchao pads a weight before it packs it."""
+"""torchao pads a weight to multiples of these rows and columns before it packs it."""
 
 
 def weight_facts(case: Case, model: Any) -> Findings:
-    """Quantization and dtypes of the live model, against the case."""
+    """Compare quantization and dtypes of the live model with the case."""
     assert case.model is not None
     asked = case.model.dtype
     if isinstance(case.workload, FinetuneSpec) and case.workload.prepare:
-        asked = "float32"  # what `prepare_model_for_kbit_training` casts everything unquantized to
+        asked = "float32"  # `prepare_model_for_kbit_training` casts everything that is not quantized
     facts = checked(
         {
             "quantized_layers": lambda: _quantized_count(case, model),
@@ -69,7 +69,7 @@ def context_note(model: Any, tokens: int) -> Findings:
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    """Every linear layer of the base model, quantized or not, under the name it had before an adapter wrapped it."""
+    """Return every linear layer of the base model, quantized or not, by its name without an adapter's wrapper."""
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
@@ -81,22 +81,22 @@ def _quantization_facts(spec: QuantSpec, model: torch.nn.Module) -> Findings:
     layers: list[Any] = [layer for layer in linear_layers(model).values() if _kind(layer) is not None]
     if spec.kind == "int4":
         return _int4_facts(spec, layers)
-    looks = {
+    checks = {
         "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
         "quantized_bytes": lambda: Fact(
             asked=sum(quantized_bytes(spec, layer.in_features, layer.out_features) for layer in layers),
-            # By layer: one table of codes that all layers share counts in each of them, in the closed form too.
+            # Per layer: the closed form counts a code table that all layers share once per layer, too.
             seen=sum(owned_bytes(_stored(layer)) for layer in layers),
         ),
     }
-    if spec.kind != "int8":  # int8 products have one compute dtype, and no attribute that says it
-        looks["compute_dtype"] = lambda: Fact(
+    if spec.kind != "int8":  # int8 products have only one compute dtype, and no attribute names it
+        checks["compute_dtype"] = lambda: Fact(
             asked=[spec.compute_dtype], seen=names(layer.compute_dtype for layer in layers)
         )
-        looks["double_quantization"] = lambda: Fact(
+        checks["double_quantization"] = lambda: Fact(
             asked=[spec.double_quant], seen=sorted({bool(_state(layer).nested) for layer in layers})
         )
-    return checked(looks)
+    return checked(checks)
 
 
 def _int4_facts(spec: QuantSpec, layers: list[Any]) -> Findings:
@@ -128,20 +128,20 @@ def _int4_facts(spec: QuantSpec, layers: list[Any]) -> Findings:
 
 
 def _quantized_count(case: Case, model: torch.nn.Module) -> Fact:
-    """By count if all is well; a mismatch names the first layer that is not as it should be."""
+    """Return the count of quantized layers; a mismatch names the first wrong layer."""
     spec, every = case.quantization, linear_layers(model)
     wanted = [name for name in every if spec is not None and name.rpartition(".")[2] not in spec.skip_modules]
-    asked = _count_of_shape(case, len(wanted))
-    seen = [name for name, layer in every.items() if _kind(layer) is not None]
-    odd = [name for name in every if (name in wanted) != (name in seen)]
-    if odd:
-        state = "is quantized" if odd[0] in seen else "is not"
-        return Fact(asked=asked, seen=f"{len(seen)}; {odd[0]} {state}")
-    return Fact(asked=asked, seen=len(seen))
+    expected = _count_of_shape(case, len(wanted))
+    quantized = [name for name, layer in every.items() if _kind(layer) is not None]
+    wrong = [name for name in every if (name in wanted) != (name in quantized)]
+    if wrong:
+        state = "is quantized" if wrong[0] in quantized else "is not"
+        return Fact(asked=expected, seen=f"{len(quantized)}; {wrong[0]} {state}")
+    return Fact(asked=expected, seen=len(quantized))
 
 
 def _count_of_shape(case: Case, otherwise: int) -> int:
-    """Linear layers to be quantized: by the named shape, or as counted where weights bring a shape of their own."""
+    """Return how many linear layers the named shape quantizes; `otherwise` if the case's weights define the shape."""
     assert case.model is not None
     if case.quantization is None:
         return 0
@@ -154,7 +154,10 @@ def _count_of_shape(case: Case, otherwise: int) -> int:
 
 
 def _kind(layer: Any) -> str | None:
-    """nf4, fp4, int8 or int4 by what the layer computes with; None for a plain layer, words for a quantized class with plain weights."""
+    """Return nf4, fp4, int8 or int4 by the layer's live data, and None for a plain layer.
+
+    A layer of a quantized class whose weights are plain gets a description instead.
+    """
     if packing_of(layer.weight) is not None:
         return "int4"
     classes = {parent.__name__ for parent in type(layer).__mro__}
@@ -173,11 +176,11 @@ def _state(layer: Any) -> Any:
 
 
 def _stored(layer: Any) -> list[torch.Tensor]:
-    """The tensors that hold a quantized layer's weights: the packed values and every constant."""
+    """Return the tensors that hold a quantized layer's weights: the packed values and every constant."""
     if packing_of(layer.weight) is not None:
         return [layer.weight.qdata, layer.weight.scale_and_zero]
     held = [layer.weight]
-    # int8: the constants move from the weight to the layer's state in the first forward.
+    # int8: the first forward moves the constants from the weight to the layer's state.
     for owner in (layer.weight, getattr(layer, "state", None)):
         held += [getattr(owner, name, None) for name in ("CB", "SCB")]
     state = _state(layer)
@@ -188,11 +191,11 @@ def _stored(layer: Any) -> list[torch.Tensor]:
 
 
 def quantized_bytes(spec: QuantSpec, in_features: int, out_features: int) -> int:
-    """Bytes that bitsandbytes stores for one quantized layer without bias, in closed form.
+    """Return the bytes that bitsandbytes stores for one quantized layer without bias, in closed form.
 
-    int8: one byte a weight and a float32 a row. 4-bit: half a byte a weight, a table of 16 float32, and a float32 for each
-    block of 64; with double quantization these are bytes, and there is a float32 for every 256 of them, one for their
-    mean, and a table of 256.
+    int8: one byte per weight and a float32 per row. 4-bit: half a byte per weight, a table of 16 float32 codes, and a float32
+    constant per block of 64. Double quantization stores one byte per constant instead, a float32 per 256 constants, a float32
+    for their mean, and a table of 256 codes.
     """
     weights = in_features * out_features
     if spec.kind == "int8":
@@ -205,8 +208,10 @@ def quantized_bytes(spec: QuantSpec, in_features: int, out_features: int) -> int
 
 
 def int4_bytes(spec: QuantSpec, in_features: int, out_features: int, packing: str) -> int:
-    """Bytes that torchao stores for one int4 layer without bias, in closed form: half a byte a weight, and for each group of a row a
-    scale and a zero in bfloat16. Tile-packed weights are padded to whole tiles first (`Int4TilePackedTo4dTensor.from_hp`).
+    """Return the bytes that torchao stores for one int4 layer without bias, in closed form.
+
+    Half a byte per weight, and a bfloat16 scale and zero point for each group of a row. Tile-packed weights are padded to whole
+    tiles first (`Int4TilePackedTo4dTensor.from_hp`).
     """
     row_tile, column_tile = _TILE[packing]
     rows, columns = -(-out_features // row_tile) * row_tile, -(-in_features // column_tile) * column_tile
@@ -214,7 +219,7 @@ def int4_bytes(spec: QuantSpec, in_features: int, out_features: int, packing: st
 
 
 def _one_dtype(asked: str, module: Any) -> Fact | None:
-    """The dtype of this module's weight; no fact for a quantized one, or for a model without such a module."""
+    """Compare the dtype of this module's weight; no fact if the weight is quantized or the model has no such module."""
     module = getattr(module, "base_layer", module)
     if module is None or _kind(module) is not None:
         return None
@@ -227,9 +232,9 @@ def _norm_dtypes(model: torch.nn.Module) -> list[str]:
 
 
 _QUANTIZED = 0.3
-"""Relative error that quantization may have: fp4 has 0.15, nf4 0.09, int4 0.10, int8 0.01. Wrong weights have 1.41, the square root of 2."""
+"""Largest relative error from quantization: fp4 has 0.15, nf4 0.09, int4 0.10, int8 0.01. Wrong weights have 1.41, the square root of 2."""
 _TRAINED = 0.3
-"""Relative error that a training run may have added, where the weights themselves are trained."""
+"""Largest relative error from training, if the weights themselves are trained."""
 _MORE_STEPS = 50
 """Steps beyond the timed ones: warm-up, memory, counters."""
 _CHUNK = 1 << 24
@@ -239,7 +244,7 @@ _WRAPPERS = ("base_model.model.", ".base_layer")
 
 
 def value_facts(case: Case, model: torch.nn.Module) -> Findings:
-    """Whether every matrix of random weights holds what was drawn for it; nothing for weights that are read."""
+    """Return whether every matrix of random weights holds the values drawn for it; no fact for weights read from files."""
     return checked({"weights": lambda: _weights(case, model)})
 
 
@@ -250,17 +255,17 @@ def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
     if not spec.drawn or allowed is None:
         return None
     asked = f"as drawn by seed {spec.seed}"
-    odd = []
+    wrong = []
     tied = _tied(spec, model)
     for name, live in _matrices(case, model).items():
-        # A tied head is the table; one that was quantized on its own began as a copy of it.
+        # A tied head is the embedding table; a head that is quantized separately began as a copy of it.
         source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
         off = _error(live, source, torch_dtype(spec.dtype), spec.seed)
         if not off <= max(allowed, _QUANTIZED if live.quantized else 0.0):  # NaN is not within anything
-            odd.append(f"{name} is off by {off:.2g} of its size")
-    if not odd:
+            wrong.append(f"{name} is off by {off:.2g} of its size")
+    if not wrong:
         return Fact(asked=asked, seen=asked)
-    return Fact(asked=asked, seen=odd[0] + (f", {len(odd) - 1} more with it" if len(odd) > 1 else ""))
+    return Fact(asked=asked, seen=wrong[0] + (f", {len(wrong) - 1} more with it" if len(wrong) > 1 else ""))
 
 
 def _tied(spec: ModelSpec, model: Any) -> bool:
@@ -268,16 +273,16 @@ def _tied(spec: ModelSpec, model: Any) -> bool:
 
 
 def _allowed(case: Case) -> float | None:
-    """How far the base weights may be from what was drawn; None where training may have moved them anywhere."""
+    """Return how far the base weights may be from the drawn ones; None if training may have moved them arbitrarily far."""
     if case.adapter is not None or not isinstance(case.workload, FinetuneSpec):
-        return 0.0  # frozen: bit by bit
-    # Adam moves a weight by about the learning rate a step at most.
+        return 0.0  # frozen: bitwise equal
+    # Adam moves a weight by at most about the learning rate per step.
     moved = case.workload.learning_rate * (case.workload.steps + _MORE_STEPS) / STD
     return _TRAINED if moved <= _TRAINED else None
 
 
 class _Live:
-    """One matrix of the live model, dequantized only while it is compared."""
+    """One matrix of the live model. It is dequantized only during the comparison."""
 
     def __init__(self, holder: Any, *, quantized: bool):
         self._holder = holder
@@ -289,7 +294,7 @@ class _Live:
 
 
 def _matrices(case: Case, model: torch.nn.Module) -> dict[str, _Live]:
-    """The base model's matrices, by the names they had before an adapter wrapped them."""
+    """Return the base model's matrices by their names without an adapter's wrappers."""
     layers = quantized_layers(model) if case.quantization is not None else {}
     packed = {f"{name}.weight" for name in layers}
     found = {f"{name}.weight": _Live(layer, quantized=True) for name, layer in layers.items()}
@@ -306,13 +311,13 @@ def _plain(name: str) -> str:
 
 
 def _error(live: _Live, name: str, dtype: torch.dtype, seed: int) -> float:
-    """|live - drawn| / |drawn|, without a float32 copy of the whole."""
-    seen = live.value()
+    """Return |live - drawn| / |drawn| without a float32 copy of the whole matrix."""
+    actual = live.value()
     with torch.no_grad():
-        reference = drawn(name, tuple(seen.shape), dtype, seen.device, seed)
-        if torch.equal(seen, reference):  # frozen weights, read once; NaN equals nothing
+        reference = drawn(name, tuple(actual.shape), dtype, actual.device, seed)
+        if torch.equal(actual, reference):  # frozen weights, read once; NaN equals nothing
             return 0.0
-        parts = zip(seen.reshape(-1).split(_CHUNK), reference.reshape(-1).split(_CHUNK), strict=True)
+        parts = zip(actual.reshape(-1).split(_CHUNK), reference.reshape(-1).split(_CHUNK), strict=True)
         norms = [torch.stack([_norm(a - b), _norm(b)]) for a, b in parts]
         off, size = torch.stack(norms).double().square().sum(dim=0).tolist()
     return float((off / size) ** 0.5)
@@ -324,27 +329,27 @@ def _norm(part: torch.Tensor) -> torch.Tensor:
 
 
 _OWN = frozenset({"torch", "transformers", "peft", "bitsandbytes", "accelerate", "kernels"})
-"""Whose code a case asks for; `kernels` only lends transformers its decorators."""
+"""Packages whose code every case may run; `kernels` only provides decorators to transformers."""
 _SHOWN = 3
 
 
 def module_facts(model: torch.nn.Module, *, also: Iterable[str] = ()) -> Findings:
-    """Return whether every forward of the model, and every function and class of the files that define it, is the libraries' own.
+    """Return whether no other package replaced a forward of the model, or a function or class of the files that define it.
 
-    `also` are packages whose code the case asks for too: an engine's, or that of an injected fault.
+    `also` names further packages whose code the case may run: its engine's, or that of an injected fault.
     """
     own = _OWN.union(also)
 
-    def look() -> Fact:
+    def modules_own() -> Fact:
         foreign = sorted({*_foreign_forwards(model, own), *_foreign_names(model, own)})
         more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
         return Fact(asked="all", seen="all but " + ", ".join(foreign[:_SHOWN]) + more if foreign else "all")
 
-    return checked({"modules_own": look})
+    return checked({"modules_own": modules_own})
 
 
 def _foreign_forwards(model: torch.nn.Module, own: frozenset[str]) -> Iterator[str]:
-    """Forwards on instances and on their classes."""
+    """Yield forwards, of instances and of classes, that another package defined."""
     for module in model.modules():
         kind = type(module)
         on_instance = vars(module).get("forward")
@@ -355,7 +360,7 @@ def _foreign_forwards(model: torch.nn.Module, own: frozenset[str]) -> Iterator[s
 
 
 def _foreign_names(model: torch.nn.Module, own: frozenset[str]) -> Iterator[str]:
-    """Functions and classes that the files of the decoder define, and that are others by now."""
+    """Yield functions and classes that the model's source files define and another package replaced."""
     names = {kind.__module__ for module in model.modules() for kind in [type(module)]}
     for name in sorted(names):
         if not name.startswith("transformers.models."):
@@ -371,15 +376,15 @@ def _foreign_names(model: torch.nn.Module, own: frozenset[str]) -> Iterator[str]
 
 @functools.cache
 def _defined(module: ModuleType) -> tuple[str, ...]:
-    """The names that this module's file defines, whatever they are bound to now."""
+    """Return the names that this module's file defines, whatever they are bound to now."""
     tree = ast.parse(inspect.getsource(module))
     return tuple(node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
 
 
 def _origins(function: Any) -> list[str]:
-    """The modules in which a function and everything that it wraps was written.
+    """Return the modules that define a function and everything that it wraps.
 
-    By the globals that the code runs with: `functools.wraps` copies `__module__` and the names, but not those.
+    Uses the globals of the code, because `functools.wraps` copies `__module__` but not those.
     """
     found = []
     while function is not None:

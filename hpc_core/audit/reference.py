@@ -1,6 +1,6 @@
-"""Does the fast path compute what the plain one does? Logits, loss and greedy tokens against the reference path.
+"""Compare logits, loss and greedy tokens of the case's own path with those of a reference path.
 
-The reference is the model itself, turned layer by layer into the same weights dequantized, in float32, with eager attention.
+The reference is the model itself, converted layer by layer: the same weights dequantized, in float32, with eager attention.
 So it runs last: nothing can be measured after it.
 """
 
@@ -25,38 +25,38 @@ from hpc_core.record.record import Fact
 from hpc_core.record.units import quantity
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2, "int8": 2e-1}
-"""Largest relative error of the logits, |seen - reference| / |reference|, by the coarsest arithmetic on the way.
+"""Largest relative error of the logits, |actual - reference| / |reference|, by the coarsest arithmetic in the path.
 
-A rounding to a format with p bits of mantissa errs by up to 2^-(p+1): 6e-8 in float32, 5e-4 in float16, 4e-3 in bfloat16. Through
-tens of layers such errors add up like a random walk, by some ten times; a wrong kernel or mask errs by the order of 1. LLM.int8
-rounds activations to eight bits, 4e-3 of their largest, which is far more of a typical one.
+Rounding to a format with p bits of mantissa has an error of up to 2^-(p+1): 6e-8 in float32, 5e-4 in float16, 4e-3 in bfloat16.
+Over tens of layers these errors add up like a random walk, to about ten times that; a wrong kernel or mask causes an error of
+the order of 1. LLM.int8 rounds activations to eight bits: 4e-3 of the largest one, which is far more for a typical one.
 
-Deeper and wider models err more (bfloat16 on an H100: 0.026 in 16 layers of 2048, 0.044 in 28 of 3072, 0.063 in 32 of 4096, 0.095 in 40 of
-5120). Where the error is beyond the table, the plain path is run in the case's own arithmetic too, and the fast one may err twice
-as much as it, which is how FlashAttention's tests judge; never more than `_MOST` times the table.
+Deeper and wider models have larger errors (bfloat16 on an H100: 0.026 in 16 layers of 2048, 0.044 in 28 of 3072, 0.063 in 32 of
+4096, 0.095 in 40 of 5120). If the error exceeds the table, the plain path also runs in the case's arithmetic, and the fast path
+may have twice its error, as in FlashAttention's tests, but never more than `_MOST` times the table.
 """
 
 _PLAIN_TIMES = 2
 _MOST = 4
 
 MOST_ROWS, MOST_TOKENS = 2, 256
-"""Of a batch only so much goes through both paths: about a second at three billion parameters, and a wrong kernel shows in it."""
+"""Both paths run at most this much of a batch. It takes about a second at three billion parameters, and shows a wrong kernel."""
 
 _TIE = 4
-"""An error of the tolerance times a row's norm is one of the tolerance times its root mean square in the typical logit; the
-difference of two such errors stays below four times that but once in some two hundred."""
+"""Two logits are tied if they differ by less than this many times the tolerance times the row's root mean square, the typical
+error of one logit. The difference of two such errors exceeds that about once in two hundred."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What both paths are given, as tensors of (rows, width) on the device."""
+    """The inputs of both paths, as tensors of (rows, width) on the device."""
 
     ids: torch.Tensor
     mask: torch.Tensor | None
     labels: torch.Tensor | None = None
-    """Of a training batch: both paths compute its loss."""
+    """Labels of a training batch: both paths compute its loss."""
     answers: torch.Tensor | None = None
-    """(rows, tokens) generated greedily; the last `tokens` positions of `ids` are where each of them was chosen."""
+    """(rows, tokens), generated greedily; they were chosen at the last `tokens` positions of `ids`."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Outcome:
 
 
 def coarsest(case: Case) -> str:
-    """Return the coarsest arithmetic on the way: a key of `TOLERANCES`."""
+    """Return the coarsest arithmetic in the case's path: a key of `TOLERANCES`."""
     assert case.model is not None
     formats: set[str] = {case.model.dtype}
     if case.quantization is not None:
@@ -84,18 +84,18 @@ def compare_with_reference(
     restore: Callable[[torch.nn.Module], None],
     engine: torch.Tensor | None = None,
 ) -> Findings:
-    """Return `logits_error` and the fact `equivalence`; of a training batch the loss, of answers the greedy tokens, by both paths.
+    """Return `logits_error` and the fact `equivalence`, and compare the loss of a training batch or the greedy tokens of answers.
 
-    On a GPU only where the float32 reference fits; a note says by how much it does not.
+    If the float32 reference does not fit on the GPU, nothing is compared and a note says how much memory is missing.
 
     Args:
         case: what was asked for.
-        model: is turned into the reference.
-        given: what both paths compute.
+        model: the live model; it is converted into the reference.
+        given: the inputs of both paths.
         restore: puts the libraries' own forwards back into the model.
-        engine: logits (rows, answers, vocabulary) that an engine other than the model's own forward chose the answers by. They
-            are compared with the reference in the forward's place, and with the forward itself (`logits_error_to_stock`,
-            `stock_agreement`).
+        engine: logits (rows, answers, vocabulary) from which an engine other than the model's own forward chose the answers.
+            They are compared with the reference instead of the forward's logits, and also with the forward's
+            (`logits_error_to_stock`, `stock_agreement`).
     """
     room = room_bytes(given.ids.device)
     if room is not None and (needed := reference_bytes(model, *given.ids.shape)) > room:
@@ -104,28 +104,28 @@ def compare_with_reference(
     try:
         both = _both(case, model, given, restore)
     except torch.OutOfMemoryError as full:
-        return _unchecked(f"the float32 reference was to fit and did not, nothing is compared: {full}")
+        return _unchecked(f"not checked, the float32 reference needed more memory than estimated: {full}")
     if both is None:
         return _unchecked("not checked, the model gives no whole logits, as with a fused loss")
-    seen, reference = both
+    actual, reference = both
     found = Findings()
     used = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask.bool()
     if engine is not None:
         assert given.answers is not None
-        places = given.answers.shape[1]
-        found |= _compare_with_stock(case, engine, seen.logits[:, -places:], given.answers)
+        tokens = given.answers.shape[1]
+        found |= _compare_with_stock(case, engine, actual.logits[:, -tokens:], given.answers)
         used = used.clone()
-        used[:, :-places] = False  # of the prompt an engine gives the last logits alone
-        seen = _Outcome(torch.cat([seen.logits[:, :-places], engine], dim=1), None)
-    wanted = reference.logits[used]
-    error = _error(seen.logits[used], wanted)
+        used[:, :-tokens] = False  # an engine returns only the last logits of the prompt
+        actual = _Outcome(torch.cat([actual.logits[:, :-tokens], engine], dim=1), None)
+    expected = reference.logits[used]
+    error = _error(actual.logits[used], expected)
     allowed = TOLERANCES[coarsest(case)]
     if allowed < error <= _MOST * allowed:
-        allowed, notes = _by_the_plain_path(coarsest(case), model, given, wanted, used, allowed)
+        allowed, notes = _allowed_by_plain_path(coarsest(case), model, given, expected, used, allowed)
         found |= notes
     found |= _compare_logits(error, allowed)
-    if seen.loss is not None and reference.loss is not None:
-        found |= _compare_losses(seen.loss, reference.loss, allowed)
+    if actual.loss is not None and reference.loss is not None:
+        found |= _compare_losses(actual.loss, reference.loss, allowed)
     if given.answers is not None and _is_greedy(case):
         found |= _compare_tokens(reference.logits[:, -given.answers.shape[1] :], given.answers, allowed)
     return found
@@ -146,25 +146,25 @@ def _is_greedy(case: Case) -> bool:
 def _both(
     case: Case, model: torch.nn.Module, given: Given, restore: Callable[[torch.nn.Module], None]
 ) -> tuple[_Outcome, _Outcome] | None:
-    """The case's own path, then the reference; without dropout in either. None where a path gives no logits."""
+    """Run the case's own path, then the reference, both without dropout; return None if either returns no logits."""
     model.eval()
     device = given.ids.device.type
     own = torch.autocast(device, torch.bfloat16) if _autocasts(case) else contextlib.nullcontext()
     with own:
-        seen = _forward(model, given)
-    if seen is None:
+        actual = _forward(model, given)
+    if actual is None:
         return None
-    restore(model)  # the reference's forward is the libraries' own
+    restore(model)  # the reference runs the libraries' own forward
     turn_into_reference(model)
     with full_float32():
         reference = _forward(model, given)
-    return None if reference is None else (seen, reference)
+    return None if reference is None else (actual, reference)
 
 
 def _forward(model: Any, given: Given) -> _Outcome | None:
     where: dict[str, torch.Tensor] = {}
     if given.answers is not None and given.mask is not None:
-        # As `generate` counts them: padding stands on the left and has no position.
+        # As in `generate`: padding is on the left and has no position.
         where["position_ids"] = (given.mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         out = model(input_ids=given.ids, attention_mask=given.mask, labels=given.labels, use_cache=False, **where)
@@ -173,17 +173,17 @@ def _forward(model: Any, given: Given) -> _Outcome | None:
     return _Outcome(out.logits.float(), None if given.labels is None else float(out.loss))
 
 
-def _error(seen: torch.Tensor, reference: torch.Tensor) -> float:
-    return float((seen - reference).norm() / reference.norm())
+def _error(actual: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((actual - reference).norm() / reference.norm())
 
 
-def _by_the_plain_path(
+def _allowed_by_plain_path(
     arithmetic: str, model: Any, given: Given, reference: torch.Tensor, used: torch.Tensor, allowed: float
 ) -> tuple[float, Findings]:
-    """What is allowed where the table is not enough: by what eager attention on unquantized layers errs in the same arithmetic."""
+    """Return the allowed error, from the error of the plain path in the same arithmetic: eager attention, unquantized layers."""
     if arithmetic not in ("float16", "bfloat16"):
         return allowed, Findings()  # float32 is the reference, and int8 has no plain path
-    for parameter in model.parameters():  # buffers stay: rotary frequencies are in float32 in the case too
+    for parameter in model.parameters():  # not buffers: rotary frequencies are float32 in the case too
         parameter.data = parameter.data.to(torch_dtype(arithmetic))
     plain = _forward(model, given)
     if plain is None:
@@ -196,9 +196,9 @@ def _by_the_plain_path(
 
 
 def _compare_with_stock(case: Case, engine: torch.Tensor, stock: torch.Tensor, answers: torch.Tensor) -> Findings:
-    """Compare the engine's logits and answers with those of the model's own forward in the case's own precision.
+    """Compare the engine's logits and answers with those of the model's own forward in the case's precision.
 
-    Both err; neither is right because it is stock. What decides is the float32 reference; these two numbers are shown.
+    Both have rounding errors, so these two numbers are only shown. The float32 reference decides.
     """
     error = float((engine - stock).norm() / stock.norm())
     note = "relative to the stock forward, same precision"
@@ -220,15 +220,18 @@ def _compare_logits(error: float, allowed: float) -> Findings:
     return Findings(metrics=metrics, facts={"equivalence": fact})
 
 
-def _compare_losses(seen: float, reference: float, allowed: float) -> Findings:
-    """A loss errs by less than its logits do: it averages over tokens, and a shift of all logits leaves it as it is."""
+def _compare_losses(actual: float, reference: float, allowed: float) -> Findings:
+    """Compare the two losses within the tolerance of the logits.
+
+    A loss has a smaller error than its logits: it averages over tokens, and does not change when all logits shift.
+    """
     if not math.isfinite(reference):
         return _unchecked(f"the reference's loss is {reference}, so the losses are not compared")
-    error = abs(seen - reference) / abs(reference) if reference else abs(seen)
+    error = abs(actual - reference) / abs(reference) if reference else abs(actual)
     note = "one batch, without dropout, after the last step"
-    losses = {"loss_checked": seen, "loss_reference": reference}
+    losses = {"loss_checked": actual, "loss_reference": reference}
     within = f"within {allowed:.3g} of the reference"
-    differs = f"{seen:.6g}, the reference's is {reference:.6g}"
+    differs = f"{actual:.6g}, the reference's is {reference:.6g}"
     return Findings(
         metrics={name: metric(name, loss, note=note) for name, loss in losses.items() if math.isfinite(loss)},
         facts={"reference_loss": Fact(asked=within, seen=within if error <= allowed else differs)},
@@ -236,10 +239,10 @@ def _compare_losses(seen: float, reference: float, allowed: float) -> Findings:
 
 
 def _compare_tokens(reference: torch.Tensor, answers: torch.Tensor, allowed: float) -> Findings:
-    """Return whether the reference, asked at each answered position, would have chosen the same token.
+    """Return whether the reference would have chosen the same token at each answered position.
 
-    Where it prefers another one by less than two logits may err, it is a tie and proves nothing. A token from a broken path lies
-    some root mean squares of the row below the best one.
+    If it prefers another token by less than the error of two logits, that is a tie and proves nothing. A token from a broken
+    path is several root mean squares of the row below the best one.
     """
     best, chosen = reference.max(dim=-1), reference.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
     same = best.indices == answers
@@ -247,28 +250,28 @@ def _compare_tokens(reference: torch.Tensor, answers: torch.Tensor, allowed: flo
     note = f"of {answers.numel()} tokens; the others are ties within the tolerance"
     agreement = metric("greedy_agreement", float(same.float().mean()), note=note)
     wrong = (~same & ~tied).nonzero().tolist()
-    asked, seen = "the reference's, or tied", f"{len(wrong)} of {answers.numel()} are not the reference's"
+    asked, differs = "the reference's, or tied", f"{len(wrong)} of {answers.numel()} are not the reference's"
     if wrong:
         row, at = wrong[0]
-        seen += (
+        differs += (
             f"; first token {at} of row {row}: {int(answers[row, at])}, the reference's {int(best.indices[row, at])}"
         )
-    fact = Fact(asked=asked, seen=seen if wrong else asked)
+    fact = Fact(asked=asked, seen=differs if wrong else asked)
     return Findings(metrics={"greedy_agreement": agreement}, facts={"greedy_tokens": fact})
 
 
 _FLOAT32 = 4
 _LOGITS_HELD = 5
-"""Float32 copies of the checked logits at once: both paths', both without padding, and their difference."""
+"""Float32 copies of the checked logits that exist at once: both paths', both without padding, and their difference."""
 _SCORES_HELD = 3
-"""Copies of one layer's attention scores that eager attention holds at once: scores, masked, softmax."""
+"""Copies of one layer's attention scores that exist at once in eager attention: scores, masked, softmax."""
 
 
 def turn_into_reference(model: Any) -> None:
-    """Dequantize every quantized layer, cast everything to float32, and take eager attention. One layer at a time."""
+    """Dequantize every quantized layer, one at a time, cast everything to float32, and select eager attention."""
     layers = _quantized(model)
     for name in list(layers):
-        # Popped, so that the quantized layer is gone before the next one is converted.
+        # Popped, so that the quantized layer is freed before the next one is converted.
         model.set_submodule(name, _dequantized(layers.pop(name)))
     for parameter in (*model.parameters(), *model.buffers()):
         if parameter.is_floating_point():
@@ -278,7 +281,7 @@ def turn_into_reference(model: Any) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Products of float32 in float32: tfloat32, should the code under test have allowed it, would err like bfloat16."""
+    """Compute float32 products in full precision in the block, even if the code under test has enabled tfloat32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -288,10 +291,10 @@ def full_float32() -> Iterator[None]:
 
 
 def reference_bytes(model: Any, rows: int, width: int) -> int:
-    """What the reference of `model` takes beyond what the model holds now, over (rows, width) ids.
+    """Return the bytes that the reference of `model` needs beyond what the model holds now, for (rows, width) ids.
 
-    Four bytes a parameter in place of what it takes now, the largest one twice while it is converted; logits; one layer's
-    attention scores and hidden states.
+    Four bytes per parameter instead of its current size, the largest parameter once more while it is converted, the logits, and
+    one layer's attention scores and hidden states.
     """
     grown, largest = 0, 0
     layers = _quantized(model)
@@ -314,11 +317,11 @@ def reference_bytes(model: Any, rows: int, width: int) -> int:
 
 
 def room_bytes(device: torch.device) -> int | None:
-    """Return what the card still has: free for anyone, or reserved by this process and not in use. None on a CPU."""
+    """Return the bytes available on the GPU: free, or reserved by this process and not in use. None on a CPU."""
     if device.type != "cuda":
         return None
     gc.collect()
-    torch.cuda.empty_cache()  # reserved memory in pieces too small for a float32 layer goes back first
+    torch.cuda.empty_cache()  # reserved pieces may be too small for a float32 layer
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

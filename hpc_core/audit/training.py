@@ -1,4 +1,4 @@
-"""Facts of training: what trains and in which dtype, optimizer, checkpointing, dropout, autocast, gradients, tokens."""
+"""Facts of training: trainable parameters, optimizer, checkpointing, dropout, autocast, gradients, tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpc_core.audit.forwards import ForwardsSeen, StepSeen
+from hpc_core.audit.forwards import AuditedStep, Forwards
 from hpc_core.audit.model import linear_layers, names
 from hpc_core.bounds.adapter import has_closed_form, layer_parameters, layer_tensors, tensor_sizes
 from hpc_core.builders.adapter import adapter_parameters
@@ -28,7 +28,7 @@ _SHOWN = 8
 
 
 def trainable_facts(case: Case, model: torch.nn.Module) -> Findings:
-    """Trainable parameters by count and by name, against the case; nothing may train in a generation."""
+    """Compare trainable parameters, by count and by name, with the case; a generation may have none."""
     training = isinstance(case.workload, FinetuneSpec)
     adapter = case.adapter
     return checked(
@@ -40,7 +40,7 @@ def trainable_facts(case: Case, model: torch.nn.Module) -> Findings:
             "trainable_names": lambda: _names(case, model) if training else None,
             "adapter_dtype": lambda: (
                 None
-                if adapter is None or not training  # a generation's is merged: nothing of it is left
+                if adapter is None or not training  # a generation merges its adapter, so nothing is left of it
                 else Fact(asked=[adapter.dtype], seen=names(part.dtype for part in adapter_parameters(model).values()))
             ),
         },
@@ -63,7 +63,7 @@ def _asked_count(case: Case, model: torch.nn.Module) -> int:
 
 
 def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
-    """Return the adapter's parameters in a model whose shape has no name, by the sizes of its linear layers.
+    """Count the adapter's parameters from the sizes of the linear layers, for a model whose shape has no name.
 
     Raises:
         LookupError: a target is not a linear layer, so there is no closed form.
@@ -80,17 +80,17 @@ def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
 
 
 def _names(case: Case, model: torch.nn.Module) -> Fact:
-    """Full: "all". Adapter: `target.lora_A`, `target.lora_B`, whatever the layer; anything else by its whole name."""
+    """Compare the names of trainable tensors: "all", or `target.lora_A` for an adapter's, whatever the layer."""
     live = _live(model)
     if case.adapter is None:
         frozen = [name for name, _ in model.named_parameters() if name not in live]
         return Fact(asked="all", seen=f"all but {_few(frozen)}" if frozen else "all")
     asked = sorted(f"{target}.{half}" for target in case.adapter.targets for half in layer_tensors(case.adapter, 1, 1))
     frozen = [name for name in adapter_parameters(model) if name not in live]
-    seen = sorted({_short(name) for name in live})
+    trained = sorted({_short(name) for name in live})
     if frozen:
         return Fact(asked=asked, seen=f"{len(live)} tensors, but not {_few(frozen)}")
-    return Fact(asked=asked, seen=seen if len(seen) <= len(asked) + _SHOWN else _few(seen))
+    return Fact(asked=asked, seen=trained if len(trained) <= len(asked) + _SHOWN else _few(trained))
 
 
 def _short(name: str) -> str:
@@ -106,35 +106,37 @@ def _few(listed: list[str]) -> str:
 _SMALLEST_8BIT = 4096
 """bitsandbytes keeps the state of smaller tensors in float32."""
 _SHORTEST = 3
-"""In shorter rows attention has nothing to choose from, and the gradient of queries and keys is rightly zero."""
+"""In shorter rows attention has only one key to choose from, so a zero gradient of queries and keys is correct."""
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What the counted steps showed."""
+    """What was observed in the counted steps."""
 
     operators: Counter[str]
     checkpointing: str
-    """"on", "off" or a sentence, by counted forwards."""
+    """"on", "off" or a description, from the counted forwards."""
     planned: str | None = None
-    """The same by the plan of a memory budget; None without one."""
+    """The same, as a memory budget planned it; None without a budget."""
 
 
-def training_facts(case: Case, workload: FinetuneSpec, program: FinetuneProgram, ran: Ran, step: StepSeen) -> Findings:
-    """All facts of a fine-tuning case that are not about its weights."""
+def training_facts(
+    case: Case, workload: FinetuneSpec, program: FinetuneProgram, ran: Ran, step: AuditedStep
+) -> Findings:
+    """Return all facts of a fine-tuning case that are not about its weights."""
     forwards = step.forwards
-    kinds = workload.checkpointing in ("reentrant", "non-reentrant") and ran.checkpointing == "on"
-    left = Findings()
+    has_kind = workload.checkpointing in ("reentrant", "non-reentrant") and ran.checkpointing == "on"
+    found = Findings()
     if workload.checkpointing == "as-prepare-leaves-it":
-        left = Findings(notes=(f"prepare left checkpointing {ran.checkpointing}, {_checkpointing_kind(forwards)}",))
+        found = Findings(notes=(f"prepare left checkpointing {ran.checkpointing}, {_checkpointing_kind(forwards)}",))
     autocast = "bfloat16" if workload.precision == "autocast-bf16" else "off"
-    return left | checked(
+    return found | checked(
         {
             "checkpointing": lambda: Fact(
                 asked=ran.planned or ("off" if workload.checkpointing == "off" else "on"), seen=ran.checkpointing
             ),
             "checkpointing_kind": lambda: (
-                Fact(asked=workload.checkpointing, seen=_checkpointing_kind(forwards)) if kinds else None
+                Fact(asked=workload.checkpointing, seen=_checkpointing_kind(forwards)) if has_kind else None
             ),
             "optimizer": lambda: Fact(asked=workload.optimizer, seen=optimizer_kind(program.optimizer)),
             "optimizer_state_dtype": lambda: _state_dtypes(workload, program),
@@ -149,25 +151,25 @@ def training_facts(case: Case, workload: FinetuneSpec, program: FinetuneProgram,
     )
 
 
-def _checkpointing_kind(forwards: ForwardsSeen) -> str:
+def _checkpointing_kind(forwards: Forwards) -> str:
     return "reentrant" if forwards.reentrant else "non-reentrant"
 
 
 def optimizer_kind(optimizer: Any) -> str:
-    """The name that a case would call this optimizer by, read from the live object."""
+    """Return the name of this live optimizer, as a case writes it."""
     name = type(optimizer).__name__.lower()
     base = "adamw" if "adamw" in name else name
     if type(optimizer).__module__.startswith("bitsandbytes"):
         paged = "paged-" if optimizer.is_paged else ""
         return f"{base}-{paged}{optimizer.args.optim_bits}bit"
-    for way in ("fused", "foreach"):
-        if all(group.get(way) for group in optimizer.param_groups):
-            return f"{base}-{way}"
+    for implementation in ("fused", "foreach"):
+        if all(group.get(implementation) for group in optimizer.param_groups):
+            return f"{base}-{implementation}"
     return base
 
 
 def _state_dtypes(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
-    """Moments take the parameter's dtype, or a byte in large tensors of an 8-bit optimizer."""
+    """Compare the dtypes of the moments: the parameter's, or uint8 for large tensors of an 8-bit optimizer."""
     optimizer: Any = program.optimizer
     parameters = [part for group in optimizer.param_groups for part in group["params"]]
     if workload.optimizer.endswith("8bit"):
@@ -179,15 +181,15 @@ def _state_dtypes(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
     return Fact(asked=asked, seen=seen)
 
 
-def _mode(forwards: ForwardsSeen) -> str:
+def _mode(forwards: Forwards) -> str:
     if not forwards.calls:
         raise LookupError("no forward was seen")
-    asleep = forwards.modules - forwards.training
-    return f"off in {asleep} of {forwards.modules} modules" if asleep else "on"
+    evaluating = forwards.modules - forwards.training
+    return f"off in {evaluating} of {forwards.modules} modules" if evaluating else "on"
 
 
 def _dropout(case: Case, program: FinetuneProgram, ran: Ran) -> Fact | None:
-    """The rates of the adapter's live dropout modules, and whether an operator of dropout ran at all."""
+    """Compare the rates of the adapter's live dropout modules, and check that a dropout operator ran."""
     if case.adapter is None:
         return None
     asked = [case.adapter.dropout] if case.adapter.dropout else []
@@ -197,37 +199,37 @@ def _dropout(case: Case, program: FinetuneProgram, ran: Ran) -> Fact | None:
         if "lora_dropout" in name and isinstance(module, torch.nn.Dropout)
     ]
     rates = sorted({module.p if module.training else 0.0 for module in modules})
-    drew = any(name.startswith(("aten.native_dropout.", "aten.bernoulli")) for name in ran.operators)
-    if rates and any(rates) and not drew:
+    dropped = any(name.startswith(("aten.native_dropout.", "aten.bernoulli")) for name in ran.operators)
+    if rates and any(rates) and not dropped:
         return Fact(asked=asked, seen=f"{rates}, but no operator of dropout ran")
     return Fact(asked=asked, seen=rates)
 
 
-def _gradients(program: FinetuneProgram, step: StepSeen) -> Fact | None:
-    """Whether a finite gradient reached every trainable parameter, and is not zero throughout.
+def _gradients(program: FinetuneProgram, step: AuditedStep) -> Fact | None:
+    """Return whether every trainable parameter received a finite gradient that is not all zeros.
 
-    LoRA's A gets a zero gradient in the very first step only, as long as B is zero; this step comes after many. In float16
-    a whole gradient may underflow, and in rows of two tokens attention learns nothing: zeros are let pass there. A loss that
-    is not finite has a fact of its own, and no gradient behind it says more.
+    Zeros are allowed in float16, where a whole gradient may underflow, and in rows of two tokens, where attention learns
+    nothing. LoRA's A has a zero gradient only in the first step, while B is zero. A loss that is not finite is reported by a
+    fact of its own, so its gradients are not checked.
     """
     if program.loss is None or not math.isfinite(float(program.loss)):
         return None
     dtypes = {name: part.dtype for name, part in program.model.named_parameters()}
     long = program.batches[program.widest].ids.shape[1] >= _SHORTEST
-    odd = {}
+    wrong = {}
     for name, largest in step.gradients.items():
         if largest is None:
-            odd[name] = "has none"
+            wrong[name] = "has none"
         elif not math.isfinite(largest):
-            odd[name] = "is not finite"
+            wrong[name] = "is not finite"
         elif largest == 0 and long and dtypes[name] != torch.float16:
-            odd[name] = "is zero"
+            wrong[name] = "is zero"
     count = len(step.gradients)
-    seen = f"{count - len(odd)} of {count} reached"
-    if odd:
-        first = next(iter(odd))
-        seen += f"; {first} {odd[first]}"
-    return Fact(asked=f"{count} of {count} reached", seen=seen)
+    reached = f"{count - len(wrong)} of {count} reached"
+    if wrong:
+        first = next(iter(wrong))
+        reached += f"; {first} {wrong[first]}"
+    return Fact(asked=f"{count} of {count} reached", seen=reached)
 
 
 def _labels(batch: Any) -> int:
@@ -243,35 +245,35 @@ def _pass(workload: FinetuneSpec, program: FinetuneProgram) -> list[DeviceBatch]
 
 
 def _is_full(workload: FinetuneSpec) -> bool:
-    """Random and packed rows fill every place: closed form. Of other data the collated lists say."""
+    """Return whether every row is full, so that token counts have a closed form; other data is counted."""
     return workload.packing or workload.data.source == "random"
 
 
 def _trained_tokens(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
-    """Labels on the device, over a whole timed pass."""
-    asked = program.tokens_of(workload.steps)
+    """Compare the labels on the device over a whole timed pass."""
+    expected = program.tokens_of(workload.steps)
     if _is_full(workload):
-        asked = workload.batch * workload.length * workload.steps
-    return Fact(asked=asked, seen=sum(_labels(batch.labels) for batch in _pass(workload, program)))
+        expected = workload.batch * workload.length * workload.steps
+    return Fact(asked=expected, seen=sum(_labels(batch.labels) for batch in _pass(workload, program)))
 
 
 def _padded_tokens(workload: FinetuneSpec, program: FinetuneProgram) -> Fact:
-    asked = 0 if _is_full(workload) else program.padded_of(workload.steps)
-    return Fact(asked=asked, seen=sum(_padding(batch.mask) for batch in _pass(workload, program)))
+    expected = 0 if _is_full(workload) else program.padded_of(workload.steps)
+    return Fact(asked=expected, seen=sum(_padding(batch.mask) for batch in _pass(workload, program)))
 
 
-def _batch(workload: FinetuneSpec, program: FinetuneProgram, forwards: ForwardsSeen) -> Fact:
-    """What the model itself was given in the audited step."""
+def _batch(workload: FinetuneSpec, program: FinetuneProgram, forwards: Forwards) -> Fact:
+    """Compare the batch that the model itself received in the audited step."""
     widest = program.batches[program.widest]
     given = forwards.first
     rows, width = given["input_ids"].shape
-    seen = _described(rows, width, _labels(given["labels"]), _padding(given.get("attention_mask")))
+    received = _describe(rows, width, _labels(given["labels"]), _padding(given.get("attention_mask")))
     if _is_full(workload):
-        asked = _described(workload.batch, workload.length, workload.batch * workload.length, 0)
+        expected = _describe(workload.batch, workload.length, workload.batch * workload.length, 0)
     else:
-        asked = _described(workload.batch, widest.ids.shape[1], widest.tokens, widest.padded)
-    return Fact(asked=asked, seen=seen)
+        expected = _describe(workload.batch, widest.ids.shape[1], widest.tokens, widest.padded)
+    return Fact(asked=expected, seen=received)
 
 
-def _described(rows: int, width: int, labels: int, masked: int) -> str:
+def _describe(rows: int, width: int, labels: int, masked: int) -> str:
     return f"{rows} x {width} ids, {labels} labels, {masked} masked"

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_seen, count_layer_forwards
+from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_state, count_layer_forwards
 from hpc_core.audit.generation import attention_facts
 from hpc_core.audit.loss import loss_facts
 from hpc_core.audit.model import context_note
@@ -213,8 +213,8 @@ class Training:
                     program.step()
         per = None if steps == 1 else f"{steps} steps"
         again, layers = program.recomputed_attentions, forwards.layers
-        planned = None if again is None else checkpointing_seen((layers + again) * steps, layers, steps)
-        ran = Ran(counts.operators, checkpointing_seen(forwards.count, layers, steps), planned)
+        planned = None if again is None else checkpointing_state((layers + again) * steps, layers, steps)
+        ran = Ran(counts.operators, checkpointing_state(forwards.count, layers, steps), planned)
         return Findings(
             metrics={
                 "operators": metric("operators", counts.total, on_gpu=on_gpu, per=per),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from hpc_core.audit.forwards import ForwardsSeen, watch_forwards
+from hpc_core.audit.forwards import Forwards, watch_forwards
 from hpc_core.audit.generation import attention_facts, generation_facts
 from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
@@ -256,7 +256,7 @@ class Generation:
         counts = {}
         for new in (1, 1 + COUNTED_TOKENS):
             program.steps_done = 0
-            hooks = watch_forwards(program.model, kind) if watched else contextlib.nullcontext(ForwardsSeen())
+            hooks = watch_forwards(program.model, kind) if watched else contextlib.nullcontext(Forwards())
             with self._new_tokens(new), hooks as forwards, counting() as counts[new]:
                 program.step()
         prefill, whole = counts[1], counts[1 + COUNTED_TOKENS]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_core.audit.forwards import checkpointing_seen
+from hpc_core.audit.forwards import checkpointing_state
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.workloads import CallableSpec
@@ -151,10 +151,10 @@ def test_a_fixed_program_repeats_one_step() -> None:
 
 def test_checkpointing_follows_from_the_number_of_forwards() -> None:
     """One forward per layer and step is off, two are on, and anything else is reported in numbers."""
-    assert checkpointing_seen(15, 3, 5) == "off"
-    assert checkpointing_seen(30, 3, 5) == "on"
-    assert checkpointing_seen(20, 3, 5) == "partly: 20 forwards of 3 layers in 5 steps"
-    assert checkpointing_seen(0, 0, 5).startswith("unknown")
+    assert checkpointing_state(15, 3, 5) == "off"
+    assert checkpointing_state(30, 3, 5) == "on"
+    assert checkpointing_state(20, 3, 5) == "partly: 20 forwards of 3 layers in 5 steps"
+    assert checkpointing_state(0, 0, 5).startswith("unknown")
 
 
 def test_losses_that_are_not_finite_void_the_run() -> None:
