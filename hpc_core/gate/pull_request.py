@@ -36,8 +36,11 @@ def limits_beside(base: Lookup, head: Lookup) -> tuple[tuple[Limits, ...], tuple
     if not isinstance(base, Baseline):
         return (), ()
     old = base.spec.limits
-    relative = Limits(**{name: limit for name, limit in old.named().items() if isinstance(limit, str)})
-    return (old,), (relative, *((head.spec.limits,) if isinstance(head, Baseline) else ()))
+    if not isinstance(head, Baseline):
+        return (old,), (old,)
+    # A metric that the pull request drops needs no limit any more.
+    relative = {name: each for name, each in old.named().items() if isinstance(each, str) and name in head.metrics}
+    return (old,), (Limits(**relative), head.spec.limits)
 
 
 def judge_pull_request(base_side: Side, head_side: Side) -> Judgement:

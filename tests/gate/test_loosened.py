@@ -69,12 +69,13 @@ def test_limits_of_the_merge_base_hold_beside_those_of_the_code(
 
 def test_an_acceptance_brings_an_absolute_limit_and_no_percentage() -> None:
     """What is accepted must be what was measured, so the merge base's percentage holds against the new baseline, too."""
-    old = baseline(a_record(case=a_case(limits=Limits(peak_bytes=2 * GiB, operators="1%"))))
+    old = baseline(a_record(case=a_case(limits=Limits(peak_bytes=2 * GiB, operators="1%", kernels="1%"))))
     new = baseline(a_record(case=a_case(limits=Limits(peak_bytes=4 * GiB, operators="90%"))))
     at_base, at_head = limits_beside(old, new)
     assert at_base == (old.spec.limits,)
     assert at_head == (Limits(operators="1%"), new.spec.limits)
     assert limits_beside(Missing(path="x"), new) == ((), ())
+    assert limits_beside(old, Missing(path="x")) == ((old.spec.limits,), (old.spec.limits,))
 
 
 @pytest.mark.parametrize(
