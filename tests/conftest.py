@@ -65,6 +65,18 @@ def no_garbage_collection_of_libraries() -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a test's own suite strict only where the test asks for it."""
+    monkeypatch.delenv("CI", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def path_to_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let printed commands begin with `pytest`, as where the environment is activated."""
+    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+
+
+@pytest.fixture(autouse=True)
 def no_xdist_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run a test's own suite outside xdist: in a worker's child, pytest-benchmark takes no samples."""
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):

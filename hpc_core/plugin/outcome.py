@@ -96,19 +96,8 @@ def _explained(row: Row, judgement: Judgement, again: str, command: Command) -> 
         step,
         accept,
         again,
-        _bisect(row, command),
+        row.search,
     )
-
-
-def _bisect(row: Row, command: Command) -> str:
-    """Return the command that finds the commit which made a case worse; empty if no commit lies between."""
-    bad = row.record.circumstances.commit
-    if bad is None or bad == row.good_commit or row.judgement is None or row.judgement.verdict is not Verdict.REGRESSED:
-        return ""
-    good = "GOOD" if row.good_commit is None else row.good_commit[:10]
-    hint = ", with a commit for GOOD that passes" if row.good_commit is None else ""
-    search = command.bisect(good)
-    return f"Find the commit{hint}: {search}" if search else ""
 
 
 def _metric_line(case: str, row: MetricVerdict) -> str:

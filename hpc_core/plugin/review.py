@@ -6,6 +6,7 @@ import datetime
 import functools
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import msgspec
 
@@ -14,7 +15,7 @@ from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
 from hpc_core.baselines.history import Session, sessions
 from hpc_core.baselines.lookup import find
 from hpc_core.baselines.pull_request import Loosening, PullRequest
-from hpc_core.case.errors import BaselineError
+from hpc_core.case.errors import BaselineError, RepositoryError
 from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.intervals import EARLY_PASS_ALPHA, PASS_ALPHA
@@ -25,6 +26,7 @@ from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import expired, waived, waived_since_base
 from hpc_core.plugin.base import MergeBase
 from hpc_core.plugin.options import Settings
+from hpc_core.record.git import git
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values
 from hpc_core.report.entry import Row
@@ -84,14 +86,20 @@ class Review:
         return bool(busy) and all(row.verdict is Verdict.PASS for row in busy)
 
     def good_commit(self, record: Record) -> str | None:
-        """Return the commit that the record's baseline was measured at; None if it is unknown or had uncommitted changes."""
+        """Return the commit before HEAD that the record's baseline was measured at; None if git knows none or it had uncommitted changes."""
         key, case_id = record.circumstances.machine.key, record.case.id
         lookup = (
             find(self._settings.baselines, key, case_id)
             if self._base is None
             else self._base.baselines.find(key, case_id)
         )
-        return lookup.accepted.commit if isinstance(lookup, Baseline) and not lookup.accepted.dirty else None
+        commit = lookup.accepted.commit if isinstance(lookup, Baseline) and not lookup.accepted.dirty else None
+        try:
+            if commit is not None:
+                git(Path.cwd(), "merge-base", "--is-ancestor", commit, "HEAD")
+        except RepositoryError:  # squashed, rebased, of another repository, or not fetched
+            return None
+        return commit
 
     def expired(self, case_id: str | None = None) -> tuple[str, ...]:
         """Return a sentence for each expired waiver: of one case, or of all."""

@@ -19,7 +19,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.explain.explain import stored_cause
-from hpc_core.gate.verdict import SUITE_ALPHA, Judgement
+from hpc_core.gate.verdict import SUITE_ALPHA, Judgement, Verdict
 from hpc_core.launch.launcher import Launcher, preloadable
 from hpc_core.plugin.options import Settings
 from hpc_core.plugin.progress import Progress
@@ -209,7 +209,7 @@ class Runner:
             record=record,
             judgement=judgement,
             command=command,
-            good_commit=self._review.good_commit(record),
+            good_commit=self._review.good_commit(record) if judgement.verdict is Verdict.REGRESSED else None,
             grown=self._grown(record),
             cause=stored_cause(self._settings.baselines, record, judgement),
             expired=self._review.expired(record.case.id),

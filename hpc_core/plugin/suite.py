@@ -5,7 +5,9 @@ One plugin object, registered only when it is needed.
 
 from __future__ import annotations
 
+import functools
 import shutil
+import sys
 import warnings
 from collections.abc import Generator
 from fnmatch import fnmatchcase
@@ -17,6 +19,7 @@ import msgspec
 import pytest
 
 from hpc_core.baselines.pull_request import write_pull_request
+from hpc_core.case.errors import RepositoryError
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
@@ -30,6 +33,7 @@ from hpc_core.plugin.review import Review
 from hpc_core.plugin.runner import Runner
 from hpc_core.plugin.tally import Tally
 from hpc_core.record.environment import machine, stack, visible_gpus
+from hpc_core.record.git import top
 from hpc_core.record.record import Record
 from hpc_core.record.version import __version__
 from hpc_core.report.command import Command
@@ -79,12 +83,23 @@ class Suite:
         where = self._config.getoption("perf_baselines")
         return Command(
             case=case_id_of(item),
-            start=f"pytest {spelled(self._config, '--benchmark')}{path}",
+            start=f"{_program()} {spelled(self._config, '--benchmark')}{path}",
             options=f" --perf-baselines={quote(where)}" if where else "",
+            folder=self._folder,
             fault=self._settings.fault,
             case_option=spelled(self._config, "--case"),
             reason_option=spelled(self._config, "--reason"),
         )
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """The folder that pytest was started in, below the root of its repository; empty if it is the root, or in none."""
+        here = self._config.invocation_params.dir.resolve()
+        try:
+            below = here.relative_to(top(here).resolve()).as_posix()
+        except (RepositoryError, ValueError):
+            return ""
+        return "" if below == "." else below
 
     def _is_found(self, path: Path) -> bool:
         """Return whether pytest collects a file of this name by itself."""
@@ -365,6 +380,16 @@ class Suite:
             "name": where.name,
             "stack": stack("cuda" if device == "cuda" else "cpu"),
         }
+
+
+def _program() -> str:
+    """Return what starts this pytest in the user's shell: its name, if that is found there, or Python and its module."""
+    python = Path(sys.executable)
+    found = shutil.which("pytest")
+    if found is not None and Path(found).parent == python.parent:
+        return "pytest"
+    shown = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+    return f"{quote(str(shown))} -m pytest"
 
 
 def _took(record: Record) -> str:

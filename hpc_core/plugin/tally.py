@@ -11,6 +11,7 @@ import pytest
 from hpc_core.plugin import uses_perf
 from hpc_core.plugin.fixture import CALLED, OUTCOME
 from hpc_core.plugin.outcome import FailureKind
+from hpc_core.record import units
 from hpc_core.report.entry import Row
 
 _MOST_REASONS = 3
@@ -81,8 +82,8 @@ class Tally:
         """Return one line: what was measured, with what verdicts, what was not, and why."""
         predicted = [row for row in rows if row.record.circumstances.machine.key == "predicted"]
         measured = [row for row in rows if row not in predicted]
-        parts = [f"{_counted(measured)} measured" if measured or not predicted else ""]
-        parts += [f"{_counted(predicted)} predicted" if predicted else ""]
+        parts = [_counted(measured, "measured") if measured or not predicted else ""]
+        parts += [_counted(predicted, "predicted") if predicted else ""]
         missing = [nodeid for nodeid, item in self._expected().items() if OUTCOME not in item.stash]
         if missing or self._files:
             reasons = Counter(map(self._why, [*missing, *self._files]))
@@ -112,8 +113,9 @@ def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
     return text.removeprefix("Skipped: ")
 
 
-def _counted(rows: Sequence[Row]) -> str:
+def _counted(rows: Sequence[Row], how: str) -> str:
     if not rows:
-        return "nothing"
+        return f"no case {how}"
     verdicts = Counter(row.verdict for row in rows)
-    return f"{len(rows)} ({', '.join(f'{many} {verdict}' for verdict, many in verdicts.items())})"
+    shown = ", ".join(f"{many} {verdict}" for verdict, many in verdicts.items())
+    return f"{units.counted(len(rows), 'case')} {how} ({shown})"

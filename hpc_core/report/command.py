@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from shlex import quote
 
 import msgspec
 
@@ -17,6 +18,8 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
     """The program, its switch, and the path of the test if it needs one."""
     options: str = ""
     """Such as " --perf-baselines=others"."""
+    folder: str = ""
+    """Where the command runs, below the root of the repository; empty if it is the root."""
     fault: str | None = None
     case_option: str = "--case"
     reason_option: str = "--reason"
@@ -33,7 +36,16 @@ class Command(msgspec.Struct, frozen=True, kw_only=True):
 
     def bisect(self, good: str) -> str:
         """Return the command that finds the first bad commit after `good`; empty with a fault, which is in no commit."""
-        return "" if self.fault else f"git bisect start HEAD {good} && git bisect run {self._plain()} --perf-bisect"
+        if self.fault:
+            return ""
+        git, run = "git", f"{self._plain()} --perf-bisect"
+        if self.folder:
+            # git bisects from the root of a repository only.
+            git, run = (
+                'git -C "$(git rev-parse --show-toplevel)"',
+                f"sh -c {quote(f'cd {quote(self.folder)} && {run}')}",
+            )
+        return f"{git} bisect start HEAD {good} && {git} bisect run {run}"
 
     def in_step(self, step: str) -> str:
         """Return a next step of the gate, which knows only the case, with these commands; empty if it asks to accept a fault."""

@@ -84,6 +84,18 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return self.command or Command(case=self.case, fault=self.record.circumstances.fault)
 
     @property
+    def search(self) -> str:
+        """Return the command that finds the commit which made the case worse, with its purpose; empty if no commit lies between."""
+        seen, judgement = self.record.circumstances, self.judgement
+        if judgement is None or judgement.verdict is not Verdict.REGRESSED or seen.commit in (None, self.good_commit):
+            return ""
+        command = self.commands.bisect("GOOD" if self.good_commit is None else self.good_commit[:10])
+        first = ["commit or stash your changes first"] if seen.dirty else []
+        first += ["GOOD is a commit that passes"] if self.good_commit is None else []
+        hint = f" ({'; '.join(first)})" if first else ""
+        return f"Find the commit{hint}: {command}" if command else ""
+
+    @property
     def wall(self) -> str:
         """Return the median wall time of a step or a query."""
         return self._shown("step_s", "query_s")

@@ -163,7 +163,7 @@ def _problem(row: Row) -> _Problem | None:
         return _Problem(row.expired[0], row.expired[1:]) if row.expired else None
     excuses = (f"{excuse.metric}: {excuse.text}" for excuse in judgement.excuses)
     settled = judgement.verdict is Verdict.IMPROVED or _is_excused(row)
-    next_step = "" if settled else row.commands.in_step(judgement.next_step)
+    steps = () if settled else (row.search, row.commands.in_step(judgement.next_step))
     return _Problem(
         judgement.headline,
         (
@@ -174,7 +174,7 @@ def _problem(row: Row) -> _Problem | None:
             *row.expired,
         ),
         # What improved is accepted by one command for all of it, at the end.
-        (next_step,) if next_step else (),
+        tuple(filter(None, steps)),
     )
 
 

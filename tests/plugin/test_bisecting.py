@@ -72,12 +72,13 @@ def test_git_bisect_finds_the_commit(tmp_path: Path) -> None:
     bad = commit(root, "bigger", STEP.format(kib=8192))
     red = run_shell(root, f"{sys.executable} -m pytest --benchmark")
     assert red.returncode == 1, red.stdout
-    printed = re.search(
+    printed = re.findall(
         r"Find the commit: (git bisect start HEAD (\w+) && git bisect run pytest .*--perf-bisect)", red.stdout
     )
-    assert printed is not None, red.stdout
-    assert good.startswith(printed[2])
-    searched = run_shell(root, printed[1].replace("run pytest", f"run {sys.executable} -m pytest"))
+    assert len(printed) == 2, f"below the failure and below the table: {red.stdout}"
+    command, start = printed[0]
+    assert good.startswith(start)
+    searched = run_shell(root, command)
     assert f"{bad} is the first bad commit" in searched.stdout, searched.stdout + searched.stderr
     git(root, "bisect", "reset")
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from hpc_core.baselines.accept import accept
 from hpc_core.record.record import record_from_json
+from hpc_core.report.command import Command
+from tests.compare.compare_repository import git
 from tests.plugin.scripted_project import Run, scripted_project
 
 pytestmark = pytest.mark.slow
@@ -82,3 +88,33 @@ def test_the_command_for_a_gain_keeps_it(pytester: pytest.Pytester, run: Run) ->
     arguments = command.replace("'", "").replace('"…"', "faster").split()[1:]
     assert run(*arguments).ret == 0
     assert run("--benchmark", "--perf-baselines=accepted", "--case=test_own/test_less", "--perf-strict").ret == 0
+
+
+def test_a_run_names_the_python_whose_pytest_the_shell_does_not_find(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where `pytest` is not on the path, or is another environment's, commands begin with this Python."""
+    monkeypatch.setenv("PATH", os.defpath)
+    text = str(run("--benchmark", "--perf-baselines=accepted").stdout)
+    assert f"{sys.executable} -m pytest --benchmark --case" in text
+
+
+@pytest.mark.parametrize(
+    ("folder", "pasted_in"), [("", ""), ("models/two words", ""), ("models/two words", "models/two words")]
+)
+def test_the_printed_search_finds_the_commit(tmp_path: Path, folder: str, pasted_in: str) -> None:
+    """It works from the root of the repository and from the folder of the run, whichever folder that is."""
+    here = tmp_path / folder
+    (tmp_path / "models" / "two words").mkdir(parents=True)
+    (tmp_path / "models" / "two words" / "kept").touch()
+    git(tmp_path, "init", "-q")
+    commits: list[str] = []
+    for kib in (1, 1, 2, 2):
+        (here / "check").write_text(f"#!/bin/sh\ntest {kib} = 1 # {len(commits)}\n")
+        (here / "check").chmod(0o755)
+        git(tmp_path, "add", "-A")
+        git(tmp_path, "commit", "-q", "-m", "a step")
+        commits.append(git(tmp_path, "rev-parse", "HEAD"))
+    search = Command(case="own/step", start="./check", folder=folder).bisect(commits[0][:10])
+    output = subprocess.run(
+        ["sh", "-c", search], cwd=tmp_path / pasted_in, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert f"{commits[2]} is the first bad commit" in output.stdout, output.stdout + output.stderr

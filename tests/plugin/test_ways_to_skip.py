@@ -226,12 +226,12 @@ def test_flaky(perf):
     )
     whole = run("--benchmark", "--deselect=bench/test_own.py::test_flaky")
     assert last(whole) == (
-        "hpc-core: 2 (1 REGRESSED, 1 NO_BASELINE) measured; not measured: 2 (needs a CUDA GPU: none is visible), "
+        "hpc-core: 2 cases measured (1 REGRESSED, 1 NO_BASELINE); not measured: 2 (needs a CUDA GPU: none is visible), "
         "1 (its test did not call perf); 1 deselected; exit code 1"
     )
-    assert last(run("--benchmark", "--case=*/test_flaky")) == "hpc-core: nothing measured; not measured: 1 (flaky)"
+    assert last(run("--benchmark", "--case=*/test_flaky")) == "hpc-core: no case measured; not measured: 1 (flaky)"
     strict = run("--benchmark", "--case=*/test_flaky", "--perf-strict", "-q")
-    assert last(strict) == "hpc-core: nothing measured; not measured: 1 (flaky); exit code 10 (--perf-strict)"
+    assert last(strict) == "hpc-core: no case measured; not measured: 1 (flaky); exit code 10 (--perf-strict)"
 
 
 def test_what_is_measured_without_a_baseline_is_green(pytester: pytest.Pytester, run: Run) -> None:
@@ -274,4 +274,4 @@ def test_a_rerun_excuses_no_regression(pytester: pytest.Pytester, run: Run) -> N
         result = run("--benchmark", *options_)
         result.assert_outcomes(failed=1)
         assert result.ret == 1
-        assert last(result) == "hpc-core: 1 (1 REGRESSED) measured; exit code 1"
+        assert last(result) == "hpc-core: 1 case measured (1 REGRESSED); exit code 1"
