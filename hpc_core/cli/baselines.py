@@ -35,16 +35,25 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DEFAULT = Path("baselines")
 
 
+def _need(root: Path) -> None:
+    """Check that there is a folder of baselines.
+
+    Raises:
+        SpecError: there is none.
+    """
+    if not root.is_dir():
+        raise SpecError(
+            f"{root}: no such folder. Name it with --baselines, or write the first baseline with --perf-update."
+        )
+
+
 def _all(root: Path) -> list[tuple[str, str]]:
     """Return machine and case id of every file that could be a baseline.
 
     Raises:
         SpecError: the folder does not exist.
     """
-    if not root.is_dir():
-        raise SpecError(
-            f"{root}: no such folder. Name it with --baselines, or write the first baseline with --perf-update."
-        )
+    _need(root)
     paths = sorted(root.glob("*/*/*.json"))
     return [(path.parts[-3], f"{path.parts[-2]}/{path.stem}") for path in paths]
 
@@ -198,6 +207,7 @@ def _is_file(text: str) -> bool:
 
 
 def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
+    _need(baselines)
     record = read_record(path)
     lookup = find(baselines, record.circumstances.machine.key, record.case.id)
     judgement = judge(record, lookup)
@@ -237,8 +247,7 @@ def _metrics(path: Path) -> tuple[str, dict[str, Metric]]:
 
 
 def _of_revisions(one: str, other: str | None, baselines: Path, *, as_json: bool) -> None:
-    if not baselines.is_dir():
-        raise SpecError(f"{baselines}: no such folder. Name it with --baselines.")
+    _need(baselines)
     old = PastBaselines(baselines, one)
     new = None if other is None else PastBaselines(baselines, other)
     changes = baseline_changes(baselines, old, new)

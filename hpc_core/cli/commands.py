@@ -11,7 +11,7 @@ from hpc_core.case.case import Case, case_to_json
 from hpc_core.cli.ab import ab
 from hpc_core.cli.baselines import baseline_app
 from hpc_core.cli.bisect import bisect
-from hpc_core.cli.console import say, show, tell
+from hpc_core.cli.console import say, say_encoded, show, tell
 from hpc_core.cli.doctor import doctor
 from hpc_core.cli.explain import explain_record
 from hpc_core.cli.faults import faults
@@ -67,7 +67,7 @@ def list_cases(
     chosen = [case for case in known_cases(cases).values() if scale in (None, case.scale)]
     if as_json:
         for case in chosen:
-            say(case_to_json(case).decode())
+            say_encoded(case_to_json(case))
         return
     width = max(len(case.id) for case in chosen)
     for case in chosen:
@@ -88,7 +88,7 @@ def run_one(
     """Run one case and show what was measured; nothing is judged. Exit code 1: invalid, 11: the run broke."""
     record = _run_case(launch, known_case(case, cases), device, timeline=timeline)
     if as_json:
-        say(record_to_json(record, indent=2).decode())
+        say_encoded(record_to_json(record, indent=2))
     else:
         show([Row(record=record)])
     raise typer.Exit({"ok": ExitCode.OK, "invalid": ExitCode.FAILED, "failed": ExitCode.BROKEN}[record.status])

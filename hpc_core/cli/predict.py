@@ -11,7 +11,7 @@ import typer
 from hpc_core.case.case import Case
 from hpc_core.case.errors import PredictError, SpecError
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
-from hpc_core.cli.console import say, tell
+from hpc_core.cli.console import say, say_encoded, tell
 from hpc_core.cli.fitting import largest_fitting
 from hpc_core.cli.inputs import (
     Files,
@@ -145,7 +145,7 @@ def _short(case: Case, batch: int | None, length: int | None, changes: dict[str,
 
 def _one(record: Record, kept: int, *, as_json: bool) -> None:
     if as_json:
-        say(record_to_json(record, indent=2).decode())
+        say_encoded(record_to_json(record, indent=2))
         if record.failure is not None:
             raise typer.Exit(ExitCode.BROKEN)
     else:
@@ -177,7 +177,7 @@ def _sweep(case: Case, text: str, gpu: str, kept: int, *, as_json: bool) -> None
             rows.append((value, _reported(f"{field}={value}", launcher, each, gpu)))
     if as_json:
         for _, record in rows:
-            say(record_to_json(record).decode())
+            say_encoded(record_to_json(record))
     else:
         say(f"{case.id} on one {gpu}, predicted; left: beyond the margin of {_bytes(kept)}")
         say(sweep_table(field, rows, kept))
@@ -212,7 +212,7 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
             f"and {_bytes(room)} are left by the margin of {_bytes(kept)}."
         )
     if as_json:
-        say(record_to_json(records[best], indent=2).decode())
+        say_encoded(record_to_json(records[best], indent=2))
         return
     beyond = search.beyond
     end = (
