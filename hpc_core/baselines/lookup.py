@@ -24,7 +24,7 @@ from hpc_core.baselines.transaction import recover
 from hpc_core.case.case import SCHEMA, case_to_json
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.files import read_regular
-from hpc_core.record.plain import all_plain, is_suspect, plain
+from hpc_core.record.plain import all_plain, fits, is_suspect, may_not_fit, plain
 
 _LARGEST_BYTES = 4 * 2**20
 _LONGEST_REASON = 300
@@ -101,6 +101,8 @@ def _parse(path: str, raw: bytes) -> Baseline | OlderSchema:
     if schema != SCHEMA:
         return OlderSchema(path=path, found=schema)
     try:
+        if may_not_fit(raw) and not fits(content):
+            raise _DamageError("a whole number in it does not fit 64 bits")
         if is_suspect(raw):  # the case stays as it is, for its digest; what is shown of it is quoted
             content = {name: each if name == "spec" else all_plain(each) for name, each in content.items()}
         baseline = msgspec.convert(content, Baseline)

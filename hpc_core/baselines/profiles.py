@@ -17,7 +17,7 @@ from hpc_core.baselines.baseline import Baseline, gated_metrics
 from hpc_core.baselines.lookup import baseline_path, find
 from hpc_core.case.errors import BaselineError
 from hpc_core.record.files import read_regular
-from hpc_core.record.plain import all_plain, is_suspect
+from hpc_core.record.plain import all_plain, fits, is_suspect, may_not_fit
 from hpc_core.record.profile import Profile
 from hpc_core.record.record import Metric, Record
 
@@ -140,6 +140,8 @@ def stored_profile(root: Path, key: str, baseline: Baseline) -> StoredProfile | 
         with gzip.GzipFile(fileobj=io.BytesIO(read_regular(path, _LARGEST_BYTES))) as file:
             text = file.read(_LARGEST_BYTES + 1)
         stored = msgspec.json.decode(text, type=StoredProfile)
+        if may_not_fit(text) and not fits(msgspec.to_builtins(stored)):
+            return None
         if is_suspect(text):
             stored = msgspec.convert(all_plain(msgspec.to_builtins(stored)), StoredProfile)
     except (OSError, EOFError, zlib.error, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

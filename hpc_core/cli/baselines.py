@@ -207,8 +207,8 @@ def _is_file(text: str) -> bool:
 
 
 def _judge(path: Path, baselines: Path, *, as_json: bool) -> NoReturn:
-    _need(baselines)
     record = read_record(path)
+    _need(baselines)
     lookup = find(baselines, record.circumstances.machine.key, record.case.id)
     judgement = judge(record, lookup)
     cause = stored_cause(baselines, record, judgement)

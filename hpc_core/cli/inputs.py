@@ -29,6 +29,7 @@ from hpc_core.catalogue import (
     qlora,
 )
 from hpc_core.catalogue.predicted import PREDICTED
+from hpc_core.record.plain import plain
 
 Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES are added; repeatable.")]
 Method = Literal["full", "lora", "qlora", "generate"]
@@ -198,6 +199,8 @@ def parse_ratio(option: str, text: str) -> float:
 
 
 def _halves(option: str, text: str) -> tuple[str, str]:
+    if plain(text) != text:
+        raise SpecError(f"{option} {text!r} is not plain text in UTF-8.")
     field, equals, value = text.partition("=")
     if not equals or not field.strip():
         raise SpecError(f"{option} {text!r} names no field: write {option} batch=8.")

@@ -13,6 +13,8 @@ _SUSPECT = re.compile(
     rb"\\u00[01789]|\\u20[026]|\\u[dD][89a-fA-F]|\\u[fF][eE][fF]{2}|\\[bfr]|\x7f|\xc2[\x80-\x9f]|\xe2\x80[\x8e-\xae]|\xe2\x81[\xa6-\xa9]|\xef\xbb\xbf"
 )
 
+_LONG = re.compile(rb"[0-9]{20}")
+
 
 def plain(text: str, most: int | None = None) -> str:
     """Return the text without control characters, and cut to so many characters if `most` says so."""
@@ -34,6 +36,20 @@ def all_plain(value: Any, most: int | None = None) -> Any:
     if isinstance(value, list | tuple):
         return [all_plain(each, most) for each in value]
     return value
+
+
+def fits(value: Any) -> bool:
+    """Return whether every whole number in the value fits 64 bits, as in all that hpc-core writes. Others cannot be divided."""
+    if isinstance(value, int):
+        return abs(value) < 2**64
+    if isinstance(value, dict):
+        return all(map(fits, value.values()))
+    return not isinstance(value, list | tuple) or all(map(fits, value))
+
+
+def may_not_fit(raw: bytes) -> bool:
+    """Return whether this JSON could hold a whole number that does not fit. True may be wrong, False never is."""
+    return _LONG.search(raw) is not None
 
 
 def plain_json(thing: object, *, indent: int = 0, sort: bool = True) -> bytes:

@@ -12,7 +12,7 @@ import msgspec
 
 from hpc_core.case.case import SCHEMA, Case
 from hpc_core.case.errors import SpecError
-from hpc_core.record.plain import all_plain, is_suspect, plain, plain_json
+from hpc_core.record.plain import all_plain, fits, is_suspect, may_not_fit, plain, plain_json
 from hpc_core.record.profile import Profile
 
 Noise = Literal["exact", "busy", "wall"]
@@ -242,6 +242,8 @@ def record_from_json(text: bytes | str) -> Record:
         if schema != SCHEMA:
             raise SpecError(f"The record has schema {schema}, this hpc-core reads {SCHEMA}.")
         record = msgspec.json.decode(raw, type=Record)
+        if may_not_fit(raw) and not fits(msgspec.to_builtins(record)):
+            raise SpecError("Not a record: a whole number in it does not fit 64 bits.")
         return _plain_record(record) if is_suspect(raw) else record
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise SpecError(f"Not a record: {plain(str(error), _LONGEST_REASON)}") from error
