@@ -22,6 +22,7 @@ _READ_BY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"BNB_", "bitsandbytes"),
         (r"ACCELERATE_", "accelerate"),
         (r"LIGER_", "liger-kernel"),
+        (r"(OMP|GOMP|KMP|MKL)_", "threads"),
         (
             r"PYTORCH_(CUDA|NO_CUDA|ALLOC|TUNABLEOP)|TORCH_(ALLOW_TF32|CUDNN|BLAS)|CU(DA|BLAS|BLASLT|DNN)_|NVIDIA_|NCCL_",
             "cuda",
@@ -51,12 +52,15 @@ def _reader(setting: str) -> str:
 
 
 def uses(case: Case, package: str, *, on_gpu: bool) -> bool:
-    """Return whether a case runs code of a package, or of torch's compiler ("inductor").
+    """Return whether a case runs code of a package, of torch's compiler ("inductor"), or on several threads ("threads").
 
     A step of the user's own may use whatever works where it ran; so may an engine that another package registers.
     """
     if package in ("driver", "cuda", "triton", "liger-kernel") and not on_gpu:
         return False
+    if package == "threads":
+        # A worker runs a tiny model on one thread, whatever the environment says.
+        return case.model is None or case.model.shape != "tiny"
     needs = _needs(case)
     return needs is None or needs.get(package, True)
 

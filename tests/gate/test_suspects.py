@@ -70,7 +70,8 @@ def test_every_known_case_has_torch_and_transformers_as_suspects() -> None:
 @pytest.mark.parametrize(
     ("setting", "on_cpu", "on_gpu"),
     [
-        ("OMP_NUM_THREADS", True, True),
+        ("OMP_NUM_THREADS", False, False),  # a tiny model runs on one thread
+        ("ATEN_CPU_CAPABILITY", True, True),
         ("PYTORCH_CUDA_ALLOC_CONF", False, True),
         ("PYTORCH_NO_CUDA_MEMORY_CACHING", False, True),
         ("CUBLAS_WORKSPACE_CONFIG", False, True),
@@ -89,6 +90,14 @@ def test_a_setting_is_a_suspect_where_it_acts(setting: str, on_cpu: bool, on_gpu
     for machine, acts in (("cpu", on_cpu), (H100.key, on_gpu)):
         places = Place(machine, ALL, {}), Place(machine, ALL, {setting: "1"})
         assert suspects(CASES["tiny/lora"], *places) == ((f"{setting} default → 1",) if acts else ())
+
+
+def test_threads_are_a_suspect_where_there_may_be_several() -> None:
+    """Of a model with true weights, and of a step of the user's own."""
+    own = Case(id="my/step", scale="tiny", workload=CallableSpec(factory="mine:step"))
+    places = Place("cpu", ALL, {}), Place("cpu", ALL, {"OMP_NUM_THREADS": "4"})
+    for case in (CASES["smollm2-135m/lora"], own):
+        assert suspects(case, *places) == ("OMP_NUM_THREADS default → 4",)
 
 
 def of_settings(settings: dict[str, str] | None, value: int = 2**30, machine: Machine = H100) -> Record:
