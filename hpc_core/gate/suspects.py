@@ -34,7 +34,7 @@ _READ_BY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def suspects(case: Case, old: Place, new: Place) -> tuple[str, ...]:
-    """Return what moved between two runs of a case and can have changed it: "transformers 5.23.0 → 5.24.0", "OMP_NUM_THREADS unset → 4".
+    """Return what moved between two runs of a case and can have changed it: "transformers 5.23.0 → 5.24.0", "OMP_NUM_THREADS default → 4".
 
     Settings are compared only where both sides know theirs.
     """
