@@ -129,6 +129,11 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
             f"{case}: none of {len(record.metrics)} metrics is gated, so a baseline would hold nothing."
         )
     void = [text for name, metric in gated.items() if (text := proves_nothing(name, metric)) is not None]
+    void += [
+        f"a sample of {name} is not above 0"
+        for name, metric in gated.items()
+        if metric.noise == "busy" and min(metric.samples or (metric.value,)) <= 0 < metric.value
+    ]
     if void:
         raise BaselineError(f"{case}: {'; '.join(void)}. Measure again before accepting.")
 

@@ -101,8 +101,6 @@ def proves_nothing(name: str, metric: Metric) -> str | None:
     """
     if metric.value < 0:
         return f"{name} is {metric.value} {metric.unit}, below zero"
-    if metric.noise == "busy" and (void := [sample for sample in metric.samples or () if sample <= 0]):
-        return f"a sample of {name} is {void[0]} {metric.unit}, and no time is"
     peak = name.startswith("peak_") and metric.unit == "bytes"
     if metric.value == 0 and (metric.noise == "busy" or peak):
         return f"{name} is 0 {metric.unit}, and zero proves nothing"

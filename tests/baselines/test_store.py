@@ -135,7 +135,7 @@ def test_history_of_another_schema_is_kept(tmp_path: Path) -> None:
         (a_record({"step_s": wall()}), "r", "none of 1 metrics is gated"),
         (a_record({"operators": counted(gated=False)}), "r", "none of 1 metrics is gated"),
         (a_record({"busy_s": busy(0.0)}), "r", "busy_s is 0 s, and zero proves nothing"),
-        (a_record({"busy_s": busy(0.5, samples=(0.5, 0.0))}), "r", "a sample of busy_s is 0.0 s, and no time is"),
+        (a_record({"busy_s": busy(0.5, samples=(0.5, 0.0))}), "r", "a sample of busy_s is not above 0"),
         (a_record({"peak_bytes": peak(0)}), "r", "peak_bytes is 0 bytes, and zero proves nothing"),
         (a_record({"operators": counted(-1)}), "r", "operators is -1 1, below zero"),
     ],
