@@ -48,6 +48,7 @@ def weight_facts(case: Case, model: Any) -> Findings:
             "embedding_dtype": lambda: _one_dtype(asked, model.get_input_embeddings()),
             "norm_dtype": lambda: Fact(asked=[asked], seen=_norm_dtypes(model)),
             "head_dtype": lambda: _one_dtype(asked, model.get_output_embeddings()),
+            "weight_layout": lambda: _layout(model),
         },
     )
     if case.quantization is not None:
@@ -224,6 +225,18 @@ def _one_dtype(asked: str, module: Any) -> Fact | None:
     if module is None or _kind(module) is not None:
         return None
     return Fact(asked=asked, seen=dtype_name(module.weight.dtype))
+
+
+def _layout(model: torch.nn.Module) -> Fact:
+    """Whether every unquantized weight is stored row by row: kernels and their speed depend on it, counts and bytes do not."""
+    packed = {id(layer.weight) for layer in linear_layers(model).values() if _kind(layer) is not None}
+    odd = [
+        f"{name} with strides {part.stride()}"
+        for name, part in model.named_parameters()
+        if id(part) not in packed and not part.is_contiguous()
+    ]
+    more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+    return Fact(asked="row by row", seen=f"{odd[0]}{more}" if odd else "row by row")
 
 
 def _norm_dtypes(model: torch.nn.Module) -> list[str]:

@@ -28,19 +28,19 @@ _SHOWN = 8
 
 
 def trainable_facts(case: Case, model: torch.nn.Module) -> Findings:
-    """Compare trainable parameters, by count and by name, with the case; a generation may have none."""
-    training = isinstance(case.workload, FinetuneSpec)
+    """Compare trainable parameters, by count and by name, with the case; a generation trains none, so it has no such facts."""
+    if not isinstance(case.workload, FinetuneSpec):
+        return Findings()
     adapter = case.adapter
     return checked(
         {
             "trainable_parameters": lambda: Fact(
-                asked=_asked_count(case, model) if training else 0,
-                seen=sum(part.numel() for part in _live(model).values()),
+                asked=_asked_count(case, model), seen=sum(part.numel() for part in _live(model).values())
             ),
-            "trainable_names": lambda: _names(case, model) if training else None,
+            "trainable_names": lambda: _names(case, model),
             "adapter_dtype": lambda: (
                 None
-                if adapter is None or not training  # a generation merges its adapter, so nothing is left of it
+                if adapter is None
                 else Fact(asked=[adapter.dtype], seen=names(part.dtype for part in adapter_parameters(model).values()))
             ),
         },

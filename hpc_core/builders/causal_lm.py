@@ -100,7 +100,7 @@ def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Modul
     assert isinstance(model, torch.nn.Module)
     # Draw again, each tensor by its name: the audit can then redraw any of them, in whatever order transformers fills them.
     draw_weights(model, spec.seed)
-    return model
+    return model.eval()  # as `from_pretrained` does
 
 
 def read_config(path: str) -> Any:

@@ -105,6 +105,7 @@ def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> Non
         module.weight = weight.to(device) if spec.kind != "int8" else weight
         if source.bias is not None:
             module.bias = torch.nn.Parameter(source.bias.data, requires_grad=False)
+        module.train(source.training)
         del source  # free the unquantized weight before the next one is quantized
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer

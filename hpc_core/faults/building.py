@@ -254,6 +254,23 @@ def weights_shuffled(original: Call, *args: Any, **kwargs: Any) -> Any:
     return model
 
 
+@fault(
+    "weights-transposed",
+    "the down-projections are stored column by column: same values, same bytes",
+    on="generate-bf16",
+    shows_in=("weight_layout",),
+    predicted=("weight_layout",),
+    patch=_LOAD,
+)
+def weights_transposed(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Store each layer's down-projection in another layout."""
+    model = original(*args, **kwargs)
+    for layer in model.model.layers:
+        weight = layer.mlp.down_proj.weight
+        weight.data = weight.data.T.contiguous().T
+    return model
+
+
 def _foreign_forward(original: Call, injection: Injection) -> Call:
     def forward(self: Any, x: Any) -> Any:
         injection.hit()

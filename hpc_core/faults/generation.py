@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from typing import Any
 
@@ -22,6 +23,19 @@ _FORWARD = "transformers.models.llama.modeling_llama:LlamaForCausalLM.forward"
 def cache_off(original: Call, *args: Any, **kwargs: Any) -> Any:
     """Generate without a cache."""
     return original(*args, **(kwargs | {"use_cache": False}))
+
+
+@fault(
+    "autograd-on",
+    "every token records a graph for a backward pass, which holds its activations",
+    on="generate-bf16",
+    shows_in=("autograd", "peak_decode_bytes"),
+    predicted=("peak_decode_bytes", "peak_bytes"),
+    patch="transformers:GenerationMixin.generate",
+)
+def autograd_on(original: Call, *args: Any, **kwargs: Any) -> Any:
+    """Generate without the `no_grad` that the method is decorated with."""
+    return inspect.unwrap(original)(*args, **kwargs)
 
 
 @fault(

@@ -14,7 +14,6 @@ from hpc_core.audit.forwards import Forwards, watch_forwards
 from hpc_core.audit.generation import attention_facts, generation_facts
 from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
-from hpc_core.audit.training import trainable_facts
 from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
@@ -281,7 +280,7 @@ class Generation:
 
     def _audit(self, found: Findings) -> Findings:
         program, case = self.program, self.place.case
-        facts = model_facts(self.place, program.model) | trainable_facts(case, program.model) | program.facts(found)
+        facts = model_facts(self.place, program.model) | program.facts(found)
         facts |= Findings(observed={"forwards": None})  # they hold the query's cache, and would keep it alive
         if self.place.engine.own_code:
             return facts  # hooks on the model see nothing of what it runs

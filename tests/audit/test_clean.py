@@ -16,12 +16,12 @@ from hpc_core.catalogue import finetune, generate, lora, qlora, tiny
 from tests.tiny_cases import TINY_CASES, measured, tiny_record
 
 WEIGHTS = {
-    "quantized_layers", "embedding_dtype", "norm_dtype", "head_dtype", "trainable_parameters", "attention",
+    "quantized_layers", "embedding_dtype", "norm_dtype", "head_dtype", "weight_layout", "attention",
     "attention_kernel", "weights", "modules_own",
 }  # fmt: skip
 QUANTIZED = {"quantization", "quantized_bytes"}
 TRAINING = {
-    "checkpointing", "optimizer", "optimizer_state_dtype", "trainable_names", "training_mode", "autocast",
+    "checkpointing", "optimizer", "optimizer_state_dtype", "trainable_parameters", "trainable_names", "training_mode", "autocast",
     "gradients", "trained_tokens", "padded_tokens", "batch", "losses_finite", "loss", "loss_scale",
 }  # fmt: skip
 GENERATION = {

@@ -77,12 +77,15 @@ def _disable_dropout(model: Any) -> None:
 
 
 def _enable_grad(model: Any) -> None:
-    model.requires_grad_(True)
-
     def enable(*_: Any) -> None:
         torch.set_grad_enabled(True)  # generate's own no_grad restores it when it ends
 
     model.register_forward_pre_hook(enable)
+
+
+def _transpose(model: Any) -> None:
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.data = weight.data.T.contiguous().T
 
 
 _FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
@@ -112,6 +115,7 @@ MODELS: list[tuple[str, Case, Change, Any, Any]] = [
     ("checkpointing", LORA, _checkpoint, "off", "on"),
     ("checkpointing", CHECKPOINTED, lambda model: model.gradient_checkpointing_disable(), "on", "off"),
     ("autograd", ANSWER, _enable_grad, "off", "on"),
+    ("weight_layout", ANSWER, _transpose, "row by row", "model.layers.1.mlp.down_proj.weight with strides (1, 128)"),
 ]
 
 

@@ -188,14 +188,26 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_build_is_ready_for_its_workload() -> None:
-    """Generation gets a frozen model in evaluation mode, fine-tuning a trainable one without a cache."""
+    """Generation gets a model in evaluation mode, as `from_pretrained` leaves it; fine-tuning one in training mode without a cache."""
     generating, training = build(generate(tiny), CPU), build(finetune(tiny), CPU)
     assert not generating.model.training
-    assert not any(parameter.requires_grad for parameter in generating.model.parameters())
+    frozen = [name for name, parameter in generating.model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["model.embed_tokens.weight"]  # the head, which is tied to it
     assert training.model.training
     assert all(parameter.requires_grad for parameter in training.model.parameters())
     assert _config(training.model).use_cache is False
     assert (training.device, training.vocab_size, training.tokenizer) == (CPU, 1024, None)
+
+
+def test_a_mode_that_the_library_leaves_is_not_put_right(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If `from_pretrained` left a model in training mode, generation would run in it, and the audit would see it."""
+    case = generate(ModelSpec(weights="folder", path=str(saved)), prefix="own", prompt_length=4)
+    monkeypatch.setattr("hpc_core.builders.assemble.tokenizer_of", lambda _: None)
+    assert not build(case, CPU).model.training
+    monkeypatch.setattr(
+        "hpc_core.builders.assemble.causal_lm", lambda *given, **more: causal_lm(*given, **more).train()
+    )
+    assert build(case, CPU).model.training
 
 
 def test_a_callable_case_builds_its_own() -> None:

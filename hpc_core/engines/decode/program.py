@@ -47,6 +47,7 @@ class GraphProgram(GenerateProgram):
     watched = False
     """Whether an instrument records single allocations; then first tokens are not replayed."""
 
+    @torch.no_grad()  # what is made of the weights here is not to be trained
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
         self.decoder: Decoder = decoder_of(built.model, _ends_of(built.model, workload))
         super().__init__(built, workload, prompts)
