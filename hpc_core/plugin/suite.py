@@ -190,9 +190,10 @@ class Suite:
         return self._of_this_scale(item) and not self._waits_for_request(item)
 
     def _of_this_scale(self, item: pytest.Item) -> bool:
-        """Return whether a test is of the chosen scale; one with a step of its own belongs to every scale."""
+        """Return whether a test is of the chosen scale. One with a step of its own is of every scale, or of the full one if it needs a GPU."""
         case = case_of(item)
-        return case is None or self._settings.scale in (None, case.scale)
+        scale = case.scale if case is not None else "full" if item.get_closest_marker("perf_gpu") else None
+        return scale is None or self._settings.scale in (None, scale)
 
     def _runs_here(self, item: pytest.Item) -> bool:
         """Return whether a prediction that only `--perf-case` chose is of a case that a GPU of this machine runs."""

@@ -182,6 +182,16 @@ def test_what_is_on_request_runs_when_it_is_asked_for(
         listed.stdout.fnmatch_lines(["hpc-core: 2 more on request, by --all, --case or their file"])
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_a_step_of_ones_own_that_needs_a_gpu(pytester: pytest.Pytester, refused: Refused) -> None:
+    """Marked perf_gpu it is of the full scale: a run without a GPU leaves it out, and --perf-scale full skips it."""
+    (pytester.path / "bench" / "test_all.py").write_text(
+        "import pytest\n\n@pytest.mark.perf_gpu\ndef test_it(perf):\n    perf('a:b', device='cuda')\n"
+    )
+    pytester.runpytest_inprocess("--benchmark").assert_outcomes(deselected=1)
+    pytester.runpytest_inprocess("--benchmark", "--perf-scale=full").assert_outcomes(skipped=1)
+
+
 def test_collecting_loads_no_torch(pytester: pytest.Pytester) -> None:
     """`pytest --benchmark --collect-only` of our own bench/ never imports torch."""
     pytester.makepyfile(
