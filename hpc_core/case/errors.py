@@ -11,6 +11,7 @@ HpcCoreError
 │   └── MissingCompilerError prediction needs a C++ compiler; also a MissingLibraryError
 ├── LaunchError              no worker process could be started at all
 ├── RepositoryError          git has no repository, no such revision or no merge base
+├── RecordError              the record of a run cannot be written
 └── BaselineError            a baseline cannot be written, or must not be
 
 A message contains what happened with the numbers, the limit, and what to do next.
@@ -52,6 +53,10 @@ class MeasureError(HpcCoreError):
 
 class LaunchError(HpcCoreError):
     """No worker process could be started at all."""
+
+
+class RecordError(HpcCoreError):
+    """The record of a run cannot be written."""
 
 
 class BaselineError(HpcCoreError):

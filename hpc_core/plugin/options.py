@@ -256,7 +256,7 @@ def read_settings(config: pytest.Config) -> Settings:
         strict=bool(strictness(config)),
         why_strict=strictness(config),
         way="inline" if option("perf_inline") else cast("Way", option("perf_launch")),
-        records=here / (records or resume) if records or resume else None,
+        records=_writable(here / (records or resume)) if records or resume else None,
         resume=None if resume is None else here / resume,
         processes=_processes(config),
         budget_s=_budget_s(config),
@@ -347,6 +347,21 @@ def _baselines(config: pytest.Config, *, update: bool) -> Path:
         raise pytest.UsageError(
             f"{named}: the folder {folder} does not exist. Correct its name, or write its first baseline with --perf-update."
         )
+    return folder
+
+
+def _writable(folder: Path) -> Path:
+    """Make the folder of records, so that a run of hours does not end with records that nobody can write.
+
+    Raises:
+        pytest.UsageError: it cannot be made, or not be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise pytest.UsageError(f"{folder}: records cannot be written there: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise pytest.UsageError(f"{folder}: records cannot be written there: no right to write.")
     return folder
 
 

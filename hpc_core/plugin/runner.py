@@ -16,7 +16,7 @@ import msgspec
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.history import last_accepted
 from hpc_core.case.case import Case
-from hpc_core.case.errors import BaselineError
+from hpc_core.case.errors import BaselineError, RecordError
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.explain.explain import stored_cause
 from hpc_core.gate.verdict import SUITE_ALPHA, Judgement, Verdict
@@ -27,7 +27,7 @@ from hpc_core.plugin.repeats import Enough, Plan, narrow, replicated
 from hpc_core.plugin.resume import Earlier
 from hpc_core.plugin.review import Review
 from hpc_core.record.environment import visible_gpus
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import write_record
 from hpc_core.record.job import (
     Event,
     Job,
@@ -36,7 +36,7 @@ from hpc_core.record.job import (
     Predict,
     Repeat,
 )
-from hpc_core.record.record import Circumstances, Metric, Record, record_to_json
+from hpc_core.record.record import Circumstances, Metric, Record
 from hpc_core.report.command import Command
 from hpc_core.report.entry import Row, grown
 
@@ -199,9 +199,12 @@ class Runner:
             folder = self._settings.records
             if predicted_for is not None:
                 folder = folder / "predicted" / predicted_for.lower().replace(" ", "-")
-            write_whole(folder / f"{record.case.id}.json", record_to_json(record, indent=2) + b"\n")
-            if self.earlier is not None and predicted_for is None:
-                self.earlier.keep(record.case.id)
+            try:
+                write_record(folder / f"{record.case.id}.json", record)
+                if self.earlier is not None and predicted_for is None:
+                    self.earlier.keep(record.case.id)
+            except OSError as error:
+                raise RecordError(f"the record cannot be written: {error.filename}: {error.strerror}.") from error
 
     def _judged(self, record: Record, command: Command) -> Row:
         judgement = self._judgement(record)

@@ -21,6 +21,7 @@ import pytest
 from hpc_core.baselines.pull_request import write_pull_request
 from hpc_core.case.errors import RepositoryError
 from hpc_core.case.select import matches, unknown_glob
+from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import uses_perf
@@ -43,6 +44,12 @@ NAME = "hpc-core-suite"
 _NO_GPU = "needs a CUDA GPU: none is visible"
 _OUTCOMES = (pytest.fail.Exception, pytest.skip.Exception)
 _UNUSED = "ignore:Benchmark fixture was not used at all"
+
+
+def _write_lines(reporter: pytest.TerminalReporter, text: str) -> None:
+    """Write a text line by line: on a terminal that lacks a character, pytest escapes all that is written at once, line ends too."""
+    for line in text.split("\n"):
+        reporter.write_line(line)
 
 
 class Suite:
@@ -310,10 +317,18 @@ class Suite:
         finally:
             self._runner.close()
             self._locks.release()
-            self.decided = session.exitstatus = self._exit_code(exitstatus)
-            if self._settings.records is not None and self._runner.rows:
+            lost = self._lost_pull_request()
+            self.decided = session.exitstatus = self._exit_code(exitstatus) or (ExitCode.BROKEN if lost else 0)
+            self._print_tally(exitstatus, lost)
+
+    def _lost_pull_request(self) -> str:
+        """Write what a report says of a pull request next to the records; return why that is not possible, or nothing."""
+        if self._settings.records is not None and self._runner.rows:
+            try:
                 write_pull_request(self._settings.records, self._review.pull_request(self._runner.rows))
-            self._print_tally(exitstatus)
+            except OSError as error:
+                return f"; {error.filename} cannot be written: {error.strerror}"
+        return ""
 
     def _exit_code(self, exitstatus: int) -> int:
         """Return the code for a session that pytest would end with this one. What pytest calls an error stays so."""
@@ -329,7 +344,7 @@ class Suite:
             return pytest.ExitCode.TESTS_FAILED
         return exitstatus
 
-    def _print_tally(self, exitstatus: int) -> None:
+    def _print_tally(self, exitstatus: int, lost: str) -> None:
         """Print the last line: what was measured, what was not, and why; and what makes the exit code differ from pytest's."""
         reporter = self._config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self._config.option.collectonly:
@@ -337,7 +352,7 @@ class Suite:
         code = f"; exit code {self.decided}" if self.decided else ""
         strict = f" ({self._settings.why_strict})" if self._settings.strict and self.decided != exitstatus else ""
         reporter.ensure_newline()
-        reporter.write_line(f"{self._tally.line(self._runner.rows)}{code}{strict}")
+        reporter.write_line(f"{self._tally.line(self._runner.rows)}{lost}{code}{strict}")
 
     def pytest_unconfigure(self) -> None:
         """End all processes of a session that never began or never finished."""
@@ -354,13 +369,13 @@ class Suite:
                 width = shutil.get_terminal_size().columns
                 terminalreporter.section("hpc-core", sep="=")
                 text = render(self._runner.rows, width=width, color=bool(terminalreporter.hasmarkup))
-                terminalreporter.write_line(text)
+                _write_lines(terminalreporter, text)
             if self._runner.earlier is not None and self._runner.earlier.notes:
                 terminalreporter.section("resumed", sep="=")
-                terminalreporter.write_line("\n".join(self._runner.earlier.notes))
+                _write_lines(terminalreporter, "\n".join(self._runner.earlier.notes))
             for title, text in [*self._review.sections(self._runner.rows), *self.session.shown]:
                 terminalreporter.section(title, sep="=")
-                terminalreporter.write_line(text)
+                _write_lines(terminalreporter, text)
         return result
 
     @pytest.hookimpl(optionalhook=True)

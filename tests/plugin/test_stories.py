@@ -13,7 +13,8 @@ import pytest
 from hpc_core.baselines.accept import accept
 from hpc_core.baselines.baseline import Baseline
 from hpc_core.baselines.lookup import find
-from hpc_core.record.record import record_from_json
+from hpc_core.plugin import runner, suite
+from hpc_core.record.record import Record, record_from_json
 from tests.plugin.scripted_launcher import SAMPLES
 from tests.plugin.scripted_project import Run, scripted_project
 
@@ -245,6 +246,46 @@ def test_records_are_written_into_a_folder(pytester: pytest.Pytester, run: Run) 
         path.stem: record_from_json(path.read_text()).status for path in pytester.path.rglob("records/*/*.json")
     }
     assert statuses == {"test_new": "ok", "test_crash": "failed"}
+
+
+def test_a_folder_that_cannot_hold_records_stops_the_run_before_it_begins(pytester: pytest.Pytester, run: Run) -> None:
+    """Nothing is measured for records that nobody can write, and the line names the folder."""
+    bench(pytester)
+    result = run("--benchmark", "--perf-records=/proc/none")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: /proc/none: records cannot be written there: No such file or directory."])
+
+
+def test_a_disk_that_fills_up_fails_the_case(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record that is lost fails its case with one line that names the file, without a traceback."""
+
+    def full(path: Path, record: Record) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(runner, "write_record", full)
+    bench(pytester)
+    result = run("--benchmark", "--perf-records=records")
+    result.stdout.fnmatch_lines(["*the record cannot be written: *test_step.json: No space left on device."])
+    assert "INTERNALERROR" not in result.stdout.str() + result.stderr.str()
+    assert "Traceback" not in result.stdout.str()
+    assert result.ret == 11
+
+
+def test_a_full_disk_at_the_end_is_named_in_the_last_line(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a report would say of the pull request is lost: the run says so and is broken."""
+
+    def full(folder: Path, _: object) -> None:
+        raise OSError(28, "No space left on device", str(folder / "pull-request.json"))
+
+    monkeypatch.setattr(suite, "write_pull_request", full)
+    bench(pytester)
+    result = run("--benchmark", "--perf-records=records")
+    assert "pull-request.json cannot be written: No space left on device; exit code 11" in result.stdout.lines[-1]
+    assert result.ret == 11
 
 
 def test_a_baseline_of_another_machine_is_not_touched(pytester: pytest.Pytester, run: Run) -> None:
