@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from hpc_core.baselines import pull_request
 from hpc_core.baselines.accept import accept, changes_between, refuse
 from hpc_core.baselines.at_commit import PastBaselines, baseline_changes
 from hpc_core.baselines.baseline import Baseline, Damaged, Lookup, Missing, OlderSchema
@@ -172,12 +173,11 @@ def _files(paths: list[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        below = (
-            sorted(each for each in path.rglob("*.json") if not each.name.startswith(".")) if path.is_dir() else [path]
-        )
-        if not below:
+        below = sorted(path.rglob("*.json")) if path.is_dir() else []
+        records = [each for each in below if each.name != pull_request.NAME and not each.name.startswith(".")]
+        if path.is_dir() and not records:
             raise SpecError(f"{path}: the folder has no record (*.json).")
-        found += below
+        found += records or [path]
     return found
 
 

@@ -103,6 +103,13 @@ def test_accept_show_diff(record: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert "REGRESSED" in capsys.readouterr().out
 
 
+def test_a_folder_of_records_may_hold_what_its_run_wrote_besides(record: Path, tmp_path: Path) -> None:
+    """The file on the pull request, and hidden ones, are no records and are left out."""
+    for name in ("pull-request.json", ".code-states.json"):
+        (record.parent / name).write_text("{}")
+    assert exit_code(main, "baseline", "accept", record.parent, "--baselines", tmp_path / "b", "--reason", "x") == 0
+
+
 def test_one_bad_record_accepts_none(record: Path, tmp_path: Path) -> None:
     """All records are read before the first is accepted."""
     bad = tmp_path / "bad.json"

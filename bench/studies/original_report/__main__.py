@@ -17,6 +17,7 @@ from bench.studies.original_report import rows
 from bench.studies.original_report.export import FINETUNE_FILE, INFERENCE_FILE, original_files
 from bench.studies.original_report.protocol import protocol
 from bench.studies.original_report.run import run_protocol
+from hpc_core.baselines.pull_request import NAME
 from hpc_core.case.errors import SpecError
 from hpc_core.case.parts import ModelSpec
 from hpc_core.cli import run_app
@@ -37,7 +38,7 @@ def export(
     """Write the original report's two JSON files from records."""
     if not records.is_dir():
         raise SpecError(f"{records}: no such folder. Records are written by pytest --benchmark --perf-records=DIR.")
-    own = (INFERENCE_FILE, FINETUNE_FILE)  # of an earlier export into the same folder
+    own = (INFERENCE_FILE, FINETUNE_FILE, NAME)  # of an earlier export into the same folder, or of the run
     paths = sorted(path for path in records.rglob("*.json") if path.name not in own and not path.name.startswith("."))
     if not paths:
         raise SpecError(f"{records}: holds no record (*.json).")
