@@ -29,6 +29,7 @@ from hpc_core.catalogue import (
     qlora,
 )
 from hpc_core.catalogue.predicted import PREDICTED
+from hpc_core.record.files import read_regular
 from hpc_core.record.plain import plain
 
 Files = Annotated[list[Path] | None, typer.Option("--cases", help="A Python file whose CASES are added; repeatable.")]
@@ -104,7 +105,7 @@ def context_length(model: ModelSpec) -> int | None:
     path = Path(model.path or "")
     file = path / "config.json" if path.is_dir() else path
     try:
-        configuration = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
+        configuration = msgspec.json.decode(read_regular(file), type=dict[str, Any])
     except (OSError, msgspec.MsgspecError):
         return None
     length = configuration.get("max_position_embeddings")

@@ -19,6 +19,7 @@ from hpc_core.cli.inputs import Files, known_case
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record import units as sizes
+from hpc_core.record.files import read_regular
 from hpc_core.record.job import Job, Trace, TraceTable
 from hpc_core.record.record import Record
 
@@ -73,7 +74,7 @@ def _run(case: Case, device: Literal["auto", "cpu", "cuda"], trace: Trace) -> Re
 def _table(folder: Path) -> TraceTable:
     path = folder / "operators.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=TraceTable)
+        return msgspec.json.decode(read_regular(path), type=TraceTable)
     except (OSError, msgspec.MsgspecError) as error:
         raise SpecError(
             f"{path}: the run wrote no table there: {error}. Choose a writable folder with --out."

@@ -26,7 +26,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.plugin.repeats import Plan
 from hpc_core.record.environment import commit, machine, stack, visible_gpus
-from hpc_core.record.files import write_whole
+from hpc_core.record.files import read_regular, write_whole
 from hpc_core.record.git import content, is_ignored, top
 from hpc_core.record.record import Record, record_from_json
 from hpc_core.record.settings import settings, variables
@@ -91,7 +91,7 @@ class Earlier:
 
     def _read_codes(self) -> _Codes:
         try:
-            return msgspec.json.decode((self._folder / _CODES).read_bytes(), type=_Codes)
+            return msgspec.json.decode(read_regular(self._folder / _CODES), type=_Codes)
         except (OSError, msgspec.MsgspecError):
             return _Codes()
 
@@ -110,7 +110,7 @@ class Earlier:
         if not path.exists():
             return None
         try:
-            found = record_from_json(path.read_bytes())
+            found = record_from_json(read_regular(path))
         except (OSError, SpecError) as error:
             self.notes.append(f"{case.id} runs again: {path} is not a record ({error})")
             return None
