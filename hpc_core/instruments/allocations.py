@@ -1,10 +1,10 @@
-"""Every allocation of a step, as a timeline with owners.
+"""Record every allocation of a step as a timeline with owners.
 
-On a GPU it is the history of the CUDA caching allocator. Recording it costs host time but does not change what is allocated, so it
-runs apart from the gated passes.
+On a GPU: the history of the CUDA caching allocator. Recording costs host time but does not change what is allocated, so it has a
+pass of its own.
 
-On a CPU it is every tensor storage that a step makes, watched below autograd. It counts the bytes of tensors and not what a
-kernel takes for itself, so the numbers depend on the stack and not on the machine.
+On a CPU: every tensor storage that a step makes, observed below autograd. It counts the bytes of tensors without the workspaces
+of kernels, so the numbers depend on the stack and not on the machine.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LIMIT = 4_000_000
 
 
 class AllocatorHistory:
-    """Records between `start` and `stop`; it is also the mark of the step's phases."""
+    """Record the allocator between `start` and `stop`; the object is also the step's mark."""
 
     def __init__(self, device: torch.device, phases: Sequence[str]):
         self._device = device
@@ -41,7 +41,7 @@ class AllocatorHistory:
         self._start = 0
 
     def start(self) -> None:
-        """Note what is there, and record from now on."""
+        """Note the allocations that exist, and record from now on."""
         # Without call stacks an entry costs under a microsecond.
         torch.cuda.memory._record_memory_history(enabled="all", context=None, stacks="python", max_entries=_LIMIT)
         self._start = self._position()
@@ -55,23 +55,23 @@ class AllocatorHistory:
                     self._live[block["address"]] = piece
 
     def own_before(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say who owns tensors that were there before `start`."""
+        """Assign tensors that existed before `start` to a category."""
         for tensor in tensors:
             piece = self._live.get(tensor.untyped_storage().data_ptr())
             if piece is not None:
                 piece.category = category
 
     def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say who owns tensors that live at this point of the step."""
+        """Assign tensors that are alive at this point of the step to a category."""
         position = self._position()
         self._owned += [(position, category, tensor.untyped_storage().data_ptr()) for tensor in tensors]
 
     def __call__(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self._marks.append((self._position(), self._phases.index(phase)))
 
     def _position(self) -> int:
-        """Allocations and frees since `start`, by the allocator's own counters: reading the history itself would copy it."""
+        """Return the number of allocations and frees since `start`, from counters: reading the history would copy it."""
         counters = torch.cuda.memory_stats_as_nested_dict(self._device)["allocation"]["all"]
         return int(counters["allocated"] + counters["freed"]) - self._start
 
@@ -80,10 +80,10 @@ class AllocatorHistory:
         return [entry for entry in traces[self._device.index or 0] if entry["action"] in ("alloc", "free_requested")]
 
     def stop(self) -> Timeline:
-        """Stop recording and put the timeline together.
+        """Stop recording and return the timeline.
 
         Raises:
-            MeasureError: more happened than the allocator keeps.
+            MeasureError: the step had more entries than the allocator keeps.
         """
         expected = self._position()
         entries = self._entries()
@@ -127,7 +127,7 @@ def _claim(live: dict[int, Allocation], claim: tuple[int, str, int]) -> None:
 
 
 class StorageWatch(TorchDispatchMode):
-    """While active, records birth and death of every storage; it is also the mark of the step's phases."""
+    """Record the allocation and release of every storage while active; the object is also the step's mark."""
 
     def __init__(self, phases: Sequence[str]):
         super().__init__()
@@ -137,9 +137,9 @@ class StorageWatch(TorchDispatchMode):
         self._known: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self.timeline = Timeline()
         self.place = nowhere
-        """Says for which module an operator runs."""
+        """Returns the path of the module that is running."""
         self.uses: Counter[tuple[str, str, str]] = Counter()
-        """Operators by module, phase and name, as `counting` counts them."""
+        """Operators by module, phase and name; the same ones that `counting` counts."""
         self._eager = contextlib.ExitStack()
 
     def __enter__(self) -> Any:
@@ -153,24 +153,24 @@ class StorageWatch(TorchDispatchMode):
         self._eager.close()
 
     def __call__(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
         self._phase = self._phases.index(phase)
 
     def own(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say who owns these tensors, whether they were there before or were made in the step."""
+        """Assign these tensors to a category, whether or not they existed before the step."""
         for tensor in tensors:
             self._add(tensor, "")
             self._known[id(tensor.untyped_storage())][1].category = category
 
     def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say which module these tensors belong to, as far as they are known here."""
+        """Assign these tensors to a module, if they have been recorded."""
         for tensor in tensors:
             known = self._known.get(id(tensor.untyped_storage()))
             if known is not None and known[0]() is tensor.untyped_storage():
                 known[1].module = module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, and note the storages that it returns; one that it takes and nobody made was there before."""
+        """Run the operator and record the storages that it returns; unknown ones among its inputs existed before the step."""
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, torch.Tensor):
                 self._add(value, "", before=True)

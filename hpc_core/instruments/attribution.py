@@ -1,8 +1,7 @@
-"""Attribute one step to the modules of the model: each piece of memory, each operator, each kernel.
+"""Attribute memory, operators and kernels of one step to the modules of the model.
 
-Runs after everything that is gated, in passes of its own. On a GPU every operator is a named range on the host, and every
-launch lies in one. The ranges cost host time, so neither wall time nor gaps are read from that pass; how long a kernel runs
-does not depend on when the host launched it.
+Runs after everything that is gated, in separate passes. On a GPU, every operator is a named range on the host, and every launch
+is inside one. The ranges cost host time, so this pass measures neither wall time nor gaps. Kernels run as long as without them.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from hpc_core.record.profile import KernelUse, OperatorUse, Profile
 _PREFIX = "hpc-core"
 _SEPARATOR = "|"
 _LONGEST = 160
-"""Of a kernel's name; what templates write beyond it tells no two kernels of one operator apart."""
+"""Characters kept of a kernel's name; the template arguments beyond that do not distinguish the kernels of one operator."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """An operator on the host, from when to when in nanoseconds."""
+    """One operator on the host, with its start and end in nanoseconds."""
 
     thread: int
     start_ns: int
@@ -48,7 +47,7 @@ class Range:
 
 @dataclass(frozen=True)
 class DeviceWork:
-    """A kernel, copy or memset, and the call on the host that began it (None where the profiler lost it)."""
+    """A kernel, copy or memset, and the host's call that launched it (None if the profiler lost that call)."""
 
     name: str
     seconds: float
@@ -57,7 +56,7 @@ class DeviceWork:
 
 
 class NamedRanges(TorchDispatchMode):
-    """While active, each operator is a range of the profiler that says for which module it runs."""
+    """Run each operator inside a profiler range that names the module."""
 
     def __init__(self, place: Callable[[], str]):
         super().__init__()
@@ -70,7 +69,7 @@ class NamedRanges(TorchDispatchMode):
 
 
 def kernel_uses(work: Callable[[], None], device: torch.device, place: Callable[[], str]) -> tuple[KernelUse, ...]:
-    """Run `work` once under the profiler, and say what the device did for which module; `place` says which is at work."""
+    """Run `work` once under the profiler and return the device's work by module; `place` returns the running module's path."""
     synchronize(device)
     kinds = torch.profiler.ProfilerActivity
     with quiet(), one_cycle([kinds.CPU, kinds.CUDA]) as profiler:
@@ -82,7 +81,7 @@ def kernel_uses(work: Callable[[], None], device: torch.device, place: Callable[
 
 
 def ranges_and_work(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork]]:
-    """The operators' ranges and the device's work, from the profiler's raw records."""
+    """Return the operators' ranges and the device's work from the profiler's raw records."""
     cuda = torch._C._autograd.DeviceType.CUDA
     ranges: list[Range] = []
     launches: dict[int, tuple[int, int]] = {}
@@ -90,7 +89,7 @@ def ranges_and_work(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork
     for event in events:
         name = event.name()
         if event.device_type() == cuda:
-            if not _is_no_work(event, name):
+            if not _is_idle(event, name):
                 on_device.append(event)
         elif name.startswith(_PREFIX + _SEPARATOR):
             _, module, operator = name.split(_SEPARATOR, 2)
@@ -104,12 +103,12 @@ def ranges_and_work(events: Iterable[Any]) -> tuple[list[Range], list[DeviceWork
     return ranges, work
 
 
-def _is_no_work(event: Any, name: str) -> bool:
+def _is_idle(event: Any, name: str) -> bool:
     return bool(event.is_user_annotation()) or is_wait(name) or name.startswith(_PREFIX + _SEPARATOR)
 
 
 def attributed(ranges: Iterable[Range], work: Iterable[DeviceWork]) -> tuple[KernelUse, ...]:
-    """Launches and seconds by module, operator and kernel, the most seconds first; what lies in no range is of no module."""
+    """Sum launches and seconds by module, operator and kernel, the most seconds first; work outside all ranges has no module."""
     by_thread: dict[int, list[Range]] = {}
     for each in sorted(ranges, key=lambda one: one.start_ns):
         by_thread.setdefault(each.thread, []).append(each)
@@ -146,16 +145,16 @@ def _family(name: str) -> str:
 
 
 class Owning(Protocol):
-    """A recorder that accepts the owners of tensors."""
+    """A recorder that takes the owners of tensors."""
 
     def own(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say in which category these tensors are."""
+        """Assign these tensors to a category."""
 
     def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say which module they belong to."""
+        """Assign these tensors to a module."""
 
     def __call__(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
 
 
 def profile_step(
@@ -168,15 +167,14 @@ def profile_step(
     marking: Callable[[Owning], Mark] | None = None,
     bystanders: Bystanders | None = None,
 ) -> Findings:
-    """Attribute one step of `program`; `work` says what the step is. A step that cannot be attributed leaves a note.
+    """Attribute one step of `program`, or return a note that says why not. `work` describes the step.
 
-    `marking` may wrap the recorder, to name owners that live for a while.
+    `marking` may wrap the recorder to assign short-lived tensors.
     """
     try:
         with following() as places:
             profile = _attributed_step(program, device, work, places, model, optimizer, marking, bystanders)
-    # Everything that is gated has been measured by now, and no explanation is worth losing it: code under test that cannot be
-    # followed, or a card without room for it, leaves a note.
+    # Everything that is gated has been measured by now and must not be lost, whatever the code under test raises here.
     except Exception as error:
         message = message_of(error).splitlines()[0]
         return Findings(notes=(f"no profile: {type(error).__name__}: {message}",))
@@ -222,13 +220,13 @@ def profile_of(
     uses: Mapping[tuple[str, str, str], int],
     places: Places,
 ) -> Profile:
-    """Return the profile of what a recorder saw."""
+    """Return the profile from a recorder's timeline and counts."""
     names = tuple(phases)
     most = sorted(uses.items(), key=lambda each: (-each[1], each[0]))
     return Profile(
         work=work,
         phases=names,
-        modules=places.seen(),
+        modules=places.modules(),
         at_peak=timeline.pieces_at_peak(names),
         operators=tuple(OperatorUse(*key, times) for key, times in most),
     )

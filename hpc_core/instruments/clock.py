@@ -1,4 +1,4 @@
-"""Wall time of steps: warm up, then time each step from an idle device to an idle device, without garbage collections."""
+"""Measure wall time: warm up, then time each step from an idle device to an idle device, without garbage collection."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from hpc_core.record.metrics import metric
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished everything queued; nothing to wait for on a CPU."""
+    """Wait until the device has finished everything queued; on a CPU, do nothing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
 def quiet(*, young: bool = False) -> Iterator[None]:
-    """Collect garbage now and not while the block runs; `young` collects only what is recent, in a tenth of the time."""
+    """Collect garbage now and not while the block runs; `young` collects only recent objects, in a tenth of the time."""
     gc.collect(1 if young else 2)
     with uncollected():
         yield
 
 
 def seconds_of(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one call, from an idle device to an idle device."""
+    """Return the seconds of one call, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     step()
@@ -40,7 +40,7 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
 
 
 def wall_steps(program: Program, device: torch.device, steps: int) -> Findings:
-    """Measure `step_s` over so many steps."""
+    """Measure `step_s` over `steps` steps."""
     with quiet():
         samples = [seconds_of(program.step, device) for _ in range(steps)]
     return Findings(metrics={"step_s": metric("step_s", samples=samples)})
@@ -48,9 +48,9 @@ def wall_steps(program: Program, device: torch.device, steps: int) -> Findings:
 
 _MOST_STEPS = 8
 _MOST_PERIOD = 12
-"""Of a long period only so many steps warm up; the others bring new widths, not new kernels."""
+"""Warm-up runs at most this much of a period; further steps have new widths but no new kernels."""
 _SETTLED_RATIO = 1.25
-"""A step counts as warm when it takes less than this times the fastest so far."""
+"""A step is warm if it takes less than this times the fastest step so far."""
 
 
 def warm_up(
@@ -61,16 +61,16 @@ def warm_up(
     first_steps: int = 0,
     after_step: Callable[[], None] | None = None,
 ) -> Findings:
-    """Run until memory and time have settled: equal peaks twice in a row, and a step about as fast as the fastest.
+    """Run until memory and time are stable: two equal peaks in a row, and a step about as fast as the fastest.
 
-    With shapes that change from step to step, a whole period is run first. On a CPU, `observed["bystanders"]` is what was
-    alive before.
+    If shapes change from step to step, a whole period runs instead. On a CPU, `observed["bystanders"]` holds the storages
+    that were alive before.
 
     Args:
-        program: to warm up.
+        program: what to warm up.
         device: where it runs.
         began: when this process began, by `time.perf_counter`.
-        first_steps: steps that compile, tune or capture: they settle nothing, and what they took becomes `first_use_s`.
+        first_steps: steps that compile, tune or capture. They come before the warm-up, and their time is `first_use_s`.
         after_step: called after every step.
     """
     on_gpu = device.type == "cuda"
@@ -90,7 +90,7 @@ def warm_up(
             metrics["first_use_s"] = metric("first_use_s", sum(seconds), note=note)
         if after_step is not None:
             after_step()
-        # Steps of different widths rightly differ in peak and time: all there is to see is a whole period of them.
+        # Steps of different widths have different peaks and times, so one whole period is enough for them.
         alike = len(set(peaks[-2:])) == 1 and seconds[-1] < _SETTLED_RATIO * min(seconds)
         if len(seconds) >= least and (alike or program.period > 1):
             return Findings(metrics=metrics, observed=observed)

@@ -1,4 +1,4 @@
-"""Count exactly: operators dispatched below autograd, and the FLOPs of their matrix products.
+"""Count operators dispatched below autograd, and the FLOPs of their matrix products, exactly.
 
 torch's FlopCounterMode lacks some operators or counts them wrongly: grouped-query attention, products added in place, int4 and
 bitsandbytes. Their formulas here take shapes, as FlopCounterMode's do, and count 2 FLOP per multiply-add.
@@ -26,9 +26,9 @@ _FORWARD = (
 
 
 def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Scores and weighted values: two products a query head, over (batch, heads, length, width) shapes.
+    """Return the FLOPs of scores and weighted values: two products per query head of shape (batch, heads, length, width).
 
-    torch 2.11's own formula refuses fewer key heads than query heads, which is how grouped-query attention arrives.
+    torch 2.11's own formula rejects grouped-query attention, which has fewer key heads than query heads.
     """
     batch, heads, queries, width = query
     keys, value_width = key[2], value[3]
@@ -36,9 +36,9 @@ def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int
 
 
 def attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Five products a query head: scores again, and the gradients of values, weights, queries and keys.
+    """Return the FLOPs of five products per query head: scores again, and the gradients of values, weights, queries and keys.
 
-    The same as torch's `sdpa_backward_flop_count`, for any number of key heads.
+    Equal to torch's `sdpa_backward_flop_count`, but for any number of key heads.
     """
     batch, heads, queries, width = query
     keys, value_width = key[2], value[3]
@@ -54,7 +54,7 @@ def _int8(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 def _int8_mixed(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
-    """The int8 product alone: how many outlier columns are multiplied again depends on the data."""
+    """Count the int8 product alone: how many outlier columns are multiplied again depends on the data."""
     return _int8(a, b)
 
 
@@ -72,12 +72,12 @@ def _int8_with_outliers(a: Any, _: Any, quantized: Any, *__: Any, **___: Any) ->
 
 
 def _int4pack(a: Any, _: Any, __: Any, scale_and_zero: Any, *___: Any, **____: Any) -> int:
-    """tinygemm's product: `a` is (rows, columns), scales and zeros are (groups, rows of the weight, 2)."""
+    """Count tinygemm's product: `a` is (rows, columns), scales and zeros are (groups, rows of the weight, 2)."""
     return int(2 * a[0] * a[1] * scale_and_zero[1])
 
 
 def _addmm_in_place(_: Any, a: Any, b: Any, *__: Any, **___: Any) -> int:
-    """torch 2.13 counts `addmm` and `mm`, and passes over the one that adds in place."""
+    """Count `addmm_`: torch 2.13 counts `addmm` and `mm`, but not the one that adds in place."""
     return int(2 * a[0] * a[1] * b[1])
 
 
@@ -85,7 +85,7 @@ _INT4 = ("_weight_int4pack_mm", "_weight_int4pack_mm_for_cpu")
 
 
 def own_formulas() -> dict[Any, Any]:
-    """Formula by operator, for FlopCounterMode's `custom_mapping`; bitsandbytes' only when the package was imported."""
+    """Return formulas by operator for FlopCounterMode's `custom_mapping`; bitsandbytes' only if the package was imported."""
     formulas: dict[Any, Any] = {torch.ops.aten.addmm_: _addmm_in_place}
     for name in _FORWARD:
         formulas[getattr(torch.ops.aten, name)] = attention_flops
@@ -105,10 +105,10 @@ FREE = {"prim", "profiler"}
 def without_compiling() -> contextlib.AbstractContextManager[Any]:
     """Run functions of torch.compile eagerly in the block, so that a dispatch mode sees their operators.
 
-    Without it dynamo gives up every function that it meets under a dispatch mode, and the function stays eager after the block.
+    Otherwise dynamo would give up on every function that runs under a dispatch mode, and the function would stay eager.
     """
     if "torch._dynamo" not in sys.modules:
-        return contextlib.nullcontext()  # nothing is compiled here, and importing it takes a second
+        return contextlib.nullcontext()  # nothing is compiled, and importing dynamo takes a second
     eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return eager
 
@@ -122,11 +122,11 @@ def compiled_graphs() -> int:
 class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace not in FREE:
-            self.seen[str(func)] += 1
+            self.counts[str(func)] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -145,15 +145,15 @@ class Counts:
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counts]:
-    """Count while the block runs: operators as they are dispatched, FLOPs as torch's FlopCounterMode counts them.
+    """Count operators and FLOPs while the block runs, with torch's FlopCounterMode and `own_formulas`.
 
-    Products that torch does not know are added (`own_formulas`). Compiled functions run eagerly.
+    Compiled functions run eagerly.
     """
     counts = Counts()
     operators = _Operators()
     with without_compiling(), FlopCounterMode(display=False, custom_mapping=own_formulas()) as flops, operators:
         yield counts
-    counts.operators = operators.seen
+    counts.operators = operators.counts
     counts.flops = flops.get_total_flops()
 
 
@@ -161,18 +161,18 @@ _FUSED = "aten._scaled_dot_product_"
 
 
 def attention_families(operators: Mapping[str, int]) -> Counter[str]:
-    """How often each family's forward ran: "eager", "math" (torch's own unfused way), or a fused kernel's name.
+    """Count the forward calls of each family: "eager", "math" (torch's unfused implementation), or a fused kernel's name.
 
-    Below autograd a fused kernel is one operator. The math way takes `_safe_softmax`, eager attention `_softmax`; losses and
-    greedy search take neither.
+    Below autograd, a fused kernel is one operator. The math implementation uses `_safe_softmax`, and eager attention `_softmax`;
+    losses and greedy search use neither.
     """
-    seen: Counter[str] = Counter()
+    families: Counter[str] = Counter()
     for operator, count in operators.items():
         name = operator.removesuffix(".default")
         if name.startswith(_FUSED) and not name.endswith("_backward"):
-            seen[name.removeprefix(_FUSED)] += count
+            families[name.removeprefix(_FUSED)] += count
         elif name == "aten._safe_softmax":
-            seen["math"] += count
+            families["math"] += count
         elif name == "aten._softmax":
-            seen["eager"] += count
-    return seen
+            families["eager"] += count
+    return families

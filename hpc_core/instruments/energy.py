@@ -1,7 +1,6 @@
-"""Energy of a step or of a new token: the whole board's, over two seconds of the steps or queries that were timed before.
+"""Measure the energy of a step or of a new token: the whole board's, over at least two seconds of repeated steps or queries.
 
-Joules come from a counter of millijoules that only grows. It is read at both ends and nothing in between, so that reading it
-costs the work nothing.
+Joules come from the board's cumulative counter of millijoules. It is read only at both ends, so it does not slow the work.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from hpc_core.record.metrics import metric
 from hpc_core.record.record import Metric
 
 LEAST_S = 2.0
-"""Seconds that the work is repeated for at least: twenty renewals of the counter."""
+"""Minimum seconds for which the work is repeated: twenty updates of the counter."""
 RENEWED_S = 0.1
-"""Seconds that a reading may be old. NVML's reference gives the counter no period; power readings of an H100 are renewed every 100 ms
-(Yang, Adamek, Armour: Part-time Power Measurements, arXiv:2312.02741), and we take the counter to be no finer."""
+"""Maximum age of a reading in seconds. NVML's reference gives no period for the counter; power readings of an H100 are updated every
+100 ms (Yang, Adamek, Armour: Part-time Power Measurements, arXiv:2312.02741), and we assume that the counter is no faster."""
 
 
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
-    """What so many repetitions took."""
+    """Energy and time of repeated work."""
 
     joules: float
     seconds: float
@@ -42,8 +41,8 @@ class Energy(msgspec.Struct, frozen=True, kw_only=True):
         return self.joules / self.seconds
 
     @property
-    def doubt(self) -> float:
-        """By how much, as a share of itself, the energy may be off because both readings may be old."""
+    def uncertainty(self) -> float:
+        """Relative error of the energy that the age of the readings may cause."""
         return RENEWED_S / self.seconds
 
 
@@ -55,9 +54,10 @@ def energy_of(
     whole: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Energy:
-    """Energy of `step` repeated for at least `least_s` seconds and a multiple of `whole` times; it returns once its work is done.
+    """Measure the energy of `step`, repeated for at least `least_s` seconds and a multiple of `whole` times.
 
-    `whole` is for steps that differ, so that each of them is in as often as the others. `read_mj` gives millijoules since some moment long ago, `clock` seconds.
+    If steps differ, `whole` makes all of them run equally often. `step` must return only after its work is done. `read_mj`
+    reads a cumulative counter in millijoules, and `clock` seconds.
 
     Raises:
         MeasureError: the counter did not grow, or `read_mj` raises it.
@@ -70,24 +70,24 @@ def energy_of(
     if grown <= 0:
         raise MeasureError(
             f"The energy counter went from {first:,} to {first + grown:,} mJ over {seconds:.2f} s and {times} repetitions: "
-            "it does not count here. Take no energy from this machine."
+            "this machine's counter does not work. Do not measure energy on this machine."
         )
     return Energy(joules=grown / 1000, seconds=seconds, times=times)
 
 
 _MOST_S = 10.0
-"""What a whole round of unlike steps or queries may take; beyond it the first ones represent the others."""
+"""Maximum seconds for one round of different steps or queries; if a round takes longer, the first ones represent all."""
 
 
 def step_energy(
     program: Program, device: torch.device, *, step_s: Metric | None, gpu_before: Mapping[str, Any]
 ) -> Findings:
-    """Measure `energy_step_j`: joules of a step. Steps go on from where the program stands.
+    """Measure `energy_step_j`, the joules per step, from the program's current step on.
 
     Args:
-        program: to be run.
-        device: a GPU; on a CPU nothing is found.
-        step_s: the measured time of a step, by which it is decided whether a whole period is run.
+        program: what to run.
+        device: a GPU; on a CPU nothing is measured.
+        step_s: the measured time of a step. It decides whether a whole period fits.
         gpu_before: the GPU's state before this process used it.
     """
 
@@ -108,13 +108,13 @@ class _Answering(Program, Protocol):
     steps_done: int
 
     def answer_ids(self) -> list[list[int]]:
-        """The new tokens of the last query, by row."""
+        """Return the new tokens of the last query, by row."""
 
 
 def token_energy(
     program: _Answering, device: torch.device, *, query_s: Metric | None, gpu_before: Mapping[str, Any]
 ) -> Findings:
-    """Measure `energy_token_j`: joules of a query over its new tokens of all rows, prefill included. Arguments as `step_energy`."""
+    """Measure `energy_token_j`, the joules per new token of all rows, prefill included. Arguments are those of `step_energy`."""
     made = 0
 
     def query() -> None:
@@ -132,27 +132,27 @@ def token_energy(
 
 
 def coverage(energy: Energy, what: str, period: int) -> str:
-    """Say what a number covers; `period` is how many unlike steps or queries there are."""
-    part = f" of {period:,} unlike ones" if energy.times % period else ""
+    """Describe what an energy covers; `period` is how many different steps or queries there are."""
+    part = f" of {period:,} different ones" if energy.times % period else ""
     return (
         f"whole board, idle power not subtracted: {energy.joules:,.0f} J over {energy.seconds:.2f} s and {energy.times} {what}{part}, "
-        f"{energy.watts:.0f} W; the readings' age alone may move it by {energy.doubt:.0%}"
+        f"{energy.watts:.0f} W; off by up to {energy.uncertainty:.0%} because the counter updates only every {RENEWED_S:g} s"
     )
 
 
 def _round(timed: Metric | None, period: int) -> int:
-    """How many steps or queries make a round, where that takes no more than ten seconds."""
+    """Return how many steps or queries make a round, or 1 if a round takes more than ten seconds."""
     return period if timed is not None and timed.value * period <= _MOST_S else 1
 
 
 def _measured(
     step: Callable[[], None], device: torch.device, whole: int, gpu_before: Mapping[str, Any]
 ) -> tuple[Energy | None, Findings]:
-    """Joules of repeated steps on a GPU; None, with a note that says why, where the board's counter does not stand for them."""
+    """Measure repeated steps on a GPU; return None and a note if the board's counter does not describe them."""
     if device.type != "cuda":
         return None, Findings()
     if gpu_state().get("mig_mode"):
-        return None, _none("the counter is of the whole board, and MIG gives this process a slice")
+        return None, _none("the counter is the whole board's, and MIG gives this process only a part of it")
     try:
         with quiet():
             energy = energy_of(step, gpu_energy_mj, whole=whole)
@@ -161,7 +161,7 @@ def _measured(
     others = other_processes(gpu_before, gpu_state())
     if others > 0:
         plural = "es" if others > 1 else ""
-        return None, _none(f"the counter is of the whole board, and {others} other process{plural} used it too")
+        return None, _none(f"the counter is the whole board's, and {others} other process{plural} used it too")
     return energy, Findings()
 
 

@@ -1,4 +1,4 @@
-"""Keep Python's garbage collector out of the way for a while. Imports no torch: reports and loader workers use it too."""
+"""Switch Python's garbage collector off for a while. Imports no torch: reports and loader workers use it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Collect no garbage in the block, so that a collection is not timed as part of the work."""
+    """Collect no garbage in the block, so that no collection is timed as part of the work."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

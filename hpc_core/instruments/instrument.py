@@ -1,4 +1,4 @@
-"""A measurement is a list of instruments: each observes a running program, one after another, and returns findings."""
+"""A measurement is a list of instruments that observe a running program one after another and return findings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Phases:
 
     @contextlib.contextmanager
     def audit(self, device: torch.device) -> Iterator[None]:
-        """Inspect a pass that is being counted: no counter sees what runs in the block, and its time is the audit's."""
+        """Inspect a pass that is being counted: counters ignore the block, and its time counts as the audit's."""
         synchronize(device)
         began = time.perf_counter()
         with _disable_current_modes():
@@ -46,7 +46,7 @@ class Phases:
         self._entered += took
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by phase, of the phases that have ended."""
+        """Return the seconds of each phase that has ended."""
         return {name: round(value, 4) for name, value in self._seconds.items()}
 
 
@@ -56,13 +56,13 @@ class Instrument:
 
     name: str
     phase: str | None
-    """The phase that it begins; None goes on in the one before."""
+    """The phase that it begins; None continues the current one."""
     take: Callable[[Findings], Findings]
-    """Observe, and return what was found; it is given what the instruments before it have found."""
+    """Observes the program and returns findings. It receives those of the instruments before it."""
     captured: bool = True
-    """Whether steps run as they are timed. False: operator by operator, so that a captured step can be watched."""
+    """False: steps run operator by operator, so that a step that is a CUDA graph can be observed."""
     changes_state: bool = False
-    """Whether the program cannot be run after it."""
+    """True: the program cannot run afterwards."""
 
 
 class _Uncaptured(Protocol):
@@ -73,7 +73,7 @@ class _Uncaptured(Protocol):
 def observe(
     instruments: Iterable[Instrument], program: _Uncaptured, phases: Phases, found: Findings | None = None
 ) -> Findings:
-    """Run the instruments in order, and return what was found before and by all of them."""
+    """Run the instruments in order, and return their findings added to `found`."""
     found = Findings() if found is None else found
     for each in instruments:
         if each.phase is not None:

@@ -1,8 +1,8 @@
-"""What the device did while steps ran: GPU-busy time, kernels by family, launches, and what the host asked of the CUDA runtime.
+"""Measure the device's work in steps: GPU-busy time, kernels by family, launches, and the host's calls of the CUDA runtime.
 
-Busy time is the union of the intervals in which a kernel, copy or memset ran, as the profiler sees them. Only device activity
-is recorded, no operators, no annotations, no synchronization events. A reading counts only when sentinel kernels are seen at
-both ends and every launch has its kernel: the profiler can drop early records in silence.
+Busy time is the union of the intervals in which a kernel, copy or memset ran, according to the profiler. It records device
+activity only: no operators, annotations or synchronization events. The profiler can drop early records without an error, so a
+reading is valid only if it has sentinel kernels at both ends and a kernel for every launch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hpc_core.record.metrics import metric
 from hpc_core.record.record import KernelFamily
 
 _RULES = (
-    # The first that matches decides, so names that hold two words stand where the rarer one is: a 4-bit product dequantizes too.
+    # The first match decides. Names may match several families: a 4-bit product dequantizes too.
     ("optimizer", r"multi_tensor_apply|[Oo]ptimizer|Adam|\bsgd|lion_"),
     ("attention", r"sdpa|fmha|flash|[Aa]ttention"),
     ("gemm", r"gemm|nvjet|cutlass|gemv|splitKreduce|\bscal_kernel|wgmma|triton_tem_|_mm_kernel|tinygemm"),
@@ -46,16 +46,16 @@ _RULES = (
 )
 _PATTERNS = tuple((name, re.compile(pattern, *flags)) for name, pattern, *flags in _RULES)
 FAMILIES = (*(name for name, _ in _PATTERNS), "other")
-"""Every family there is, in the order in which names are asked."""
+"""All families, in the order in which names are matched."""
 
 
 def family(kernel: str) -> str:
-    """The family of a kernel, by the name that the profiler gives it; "other" for names that no rule knows."""
+    """Return the family of a kernel by its name in the profiler; "other" if no rule matches."""
     return next((name for name, pattern in _PATTERNS if pattern.search(kernel)), "other")
 
 
 def families_of(seconds: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, tuple[float, int]]:
-    """Seconds and launches by family, the families with the most seconds first, from those by kernel name."""
+    """Sum seconds and launches of kernels by family, the family with the most seconds first."""
     total: defaultdict[str, tuple[float, int]] = defaultdict(lambda: (0.0, 0))
     for name, value in seconds.items():
         key = family(name)
@@ -65,9 +65,9 @@ def families_of(seconds: Mapping[str, float], counts: Mapping[str, int]) -> dict
 
 
 MARK = "cudaStreamQuery"
-"""Asks a stream whether it is idle: waits for nothing, and torch asks it nowhere in a step."""
+"""Queries whether a stream is idle. The call does not synchronize, and torch does not use it in a step."""
 MARKS = 3
-"""So many of them in a row end a step; one or two may be the case's own."""
+"""This many in a row end a step; one or two may be the case's own."""
 _KINDS = (
     ("launch", re.compile(r"Launch(Cooperative)?Kernel")),
     ("graph", re.compile(r"GraphLaunch")),
@@ -86,7 +86,7 @@ class HostCall:
 
     name: str
     correlation: int
-    """One call can appear as a runtime call and as the driver call beneath it, with the same number."""
+    """A runtime call and the driver call that it makes have the same number."""
     start_ns: int
 
 
@@ -96,39 +96,39 @@ def _call_kind(name: str) -> str | None:
 
 
 def kinds(calls: Iterable[HostCall]) -> list[str]:
-    """Return launch, graph, wait, copy, fill or mark for each call that is one, in the host's order, each call once.
+    """Return launch, graph, wait, copy, fill or mark for each such call, in the host's order, each call once.
 
-    What is called while a CUDA graph is captured runs nothing, and is left out: torch.compile captures again for a new cache.
+    Calls during the capture of a CUDA graph run nothing and are left out: torch.compile captures again for a new cache.
     """
-    seen: set[tuple[str, int]] = set()
+    counted: set[tuple[str, int]] = set()
     ordered = []
     capturing = False
     for call in sorted(calls, key=lambda one: one.start_ns):
         kind = _call_kind(call.name)
         if kind in ("capture", "captured"):
             capturing = kind == "capture"
-        elif kind is not None and not capturing and (kind, call.correlation) not in seen:
-            seen.add((kind, call.correlation))
+        elif kind is not None and not capturing and (kind, call.correlation) not in counted:
+            counted.add((kind, call.correlation))
             ordered.append(kind)
     return ordered
 
 
 def made_between(ordered: Sequence[str]) -> list[str]:
-    """The calls between the first launch and the last, which are the sentinels', without our wait for the first of them."""
+    """Return the calls between the launches of the two sentinels, without our wait for the first sentinel."""
     ends = [at for at, kind in enumerate(ordered) if kind == "launch"]
     inner = list(ordered[ends[0] + 1 : ends[-1]]) if len(ends) > 1 else []
     if "wait" in inner:
-        inner.remove("wait")  # removes the first: we wait for the sentinel before the work begins
+        inner.remove("wait")  # the first one: we wait for the sentinel before the work begins
     return inner
 
 
 def synchronizations(between: Sequence[str]) -> int:
-    """How often the host waited for the device: for a stream, an event or all of it."""
+    """Count how often the host waited for a stream, an event or the whole device."""
     return sum(kind == "wait" for kind in between)
 
 
 def steps_alike(between: Sequence[str], steps: int) -> bool:
-    """Whether `steps` marked steps were seen and each launched, copied, filled and waited as often as the others."""
+    """Return whether there are `steps` marked steps, all with equal numbers of launches, copies, fills and waits."""
     counts: list[Counter[str]] = [Counter()]
     marks = 0
     for kind in between:
@@ -143,10 +143,10 @@ def steps_alike(between: Sequence[str], steps: int) -> bool:
 
 
 def one_cycle(activities: Sequence[torch.profiler.ProfilerActivity], **options: Any) -> torch.profiler.profile:
-    """A profiler that records from its start to its stop; `options` are torch.profiler.profile's.
+    """Return a profiler that records from its start to its stop; `options` are torch.profiler.profile's.
 
-    Without acc_events torch (2.11) warns that it keeps one cycle only, which is all there is; with it, it builds its event tree, and ten steps of
-    five thousand kernels take seven seconds more.
+    Without acc_events, torch (2.11) warns that it keeps only one cycle, which is all that we need. With acc_events, it builds an
+    event tree, and ten steps of five thousand kernels take seven seconds longer.
     """
     warnings.filterwarnings("ignore", message="Warning: Profiler clears events")
     return torch.profiler.profile(activities=activities, **options)
@@ -160,7 +160,7 @@ _TRIES = 3
 
 @dataclass(frozen=True)
 class Interval:
-    """One device record: what ran, on which stream, from when to when in nanoseconds."""
+    """One device record: what ran, on which stream, with its start and end in nanoseconds."""
 
     name: str
     kind: str
@@ -169,16 +169,16 @@ class Interval:
     start_ns: int
     end_ns: int
     graph: int = 0
-    """Correlation number of the CUDA graph's launch that this was part of; 0 for what was launched by itself."""
+    """Correlation number of the CUDA graph's launch that this was part of; 0 if it was launched separately."""
 
 
 @dataclass(frozen=True)
 class DeviceActivity:
-    """What the device did over `steps` steps; every field is a total over them."""
+    """What the device did; every field is a total over all steps."""
 
     busy_s: float
     stream_s: dict[int, float]
-    """Busy seconds by stream; they add up to more than busy_s where streams overlap."""
+    """Busy seconds by stream; they add up to more than busy_s if streams overlap."""
     kernels: int
     copies: int
     memsets: int
@@ -188,18 +188,18 @@ class DeviceActivity:
     synchronizations: int = 0
     """How often the host waited for the device."""
     steps_alike: bool = False
-    """Every step that `mark_step` ended made the host launch, copy, fill and wait as often as the others."""
+    """True if all steps that `mark_step` ended have equal numbers of launches, copies, fills and waits."""
 
 
 def mark_step(device: torch.device) -> None:
-    """Say in the profile that a step has ended, without waiting and without work for the device."""
+    """Mark the end of a step in the profile, without synchronizing and without work for the device."""
     stream = torch.cuda.current_stream(device)
     for _ in range(MARKS):
         stream.query()
 
 
 def device_activity(work: Callable[[], None], device: torch.device, *, marked_steps: int = 0) -> DeviceActivity:
-    """Run `work` under the profiler and say what the device did; `marked_steps` are those whose end `work` marks.
+    """Run `work` under the profiler and return what the device did; `work` marks the end of `marked_steps` steps.
 
     Raises:
         MeasureError: three times in a row the reading was incomplete.
@@ -228,13 +228,13 @@ def recorded(work: Callable[[], None], device: torch.device) -> list[Any]:
         work()
         torch.cuda._sleep(_SENTINEL_CYCLES)
         synchronize(device)
-    # The raw records: building torch's event tree for fifty thousand kernels would take longer than the case.
+    # Raw records: building torch's event tree for fifty thousand kernels would take longer than the case.
     inner: Any = profiler.profiler
     return list(inner.kineto_results.events())
 
 
 def sorted_events(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]]:
-    """Device records as intervals, and the host's calls of the CUDA runtime."""
+    """Return device records as intervals, and the host's calls of the CUDA runtime."""
     intervals: list[Interval] = []
     calls: list[HostCall] = []
     of_call: list[int] = []
@@ -265,15 +265,15 @@ def _kind(event: Any, name: str) -> str | None:
 
 
 def is_wait(name: str) -> bool:
-    """Whether the profiler's record of this name is a wait or a mark on the device: it takes time there and does no work."""
+    """Return whether the profiler's record of this name is a wait or an event on the device: it takes time but does no work."""
     return name.endswith(" Sync") or name.startswith(("Stream Wait", "Event Record"))
 
 
 def summarize(intervals: list[Interval], launches: int, graphs: int = 0) -> DeviceActivity:
-    """The totals between the sentinels, which themselves do not count; `graphs` is how many CUDA graphs were launched.
+    """Return the totals between the sentinels, without the sentinels; `graphs` is how many CUDA graphs were launched.
 
     Raises:
-        MeasureError: a sentinel is missing, or launches and kernels differ in number, or a graph left no kernel.
+        MeasureError: a sentinel is missing, or launches and kernels differ in number, or a graph has no kernel.
     """
     ordered = sorted(intervals, key=lambda interval: interval.start_ns)
     ends = [interval for interval in (*ordered[:1], *ordered[1:][-1:]) if _SENTINEL in interval.name]
@@ -318,16 +318,16 @@ def union_s(intervals: Iterable[Interval]) -> float:
 
 
 BUSY_STEPS = 10
-"""Kernels, copies, memsets and synchronizations are totals over so many steps, and busy time is their mean."""
+"""Kernels, copies, memsets and synchronizations are totals over this many steps; busy time is a mean."""
 _SHORT_STEPS = 5
-"""Enough if each of them launched as often as the others: ten then launch twice as often."""
+"""Enough if all of them have equal counts: ten steps then have twice the counts."""
 
 
 def busy_steps(program: Program, device: torch.device) -> Findings:
-    """Measure `busy_s` and launches; nothing on a CPU.
+    """Measure `busy_s` and launches on a GPU; return nothing on a CPU.
 
-    Counts are totals over ten steps, not means: a kernel that only every second step launches must not vanish in a division.
-    Where five steps in a row are alike, which is checked, their counts are doubled; else ten steps are run.
+    Counts are totals over ten steps, not means: a kernel that only every second step launches must not disappear by division.
+    If five steps in a row have equal counts, they are doubled; otherwise ten steps run.
     """
     if device.type != "cuda":
         return Findings()
@@ -354,12 +354,12 @@ def _busy_of(
 def busy_of(
     work: Callable[[], None], device: torch.device, *, marked_steps: int = 0
 ) -> tuple[DeviceActivity | None, Findings]:
-    """Return what the device did in `work`, and the GPU's state around it; None with a reason if the reading is void."""
+    """Return what the device did in `work`, and the GPU's state before, during and after it; None with a reason if the reading is void."""
     states = {"before": gpu_state()}
 
     def watched() -> None:
         work()
-        # Everything is launched and most of it still runs: clock and throttling are those of the work.
+        # Most of the work is still running, so clock and throttling are those of the work.
         states["during"] = gpu_state()
 
     reasons: tuple[str, ...] = ()
@@ -380,7 +380,7 @@ def _busy_metrics(activity: DeviceActivity | None, steps: int) -> Findings:
 
 
 def launches(activity: DeviceActivity, *, per: str, times: int = 1) -> Findings:
-    """Return kernels, copies, memsets and synchronizations of this work, `times` over, and its kernels by family."""
+    """Return kernels, copies, memsets and synchronizations of this work, and its kernels by family, all times `times`."""
     counts = {name: getattr(activity, name) * times for name in ("kernels", "copies", "memsets", "synchronizations")}
     families = families_of(activity.kernel_s, activity.kernel_counts)
     return Findings(
@@ -393,9 +393,9 @@ def launches(activity: DeviceActivity, *, per: str, times: int = 1) -> Findings:
 
 
 def compilations(device: torch.device) -> Findings:
-    """Count `graph_breaks` and `recompilations` of torch.compile in this process so far: 0 where nothing is compiled.
+    """Count `graph_breaks` and `recompilations` of torch.compile in this process so far.
 
-    Gated on a GPU, where speed is what compiling is for; shown on a CPU. Dynamo remembers its last 64 compilations.
+    They are gated on a GPU and shown on a CPU. Dynamo remembers its last 64 compilations.
     """
     dynamo: Any = sys.modules.get("torch._dynamo.utils")
     breaks = 0 if dynamo is None else sum(dynamo.counters["graph_break"].values())

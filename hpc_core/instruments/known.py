@@ -1,7 +1,7 @@
-"""Work of known size, to hold the instruments against: a device that sleeps, allocations on a schedule, launches and products.
+"""Work of known size, to test the instruments: a sleeping device, scheduled allocations, launches and matrix products.
 
-Each function is a factory as users write them, `perf("hpc_core.instruments.known:sleeping", seconds=0.02)`, so that what is
-tested is the whole way from a step to a record.
+Each function is a factory for `perf("hpc_core.instruments.known:sleeping", seconds=0.02)`, as users write them, so a test covers
+everything from a step to a record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hpc_core.instruments.program import Mark, unmarked
 
 _MIB = 2**20
 _CALIBRATION_CYCLES = 50_000_000
-"""Some 25 ms at two gigahertz."""
+"""About 25 ms at 2 GHz."""
 
 
 class _OnePhase:
@@ -34,8 +34,8 @@ class _Sleeping(_OnePhase):
     def step(self, mark: Mark = unmarked) -> None:
         mark("step")
         here = torch.cuda.current_stream()
-        for turn in range(self._times):
-            if turn and self._pause_s:
+        for index in range(self._times):
+            if index and self._pause_s:
                 here.synchronize()
                 time.sleep(self._pause_s)
             for stream in self._streams:
@@ -47,16 +47,15 @@ class _Sleeping(_OnePhase):
 
 
 def sleeping(seconds: float, times: int = 1, streams: int = 1, pause_s: float = 0.0) -> Any:
-    """A GPU that sleeps `times` times for `seconds`, on so many streams at once, idle for `pause_s` in between.
+    """Let the GPU sleep `times` times for `seconds` on several streams at once, idle for `pause_s` in between.
 
-    Busy time is `times * seconds` whatever the streams and pauses. The device counts cycles, so its clock is measured first,
-    by events around a sleep.
+    Busy time is `times * seconds`, whatever the streams and pauses. A sleep takes cycles, so the clock rate is measured first.
     """
     return _Sleeping(seconds, times, streams, pause_s)
 
 
 def _cycles_per_s() -> float:
-    torch.cuda._sleep(4 * _CALIBRATION_CYCLES)  # until the clock has risen to where it stays
+    torch.cuda._sleep(4 * _CALIBRATION_CYCLES)  # until the clock rate is stable
     rates: list[float] = []
     for _ in range(5):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -82,7 +81,7 @@ class _Scheduled:
     def step(self, mark: Mark = unmarked) -> None:
         mark("first")
         temporary, activation = self._bytes(4), self._bytes(1)
-        self._kept.zero_()  # on a CPU only what the step uses is its memory
+        self._kept.zero_()  # on a CPU, memory counts only if the step uses it
         del temporary
         mark("second")
         another = self._bytes(2)
@@ -90,9 +89,10 @@ class _Scheduled:
 
 
 def scheduled(unit_bytes: int, device: str = "cuda") -> Any:
-    """Allocations in two phases, in units: 2 kept from before, 4 and 1 in the first, of which the 1 lives on, 2 in the second.
+    """Allocate in two phases: 2 units exist before the step, the first phase adds 4 and 1, and the second adds 2.
 
-    So the peaks are 7 and 5 units, and at the peak stand 2 of others, 4 temporary and 1 that outlives its phase.
+    The 4 are released at the end of the first phase, the rest at the end of the second. So the peaks are 7 and 5 units, and the
+    peak consists of 2 units of "other", 4 of temporaries and 1 of activations.
     """
     return _Scheduled(unit_bytes, device)
 
@@ -114,7 +114,7 @@ class _Launching(_OnePhase):
 
 
 def launching(kernels: int, copies: int, fills: int, device: str = "cuda") -> Any:
-    """So many additions of one kernel each, so many copies, and so many fills with zero, which are a kernel or a memset."""
+    """Run additions of one kernel each, copies, and fills with zero, which are a kernel or a memset."""
     return _Launching(kernels, copies, fills, device)
 
 
@@ -135,5 +135,5 @@ class _Multiplying(_OnePhase):
 def multiplying(
     rows: int, inner: int, columns: int, times: int = 1, device: str = "cuda", dtype: str = "bfloat16"
 ) -> Any:
-    """So many matrix products of 2 * rows * inner * columns FLOP each."""
+    """Run `times` matrix products of 2 * rows * inner * columns FLOP each."""
     return _Multiplying(rows, inner, columns, times, device, dtype)

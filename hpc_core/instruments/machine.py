@@ -1,8 +1,8 @@
-"""How fast this machine is, measured once a session: its ceilings, and the canary.
+"""Measure how fast this machine is, once per session: its ceilings, and the canary.
 
-A number is shown as a share of these ceilings, never of a data sheet alone: cards, clocks and power limits differ. The canary
-is work that no change of the code under test can move, so that what moves it is the machine. One piece of it is bound by
-computing, the other by memory; a session's drift shows in one or the other.
+Numbers are shown as a share of these ceilings, not only of a data sheet: GPUs, clocks and power limits differ. The canary is
+work that the code under test cannot change, so a change of the canary is a change of the machine. One part of it is bound by
+compute, the other by memory.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from hpc_core.instruments.kernels import device_activity
 from hpc_core.record.findings import Findings
 
 _SIZE = 8192
-"""Edge of the matrix product: 1.1 TFLOP, long against a launch, 400 MB of operands."""
+"""Edge of the matrix product: 1.1 TFLOP, far longer than a launch, and 400 MB of operands."""
 _COPY_BYTES = 2**32
 _ROUNDS = 15
 
 
 def measure_machine(device: torch.device, *, canary: bool) -> tuple[dict[str, float], dict[str, float], Findings]:
-    """Return the ceilings, the canary if it is asked for, and a note where the canary could not be measured."""
+    """Return the ceilings, the canary if requested, and a note if the canary could not be measured."""
     ceilings = measure_ceilings(device)
     if not canary:
         return ceilings, {}, Findings()
@@ -35,16 +35,16 @@ def measure_machine(device: torch.device, *, canary: bool) -> tuple[dict[str, fl
 
 
 def measure_ceilings(device: torch.device) -> dict[str, float]:
-    """`matmul_bfloat16_flop_per_s`, `matmul_float16_flop_per_s`, `matmul_float32_flop_per_s` and `copy_bytes_per_s`.
+    """Measure `matmul_bfloat16_flop_per_s`, `matmul_float16_flop_per_s`, `matmul_float32_flop_per_s` and `copy_bytes_per_s`.
 
-    On random data (zeros run faster), median of 15 event-timed rounds after 3 of warm-up. The copy counts bytes read
-    and bytes written. Empty on a CPU, where nothing is gated that a ceiling could explain.
+    Each is the median of 15 rounds on random data (zeros run faster), timed by CUDA events after 3 rounds of warm-up. The copy
+    counts bytes read and bytes written. Returns nothing on a CPU, where no gated metric needs a ceiling.
     """
     if device.type != "cuda":
         return {}
     found = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        # float32 products run without tensor cores by torch's default and take 20 times as long.
+        # By torch's default, float32 products do not use tensor cores and take 20 times as long.
         edge = _SIZE if dtype != torch.float32 else _SIZE // 2
         left = torch.randn(edge, edge, device=device, dtype=torch.float32).to(dtype)
         right = torch.randn(edge, edge, device=device, dtype=torch.float32).to(dtype)
@@ -78,7 +78,7 @@ def _median_s(work: object) -> float:
 _CANARY_EDGE = 8192
 _CANARY_BYTES = 2**31
 _TIMES = 20
-"""About 35 ms of products and 30 ms of copies on an H100: long against a launch, short against a case."""
+"""About 35 ms of products and 30 ms of copies on an H100: far longer than a launch, far shorter than a case."""
 _WARM_UPS = 3
 _CANARY_EDGE_CPU = 512
 _CANARY_BYTES_CPU = 2**26
@@ -86,10 +86,10 @@ _ROUNDS_CPU = 5
 
 
 def measure_canary(device: torch.device) -> dict[str, float]:
-    """Seconds of a matrix product, `compute`, and of a large copy, `memory`: always the same ones, on random data.
+    """Measure the seconds of a fixed matrix product, `compute`, and of a fixed large copy, `memory`.
 
-    On a GPU busy seconds of one, a mean over 20 (bfloat16, 8192 cubed; 2 GiB read and written). On a CPU wall seconds, the median of 5
-    (float32, 512 cubed; 64 MiB): what a clock sees there is noise, and nothing is made of it but a note.
+    On a GPU: busy seconds, the mean of 20 (bfloat16, 8192 cubed; 2 GiB read and written). On a CPU: wall seconds, the median of 5
+    (float32, 512 cubed; 64 MiB). They are noisy there, so they only lead to a note.
 
     Raises:
         MeasureError: the profiler's reading was incomplete three times in a row.

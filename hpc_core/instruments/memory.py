@@ -1,7 +1,7 @@
 """Memory of a step by phase and by category, on GPU and CPU; memory of the process; memory that grows.
 
-The gated peaks come from the allocator's counters in an undisturbed pass; the categories from a second, recorded pass.
-Reading and resetting those counters happens on the host and waits for nothing, so a step runs as it always does.
+The gated peaks come from the allocator's counters in a pass without a recorder; the categories come from a second, recorded
+pass. Reading and resetting the counters does not synchronize, so it does not change how a step runs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hpc_core.record.record import Fact, Metric
 
 _SAMPLES = 20
 _FLAT_BYTES = 64 * 1024
-"""Scalars that a library keeps; a forgotten loss tensor a step is 512 bytes on a GPU and shows after 128 steps."""
+"""Libraries may keep a few scalars. A loss tensor that leaks in every step is 512 bytes on a GPU and shows after 128 steps."""
 
 
 class PhasePeaks:
-    """A mark that closes one phase and opens the next; `peaks` holds bytes by phase."""
+    """A mark that records the peak bytes of each phase in `peaks`."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -60,13 +60,13 @@ def peaks_of(program: Program, device: torch.device, steps: int) -> dict[str, in
 
 
 class Watch(Protocol):
-    """A recorder of allocations that also takes the step's marks."""
+    """A recorder of allocations that is also the step's mark."""
 
     def __call__(self, phase: str) -> None:
-        """A phase begins."""
+        """Begin a phase."""
 
     def own_now(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
-        """Say who owns tensors that live now."""
+        """Assign tensors that are alive now to a category."""
 
 
 class _TensorWatch:
@@ -83,7 +83,7 @@ class _TensorWatch:
 
 
 Marking = Callable[[Watch], Mark]
-"""Wraps a recorder, to name owners that live only for a while: gradients, a KV cache."""
+"""Wraps a recorder to assign short-lived tensors to a category: gradients, a KV cache."""
 
 
 def measure_memory(
@@ -102,15 +102,15 @@ def measure_memory(
     """Measure peaks by phase over `steps` steps, and categories over one.
 
     Args:
-        program: does its largest step, as `Fixed` where steps differ: every pass must see the same one.
+        program: runs its largest step. If steps differ, pass a `Fixed`: every pass must run the same step.
         device: where it runs.
         model: owns weights and adapter.
         optimizer: owns its state.
-        bystanders: on a CPU, what was alive before the first step.
-        marking: names owners that live only for a while.
-        steps: over which peaks are taken.
-        peaks: those of a pass that was watched already; without them the program is run for them.
-        owned: tensors of the program's own, by category.
+        bystanders: on a CPU, the storages that were alive before the first step.
+        marking: assigns short-lived tensors to a category.
+        steps: how many steps to take peaks over.
+        peaks: peaks of an earlier pass; if None, the program runs `steps` steps for them.
+        owned: tensors that the program itself owns, by category.
         timeline: also return the memory over the step.
     """
     owners = _owners(model, optimizer)
@@ -139,12 +139,12 @@ def _owners(model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | No
 
 
 def memory_metrics(peaks: Mapping[str, int], timeline: Timeline, *, on_gpu: bool) -> dict[str, Metric]:
-    """Return `peak_bytes`, the peaks of several phases, and the bytes of each category at the timeline's highest point."""
+    """Return `peak_bytes`, the peak of each phase if there are several, and the bytes of each category at the peak."""
     values = {"peak_bytes": max(peaks.values())}
     if len(peaks) > 1:
         values |= {f"peak_{phase}_bytes": value for phase, value in peaks.items()}
     totals = timeline.at_peak()
-    # At the step's highest point, by requested bytes; the allocator rounds up to its blocks beyond that.
+    # These are requested bytes; the allocator rounds them up to its blocks.
     values |= {f"at_peak_{category}_bytes": totals[category] for category in CATEGORIES if totals[category]}
     if on_gpu:
         values["at_peak_rounding_bytes"] = max(values["peak_bytes"] - sum(totals.values()), 0)
@@ -152,7 +152,7 @@ def memory_metrics(peaks: Mapping[str, int], timeline: Timeline, *, on_gpu: bool
 
 
 def model_metrics(model: torch.nn.Module) -> dict[str, Metric]:
-    """Return the bytes of a model's weights, and of its adapter's where it has one."""
+    """Return the bytes of a model's weights, and of its adapter if it has one."""
     owned = {category: owned_bytes(tensors) for category, tensors in weight_tensors(model).items()}
     found = {"weights_bytes": metric("weights_bytes", owned["weights"])}
     if owned["adapter"]:
@@ -161,7 +161,7 @@ def model_metrics(model: torch.nn.Module) -> dict[str, Metric]:
 
 
 def process_memory(device: torch.device) -> Findings:
-    """Measure what the process and the card hold. What is done only for the sake of checking comes later and is not in it."""
+    """Measure the memory of the process and of the GPU. Run it before the checks that need memory of their own."""
     metrics = {"host_peak_bytes": metric("host_peak_bytes", host_peak_bytes())}
     if device.type == "cuda":
         stats = torch.cuda.memory_stats(device)
@@ -174,8 +174,8 @@ def process_memory(device: torch.device) -> Findings:
 
 
 def host_peak_bytes() -> int:
-    """Return the highest resident memory of this process so far; the kernel counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Return the peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the kernel reports KiB
 
 
 def claim_before(
@@ -184,13 +184,13 @@ def claim_before(
     owners: Mapping[str, list[torch.Tensor]],
     bystanders: Bystanders | None,
 ) -> None:
-    """Name the owners of tensors that live before the step; those of nobody are "other".
+    """Assign tensors that are alive before the step to categories; those without an owner are "other".
 
-    What earlier steps left behind, such as a forgotten reference, counts. What the process held before them does not, unless
-    the step uses it: the peak must not depend on what else has run here.
+    Tensors that earlier steps left behind, such as a forgotten reference, count. Those that the process held before the first
+    step count only if the step uses them: the peak must not depend on what else has run in this process.
     """
-    left = living_tensors(device)
-    watch.own("other", left if bystanders is None else bystanders.without(left))
+    alive = living_tensors(device)
+    watch.own("other", alive if bystanders is None else bystanders.without(alive))
     for category, tensors in owners.items():
         watch.own(category, tensors)
 
@@ -226,7 +226,7 @@ def _from_storages(
 
 
 class Growth:
-    """Whether memory grows over a long run of varying lengths: what stays allocated between steps, sampled twenty times."""
+    """Check whether memory grows over a long run of varying lengths, from twenty samples between steps."""
 
     def __init__(self, device: torch.device, steps: int):
         self._device, self._steps = device, steps
@@ -234,7 +234,7 @@ class Growth:
         self._held: list[int] = []
 
     def after_step(self, done: int) -> None:
-        """Sample after step number `done` (from 1); between steps only what is kept is alive."""
+        """Take a sample after step number `done`, counted from 1, if one is due."""
         if done % self._every == 0:
             on_gpu = self._device.type == "cuda"
             held = torch.cuda.memory_allocated(self._device) if on_gpu else owned_bytes(living_tensors(self._device))
@@ -247,7 +247,7 @@ class Growth:
         seen = "flat" if growth <= _FLAT_BYTES else f"+{growth:,} bytes over {self._steps} steps"
         made = metric("compilations", compiled_graphs(), note="graphs that torch.compile made in this process")
         metrics = {
-            # Shrinking is no growth; the metric is for the reader, the fact decides.
+            # The fact decides; the metric is for the reader.
             "held_growth_bytes": metric("held_growth_bytes", max(growth, 0), on_gpu=on_gpu),
             "compilations": made,
         }

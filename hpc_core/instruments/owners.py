@@ -1,4 +1,4 @@
-"""Who owns which memory: the storages of weights, adapter, gradients, optimizer state and KV cache of a live model."""
+"""Find the tensors of a live model by owner: weights, adapter, gradients, optimizer state and KV cache."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hpc_core.instruments.places import path_of
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Parameters, buffers and quantization constants, as "weights" and "adapter" (everything that LoRA added)."""
+    """Return parameters, buffers and quantization constants as "weights", and everything that LoRA added as "adapter"."""
     owned: dict[str, list[torch.Tensor]] = {"weights": [], "adapter": []}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "adapter" if ".lora_" in name else "weights"
         owned[kind] += [*_held(tensor), *_constants(tensor)]
     for module in model.modules():
-        state = getattr(module, "state", None)  # int8 layers move their constants here in the first forward
+        state = getattr(module, "state", None)  # the first forward of an int8 layer moves its constants here
         owned["weights"] += [
             value
             for value in (getattr(state, "CB", None), getattr(state, "SCB", None))
@@ -36,9 +36,10 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 def by_module(
     model: torch.nn.Module | None, optimizer: torch.optim.Optimizer | None
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Parameters, buffers, gradients and optimizer state that exist now, by the path of the module whose they are.
+    """Yield parameters, buffers, gradients and optimizer state that exist now, by the path of the owning module.
 
-    Parameters in one storage, as the tuned engine joins queries, keys and values, are those of the module around them.
+    If parameters share a storage, as queries, keys and values do in the tuned engine, the innermost module around all of them
+    owns it.
     """
     names: dict[int, str] = {}
     around: dict[int, str] = {}
@@ -60,7 +61,7 @@ def by_module(
 
 
 def _storage_of(tensor: torch.Tensor) -> int:
-    """By the storage itself, not its address, which a fake tensor has none of."""
+    """Return an id of the storage that fake tensors have too; they have no address."""
     return int(next(_held(tensor)).untyped_storage()._cdata)
 
 
@@ -69,7 +70,7 @@ def _common(one: str, other: str) -> str:
 
 
 def _held(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold a tensor's values: itself, or what a wrapper such as torchao's packed weights is made of."""
+    """Yield the tensors that hold a tensor's values: itself, or the parts of a wrapper such as torchao's packed weights."""
     wrapper: Any = tensor
     if not is_traceable_wrapper_subclass(wrapper):
         yield tensor
@@ -99,17 +100,17 @@ def _quant_state(state: Any) -> Iterator[torch.Tensor]:
 
 
 def gradient_tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    """The gradients that exist now."""
+    """Return the gradients that exist now."""
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """The optimizer's state, 8-bit constants included."""
+    """Return the optimizer's state, including the constants of 8-bit optimizers."""
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def cache_tensors(cache: Any) -> list[torch.Tensor]:
-    """Keys and values of a transformers cache."""
+    """Return keys and values of a transformers cache."""
     found = []
     for layer in getattr(cache, "layers", ()):
         found += [
@@ -121,11 +122,11 @@ def cache_tensors(cache: Any) -> list[torch.Tensor]:
 
 
 def living_tensors(device: torch.device) -> list[torch.Tensor]:
-    """Every tensor on `device` that Python holds anywhere: what nobody owns shows as "other", such as a forgotten reference."""
-    # type(), not isinstance: a lazy proxy would import its package when asked for its class.
-    # By the few types that there are: asking half a million objects one by one takes longer than a tiny step.
+    """Return every tensor on `device` that Python knows. Those without an owner, such as forgotten references, are "other"."""
+    # type(), not isinstance: a lazy proxy would import its package to answer.
+    # Check each type once: checking half a million objects takes longer than a tiny step.
     things = gc.get_objects()
-    # A wrapper has a storage without memory; what it wraps is found by itself.
+    # A wrapper's own storage has no memory; the tensors inside it are in this list too.
     kinds = {
         kind
         for kind in set(map(type, things))
@@ -136,15 +137,15 @@ def living_tensors(device: torch.device) -> list[torch.Tensor]:
 
 
 class Bystanders:
-    """The storages that are alive now: what a process holds anyway, from libraries and earlier cases, is not the step's."""
+    """The storages that are alive now, from libraries and earlier cases: they do not belong to the step."""
 
     def __init__(self, device: torch.device):
         storages = [tensor.untyped_storage() for tensor in living_tensors(device)]
-        # By reference, not by address: a storage that dies leaves its address to another.
+        # A weak reference tells a storage from a later one with the same id.
         self._known = {id(storage): weakref.ref(storage) for storage in storages}
 
     def without(self, tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Those of these tensors whose storage was not alive then."""
+        """Return the tensors whose storage was not alive then."""
         return [tensor for tensor in tensors if not self._was_alive(tensor.untyped_storage())]
 
     def _was_alive(self, storage: torch.UntypedStorage) -> bool:
@@ -153,31 +154,31 @@ class Bystanders:
 
 
 def owned_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of the storages behind these tensors, each counted once."""
-    # By the storage itself, not its address: the storages of fake tensors have none.
+    """Return the bytes of the storages behind these tensors, each counted once."""
+    # Not by address: the storages of fake tensors have none.
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
 
 
 @dataclass
-class CacheSeen:
-    """The KV cache that the model was last called with; None before the first call and where none is used."""
+class LastCache:
+    """The KV cache that the model was last called with; None before the first call, or if it had none."""
 
-    seen: Any = None
+    value: Any = None
 
 
 @contextlib.contextmanager
-def watch_cache(model: torch.nn.Module) -> Iterator[CacheSeen]:
-    """Note the cache object that `generate` hands to the model, whatever the argument is called in this version."""
-    cache = CacheSeen()
+def watch_cache(model: torch.nn.Module) -> Iterator[LastCache]:
+    """Record the cache object that `generate` passes to the model, whatever this version calls the argument."""
+    cache = LastCache()
 
-    def called(_: Any, __: Any, arguments: dict[str, Any]) -> None:
-        cache.seen = next(
+    def before_forward(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        cache.value = next(
             (value for value in arguments.values() if hasattr(value, "layers") and hasattr(value, "get_seq_length")),
             None,
         )
 
-    handle = model.register_forward_pre_hook(called, with_kwargs=True)
+    handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     try:
         yield cache
     finally:

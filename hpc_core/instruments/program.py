@@ -1,4 +1,4 @@
-"""What instruments may know of a workload: a step, its phases, and when shapes repeat."""
+"""What instruments know of a workload: a step, its phases, and the period of its shapes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 
 Mark = Callable[[str], None]
-"""Called with a phase's name at the moment it begins, on the host, without synchronizing."""
+"""Called on the host with a phase's name when the phase begins, without synchronizing."""
 
 
 def unmarked(phase: str) -> None:
-    """The mark of a step that nobody watches."""
+    """Ignore the phase: the mark of a step that is not observed."""
 
 
 class Program(Protocol):
@@ -22,20 +22,20 @@ class Program(Protocol):
     phases: tuple[str, ...]
     """The phases of one step in order; the first begins with the step."""
     period: int
-    """Steps after which the shapes of the data repeat: 1 when every step has the same."""
+    """Steps after which the shapes of the data repeat: 1 if all steps have the same shapes."""
 
     def step(self, mark: Mark = unmarked) -> None:
-        """One unit of work, queued on the device; the caller synchronizes."""
+        """Queue one unit of work on the device; the caller synchronizes."""
 
 
 class _Cyclic(Program, Protocol):
-    """A program that goes through its data, and can be sent to a place in it."""
+    """A program that iterates over its data, and can jump to any index of it."""
 
     steps_done: int
 
 
 class Fixed:
-    """A program that does the same step of another one again and again, so that every pass sees the same shapes."""
+    """A program that repeats one step of another program, so that every pass has the same shapes."""
 
     period = 1
 
@@ -50,7 +50,7 @@ class Fixed:
 
 
 def copied(part: torch.Tensor) -> torch.Tensor:
-    """A copy on the device where twice its size is free there, so that putting it back waits for nothing; else on the host."""
+    """Return a copy on the device, so that restoring it is asynchronous; on the host if less than twice its size is free."""
     if part.is_cuda and torch.cuda.mem_get_info(part.device)[0] < 2 * part.nbytes:
         return part.detach().cpu()
     return part.detach().clone()
@@ -58,7 +58,7 @@ def copied(part: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def weights_restored(model: torch.nn.Module) -> Iterator[None]:
-    """After the block every trained weight holds what it held before, at the same address."""
+    """Restore every trained weight after the block, at the same address."""
     trained = [part for part in model.parameters() if part.requires_grad]
     before = [copied(part) for part in trained]
     try:

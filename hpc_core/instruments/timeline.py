@@ -1,4 +1,4 @@
-"""From a stream of allocations to the memory by category at the peak. Pure: no torch, no clock.
+"""Turn a stream of allocations into the memory by category at the peak. Imports no torch and reads no clock.
 
 Categories are those of a training or generation step: weights, adapter, gradients, optimizer state, KV cache,
 activations, temporaries, other (inputs, workspaces) and rounding (what the allocator hands out beyond the request).
@@ -17,33 +17,33 @@ CATEGORIES = ("weights", "adapter", "gradients", "optimizer", "kv_cache", "activ
 
 @dataclass
 class Allocation:
-    """One piece of memory from its birth to its death, on a clock that counts events."""
+    """One piece of memory, from its allocation to its release. Time counts events."""
 
     size_bytes: int
     born: int
     phase: int
-    """Index of the phase in which it was born; -1 before the step."""
+    """Index of the phase that allocated it; -1 before the step."""
     died: int | None = None
     died_in: int | None = None
-    """Index of the phase in which it died; None when it outlived the step."""
+    """Index of the phase that released it; None if it outlived the step."""
     category: str | None = None
-    """Set when the owner is known (weights, adapter, gradients, optimizer, kv_cache, other)."""
+    """Set if the owner is known (weights, adapter, gradients, optimizer, kv_cache, other)."""
     source: str = ""
-    """The operator that made it, where known."""
+    """The operator that made it, if known."""
     module: str = ""
-    """The path of the module that it was made for, or that owns it, where known."""
+    """The path of the module that made or owns it, if known."""
     block: int | None = None
-    """Its address in a model of the allocator, where there is one."""
+    """Its address in a model of the allocator, if there is one."""
 
 
 @dataclass
 class Timeline:
-    """All allocations of a step, and the events at which they came and went."""
+    """All allocations of a step."""
 
     allocations: list[Allocation] = field(default_factory=list)
 
     def peak(self) -> tuple[int, int]:
-        """The event and the live bytes at the highest point; (0, 0) for an empty timeline."""
+        """Return the event and the live bytes at the peak; (0, 0) for an empty timeline."""
         changes: dict[int, int] = {}
         for piece in self.allocations:
             changes[piece.born] = changes.get(piece.born, 0) + piece.size_bytes
@@ -57,7 +57,7 @@ class Timeline:
         return when, best
 
     def peaks_by_phase(self, phases: Iterable[str]) -> dict[str, int]:
-        """The highest live bytes within each phase, counted from its first event."""
+        """Return the highest live bytes within each phase, counted from its first event."""
         order = sorted(
             [(piece.born, piece.size_bytes, piece.phase) for piece in self.allocations]
             + [(piece.died, -piece.size_bytes, piece.died_in) for piece in self.allocations if piece.died is not None],
@@ -68,24 +68,24 @@ class Timeline:
         current = -1
         for _, change, phase in order:
             for opened in range(current + 1, (phase if phase is not None else current) + 1):
-                peaks[names[opened]] = max(peaks[names[opened]], live)  # what the phase inherits counts
+                peaks[names[opened]] = max(peaks[names[opened]], live)  # memory from earlier phases counts
                 current = opened
             live += change
             if current >= 0:
                 peaks[names[current]] = max(peaks[names[current]], live)
-        for unseen in names[current + 1 :]:
-            peaks[unseen] = live  # nothing came or went in it, and what it inherited stayed
+        for silent in names[current + 1 :]:
+            peaks[silent] = live  # it has no events of its own
         return peaks
 
     def at_peak(self) -> Mapping[str, int]:
-        """Live bytes by category at the highest point; they add up to the peak."""
+        """Return the live bytes by category at the peak; they add up to it."""
         totals = dict.fromkeys(CATEGORIES, 0)
         for category, piece in self._alive_at_peak():
             totals[category] += piece.size_bytes
         return totals
 
     def makers_at_peak(self, most: int = 24) -> dict[str, int]:
-        """Live bytes at the highest point by "category operator", the largest first, `most` of them: who made what is there."""
+        """Return the live bytes at the peak by "category operator", the `most` largest ones, largest first."""
         totals: dict[str, int] = {}
         for category, piece in self._alive_at_peak():
             name = f"{category} {piece.source}".rstrip()
@@ -94,7 +94,7 @@ class Timeline:
         return dict(largest[:most])
 
     def pieces_at_peak(self, phases: Sequence[str]) -> tuple[Piece, ...]:
-        """What is alive at the highest point by category, module, phase and operator, the largest first."""
+        """Return what is alive at the peak by category, module, phase and operator, the largest first."""
         found: dict[tuple[str, str, str, str], tuple[int, int]] = {}
         for category, piece in self._alive_at_peak():
             phase = phases[piece.phase] if piece.phase >= 0 else ""
@@ -114,28 +114,28 @@ class Timeline:
         ]
 
     def sampled(self, phases: Sequence[str], most: int = 400) -> MemoryTimeline:
-        """The live bytes by category at `most` events or fewer: of each stretch of events the highest and the lowest.
+        """Return the live bytes by category at no more than `most` events.
 
-        So the peak is kept as it is, nothing is above what was there, and every sample is a moment that was. The first event of each
-        phase is kept too.
+        Keeps the first event of each phase, and the highest and lowest of each stretch of events. So every sample is a real
+        moment, and the peak is among them.
 
         Raises:
-            ValueError: fewer points than it takes to keep the phases and the peak.
+            ValueError: `most` is too small to keep the phases and the peak.
         """
         if most < len(phases) + 4:
             raise ValueError(f"{most} points are too few for {len(phases)} phases and the peak.")
         moments = self._moments()
-        kept = [moments[index] for index in _telling([(at.phase, at.total) for at in moments], most)]
-        seen = [category for category in CATEGORIES if any(at.live[category] for at in kept)]
+        chosen = [moments[index] for index in _extremes([(at.phase, at.total) for at in moments], most)]
+        present = [category for category in CATEGORIES if any(at.live[category] for at in chosen)]
         return MemoryTimeline(
             phases=tuple(phases),
-            events=tuple(at.event for at in kept),
-            phase=tuple(at.phase for at in kept),
-            bytes_by_category={category: tuple(at.live[category] for at in kept) for category in seen},
+            events=tuple(at.event for at in chosen),
+            phase=tuple(at.phase for at in chosen),
+            bytes_by_category={category: tuple(at.live[category] for at in chosen) for category in present},
         )
 
     def _moments(self) -> list[_Moment]:
-        """Every event in order, with what lives after it."""
+        """Return every event in order, with the live bytes after it."""
         changes: dict[int, list[tuple[int, str, int]]] = {}
         for piece in self.allocations:
             category = piece.category or _guess(piece, piece.phase)
@@ -163,22 +163,22 @@ class _Moment:
         return sum(self.live.values())
 
 
-def _telling(points: Sequence[tuple[int, int]], most: int) -> list[int]:
-    """Which of these (phase, bytes) to keep: the first of each phase, the last of all, the highest and lowest of each stretch."""
+def _extremes(points: Sequence[tuple[int, int]], most: int) -> list[int]:
+    """Choose among (phase, bytes): the first of each phase, the last of all, the highest and lowest of each stretch."""
     if len(points) <= most:
         return list(range(len(points)))
     firsts = [index for index, point in enumerate(points) if index == 0 or point[0] != points[index - 1][0]]
-    kept = {*firsts, len(points) - 1}
-    stretches = (most - len(kept)) // 2
+    chosen = {*firsts, len(points) - 1}
+    stretches = (most - len(chosen)) // 2
     for number in range(stretches):
         begin, end = number * len(points) // stretches, (number + 1) * len(points) // stretches
-        kept.add(max(range(begin, end), key=lambda index: points[index][1]))
-        kept.add(min(range(begin, end), key=lambda index: points[index][1]))
-    return sorted(kept)
+        chosen.add(max(range(begin, end), key=lambda index: points[index][1]))
+        chosen.add(min(range(begin, end), key=lambda index: points[index][1]))
+    return sorted(chosen)
 
 
 def _guess(piece: Allocation, peak_phase: int) -> str:
-    """Nobody owns it: it is an activation if it outlives the phase that made it, a temporary otherwise."""
+    """Return the category of memory without an owner: an activation outlives the phase that made it, a temporary does not."""
     if piece.phase < 0:
         return "other"
     outlives = piece.died_in is None or piece.died_in > piece.phase

@@ -1,4 +1,4 @@
-"""Profile a warm program for the eye: a table of operators, a trace, a memory snapshot, or NVTX ranges for NVIDIA's tools.
+"""Profile a warm program for people to read: a table of operators, a trace, a memory snapshot, or NVTX ranges for NVIDIA's tools.
 
 Such a run is not a measurement: its record is INVALID and says why.
 """
@@ -23,41 +23,41 @@ from hpc_core.record.findings import Findings
 from hpc_core.record.job import OperatorTime, Trace, TraceTable
 
 PREFIX = "hpc-core:"
-"""What the names of all ranges begin with, so that no table takes one for an operator."""
+"""The prefix of all range names, so that tables can tell them from operators."""
 
 
 def shown(name: str) -> bool:
-    """Whether a module has a range: a layer, what is right below it, and what is no layer's part (`lm_head`, `model.norm`)."""
+    """Return whether a module gets a range: layers, their direct children, and modules outside layers (`lm_head`, `model.norm`)."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return bool(name) and (not numbers or len(parts) <= numbers[0] + 2)
 
 
 class Ranges:
-    """Opens and closes ranges; it is also the mark of a step's phases."""
+    """Open and close ranges; the object is also the mark of a step."""
 
-    def __init__(self, *, nvtx: bool, heard: Callable[[str], None] | None = None):
+    def __init__(self, *, nvtx: bool, on_phase: Callable[[str], None] | None = None):
         self._nvtx = nvtx
-        self._heard = heard
+        self._on_phase = on_phase
         self._names: dict[int, tuple[str, torch.nn.Module]] = {}
         self._open: list[tuple[int, Any]] = []
         self._phase: Any = None
 
     def __call__(self, phase: str) -> None:
-        """A phase begins, and the one before it ends."""
+        """End the current phase and begin this one."""
         self.end_phase()
-        if self._heard is not None:
-            self._heard(phase)
+        if self._on_phase is not None:
+            self._on_phase(phase)
         self._phase = self._begin(phase)
 
     def end_phase(self) -> None:
-        """The phase that runs ends."""
+        """End the current phase."""
         if self._phase is not None:
             self._end(self._phase)
         self._phase = None
 
-    def entered(self, module: torch.nn.Module, _: Any) -> None:
-        """A module's forward begins."""
+    def before_forward(self, module: torch.nn.Module, _: Any) -> None:
+        """Open a range for a module's forward."""
         if id(module) not in self._names:
             for name, each in module.named_modules():
                 self._names.setdefault(id(each), (name, each))
@@ -65,8 +65,8 @@ class Ranges:
         if shown(name):
             self._open.append((id(module), self._begin(name)))
 
-    def left(self, module: torch.nn.Module, _: Any, __: Any) -> None:
-        """It ends, or was broken off."""
+    def after_forward(self, module: torch.nn.Module, _: Any, __: Any) -> None:
+        """Close the range of a module's forward, and those of submodules that never reported their end."""
         if any(key == id(module) for key, _ in self._open):
             while self._open:
                 key, found = self._open.pop()
@@ -90,16 +90,16 @@ class Ranges:
 
 
 @contextlib.contextmanager
-def named_ranges(*, nvtx: bool, heard: Callable[[str], None] | None = None) -> Iterator[Ranges]:
-    """Ranges around every module's forward while the block runs. `heard` is called with each phase as it beging.
+def named_ranges(*, nvtx: bool, on_phase: Callable[[str], None] | None = None) -> Iterator[Ranges]:
+    """Put a range around every module's forward while the block runs. `on_phase` is called with each phase as it begins.
 
-    An NVTX range is of one thread, and autograd runs the backward of what is on a GPU in threads of its own, so that no kernel of it
-    would lie in its phase's range (nsys shows none there, ncu finds none). With `nvtx` the backward runs in the calling thread.
+    With `nvtx`, the backward runs in the calling thread. An NVTX range belongs to one thread, and autograd runs the backward on
+    a GPU in threads of its own, so no kernel of it would be in its phase's range (nsys shows none there, ncu finds none).
     """
-    ranges = Ranges(nvtx=nvtx, heard=heard)
+    ranges = Ranges(nvtx=nvtx, on_phase=on_phase)
     handles = (
-        hooks.register_module_forward_pre_hook(ranges.entered),
-        hooks.register_module_forward_hook(ranges.left, always_call=True),
+        hooks.register_module_forward_pre_hook(ranges.before_forward),
+        hooks.register_module_forward_hook(ranges.after_forward, always_call=True),
     )
     try:
         with torch.autograd.set_multithreading_enabled(False) if nvtx else contextlib.nullcontext():
@@ -115,10 +115,10 @@ _SNAPSHOT_ENTRIES = 1_000_000
 
 
 def trace_step(program: Program, device: torch.device, trace: Trace, case_id: str) -> Findings:
-    """Run a step of the program as `trace` asks, and write what was asked for.
+    """Profile a step of the program as `trace` asks, and write the files.
 
     Raises:
-        SpecError: the program has no such phase, or NVTX is asked for without a GPU.
+        SpecError: the program has no such phase, or `trace` asks for NVTX ranges without a GPU.
     """
     if trace.phase is not None and trace.phase not in program.phases:
         raise SpecError(f"{case_id} has no phase {trace.phase!r}. Its phases are: {', '.join(program.phases)}.")
@@ -135,7 +135,7 @@ def trace_step(program: Program, device: torch.device, trace: Trace, case_id: st
 
 
 def _ranges(program: Program, device: torch.device, trace: Trace, case_id: str) -> None:
-    """Steps between the marks that NVIDIA's tools begin and end at, with NVTX ranges and no profiler of ours."""
+    """Run steps with NVTX ranges, without our own profiler, between the marks where NVIDIA's tools start and stop."""
     if device.type != "cuda":
         raise SpecError(f"{case_id} runs on a CPU here: NVTX ranges are for NVIDIA's tools, which need a GPU.")
     with named_ranges(nvtx=True) as ranges, quiet():
@@ -149,12 +149,12 @@ def _ranges(program: Program, device: torch.device, trace: Trace, case_id: str) 
 
 
 def _operators(program: Program, device: torch.device, phase: str | None, folder: Path) -> TraceTable:
-    """One step under torch's profiler, or only one phase of it; the trace is written into the folder."""
+    """Run one step under torch's profiler, or only one phase of it, and write the trace into the folder."""
     kinds = torch.profiler.ProfilerActivity
     activities = [kinds.CPU, kinds.CUDA] if device.type == "cuda" else [kinds.CPU]
     profiler = one_cycle(activities, record_shapes=True)
     window = _Window(profiler, phase, device)
-    with named_ranges(nvtx=False, heard=window.phase_begins) as ranges, quiet():
+    with named_ranges(nvtx=False, on_phase=window.phase_begins) as ranges, quiet():
         if phase is None:
             window.open()
         program.step(ranges)
@@ -165,7 +165,7 @@ def _operators(program: Program, device: torch.device, phase: str | None, folder
 
 
 class _Window:
-    """The part of a step that the profiler sees."""
+    """The part of a step that the profiler records."""
 
     def __init__(self, profiler: Any, phase: str | None, device: torch.device):
         self._profiler, self._phase, self._device = profiler, phase, device
@@ -190,13 +190,13 @@ class _Window:
 
 
 def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
-    """The operators with the most time of their own, on the device or else on the host."""
+    """Return the operators with the most self time, on the device if there is one, else on the host."""
     found, kernels_s = [], 0.0
     for event in events:
         if event.key.startswith((PREFIX, "ProfilerStep", "Activity Buffer")):
             continue
         if event.device_type == torch._C._autograd.DeviceType.CUDA:
-            # A range that somebody named (torch's optimizers do) spans kernels that have their own rows, and waiting is no work.
+            # Kernels inside an annotation (torch's optimizers make some) have rows of their own, and waits are not work.
             if not event.is_user_annotation and not is_wait(event.key):
                 kernels_s += event.self_device_time_total / 1e6  # counted again at the operator that launched it
             continue
@@ -215,7 +215,7 @@ def _table(events: Any, *, by_device: bool, phase: str | None) -> TraceTable:
 
 
 def _snapshot(program: Program, device: torch.device, path: Path) -> None:
-    """Every allocation of one step with its Python stack, as https://pytorch.org/memory_viz reads it."""
+    """Write every allocation of one step with its Python stack, for https://pytorch.org/memory_viz."""
     torch.cuda.memory._record_memory_history(stacks="python", max_entries=_SNAPSHOT_ENTRIES)
     try:
         with quiet():

@@ -180,9 +180,9 @@ def _watched(generation: _Generation, index: int, tokens: int, *, room: int | No
     for module, tensors in by_module(program.model, None):
         watch.name(module, tensors)
     with watch_cache(program.model) as cache:
-        program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
+        program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.value))
         generation.query(index, tokens, marked=True, room=room)
-    cache.seen = None  # it would hold its keys and values through the next query
+    cache.value = None  # it would hold its keys and values through the next query
     program.on_token = None
     watch.end_phase()
     return watch

@@ -223,7 +223,7 @@ class Generation:
 
             def marking(watch: Watch) -> Mark:
                 if program.cache is None:
-                    program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.seen))
+                    program.on_token = lambda _: watch.own_now("kv_cache", cache_tensors(cache.value))
                 return watch
 
             memory = measure_memory(
@@ -240,11 +240,11 @@ class Generation:
             made = self.workload.new_tokens if self.workload.cache == "static" else count
             cached = len(program.prompts[program.longest].ids[0]) + made - 1
             if program.cache is not None:
-                cache.seen, cached = program.cache, program.cache.capacity
+                cache.value, cached = program.cache, program.cache.capacity
             program.on_token = None
-            if cache.seen is None:
+            if cache.value is None:
                 return memory | unexplained(self.place.case, found | memory)
-            held = owned_bytes(cache_tensors(cache.seen))
+            held = owned_bytes(cache_tensors(cache.value))
             note = f"after {cached} tokens a row"
             memory |= Findings(metrics={"kv_cache_bytes": metric("kv_cache_bytes", held, note=note)})
             return memory | unexplained(self.place.case, found | memory, cached_tokens=cached)
@@ -329,7 +329,7 @@ class Generation:
         with watch_cache(program.model) as cache, self._new_tokens(count):
 
             def marking(watch: Owning) -> Mark:
-                program.on_token = lambda _: watch.own("kv_cache", cache_tensors(cache.seen))
+                program.on_token = lambda _: watch.own("kv_cache", cache_tensors(cache.value))
                 return watch
 
             profile = profile_step(

@@ -173,7 +173,7 @@ def test_products_are_attributed_to_their_modules() -> None:
         places.learn(model)
         places.begin()
         prefill(torch.randint(3, 290, (2, 20)), None)
-        work = places.seen()
+        work = places.modules()
     # Two rows are two parts, and each of two layers runs once per part.
     for path in ("self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp.down_proj"):
         assert work[f"model.layers.*.{path}"].calls == 4

@@ -62,8 +62,8 @@ def test_the_error_of_an_old_reading_is_bounded(step_s: float, watts: float, sta
     energy = energy_of(board.step, board.read_mj, whole=whole, clock=board.clock)
     assert energy.seconds >= LEAST_S
     assert energy.times % whole == 0
-    assert abs(energy.watts / watts - 1) <= energy.doubt + 1e-4
-    assert energy.doubt <= RENEWED_S / LEAST_S
+    assert abs(energy.watts / watts - 1) <= energy.uncertainty + 1e-4
+    assert energy.uncertainty <= RENEWED_S / LEAST_S
 
 
 def test_a_counter_that_does_not_move_is_an_error() -> None:
@@ -132,7 +132,7 @@ def test_a_steps_energy_is_the_boards_over_the_steps(monkeypatch: pytest.MonkeyP
     metric = step_energy(Step(), _GPU, step_s=_SHORT, gpu_before={}).metrics["energy_step_j"]
     steps = round(100 / metric.value)
     assert 100 / metric.value == pytest.approx(steps)
-    assert f"and {steps} steps of 1,000,000 unlike ones" in str(metric.note)
+    assert f"and {steps} steps of 1,000,000 different ones" in str(metric.note)
 
 
 def test_weights_are_restored_in_place() -> None:
@@ -154,7 +154,10 @@ def test_weights_are_restored_in_place() -> None:
 
 @pytest.mark.parametrize(
     ("states", "why"),
-    [([{"mig_mode": 1}], "MIG gives this process a slice"), ([{}, {"processes": 3}], "2 other processes used it too")],
+    [
+        ([{"mig_mode": 1}], "MIG gives this process only a part of it"),
+        ([{}, {"processes": 3}], "2 other processes used it too"),
+    ],
 )
 def test_energy_shared_with_others_is_not_reported(
     monkeypatch: pytest.MonkeyPatch, states: list[dict[str, int]], why: str

@@ -50,7 +50,7 @@ def watched(model: Model) -> tuple[StorageWatch, dict[str, int]]:
             loss = model(torch.ones(2, 4)).sum()
             watch("backward")
             loss.backward()
-        return watch, {path: each.calls for path, each in places.seen().items()}
+        return watch, {path: each.calls for path, each in places.modules().items()}
 
 
 def test_operators_are_attributed_to_their_modules() -> None:
