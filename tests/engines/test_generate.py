@@ -59,7 +59,7 @@ def test_the_requested_cache_is_used(built: Built) -> None:
         program = _program(built, cache=cache)
         with watch_cache(built.model) as watched:
             program.step()
-        names[cache] = type(watched.seen).__name__
+        names[cache] = type(watched.value).__name__
     assert names == {"dynamic": "DynamicCache", "static": "StaticCache", "off": "NoneType"}
 
 
