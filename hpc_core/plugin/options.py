@@ -19,6 +19,7 @@ from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings
 from hpc_core.plugin.cases import Extent
 from hpc_core.plugin.repeats import MOST
 from hpc_core.record.environment import visible_gpus
+from hpc_core.record.files import read_regular
 from hpc_core.record.job import Way
 
 ACTIVE = "perf_active"
@@ -447,7 +448,7 @@ def read_waivers(config: pytest.Config) -> tuple[Waiver, ...]:
             raise pytest.UsageError(f"perf_waivers: the file {path} does not exist.")
         return ()
     try:
-        return waivers_from_toml(path.read_text(encoding="utf-8"), name)
+        return waivers_from_toml(read_regular(path).decode(), name)
     except SpecError as error:
         raise pytest.UsageError(str(error)) from error
     except (OSError, UnicodeDecodeError) as error:

@@ -86,7 +86,7 @@ def outcome(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> tuple[int,
     return code, printed[0], printed[1]
 
 
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("step", [len(KINDS), pytest.param(1, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 def test_bad_input_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, step: int) -> None:
     """Of each kind of bad input: exit code 2 with one line, or a result; on a terminal that knows only ASCII."""
