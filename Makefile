@@ -80,7 +80,7 @@ clean: ## remove .venv, caches and the built documentation
 # a .pth file names their folder.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	rm -f $(VENV)/.installed-* $(VENV)/.checked-* $(VENV)/.weights-* $(VENV)/.docs-*
-	lent=; if [ $(STACK) = gpu ]; then lent=$$($(PYTHON) -c 'import pathlib, torch; torch.version.cuda and \
+	@lent=; if [ $(STACK) = gpu ]; then lent=$$($(PYTHON) -c 'import pathlib, torch; torch.version.cuda and \
 	  print(pathlib.Path(torch.__file__).parents[1])' 2>/dev/null || true); fi; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $${lent:+--system-site-packages} $(VENV); \
 	if [ -n "$$lent" ] && ! $(BIN)/python -c 'import torch' 2>/dev/null; then \
