@@ -59,18 +59,27 @@ def _opened(folder: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile would go on holding it
+        with contextlib.suppress(OSError):  # a file system without locks holds none
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile would go on holding it
         os.close(descriptor)
 
 
 def _wait(descriptor: int, folder: Path) -> None:
     end = time.monotonic() + _WAIT_S
-    while not _free(descriptor):
+    try:
+        free = _free(descriptor)
+    except OSError as error:
+        raise BaselineError(
+            f"{folder}: its file system cannot lock it ({error.strerror}), and processes could lose each other's sessions. "
+            "Mount it with locks (Lustre: -o flock), or accept elsewhere and copy the files."
+        ) from error
+    while not free:
         if time.monotonic() > end:
             raise BaselineError(
                 f"{folder}: another process has been accepting here for {_WAIT_S:.0f} s. End it, then accept again."
             )
         time.sleep(0.01)
+        free = _free(descriptor)
 
 
 def _free(descriptor: int) -> bool:

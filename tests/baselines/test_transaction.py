@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import os
 import shutil
 import signal
@@ -83,6 +84,17 @@ def test_a_lock_that_is_held_too_long_is_an_error(tmp_path: Path, monkeypatch: p
     ):
         accept(tmp_path, of_session(1), reason="r")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing can be locked, nothing is accepted, rather than lost."""
+
+    def unsupported(*_: Any) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(BaselineError, match=r"cannot lock it \(Function not implemented\)"):
+        accept(tmp_path, of_session(1), reason="r")
 
 
 CHANGES = {
