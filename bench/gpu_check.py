@@ -20,19 +20,20 @@ from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
 
+from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say
 from hpc_core.record.environment import machine, visible_gpus
-from hpc_core.record.record import Record, record_from_json
+from hpc_core.record.record import record_from_json
 
 LIMIT_S = 420.0
 _TAIL_LINES = 12
 _PEAK_RATIO = 0.0005
 """The tolerance of a predicted peak, as the gate's for bytes."""
-_TOGETHER = 4
+_TOGETHER = 8
 """Checks that run at a time where no time is measured."""
 
-ENGINES = ("llama-3.2-3b/generate-nf4-graph", "llama-3.2-3b/lora-tuned")
-"""Our engines, which the default suite runs only on request."""
+ON_REQUEST = ("llama-3.2-3b/generate-nf4-graph", "llama-3.2-3b/lora-tuned", "test_instruments/test_known_bytes_*")
+"""What the default suite leaves out: our engines, and a step of known bytes."""
 PREDICTED = ("llama-3.2-3b/lora", "llama-3.2-3b/generate-fp16")
 
 
@@ -60,17 +61,14 @@ def _command(*arguments: str) -> tuple[str, ...]:
 
 def in_order(out: Path) -> list[Check]:
     """Return what uses the GPU or reads what an earlier check wrote into `out`, and so runs one after the other."""
-    engines = [part for case in ENGINES for part in ("--perf-case", case)]
     keep = f"--perf-records={out / 'records'}"
-    known = ("bench/test_instruments.py", "-k", "known_bytes or known_launches")
+    named = [part for case in ON_REQUEST for part in ("--perf-case", case)]
     lora, stored = str(out / "records" / "llama-3.2-3b" / "lora.json"), ("--baselines", str(out / "baselines"))
     # 10: a case has no baseline on this machine, or its time is undecided.
     return [
         Check("doctor", _command("doctor"), codes=(0, 1)),  # 1: something optional is missing
         Check("the default suite", _pytest("--perf-strict", keep), codes=(0, 10)),
-        Check("our engines", _pytest("--perf-strict", keep, *engines), codes=(0, 10)),
-        Check("a step of one's own", _pytest(*known)),
-        Check("run", _command("run", "llama-3.2-3b/generate-bf16-graph", "--launch", "exec")),
+        Check("our engines, a step of one's own", _pytest("--perf-strict", keep, *named), codes=(0, 10)),
         Check("profile", _command("profile", "llama-3.2-3b/lora", "--out", str(out / "profile"))),
         Check(
             "baseline accept", _command("baseline", "accept", lora, *stored, "--reason", "gpu-check", "--allow-dirty")
@@ -93,6 +91,7 @@ def together(out: Path) -> list[Check]:
     return [
         *(_prediction(case, gpu, out) for case in PREDICTED),
         Check("ab", _command("ab", *sides, "--case", "tiny/lora", "--exact")),
+        Check("run", _command("run", "tiny/generate-bf16")),
         Check("faults", _command("faults", "--only", "logits-kept")),
         Check("prediction-table", _command("prediction-table", "--only", "llama-3.2-3b/lora", "--gpu", gpu)),
         Check("report", _command("report", str(records), *files)),
@@ -114,18 +113,15 @@ def _prediction(case: str, gpu: str, out: Path) -> Check:
 
 
 def _peaks_differ(predicted: Path, measured: Path) -> str | None:
-    new, old = _record(predicted), _record(measured)
-    if new is None or old is None:
-        return "a record is missing"
+    try:
+        new, old = (record_from_json(path.read_bytes()) for path in (predicted, measured))
+    except (OSError, SpecError) as error:
+        return str(error)
     ours, theirs = (float(each.metrics["peak_bytes"].value) for each in (new, old))
     ratio = ours / theirs - 1
     return (
         None if abs(ratio) <= _PEAK_RATIO else f"peak_bytes {ours:,.0f} predicted, {theirs:,.0f} measured: {ratio:+.3%}"
     )
-
-
-def _record(path: Path) -> Record | None:
-    return record_from_json(path.read_bytes()) if path.is_file() else None
 
 
 def run(check: Check, logs: Path) -> tuple[Check, str, float]:
