@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import msgspec
 
 from hpc_core.baselines.baseline import gated_metrics
+from hpc_core.gate.tolerance import tolerance
 from hpc_core.record.record import Record
 
 Values = dict[str, Any]
@@ -51,7 +53,6 @@ IN_RECORD: dict[str, Callable[[Values, random.Random], Values | None]] = {
     "another noise class": _other("noise", ["exact", "busy", "wall"]),
     "another direction": _other("better", ["lower", "higher", "same"]),
     "no longer a number": _other("value", ["12", None, True, [1], {}, "NaN", 10**400, ""]),
-    "worse by rounding up": lambda metric, draw: _worse(metric, draw) | {"note": "extrapolated"},
 }
 """Changes of a record's metric, by name: its new values, or None to remove it."""
 
@@ -70,9 +71,19 @@ IN_BASELINE: dict[str, Callable[[Values, random.Random], Values | None]] = {
 """Changes of a baseline's metric, with a checksum that fits."""
 
 
+BARELY = "barely worse"
+"""The change of a record's exact metric by one more than is allowed."""
+
+
 def changed_record(record: Record, kind: str, draw: random.Random) -> tuple[str, bytes]:
     """Return the name of the metric that was changed, and the record as JSON."""
     content = msgspec.to_builtins(record)
+    if kind == BARELY:
+        name = draw.choice([name for name, metric in sorted(gated_metrics(record).items()) if metric.noise == "exact"])
+        metric = record.metrics[name]
+        step = math.floor(tolerance(name, metric, record.case.limits.named().get(name)).distance) + 1
+        content["metrics"][name]["value"] += -step if metric.better == "higher" else step
+        return name, json.dumps(content).encode()
     return _change(content["metrics"], sorted(gated_metrics(record)), IN_RECORD[kind], draw), json.dumps(
         content
     ).encode()
