@@ -1,10 +1,10 @@
-"""Decoding by transformers' `generate` and by the graph engine, side by side in one session. Not part of the default suite.
+"""Compare decoding by transformers' `generate` and by the graph engine in one session. Not part of the default suite.
 
     pytest --benchmark bench/decode_engine.py
     pytest --benchmark bench/decode_engine.py --case '*-b16' --case '*-4k'      # only the batch of 16 and the long prompts
 
-Each case is measured and judged as ever; its record holds the engine's logits and greedy tokens beside the float32 reference and beside the stock
-forward. What they say together is printed below the table.
+Each case is measured and judged as usual. Its record compares the engine's logits and greedy tokens with the float32 reference and with
+the stock forward. A comparison of all cases is printed below the table.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hpc_core.plugin.fixture import Perf, PerfSession
 from hpc_core.record.record import Record
 
 CASES: tuple[Case, ...] = tuple(case for case in (*TUNED, *SWEEP) if case.kind == "generate")
-"""Stock and engine, one thing changed at a time."""
+"""Stock and engine cases, with one change at a time."""
 
 
 @perf_cases(CASES)
@@ -27,8 +27,8 @@ def test_case(case: Case, perf: Perf) -> None:
 
 
 @pytest.mark.perf_gpu
-def test_side_by_side(perf_session: PerfSession) -> None:
-    """What this session measured of each case stands in one table."""
+def test_comparison(perf_session: PerfSession) -> None:
+    """One table shows what this session measured of each case."""
     records = [record for name, record in perf_session.records.items() if "decode_token_s" in record.metrics]
     if not records:
         pytest.skip("no sound record in this session")

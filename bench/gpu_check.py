@@ -60,7 +60,7 @@ def _command(*arguments: str) -> tuple[str, ...]:
 
 
 def in_order(out: Path) -> list[Check]:
-    """Return what uses the GPU or reads what an earlier check wrote into `out`, and so runs one after the other."""
+    """Return the checks that run one after the other: they use the GPU, or read what an earlier check wrote into `out`."""
     keep = f"--perf-records={out / 'records'}"
     named = [part for case in ON_REQUEST for part in ("--perf-case", case)]
     lora, stored = str(out / "records" / "llama-3.2-3b" / "lora.json"), ("--baselines", str(out / "baselines"))
@@ -81,11 +81,11 @@ def in_order(out: Path) -> list[Check]:
 
 
 def together(out: Path) -> list[Check]:
-    """Return what measures no time and needs no order: predictions, tiny cases, and the commands that read records."""
+    """Return the checks that measure no time and may run together: predictions, tiny cases, and commands that read records."""
     python, gpu, now = sys.executable, machine("cuda").name, version("transformers")
     records = out / "records"
     sides = ("--base-python", python, "--head-python", python)
-    # Nothing differs between a version and itself, so there is nothing to find: a refusal in one line.
+    # A bisection between a version and itself is refused in one line.
     same = ("--package", "transformers", "--versions", f"{now},{now}", "--python-for", f"{now}={python}")
     files = ("--markdown", str(out / "report.md"), "--csv", str(out / "metrics.csv"))
     return [
@@ -163,7 +163,7 @@ def main() -> int:
 
 
 def _report(check: Check, outcome: str, seconds: float, logs: Path) -> bool:
-    """Print a row, and of a check that failed its command and the end of its log; return whether it failed."""
+    """Print a row, and the command and the end of the log of a failed check; return whether it failed."""
     say(f"{check.name:<36} {seconds:6.1f} s  {outcome}")
     if outcome != "ok":
         tail = _log(check, logs).read_text(errors="replace").splitlines()[-_TAIL_LINES:]

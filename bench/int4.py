@@ -1,8 +1,8 @@
-"""Generation with int4 weights by transformers and by the graph engine. Not part of the default suite: it needs torchao (extra `int4`).
+"""Measure generation with int4 weights by transformers and by the graph engine. Not part of the default suite: it needs torchao (extra `int4`).
 
     pytest --benchmark bench/int4.py
 
-Beside it the same model in NF4 and bfloat16: `bench/decode_engine.py`.
+`bench/decode_engine.py` measures the same model in NF4 and bfloat16.
 """
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ pytestmark = [pytest.mark.perf_gpu, pytest.mark.perf_on_request]
 _SECONDS = 0.02
 _WITHIN = 0.01
 _PROFILED = 10
-"""Steps that kernels, copies and memsets are totals over."""
+"""Number of steps over which kernels, copies and memsets are totals."""
 _DELAY_S = 2e-3
-"""What a host may take to notice that the device has finished."""
+"""Time in which a host must notice that the device has finished."""
 
 
 @pytest.fixture
 def against(request: pytest.FixtureRequest) -> Callable[[str, float, float], float]:
-    """The relative error of a reading, noted in JUnit's report beside both numbers."""
+    """Return the relative error of a reading, and write it with both numbers into JUnit's report."""
 
     def error(name: str, seen: float, known: float) -> float:
         _note(request, f"known.{name}", known)
@@ -64,7 +64,7 @@ def _value(record: Record, name: str) -> float:
 def test_a_known_duration_is_seen_within_one_percent(
     perf: Perf, against: Callable[[str, float, float], float], times: int, streams: int, pause_s: float
 ) -> None:
-    """Busy time is that of the sleeps by CUDA events: pauses do not count, and two streams at once count once."""
+    """Busy time equals the sleeps timed by CUDA events: pauses do not count, and two streams at once count once."""
     record = perf(
         "hpc_core.instruments.known:sleeping",
         seconds=_SECONDS,
@@ -87,7 +87,7 @@ def test_a_known_duration_is_seen_within_one_percent(
 
 
 def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, float, float], float]) -> None:
-    """Peaks by phase from the allocator's counters, categories at the peak from its history, none off by a byte."""
+    """Peaks by phase (the allocator's counters) and categories at the peak (its history) are exact to the byte."""
     unit = 16 * MiB
     record = perf("hpc_core.instruments.known:scheduled", unit_bytes=unit, steps=3, device="cuda", judge=False)
     known = {
@@ -105,11 +105,11 @@ def test_known_bytes_are_seen_to_the_byte(perf: Perf, against: Callable[[str, fl
 
 
 def test_known_launches_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
-    """Every kernel, copy and fill is there, and operators are those that the step calls."""
+    """Every kernel, copy, fill and operator is counted."""
     record = perf(
         "hpc_core.instruments.known:launching", kernels=37, copies=3, fills=2, steps=3, device="cuda", judge=False
     )
-    # torch fills with zero by a kernel or by a memset, as it likes.
+    # torch fills with zero by a kernel or by a memset.
     launched = record.metrics["kernels"].value + record.metrics["memsets"].value
     against("kernels", launched, _PROFILED * 39)
     seen = (launched, record.metrics["copies"].value, record.metrics["operators"].value)
@@ -121,7 +121,7 @@ def test_known_launches_are_counted_exactly(perf: Perf, against: Callable[[str, 
 
 
 def test_known_flops_are_counted_exactly(perf: Perf, against: Callable[[str, float, float], float]) -> None:
-    """FLOPs are those of the products, each one kernel, and what they make of the busy time is what the card can do."""
+    """FLOPs are those of the products, each product is one kernel, and FLOPs over busy time is the GPU's measured rate."""
     times, edge = 10, 4096
     record = perf(
         "hpc_core.instruments.known:multiplying",
@@ -158,12 +158,12 @@ _MOST_SHARE = 0.03
 
 
 _FURTHER = tuple(msgspec.structs.replace(case, id=case.id.replace("audit-cost", "further")) for case in _AUDITED)
-"""The same work under ids of their own: a test is a case, and a case has one test."""
+"""The same work under several ids, because a case may have only one test."""
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=case.kind) for case in _AUDITED])
 def test_the_audit_changes_no_exact_number(case: Case, perf_session: PerfSession) -> None:
-    """With and without the audit, peaks, operators, kernels and all else that is gated exactly are equal."""
+    """All metrics that are gated exactly are equal with and without the audit."""
     seen = [
         {
             name: metric.value
@@ -180,7 +180,7 @@ def test_the_audit_changes_no_exact_number(case: Case, perf_session: PerfSession
 def test_a_further_process_counts_the_same_and_is_short(
     case: Case, perf_session: PerfSession, request: pytest.FixtureRequest
 ) -> None:
-    """Five steps say what ten say: counts are equal to the full process's, busy times lie within 1 %, and it takes less time."""
+    """A repeat runs five steps, not ten: it has the full run's counts, a busy time within 1 %, and takes less time."""
     full, short = (perf_session.run(Job(case=case, kind=kind)) for kind in (Measure(), Repeat()))
     both = merged(full, [short])
     assert both.status == "ok", both.reasons
@@ -195,7 +195,7 @@ def test_a_further_process_counts_the_same_and_is_short(
 def test_the_canary_is_as_fast_as_the_ceilings(
     perf_session: PerfSession, against: Callable[[str, float, float], float]
 ) -> None:
-    """Its product and its copy are those of the ceilings, so both say the same of this card, within 10 %."""
+    """The canary's product and copy are those of the ceilings, so both give the same rates within 10 %."""
     seen = perf_session.run(Job(case=_AUDITED[0], kind=MeasureCeilings(canary=True))).circumstances
     product = 2 * 8192**3 / seen.ceilings["matmul_bfloat16_flop_per_s"]
     copy = 2 * 2**31 / seen.ceilings["copy_bytes_per_s"]
@@ -204,7 +204,7 @@ def test_the_canary_is_as_fast_as_the_ceilings(
 
 
 def test_the_audit_takes_less_than_three_percent(perf_session: PerfSession, request: pytest.FixtureRequest) -> None:
-    """Of the seconds of every full-size case of this session; a `--case` that chooses none leaves nothing to judge."""
+    """The audit's share of the seconds of all full-size cases of this session; skipped if `--case` selects none."""
     shares = {}
     for record in perf_session.records.values():
         phases = record.circumstances.phase_s

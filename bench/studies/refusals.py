@@ -1,4 +1,4 @@
-"""What every script of this folder refuses before it measures for minutes."""
+"""Checks of arguments that every script of this folder makes before it measures for minutes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["what_is_missing"]
 
 
 def what_is_missing(device: str, out: str) -> str:
-    """A sentence if `device` is a GPU and none is visible, or if the file `out` has no folder to lie in; "" if nothing is missing."""
+    """Return a sentence if `device` is a GPU and none is visible, or if the folder of `out` does not exist; else ""."""
     if device.startswith("cuda") and not visible_gpus():
-        return "no GPU is visible: say --device cpu, with --shape tiny"
+        return "no GPU is visible: use --device cpu with --shape tiny"
     if out and not Path(out).absolute().parent.is_dir():
         return f"--out {out}: there is no such folder"
     return ""

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from bench.studies.stock_and_tuned.paired import are_twins
+from bench.studies.stock_and_tuned.paired import are_paired
 from hpc_core.case.case import Case, case_from_json, case_to_json
 from hpc_core.case.errors import SpecError
 from hpc_core.case.workloads import FeedSpec, FinetuneSpec, GenerateSpec
@@ -85,7 +85,7 @@ def test_trial_cases_have_four_layers_of_full_width() -> None:
 )
 def test_every_case_of_an_engine_has_one_stock_counterpart(case: Case) -> None:
     """Exactly one stock case has the same model, adapter, data, batch and lengths."""
-    counterparts = [other.id for other in (*ALL, *SWEEP) if are_twins(other, case)]
+    counterparts = [other.id for other in (*ALL, *SWEEP) if are_paired(other, case)]
     assert len(counterparts) == 1, f"{case.id}: {counterparts}"
 
 

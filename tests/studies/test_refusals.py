@@ -31,7 +31,7 @@ SCRIPTS = (epoch, data_path, *ABLATIONS)
         (train_ablation, ["--methods", "nonsense"], "--methods 'nonsense': there are "),
         (decode_ablation, ["--weights", "nonsense"], "--weights 'nonsense': there are "),
         *((script, [*TINY, "--out", "no/such/x.json"], "--out no/such/x.json: there is no such folder") for script in SCRIPTS),
-        *((script, [], "no GPU is visible: say --device cpu, with --shape tiny") for script in SCRIPTS),
+        *((script, [], "no GPU is visible: use --device cpu with --shape tiny") for script in SCRIPTS),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused_before_anything_runs(

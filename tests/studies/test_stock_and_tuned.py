@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.studies.stock_and_tuned.comparison import accepted_records, floor_s, losses_apart, main, page
-from bench.studies.stock_and_tuned.memory import memory_told
-from bench.studies.stock_and_tuned.paired import are_twins, changed_work, work_of
+from bench.studies.stock_and_tuned.memory import memory_text
+from bench.studies.stock_and_tuned.paired import are_paired, changed_work, work_of
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import GiB, Limits, MiB
@@ -49,7 +49,7 @@ def test_pairs_are_found_by_their_work(case: Case) -> None:
     other = case.vary("renamed", timeout_s=case.timeout_s + 1, limits=Limits(peak_bytes="1%"))
     assert work_of(other) == work_of(case)
     assert work_of(case) is None or work_of(case.vary("seeded", seed=case.seed + 1)) != work_of(case)
-    assert not are_twins(case, case)
+    assert not are_paired(case, case)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_pairs_are_found_by_their_work(case: Case) -> None:
 )
 def test_only_the_engine_may_differ(stock: str, other: str, paired: bool) -> None:
     """Cases with another dropout, adapter dtype, quantization or prompts are not paired, whatever their names."""
-    assert are_twins(_case(stock), _case(other)) is paired
+    assert are_paired(_case(stock), _case(other)) is paired
 
 
 def test_the_engines_switches_are_listed() -> None:
@@ -137,7 +137,7 @@ def test_a_case_without_a_record_reads_not_measured() -> None:
         if case.id != graph.case.id:
             assert _row(text, case.id.partition("/")[2])[-1] == "not measured"
     last = text.splitlines()[-1]
-    assert last.startswith("Engine cases that were measured on none of these")
+    assert last.startswith("Engine cases not measured on any of these machines")
     assert "`llama-3.2-3b/lora-tuned`" in last
     assert f"`{graph.case.id}`" not in last
 
@@ -159,7 +159,7 @@ def test_each_machine_shows_only_what_it_measured() -> None:
 
 def test_one_machines_folder_is_refused() -> None:
     """The folder of one machine is refused: its shapes would be taken for machines."""
-    with pytest.raises(SpecError, match="Name the one above"):
+    with pytest.raises(SpecError, match="Name the folder above it"):
         main(ROOT / "baselines" / "nvidia-h200-140gib")
 
 
@@ -210,8 +210,8 @@ def test_a_peak_above_the_stock_one_is_named_with_its_size(stock_bytes: int, ove
         _record(name, {"peak_bytes": peak(value)})
         for name, value in (("lora-nodrop", stock_bytes), ("lora-tuned", tuned_bytes))
     )
-    text = memory_told([(stock, tuned)])
+    text = memory_text([(stock, tuned)])
     above = tuned_bytes - stock_bytes > max(2 * MiB, 0.0005 * stock_bytes)
     assert ("lora-tuned` by" in text) is above
-    assert ("0 of 1 rows" if above else "1 of 1 rows") in text
-    assert memory_told([]) == ""
+    assert ("0 of 1 engine rows" if above else "1 of 1 engine rows") in text
+    assert memory_text([]) == ""

@@ -1,9 +1,9 @@
-"""From stock to tuned as a picture: what each thing more does to time and memory.
+"""Draw the steps from stock to tuned: what each change does to time and memory.
 
     python -m bench.studies.ablations.chart bench/studies/ablations/train-steps-h100.json bench/studies/ablations/steps-qlora.svg --only qlora
     python -m bench.studies.ablations.chart bench/studies/ablations/decode-ablation-h200.json bench/studies/ablations/steps-decode.svg
 
-Draws what the ablations of `bench/` wrote, and nothing else; needs `hpc-core[report]`.
+Reads the files that the ablations of `bench/` write; needs `hpc-core[report]`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KINDS = ("svg", "png")
 
 
 def drawn_steps(source: str, ladders: Sequence[Ladder], kind: str) -> bytes:
-    """Return the picture as a file of this kind, "svg" or "png". `source` names machine, stack and day."""
+    """Return the picture as a file of this kind, "svg" or "png". `source` names machine, stack and date."""
     return picture(
         [panel for ladder in ladders for panel in (_time(ladder), _memory(ladder))], plain(source, 400), kind
     )
@@ -59,7 +59,7 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _time_text(step: Step) -> str:
-    """As "225.3, busy 91.0", with tokens a second where the row has them; a row without a number says why."""
+    """Return such as "225.3, busy 91.0", with tokens per second if the row has them; a row without a number says why."""
     if step.wall_ms is None:
         return f"no number: {plain((step.error or 'not measured').partition(':')[0][:40], 40)}"
     digits = 1 if step.wall_ms >= 20 else 2
@@ -69,7 +69,7 @@ def _time_text(step: Step) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw one file into another; 2 where the rows cannot be read or the picture cannot be written."""
+    """Draw one file into another; return 2 if the rows cannot be read or the picture cannot be written."""
     ask = argparse.ArgumentParser(prog="python -m bench.studies.ablations.chart", description=__doc__.splitlines()[0])
     ask.add_argument("rows", type=Path, help="what an ablation of bench/ wrote")
     ask.add_argument("picture", type=Path, help="a file ending in .svg or .png")

@@ -1,11 +1,11 @@
-"""What each part of the graph engine brings to decoding: from `generate` to a graph, to our kernels, to a head in int8, in bfloat16 and NF4.
+"""Measure what each part of the graph engine contributes to decoding: a graph, our kernels, an int8 head; in bfloat16 and NF4.
 
     python -m bench.studies.ablations.decode                              # Llama-3.2-3B on one GPU, one prompt of 100 tokens, 128 new ones
-    python -m bench.studies.ablations.decode --weights nf4 --steps        # the rows of the picture: stock, one thing more each
+    python -m bench.studies.ablations.decode --weights nf4 --steps        # the rows of the picture: stock, then one more change in each
 
-Each row is a process of its own, forked from one that has imported torch and transformers, with a time limit of its own: what one breaks, its
-traceback is kept and the others run. Times are of a decoded token, prefill taken off. An engine row also holds its logits against the stock forward's on
-the same tokens.
+Each row runs in its own process with its own time limit, forked from one that has imported torch and transformers. If a row fails, its
+traceback is kept and the others run. Times are per decoded token, without the prefill. An engine row also compares its logits with the stock
+forward's on the same tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = {
     "graph": "+ own kernels",
     "graph, int8 head": "+ head in int8",
 }
-"""From stock to tuned: each row has what the one before has and one thing more, by the words of the picture."""
+"""From stock to tuned: each row adds one change to the row before; the values are labels of the picture."""
 _TITLES = {"bf16": "bfloat16", "nf4": "NF4"}
 _COLUMNS = ("wall_ms", "tokens_per_s", "busy_ms", "kernels", "peak_gib", "first_use_s", "logits_error_to_stock")
 _PROMPT, _NEW = 100, 128
@@ -61,7 +61,7 @@ def cases(shape: str, weights: list[str], batch: int) -> dict[str, Case]:
 
 
 def steps(shape: str, weights: list[str], batch: int) -> dict[str, dict[str, Any]]:
-    """For the picture: by kind of weights its title, and the labels of its rows from stock to tuned."""
+    """For the picture: by kind of weights, its title and the labels of its rows from stock to tuned."""
     return {
         name: {
             "title": f"Decoding {shape}, {_TITLES[name]}, batch {batch}",
@@ -73,7 +73,7 @@ def steps(shape: str, weights: list[str], batch: int) -> dict[str, dict[str, Any
 
 
 def measure(case: Case, device_name: str) -> dict[str, Any]:
-    """One row: seconds of a token, memory, kernels, logits, in this process."""
+    """Measure one row in this process: seconds of a token, memory, kernels, logits."""
     import torch
 
     from bench.studies.ablations.decode_trial import seen_of
@@ -85,7 +85,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     void = ""
     numbers = seen_of(build(case, torch.device(device_name)), case.workload)
     try:
-        for name, value in numbers:  # one by one, so that what came before a void reading of the profiler is kept
+        for name, value in numbers:  # one by one, to keep what was measured before the profiler fails
             seen[name] = value
     except MeasureError as error:
         void = str(error)
@@ -93,7 +93,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
 
 
 def row_of(seen: dict[str, Any], void: str = "") -> dict[str, Any]:
-    """What `decode_trial` says, by the names that rows of every ablation have; milliseconds and kernels are a token's."""
+    """Return the values of `decode_trial` under the names of an ablation's rows; milliseconds and kernels are per token."""
     names = {
         "token_ms": "wall_ms",
         "tokens_per_s": "tokens_per_s",
@@ -114,7 +114,7 @@ def row_of(seen: dict[str, Any], void: str = "") -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run the rows asked for."""
+    """Run the chosen rows."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--weights", default="bf16,nf4")
     ask.add_argument("--batch", type=int, default=1)

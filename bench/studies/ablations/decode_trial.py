@@ -1,7 +1,7 @@
-"""Stock and engine side by side on a GPU, in one process: `python -m bench.studies.ablations.decode_trial [--shape S] [--only GLOB] [--layers N]`.
+"""Compare stock and engine on a GPU in one process: `python -m bench.studies.ablations.decode_trial [--shape S] [--only GLOB] [--layers N]`.
 
-For trying kernels, not for verdicts: cases in `bench/` are measured in processes of their own. One line of JSON a configuration, flushed at
-once; one that fails gives its traceback and the next one runs.
+For developing kernels, not for verdicts: cases in `bench/` are measured in separate processes. Prints one line of JSON per configuration
+at once. If a configuration fails, its traceback is printed and the next one runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from hpc_core.instruments.kernels import device_activity
 _PROMPT, _NEW, _BUSY = 100, 128, 16
 _QUERIES = 3
 _CHECKED = 32
-"""Tokens whose logits are held against the stock forward's."""
+"""Tokens whose logits are compared with the stock forward's."""
 _TOP = 8
 _NF4 = QuantSpec(kind="nf4", compute_dtype="bfloat16")
 _INT4 = QuantSpec(kind="int4", compute_dtype="bfloat16")
@@ -53,11 +53,11 @@ CONFIGURATIONS: dict[str, tuple[QuantSpec | None, dict[str, Any]]] = {
     "int4/graph-inductor": (_INT4, {"engine": "graph", "kernels": "inductor"}),
     "int4/stock": (_INT4, {}),
 }
-"""By name: quantization, and what differs from a stock query of one prompt. "late" is without programmatic dependent launch."""
+"""By name: quantization, and the differences from a stock query of one prompt. "late" is without programmatic dependent launch."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen configurations; 1 if one failed."""
+    """Run the chosen configurations; return 1 if one failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.studies.ablations.decode_trial", description=__doc__.splitlines()[0]
     )
@@ -89,14 +89,14 @@ def _of_one_model(names: list[str], model: ModelSpec) -> int:
     quantization = CONFIGURATIONS[names[0]][0]
     try:
         built = build(generate(model, quantization=quantization), torch.device("cuda", 0))
-    except Exception:  # its traceback is said, the other models go on, and the exit code says that one broke
+    except Exception:  # print the traceback and go on; the exit code reports the failure
         _say({"name": names[0].partition("/")[0], "failed": traceback.format_exc()[-1500:]})
         return 1
     for name in names:
         began = time.perf_counter()
         try:
             seen = dict(seen_of(built, _workload(name), late=name.endswith("-late")))
-        except Exception:  # as above, for one way of running it
+        except Exception:  # as above, for one configuration
             failed += 1
             seen = {"failed": traceback.format_exc()[-2500:]}
         gc.collect()
@@ -110,7 +110,7 @@ def _workload(name: str) -> GenerateSpec:
 
 
 def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iterator[tuple[str, Any]]:
-    """Numbers of one configuration of one prompt, wall first. "late" is without programmatic dependent launch."""
+    """Yield the numbers of one configuration of one prompt, wall time first. "late" is without programmatic dependent launch."""
     new = workload.new_tokens
     program = _program(built, workload, late=late)
     if isinstance(program, GraphProgram):
@@ -134,7 +134,7 @@ def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iter
     yield "tokens_per_s", round(workload.batch / token_s, 1)
     if isinstance(program, GraphProgram):
         yield from _beside_stock(program, built).items()
-    if on_gpu:  # last, since a reading of the profiler may be void
+    if on_gpu:  # last, because the profiler may fail
         yield from _busy(program).items()
 
 
@@ -153,7 +153,7 @@ def _program(built: Built, workload: GenerateSpec, *, late: bool) -> GeneratePro
 
 
 def _busy(program: GenerateProgram) -> dict[str, Any]:
-    """Device time of a token, and which kernels it goes to, in microseconds a token."""
+    """Return the device time of a token and of its kernels, in microseconds per token."""
     activities = []
     for new in (1, 1 + _BUSY):
         program.new_tokens = new
@@ -171,7 +171,7 @@ def _busy(program: GenerateProgram) -> dict[str, Any]:
 
 
 def _beside_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
-    """Greedy tokens and logits beside those of the stock path in the same precision."""
+    """Compare greedy tokens and logits with those of the stock path in the same precision."""
     program.steps_done = 0
     program.step()
     answers = torch.tensor(program.answer_ids(), device=program.device)
@@ -185,7 +185,7 @@ def _beside_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
         same = [a == b for a, b in zip(answers[0].tolist(), stock.answer_ids()[0], strict=True)]
         found["equal_tokens_first"] = same.index(False) if False in same else len(same)
         found["different_answers"] = len(set(answers[0].tolist()))
-    # Tokens at random: a model with random weights would repeat one.
+    # Random tokens: a model with random weights would repeat one.
     rows = min(2, len(answers))
     draw = torch.Generator().manual_seed(1)
     given = torch.randint(3, built.vocab_size, (len(answers), _CHECKED), generator=draw).to(program.device)

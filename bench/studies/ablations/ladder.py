@@ -1,4 +1,4 @@
-"""From stock to tuned, one thing more each: rows of an ablation's file in the order of its steps. Draws nothing, measures nothing.
+"""Read the rows of an ablation's file in the order of its steps, from stock to tuned.
 
 The files are written by `bench/studies/ablations/train.py` and `bench/studies/ablations/decode.py`.
 """
@@ -17,7 +17,7 @@ __all__ = ["Ladder", "Step", "ladders_of", "read_ladders"]
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """One row: what was added, and what was seen. None where there is no number."""
+    """One row: what was added, and what was measured. None if there is no number."""
 
     label: str
     wall_ms: float | None = None
@@ -25,7 +25,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     peak_gib: float | None = None
     tokens_per_s: float | None = None
     error: str = ""
-    """The last line of why it gave no number; "not run" where the file has no such row."""
+    """The last line of its error; "not run" if the file has no such row."""
 
 
 class Ladder(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,19 +33,19 @@ class Ladder(msgspec.Struct, frozen=True, kw_only=True):
 
     title: str
     per: str
-    """What the milliseconds are of: "step" or "token"."""
+    """The unit of work that the milliseconds are for: "step" or "token"."""
     steps: tuple[Step, ...]
 
 
-_Drawn = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
-"""A number that an axis can hold."""
+_Drawable = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+"""A number that an axis can show."""
 
 
 class _Row(msgspec.Struct, frozen=True):
-    wall_ms: _Drawn | None = None
-    busy_ms: _Drawn | None = None
-    peak_gib: _Drawn | None = None
-    tokens_per_s: _Drawn | None = None
+    wall_ms: _Drawable | None = None
+    busy_ms: _Drawable | None = None
+    peak_gib: _Drawable | None = None
+    tokens_per_s: _Drawable | None = None
     error: str = ""
 
 
@@ -62,10 +62,10 @@ class _File(msgspec.Struct, frozen=True):
 
 
 def read_ladders(path: Path, only: Sequence[str] = ()) -> tuple[str, tuple[Ladder, ...]]:
-    """Where the file's numbers come from, and its ladders, or those of these groups.
+    """Return the source of the file's numbers, and its ladders, or only those of these groups.
 
     Raises:
-        SpecError: no such file, no ablation's file, none of these groups in it.
+        SpecError: the file does not exist, is not an ablation's, or has none of these groups.
     """
     try:
         content = path.read_bytes()
@@ -75,10 +75,10 @@ def read_ladders(path: Path, only: Sequence[str] = ()) -> tuple[str, tuple[Ladde
 
 
 def ladders_of(content: bytes, where: str, only: Sequence[str] = ()) -> tuple[str, tuple[Ladder, ...]]:
-    """As `read_ladders`, of a file's content; `where` is what it is called.
+    """Do as `read_ladders`, with the content of the file `where`.
 
     Raises:
-        SpecError: as there.
+        SpecError: as `read_ladders`.
     """
     try:
         found = msgspec.json.decode(content, type=_File)

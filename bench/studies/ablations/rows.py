@@ -1,6 +1,6 @@
-"""Rows of an ablation: each a process of its own with a time limit of its own, the table after each, everything in a JSON file.
+"""Run the rows of an ablation, each in its own process with a time limit, and keep the results as a table and in a JSON file.
 
-Knows no workload. `train.py` and `decode.py` say what a row runs and what it measures.
+`train.py` and `decode.py` define what a row runs and what it measures.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hpc_core.record.environment import machine, stack
 __all__ = ["Measure", "Rows", "options_of", "run_rows"]
 
 Rows = dict[str, dict[str, Any]]
-"""What was seen, by "group: row"."""
+"""Results by "group: row"."""
 Measure = Callable[[Case, str], dict[str, Any]]
-"""One row from a case on a device, in this process."""
+"""Measures one row, a case on a device, in this process."""
 _SHOWN = 160
 
 
 def options_of(ask: argparse.ArgumentParser, *, out: str, limit_s: float) -> argparse.ArgumentParser:
-    """The options that every ablation has."""
+    """Return a parser with the options that every ablation has."""
     ask.add_argument("--only", default="", help="rows by name, separated by commas with no space after them")
     ask.add_argument("--steps", action="store_true", help="only the rows from stock to tuned, one thing more each")
     ask.add_argument("--shape", default="llama-3.2-3b")
@@ -52,7 +52,7 @@ def chosen_cases(
     known: Sequence[str],
     option: str,
 ) -> dict[str, Case]:
-    """The rows' cases, made before anything heavy is imported. What `option` named and nobody knows, and a shape or size that no case can have, end the program with a sentence."""
+    """Return the rows' cases, before anything slow is imported. An unknown name, shape or size ends the program with a sentence."""
     unknown = [name for name in named if name not in known]
     if unknown:
         ask.error(f"{option} {','.join(unknown)!r}: there are {', '.join(known)}")
@@ -71,10 +71,10 @@ def run_rows(
     steps: Mapping[str, Mapping[str, Any]],
     finish: Callable[[Rows], None] = lambda rows: None,
 ) -> None:
-    """Run the rows asked for, print the table after each, keep everything in a JSON file.
+    """Run the chosen rows, print the table after each, and write everything into a JSON file.
 
-    `steps`: by group, its title and the labels of the rows that lead from stock to tuned, for `bench.studies.ablations.ladder`; `finish` adds to
-    the rows what takes several of them.
+    `steps`: by group, its title and the labels of the rows from stock to tuned, for `bench.studies.ablations.ladder`; `finish` adds values that
+    depend on several rows.
     """
     _refuse_what_cannot_be_run(chosen, options)
     began = time.monotonic()
@@ -102,7 +102,7 @@ def run_rows(
 
 
 def _refuse_what_cannot_be_run(chosen: Mapping[str, Case], options: argparse.Namespace) -> None:
-    """Before minutes of measuring: exit code 2 and a sentence."""
+    """Exit with code 2 and a sentence before minutes of measuring."""
     there = list(dict.fromkeys(name.partition(": ")[2] for name in chosen))
     said = ""
     if unknown := [name for name in _names(options.only) if name not in there]:
@@ -113,7 +113,7 @@ def _refuse_what_cannot_be_run(chosen: Mapping[str, Case], options: argparse.Nam
 
 
 def _names(only: str) -> list[str]:
-    """Names hold commas of their own ("all, 4.5 GiB"), always with a space."""
+    """Split at commas without a space; names may contain a comma and a space ("all, 4.5 GiB")."""
     return [each.replace("\0", ", ") for each in only.replace(", ", "\0").split(",") if each]
 
 
@@ -127,7 +127,7 @@ def _keep(path: Path, rows: Rows, source: str, steps: Mapping[str, Mapping[str, 
 
 
 def _source(device: str) -> str:
-    """Machine, stack, script and day."""
+    """Return machine, stack, script and date."""
     kind: Any = "cuda" if device.startswith("cuda") else "cpu"
     versions = ", ".join(f"{name} {version}" for name, version in stack(kind).items())
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
@@ -135,7 +135,7 @@ def _source(device: str) -> str:
 
 
 def run_in_child(measure: Measure, case: Case, device: str, limit_s: float) -> dict[str, Any]:
-    """The row by a forked process; one that breaks or takes too long gives its traceback, or says so."""
+    """Measure the row in a forked process; if it fails or takes too long, return its traceback or a message."""
     with tempfile.NamedTemporaryFile(suffix=".json", delete=False) as file:
         path = Path(file.name)
     child = os.fork()
@@ -143,9 +143,7 @@ def run_in_child(measure: Measure, case: Case, device: str, limit_s: float) -> d
         code = 1
         with contextlib.suppress(BaseException):
             try:
-                found = measure(
-                    case, device
-                )  # and where, asked here: what forks children had better not touch a driver
+                found = measure(case, device)  # here, because the parent should not initialize CUDA before it forks
                 path.write_text(json.dumps({"source": _source(device), **found}))
                 code = 0
             except BaseException:
@@ -168,7 +166,7 @@ def run_in_child(measure: Measure, case: Case, device: str, limit_s: float) -> d
 
 
 def table(rows: Rows, columns: Sequence[str]) -> Iterable[str]:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     yield "| row | " + " | ".join(columns) + " | remarks |"
     yield "|---" * (len(columns) + 2) + "|"
     for name, found in rows.items():

@@ -1,12 +1,13 @@
-"""What each switch of the tuned training engine brings: from stock to tuned step by step, each switch alone, and all, for LoRA, QLoRA and full fine-tuning.
+"""Measure what each switch of the tuned training engine contributes, for LoRA, QLoRA and full fine-tuning: alone, step by step, and all together.
 
     python -m bench.studies.ablations.train                               # Llama-3.2-3B on one GPU, 4 x 512; a table and a JSON file
-    python -m bench.studies.ablations.train --methods qlora --steps       # the rows of the picture: stock, one thing more each, all
+    python -m bench.studies.ablations.train --methods qlora --steps       # the rows of the picture: stock, one more change in each, all
     python -m bench.studies.ablations.train --methods lora --only stock,all
-    python -m bench.studies.ablations.train --shape tiny --device cpu     # the same on a CPU, without time on a device
+    python -m bench.studies.ablations.train --shape tiny --device cpu     # the same on a CPU, without device times
 
-Each row is a process of its own, forked from one that has imported torch and transformers, with a time limit of its own: what one breaks, its
-traceback is kept and the others run. Losses of twenty steps stand against the stock row of the same method: same weights, batches and precision.
+Each row runs in its own process with its own time limit, forked from one that has imported torch and transformers. If a row fails, its
+traceback is kept and the others run. Losses of twenty steps are compared with the stock row of the same method: same weights, batches and
+precision.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "all, chunk 256": {**_ALL, "loss_chunk": 256},
     "all, chunk 1024": {**_ALL, "loss_chunk": 1024},
 }
-"""Rows by name, the most telling first. No switch: our own forward without a mask, and nothing else. Liger's own loss cannot
-be captured, so the row with a graph has ours."""
+"""Rows by name, the most informative first. "No switch" is our own forward without a mask. Liger's own loss cannot be captured,
+so the row with a graph has ours."""
 _IN_BACKWARD = "all, update in the backward"
 _BUDGETS = {"lora": 9.5, "qlora": 4.5, "full": None}
 STEPS = {
@@ -64,7 +65,7 @@ STEPS = {
     "blocks": "+ fused blocks",
     "all": "+ one CUDA graph a step",
 }
-"""From stock to tuned: each row has what the one before has and one thing more, by the words of the picture. Fused blocks contain the linears."""
+"""From stock to tuned: each row adds one change to the row before; the values are labels of the picture. Fused blocks include fused linears."""
 _TITLES = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
 _COLUMNS = ("wall_ms", "wall_ms_queued", "busy_ms", "kernels", "peak_gib", "first_use_s", "loss_off")
 _ADAPTER: dict[str, Any] = {"dropout": 0.0, "dtype": "bfloat16"}
@@ -96,7 +97,7 @@ def cases(shape: str, methods: list[str], length: int, batch: int) -> dict[str, 
 
 
 def steps(shape: str, methods: list[str], length: int, batch: int) -> dict[str, dict[str, Any]]:
-    """For the picture: by method its title, and the labels of its rows from stock to tuned, the budget last."""
+    """For the picture: by method, its title and the labels of its rows from stock to tuned, the budget last."""
     found: dict[str, dict[str, Any]] = {}
     for name in methods:
         labels = {f"{name}: {row}": label for row, label in STEPS.items() if not (name == "full" and "linears" in row)}
@@ -118,7 +119,7 @@ def _budget_row(method: str) -> str:
 
 
 def measure(case: Case, device_name: str) -> dict[str, Any]:
-    """One row: seconds, memory, kernels, losses, in this process."""
+    """Measure one row in this process: seconds, memory, kernels, losses."""
     import torch
 
     from hpc_core.builders.assemble import build
@@ -176,7 +177,7 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
         activity = device_activity(lambda: _steps(program, _PROFILED), device)
     except MeasureError as error:
         found["busy_error"] = str(error)
-        found["busy_ms"] = _busy_of_what_was_seen(program, device)
+        found["busy_ms"] = _incomplete_busy_ms(program, device)
         return
     found["busy_ms"] = 1e3 * activity.busy_s / _PROFILED
     found["kernels"] = activity.kernels / _PROFILED
@@ -187,30 +188,30 @@ def _on_gpu(found: dict[str, Any], program: Any, tuned: Any, device: Any) -> Non
     ]
 
 
-def _busy_of_what_was_seen(program: Any, device: Any) -> float:
-    """Busy milliseconds a step by whatever the profiler recorded, where its reading is not sound; the row says so."""
+def _incomplete_busy_ms(program: Any, device: Any) -> float:
+    """Return the busy milliseconds per step from an incomplete reading of the profiler."""
     from hpc_core.instruments import kernels
 
-    seen, _ = kernels.sorted_events(kernels.recorded(lambda: _steps(program, _PROFILED), device))
-    return 1e3 * kernels.union_s(one for one in seen if "spin_kernel" not in one.name) / _PROFILED
+    intervals, _ = kernels.sorted_events(kernels.recorded(lambda: _steps(program, _PROFILED), device))
+    return 1e3 * kernels.union_s(one for one in intervals if "spin_kernel" not in one.name) / _PROFILED
 
 
 def _off(found: dict[str, Any], stock: dict[str, Any] | None) -> float | None:
-    """The largest relative difference of the losses of twenty steps to the stock row's."""
+    """Return the largest relative difference of the losses of twenty steps from the stock row's."""
     if stock is None or "losses" not in stock or "losses" not in found:
         return None
     pairs = zip(found["losses"], stock["losses"], strict=True)
     return float(max(abs(mine - theirs) / abs(theirs) for mine, theirs in pairs))
 
 
-def losses_beside_stock(rows: Rows) -> None:
-    """How far each row's losses are off those of its method's stock row, into `loss_off`."""
+def losses_against_stock(rows: Rows) -> None:
+    """Store the distance of each row's losses from those of its method's stock row in `loss_off`."""
     for name, found in rows.items():
         found["loss_off"] = _off(found, rows.get(f"{name.partition(':')[0]}: stock"))
 
 
 def main() -> None:
-    """Run the rows asked for."""
+    """Run the chosen rows."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--methods", default="lora,qlora,full")
     ask.add_argument("--no-cudnn-attention", action="store_true", help="leave attention to flash")
@@ -224,7 +225,7 @@ def main() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
 
     torch.backends.cuda.enable_cudnn_sdp(not options.no_cudnn_attention)  # inherited by every child
-    run_rows(chosen, measure, options, columns=_COLUMNS, steps=steps(*what), finish=losses_beside_stock)
+    run_rows(chosen, measure, options, columns=_COLUMNS, steps=steps(*what), finish=losses_against_stock)
 
 
 if __name__ == "__main__":

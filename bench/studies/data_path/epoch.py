@@ -1,14 +1,13 @@
-"""An epoch of the original report's 4000 rows of WikiText-2, LoRA: truly run by the tuned engine on a fed, packed data path, beside stock.
+"""Run a whole LoRA epoch of the original report's 4000 rows of WikiText-2 with the tuned engine on a fed, packed data path, and compare it with stock.
 
-    python -m bench.studies.data_path.epoch                                    # Llama-3.2-3B's shape on one GPU; a line each
+    python -m bench.studies.data_path.epoch                                    # Llama-3.2-3B's shape on one GPU; one line per row
     python -m bench.studies.data_path.epoch --only tuned-fed --out epoch.json
     python -m bench.studies.data_path.epoch --shape tiny --device cpu --batch 4 --length 64
 
-Rows have the recorded lengths of WikiText-2's first 4000 rows (272,271 tokens) and random ids: no data set is needed, time does not depend
-on values. A packed epoch is every full block of 4 x 512 tokens. Seconds run from the moment the first batch is asked for to the idle device
-after the last step; compiling and capturing come before and are printed apart, and so does bringing the loader, which gave the batches for
-that, to the epoch's beginning again. Stock rows are measured over `--stock-steps` steps and
-extrapolated to an epoch of theirs where that is longer, and the line says so. Each row has a process of its own.
+Rows have the recorded lengths of WikiText-2's first 4000 rows (272,271 tokens) and random ids: no data set is needed, and time does not depend
+on values. A packed epoch is all full blocks of 4 x 512 tokens. Time runs from the request for the first batch to the idle device after the
+last step. Compiling, capturing, and returning the loader to the beginning of the epoch come before and are printed separately. Stock rows are
+measured over `--stock-steps` steps and extrapolated to their epoch if that is longer; the line says so. Each row runs in its own process.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ from hpc_core.launch.forkserver import gpus_by_nvml
 
 ROWS = ("tuned-fed", "tuned-resident", "stock-packed", "stock-padded")
 _EVERY_STEP = 1_000_000
-"""More batches than any epoch here has: the whole of it is taken."""
+"""More batches than any epoch here has, to select all of them."""
 _TUNED: dict[str, Any] = {"engine": "tuned", "loss": "chunked", "fusion": "blocks", "graph": True}
 
 
 def case_of(name: str, options: argparse.Namespace) -> Case:
-    """The case of a row: the same model, adapter, rows and batch; what differs is engine, feed and padding."""
+    """Return the case of a row: model, adapter, rows and batch are equal; engine, feed and padding differ."""
     what: dict[str, Any] = {"packing": True}
     if name == "stock-padded":
         what = {"padding": "max_length"}
@@ -61,7 +60,7 @@ def case_of(name: str, options: argparse.Namespace) -> Case:
 
 
 def measure(case: Case, device_name: str) -> dict[str, Any]:
-    """One row, in this process: first use, then an epoch or as many steps of it as the case holds."""
+    """Measure one row in this process: first use, then an epoch, or as many of its steps as the case has."""
     import torch
 
     from hpc_core.builders.assemble import build
@@ -83,8 +82,8 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     first_use_s = time.perf_counter() - began
     count = len(program.batches)
     if isinstance(program.batches, Fed):
-        # The loader stands in the middle of a round: what is left of it is no part of the epoch's seconds.
-        program.batches.fetch_for_nobody(-program.batches.next_index % count)
+        # The loader is in the middle of a round; finishing it is not part of the epoch's time.
+        program.batches.discard(-program.batches.next_index % count)
     if device_name == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with quiet():
@@ -121,7 +120,7 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
 
 
 def _train(program: Any, count: int) -> list[Any]:
-    """So many steps, and the loss of each, still on the device."""
+    """Run `count` steps and return the loss of each, still on the device."""
     losses = []
     for _ in range(count):
         program.step()
@@ -130,10 +129,10 @@ def _train(program: Any, count: int) -> list[Any]:
 
 
 def line(name: str, found: dict[str, Any], options: argparse.Namespace) -> str:
-    """A row as text."""
+    """Return a row as text."""
     if "error" in found:
         return f"{name}: {found['error'].strip().splitlines()[-1]}"
-    # Padded, a batch without any next token costs what others do; it is left out of training here, and counted.
+    # A padded batch without any next token takes as long as others. Training skips it, so add its time.
     steps, whole = found["steps"], found["epoch_steps"] + found["skipped"]
     found["epoch_s"] = found["seconds"] * whole / steps
     found["extrapolated"] = steps < whole
@@ -152,7 +151,7 @@ def line(name: str, found: dict[str, Any], options: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Run the rows asked for, print each as it comes, and say what the tuned epoch is beside the stock ones."""
+    """Run the chosen rows, print each when it ends, and compare the tuned epoch with the stock ones."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--only", default=",".join(ROWS), help=f"rows, separated by commas: {', '.join(ROWS)}")
     ask.add_argument("--stock-steps", type=int, default=40, help="steps of stock that are measured")
@@ -186,13 +185,13 @@ def main() -> None:
         sys.stdout.flush()
         if options.out:
             Path(options.out).write_text(json.dumps({"options": vars(options), "rows": rows}, indent=1))
-    sys.stdout.write("".join(f"{text}\n" for text in _beside(rows)))
+    sys.stdout.write("".join(f"{text}\n" for text in _comparison(rows)))
     if any("error" in found for found in rows.values()):
         sys.exit(1)
 
 
 def _in_child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    # Not a daemon: the loader starts processes of its own.
+    # Not a daemon: the loader starts its own processes.
     context = multiprocessing.get_context("fork")
     pool = concurrent.futures.ProcessPoolExecutor(max_workers=1, mp_context=context)
     try:
@@ -202,14 +201,14 @@ def _in_child(case: Case, options: argparse.Namespace) -> dict[str, Any]:
             process.kill()
         return {"error": f"took more than {options.limit_s:.0f} s"}
     except Exception:
-        sys.stderr.write(traceback.format_exc())  # the other rows go on; the exit code says that one broke
+        sys.stderr.write(traceback.format_exc())  # the other rows still run; the exit code reports the failure
         return {"error": traceback.format_exc()}
     finally:
         pool.shutdown(wait=True)
 
 
-def _beside(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """What the rows say together."""
+def _comparison(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Return lines that compare the rows."""
     fed = rows.get("tuned-fed", {})
     texts = []
     for name, found in rows.items():

@@ -1,11 +1,11 @@
-"""What the data path costs: 0, 2 and 4 workers, pinned or not, copied ahead or not, tokenized once or in the loader. Not part of the default suite.
+"""Measure what the data path costs: 0, 2 and 4 workers, pinned or not, copied ahead or not, tokenized once or in the loader.
 
     pytest --benchmark bench/studies/data_path/feeds.py          # every case in processes of its own, judged and recorded; a table at the end
     python -m bench.studies.data_path.feeds                      # every feed on one model and one captured step, minutes on a GPU; --out FILE keeps it
     python -m bench.studies.data_path.feeds --shape tiny --device cpu
 
-Each row holds fed steps beside the same steps with every batch on the device, the time in which no kernel ran while the host was getting a
-batch (by the profiler), what the loader gives when nobody trains, and in words what bounds the training.
+Not part of the default suite. Each row compares fed steps with the same steps with every batch on the device. It also has the time in which
+no kernel ran while the host was getting a batch (by the profiler), the loader's rate without training, and what limits the training.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _COLUMNS = f"{'feed':32} {'step':>9} {'resident':>9} {'wait':>9} {'GPU idle':>9}
 
 @perf_cases(CASES)
 def test_case(case: Case, perf: Perf) -> None:
-    """The case runs as asked, fed steps have the losses of resident ones to the bit, and no gated metric is worse than its baseline."""
+    """The case runs as asked, losses of fed and resident steps are bitwise equal, and no gated metric is worse than its baseline."""
     perf(case)
 
 
-def test_side_by_side(perf_session: PerfSession) -> None:
-    """What this session measured of each feed stands in one table."""
+def test_comparison(perf_session: PerfSession) -> None:
+    """One table shows what this session measured of each feed."""
     records = [record for record in perf_session.records.values() if "feed_step_s" in record.metrics]
     if not records:
         pytest.skip("no sound record of a fed case in this session")
@@ -45,7 +45,7 @@ def test_side_by_side(perf_session: PerfSession) -> None:
 
 
 def of_record(record: Record) -> dict[str, Any]:
-    """The numbers of a row."""
+    """Return the numbers of a row."""
 
     def value(name: str) -> float | None:
         metric = record.metrics.get(name)
@@ -58,7 +58,7 @@ def of_record(record: Record) -> dict[str, Any]:
 
 
 def line(name: str, row: dict[str, Any]) -> str:
-    """A row as text; milliseconds, microseconds for waits."""
+    """Return a row as text, in milliseconds, and microseconds for waits."""
 
     def time(key: str, unit: float, form: str) -> str:
         return "" if row.get(key) is None else f"{row[key] * unit:{form}}"
@@ -76,7 +76,7 @@ def line(name: str, row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Build once, capture once, and try every feed on it."""
+    """Build and capture once, and measure every feed with it."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("--shape", choices=("llama-3.2-3b", "tiny"), default="llama-3.2-3b")
     ask.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

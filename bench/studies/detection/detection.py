@@ -1,9 +1,9 @@
-"""Is +2 % of GPU-busy time caught, and does no change pass? Measured on a GPU, some four minutes on an H100; no part of a suite.
+"""Measure whether +2 % of GPU-busy time is detected and no change passes. Takes about four minutes on an H100; not part of a suite.
 
     python -m bench.studies.detection.detection --out detection.json
 
-A step of full fine-tuning on eight layers of Llama-3.2-3B, in fresh processes, in turn as it is and with one kernel more, which spins for
-2 % of what the step takes. `tests/studies/test_evidence.py` draws processes from what it writes and judges them as an A/B does.
+Runs a step of full fine-tuning on eight layers of Llama-3.2-3B in fresh processes, alternately unchanged and with one more kernel, which spins
+for 2 % of the step's time. `tests/studies/test_evidence.py` draws processes from its output and judges them as an A/B does.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CALIBRATION_CYCLES = 100_000_000
 
 
 def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
-    """One training step, and then a kernel that does nothing for so many seconds; none for 0."""
+    """Return one training step, followed by a kernel that spins for this many seconds; no kernel for 0."""
     from hpc_core.builders.assemble import build
     from hpc_core.engines.finetune import finetune_program
 
@@ -51,7 +51,7 @@ def make_step(spin_s: float, *, device: str) -> Callable[[], None]:
 
 
 def _cycles_per_s() -> float:
-    """What the spinning kernel counts in a second, after one call that brings the clock up."""
+    """Return the cycles per second of the spinning kernel, after one call that raises the clock rate."""
     torch: Any = importlib.import_module("torch")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_CALIBRATION_CYCLES)
@@ -77,7 +77,7 @@ def _busy_s(record: Record) -> float:
 
 
 def main() -> None:
-    """Run the processes in turn, and write every busy time after each."""
+    """Run the processes one after another, and write all busy times after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=20, help="a side")
     parser.add_argument("--out", type=Path, required=True)

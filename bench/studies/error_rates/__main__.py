@@ -1,4 +1,4 @@
-"""`python -m bench.studies.error_rates`: measure unchanged code again and again, and compute the gate's error rates."""
+"""`python -m bench.studies.error_rates`: measure unchanged code repeatedly, and compute the gate's error rates."""
 
 from __future__ import annotations
 

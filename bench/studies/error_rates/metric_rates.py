@@ -1,4 +1,4 @@
-"""Error rates on one metric of one case, from A/A samples: of the gate's own functions, and of other tools' rules. Pure.
+"""Compute error rates on one metric of one case from A/A samples: of the gate's own functions, and of other tools' rules.
 
 An A/B is drawn from the processes' differences to their start; a comparison with stored sessions draws starts, none twice, and
 processes within them.
@@ -34,20 +34,20 @@ __all__ = ["BUSY_PAIRS", "POWER", "WALL_PAIRS", "Rate", "Side", "against_stored"
 
 POWER = 0.95
 PROCESSES = 3
-"""Processes a session, in the suite and on either side of an A/B of busy time."""
+"""Processes per session, in the suite and on either side of an A/B of busy time."""
 BUSY_PAIRS = PROCESSES
 WALL_PAIRS = 24
-"""Wall time is noisier, and an A/B of it goes on to the most pairs that its rule allows."""
+"""Wall time is noisier, so its A/B uses the most pairs that its rule allows."""
 WALL_RATIO = 0.05
 _WALL_FLOOR = 0.003
-"""0.3 %: the least standard deviation between sessions of wall time that is believed."""
+"""Minimum standard deviation of wall time between sessions."""
 
 
 class Side(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rule does on one metric."""
+    """The error rates of one rule on one metric."""
 
     alarms: float
-    """Share of comparisons of like with like that are REGRESSED."""
+    """Share of comparisons of unchanged code that are REGRESSED."""
     detects: float
     """The least ratio that is REGRESSED with 95 % power; infinite if none."""
 
@@ -60,13 +60,13 @@ class Rate(msgspec.Struct, frozen=True, kw_only=True):
     noise: str
     starts: int
     processes: int
-    """Of all starts together."""
+    """Over all starts."""
     within: float
     """Standard deviation between processes of a start, as a ratio."""
     between: float | None
     """Standard deviation of the starts' medians; None for a single start."""
     paired: Side | None
-    """An A/B in one session; None where no start has two processes."""
+    """An A/B in one session; None if no start has two processes."""
     stored: Side | None
     """Against stored sessions; None for a single start, or for wall time with fewer than six."""
     others: dict[str, float]
@@ -82,7 +82,7 @@ def rate(
     generator: random.Random,
     resamples: int,
 ) -> Rate:
-    """What the gate and other rules do with one metric; `held` are its values by start, `level` that of one test."""
+    """Return the rates of the gate and of other rules on one metric; `held` are its values by start, `level` that of one test."""
     exact = declared.noise == "exact"
     within, between = _spreads(held)
     several = [values for values in held if len(values) > 1]
@@ -114,7 +114,7 @@ def rate(
 
 
 def _spreads(held: list[tuple[float, ...]]) -> tuple[float, float | None]:
-    """Of ratios to the mean: for exact metrics too, where a zero must stay a zero."""
+    """Return standard deviations of ratios to the mean, which also work for exact metrics with a value of zero."""
     mean = statistics.fmean(value for values in held for value in values) or 1.0
     degrees = sum(len(values) - 1 for values in held)
     squares = math.fsum((value - statistics.fmean(values)) ** 2 for values in held for value in values)
@@ -124,7 +124,7 @@ def _spreads(held: list[tuple[float, ...]]) -> tuple[float, float | None]:
 
 
 def _exact(name: str, values: list[float], declared: Declared) -> Side:
-    """Every process against every other: exact metrics alarm only where they are not exact, and detect by their tolerance."""
+    """Compare every process with every other: exact metrics alarm only if they are not exact, and detect by their tolerance."""
     counts = Counter(values)
     made = {value: _metric(value, declared) for value in counts}
     alarms = sum(
@@ -142,7 +142,7 @@ def _metric(value: float, declared: Declared) -> Metric:
 
 
 def residuals(held: list[tuple[float, ...]]) -> list[float]:
-    """Processes about their start in log ratio, widened by what a mean of so few takes away."""
+    """Return each process's log ratio to its start, scaled up because a mean of few processes is close to them."""
     found = []
     for values in held:
         logs = [math.log(value) for value in values]
@@ -152,7 +152,7 @@ def residuals(held: list[tuple[float, ...]]) -> list[float]:
 
 
 def _side(intervals: Sequence[Interval], ratio: float) -> Side:
-    """All rules work in log ratios, so a change moves an interval as a whole: what each lacks for REGRESSED is its need."""
+    """Return the least detectable change. All rules use log ratios, so a change shifts an interval by the same amount."""
     needs = sorted(math.log1p(ratio) - (math.log1p(i.low) if i.low > -1 else -math.inf) for i in intervals)
     most = needs[min(len(needs) - 1, math.ceil(POWER * len(needs)) - 1)]
     return Side(
@@ -177,20 +177,20 @@ def _ab(name: str, declared: Declared, about: list[float], level: float, generat
 
 
 def _drawn(held: list[tuple[float, ...]], generator: random.Random) -> tuple[list[list[float]], list[float]]:
-    """Stored sessions of other starts than the new one, none twice, and the new session."""
+    """Draw stored sessions and a new session from different starts."""
     new, *old = generator.sample(range(len(held)), len(held))
     return [processes(held[start], generator) for start in old], processes(held[new], generator)
 
 
 def processes(values: tuple[float, ...], generator: random.Random) -> list[float]:
-    """As many processes as the suite runs a session, none twice."""
+    """Draw as many processes as a session of the suite has, none twice."""
     return generator.sample(values, min(PROCESSES, len(values)))
 
 
 def against_stored(
     name: str, declared: Declared, sessions: list[list[float]], new: list[float], level: float
 ) -> Interval:
-    """The interval that the suite would judge by; wall time has that of its history."""
+    """Return the interval that the suite would use; for wall time, that of its history."""
     if declared.noise == "wall":
         return history_interval(new, sessions, level)
     return interval_of(stored_distance(new, sessions, SPREADS[family_of(name)]), level)

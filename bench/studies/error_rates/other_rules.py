@@ -1,6 +1,6 @@
-"""The same samples judged as other tools judge them, for a table beside our own rules. One-sided: slower is what alarms.
+"""Judge samples by the rules of other tools, to compare them with our own rules. One-sided: only a slowdown alarms.
 
-Each sees one side's samples and the other's, in any unit, and knows nothing of processes and sessions.
+Each rule receives the samples of both sides, in any unit, without processes and sessions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 __all__ = ["OTHER_RULES", "Rule", "bootstrap_of_medians", "mann_whitney", "pytest_benchmark"]
 
 Rule = Callable[[Sequence[float], Sequence[float]], bool]
-"""Base and head to whether it alarms."""
+"""Takes base and head; returns whether the rule alarms."""
 _RATIO = 0.05
 _LEVEL = 0.05
 _RESAMPLES = 999

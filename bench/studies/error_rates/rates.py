@@ -1,4 +1,4 @@
-"""Error rates of the gate's own rules, and of other tools', on A/A samples of one machine: each metric, and the suite. Pure.
+"""Compute error rates of the gate's own rules, and of other tools', on A/A samples of one machine, by metric and for the suite.
 
 The model: machine starts are drawn from those seen, and processes from those of their start; all cases of a suite run share
 their start. Whatever the model, the binomial bound counts only comparisons that share no start.
@@ -31,28 +31,28 @@ _CONFIDENCE = 0.95
 
 
 class ErrorRates(msgspec.Struct, frozen=True, kw_only=True):
-    """What A/A samples say of the gate."""
+    """The gate's error rates on A/A samples."""
 
     rates: tuple[Rate, ...]
     starts: int
     gpus: int
-    """Different cards among the starts."""
+    """Number of different GPUs."""
     tests: int
-    """Tests by interval that the suite's alpha is divided over."""
+    """Number of interval tests among which the suite's alpha is divided."""
     alpha: float
     suite: float | None
-    """Share of suite runs with a false alarm, under the model; None for a single start, or where no busy time is judged."""
+    """Share of suite runs with a false alarm, under the model; None for a single start, or if no busy time is judged."""
     suite_others: dict[str, dict[str, float]]
     """By noise class and rule: the share of ordered pairs of starts with an alarm on any such metric of any case."""
     comparisons: int
     """Suite runs that share no start: starts // 2."""
     alarmed: int
     bound: float
-    """At most so likely is a suite run with a false alarm, with 95 % confidence, by those alone."""
+    """Upper bound, with 95 % confidence, of the probability that a suite run has a false alarm, from these comparisons alone."""
 
 
 def binomial_bound(alarmed: int, comparisons: int, confidence: float = _CONFIDENCE) -> float:
-    """Clopper and Pearson's upper bound of a rate (Biometrika 26, 1934); 1 without a comparison."""
+    """Return Clopper and Pearson's upper bound of a rate (Biometrika 26, 1934); 1 without a comparison."""
     from scipy.special import betaincinv
 
     return 1.0 if alarmed >= comparisons else float(betaincinv(alarmed + 1, comparisons - alarmed, confidence))
@@ -61,9 +61,9 @@ def binomial_bound(alarmed: int, comparisons: int, confidence: float = _CONFIDEN
 def error_rates(
     samples: Samples, *, alpha: float = SUITE_ALPHA, resamples: int = RESAMPLES, seed: int = 0
 ) -> ErrorRates:
-    """False alarms and smallest detectable changes, by case and metric and for the suite.
+    """Return false alarms and smallest detectable changes, by case and metric and for the suite.
 
-    Busy time is judged as the suite does. Where there is none, as on a CPU, wall time is shown by the rules it would have.
+    Busy time is judged as in the suite. Without it, as on a CPU, wall time is judged by its own rules.
     """
     generator = random.Random(seed)
     noisy = [(c, n) for c, n, _ in samples.series() if samples.metrics[n].noise != "exact"]
@@ -107,7 +107,7 @@ def _suite_alarms(
     level: float,
     generator: random.Random,
 ) -> bool:
-    """Whether any busy metric of any case is REGRESSED in one run of the suite."""
+    """Return whether any busy metric of any case is REGRESSED in one run of the suite."""
     for case, metrics in new.items():
         for name, values in metrics.items():
             sessions = [start[case][name] for start in stored if name in start.get(case, {})]
@@ -121,7 +121,7 @@ def _suite_alarms(
 
 
 def _suite_others(samples: Samples) -> dict[str, dict[str, float]]:
-    """Each start against each other one: whether a rule alarms on any metric of any case, by noise class."""
+    """Compare each start with each other one; return the share where a rule alarms on any metric of any case, by noise class."""
     pairs = list(permutations(samples.starts, 2))
     classes = sorted({metric.noise for metric in samples.metrics.values()} - {"exact"})
     if not pairs:

@@ -1,4 +1,4 @@
-"""`python -m bench.studies.error_rates`: the same work again and again on this machine, and what that says of the gate. Judges no change."""
+"""`python -m bench.studies.error_rates`: measure the same work repeatedly on this machine, and compute the gate's error rates."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hpc_core.record.record import Metric, Record
 __all__ = ["aa"]
 
 _TIMED = ("step_s", "query_s")
-"""Wall time that is looked at: of a step, of a query."""
+"""The wall times that are analysed."""
 
 
 def aa(
@@ -54,7 +54,7 @@ def aa(
     as_json: Annotated[bool, typer.Option("--json", help="The rates as JSON, instead of a table.")] = False,
     cases: Files = None,
 ) -> None:
-    """Run the same cases again and again: how often the gate cries wolf here, and how small a change it sees."""
+    """Run the same cases repeatedly; print how often the gate raises a false alarm here, and which change it detects."""
     if samples:
         if case or start is not None or out is not None or records:
             raise SpecError("--samples runs nothing: drop --case, --start, --records and --out.")
@@ -79,7 +79,7 @@ def _read(path: Path) -> Samples:
 
 
 def _recorded(held: Samples, folders: list[Path], globs: list[str], name: str | None, out: Path | None) -> Samples:
-    """Each folder's records as one start more.
+    """Return each folder's records as one more start.
 
     Raises:
         SpecError: a folder without records that are looked for, a record that is not sound, one name for several folders.
@@ -113,7 +113,7 @@ def _records_in(folder: Path) -> list[tuple[Path, Record]]:
 
 
 def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
-    """Those asked for; by default the suite's and one's own that run here at the scale of this machine.
+    """Return the chosen cases; by default those of the suite, and the user's own, that run at this machine's scale.
 
     Raises:
         SpecError: a glob that matches no case that can run here.
@@ -130,7 +130,7 @@ def _chosen(globs: list[str], files: list[Path] | None) -> list[Case]:
 
 
 def _measured(held: Samples, cases: list[Case], processes: int, name: str | None, out: Path | None) -> Samples:
-    """Round after round of all cases, so that whatever drifts is shared by them; each round is written as it ends.
+    """Run all cases round after round, so that they share any drift, and write each round when it ends.
 
     Raises:
         LaunchError: no worker can be started at all.
@@ -162,9 +162,9 @@ def _sound(record: Record, which: str) -> Record:
 
 
 def _sample(record: Record, name: str) -> Samples:
-    """One process of one case."""
+    """Return the values of one process of one case."""
     seen = record.circumstances
-    metrics = {key: metric for key, metric in record.metrics.items() if _looked_at(key, metric)}
+    metrics = {key: metric for key, metric in record.metrics.items() if _analysed(key, metric)}
     start = Start(
         name=name,
         at=seen.started_at,
@@ -181,9 +181,9 @@ def _sample(record: Record, name: str) -> Samples:
 
 
 def _of_processes(metric: Metric) -> tuple[float, ...]:
-    """Busy time has a sample a process; what else a record holds is one process's."""
+    """Return a metric's values, one per process: busy time has a sample for each process, other metrics come from one."""
     return metric.samples if metric.noise == "busy" and metric.samples is not None else (metric.value,)
 
 
-def _looked_at(name: str, metric: Metric) -> bool:
+def _analysed(name: str, metric: Metric) -> bool:
     return name in _TIMED or (metric.gated and metric.noise != "wall")

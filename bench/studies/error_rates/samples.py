@@ -1,4 +1,4 @@
-"""A/A samples: the same work in fresh processes on several machine starts. Values, equal to their JSON. Pure."""
+"""A/A samples: the same work in fresh processes on several machine starts, as values equal to their JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Declared", "Samples", "Start", "merged", "samples_from_json", "sampl
 
 
 class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What kind of quantity a metric is."""
+    """The declaration of a metric."""
 
     unit: str
     noise: Noise
@@ -21,10 +21,10 @@ class Declared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One machine start. All its processes ran in turn, case after case, so that they share its luck."""
+    """One machine start. Its processes alternate between cases, so all cases share the state of the machine."""
 
     name: str
-    """Samples of one name and card are of one start."""
+    """Samples with the same name and GPU belong to one start."""
     at: str
     """ISO 8601, UTC: when its first process began."""
     machine: str
@@ -32,17 +32,17 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """"cpu" without a GPU."""
     stack: dict[str, str] = {}
     cases: dict[str, dict[str, tuple[float, ...]]]
-    """Values by case and metric, one a process."""
+    """Values by case and metric, one per process."""
 
 
 class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Starts, and what their metrics are."""
+    """Machine starts, and the declarations of their metrics."""
 
     metrics: dict[str, Declared]
     starts: tuple[Start, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be analysed.
+        """Check that the samples can be analysed.
 
         Raises:
             SpecError: a metric without declaration or value, a time that is not above 0 or of which more is better.
@@ -60,7 +60,7 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                         raise SpecError(f"A/A samples: of {name} less must be better, as of any time.")
 
     def series(self) -> Iterator[tuple[str, str, list[tuple[float, ...]]]]:
-        """Case, metric and the values of each start that has them, in the order of the starts."""
+        """Return case, metric and the values of each start that has them, in the order of the starts."""
         keys = dict.fromkeys(
             (case, name) for start in self.starts for case, metrics in start.cases.items() for name in metrics
         )
@@ -70,7 +70,7 @@ class Samples(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def merged(parts: Iterable[Samples]) -> Samples:
-    """All starts of several files, the earliest first; what is of one start is put together.
+    """Return all starts of several files, the earliest first; samples of one start are joined.
 
     Raises:
         SpecError: a metric is declared in two ways, or the starts are of several kinds of machine.
@@ -91,7 +91,7 @@ def merged(parts: Iterable[Samples]) -> Samples:
 
 
 def _joined(one: Start, other: Start) -> Start:
-    """The processes of both, in order."""
+    """Return one start with the processes of both, in order."""
     cases = {
         case: {
             name: (*one.cases.get(case, {}).get(name, ()), *other.cases.get(case, {}).get(name, ()))
@@ -103,7 +103,7 @@ def _joined(one: Start, other: Start) -> Start:
 
 
 def samples_from_json(text: bytes, where: str) -> Samples:
-    """The samples of a file called `where`.
+    """Return the samples of the file `where`.
 
     Raises:
         SpecError: they are none.
@@ -117,5 +117,5 @@ def samples_from_json(text: bytes, where: str) -> Samples:
 
 
 def samples_to_json(samples: Samples) -> bytes:
-    """JSON, two spaces a level, a newline at the end."""
+    """Return JSON, indented by two spaces, with a newline at the end."""
     return msgspec.json.format(msgspec.json.encode(samples, order="sorted"), indent=2) + b"\n"

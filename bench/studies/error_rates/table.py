@@ -1,4 +1,4 @@
-"""What A/A samples came to, as lines for a terminal."""
+"""Format error rates as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEAD = (
 
 
 def table(rates: ErrorRates) -> str:
-    """The metrics that vary, one a line; the exact ones in a sentence; and the suite as a whole."""
+    """Return a line for each metric that varies, a sentence on the exact ones, and the suite as a whole."""
     noisy = [rate for rate in rates.rates if rate.noise != "exact"]
     lines = [_HEAD, *(_cells(rate) for rate in noisy)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEAD))]

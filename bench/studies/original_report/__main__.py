@@ -1,4 +1,4 @@
-"""The original report: its whole protocol, its two JSON files, and what physics says of its numbers.
+"""The original report: run its whole protocol, write its two JSON files, and check its numbers against bounds.
 
 python -m bench.studies.original_report run --out runs/original --short      # a tiny model on a CPU; without --short hours on a GPU
 python -m bench.studies.original_report export runs/records --out runs/original
@@ -83,7 +83,7 @@ def run(
 
 @app.command()
 def page() -> None:
-    """Print the page that judges the report's own numbers by physics."""
+    """Print the page that checks the report's own numbers against bounds."""
     say(rows.main().rstrip())
 
 

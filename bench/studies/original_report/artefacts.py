@@ -1,4 +1,4 @@
-"""The original report's three artefacts, judged from records of one session: what was measured, and whether it can be.
+"""Check the original report's three artefacts with records of one session: what was measured, and whether it is possible.
 
 1. Full fine-tuning against LoRA, in equal precision and tokens. 2. QLoRA with and without `prepare`, with and without
 checkpointing. 3. INT4 against FP16, launch-bound and device-bound. Pure: measures nothing, reads nothing.
@@ -18,20 +18,20 @@ from hpc_core.record.record import Record
 __all__ = ["DEVICE_BOUND_SHARE", "NEEDED", "Artefact", "artefacts", "device_bound_rows"]
 
 DEVICE_BOUND_SHARE = 0.9
-"""Busy share from which one waits for the device."""
+"""The least busy share of work that is bound by the device."""
 
 _FULL_AND_LORA = ("full-bf16", "lora")
 _QLORA = {"qlora": "off", "qlora-gc": "on", "qlora-prepare": "on", "qlora-prepare-nogc": "off"}
-"""Variant, and the checkpointing that is to be seen in it."""
+"""By variant, the checkpointing that must be observed."""
 _LAUNCH_BOUND = ("generate-fp16", "generate-nf4")
 _DEVICE_BOUND = ("generate-fp16-b32", "generate-nf4-b32", "generate-nf4-fp16-b32")
 
 NEEDED: tuple[str, ...] = (*_FULL_AND_LORA, *_QLORA, *_LAUNCH_BOUND, *_DEVICE_BOUND)
-"""The variants that the three artefacts are judged from."""
+"""The variants that the three artefacts need."""
 
 
 class Artefact(msgspec.Struct, frozen=True, kw_only=True):
-    """One artefact: its table, why it cannot be as measured, and which variants are missing."""
+    """One artefact: its table, why its numbers are impossible, and which variants are missing."""
 
     title: str
     head: tuple[str, ...]
@@ -41,7 +41,7 @@ class Artefact(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def text(self) -> str:
-        """The table in columns, and what is refused below it."""
+        """Return the table in columns, followed by the reasons."""
         lines = [self.head, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.head))]
         drawn = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
@@ -49,7 +49,7 @@ class Artefact(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def artefacts(records: Mapping[str, Record]) -> tuple[Artefact, Artefact, Artefact]:
-    """All three, from records by variant or by `<shape>/<variant>`."""
+    """Return all three artefacts from records by variant or by `<shape>/<variant>`."""
     by_variant = {name.rpartition("/")[2]: record for name, record in records.items()}
     return _full_against_lora(by_variant), _qlora(by_variant), _four_bit(by_variant)
 
@@ -119,7 +119,7 @@ def _four_bit(records: Mapping[str, Record]) -> Artefact:
 
 
 def device_bound_rows(records: Mapping[str, Record]) -> Sequence[tuple[str, ...]]:
-    """A row for each device-bound variant that is there: its prefill."""
+    """Return a row with the prefill of each device-bound variant that has a record."""
     return [
         _row(records[name], "prefill of 32 x 512", "busy_prefill_s", "time_to_first_token_s")
         for name in _DEVICE_BOUND

@@ -1,4 +1,4 @@
-"""The two JSON files of the original report, from records. Knows its words and units; measures and judges nothing.
+"""Convert records to the two JSON files of the original report, with its names and units.
 
 The report says "GB" for bytes / 1024**3; so do these files, and they say that they do. Its averages stay averages: a
 latency here is the mean of all queries, where our own tables show the median.
@@ -19,7 +19,7 @@ __all__ = ["EPOCHS", "FINETUNE_FILE", "INFERENCE_FILE", "original_files"]
 INFERENCE_FILE = "baseline_inference_metrics.json"
 FINETUNE_FILE = "baseline_finetune_metrics.json"
 EPOCHS = 2
-"""What a total time covers, as in the report."""
+"""What a total time covers in the report."""
 
 _UNITS = {
     "avg_latency": "seconds a query, mean of all queries",
@@ -32,9 +32,9 @@ _UNITS = {
 
 
 def original_files(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Content by file name; a method is a case's variant, and what gave no numbers says why instead.
+    """Return the content of each file by its name. A method is a case's variant; if it has no numbers, it has the reason.
 
-    Cases of several shapes are told apart by their whole id.
+    If cases have several shapes, methods are whole ids.
     """
     chosen = sorted(records, key=lambda record: record.case.id)
     shapes = {record.case.id.partition("/")[0] for record in chosen}
@@ -96,7 +96,7 @@ def _finetune(record: Record, workload: FinetuneSpec) -> dict[str, Any]:
 
 
 def _steps_of_all_epochs(workload: FinetuneSpec) -> int | None:
-    """None where the number of batches depends on the texts' lengths."""
+    """Return the number of steps; None if it depends on the lengths of the texts."""
     rows = workload.epoch_rows or workload.data.rows
     return None if rows is None or workload.packing else EPOCHS * (rows // workload.batch)
 

@@ -1,8 +1,8 @@
-"""The original report's three artefacts, run and judged in one session. Not part of the default suite: some five minutes on an H100.
+"""Run and check the original report's three artefacts in one session. Not part of the default suite: about five minutes on an H100.
 
     pytest --benchmark bench/studies/original_report/original_report.py
 
-Each case is judged against its baseline as ever; then the three artefacts are judged by physics from this session's own records
+Each case is judged against its baseline as usual. The three artefacts are then checked against bounds with this session's records,
 and printed below the table.
 """
 
@@ -27,7 +27,7 @@ def test_case(case: Case, perf: Perf) -> None:
     "number", [pytest.param(0, id="full-lora"), pytest.param(1, id="qlora"), pytest.param(2, id="int4")]
 )
 def test_artefact(number: int, perf_session: PerfSession) -> None:
-    """What this session measured can be, and shows what it is to show: its table stands at the end of the run."""
+    """Records of the session are possible and show the artefact; its table is printed at the end of the run."""
     found = artefacts(perf_session.records)[number]
     if found.missing:
         pytest.skip(f"no sound record in this session of {', '.join(found.missing)}")

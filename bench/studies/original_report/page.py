@@ -1,6 +1,6 @@
-"""bench/studies/original_report/results.md in words and tables: the original report's rows, what physics says, ours beside them.
+"""Write bench/studies/original_report/results.md: the original report's rows, the bounds that they break, and our own rows.
 
-Every number comes from the records handed in or from the closed forms; nothing is measured and nothing read here.
+Every number comes from the given records or from closed forms; nothing is measured or read here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _INFERENCE = (
 
 
 def page(report: Mapping[str, Record], ours: Mapping[str, Record]) -> str:
-    """The whole page as Markdown; `report` by name as `report_records()` gives it, `ours` by variant."""
+    """Return the whole page as Markdown; `report` is by name, as from `report_records()`, and `ours` by variant."""
     parts = [
         _HEAD,
         _table(
@@ -189,7 +189,7 @@ def _third(report: Mapping[str, Record], ours: Mapping[str, Record]) -> str:
 
 
 def _device_bound(ours: Mapping[str, Record]) -> str:
-    """INT4 against FP16 where the device is waited for: what is committed of it, and what is not yet."""
+    """Compare INT4 with FP16 in device-bound work, or name the baselines that are missing."""
     found = artefacts(ours)[2]
     awaited = [f"`{name}`" for name in found.missing]
     parts = []
@@ -206,7 +206,7 @@ def _device_bound(ours: Mapping[str, Record]) -> str:
 
 
 def _why_slow(ours: Mapping[str, Record]) -> list[str]:
-    """How much of NF4's slowness is its compute dtype, once all three cases are there."""
+    """Return how much of NF4's slowdown its compute dtype causes, if all three cases have records."""
     names = ("generate-fp16-b32", "generate-nf4-b32", "generate-nf4-fp16-b32")
     if not set(names) <= set(ours):
         return []
@@ -236,7 +236,7 @@ def _state(record: Record) -> dict[str, int]:
 
 
 def _needed_rate(record: Record) -> float:
-    """FLOP/s that a training record's claim needs at least."""
+    """Return the least FLOP/s that a training record's numbers require."""
     workload = record.case.workload
     assert isinstance(workload, FinetuneSpec)
     floor = train_floor(record.case, positions_of(record, workload))

@@ -1,4 +1,4 @@
-"""The whole protocol of the original report as cases: 500 questions a way to generate, two epochs a way to train.
+"""The whole protocol of the original report as cases: 500 questions per generation method, two epochs per training method.
 
 Values only: no torch, no I/O. The catalogue's cases measure the same variants in minutes; these take hours.
 """
@@ -31,7 +31,7 @@ _EPOCHS = 2
 
 
 def protocol(weights: ModelSpec | None = None, *, short: bool = False) -> tuple[Case, ...]:
-    """The report's seven rows: generation in FP16 and NF4; full, LoRA, QLoRA, the latter two with checkpointing too.
+    """Return the report's seven rows: generation in FP16 and NF4; full, LoRA and QLoRA, the latter two also with checkpointing.
 
     Args:
         weights: true ones, which bring the data sets GSM8K and WikiText-2 with them; None takes random weights of

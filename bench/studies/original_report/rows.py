@@ -1,4 +1,4 @@
-"""The original report's rows, typed in as records and judged by physics; `python -m bench.studies.original_report page` prints them.
+"""The original report's rows as records, checked against bounds; `python -m bench.studies.original_report page` prints them.
 
 Source: the course report this project grew from (Llama-3.2-3B-Instruct on one RTX 5090, torch 2.6, transformers 4.57).
 Its "GB" are bytes / 1024**3. Where it leaves something open, each reading is a record of its own.
@@ -36,15 +36,15 @@ __all__ = ["REAL_TOKENS", "report_records"]
 
 _ROWS, _BATCH, _LENGTH, _QUESTIONS = 4000, 4, 512, 500
 REAL_TOKENS = sum(min(length, _LENGTH) for length in recorded_lengths("wikitext2")[:_ROWS])
-"""Tokens of its 4000 rows without padding, BOS of each row counted."""
+"""Tokens of its 4000 rows without padding, including each row's BOS."""
 
 _MACHINE = Machine(key="nvidia-geforce-rtx-5090-32gib", name="NVIDIA GeForce RTX 5090", memory_bytes=32607 * 2**20)
-"""32,607 MiB is what NVML reports of this card."""
+"""NVML reports 32,607 MiB for this GPU."""
 _OURS = Path("baselines", "nvidia-h100-80gb-hbm3-80gib", "llama-3.2-3b")
 
 
 def report_records() -> dict[str, Record]:
-    """The report's seven rows and the other readings of them, by name; those that cannot be are INVALID and say why."""
+    """Return the report's seven rows and other readings of them, by name; impossible ones are INVALID with a reason."""
     fp16 = ModelSpec(shape="llama-3.2-3b", dtype="float16")
     plain = QuantSpec(kind="nf4", compute_dtype="float32")
     double = QuantSpec(kind="nf4", compute_dtype="float32", double_quant=True)
@@ -68,7 +68,7 @@ def report_records() -> dict[str, Record]:
 
 
 def _padded(method: Any, variant: str, *, model: ModelSpec = llama_3b, **workload: Any) -> Case:
-    """Every row padded to 512 tokens: 1000 steps an epoch."""
+    """Return the case with every row padded to 512 tokens: 1000 steps per epoch."""
     return finetune(
         model,
         method,
@@ -84,7 +84,7 @@ def _padded(method: Any, variant: str, *, model: ModelSpec = llama_3b, **workloa
 
 
 def _packed(method: Any, variant: str) -> Case:
-    """The real tokens alone, joined into full rows."""
+    """Return the case with only the real tokens, packed into full rows."""
     return finetune(
         llama_3b,
         method,
@@ -114,7 +114,7 @@ def _trained(case: Case, epoch_s: float, peak_gib: float) -> Record:
 def _answered(
     model: ModelSpec, quantization: QuantSpec | None, variant: str, query_s: float, rate: float, peak_gib: float
 ) -> Record:
-    """500 questions, so many tokens each as its two numbers say on average (it allowed up to 512)."""
+    """Return a record of 500 questions with the report's mean number of tokens (it allowed up to 512)."""
     data = DataSpec(source="trace", name="gsm8k", rows=_QUESTIONS)
     case = generate(
         model,
@@ -153,7 +153,7 @@ def _claim(case: Case, **claims: tuple[float | int, str]) -> Record:
 
 
 def main(folder: Path = _OURS) -> str:
-    """The page bench/studies/original_report/results.md: the report beside the committed baselines of `folder`."""
+    """Return bench/studies/original_report/results.md: the report compared with the committed baselines of `folder`."""
     from bench.studies.original_report.page import page
 
     ours = {}

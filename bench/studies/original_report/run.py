@@ -1,4 +1,4 @@
-"""Running a list of cases that takes hours: what has a good record already is not run again. Writes only below `out`."""
+"""Run a list of cases that takes hours; cases with a sound record are not run again. Writes only below `out`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["run_protocol"]
 
 
 def run_protocol(cases: Sequence[Case], out: Path, *, device: Literal["auto", "cpu"]) -> list[Record]:
-    """The records of these cases in order, each kept as `out/records/<id>.json` as soon as it is there.
+    """Run these cases in order and return their records; each is written to `out/records/<id>.json` at once.
 
     Raises:
         SpecError: the cases need a GPU and none is visible.
@@ -52,7 +52,7 @@ def run_protocol(cases: Sequence[Case], out: Path, *, device: Literal["auto", "c
 
 
 def _finished(path: Path, case: Case) -> Record | None:
-    """The good record of this very case, if the file holds one; whatever else it holds is measured anew."""
+    """Return the sound record of this very case, if the file has one; otherwise the case is measured again."""
     if not path.is_file():
         return None
     try:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from bench.studies.stock_and_tuned.memory import memory_told
-from bench.studies.stock_and_tuned.paired import changed_work, twins_of
+from bench.studies.stock_and_tuned.memory import memory_text
+from bench.studies.stock_and_tuned.paired import changed_work, paired_cases
 from bench.studies.stock_and_tuned.words import HEAD
 from hpc_core.bounds.check import positions_of, value_of
 from hpc_core.bounds.cost import decode_floor, train_floor
@@ -35,47 +35,47 @@ _ABSENT = "-"
 _CASES: tuple[Case, ...] = (*ALL, *SWEEP, *INT4)
 
 Group = tuple[Case, tuple[Case, ...]]
-"""A stock case with its twins."""
+"""A stock case with its paired cases."""
 Cell = Callable[[Record, Record | None], str]
-"""What a column shows of a record, beside its stock twin's; the stock row has no twin."""
+"""Formats a column's value from a record and that of its stock case; None in the stock row."""
 
 
 def page(machines: Mapping[str, Mapping[str, Record]]) -> str:
-    """The whole page as Markdown; records by machine's name and case's id."""
-    twins = [(stock, others) for stock, others in twins_of(_CASES) if stock.scale == "full"]
+    """Return the whole page as Markdown; `machines` holds records by machine and case id."""
+    groups = [(stock, others) for stock, others in paired_cases(_CASES) if stock.scale == "full"]
     parts = [HEAD.format(machines=" and ".join(sorted(machines)) or "a GPU (no record yet)")]
     for name, records in sorted(machines.items()):
-        parts += [f"## {name}", *_of_machine(twins, records)]
+        parts += [f"## {name}", *_of_machine(groups, records)]
     known = {case_id for records in machines.values() for case_id in records}
-    missing = [f"`{case.id}`" for _, others in twins for case in others if case.id not in known]
+    missing = [f"`{case.id}`" for _, others in groups for case in others if case.id not in known]
     if missing:
         parts.append(
-            f"Engine cases that were measured on none of these, or not since they changed: {', '.join(missing)}."
+            f"Engine cases not measured on any of these machines since their last change: {', '.join(missing)}."
         )
     return "\n\n".join(parts) + "\n"
 
 
-def _of_machine(twins: Iterable[Group], records: Mapping[str, Record]) -> list[str]:
-    """The tables of one machine."""
+def _of_machine(groups: Iterable[Group], records: Mapping[str, Record]) -> list[str]:
+    """Return the tables of one machine."""
     parts = []
     for kind, title, columns in (
         ("finetune", "### Training, a step", _TRAINING),
         ("generate", "### Decoding, a token", _DECODING),
     ):
-        shown = [found for group in twins if group[0].kind == kind and (found := _shown(group, records)) is not None]
+        shown = [found for group in groups if group[0].kind == kind and (found := _shown(group, records)) is not None]
         if shown:
             parts += [title, _table(columns, shown, records)]
     rows = tuple(case for case in SWEEP if case.kind == "finetune" and _of_recorded_rows(case))
-    pairs = [(stock, case) for stock, others in twins for case in others if {stock.id, case.id} <= records.keys()]
-    if told := memory_told((records[stock.id], records[case.id]) for stock, case in pairs):
-        parts.append(told)
+    pairs = [(stock, case) for stock, others in groups for case in others if {stock.id, case.id} <= records.keys()]
+    if text := memory_text((records[stock.id], records[case.id]) for stock, case in pairs):
+        parts.append(text)
     if any(case.id in records for case in rows):
         parts += ["### An epoch of the report's own rows", _table(_EPOCH, [(rows[0], rows[1:])], records)]
     return parts
 
 
 def accepted_records(folder: Path) -> dict[str, Record]:
-    """The record accepted last of each case below `folder` that is still the case of that id, by id.
+    """Return the last accepted record of each case below `folder`, by id, if the case has not changed since.
 
     Raises:
         SpecError: no such folder, or a file in it that holds no record.
@@ -97,10 +97,10 @@ def accepted_records(folder: Path) -> dict[str, Record]:
 
 
 def floor_s(record: Record) -> float | None:
-    """Seconds that a step or a decoded token must at least take at the rates measured in the record's own session.
+    """Return the least seconds of a step or a decoded token at the rates that the record's own session measured.
 
-    The longer of FLOPs over the product's rate and bytes over the copy's (`physics.floors`). None where the session measured no
-    rates or the case has no closed form.
+    The longer of FLOPs over the product's rate and bytes over the copy's (`bounds.cost`). None if the session measured no rates
+    or the case has no closed form.
     """
     case, rates = record.case, record.circumstances.ceilings
     dtype = None if case.model is None else case.model.dtype
@@ -113,10 +113,10 @@ def floor_s(record: Record) -> float | None:
 
 
 def losses_apart(stock: Record, other: Record) -> tuple[float, int] | None:
-    """The largest relative difference of losses over the first steps that both took on the same batches, and how many steps that is; None without
-    such steps, or where a stock loss of exactly 0 leaves nothing to be relative to.
+    """Return the largest relative difference of losses over the first steps on the same batches, and the number of these steps.
 
-    Both begin with the first batch; after its warm-up each begins again, so only the shorter warm-up is common.
+    Both begin with the first batch, and each restarts after its own warm-up, so the shorter warm-up is what they share. None
+    without such steps, or if a stock loss is 0.
     """
     workload = stock.case.workload
     assert isinstance(workload, FinetuneSpec)
@@ -128,11 +128,11 @@ def losses_apart(stock: Record, other: Record) -> tuple[float, int] | None:
 
 
 def _shown(group: Group, records: Mapping[str, Record]) -> Group | None:
-    """The suite's own, measured or not, where the machine measured one of them; others once they were measured. None where no engine is left to show."""
+    """Return the cases to show: those with a record, and the suite's own if the machine measured any of them. None without an engine."""
     stock, others = group
     suite = any(case.id in records for case in TUNED)
-    left = tuple(case for case in others if case.id in records or (suite and case in TUNED))
-    return (stock, left) if left else None
+    chosen = tuple(case for case in others if case.id in records or (suite and case in TUNED))
+    return (stock, chosen) if chosen else None
 
 
 def _of_recorded_rows(case: Case) -> bool:
@@ -142,9 +142,9 @@ def _of_recorded_rows(case: Case) -> bool:
 def _table(columns: Mapping[str, Cell], groups: Iterable[Group], records: Mapping[str, Record]) -> str:
     lines = [["case", *columns], ["---", *["---:"] * (len(columns) - 1), "---"]]
     for stock, others in groups:
-        twin = records.get(stock.id)
+        base = records.get(stock.id)
         lines += [
-            [_told(case), *_cells(columns, records.get(case.id), None if case is stock else twin)]
+            [_label(case), *_cells(columns, records.get(case.id), None if case is stock else base)]
             for case in (stock, *others)
         ]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -156,7 +156,7 @@ def _cells(columns: Mapping[str, Cell], record: Record | None, stock: Record | N
     return [cell(record, stock) for cell in columns.values()]
 
 
-def _told(case: Case) -> str:
+def _label(case: Case) -> str:
     changed = changed_work(case)
     engine = getattr(case.workload, "engine", "stock")
     return f"`{case.id}`" if engine == "stock" else f"`{case.id}`: {engine}{f', {changed}' if changed else ''}"
@@ -205,15 +205,15 @@ def _share(name: str) -> Cell:
 
 def _trains_alike(record: Record, stock: Record | None) -> str:
     error = value_of(record, "logits_error")
-    told = [] if error is None else [f"logits {error:.2g} off float32"]
+    parts = [] if error is None else [f"logits {error:.2g} off float32"]
     apart = None if stock is None else losses_apart(stock, record)
     if apart is not None:
-        told.append(f"losses of {apart[1]} steps within {apart[0]:.2g} of stock")
-    return "; ".join(told) or _ABSENT
+        parts.append(f"losses of {apart[1]} steps within {apart[0]:.2g} of stock")
+    return "; ".join(parts) or _ABSENT
 
 
 def _answers_alike(record: Record, stock: Record | None) -> str:
-    told = [
+    parts = [
         f"{words[0]}{value:{form}}{words[1]}"
         for name, form, words in (
             ("logits_error", ".2g", ("logits ", " off float32")),
@@ -222,7 +222,7 @@ def _answers_alike(record: Record, stock: Record | None) -> str:
         )
         if (value := value_of(record, name)) is not None
     ]
-    return "; ".join(told) or _ABSENT
+    return "; ".join(parts) or _ABSENT
 
 
 def _day(record: Record, stock: Record | None) -> str:
@@ -271,10 +271,10 @@ _EPOCH: dict[str, Cell] = {
 
 
 def main(folder: Path = _OURS) -> str:
-    """The page bench/studies/stock_and_tuned/results.md of the baselines of every GPU in `folder`, a folder each.
+    """Return bench/studies/stock_and_tuned/results.md from the baselines of all GPUs, one folder for each in `folder`.
 
     Raises:
-        SpecError: as `accepted_records`, or it is one machine's folder.
+        SpecError: as `accepted_records`, or `folder` is that of one machine.
     """
     if not folder.is_dir():
         raise SpecError(f"{folder}: no such folder of baselines.")
@@ -284,7 +284,7 @@ def main(folder: Path = _OURS) -> str:
             machine = record.circumstances.machine
             if machine.key != below.name:
                 raise SpecError(
-                    f"{folder}: holds no folder a machine ({below.name} has records of {machine.key}). Name the one above."
+                    f"{folder}: {below.name} has records of {machine.key}, so this is one machine's folder. Name the folder above it."
                 )
             machines.setdefault(f"{machine.name} (`{machine.key}`)", {})[case_id] = record
     return page(machines)

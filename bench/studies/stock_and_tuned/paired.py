@@ -1,4 +1,4 @@
-"""Cases that differ in nothing but the engine: found by what they run, whatever they are called."""
+"""Find paired cases: they do the same work, and only the engine differs, whatever their names."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from hpc_core.case.case import Case
 from hpc_core.case.limits import GiB
 from hpc_core.case.workloads import ENGINE_FIELDS
 
-__all__ = ["are_twins", "changed_work", "twins_of", "work_of"]
+__all__ = ["are_paired", "changed_work", "paired_cases", "work_of"]
 
 
 def work_of(case: Case) -> bytes | None:
-    """What the case does, whatever its id and limits and however an engine does it, as canonical JSON. None for a step of the user's own.
+    """Return the case's work as canonical JSON, without its id, limits and engine; None for a user's own step.
 
-    Two cases are twins if this is equal: the same model, adapter, data, batch and lengths.
+    Cases with equal work have the same model, adapter, data, batch and lengths.
     """
     fields = ENGINE_FIELDS.get(case.kind)
     if fields is None:
         return None
-    told = msgspec.to_builtins(case)
+    work = msgspec.to_builtins(case)
     for name in ("id", "timeout_s", "limits"):
-        told.pop(name, None)
+        work.pop(name, None)
     for name in fields:
-        told["workload"].pop(name, None)
-    return msgspec.json.encode(told, order="sorted")
+        work["workload"].pop(name, None)
+    return msgspec.json.encode(work, order="sorted")
 
 
-def are_twins(stock: Case, other: Case) -> bool:
-    """Whether `stock` runs by the libraries' own path what `other` runs by an engine of ours."""
+def are_paired(stock: Case, other: Case) -> bool:
+    """Return whether `stock` is a stock case, and `other` does the same work with one of our engines."""
     return _engine(stock) == "stock" and _engine(other) not in ("stock", None) and work_of(stock) == work_of(other)
 
 
-def twins_of(cases: Iterable[Case]) -> list[tuple[Case, tuple[Case, ...]]]:
-    """Each stock case that has twins, with them, in the order given."""
+def paired_cases(cases: Iterable[Case]) -> list[tuple[Case, tuple[Case, ...]]]:
+    """Return each stock case that has paired cases, with these, in the order given."""
     every = list(cases)
-    found = [(case, tuple(other for other in every if are_twins(case, other))) for case in every]
+    found = [(case, tuple(other for other in every if are_paired(case, other))) for case in every]
     return [(case, others) for case, others in found if others]
 
 
 def changed_work(case: Case) -> str:
-    """What the engine was told beside its name, as "loss=chunked, graph"; "" for a stock case."""
+    """Return the engine's switches, such as "loss=chunked, graph"; "" for a stock case."""
     workload = case.workload
-    told = []
+    switches = []
     for field in msgspec.structs.fields(workload):
         value = getattr(workload, field.name)
         if field.name == "engine" or field.name not in ENGINE_FIELDS.get(case.kind, ()) or value == field.default:
             continue
         if field.name == "budget_bytes":
-            told.append(f"budget={value / GiB:g} GiB")
+            switches.append(f"budget={value / GiB:g} GiB")
         else:
-            told.append(field.name if value is True else f"{field.name}={value}")
-    return ", ".join(told)
+            switches.append(field.name if value is True else f"{field.name}={value}")
+    return ", ".join(switches)
 
 
 def _engine(case: Case) -> str | None:
