@@ -1,4 +1,4 @@
-"""Measure a step of the user's own: wall time, peak memory, operators, FLOPs, GPU-busy time."""
+"""Measure a user's own step: wall time, peak memory, operators, FLOPs, GPU-busy time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from hpc_core.worker.place import Place
 
 
 class OwnStep:
-    """A step of the user's own, loaded, and what is measured of it."""
+    """A user's own step, and its instruments."""
 
     def __init__(self, place: Place, step: Callable[[], Any] | None = None):
-        """Let the case's factory make the step, unless it is there already."""
+        """Load the step from the case's factory, unless `step` is given."""
         place.phases.enter("build")
         assert isinstance(place.case.workload, CallableSpec)
         self.place, self.device, self.steps = place, place.device, place.case.workload.steps
@@ -34,11 +34,11 @@ class OwnStep:
         self.program, self.loaded = loaded, Findings()
 
     def warm_up(self) -> Findings:
-        """Run until memory and time have settled."""
+        """Run until memory and time are stable."""
         return warm_up(self.program, self.device, self.place.began)
 
     def full(self, kind: Measure) -> Sequence[Instrument]:
-        """Everything: timed before it is watched, what is gated exactly before the profiler, which loads libraries."""
+        """Return all instruments: times before anything observes the step, and counts before the profiler loads libraries."""
         place, program, device = self.place, self.program, self.device
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
         explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
@@ -61,11 +61,11 @@ class OwnStep:
         )
 
     def repeat(self) -> Sequence[Instrument]:
-        """Busy time and launches; on a CPU at most ten steps by the clock."""
+        """Return instruments for busy time and launches; on a CPU, for the wall time of at most ten steps."""
         return (repeated(self.program, self.place, self.steps), self._process_memory())
 
     def retime(self) -> Sequence[Instrument]:
-        """Every time, of the host and of the device."""
+        """Return instruments for all times of host and device."""
         return (
             Instrument("time", "measure", lambda _: wall_steps(self.program, self.device, self.steps)),
             Instrument("busy time", "busy", lambda _: busy_steps(self.program, self.device)),
@@ -73,7 +73,7 @@ class OwnStep:
         )
 
     def trace(self, kind: Trace) -> Sequence[Instrument]:
-        """One step."""
+        """Return instruments that trace one step."""
         program, device, case_id = self.program, self.device, self.place.case.id
         run = Instrument("trace", "profile", lambda _: trace_step(program, device, kind, case_id))
         return (run, self._process_memory())
@@ -97,7 +97,7 @@ class OwnStep:
 
 
 def repeated(program: Program, place: Place, steps: int) -> Instrument:
-    """What a further process measures of a warm program: busy time and launches, or on a CPU at most ten steps by the clock."""
+    """Return the instrument of a further process: busy time and launches, or on a CPU the wall time of at most ten steps."""
     if place.on_gpu:
         return Instrument("busy time", "busy", lambda _: busy_steps(program, place.device))
     return Instrument("time", "measure", lambda _: wall_steps(program, place.device, min(steps, BUSY_STEPS)))

@@ -1,7 +1,7 @@
-"""What the data path costs a fine-tuning case: the same steps fed and with every batch on the device, side by side in one process.
+"""Measure what the data path costs a fine-tuning case: the same steps with fed and with resident batches, in one process.
 
-Steps are queued without an idle device between them. Before each fed pass the loader is emptied of what it made while nobody asked, so that a
-pass shows how fast batches are made, not how many were in store.
+Steps are queued without an idle device between them. Each fed pass first discards the batches that the loader has prefetched, so
+that it shows how fast batches are made and not how many were ready.
 """
 
 from __future__ import annotations
@@ -35,36 +35,36 @@ _GPU_STEPS, _CPU_STEPS = 20, 8
 _HOST_AHEAD = 2
 """Steps that the host may be ahead of the device."""
 _ROUNDS = 3
-"""Passes of each kind, in turn; their median counts."""
+"""Passes of each kind, alternating; their median is reported."""
 _MADE_ALONE = 40
-"""Batches that the loader makes for nobody, to see how fast it could."""
+"""Batches that the loader makes without training, to measure its maximum rate."""
 
 
 _FREE = 0.02
-"""Where waiting costs at most 2 % of a resident step, data bounds nothing."""
+"""Data is no bottleneck if waiting costs at most this share of a resident step."""
 _WELL_SHARED = 0.5
-"""Workers that give at least half of what so many lone makers would are bound by making, else by handing over."""
+"""Workers are limited by making batches if they reach this share of their ideal rate, else by handing batches over."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured numbers of a feed; seconds are of a step or of a batch, which is the same."""
+    """Measured rates of a feed; seconds are per step, and a step takes one batch."""
 
     feed: FeedSpec
     fed_s: float
     resident_s: float
     wait_s: float
-    """Mean time that the host was busy getting a batch while it trained."""
+    """Mean time that the host spent getting a batch during training."""
     idle_s: float | None
-    """In which the GPU had nothing to do meanwhile; None without one."""
+    """How much of that time the GPU was idle; None without a GPU."""
     make_s: float
-    """What one process needs for a batch."""
+    """Time that one process needs to make a batch."""
     supply_per_s: float
-    """Batches a second from the same loader when nobody trains."""
+    """Batches per second from the same loader without training."""
 
 
 def what_bounds(rates: Rates) -> str:
-    """One sentence: what bounds the fed training, the rates of both sides, and what waiting cost."""
+    """Return one sentence: what limits the fed training, the rates of both sides, and what waiting costs."""
     feed = rates.feed
     many = feed.workers > 1
     who = f"{feed.workers} worker{'s make' if many else ' makes'}" if feed.workers else "the training process makes"
@@ -74,7 +74,7 @@ def what_bounds(rates: Rates) -> str:
         f"{who} {rates.supply_per_s:.4g} batches/s by {alone}, training takes {1 / rates.resident_s:.4g}; the host waits {_time(rates.wait_s)} for "
         f"a batch{idle}; a step takes {_time(rates.fed_s)}, with resident batches {_time(rates.resident_s)}"
     )
-    # Measured: idle kernels on a GPU; on a CPU, which is host and device, the wait itself.
+    # On a GPU, its measured idle time; a CPU is host and device, so the wait itself.
     lost = rates.wait_s if rates.idle_s is None else rates.idle_s
     if lost <= _FREE * rates.resident_s:
         return f"bound by nothing: {cost}"
@@ -95,27 +95,27 @@ def _time(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class FeedCost:
-    """The numbers of a program with a loader and of the same program with resident batches, per step. Idle times are None without a GPU."""
+    """Times of a program with a loader and with resident batches, per step. Idle times are None without a GPU."""
 
     fed_s: tuple[float, ...]
-    """One a pass."""
+    """One per pass."""
     resident_s: tuple[float, ...]
     wait_s: tuple[float, ...]
-    """One a batch: how long the host waited for it."""
+    """One per batch: how long the host waited for it."""
     steps: int
-    """Of a pass."""
+    """Steps per pass."""
     idle: Idle | None
     resident_idle: Idle | None
     rates: Rates
 
     @property
     def bound(self) -> str:
-        """What bounds the fed program, in words with numbers."""
+        """Return what limits the fed program, as a sentence with numbers."""
         return what_bounds(self.rates)
 
 
 def measure_feed(place: Place, built: Built, program: FinetuneProgram, *, audit: bool) -> Findings:
-    """Return metrics `feed_*`, the facts of the feed if it is audited, and a note that says what bounds it."""
+    """Return metrics `feed_*`, the facts of the feed if it is audited, and a note that says what limits it."""
     fed, workload, case_id = program.batches, place.case.workload, place.case.id
     assert isinstance(fed, Fed)
     assert isinstance(workload, FinetuneSpec)
@@ -134,7 +134,7 @@ def measure_feed(place: Place, built: Built, program: FinetuneProgram, *, audit:
 
 def _metrics(cost: FeedCost) -> dict[str, Metric]:
     rates, steps = cost.rates, cost.steps
-    alone, unused = "one batch, made in the training process by itself", "made for nobody, by the same workers"
+    alone, unused = "one batch, made in the training process by itself", "made by the same workers without training"
     metrics = {
         "feed_step_s": metric("feed_step_s", samples=cost.fed_s),
         "feed_resident_step_s": metric("feed_resident_step_s", samples=cost.resident_s),
@@ -146,21 +146,21 @@ def _metrics(cost: FeedCost) -> dict[str, Metric]:
         return metrics
     queued = f"{steps} steps in a row, the host at most {_HOST_AHEAD} ahead"
     idle = {
-        "feed_idle_s": (cost.idle.within_s, f"a step: no kernel ran and the host was getting a batch; {queued}"),
-        "feed_all_idle_s": (cost.idle.idle_s, "a step, for whatever reason"),
+        "feed_idle_s": (cost.idle.within_s, f"per step: no kernel ran and the host was getting a batch; {queued}"),
+        "feed_all_idle_s": (cost.idle.idle_s, "per step, for any reason"),
         "feed_resident_idle_s": (
             cost.resident_idle.idle_s,
-            "a step of the same work with every batch on the device",
+            "per step of the same work with every batch on the device",
         ),
     }
     return metrics | {name: metric(name, total_s / steps, note=note) for name, (total_s, note) in idle.items()}
 
 
 def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: torch.device) -> FeedCost:
-    """Run a program in turn on fed and on resident batches, and its loader alone.
+    """Run a program alternately on fed and on resident batches, and then its loader alone.
 
     Raises:
-        MeasureError: the profiler's reading is void.
+        MeasureError: the profiler's reading is incomplete.
     """
     fed_s, resident_s, waits = [], [], []
     steps = _GPU_STEPS if device.type == "cuda" else _CPU_STEPS
@@ -173,8 +173,8 @@ def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: to
     idle = resident_idle = None
     if device.type == "cuda":
         with _on(program, resident):
-            resident_idle = idle_while(lambda: _seen_pass(program, device, steps, _next_pass(fed)), device)
-        idle = idle_while(lambda: _seen_pass(program, device, steps, _next_pass(fed)), device)
+            resident_idle = idle_while(lambda: _recorded_pass(program, device, steps, _next_pass(fed)), device)
+        idle = idle_while(lambda: _recorded_pass(program, device, steps, _next_pass(fed)), device)
     rates = Rates(
         feed=fed.feed,
         fed_s=statistics.median(fed_s),
@@ -189,7 +189,7 @@ def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: to
 
 @contextlib.contextmanager
 def _on(program: FinetuneProgram, batches: Batches) -> Iterator[None]:
-    """In the block the program takes these batches in place of its own."""
+    """Let the program take these batches instead of its own in the block."""
     own, program.batches = program.batches, batches
     try:
         yield
@@ -198,7 +198,7 @@ def _on(program: FinetuneProgram, batches: Batches) -> Iterator[None]:
 
 
 def _steps(program: FinetuneProgram, count: int, device: torch.device) -> None:
-    """Steps in a row, the host never more than two ahead of the device: a longer queue would hide for long that batches come too slowly."""
+    """Run steps in a row with the host at most two ahead of the device: a longer queue would hide slow batches."""
     done: deque[torch.cuda.Event] = deque()
     for _ in range(count):
         if len(done) == _HOST_AHEAD:
@@ -209,24 +209,24 @@ def _steps(program: FinetuneProgram, count: int, device: torch.device) -> None:
 
 
 def _begin(program: FinetuneProgram, device: torch.device, first: int) -> None:
-    """Take from a feed what lay in store, so that what follows is made while it is asked for, and get going at the batch of index `first`."""
+    """Discard the batches that a feed has prefetched, then start at the batch of index `first`."""
     if isinstance(program.batches, Fed):
-        program.batches.fetch_for_nobody(_in_store(program.batches))
+        program.batches.discard(_prefetched(program.batches))
     program.go_to(first)
     _steps(program, _HOST_AHEAD, device)
 
 
 def _next_pass(fed: Fed) -> int:
-    """Index of the batch that a pass begins with: the first one that the loader has not begun yet."""
-    return (fed.next_index + _in_store(fed)) % len(fed)
+    """Return the index of the first batch that the loader has not begun, with which a pass begins."""
+    return (fed.next_index + _prefetched(fed)) % len(fed)
 
 
-def _in_store(fed: Fed) -> int:
+def _prefetched(fed: Fed) -> int:
     return fed.feed.workers * PREFETCHED
 
 
 def _pass_s(program: FinetuneProgram, device: torch.device, steps: int, first: int) -> float:
-    """Seconds a step, on the device's own clock where it has one, so that nothing waits at either end."""
+    """Return the seconds per step, by CUDA events on a GPU, so that neither end synchronizes."""
     with quiet(young=True):
         _begin(program, device, first)
         if device.type != "cuda":
@@ -239,8 +239,8 @@ def _pass_s(program: FinetuneProgram, device: torch.device, steps: int, first: i
         return float(start.elapsed_time(end)) / 1e3 / steps
 
 
-def _seen_pass(program: FinetuneProgram, device: torch.device, steps: int, first: int) -> tuple[int, list[Window]]:
-    """A pass to be looked at: since when, and when the host was busy getting batches in it."""
+def _recorded_pass(program: FinetuneProgram, device: torch.device, steps: int, first: int) -> tuple[int, list[Window]]:
+    """Run a pass; return its start, and the windows in which the host was getting batches."""
     _begin(program, device, first)
     since, fed = time.time_ns(), program.batches
     _steps(program, steps, device)
@@ -249,7 +249,7 @@ def _seen_pass(program: FinetuneProgram, device: torch.device, steps: int, first
 
 
 def _make_s(fed: Fed) -> float:
-    """Seconds to make one batch, in this process: median over the epoch's first ones."""
+    """Return the median seconds to make one batch in this process, over the first ones of the epoch."""
     seconds = []
     for index in range(_GPU_STEPS):
         began = time.perf_counter()
@@ -259,15 +259,16 @@ def _make_s(fed: Fed) -> float:
 
 
 def _supply_per_s(fed: Fed) -> float:
-    """Batches a second that the loader gives when nobody trains."""
-    fed.fetch_for_nobody(_in_store(fed))
-    return _MADE_ALONE / fed.fetch_for_nobody(_MADE_ALONE)
+    """Return the batches per second that the loader makes without training."""
+    fed.discard(_prefetched(fed))
+    return _MADE_ALONE / fed.discard(_MADE_ALONE)
 
 
 def same_losses(program: FinetuneProgram, fed: Fed, resident: Resident, seed: int) -> Fact:
-    """The loss of every batch by a fed step and by a resident one, at the same weights and the same random numbers: equal to the bit.
+    """Compare the loss of every batch, fed and resident, with the same weights and random numbers: they must be bitwise equal.
 
-    Weights are put back before each step: two backward passes of one batch may differ in their last bits, two forward passes do not.
+    Weights are restored before each step, because two backward passes of one batch may differ in their last bits. Two forward
+    passes do not.
     """
     trained = [part for part in program.model.parameters() if part.requires_grad]
     before = [copied(part) for part in trained]

@@ -36,7 +36,7 @@ from hpc_core.worker.place import Place, build_model, model_facts
 
 
 class Training:
-    """A loaded fine-tuning case, and what is measured of it."""
+    """A loaded fine-tuning case, and its instruments."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -53,7 +53,7 @@ class Training:
         self.loaded = loaded | Findings(metrics=metrics) | context_note(program.model, program.most_tokens)
 
     def warm_up(self) -> Findings:
-        """Run until memory and time have settled; the losses of these steps are the first ones."""
+        """Run until memory and time are stable; the losses of these steps are the first ones."""
         losses: list[float] = []
         first = self.program.first_steps
         found = warm_up(
@@ -66,12 +66,11 @@ class Training:
         return found | Findings(losses=tuple(losses))
 
     def full(self, kind: Measure) -> Sequence[Instrument]:
-        """Everything.
+        """Return all instruments.
 
-        The order is part of the method. Steps are timed before anything watches them. What is gated exactly comes next, memory
-        first, since later instruments leave memory behind; the audit looks at the counted step without being in its counts;
-        the profiler comes after those, since it loads libraries. Then comes what explains the numbers, and at the end what
-        needs a model that is no longer the case's.
+        The order is part of the method. Steps are timed before anything observes them. Exactly gated metrics come next, memory
+        first, because later instruments leave memory behind. The audit observes a counted step without adding to its counts. The
+        profiler follows, because it loads libraries. Then come explanations, and last what changes the model.
         """
         place, program, device = self.place, self.program, self.device
         audited = [Instrument("audit", "audit", self._audit, captured=False)] if kind.audit else []
@@ -97,7 +96,7 @@ class Training:
         )
 
     def repeat(self) -> Sequence[Instrument]:
-        """Busy time and launches; on a CPU at most ten steps by the clock."""
+        """Return instruments for busy time and launches; on a CPU, for the wall time of at most ten steps."""
         return (
             self._switches(),
             Instrument("first batch", None, self._rewound),
@@ -106,7 +105,7 @@ class Training:
         )
 
     def retime(self) -> Sequence[Instrument]:
-        """Every time, of the host and of the device."""
+        """Return instruments for all times of host and device."""
         return (
             self._switches(),
             Instrument("time", "measure", self._time),
@@ -117,16 +116,16 @@ class Training:
         )
 
     def trace(self, kind: Trace) -> Sequence[Instrument]:
-        """The step on the widest batch."""
+        """Return instruments that trace the step on the widest batch."""
 
         def traced(_: Findings) -> Findings:
-            with self.program.batches.by_index():  # the same batch again: a loader would bring all others in between
+            with self.program.batches.by_index():  # a loader would fetch all other batches before the same one again
                 return trace_step(self.widest, self.device, kind, self.place.case.id)
 
         return (Instrument("trace", "profile", traced), self._process_memory())
 
     def _switches(self) -> Instrument:
-        """In a further process: an engine that fell back would be timed as if it had not."""
+        """Return the engine's facts for a further process: an engine that fell back must not be timed as if it had not."""
         return Instrument("engine", None, lambda _: self.program.facts())
 
     def _process_memory(self) -> Instrument:
@@ -159,7 +158,7 @@ class Training:
                     growth.after_step(done)
         tokens = program.tokens_of(workload.steps)
         batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
-        # Ragged batches cost differently, so an epoch is so many times the mean; equal ones so many times the median.
+        # The cost of ragged batches varies, so an epoch is extrapolated from the mean; otherwise from the median.
         typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
         note = f"extrapolated: {batches} steps like the {workload.steps} measured"
         metrics = {
@@ -178,7 +177,7 @@ class Training:
 
         def marking(watch: Watch) -> Mark:
             def mark(phase: str) -> None:
-                if phase == "optimizer":  # after backward, before the step: every gradient is there
+                if phase == "optimizer":  # between backward and step, when every gradient exists
                     gradients = gradient_tensors(program.model)
                     watch.own_now("gradients", gradients)
                     metrics["gradient_bytes"] = metric("gradient_bytes", owned_bytes(gradients))
@@ -199,16 +198,16 @@ class Training:
         return memory | unexplained(self.place.case, found | memory)
 
     def _count(self, *, watched: bool) -> Findings:
-        """Count a pass; the audit looks at the step on the widest batch in it, which saves a step of its own."""
+        """Count a pass; the audit observes its step on the widest batch, which saves a separate step."""
         program, on_gpu = self.program, self.place.on_gpu
         steps = min(program.period, BUSY_STEPS)
-        seen = None
+        audited = None
         hooks = count_layer_forwards(program.model) if watched else contextlib.nullcontext(LayerForwards())
         with counting() as counts, hooks as forwards:
             for index in range(steps):
                 program.steps_done = index
                 if watched and index == program.widest:
-                    seen = audited_step(program, lambda: self.place.phases.audit(self.device))
+                    audited = audited_step(program, lambda: self.place.phases.audit(self.device))
                 else:
                     program.step()
         per = None if steps == 1 else f"{steps} steps"
@@ -220,11 +219,11 @@ class Training:
                 "operators": metric("operators", counts.total, on_gpu=on_gpu, per=per),
                 "flops": metric("flops", counts.flops, on_gpu=on_gpu, per=per),
             },
-            observed={"ran": ran, "audited_step": seen},
+            observed={"ran": ran, "audited_step": audited},
         )
 
     def _audit(self, found: Findings) -> Findings:
-        """Take one more step where the counted ones did not hold the widest batch."""
+        """Return the facts; run one more step if the counted ones did not include the widest batch."""
         program, case, ran = self.program, self.place.case, found.observed["ran"]
         step = found.observed["audited_step"] or audited_step(program)
         facts = model_facts(self.place, program.model) | trainable_facts(case, program.model)
@@ -243,7 +242,7 @@ class Training:
         return busy | Findings(metrics=shares) | share_of_matmul(self.place.case, step_s, self.place.ceilings)
 
     def _energy(self, found: Findings) -> Findings:
-        """Take as many steps as two seconds hold; what comes after must not depend on how many those were."""
+        """Run steps for two seconds, then restore the weights: later instruments must not depend on how many steps that was."""
         with weights_restored(self.program.model):
             return step_energy(
                 self.program, self.device, step_s=found.metrics["step_s"], gpu_before=self.place.gpu_before
@@ -283,12 +282,12 @@ class Training:
 
     def _reference(self, found: Findings) -> Findings:
         if not found.sound:
-            return Findings()  # what did not run as asked is INVALID already, and may not run as a reference at all
+            return Findings()  # the record is INVALID already, and the model may not run as a reference at all
         given = self._longest_rows()
         return compare_with_reference(self.place.case, self.built.model, given, restore=self.place.engine.restore)
 
     def _longest_rows(self) -> Given:
-        """The longest rows of the widest batch; optimizer state, gradients and all other batches go, to make room."""
+        """Return the longest rows of the widest batch; free optimizer state, gradients and all other batches to make room."""
         batch = self.program.batches[self.program.widest]
         self.program.release()
         rows = list(range(len(batch.ids)))
@@ -303,7 +302,7 @@ class Training:
 
 
 def named_gradients(program: FinetuneProgram, watch: Owning) -> Mark:
-    """Return the recorder as a mark that also names the owners of gradients, before the optimizer's step."""
+    """Return the recorder as a mark that also assigns gradients to their modules, before the optimizer's step."""
 
     def mark(phase: str) -> None:
         if phase == "optimizer":

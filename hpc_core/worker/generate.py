@@ -1,4 +1,4 @@
-"""Measure a generation case: seconds a query, time to first token, decode latency, memory, operators, GPU-busy time."""
+"""Measure a generation case: seconds per query, time to first token, decode latency, memory, operators, GPU-busy time."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from hpc_core.worker.quality import perplexity, perplexity_unquantized
 _PROFILED_TOKENS = 4
 """Decoded tokens that are attributed to modules."""
 _WARM_TOKENS = 8
-"""A short query warms every kernel; the longest prompt settles the allocator."""
+"""A short query warms up every kernel; the longest prompt warms up the allocator."""
 _LEAST_ANSWERED = 8
-"""Tokens of an answer that are compared with the reference's, however long the prompt is."""
+"""Minimum number of answer tokens that are compared with the reference, however long the prompt is."""
 
 
 class Generation:
-    """A loaded generation case, and what is measured of it."""
+    """A loaded generation case, and its instruments."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -58,7 +58,7 @@ class Generation:
         self.longest = Fixed(program, program.longest)
 
     def warm_up(self) -> Findings:
-        """Warm up with short queries of the longest prompt; compiled code with whole ones, since a longer cache compiles again."""
+        """Warm up with short queries of the longest prompt; with whole ones if a longer cache would compile again."""
         program = self.program
         with self._new_tokens(program.new_tokens if program.compiled else min(_WARM_TOKENS, program.new_tokens)):
             found = warm_up(self.longest, self.device, self.place.began)
@@ -66,12 +66,11 @@ class Generation:
         return found
 
     def full(self, kind: Measure) -> Sequence[Instrument]:
-        """Everything.
+        """Return all instruments.
 
-        The order is part of the method. Queries are timed before anything watches them. What is gated exactly comes next,
-        memory first, since later instruments leave memory behind; the audit runs after the counts that it must not be in, and
-        the profiler after those, since it loads libraries. Then comes what explains the numbers, and at the end what needs a
-        model that is no longer the case's.
+        The order is part of the method. Queries are timed before anything observes them. Exactly gated metrics come next, memory
+        first, because later instruments leave memory behind. The audit follows the counts, to stay out of them, and the profiler
+        follows both, because it loads libraries. Then come explanations, and last what changes the model.
         """
         place, program, device = self.place, self.program, self.device
         widths = [len(prompt.ids[0]) for prompt in program.prompts]
@@ -81,7 +80,7 @@ class Generation:
         explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
         quality = [Instrument("perplexity", "quality", lambda _: perplexity(place.case, self.built))] if text else []
-        # At scale small only, where a second model costs seconds; last, since its memory is not the case's.
+        # Only at scale small, where a second model takes seconds; last, because its memory is not the case's.
         second = text and place.case.quantization is not None and place.case.scale == "small"
         unquantized = Instrument(
             "perplexity, unquantized", "quality", lambda _: perplexity_unquantized(place.case, self.built)
@@ -109,7 +108,7 @@ class Generation:
         )
 
     def repeat(self) -> Sequence[Instrument]:
-        """Busy time and launches; on a CPU every prompt once by the clock."""
+        """Return instruments for busy time and launches; on a CPU, for the wall time of every prompt."""
         once = (
             Instrument("busy time", "busy", self._busy)
             if self.place.on_gpu
@@ -118,18 +117,18 @@ class Generation:
         return (*self._first(), once, self._process_memory())
 
     def retime(self) -> Sequence[Instrument]:
-        """Every time, of the host and of the device."""
+        """Return instruments for all times of host and device."""
         time_, busy = Instrument("time", "measure", self._time), Instrument("busy time", "busy", self._busy)
         return (*self._first(), time_, busy, self._process_memory())
 
     def trace(self, kind: Trace) -> Sequence[Instrument]:
-        """The longest prompt."""
+        """Return instruments that trace the longest prompt."""
         program, device, case_id = self.longest, self.device, self.place.case.id
         run = Instrument("trace", "profile", lambda _: trace_step(program, device, kind, case_id))
         return (Instrument("engine's counters", None, self.program.counters), run, self._process_memory())
 
     def _first(self) -> tuple[Instrument, ...]:
-        """In a further process: an engine that fell back would be timed as if it had not."""
+        """Return the engine's facts for a further process: an engine that fell back must not be timed as if it had not."""
         return (
             Instrument("engine's counters", None, self.program.counters),
             Instrument("engine", None, lambda _: self.program.facts()),
@@ -140,7 +139,7 @@ class Generation:
 
     @contextlib.contextmanager
     def _new_tokens(self, count: int) -> Iterator[None]:
-        """In the block a query makes so many new tokens."""
+        """Let a query make `count` new tokens in the block."""
         program = self.program
         before, program.new_tokens = program.new_tokens, count
         try:
@@ -149,10 +148,10 @@ class Generation:
             program.new_tokens = before
 
     def _time(self, found: Findings) -> Findings:
-        """Every prompt once, its answer's ids, and the peak bytes by phase on a GPU.
+        """Time every prompt once, and keep its answer's ids and, on a GPU, the peak bytes by phase.
 
-        The streamer's copy of each token to the host is part of it: `generate` waits for the token anyway. Reading the
-        allocator's counters between prefill and decode waits for nothing.
+        The time includes the streamer's copy of each token to the host, because `generate` waits for the token anyway. Reading
+        the allocator's counters between prefill and decode does not synchronize.
         """
         program, device = self.program, self.device
         queries, first, decode, times = list[float](), list[float](), list[float](), list[float]()
@@ -179,7 +178,7 @@ class Generation:
         facts = {}
         if self.workload.eos_every is None:
             facts["new_tokens"] = Fact(asked=program.new_tokens, seen=len(program.answer_ids()[0]))
-        # A captured graph's memory is in use in every phase: nothing else may have it.
+        # A captured graph's memory counts in every phase: nothing else may use it.
         phases = None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
         return self._times(queries, first, decode, made) | Findings(
             facts=facts,
@@ -216,7 +215,7 @@ class Generation:
         return [str(self.built.tokenizer.decode(row, skip_special_tokens=True)) for row in ids]
 
     def _memory(self, found: Findings, *, timeline: bool) -> Findings:
-        """Categories of a recorded query; on a GPU a short one, since recording a long one takes as long as the query."""
+        """Measure memory by category; on a GPU with a short query, because recording takes as long as the query."""
         program = self.program
         count = min(BUSY_TOKENS + 1, program.new_tokens) if self.place.on_gpu else program.new_tokens
         with watch_cache(program.model) as cache, self._new_tokens(count):
@@ -236,7 +235,7 @@ class Generation:
                 owned=program.owned,
                 timeline=timeline,
             )
-            # The last token is never fed back. A static cache is as long as the longest query so far needed.
+            # The last token is never fed back. A static cache is as long as the longest query so far.
             made = self.workload.new_tokens if self.workload.cache == "static" else count
             cached = len(program.prompts[program.longest].ids[0]) + made - 1
             if program.cache is not None:
@@ -250,7 +249,7 @@ class Generation:
             return memory | unexplained(self.place.case, found | memory, cached_tokens=cached)
 
     def _count(self, *, watched: bool) -> Findings:
-        """Operators and FLOPs of prefill and of a few tokens after it; the longer query is watched, by hooks without operators."""
+        """Count operators and FLOPs of prefill and of a few tokens after it; hooks that run no operators observe the longer query."""
         program, on_gpu, kind = self.program, self.place.on_gpu, self.device.type
         counts = {}
         for new in (1, 1 + COUNTED_TOKENS):
@@ -281,15 +280,15 @@ class Generation:
     def _audit(self, found: Findings) -> Findings:
         program, case = self.program, self.place.case
         facts = model_facts(self.place, program.model) | program.facts(found)
-        facts |= Findings(observed={"forwards": None})  # they hold the query's cache, and would keep it alive
+        facts |= Findings(observed={"forwards": None})  # they would keep the query's cache alive
         if self.place.engine.own_code:
-            return facts  # hooks on the model see nothing of what it runs
+            return facts  # hooks on the model do not see the engine's own code
         forwards, operators = found.observed["forwards"], found.observed["operators"]
         facts |= generation_facts(self.workload, program, forwards, new_tokens=found.observed["new_tokens"])
         return facts | attention_facts(case, operators, self.device)
 
     def _busy(self, found: Findings) -> Findings:
-        """Busy time of a prefill, and of a prefill with some tokens: the difference is the tokens'."""
+        """Measure the busy time of a prefill, and of a prefill with some tokens; the difference is that of the tokens."""
         if not self.place.on_gpu:
             return Findings()
         program = self.program
@@ -303,10 +302,10 @@ class Generation:
         for new in (1, 1 + decoded):
             with self._new_tokens(new):
                 with quiet():
-                    work()  # the first query of another length may still pick kernels
-                activity, seen = busy_of(work, self.device)
+                    work()  # the first query of another length may still select kernels
+                activity, findings = busy_of(work, self.device)
             activities.append(activity)
-            busy |= seen
+            busy |= findings
         prefill, whole = activities
         if prefill is None or whole is None:
             return busy
@@ -323,7 +322,7 @@ class Generation:
         return token_energy(self.program, self.device, query_s=timed, gpu_before=self.place.gpu_before)
 
     def _profile(self, found: Findings) -> Findings:
-        """A short query of the longest prompt, with the cache's owner named at each token."""
+        """Profile a short query of the longest prompt, and assign the cache to its category at each token."""
         program = self.program
         count = min(1 + _PROFILED_TOKENS, program.new_tokens)
         with watch_cache(program.model) as cache, self._new_tokens(count):
@@ -345,24 +344,26 @@ class Generation:
 
     def _reference(self, found: Findings) -> Findings:
         if not found.sound:
-            return Findings()  # what did not run as asked is INVALID already, and may not run as a reference at all
+            return Findings()  # the record is INVALID already, and the model may not run as a reference at all
         program, model = self.program, self.built.model
         given = self._answered(found.observed["answer_ids"][program.longest])
         assert given.answers is not None
         rows, count = given.answers.shape
         fed = given.answers.new_zeros(self.workload.batch, count)
-        fed[:rows] = given.answers  # other rows do not matter: no row sees another
-        # Before the model is turned into the reference, since an engine reads the model's weights.
+        fed[:rows] = given.answers  # other rows do not matter: rows are independent
+        # Before the model becomes the reference, because an engine reads the model's weights.
         engine = program.logits_after(program.longest, fed, rows)
         return compare_with_reference(self.place.case, model, given, restore=self.place.engine.restore, engine=engine)
 
     def _answered(self, answers: list[list[int]]) -> Given:
-        """The longest prompt with what a timed query answered, so that both paths stand where each token was chosen."""
+        """Return the longest prompt with the answer of its timed query, so that both paths compute the logits of each choice."""
         prompt = self.program.inputs[self.program.longest]
         ids, mask = prompt["input_ids"][:MOST_ROWS], prompt["attention_mask"][:MOST_ROWS]
-        answers = [row[: min(map(len, answers[:MOST_ROWS]))] for row in answers[:MOST_ROWS]]  # rows end where they end
+        answers = [
+            row[: min(map(len, answers[:MOST_ROWS]))] for row in answers[:MOST_ROWS]
+        ]  # rows may differ in length
         chosen = torch.tensor(answers, dtype=ids.dtype, device=ids.device)
-        # The last token was handed out and never fed back. A prompt is never cut: its tokens are what the answers depend on.
+        # The last token was never fed back. The prompt is never cut: the answers depend on all of it.
         chosen = chosen[:, : max(_LEAST_ANSWERED, MOST_TOKENS - ids.shape[1] + 1)]
         fed = chosen[:, :-1]
         return Given(torch.cat([ids, fed], dim=1), torch.cat([mask, torch.ones_like(fed)], dim=1), answers=chosen)

@@ -1,4 +1,4 @@
-"""Where a case is measured, and what every workload does first: choose a device, build the model, check it."""
+"""Where a case runs, and what all workloads share: choose a device, build the model, check it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_core.record.metrics import metric
 
 @dataclass(frozen=True)
 class Place:
-    """One job's case, device and clock. Nothing is collected here: instruments return what they find."""
+    """The case of one job, and where it runs."""
 
     case: Case
     engine: Engine
@@ -33,27 +33,29 @@ class Place:
     gpu_before: Mapping[str, Any]
     """The GPU's state before this process used it; {} on a CPU."""
     ceilings: Mapping[str, float]
-    """What this machine reaches, as measured earlier in the session."""
+    """The machine's highest rates, measured earlier in the session."""
     faulty: bool
-    """Whether a fault was injected, whose code is then part of what the case asks for."""
+    """True if a fault was injected; the audit then accepts code of `hpc_core` in the model."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it runs on a GPU."""
+        """True on a GPU."""
         return self.device.type == "cuda"
 
 
 def choose_device(case: Case, device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """Return where the case runs; "auto" takes a GPU where there is one, and a tiny case to a CPU.
+    """Return where the case runs; "auto" selects a GPU if there is one, but a CPU for tiny cases.
 
     Raises:
-        SpecError: it needs a CUDA GPU and there is none.
+        SpecError: the case needs a CUDA GPU and there is none.
     """
     has_cuda = torch.cuda.is_available()
     wanted = device if device != "auto" else ("cuda" if has_cuda and case.scale != "tiny" else "cpu")
     if (wanted == "cuda" or case.needs_gpu) and not has_cuda:
         built = f"torch {torch.__version__} sees no CUDA GPU"
-        raise SpecError(f"{case.id} needs a CUDA GPU, but {built}. Run it on a GPU box, or take a tiny or small case.")
+        raise SpecError(
+            f"{case.id} needs a CUDA GPU, but {built}. Run it on a GPU machine, or choose a tiny or small case."
+        )
     return torch.device("cuda", 0) if wanted == "cuda" else torch.device("cpu")
 
 
@@ -67,7 +69,7 @@ def build_model(place: Place) -> tuple[Built, Findings]:
     built = build(place.case, place.device)
     synchronize(place.device)
     if place.on_gpu:
-        # Where weights are drawn or read depends on library and path, so this peak is shown and never gated.
+        # This peak depends on how the library draws or reads weights, so it is shown but not gated.
         metrics["peak_load_bytes"] = metric("peak_load_bytes", torch.cuda.max_memory_allocated(place.device))
     metrics["host_peak_load_bytes"] = metric("host_peak_load_bytes", host_peak_bytes())
     return built, Findings(metrics=metrics | model_metrics(built.model))

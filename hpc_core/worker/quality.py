@@ -1,4 +1,4 @@
-"""Perplexity of true weights on real text: whether quantization, or a careless change, made the model worse at its task."""
+"""Measure the perplexity of real weights on real text, to see whether quantization or another change makes the model worse."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from hpc_core.record.metrics import metric
 _TOKENS = 2048
 _WINDOW = 512
 _ROWS = 60
-"""Rows of WikiText-2 that hold more than so many tokens."""
+"""Rows of WikiText-2 that hold more than `_TOKENS` tokens."""
 
 
 def perplexity(case: Case, built: Built) -> Findings:
-    """Measure `perplexity` over the first 2048 tokens of WikiText-2's test rows, or of the embedded paragraphs without those.
+    """Measure `perplexity` over the first 2048 tokens of WikiText-2's test rows, or of the embedded paragraphs without WikiText-2.
 
-    In windows of 512 tokens without overlap, so somewhat higher than with a sliding window; the mean of the windows' losses,
-    exponentiated. Shown, not gated: its last digits depend on the machine.
+    It is exp of the mean loss of windows of 512 tokens without overlap, so it is higher than with a sliding window. It is not
+    gated: its last digits depend on the machine.
     """
     return _perplexity("perplexity", case, built, built.model)
 
 
 def perplexity_unquantized(case: Case, built: Built) -> Findings:
-    """Measure `perplexity_unquantized`: the same text through the same weights, built once more without quantization."""
+    """Measure `perplexity_unquantized`: the same text and weights, in a second model without quantization."""
     assert case.model is not None
     model = causal_lm(case.model, built.device).eval()
     return _perplexity("perplexity_unquantized", case, built, model)
@@ -50,7 +50,7 @@ def _perplexity(name: str, case: Case, built: Built, model: Any) -> Findings:
 
 
 def _text(case: Case, built: Built) -> tuple[list[int], str]:
-    """WikiText-2 where the case reads the hub anyway or a local copy lies there: nothing else may reach for the network."""
+    """Return the text: WikiText-2 if the case reads the hub anyway or there is a local copy. Other cases must not use the network."""
     workload: Any = case.workload
     data = DataSpec(source="embedded", name="paragraphs")
     source = "the embedded paragraphs"

@@ -262,8 +262,8 @@ class Fed:
         """Return the index of the batch that the loader gives next."""
         return self._next
 
-    def fetch_for_nobody(self, count: int) -> float:
-        """Return the seconds that the loader takes for `count` batches that no step uses."""
+    def discard(self, count: int) -> float:
+        """Fetch and drop `count` batches; return the seconds that this takes."""
         began = time.perf_counter()
         for _ in range(count):
             self._fetch()
