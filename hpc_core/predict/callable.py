@@ -1,4 +1,4 @@
-"""Predict a step of the user's own: what a measurement finds of it, on fake tensors. No times."""
+"""Predict a user's own step on fake tensors: memory, operators and launches, but no times."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SCRATCH = {
     "linalg_cholesky": "the scratch of linear algebra",
     "linalg_qr": "the scratch of linear algebra",
 }
-"""Operators, by a part of their name, that take memory beyond what they return, of which there is no model."""
+"""Operators, by a part of their name, whose scratch memory is not modelled."""
 
 
 def predict_callable(place: Place) -> Findings:
-    """Make the step on the fake GPU, let it settle, and watch it; each operator of its steps is seen, so none is taken to be alike.
+    """Build the step on the fake GPU, warm it up, and observe every operator of its steps.
 
     Raises:
-        PredictError: the step leaves no trace on the GPU, or does what cannot be predicted.
+        PredictError: the step does not use the GPU, or does something that cannot be predicted.
     """
     workload = place.case.workload
     assert isinstance(workload, CallableSpec)
@@ -41,7 +41,7 @@ def predict_callable(place: Place) -> Findings:
         program = place.engine.load(place.case, DEVICE, None)
         return observe(
             (
-                Instrument("warm-up", "warm-up", lambda _: _settle(program)),
+                Instrument("warm-up", "warm-up", lambda _: _warm_up(program)),
                 Instrument("memory", "memory", lambda _: _memory(place, program, workload.factory)),
                 Instrument("launches", "counters", lambda _: _launches(place, program)),
             ),
@@ -51,14 +51,14 @@ def predict_callable(place: Place) -> Findings:
         )
 
 
-def _settle(program: Program) -> Findings:
+def _warm_up(program: Program) -> Findings:
     for _ in range(min(max(2, program.period), _PERIOD_MOST)):
         program.step()
     return Findings()
 
 
 def _memory(place: Place, program: Program, factory: str) -> Findings:
-    """The peaks of two steps, what is alive in the second at its highest, and the second's operators and FLOPs."""
+    """Return the peaks of two steps, the second one's memory at its peak, and its operators and FLOPs."""
     watch = place.watch
     peaks: dict[str, int] = {}
     for _ in range(_WATCHED):

@@ -1,4 +1,4 @@
-"""Predict a fine-tuning case: memory by phase and category of its widest step, and what its steps launch and compute."""
+"""Predict a fine-tuning case: memory of its widest step by phase and category, and operators, launches and FLOPs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
 
 _WATCHED = 3
-"""Widths of ragged batches that are watched."""
+"""Number of widths of ragged batches that are observed."""
 
 
 def predict_finetune(place: Place) -> Findings:
-    """Take two steps on the widest batch: the first makes the optimizer's state, the second is watched."""
+    """Run two steps on the widest batch: the first creates the optimizer's state, the second is observed."""
     built, loaded = build_model(place)
     place.phases.enter("data")
     program = place.engine.load(place.case, DEVICE, built)
@@ -68,7 +68,7 @@ def _first_step(place: Place, program: FinetuneProgram) -> Findings:
 
 def _step(program: FinetuneProgram, policy: ValuePolicy, index: int, watch: GpuWatch | None = None) -> None:
     batch = program.batches[index]
-    # The program leaves out a mask that would be full, so one that is there is not.
+    # The program omits a full mask, so a mask that exists is not full.
     policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
     program.steps_done = index
     if watch is None:
@@ -101,7 +101,7 @@ def _memory(place: Place, program: FinetuneProgram) -> Findings:
 
 
 def _counts(place: Place, program: FinetuneProgram) -> Findings:
-    """Operators and FLOPs over a period, kernels and copies over ten steps; steps of equal shape count alike."""
+    """Count operators and FLOPs over a period, and kernels and copies over ten steps. Steps of equal width have equal counts."""
     watch = place.watch
     launched = [index % len(program.batches) for index in range(BUSY_STEPS)]
     by_width: dict[int, int] = {_width(program, program.widest): program.widest}
@@ -117,8 +117,8 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
     if len(known) < len(by_width):
         watched = ", ".join(map(str, sorted(known)))
         notes = (
-            f"counts: of {len(by_width)} widths {watched} were watched; the others' FLOPs lie on the parabola through "
-            "them, their operators and kernels are those of the nearest",
+            f"counts: of {len(by_width)} widths, {watched} were run; the others' FLOPs are on the parabola through "
+            "them, and their operators and kernels are those of the nearest",
         )
     per_step = [between(known, _width(program, index)) for index in launched]
     steps = min(program.period, BUSY_STEPS)
@@ -134,20 +134,21 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
 
 
 def _width(program: FinetuneProgram, index: int) -> int:
-    """Tokens a row; every batch of a program has as many rows."""
+    """Return the tokens per row; every batch of a program has equally many rows."""
     return int(program.batches[index].ids.shape[1])
 
 
 def to_watch(widths: list[int]) -> list[int]:
-    """Of sorted widths the smallest, the middle one and the largest: a step at three billion parameters takes seconds to watch."""
+    """Choose the smallest, the middle and the largest of sorted widths: at three billion parameters a step takes seconds."""
     return widths if len(widths) <= _WATCHED else [widths[0], widths[len(widths) // 2], widths[-1]]
 
 
 def between(known: dict[int, Counts], width: int) -> Counts:
-    """Counts at a width from those at others.
+    """Return the counts at a width from those at other widths.
 
-    FLOPs of a step are c0 + c1 * width + c2 * width²: products with weights grow with the tokens, attention with their square, so three
-    widths say it exactly (Lagrange's formula in fractions). Operators do not depend on the width, kernels hardly.
+    The FLOPs of a step are c0 + c1 * width + c2 * width², since products with weights grow with the tokens and attention with their
+    square. So three widths determine them exactly (Lagrange's formula in fractions). Operators do not depend on the width, and
+    kernels hardly do.
     """
     if width in known:
         return known[width]

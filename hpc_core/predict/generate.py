@@ -1,7 +1,7 @@
-"""Predict a generation case: memory of prefill and decode, and what prefill and a token launch and compute.
+"""Predict a generation case: memory of prefill and decode, and operators, launches and FLOPs of prefill and tokens.
 
-Tokens are alike but for the cache, which grows: the first ones after the longest prompt are watched, and the last ones, by a
-prompt that is as much longer. A static cache has its size from the start, and its first tokens are all there is to see.
+Tokens differ only in the length of the cache. So the first tokens after the longest prompt are run, and the last ones, by a
+prompt that is longer by the tokens between. A static cache has its final size from the start, so its first tokens are enough.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ class _Generation:
         self.program = program
         self.watch = watch
         self.policy = policy
-        self._left = 0
-        # `generate` asks the device whether every sequence has ended; here the number of tokens decides.
+        self._remaining = 0
+        # `generate` reads from the device whether every sequence has ended; here the number of tokens decides.
         program.model._has_unfinished_sequences = self._unfinished
 
     def _unfinished(self, this_peer_finished: torch.Tensor, *_: object, **__: object) -> bool:
-        bool(this_peer_finished)  # a real run waits for this value at every token, and so does its copy to the host
-        self._left -= 1
-        return self._left >= 0
+        bool(this_peer_finished)  # a real run copies this value to the host at every token
+        self._remaining -= 1
+        return self._remaining >= 0
 
     def query(self, index: int, new_tokens: int, *, marked: bool, room: int | None = None) -> None:
-        """Prompt number `index` and so many tokens; `marked` with the phases' marks, and so the streamer's copies.
+        """Run prompt number `index` and `new_tokens` tokens; `marked` adds the marks of phases, and so the streamer's copies.
 
-        `room` asks for more tokens and ends after `new_tokens`, so that a static cache has its size.
+        `room` requests more tokens than the query makes, so that a static cache has its full size.
         """
-        gc.collect()  # what the query before left in reference cycles
+        gc.collect()  # reference cycles of the query before
         program = self.program
         prompt = program.prompts[index]
         self.policy.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
-        kept, program.new_tokens, program.steps_done = program.new_tokens, room or new_tokens, index
+        before, program.new_tokens, program.steps_done = program.new_tokens, room or new_tokens, index
         program.ended_after = new_tokens
-        self._left = new_tokens
+        self._remaining = new_tokens
         program.step(self.watch if marked else unmarked)
-        program.new_tokens, program.ended_after = kept, None
+        program.new_tokens, program.ended_after = before, None
 
 
 def predict_generate(place: Place) -> Findings:
-    """Run a warm query, count a short one, then watch the memory of the longest prompt's first and last tokens."""
+    """Run a warm-up query, count a short one, then observe the memory of the longest prompt's first and last tokens."""
     built, loaded = build_model(place)
     place.phases.enter("data")
     program = place.engine.load(place.case, DEVICE, built)
@@ -92,19 +92,19 @@ def _tokens(program: GenerateProgram) -> Findings:
 
 def _warm_query(generation: _Generation) -> Findings:
     program = generation.program
-    static = program.workload.cache == "static"  # it is kept from query to query, as large as the largest asked for
+    static = program.workload.cache == "static"  # queries share it, and it has the size of the longest one
     generation.query(program.longest, 1, marked=False, room=program.new_tokens if static else None)
     return Findings()
 
 
 def _counts(generation: _Generation) -> Findings:
-    """Of the first prompt, as a measurement counts: prefill with one token, and with four tokens after it."""
-    seen: dict[int, Counts] = {}
+    """Count the first prompt as a measurement does: prefill with one token, and with four more tokens."""
+    counts: dict[int, Counts] = {}
     for new in (1, 1 + COUNTED_TOKENS):
         generation.watch.begin(generation.program.phases)
         generation.query(0, new, marked=False)
-        seen[new] = generation.watch.counts()
-    prefill, whole = seen[1], seen[1 + COUNTED_TOKENS]
+        counts[new] = generation.watch.counts()
+    prefill, whole = counts[1], counts[1 + COUNTED_TOKENS]
     decoded = min(BUSY_TOKENS, generation.program.new_tokens - 1)
     both, busy = f"prefill and {COUNTED_TOKENS} tokens", f"prefill and {decoded} tokens"
     totals: dict[str, tuple[int, str | None]] = {
@@ -131,7 +131,7 @@ def _memory(place: Place, generation: _Generation) -> Findings:
 
 
 def _growing_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
-    """The first tokens after the longest prompt, those that a measured run records, and the last ones: three places of one cache."""
+    """Observe the first tokens after the longest prompt, the last ones that a measured run records, and the last ones of all."""
     program = generation.program
     first = min(_FIRST_TOKENS, program.new_tokens)
     stretches = {0: first}
@@ -145,27 +145,27 @@ def _growing_cache(generation: _Generation, longest: int) -> tuple[dict[str, int
         watch = _watched(generation, longest, tokens, room=None)
         recorded = before + tokens <= BUSY_TOKENS + 1
         for phase, peak in watch.peaks.items():
-            if phase == "decode" or before == 0:  # the prefill of a prompt that was made longer is none of the case's
+            if phase == "decode" or before == 0:  # the case has no prefill of a lengthened prompt
                 peaks[phase] = max(peaks[phase], peak)
         if recorded:
             peak = watch.peaks["decode"] if before else max(watch.peaks.values())
-            found.append((peak, _kept(watch.timeline, decoding=before > 0)))
+            found.append((peak, _copy(watch.timeline, decoding=before > 0)))
     program.inputs[longest] = inputs
     return peaks, max(found, key=lambda each: each[0])[1]
 
 
 def _static_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
-    """The first tokens, with a cache for all of them, and once more with one for those that a measured run records."""
+    """Observe the first tokens with a cache for all tokens, and again with a cache for those that a measured run records."""
     asked = generation.program.new_tokens
     peaks = dict(_watched(generation, longest, min(_FIRST_TOKENS, asked), room=asked).peaks)
     recorded = min(BUSY_TOKENS + 1, asked)
     watch = _watched(generation, longest, min(_FIRST_TOKENS, recorded), room=recorded)
-    return peaks, _kept(watch.timeline, decoding=False)
+    return peaks, _copy(watch.timeline, decoding=False)
 
 
-def _kept(timeline: Timeline, *, decoding: bool) -> Timeline:
-    """A copy, since the next query begins with what lives now. `decoding`: without what came and went in the prefill, so that the
-    highest point lies in the tokens after it.
+def _copy(timeline: Timeline, *, decoding: bool) -> Timeline:
+    """Copy a timeline, because the next query changes it. With `decoding`, leave out memory that was released in the prefill, so that
+    the peak is among the tokens after it.
     """
     pieces = [piece for piece in timeline.allocations if not decoding or piece.died_in != 0]
     return Timeline([dataclasses.replace(piece) for piece in pieces])
@@ -189,7 +189,7 @@ def _watched(generation: _Generation, index: int, tokens: int, *, room: int | No
 
 
 def _longer(inputs: dict[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
-    """A prompt that already holds so many of its answer's tokens: the cache is then as long as it will be after them."""
+    """Return the prompt with `tokens` tokens of its answer, so that the cache is as long as after them."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     more = torch.zeros((ids.shape[0], tokens), dtype=ids.dtype, device=ids.device)
     return {

@@ -49,11 +49,11 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
 
     Args:
         job: a prediction.
-        emit: hears each phase as it begins.
+        emit: called with each phase as it begins.
         began: when this process began to import what it needs, by `time.perf_counter`.
 
     Raises:
-        PredictError: something in the case cannot be predicted; of a step of the user's own, with the place in its code.
+        PredictError: something in the case cannot be predicted. For a user's own step, the message has the line of code.
         HpcCoreError: the case cannot be built or run as asked.
     """
     assert isinstance(job.kind, Predict)
@@ -85,10 +85,10 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
 
 
 def _on_fake_gpu(job: Job, kind: Predict, gpu: Gpu, engine: Engine, phases: Phases) -> Findings:
-    """What the case shows. Whatever it leaves behind is freed while the fake GPU is still there.
+    """Predict the case, and free everything while the fake GPU still exists.
 
-    Models are full of reference cycles. Freed later, their tensors would meet a process without the patches that they were
-    made under, or the fake GPU of the next prediction.
+    Models have reference cycles. Tensors that are freed later would be freed without the patches that they were made under, or
+    under the fake GPU of the next prediction.
     """
     with fake_gpu(gpu) as (watch, policy):
         try:
@@ -103,12 +103,12 @@ def _on_fake_gpu(job: Job, kind: Predict, gpu: Gpu, engine: Engine, phases: Phas
 def _predicted(
     job: Job, kind: Predict, engine: Engine, phases: Phases, watch: GpuWatch, policy: ValuePolicy
 ) -> Findings:
-    with following() as modules, quiet():  # garbage goes by reference counts alone, as in a timed step
+    with following() as modules, quiet():  # no garbage collection, as in a timed step
         watch.place = modules.here
         try:
             found = _WORKLOADS[job.case.kind](Place(job.case, engine, kind, phases, watch, policy, modules))
         finally:
-            watch.place = nowhere  # which knows every module, and the watch outlives them
+            watch.place = nowhere  # the watch outlives the modules and must not keep them alive
     note = "from the model of the allocator; depends on the order in which weights were loaded: low confidence"
     return found | Findings(
         metrics={"reserved_bytes": metric("reserved_bytes", watch.allocator.peak_reserved, note=note)}

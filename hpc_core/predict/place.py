@@ -1,4 +1,4 @@
-"""Where a case is predicted, and what every workload shares: the build, the profile, the facts that a model shows by itself."""
+"""Where a case is predicted, and what all workloads share: the build, the memory, and the facts of the model."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def load_peak(place: Place) -> Findings:
 def memory_of(
     place: Place, peaks: dict[str, int], timeline: Timeline, phases: Sequence[str], work: str = "one step"
 ) -> Findings:
-    """Return memory by phase and category, what filled the highest point, and how that came to be where the job asks for it."""
-    note = "tensors and scratch as asked for, without the allocator's rounding"
+    """Return memory by phase and category, the largest allocations at the peak, and the profile and timeline if the job asks for them."""
+    note = "tensors and scratch as requested, without the allocator's rounding"
     requested = metric("peak_requested_bytes", timeline.peak()[1], note=note)
     profile = profile_of(work, phases, timeline, place.watch.uses, place.modules) if place.kind.profile else None
     return Findings(
@@ -71,5 +71,5 @@ def memory_of(
 
 
 def audit(place: Place, built: Built) -> Findings:
-    """Return the facts that a model shows by itself: what is quantized, which dtypes, what trains."""
+    """Return the facts of the model that need no values: quantized layers, dtypes, trainable parameters."""
     return weight_facts(place.case, built.model) | trainable_facts(place.case, built.model)

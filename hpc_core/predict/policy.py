@@ -1,7 +1,7 @@
-"""The policy for values of fake tensors: what one answers when Python asks for its value.
+"""The policy for values of fake tensors: what Python gets when it reads one.
 
-The code under test must take the branch that it takes on real data. On the way of a step only two questions are asked: whether a
-mask hides anything, and whether generation is finished. The program knows the first; `predict.generate` counts for the second.
+The code under test must take the branch that it takes on real data. A step reads only two values: whether a mask hides anything,
+and whether generation is finished. The program knows the first; `predict.generate` counts tokens for the second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Watch every operator of a step on fake tensors: what a GPU's allocator would be asked for, and when it would get it back.
+"""Watch every operator of a step on fake tensors, and record what a GPU's allocator would allocate and free.
 
-The watch sits below autograd, so it sees what autograd saves, frees and recomputes. It knows no model. Other modules say what an
-operator allocates beyond the tensors it returns (`fake_bitsandbytes`) and how many kernels it launches (`kernels`).
+The watch is below autograd, so it observes what autograd saves, frees and recomputes. It knows no model. Other modules define what
+an operator allocates beyond the tensors that it returns (`fake_bitsandbytes`) and how many kernels it launches (`kernels`).
 """
 
 from __future__ import annotations
@@ -199,7 +199,6 @@ class GpuWatch(TorchDispatchMode):
         """Return whether autograd would add this gradient in place. Under a dispatch mode it never does.
 
         Autograd's InputBuffer adds a second gradient into the first if nothing else refers to it. See
-
         `InputBuffer::accumulate` and `can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp.
         """
         if func is not aten.add.Tensor or kwargs or torch.is_grad_enabled() or self._phase < 0:

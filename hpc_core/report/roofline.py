@@ -1,6 +1,6 @@
 """Where a case lies under the roofline: the least work of a step, prefill or token over the time that it took.
 
-Work and bytes are the closed forms of `bounds.floors`: what a step must at least compute and move. A point shows useful work, not
+Work and bytes are the closed forms of `bounds.cost`: what a step must at least compute and move. A point shows useful work, not
 what the kernels did, so wasted work puts it further below the roof.
 Source: Williams, Waterman, Patterson, "Roofline" (CACM 52, 2009).
 """
