@@ -1,4 +1,4 @@
-"""A step of the user's own, made by an importable factory."""
+"""A user's own step, which an importable factory returns."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hpc_core.record.findings import Findings
 
 
 class CallableProgram:
-    """A step of the user's own: a callable, or a program with phases. What it returns is dropped, so it alone keeps anything alive."""
+    """A user's own step: a callable, or a program with phases. Its return value is dropped at once."""
 
     captured = None
 
@@ -33,24 +33,24 @@ class CallableProgram:
         self.period: int = given.period if with_phases else 1
 
     def step(self, mark: Mark = unmarked) -> None:
-        """One call."""
+        """Call the step once."""
         self._step(mark)
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Nothing: a user's own step is not checked against a specification."""
+        """Return no facts: a user's own step has no specification to check."""
         return Findings()
 
     def counters(self, found: Findings) -> Findings:
-        """Nothing beyond what instruments count."""
+        """Return nothing: instruments count everything."""
         return Findings()
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """Run steps as they are."""
+        """Do nothing: steps are never captured by us."""
         yield
 
     def close(self) -> None:
-        """Nothing outlives the last step."""
+        """Do nothing: there is nothing to release."""
 
 
 def _is_program(step: Any) -> bool:
@@ -66,36 +66,36 @@ def _one_phase(call: Callable[[], Any]) -> Callable[[Mark], None]:
 
 
 class CallableEngine(Engine):
-    """A step of the user's own, which its factory builds."""
+    """The engine of a user's own step."""
 
     name = "callable"
     workloads = frozenset({"callable"})
 
     def unpredictable(self, case: Case) -> str | None:
-        """It is tried: what cannot be predicted of it is refused by name and place while it runs."""
+        """Return None: prediction tries every step, and refuses by name and line what it cannot predict."""
         return None
 
     def load(self, case: Case, device: torch.device, built: Built | None) -> CallableProgram:
-        """Import the factory, and make the step. Raises as `load_factory`."""
+        """Import the factory and build the step. Raises the errors of `load_factory`."""
         assert isinstance(case.workload, CallableSpec)
         return load_factory(case.workload, device.type)
 
 
 def load_factory(spec: CallableSpec, device: str = "cpu") -> CallableProgram:
-    """Import the factory, call it with its arguments, and keep the step it returns.
+    """Import the factory, call it with its arguments, and return the step as a program.
 
-    A factory with a parameter `device` that has no default, and that the arguments leave out, is given `device`: "cpu" or "cuda".
-    What has `phases`, `period` and `step(mark)` is a program already: its peaks are measured by phase.
+    If the factory has a parameter `device` without a default, and the arguments do not set it, it receives `device`: "cpu" or
+    "cuda". An object with `phases`, `period` and `step(mark)` is a program already: its peaks are measured by phase.
 
     Raises:
-        BuildError: it cannot be imported, takes other arguments, or returns nothing callable.
+        BuildError: the factory cannot be imported, takes other arguments, or returns nothing callable.
     """
     module_name, _, name = spec.factory.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module is there; a package that it imports is not
+            raise  # the module exists, but a package that it imports does not
         raise BuildError(
             f"The factory {spec.factory} cannot be imported: {error}. Is its folder on PYTHONPATH?"
         ) from error

@@ -1,6 +1,6 @@
 """Fine-tuning as a plain loop over collated batches: forward, backward, optimizer, zero_grad.
 
-No Trainer, no hooks, no synchronization inside a step: the loss stays on the device until somebody asks.
+No Trainer, no hooks, and no synchronization inside a step: the loss stays on the device until it is read.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from hpc_core.record.findings import Findings
 
 
 class FinetuneProgram:
-    """Trains step by step; batch i is `batches[i % period]`, so that every pass sees the same work."""
+    """Train step by step; batch i is `batches[i % period]`, so that every pass has the same work."""
 
     phases: tuple[str, ...] = ("forward", "backward", "optimizer")
     first_steps = 0
-    """So many steps at the beginning differ from all others: they compile, tune or capture. None do here."""
+    """Number of first steps that compile, tune or capture."""
 
     def __init__(
         self,
@@ -65,22 +65,22 @@ class FinetuneProgram:
         self._device_type = next(model.parameters()).device.type
 
     def step(self, mark: Mark = unmarked) -> None:
-        """One optimizer step; the loss of the batch is left in `loss`, on the device."""
+        """Run one optimizer step, and store the batch's loss in `loss`, on the device."""
         self.train_on(self.batches.take(self.steps_done), mark)
         self.batches.taken()
         self.steps_done += 1
 
     def go_to(self, index: int) -> None:
-        """Go on with the batch at this index; one that must be fetched is on its way when this returns."""
+        """Continue with the batch at this index, and start to fetch it if necessary."""
         self.steps_done = index
         self.batches.go_to(index)
 
     def train_on(self, batch: DeviceBatch, mark: Mark = unmarked) -> None:
-        """Forward, backward and optimizer step on this batch."""
+        """Run forward, backward and optimizer step on this batch."""
         mark("forward")
         context = torch.autocast(self._device_type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
         with context:
-            # Only the loss is kept: the logits are the largest activation and must be free to go.
+            # Keep only the loss: the logits are the largest activation and must be freed.
             loss = self.model(input_ids=batch.ids, labels=batch.labels, attention_mask=batch.mask).loss
         mark("backward")
         loss.backward()
@@ -90,19 +90,19 @@ class FinetuneProgram:
         self.loss = loss.detach()
 
     captured: Any = None
-    """The CUDA graph that a step replays; None where it runs operator by operator."""
+    """The CUDA graph that a step replays; None if it runs operator by operator."""
 
     @property
     def recomputed_attentions(self) -> int | None:
-        """How many layers' attentions a step computes again to stay within a memory budget; None without one."""
+        """The number of layers whose attention a step recomputes to stay within a memory budget; None without a budget."""
         return None
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Nothing: hooks on the model see what runs."""
+        """Return no facts: hooks on the model observe what runs."""
         return Findings()
 
     def counters(self, found: Findings) -> Findings:
-        """Nothing beyond what instruments count."""
+        """Return nothing: instruments count everything."""
         return Findings()
 
     def close(self) -> None:
@@ -111,34 +111,34 @@ class FinetuneProgram:
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """Run every step in the block operator by operator, and fetch nothing ahead, so that it can be watched."""
+        """Run every step in the block operator by operator, without prefetching, so that it can be observed."""
         with self.batches.by_index():
             yield
 
     def release(self) -> None:
-        """Let go of batches, gradients, loss and optimizer state: nothing is trained after it."""
+        """Free batches, gradients, loss and optimizer state; the program cannot train afterwards."""
         self.batches.clear()
         self.optimizer.state.clear()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = None
 
     def tokens_of(self, steps: int) -> int:
-        """Unpadded tokens of `steps` steps, counted from the first batch."""
+        """Return the unpadded tokens of `steps` steps from the first batch on."""
         return sum(self.batches.size(index % len(self.batches)).tokens for index in range(steps))
 
     def padded_of(self, steps: int) -> int:
-        """Padding tokens of `steps` steps, counted from the first batch."""
+        """Return the padding tokens of `steps` steps from the first batch on."""
         return sum(self.batches.size(index % len(self.batches)).padded for index in range(steps))
 
 
 class TrainingEngine(Engine):
-    """Base of engines that fine-tune: a new one names itself, and its program, a `FinetuneProgram` with a step of its own."""
+    """Base class of fine-tuning engines. A subclass sets `name`, and `program` to a `FinetuneProgram` with its own step."""
 
     workloads = frozenset({"finetune"})
     program: ClassVar[type[FinetuneProgram]] = FinetuneProgram
 
     def load(self, case: Case, device: torch.device, built: Built | None) -> FinetuneProgram:
-        """Put the data on the device or on its way, and make the optimizer; nothing is run yet. Raises as `finetune_program`."""
+        """Prepare data and optimizer without running a step. Raises the errors of `finetune_program`."""
         assert built is not None
         assert isinstance(case.workload, FinetuneSpec)
         return finetune_program(built, case, case.workload, self.program)
@@ -150,21 +150,19 @@ class StockTraining(TrainingEngine):
     name = "stock"
 
     def unpredictable(self, case: Case) -> str | None:
-        """Batches that a loader brings have no model on fake tensors."""
+        """Return why a case with a loader cannot be predicted."""
         return fed_case(case)
 
 
 def fed_case(case: Case) -> str | None:
-    """Return why a case whose batches are fed cannot be predicted; None where they lie on the device."""
+    """Return why a case whose batches are fed cannot be predicted; None if its batches are on the device."""
     assert isinstance(case.workload, FinetuneSpec)
     feed = case.workload.feed
-    return (
-        None if feed.way == "resident" else unpredictable_switch(case.id, "feed", feed, "what a loader brings and when")
-    )
+    return None if feed.way == "resident" else unpredictable_switch(case.id, "feed", feed, "batches from a loader")
 
 
 def unpredictable_switch(case_id: str, name: str, value: object, what: str) -> str:
-    """Say that a field of the workload, by its name and value, has no model."""
+    """Return the message that a field of the workload cannot be predicted."""
     return (
         f"{case_id}: {what} cannot be predicted ({name}={value!r}); measure it on a GPU, or predict it without {name}."
     )
@@ -173,7 +171,7 @@ def unpredictable_switch(case_id: str, name: str, value: object, what: str) -> s
 def finetune_program(
     built: Built, case: Case, workload: FinetuneSpec, kind: type[FinetuneProgram] = FinetuneProgram
 ) -> FinetuneProgram:
-    """Return the program of a fine-tuning case, of this kind: data on the device or on its way, optimizer made, nothing run yet.
+    """Return the program of a fine-tuning case, with its data and optimizer, before any step.
 
     Raises:
         DataError: too few rows for one batch.
@@ -192,7 +190,7 @@ def finetune_program(
 
 
 def resident_batches(built: Built, workload: FinetuneSpec) -> tuple[Resident, EpochSize]:
-    """The workload's batches, at most `steps`, collated from rows and all on the device, whatever its feed says.
+    """Return the workload's batches, at most `steps`, collated and on the device, whatever its feed.
 
     Raises:
         DataError: too few rows for one batch.
@@ -210,16 +208,16 @@ def resident_batches(built: Built, workload: FinetuneSpec) -> tuple[Resident, Ep
 
 
 def fed_batches(built: Built, workload: FinetuneSpec) -> tuple[Fed, EpochSize]:
-    """The same batches, brought one by one as the workload's feed says.
+    """Return the same batches, fed one by one as the workload's feed asks.
 
     Raises:
-        DataError: too few rows for one batch, texts or tokenizer that the feed cannot do with, or a cache that cannot be written.
+        DataError: too few rows for one batch, no texts or tokenizer where the feed needs them, or a cache that cannot be written.
     """
     count, tokenizer = _row_count(workload), _tokenizer(built, workload.data)
     source: BlockSource
     if workload.feed.tokenize == "fetch":
         source = FetchedEpoch(workload, count=count, vocab_size=built.vocab_size, tokenizer=tokenizer)
-        note = "texts are tokenized when their batch is asked for"
+        note = "texts are tokenized when their batch is requested"
     else:
         source, how = cached_epoch(workload, count=count, vocab_size=built.vocab_size, tokenizer=tokenizer)
         note = f"the cached epoch was {how}"
@@ -228,7 +226,7 @@ def fed_batches(built: Built, workload: FinetuneSpec) -> tuple[Fed, EpochSize]:
 
 
 def _row_count(workload: FinetuneSpec) -> int | None:
-    """A random row is as good as another; a data set is read whole, so that an epoch's size is its own."""
+    """Return how many rows to read: as many as the steps need of random data, else the whole data set, which defines an epoch."""
     return workload.batch * workload.steps if workload.data.source == "random" else workload.data.rows
 
 
@@ -250,7 +248,7 @@ def _to_device(batch: Batch, device: torch.device) -> DeviceBatch:
 
 
 def make_optimizer(workload: FinetuneSpec, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer that the case names, over these parameters.
+    """Return the optimizer that the case names, for these parameters.
 
     Raises:
         MissingLibraryError: an 8-bit or paged optimizer without bitsandbytes.

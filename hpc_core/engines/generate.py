@@ -28,40 +28,40 @@ COUNTED_TOKENS = 4
 
 
 class TokenTimes:
-    """A streamer that marks when each token reaches the host.
+    """A streamer that reports when each token reaches the host.
 
-    `generate` hands over the prompt first, then every token after copying it to the host, so the device has finished it.
+    `generate` first passes the prompt, then every token after copying it to the host, so the device has finished it.
     """
 
     def __init__(self, on_token: Any):
         self._on_token = on_token
-        self._seen = 0
+        self._calls = 0
 
     def put(self, tokens: torch.Tensor) -> None:
-        """One batch of tokens; the first call is the prompt itself."""
-        if self._seen:
-            self._on_token(self._seen)
-        self._seen += 1
+        """Receive one batch of tokens; the first call has the prompt."""
+        if self._calls:
+            self._on_token(self._calls)
+        self._calls += 1
 
     def end(self) -> None:
-        """Nothing follows."""
+        """Do nothing at the end of the answer."""
 
 
-class AskedInChat:
-    """A tokenizer that puts each text where the model's chat template has the user's words: an instruct model answers those."""
+class ChatTokenizer:
+    """A tokenizer that applies the model's chat template, with each text as the user's message."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
 
     def encode(self, text: str, /) -> list[int]:
-        """Ids of the whole exchange up to where the model's turn begins."""
+        """Return the ids of the conversation up to the beginning of the model's answer."""
         message = [{"role": "user", "content": text}]
         ids: list[int] = self._tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)
         return ids
 
 
 class GenerateProgram:
-    """Answers prompt after prompt; query i is `prompts[i % period]`."""
+    """Answer prompt after prompt; query i is `prompts[i % period]`."""
 
     phases: tuple[str, ...] = ("prefill", "decode")
 
@@ -76,28 +76,28 @@ class GenerateProgram:
         self.steps_done = 0
         self.new_tokens = workload.new_tokens
         self.ended_after: int | None = None
-        """Tokens after which something outside ends a query, as a prediction does; None: after `new_tokens`."""
+        """Tokens after which a prediction ends a query; None: after `new_tokens`."""
         self.on_token: Any = None
-        """Called with 1, 2, … as each new token reaches the host; None leaves `generate` without a streamer."""
+        """Called with 1, 2, … as each new token reaches the host; None uses no streamer."""
         self.cache: Any = None
-        """The KV cache where the program has one of its own; None where `generate` makes one."""
+        """The program's own KV cache; None if `generate` makes one."""
         self.owned: dict[str, list[torch.Tensor]] = {}
-        """Tensors of the program's own, by category of memory."""
+        """Tensors that the program itself owns, by category of memory."""
         self.captured: Any = None
-        """Our CUDA graph that a token replays; None where there is none."""
-        # Exactly N tokens without an extra kernel a token: no end-of-sequence token, hence nothing to suppress.
+        """Our CUDA graph that a token replays; None if there is none."""
+        # Without an end-of-sequence token, `generate` makes exactly N tokens and needs no kernel to suppress it.
         generation = getattr(built.model, "generation_config")  # noqa: B009
         generation.eos_token_id = None
         generation.pad_token_id = 0
 
     @property
     def compiled(self) -> bool:
-        """Whether transformers compiles the forward of a token: with a static cache, on a GPU."""
+        """True if transformers compiles the forward of a token: with a static cache, on a GPU."""
         return self.workload.cache == "static" and self.workload.compiled and self.device.type == "cuda"
 
     @property
     def hidden_bytes(self) -> int:
-        """Memory that each query takes and the allocator's counters do not show: that of captured graphs."""
+        """Memory of captured graphs, which each query uses and the allocator's counters do not show."""
         return unused_pool_bytes() if self.compiled else 0
 
     def _inputs(self, prompt: PromptBatch) -> dict[str, torch.Tensor]:
@@ -110,10 +110,10 @@ class GenerateProgram:
         return {"input_ids": ids, "attention_mask": mask}
 
     def step(self, mark: Mark = unmarked) -> None:
-        """One query: prefill and `new_tokens` tokens; ids of prompt and answer are left in `output`, (batch, length).
+        """Run one query, prefill and `new_tokens` tokens; store the ids of prompt and answer in `output`, (batch, length).
 
         Raises:
-            MeasureError: another number of tokens came out.
+            MeasureError: `generate` returned another number of tokens.
         """
         inputs = self.inputs[self.steps_done % self.period]
         mark("prefill")
@@ -129,10 +129,10 @@ class GenerateProgram:
             options["streamer"] = TokenTimes(self._watcher(mark))
         self.output = self.model.generate(**inputs, **options)
         self.steps_done += 1
-        came = self.output.shape[1] - inputs["input_ids"].shape[1]
-        wanted = self.new_tokens if self.ended_after is None else self.ended_after
-        if came != wanted:
-            raise MeasureError(f"generate gave {came} new tokens, asked for exactly {wanted}.")
+        received = self.output.shape[1] - inputs["input_ids"].shape[1]
+        expected = self.new_tokens if self.ended_after is None else self.ended_after
+        if received != expected:
+            raise MeasureError(f"generate returned {received} new tokens; the query needs exactly {expected}.")
 
     def _watcher(self, mark: Mark) -> Any:
         def watch(count: int) -> None:
@@ -144,7 +144,7 @@ class GenerateProgram:
         return watch
 
     def answer_ids(self) -> list[list[int]]:
-        """The new tokens of the last query."""
+        """Return the new tokens of the last query."""
         assert self.output is not None
         return self.output[:, -self.new_tokens :].tolist()
 
@@ -159,12 +159,12 @@ class GenerateProgram:
         return len(self.prompts[self.longest].ids[0]) + self.new_tokens
 
     def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor | None:
-        """Return the logits that an engine's own forward chose `given` by, after prompt `index`; None: the model's forward did.
+        """Return the logits from which an engine's own forward chose `given` after prompt `index`; None if the model's forward did.
 
         Args:
-            index: of the prompt.
+            index: index of the prompt.
             given: tokens after it, (batch, tokens).
-            rows: of the batch, the first so many are wanted.
+            rows: how many of the batch's first rows to return.
 
         Returns:
             (rows, tokens, vocabulary) in float32.
@@ -172,13 +172,13 @@ class GenerateProgram:
         return None
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Return whether a compiled forward was compiled; hooks on the model see everything else."""
+        """Return whether a forward was compiled as asked; hooks on the model observe everything else."""
         if not self.compiled:
             return Findings()
         return Findings(facts={"compiled": Fact(asked=True, seen=compiled_graphs() > 0)})
 
     def counters(self, found: Findings) -> Findings:
-        """Return what the graphs of a compiled forward hold; instruments count everything else."""
+        """Return the memory of a compiled forward's graphs; instruments count everything else."""
         if not self.compiled:
             return Findings()
         note = "of a compiled token's graphs; part of every peak"
@@ -193,24 +193,24 @@ class GenerateProgram:
             yield
 
     def close(self) -> None:
-        """Nothing outlives the last query."""
+        """Do nothing: there is nothing to release."""
 
 
 def prompts_for(built: Built, workload: GenerateSpec) -> list[PromptBatch]:
-    """The prompts of a generation case, texts through the model's tokenizer and chat template.
+    """Return the prompts of a generation case; texts go through the model's tokenizer and chat template.
 
     Raises:
         DataError: the data has fewer prompts than asked for.
     """
     text = workload.data.source in ("embedded", "hub", "file")
-    tokenizer = AskedInChat(built.tokenizer) if getattr(built.tokenizer, "chat_template", None) else built.tokenizer
+    tokenizer = ChatTokenizer(built.tokenizer) if getattr(built.tokenizer, "chat_template", None) else built.tokenizer
     return prompt_batches(workload, vocab_size=built.vocab_size, tokenizer=tokenizer if text else None)
 
 
 def generate_program(
     built: Built, workload: GenerateSpec, kind: type[GenerateProgram] = GenerateProgram
 ) -> GenerateProgram:
-    """Return the program of a generation case, of this kind: prompts on the device, nothing run yet.
+    """Return the program of a generation case, with its prompts on the device, before any query.
 
     Raises:
         DataError: the data has fewer prompts than asked for.
@@ -219,13 +219,13 @@ def generate_program(
 
 
 class GenerationEngine(Engine):
-    """Base of engines that generate: a new one names itself, and its program, a `GenerateProgram` with a `step` of its own."""
+    """Base class of generation engines. A subclass sets `name`, and `program` to a `GenerateProgram` with its own `step`."""
 
     workloads = frozenset({"generate"})
     program: ClassVar[type[GenerateProgram]] = GenerateProgram
 
     def load(self, case: Case, device: torch.device, built: Built | None) -> GenerateProgram:
-        """Put the prompts on the device; nothing is run yet.
+        """Put the prompts on the device without running a query.
 
         Raises:
             DataError: the data has fewer prompts than asked for.
@@ -241,7 +241,7 @@ class StockGeneration(GenerationEngine):
     name = "stock"
 
     def unpredictable(self, case: Case) -> str | None:
-        """A compiled forward has no model on fake tensors."""
+        """Return why a case with a compiled forward cannot be predicted."""
         workload = case.workload
         assert isinstance(workload, GenerateSpec)
         if workload.cache == "static" and workload.compiled:

@@ -13,7 +13,7 @@ from hpc_core.case.errors import MeasureError
 from hpc_core.case.parts import DataSpec, ModelSpec
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.catalogue import generate
-from hpc_core.engines.generate import AskedInChat, GenerateProgram, generate_program
+from hpc_core.engines.generate import ChatTokenizer, GenerateProgram, generate_program
 from hpc_core.instruments.owners import watch_cache
 from tests.engines.conftest import randomize
 
@@ -102,7 +102,7 @@ def test_another_number_of_tokens_is_an_error(built: Built) -> None:
     program = _program(built, new_tokens=6)
     program.model.generation_config.eos_token_id = _argmax_loop(built, program.prompts[0].ids[0], 1)[0]
     try:
-        with pytest.raises(MeasureError, match="generate gave 1 new tokens, asked for exactly 6"):
+        with pytest.raises(MeasureError, match="generate returned 1 new tokens; the query needs exactly 6"):
             program.step()
     finally:
         program.model.generation_config.eos_token_id = None
@@ -136,4 +136,4 @@ def test_a_chat_template_wraps_the_prompt() -> None:
             assert options["add_generation_prompt"]
             return [1, *(3 + ord(letter) for letter in messages[0]["content"]), 2]
 
-    assert AskedInChat(Instruct()).encode("ab") == [1, 100, 101, 2]
+    assert ChatTokenizer(Instruct()).encode("ab") == [1, 100, 101, 2]

@@ -1,4 +1,4 @@
-"""The engine `graph`: what measuring and auditing ask of the decoder that replays one CUDA graph a token."""
+"""The engine `graph`: the decoder that replays one CUDA graph per token, with its facts and counters."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from hpc_core.record.record import Fact
 
 
 class GraphEngine(GenerationEngine):
-    """A static cache, one captured step a token, and no wait for the host between tokens; eager without CUDA."""
+    """A static cache, one captured step per token, and no synchronization between tokens; eager without CUDA."""
 
     name = "graph"
     own_code = True
 
     def unpredictable(self, case: Case) -> str | None:
-        """Its kernels and its graph have no model on fake tensors."""
+        """Return why the case cannot be predicted: it runs its own kernels in a CUDA graph."""
         return (
             f"{case.id}: engine='graph' runs kernels of its own inside a CUDA graph, which cannot be predicted. Predict it "
             "with engine='stock', whose weights and cache a token are the same."
         )
 
     def load(self, case: Case, device: torch.device, built: Built | None) -> DecodeProgram:
-        """Make the cache, and capture the step on a GPU; nothing is answered yet.
+        """Allocate the cache and capture the step on a GPU, before any query.
 
         Raises:
             DataError: the data has fewer prompts than asked for.
@@ -51,14 +51,14 @@ class DecodeProgram(GraphProgram):
     """The decoder's program, with its own facts and counters."""
 
     merged_adapter = False
-    """Whether the case has an adapter, which must be merged into the weights."""
+    """True if the case has an adapter, which must be merged into the weights."""
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """Run first tokens without their graph, so that every allocation of a prefill is seen."""
+        """Run first tokens without their graph, so that every allocation of a prefill is recorded."""
         self.watched = True
         if self.captured is not None:
-            # Captures let workspaces go. One belongs to no category, as in any other case, and is no activation.
+            # Captures free workspaces. Make one now: it is not an activation, and has no category, as in any other case.
             make_workspace(self.device)
         try:
             yield
@@ -66,7 +66,7 @@ class DecodeProgram(GraphProgram):
             self.watched = False
 
     def counters(self, found: Findings) -> Findings:
-        """Return what first use took, what the graphs hold, and what was chosen for this device."""
+        """Return the seconds of first use, the memory of the graphs, and the block sizes chosen for this device."""
         seconds = {f"first_use_{part}_s": value for part, value in self.first_use_s.items()}
         metrics = {name: metric(name, value, note="once a process") for name, value in seconds.items()}
         notes: list[str] = []
@@ -83,7 +83,7 @@ class DecodeProgram(GraphProgram):
         return Findings(metrics=metrics, notes=tuple(notes))
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Return whether it is captured, its kernels and its head; and, after a counted query, what that query did.
+        """Return whether the step is captured, its kernels and its head; after a counted query, also that query's facts.
 
         Without CUDA nothing can be captured and torch's own operators are right; the record's notes say why.
         """
@@ -99,23 +99,23 @@ class DecodeProgram(GraphProgram):
         return Findings(facts=facts)
 
     def _query_facts(self, found: Findings, *, on_gpu: bool) -> dict[str, Fact]:
-        """By the program itself and its counters on the device, after the query that was counted."""
+        """Return facts of the counted query, from the program and its counters on the device."""
         new_tokens: int = found.observed["new_tokens"]
         width = self.inputs[0]["input_ids"].shape[1]
         masks = [inputs["attention_mask"] for inputs in self.inputs]
         prefill = sorted(name for name in attention_families(found.observed["operators"]) if name != "eager")
         prompt_tokens = sum(prompt.tokens for prompt in self.prompts)
         facts = {
-            # A long prompt keeps a GPU busy without a graph, and many prompts get none.
+            # Long prompts keep a GPU busy without a graph, and many prompts get no graphs.
             "captured_prefill": Fact(
                 asked=on_gpu and self.first_tokens.worth_capturing, seen=self.first_tokens.all_replayed
             ),
             "steps": Fact(asked=new_tokens - 1, seen=self.replays),
-            # The last token is handed out and never fed back.
+            # The last token is never fed back.
             "cache_length": Fact(asked=width + new_tokens - 1, seen=int(self.cache.filled)),
             "training_mode": Fact(asked="off", seen="on" if self.model.training else "off"),
             "prompt_tokens": Fact(asked=prompt_tokens, seen=int(sum(int(mask.sum()) for mask in masks))),
-            # Which kernel of torch's fused attention is its own choice: this fact shows it and always holds.
+            # torch chooses the kernel of its fused attention: this fact shows the choice and always holds.
             "attention_kernel": Fact(asked=prefill, seen=prefill),
         }
         if self.merged_adapter:

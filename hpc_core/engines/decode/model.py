@@ -19,7 +19,7 @@ class PackedWeight(NamedTuple):
     """An int4 weight as torchao packed it, for torch's tinygemm kernels; nothing is copied."""
 
     codes: torch.Tensor
-    """Packed for the device: see `builders.packed_int4`."""
+    """Packed for the device: see `builders.quantization`."""
     scale_and_zero: torch.Tensor
     """(columns with padding / group, rows with padding, 2), bfloat16."""
     group: int
@@ -79,13 +79,13 @@ class Layer:
 
     @property
     def products(self) -> tuple[Any, ...]:
-        """The seven linear layers."""
+        """Return the seven linear layers."""
         return (*self.qkv, self.output, *self.gate_up, self.down)
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A model as the decoder sees it. Nothing is copied: every weight stays where the model holds it."""
+    """A model in the form that the decoder needs. Nothing is copied: weights stay where the model has them."""
 
     layers: tuple[Layer, ...]
     embedding: torch.Tensor
@@ -128,12 +128,12 @@ class Decoder:
 
     @property
     def four_bit(self) -> bool:
-        """Whether any layer's products are quantized to four bits by bitsandbytes."""
+        """True if any layer is quantized to four bits by bitsandbytes."""
         return self._has("4-bit")
 
     @property
     def int4(self) -> bool:
-        """Whether any layer's products are packed in int4 by torchao."""
+        """True if any layer is packed in int4 by torchao."""
         return self._has("int4")
 
     def _has(self, kind: str) -> bool:
@@ -149,7 +149,7 @@ class Decoder:
 
 
 def decoder_of(model: Any, ends: Sequence[int] = ()) -> Decoder:
-    """Return the model as the decoder sees it.
+    """Return the model in the form that the decoder needs.
 
     Raises:
         SpecError: another architecture, an adapter that is not merged, 8-bit layers, sliding windows, another activation, several devices.

@@ -1,4 +1,4 @@
-"""Prefill: write a prompt's keys and values into the static cache, and return the hidden state that its first token is chosen by.
+"""Prefill: write a prompt's keys and values into the static cache, and return the hidden state for its first token.
 
 The whole cache already exists, with room for the answer, so a prefill uses little memory on top: it takes a third or a quarter of the rows at
 a time, works in place where it can, and frees tensors at once. Plain weights are multiplied where they are; 4-bit ones some rows of
@@ -46,7 +46,7 @@ transformers' `generate` dequantizes whole ones while its cache is small; under 
 layer's keys twice. Small pieces are slow: in eighths a prefill of 32 rows of 100 tokens takes 68 ms on an H200, in quarters 51, in halves 44."""
 _LARGE_BATCH = 16
 _ROWS_STEP = 256
-"""Rows of a piece are a multiple of so many: constants that are quantized again have theirs by 256 blocks of 64 weights."""
+"""Rows of a piece are a multiple of this: doubly quantized constants have one constant per 256 blocks of 64 weights."""
 
 
 class PrefillProduct(Protocol):
@@ -232,7 +232,7 @@ def _piece_weights(batch: int) -> int:
 
 
 def _in_pieces(module: Any) -> bool:
-    """Whether bitsandbytes multiplies without casting what it keeps, and blocks begin where rows begin."""
+    """Return whether bitsandbytes multiplies without a cast of stored tensors, and blocks begin where rows begin."""
     state = module.weight.quant_state
     readable = not state.nested or state.state2.blocksize == 256
     return bool(readable) and state.shape[1] % state.blocksize == 0
@@ -259,7 +259,7 @@ class Places:
 
 
 class Between(Protocol):
-    """What is computed between the products of a layer."""
+    """The operations between the products of a layer."""
 
     def normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         """Return the RMS norm of x (tokens, hidden) by this module's weight."""
@@ -274,7 +274,7 @@ class Between(Protocol):
 
 
 class PlainBetween:
-    """The same by torch's own operators."""
+    """`Between` by torch's own operators."""
 
     def normed(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
         """Return the RMS norm of x (tokens, hidden) by the module itself."""
@@ -376,7 +376,7 @@ class Prefill:
             return Places(width, first, cos[None, :width], sin[None, :width], None)
         places = torch.arange(width, device=first.device)
         positions = (places[None] - first[:, None]).clamp(min=0)
-        # Padding attends to itself, so that no row of the softmax is empty. Its result is not used.
+        # Padding attends to itself, so that no row of the softmax is empty. The result is unused.
         real = (places[None, :] >= first[:, None])[:, None, None, :]
         causal = places[None, :] <= places[:, None]
         allowed = causal & (real | (places[None, :] == places[:, None]))

@@ -42,10 +42,10 @@ class Int8Head:
 
 
 class GraphProgram(GenerateProgram):
-    """Answers prompt after prompt like `GenerateProgram`, with its own step."""
+    """Answer prompt after prompt like `GenerateProgram`, with its own step."""
 
     watched = False
-    """Whether an instrument records single allocations; then first tokens are not replayed."""
+    """True while an instrument records single allocations; first tokens are then not replayed."""
 
     @torch.no_grad()  # what is made of the weights here is not to be trained
     def __init__(self, built: Built, workload: GenerateSpec, prompts: list[PromptBatch], seed: int = 0):
@@ -127,7 +127,7 @@ class GraphProgram(GenerateProgram):
         self.chooser.begin(0)
 
     def _decode(self) -> None:
-        """Decode one token; this is what is captured."""
+        """Decode one token. This work is captured."""
         self._logits = self.step_of(self.chooser.tokens)
         self.chooser(self._logits)
         self.cache.filled += 1
@@ -165,7 +165,7 @@ class GraphProgram(GenerateProgram):
             self.output = torch.cat([self.inputs[index]["input_ids"], self.chooser.answers[:, :count]], dim=1)
         self.steps_done += 1
         if count != self.new_tokens and self.workload.eos_every is None:
-            raise MeasureError(f"The engine gave {count} new tokens, asked for exactly {self.new_tokens}.")
+            raise MeasureError(f"The engine returned {count} new tokens; the query needs exactly {self.new_tokens}.")
 
     def _begin(self, index: int) -> None:
         """Run the prefill and choose the first token."""
@@ -178,7 +178,7 @@ class GraphProgram(GenerateProgram):
         return every is not None and count % every == 0 and bool(self.chooser.ended.all())
 
     def answer_ids(self) -> list[list[int]]:
-        """The new tokens of the last query, each row up to its end token if `eos_every` is set."""
+        """Return the new tokens of the last query, each row up to its end token if `eos_every` is set."""
         assert self.output is not None
         width = self.inputs[(self.steps_done - 1) % self.period]["input_ids"].shape[1]
         rows: list[list[int]] = self.output[:, width:].tolist()
@@ -188,7 +188,7 @@ class GraphProgram(GenerateProgram):
         return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
     def logits_after(self, index: int, given: torch.Tensor, rows: int) -> torch.Tensor:
-        """The engine's float32 logits for the first `rows` rows of `given` (batch, tokens), as (rows, tokens, vocabulary).
+        """Return the engine's float32 logits for the first `rows` rows of `given` (batch, tokens): (rows, tokens, vocabulary).
 
         They are the prefill's logits, which choose the first token, and those after each token of `given` but the last.
         """
@@ -205,7 +205,7 @@ class GraphProgram(GenerateProgram):
 
 
 class _Arrivals:
-    """Reports each token when it has reached the host, while the device decodes the next one."""
+    """Report each token when it has reached the host, while the device decodes the next one."""
 
     def __init__(self, program: GraphProgram):
         self._program = program
@@ -239,7 +239,7 @@ class _Arrivals:
 
 
 def _ends_of(model: Any, workload: GenerateSpec) -> tuple[int, ...]:
-    """Ids of end tokens, from the generation configuration or the model's.
+    """Return ids of end tokens, from the generation configuration or the model's.
 
     Raises:
         SpecError: `eos_every` is set and there are none.

@@ -90,7 +90,7 @@ class FirstTokens:
         prompts: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
         logits: torch.Tensor,
     ):
-        """`prompts`: ids (batch, width), and the mask where a row is padded. Replays read them in place."""
+        """Prepare for `prompts`: ids (batch, width), and the mask if a row is padded. Replays read them in place."""
         self._cache = cache
         self._prefill = prefill
         self._chooser = chooser
@@ -112,7 +112,7 @@ class FirstTokens:
 
     @property
     def worth_capturing(self) -> bool:
-        """Whether prompts get graphs on a GPU: few prompts, and parts that take longer to launch than to run."""
+        """True if prompts get graphs on a GPU: few prompts, with parts that take longer to launch than to run."""
         return not self.why_not
 
     @property
@@ -125,7 +125,7 @@ class FirstTokens:
 
     @property
     def all_replayed(self) -> bool:
-        """Whether every prompt's first token has been a replay."""
+        """True if every prompt's first token has been a replay."""
         return len(self.replayed) == len(self._prompts)
 
     def capture(self, *, before: Callable[[], None], pool: Any) -> None:
@@ -147,7 +147,7 @@ class FirstTokens:
         if graph is None:
             self._run(index)
             return
-        forget_workspaces()  # of products since the last query: the graph has its own
+        forget_workspaces()  # products since the last query made some, and the graph has its own
         graph()
         self.replayed.add(index)
         self._cache.length = self._prompts[index][0].shape[1]

@@ -1,4 +1,4 @@
-"""The engine `tuned`: what measuring and auditing ask of the trainer whose step is made by the switches of the case."""
+"""The engine `tuned`: the trainer whose step follows the switches of the case, with its facts and counters."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hpc_core.record.metrics import metric
 from hpc_core.record.record import Fact
 
 _WITHIN = 0.01
-"""Relative. The same weights and batch give the same loss but for the order of sums, which a replay does not change."""
+"""Relative. Losses of the same weights and batch differ only by the order of sums, and a replay does not change that."""
 
 
 class TunedEngine(TrainingEngine):
-    """Fused functions, a chunked loss, a memory budget, and the whole step as one CUDA graph, each by a switch of the case."""
+    """Fused functions, a chunked loss, a memory budget, and a step in one CUDA graph; each has a switch in the case."""
 
     name = "tuned"
     own_code = True
 
     def unpredictable(self, case: Case) -> str | None:
-        """The chunked loss is plain torch and predicted like any; what a compiler or a CUDA graph makes of a step is not."""
+        """Return why the case cannot be predicted: a compiler or a CUDA graph changes the step. A chunked loss is predicted."""
         workload = case.workload
         assert isinstance(workload, FinetuneSpec)
         switches = {
@@ -47,7 +47,7 @@ class TunedEngine(TrainingEngine):
         """Put the tuned forward into the model.
 
         Raises:
-            DataError, BuildError, MissingLibraryError: as `finetune_program`; and a model or budget that the switches cannot serve.
+            DataError, BuildError, MissingLibraryError: as `finetune_program`, or the switches do not support the model or budget.
         """
         assert built is not None
         assert isinstance(case.workload, FinetuneSpec)
@@ -58,7 +58,7 @@ class TunedEngine(TrainingEngine):
         return program
 
     def restore(self, model: torch.nn.Module) -> None:
-        """Take the tuned forward out."""
+        """Remove the tuned forward."""
         restore(model)
 
 
@@ -66,15 +66,15 @@ class TunedTraining(TunedProgram):
     """The trainer's program, with its own facts and counters."""
 
     draws_dropout = False
-    """Whether two steps on the same batch differ, because dropout draws anew."""
+    """True if dropout makes two steps on the same batch differ."""
 
     @property
     def recomputed_attentions(self) -> int | None:
-        """By the plan of the memory budget."""
+        """The number of layers whose attention is recomputed, by the plan of the memory budget."""
         return None if self.plan is None else self.plan.attentions
 
     def counters(self, found: Findings) -> Findings:
-        """Return `peak_bytes` of a captured step: of capture and replay with the graph's private pool, in place of the watched step's."""
+        """Return `peak_bytes` of a captured step: that of capture and replay, including the graph's private pool."""
         if self.captured is None:
             return Findings()
         pool, _ = self.captured.pool_bytes()
@@ -88,7 +88,7 @@ class TunedTraining(TunedProgram):
         )
 
     def facts(self, found: Findings | None = None) -> Findings:
-        """Return one fact a switch, by what was called and captured so far; and, after a measurement, of the budget and a replay."""
+        """Return a fact per switch, from what was called and captured so far; after a measurement, also of budget and replay."""
         switches = self._switches()
         if found is None:
             return switches
@@ -103,7 +103,7 @@ class TunedTraining(TunedProgram):
         return switches | Findings(facts=facts)
 
     def _replay_against_plain(self) -> Fact:
-        """The loss of a replayed step against that of a forward without a graph, on the same weights and batch."""
+        """Compare the loss of a replayed step with that of a forward without a graph, on the same weights and batch."""
         self.steps_done = self.widest
         batch = self.batches[self.widest]
         # With a graph of autograd, as in the step: without one, compiled layers would compile again.
@@ -115,7 +115,7 @@ class TunedTraining(TunedProgram):
         return Fact(asked=asked, seen=asked if near else f"{replayed:.6g}, without a graph {plain:.6g}")
 
     def _switches(self) -> Findings:
-        """One fact a switch; a switch that fell back shows why. Where halves are computed again, a note says how many."""
+        """Return a fact per switch; a switch that fell back has the reason. A note says how many halves are recomputed."""
         workload, called = self.workload, self.run.called
         causal: Any = self.forward.causal
         layers = list(self.forward.decoder.layers)

@@ -22,7 +22,7 @@ _MARK = "_hpc_core_tuned"
 
 
 class TunedForward:
-    """In place of a causal language model's forward. Called as that is, with `labels`, it gives the loss."""
+    """Replaces a causal language model's forward. Called with `labels`, it returns the loss."""
 
     def __init__(self, causal: Any, workload: FinetuneSpec, run: Pointwise):
         self.causal = causal
@@ -86,11 +86,11 @@ class TunedForward:
 
 
 def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> TunedForward:
-    """Put the tuned forward, and what the workload's `fusion` and `compile` ask for, into this model. `restore` undoes it.
+    """Install the tuned forward, with the workload's `fusion` and `compile`, in this model. `restore` undoes it.
 
     Raises:
-        BuildError: the model is not built as these know it, or Liger's kernels are asked for without a GPU.
-        MissingLibraryError: liger-kernel is asked for and not installed.
+        BuildError: the model's structure is not supported, or Liger's kernels are requested without a GPU.
+        MissingLibraryError: liger-kernel is requested but not installed.
     """
     whole: Any = model
     causal: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
@@ -117,7 +117,7 @@ def tune(model: torch.nn.Module, workload: FinetuneSpec, run: Pointwise) -> Tune
 
 
 def restore(model: torch.nn.Module) -> None:
-    """Give every module of the model its class's own forward back, uncompiled. A model that was not tuned is left alone."""
+    """Restore the class's own, uncompiled forward of every module. A model that was not tuned does not change."""
     if not any(_MARK in vars(module) for module in model.modules()):
         return
     for module in model.modules():

@@ -36,7 +36,7 @@ _PEAK_STEP = 2
 
 
 class TunedProgram(FinetuneProgram):
-    """Trains with the workload's switches. Warm-up steps train too, so the losses are the stock program's, step by step."""
+    """Train with the workload's switches. Warm-up steps train too, so the losses are the stock program's, step by step."""
 
     workload: FinetuneSpec
     forward: TunedForward
@@ -90,7 +90,7 @@ class TunedProgram(FinetuneProgram):
 
     @contextlib.contextmanager
     def uncaptured(self) -> Iterator[None]:
-        """In the block every step runs operator by operator, so that instruments can watch it."""
+        """Run every step in the block operator by operator, so that instruments can observe it."""
         before, self._watched = self._watched, True
         try:
             with super().uncaptured():
