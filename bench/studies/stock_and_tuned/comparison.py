@@ -159,7 +159,11 @@ def _cells(columns: Mapping[str, Cell], record: Record | None, stock: Record | N
 def _label(case: Case) -> str:
     changed = changed_work(case)
     engine = getattr(case.workload, "engine", "stock")
-    return f"`{case.id}`" if engine == "stock" else f"`{case.id}`: {engine}{f', {changed}' if changed else ''}"
+    return (
+        f"`{case.id}`"
+        if engine == "stock" and not changed
+        else f"`{case.id}`: {engine}{f', {changed}' if changed else ''}"
+    )
 
 
 def _scaled(name: str, by: float, digits: int) -> Cell:

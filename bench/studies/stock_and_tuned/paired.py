@@ -10,7 +10,8 @@ from hpc_core.case.case import Case
 from hpc_core.case.limits import GiB
 from hpc_core.case.workloads import ENGINE_FIELDS
 
-__all__ = ["are_paired", "changed_work", "paired_cases", "work_of"]
+_CACHE = ("cache", "compiled")
+"""Fields by which transformers itself generates in another way: with a static cache, by a compiled forward."""
 
 
 def work_of(case: Case) -> bytes | None:
@@ -18,20 +19,19 @@ def work_of(case: Case) -> bytes | None:
 
     Cases with equal work have the same model, adapter, data, batch and lengths.
     """
-    fields = ENGINE_FIELDS.get(case.kind)
-    if fields is None:
+    if case.kind not in ENGINE_FIELDS:
         return None
     work = msgspec.to_builtins(case)
     for name in ("id", "timeout_s", "limits"):
         work.pop(name, None)
-    for name in fields:
+    for name in _fields(case):
         work["workload"].pop(name, None)
     return msgspec.json.encode(work, order="sorted")
 
 
 def are_paired(stock: Case, other: Case) -> bool:
-    """Return whether `stock` is a stock case, and `other` does the same work with one of our engines."""
-    return _engine(stock) == "stock" and _engine(other) not in ("stock", None) and work_of(stock) == work_of(other)
+    """Return whether `stock` is a stock case, and `other` does the same work with one of our engines or a compiled forward."""
+    return _way(stock) == "stock" and _way(other) not in ("stock", None) and work_of(stock) == work_of(other)
 
 
 def paired_cases(cases: Iterable[Case]) -> list[tuple[Case, tuple[Case, ...]]]:
@@ -47,7 +47,7 @@ def changed_work(case: Case) -> str:
     switches = []
     for field in msgspec.structs.fields(workload):
         value = getattr(workload, field.name)
-        if field.name == "engine" or field.name not in ENGINE_FIELDS.get(case.kind, ()) or value == field.default:
+        if field.name == "engine" or field.name not in _fields(case) or value == field.default:
             continue
         if field.name == "budget_bytes":
             switches.append(f"budget={value / GiB:g} GiB")
@@ -56,6 +56,12 @@ def changed_work(case: Case) -> str:
     return ", ".join(switches)
 
 
-def _engine(case: Case) -> str | None:
+def _fields(case: Case) -> tuple[str, ...]:
+    return (*ENGINE_FIELDS.get(case.kind, ()), *_CACHE)
+
+
+def _way(case: Case) -> str | None:
+    """Return the engine, and the cache where it is not the default; None for a step of the user's own."""
     engine: str | None = getattr(case.workload, "engine", None)
-    return engine
+    cache = getattr(case.workload, "cache", "dynamic")
+    return engine if cache == "dynamic" else f"{engine}, {cache} cache"
