@@ -1,1 +1,1 @@
-"""What ran is what the case asks for: facts from the live module and from watched steps, never from the configuration."""
+"""Check that what ran is what the case asks for. Facts come from the live module and from observed steps, never from configuration."""

@@ -57,9 +57,9 @@ def weight_facts(case: Case, model: Any) -> Findings:
 
 
 def context_note(model: Any, tokens: int) -> Findings:
-    """Return a note if a row of so many tokens has positions that the model was not made for.
+    """Return a note if a row of `tokens` tokens has more positions than the model supports.
 
-    It runs nevertheless: memory, time and counts are right, and only what it answers there means little.
+    The case still runs: memory, time and counts are correct, but answers at those positions mean little.
     """
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(most, int) or tokens <= most:
@@ -228,7 +228,7 @@ def _one_dtype(asked: str, module: Any) -> Fact | None:
 
 
 def _layout(model: torch.nn.Module) -> Fact:
-    """Whether every unquantized weight is stored row by row: kernels and their speed depend on it, counts and bytes do not."""
+    """Return whether every unquantized weight is contiguous: kernels and their speed depend on it, counts and bytes do not."""
     packed = {id(layer.weight) for layer in linear_layers(model).values() if _kind(layer) is not None}
     odd = [
         f"{name} with strides {part.stride()}"

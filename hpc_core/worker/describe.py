@@ -1,7 +1,7 @@
-"""What a worker of this tree would run: `python -m hpc_core.worker --describe` reads a Question and prints a Description, both JSON.
+"""Describe what a worker of this tree would run: `python -m hpc_core.worker --describe` reads a Question and prints a Description, both JSON.
 
-An A/B asks each side's own worker before it measures. The two sides may be different revisions of hpc-core: what is printed names
-everything that a launcher must know of the other revision, so no module of it is imported by path. Imports no torch and no code under test.
+An A/B queries each side's own worker before it measures. The sides may be different revisions of hpc-core, so the output has everything
+that a launcher must know of the other revision, without importing its modules. Imports no torch and no code under test.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KnownCase(msgspec.Struct, frozen=True, kw_only=True):
-    """A case as this worker reads it."""
+    """How this worker reads a case."""
 
     digest: str = ""
     error: str = ""
@@ -39,7 +39,7 @@ class KnownCase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Description(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker says of itself."""
+    """The description of a worker."""
 
     home: str
     """Folder of the hpc_core that it imports."""
@@ -51,9 +51,9 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     cases: tuple[KnownCase, ...] = ()
     """In the order of the question."""
     places: dict[str, tuple[str, ...]] = {}
-    """Where each package would be imported from; empty where it is not found."""
+    """Where each package would be imported from; empty if it is not found."""
     versions: dict[str, str] = {}
-    """Empty where it is not installed."""
+    """The version of each distribution; empty if it is not installed."""
 
 
 def describe(question: Question) -> Description:

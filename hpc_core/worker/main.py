@@ -39,11 +39,11 @@ from hpc_core.record.record import (
 
 _RECURSION = 1000  # Python's own
 _NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch's plain RuntimeErrors say when the host's allocator or a CUDA library runs out."""
+"""Parts of torch's plain RuntimeErrors that mean that the host's allocator or a CUDA library is out of memory."""
 
 
 class _Progress:
-    """Passes events on, and remembers the phase and the seconds of each for a record that must tell where it ended."""
+    """Forward events, and keep the current phase and the seconds of each phase for the record of a failure."""
 
     def __init__(self, emit: Callable[[Event], None]) -> None:
         self._emit = emit
@@ -65,7 +65,7 @@ class _Progress:
 
 
 def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> Record:
-    """Run a job; whatever goes wrong is a failed record. With `debug`, errors are raised instead, for a debugger.
+    """Run a job; an exception becomes a failed record. With `debug`, exceptions are raised instead, for a debugger.
 
     Emits the phase "import" while `hpc_core.worker.perform` is imported, "start" after it, and then what the run itself emits.
     The working directory becomes importable, unless Python runs in safe-path mode.
@@ -80,8 +80,8 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
         record = perform(job, progress.emit, began=began)
         record_to_json(record)  # what JSON cannot hold fails here, where it can still be reported
         return record
-    # Here, and only here, every exception becomes a record: a case runs code of other people, and whatever it raises
-    # is one row of the report. SystemExit and KeyboardInterrupt too, since a factory may call sys.exit.
+    # Only here, every exception becomes a record: a case runs other people's code, and an exception of it is one row of
+    # the report. This includes SystemExit and KeyboardInterrupt, because a factory may call sys.exit.
     except BaseException as error:
         if debug:
             raise
@@ -90,7 +90,7 @@ def run_job(job: Job, emit: Callable[[Event], None], *, debug: bool = False) -> 
 
 
 def _half(job: Job) -> Callable[..., Record]:
-    """Import what performs this job: torch and the rest, which take seconds."""
+    """Import and return the function that performs this job. It imports torch, which takes seconds."""
     if isinstance(job.kind, Predict):
         from hpc_core.predict.shim import load
 
@@ -127,7 +127,7 @@ def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
 
 
 def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
-    """Kind and message of what was raised. By its type: what `isinstance` asks an exception for may be its own invention."""
+    """Return kind and message of the exception. Uses its type, because an exception can make `isinstance` lie."""
     kind, text = type(error), message_of(error)
     if (shortage := _shortage(error)) is not None:
         return (
@@ -154,7 +154,7 @@ def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:
 
 
 def _shortage(error: BaseException) -> str | None:
-    """What an out-of-memory error says, with its numbers; None if it is another error. Causes are looked at too."""
+    """Return the message of an out-of-memory error, with its numbers; None for another error. Checks causes too."""
     for at in with_causes(error):
         names = {f"{kind.__module__}.{kind.__name__}" for kind in type(at).__mro__}
         # By name, because a case without torch must not pay for importing it.
@@ -191,7 +191,7 @@ def serve(job_fd: int, events_fd: int) -> NoReturn:
 
 
 class _Events:
-    """Writes events to their descriptor, for this process alone and as long as the code under test leaves it there."""
+    """Write events to their descriptor, from this process only, while the code under test has not closed it."""
 
     def __init__(self, fd: int) -> None:
         self._fd, self._pid, self._pipe = fd, os.getpid(), os.fstat(fd)
@@ -200,7 +200,7 @@ class _Events:
         """Write an event.
 
         Raises:
-            OSError: the descriptor was closed, or is another file's by now.
+            OSError: the descriptor was closed, or now refers to another file.
         """
         if os.getpid() != self._pid:
             sys.stderr.write("A child that the code under test forked returned into hpc-core's code, and was ended.\n")

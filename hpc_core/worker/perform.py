@@ -1,6 +1,6 @@
 """Perform a job: build, run and measure one case in this process, and return its record.
 
-Knows nothing of processes, baselines and judging. Exceptions are the worker's to turn into records.
+Exceptions propagate; `hpc_core.worker.main` turns them into records.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from hpc_core.worker.place import Place, choose_device
 
 
 class Workload(Protocol):
-    """A loaded case, and what is measured of it by kind of job."""
+    """A loaded case, and its instruments by kind of job."""
 
     @property
     def program(self) -> Program:
-        """What runs."""
+        """The program that runs."""
 
     @property
     def loaded(self) -> Findings:
-        """What building and loading showed."""
+        """Findings from building and loading."""
 
     def warm_up(self) -> Findings:
-        """Run until memory and time have settled."""
+        """Run until memory and time are stable."""
 
     def full(self, kind: Measure) -> Sequence[Instrument]:
-        """Everything."""
+        """Return all instruments."""
 
     def repeat(self) -> Sequence[Instrument]:
-        """Busy time and launches; on a CPU wall time."""
+        """Return instruments for busy time and launches; on a CPU, for wall time."""
 
     def retime(self) -> Sequence[Instrument]:
-        """Every time, of the host and of the device."""
+        """Return instruments for all times of host and device."""
 
     def trace(self, kind: Trace) -> Sequence[Instrument]:
-        """A profile for the eye, of one step that is always the same."""
+        """Return instruments that trace one fixed step."""
 
 
 _WORKLOADS: dict[str, Callable[..., Workload]] = {
@@ -64,17 +64,17 @@ _WORKLOADS: dict[str, Callable[..., Workload]] = {
 
 
 def perform(job: Job, emit: Callable[[Event], None], *, began: float | None = None, step: Any = None) -> Record:
-    """Return the record of this job's case, measured here and now.
+    """Measure this job's case in this process, and return its record.
 
     Args:
-        job: of any kind but a prediction.
-        emit: hears each phase as it begins.
+        job: any kind of job except a prediction.
+        emit: called with each phase as it begins.
         began: when this process began to import what it needs, by `time.perf_counter`.
-        step: a callable to measure in place of the one that the case's factory would build.
+        step: a callable to measure instead of the one that the case's factory would build.
 
     Raises:
         HpcCoreError: the case cannot be built or run as asked.
-        Exception: whatever the code under test raises.
+        Exception: anything that the code under test raises.
     """
     started = datetime.datetime.now(datetime.UTC)
     began = time.perf_counter() if began is None else began
@@ -106,16 +106,16 @@ def perform(job: Job, emit: Callable[[Event], None], *, began: float | None = No
         phase_s=phases.seconds(),
         notes=found.notes,
     )
-    return judged(found.record(job.case, around))  # what no hardware can reach is no result
+    return judged(found.record(job.case, around))  # INVALID if no hardware can reach its numbers
 
 
 def _perform(
     job: Job, device: torch.device, phases: Phases, began: float, gpu_before: dict[str, Any], step: Any
 ) -> Findings:
-    """What a job found that runs its case: with the verdict of the audit, and proof that an injected fault was reached."""
+    """Run the job's case and return its findings, with audit mismatches and proof that an injected fault was reached."""
     case = job.case
     if case.model is not None and case.model.shape == "tiny" and job.launched != "inline":
-        # Threads that wait for each other cost more than a tiny product, on a busy machine ten times as much.
+        # Synchronizing threads costs more than a tiny product, and ten times as much on a busy machine.
         torch.set_num_threads(1)
     found = _left_faults()
     injection = None if job.fault is None else inject(job.fault)
@@ -153,15 +153,15 @@ def _perform(
 
 
 def _left_faults() -> Findings:
-    left = in_place()
-    if not left:
+    faults = in_place()
+    if not faults:
         return Findings()
-    why = f"The fault {left[0]}, injected by an earlier case of this process, is still in place. Run this case in a process of its own: not inline."
+    why = f"The fault {faults[0]}, injected by an earlier case of this process, is still in place. Run this case in its own process, not inline."
     return Findings(reasons=(why,))
 
 
 def _state_of_others() -> dict[str, Any]:
-    """The GPU's state before this process uses it. Inline, an earlier case of this very process already has."""
+    """Return the GPU's state without this process, which may have used it already for an earlier inline case."""
     state = gpu_state()
     if torch.cuda.is_initialized() and state.get("processes"):
         state["processes"] -= 1

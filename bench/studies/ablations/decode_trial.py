@@ -133,7 +133,7 @@ def seen_of(built: Built, workload: GenerateSpec, *, late: bool = False) -> Iter
     yield "token_ms", round(token_s * 1e3, 4)
     yield "tokens_per_s", round(workload.batch / token_s, 1)
     if isinstance(program, GraphProgram):
-        yield from _beside_stock(program, built).items()
+        yield from _compared_with_stock(program, built).items()
     if on_gpu:  # last, because the profiler may fail
         yield from _busy(program).items()
 
@@ -170,7 +170,7 @@ def _busy(program: GenerateProgram) -> dict[str, Any]:
     }
 
 
-def _beside_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
+def _compared_with_stock(program: GraphProgram, built: Built) -> dict[str, Any]:
     """Compare greedy tokens and logits with those of the stock path in the same precision."""
     program.steps_done = 0
     program.step()

@@ -217,7 +217,7 @@ def _comparison(rows: dict[str, dict[str, Any]]) -> list[str]:
     resident = rows.get("tuned-resident", {})
     if "losses" in fed and "losses" in resident:
         off = max(abs(mine - other) / abs(other) for mine, other in zip(fed["losses"], resident["losses"], strict=True))
-        texts.append(f"losses of the whole epoch, fed beside resident: at most {off:.2g} apart, relatively")
+        texts.append(f"losses of the whole epoch, fed and resident: at most {off:.2g} apart, relatively")
     return texts
 
 
