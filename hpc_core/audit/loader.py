@@ -20,7 +20,7 @@ def feed_facts(feed: FeedSpec, fed: Fed, *, on_gpu: bool, copies_apart: bool | N
         on_gpu: whether there is a stream to copy on.
         copies_apart: whether every copy to the device ran on a stream without kernels; None if no copy was recorded.
     """
-    batches = fed.seen
+    batches = fed.observed
     facts = {
         "feed_tokenize": Fact(asked=feed.tokenize, seen=fed.source.tokenize),
         "feed_workers": Fact(asked=feed.workers, seen=len(batches.makers - {os.getpid()})),

@@ -127,14 +127,14 @@ def write_memory(record: Record, path: Path, over: Record | None = None) -> None
     from hpc_core.report.charts_memory import memory_over_step
 
     chart = memory_over_step(record, over)
-    seen = record.circumstances
-    how = "predicted" if "predicted" in seen.gpu else "measured"
+    around = record.circumstances
+    how = "predicted" if "predicted" in around.gpu else "measured"
     peak = record.metrics.get("peak_bytes")
     rounded = "" if peak is None else f"; with the allocator's rounding {units.quantity(peak.value, peak.unit)}"
-    stack = ", ".join(f"{name} {version}" for name, version in sorted(seen.stack.items()))
+    stack = ", ".join(f"{name} {version}" for name, version in sorted(around.stack.items()))
     _write(
         path,
-        Panel(plain(f"{record.case.id} on {seen.machine.name}, {how}", 120), chart),
+        Panel(plain(f"{record.case.id} on {around.machine.name}, {how}", 120), chart),
         plain(f"{stack}{rounded}", 400),
     )
 

@@ -129,6 +129,6 @@ def _bytes(value: int) -> str:
 
 
 def _how(record: Record) -> str:
-    seen = record.circumstances
-    stack = ", ".join(f"{name} {seen.stack[name]}" for name in _STACK if name in seen.stack)
-    return f"without a GPU, by {seen.gpu.get('torch', 'torch')}: {stack}"
+    around = record.circumstances
+    stack = ", ".join(f"{name} {around.stack[name]}" for name in _STACK if name in around.stack)
+    return f"without a GPU, by {around.gpu.get('torch', 'torch')}: {stack}"

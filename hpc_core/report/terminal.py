@@ -127,15 +127,15 @@ def _under_shapes(lines: Sequence[dict[str, str]]) -> list[dict[str, str]]:
 
 def caption(record: Record) -> str:
     """Return where the numbers come from: machine, stack, commit."""
-    seen = record.circumstances
-    stack = ", ".join(f"{name} {version}" for name, version in sorted(seen.stack.items()))
+    around = record.circumstances
+    stack = ", ".join(f"{name} {version}" for name, version in sorted(around.stack.items()))
     commit = (
         ""
-        if seen.commit is None
-        else f" · commit {seen.commit[:10]}{' with uncommitted changes' if seen.dirty else ''}"
+        if around.commit is None
+        else f" · commit {around.commit[:10]}{' with uncommitted changes' if around.dirty else ''}"
     )
-    settings = "".join(f" · {name}={value}" for name, value in sorted((seen.settings or {}).items()))
-    return f"{seen.machine.name} [{seen.machine.key}] · {stack or 'stack unknown'} · Python {seen.python}{settings}{commit}"
+    settings = "".join(f" · {name}={value}" for name, value in sorted((around.settings or {}).items()))
+    return f"{around.machine.name} [{around.machine.key}] · {stack or 'stack unknown'} · Python {around.python}{settings}{commit}"
 
 
 class _Problem(NamedTuple):
@@ -217,7 +217,7 @@ def _for_any_case(line: str, case: str) -> str:
 
 
 def _hanging(line: str, width: int) -> Text:
-    """Return an indented sentence whose further lines are indented more, so that each sentence is seen to begin."""
+    """Return an indented sentence whose further lines are indented more, so that the beginning of each sentence is visible."""
     wrapped = textwrap.wrap(line, width, initial_indent=" " * 4, subsequent_indent=" " * 6, break_on_hyphens=False)
     return _unbroken("\n".join(wrapped))
 

@@ -169,7 +169,7 @@ def feed_cost(program: FinetuneProgram, fed: Fed, resident: Resident, device: to
         with _on(program, resident):
             resident_s.append(_pass_s(program, device, steps, first))
         fed_s.append(_pass_s(program, device, steps, first))
-        waits += [(stop - start) / 1e9 for start, stop in fed.seen.fetched_ns[-steps:]]
+        waits += [(stop - start) / 1e9 for start, stop in fed.observed.fetched_ns[-steps:]]
     idle = resident_idle = None
     if device.type == "cuda":
         with _on(program, resident):
@@ -244,7 +244,7 @@ def _recorded_pass(program: FinetuneProgram, device: torch.device, steps: int, f
     _begin(program, device, first)
     since, fed = time.time_ns(), program.batches
     _steps(program, steps, device)
-    windows = [*fed.seen.fetched_ns, *fed.seen.copied_ns] if isinstance(fed, Fed) else []
+    windows = [*fed.observed.fetched_ns, *fed.observed.copied_ns] if isinstance(fed, Fed) else []
     return since, [window for window in windows if window[0] >= since]
 
 

@@ -114,7 +114,7 @@ def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
     kind, message = _diagnosis(job, error)
     wants_gpu = job.device == "auto" and job.case.scale != "tiny" and bool(environment.visible_gpus())
     on_gpu = job.device == "cuda" or wants_gpu
-    seen = environment.circumstances(
+    around = environment.circumstances(
         "cuda" if on_gpu else "cpu",
         job.launched,
         ceilings=job.ceilings,
@@ -123,7 +123,7 @@ def _failed(job: Job, progress: _Progress, error: BaseException) -> Record:
         phase_s=progress.phase_s,
     )
     failure = Failure(kind=kind, message=message, phase=progress.phase, detail=traceback_of(error))
-    return Record(case=job.case, status="failed", failure=failure, circumstances=seen)
+    return Record(case=job.case, status="failed", failure=failure, circumstances=around)
 
 
 def _diagnosis(job: Job, error: BaseException) -> tuple[FailureKind, str]:

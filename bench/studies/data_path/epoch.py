@@ -112,8 +112,8 @@ def measure(case: Case, device_name: str) -> dict[str, Any]:
     if captured is not None:
         found["peak_gib"] = captured.peak_bytes() / 2**30
     if isinstance(program.batches, Fed):
-        found["fetched"] = len(program.batches.seen.fetched_ns)
-        found["waited_s"] = sum(stop - start for start, stop in program.batches.seen.fetched_ns) / 1e9
+        found["fetched"] = len(program.batches.observed.fetched_ns)
+        found["waited_s"] = sum(stop - start for start, stop in program.batches.observed.fetched_ns) / 1e9
         found["data"] = program.batches.note
     program.batches.clear()
     return found

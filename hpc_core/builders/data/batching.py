@@ -199,7 +199,7 @@ class BlockSource(Protocol):
     tokenize: str
     """"cached" or "fetch", as in FeedSpec."""
     masked: bool
-    """Whether the model gets a mask."""
+    """True if the model gets a mask."""
     epoch: EpochSize
     sizes: list[BlockSize]
     """One per batch of the epoch."""

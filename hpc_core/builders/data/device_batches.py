@@ -27,7 +27,7 @@ class Batches(Protocol):
     """The batches of a program, by index and one after another."""
 
     other_threads: bool
-    """Whether threads of the data path call CUDA while a step runs."""
+    """True if threads of the data path call CUDA while a step runs."""
 
     def __len__(self) -> int: ...
 

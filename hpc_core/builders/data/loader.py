@@ -108,7 +108,7 @@ def _leave_the_parents_garbage(_: int) -> None:
 
 
 @dataclass
-class FeedSeen:
+class FeedObservations:
     """What was observed of a feed since its last `go_to`."""
 
     fetched_ns: list[tuple[int, int]] = field(default_factory=list)
@@ -158,7 +158,7 @@ class Fed:
     def __init__(self, source: BlockSource, feed: FeedSpec, count: int, device: torch.device, note: str):
         """Feed the first `count` batches of the source. `note` says where the source came from."""
         self.source, self.feed, self.device, self.note = source, feed, device, note
-        self.seen = FeedSeen()
+        self.observed = FeedObservations()
         self.other_threads = feed.pinned and feed.workers > 0
         self._count = count
         self._supply: Iterator[HostBatch] | None = None
@@ -213,7 +213,7 @@ class Fed:
         self._ready.clear()
         if self._stream is not None:  # work already queued on these buffers comes first
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self.seen = FeedSeen()
+        self.observed = FeedObservations()
         while self._next != index % self._count:
             self._fetch()
         for _ in range(self.feed.ahead):
@@ -229,7 +229,7 @@ class Fed:
         expected = self._ready[0].index if self._ready else self._next
         if expected != place or (self.feed.ahead and not self._ready):
             self.go_to(place)
-        self.seen.ahead.add(len(self._ready))
+        self.observed.ahead.add(len(self._ready))
         if not self.feed.ahead:
             self._send()
         slot = self._current = self._ready.popleft()
@@ -298,7 +298,7 @@ class Fed:
             with torch.cuda.stream(self._stream):
                 slot.fill(host, size)
                 slot.filled.record(self._stream)
-        self.seen.copied_ns.append((began, time.time_ns()))
+        self.observed.copied_ns.append((began, time.time_ns()))
         self._ready.append(slot)
 
     def _fetch(self) -> HostBatch:
@@ -308,9 +308,9 @@ class Fed:
             if self._supply is None:
                 self._supply = supply(self.source, self.feed, self._count, on_gpu=self.device.type == "cuda")
             host = next(self._supply)
-        self.seen.fetched_ns.append((began, time.time_ns()))
-        self.seen.makers.add(host.maker)
-        self.seen.pinned.add(host.ids.is_pinned())
+        self.observed.fetched_ns.append((began, time.time_ns()))
+        self.observed.makers.add(host.maker)
+        self.observed.pinned.add(host.ids.is_pinned())
         assert host.place == self._next, f"the loader gave batch {host.place} in place of {self._next}"
         self._next = (host.place + 1) % self._count
         return host

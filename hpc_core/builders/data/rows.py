@@ -134,7 +134,7 @@ def token_rows(
     Args:
         data: the source. random draws ids, trace draws ids at recorded lengths, the others are texts to be tokenized.
         count: how many rows; None takes `data.rows`, or all if that is None too (random data needs a count).
-        length: tokens in a row: exactly so many for random data, at most so many otherwise (the rest is cut off).
+        length: tokens per row for random data; otherwise the maximum, and longer rows are cut.
         vocab_size: ids lie below it.
         tokenizer: for texts; None takes `ByteTokenizer`. Random ids and traces need none.
 

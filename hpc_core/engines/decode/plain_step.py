@@ -39,8 +39,8 @@ def attend(
     grouped = query.view(batch, groups, heads // groups, width)
     scores = (grouped @ keys.transpose(2, 3)).float() / math.sqrt(width)
     at = torch.arange(places, device=query.device)
-    seen = (at[None, :] >= first[:, None]) & (at[None, :] < filled)
-    scores = scores.masked_fill(~seen[:, None, None, :], float("-inf"))
+    visible = (at[None, :] >= first[:, None]) & (at[None, :] < filled)
+    scores = scores.masked_fill(~visible[:, None, None, :], float("-inf"))
     shares = scores.softmax(dim=-1).to(values.dtype)
     return (shares @ values).reshape(batch, heads, width)
 

@@ -94,16 +94,16 @@ def attend_part(
     high = tl.minimum((part + 1) * span, old)
     for at in tl.range(low, high, block):
         places = at + tl.arange(0, block)
-        seen = (places < high) & (places >= begin)
+        visible = (places < high) & (places >= begin)
         grid = store + places[:, None] * width + lanes[None, :]
-        key = tl.load(keys + grid, mask=seen[:, None], other=0.0)
+        key = tl.load(keys + grid, mask=visible[:, None], other=0.0)
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, float("-inf"))
+        score = tl.where(visible[None, :], score, float("-inf"))
         new_top = tl.maximum(top, tl.max(score, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         fade = tl.exp(top - safe)
         share = tl.exp(score - safe[:, None])
-        value = tl.load(values + grid, mask=seen[:, None], other=0.0)
+        value = tl.load(values + grid, mask=visible[:, None], other=0.0)
         mix = mix * fade[:, None] + tl.dot(share.to(dtype), value, input_precision="ieee")
         total = total * fade + tl.sum(share, 1)
         top = new_top

@@ -37,7 +37,7 @@ class _Linears(torch.autograd.Function):
     def forward(
         ctx: Any, parts: Sequence[Projection], unread: Shape | None, x: torch.Tensor, *tensors: torch.Tensor | None
     ) -> Any:
-        made = None if unread is None else [_nobody_reads(x, unread)]
+        made = None if unread is None else [_unread_zeros(x, unread)]
         outputs, low = forward_of(parts, tensors, x) if made is None else (made, low_of(parts, tensors, x))
         ctx.parts = parts
         ctx.save_for_backward(x if _wants_input(ctx.needs_input_grad[3:]) else None, low, *tensors)
@@ -95,7 +95,7 @@ class _GatedLinear(torch.autograd.Function):
         if unread is None:
             (output,), low = forward_of(parts, tensors, run("swiglu", gate, up))
         else:
-            output = _nobody_reads(gate, unread)
+            output = _unread_zeros(gate, unread)
             low = low_of(parts, tensors, run("swiglu", gate, up)) if parts[0].lora_a is not None else None
         ctx.parts, ctx.run = parts, run
         ctx.save_for_backward(gate, up, low, *tensors)
@@ -157,7 +157,7 @@ def _wants_input(needs: Sequence[bool]) -> bool:
     return any(wanted and index % PER in (0, 2) for index, wanted in enumerate(needs))
 
 
-def _nobody_reads(like: torch.Tensor, shape: Shape) -> torch.Tensor:
+def _unread_zeros(like: torch.Tensor, shape: Shape) -> torch.Tensor:
     """Return zeros of this shape that take one element of memory."""
     return like.new_zeros(()).expand(shape)
 

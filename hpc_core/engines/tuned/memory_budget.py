@@ -116,8 +116,8 @@ def fit(program: Any, budget_bytes: int, *, expected: Plan | None = None, lost_b
     """
     sizes = sizes_of(program)
     if expected is not None:
-        seen = int(torch.cuda.max_memory_allocated(program.batches[0].ids.device))
-        program.miscounted_bytes = seen - expected.peak_bytes
+        measured = int(torch.cuda.max_memory_allocated(program.batches[0].ids.device))
+        program.miscounted_bytes = measured - expected.peak_bytes
     sizes = replace(sizes, fixed_bytes=sizes.fixed_bytes + program.miscounted_bytes)
     if lost_bytes is None:
         held, _, moments = _held(program)

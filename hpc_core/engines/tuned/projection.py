@@ -96,10 +96,10 @@ class Joined:
 
 
 def joined(projections: Sequence[Projection], dtype: torch.dtype) -> Joined | None:
-    """The projections as one, where nobody trains their weights and none has a bias; else None.
+    """Join projections into one if their weights are frozen and none has a bias; else return None.
 
-    Plain weights move into one storage, of which each module's weight becomes a part: no byte is held twice, and every module computes as before.
-    4-bit ones stay where they are; they must dequantize to `dtype`.
+    Plain weights move into one storage, and each module's weight becomes a view of it: no byte is stored twice, and every module computes as
+    before. 4-bit weights stay where they are; they must dequantize to `dtype`.
     """
     if any(one.bias is not None for one in projections):
         return None

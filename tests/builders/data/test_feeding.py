@@ -107,9 +107,9 @@ def test_two_workers_make_the_same_batches_and_end() -> None:
     for index in range(3 * len(resident)):
         assert _equal(fed.take(index), resident.take(index))
         fed.taken()
-    makers = fed.seen.makers
+    makers = fed.observed.makers
     assert len(makers - {os.getpid()}) == len(makers) == 2
-    assert fed.seen.ahead == {2}
+    assert fed.observed.ahead == {2}
     fed.clear()
     psutil.wait_procs([psutil.Process(pid) for pid in makers if psutil.pid_exists(pid)], timeout=5)
     assert not [pid for pid in makers if psutil.pid_exists(pid)]

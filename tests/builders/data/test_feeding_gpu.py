@@ -85,8 +85,8 @@ def test_fed_steps_equal_resident_ones(switches: dict[str, Any], feed: dict[str,
     for _ in range(3):  # a race need not show at once
         fact = same_losses(program, fed, resident, seed=0)
         assert fact.holds, fact
-    assert fed.seen.pinned == {feed["pinned"]}
-    assert fed.seen.ahead == {feed["ahead"]}
+    assert fed.observed.pinned == {feed["pinned"]}
+    assert fed.observed.ahead == {feed["ahead"]}
     program.release()
 
 
