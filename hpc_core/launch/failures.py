@@ -11,6 +11,7 @@ from hpc_core.launch.channel import Observed
 from hpc_core.record import environment
 from hpc_core.record.job import Job
 from hpc_core.record.record import Failure, FailureKind, Record
+from hpc_core.record.units import counted
 
 _DETAIL_CHARACTERS = 8000  # a traceback and a tail of output, 4000 each
 
@@ -51,7 +52,7 @@ def _remarks(observed: Observed) -> tuple[str, ...]:
     remarks = []
     if observed.exited is not None and observed.exited.leftovers:
         remarks.append(
-            f"{observed.exited.leftovers} processes that the worker had started were still there and were ended."
+            f"{counted(observed.exited.leftovers, 'process', 'processes')} started by the worker outlived it and had to be ended."
         )
     if observed.record is not None and observed.exited is not None and observed.exited.signal is not None:
         remarks.append(f"The worker ended by {_name(observed.exited.signal)} after it had given its record.")
