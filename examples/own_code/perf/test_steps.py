@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from hpc_core import GiB, Limits, MiB
 
 
@@ -21,8 +23,9 @@ def test_generate(perf):
     perf("own_code.generate:make_step", new_tokens=8, limits=Limits(peak_bytes=2 * MiB, operators=800))
 
 
+@pytest.mark.perf_gpu
 def test_train_on_a_gpu(perf):
-    """Where there is a GPU: a budget of GPU time too. Elsewhere it is skipped."""
+    """A budget of GPU time too. The mark leaves it out where there is no GPU."""
     perf(
         "own_code.train:make_step",
         batch=32,
