@@ -67,6 +67,7 @@ def test_a_process_that_imported_torch_is_refused() -> None:
     assert printed.startswith("refused: Prediction needs a process that has not imported torch yet")
 
 
+@pytest.mark.nightly
 def test_two_concurrent_processes_build_one_library(tmp_path: Path) -> None:
     """Two concurrent processes succeed and leave one file; a third process needs no compiler."""
     both = [_start(tmp_path), _start(tmp_path)]

@@ -30,7 +30,11 @@ def _exact(record: Record) -> dict[str, float | int]:
     return {name: metric.value for name, metric in record.metrics.items() if metric.noise == "exact" and metric.gated}
 
 
-@pytest.mark.parametrize("case_id", TINY_CASES)
+@pytest.mark.parametrize(
+    "case_id",
+    # By day tests/audit/test_clean.py runs the soak.
+    [pytest.param(name, marks=pytest.mark.nightly if "soak" in name else ()) for name in TINY_CASES],
+)
 def test_a_tiny_case_gives_a_sound_record(case_id: str) -> None:
     """The record is ok, every fact holds, phases come in order, and the record equals its JSON."""
     record, phases = measured_once(case_id)
@@ -61,7 +65,9 @@ FED = next(case for case in TINY_DATA if case.id == "tiny/data-w0").vary("data-f
 
 
 @pytest.mark.parametrize(
-    "case", [TINY_CASES["tiny/qlora-gc"], TINY_CASES["tiny/generate-nf4"], FED], ids=lambda case: case.id
+    "case",
+    [TINY_CASES["tiny/qlora-gc"], TINY_CASES["tiny/generate-nf4"], pytest.param(FED, marks=pytest.mark.nightly)],
+    ids=lambda case: case.id,
 )
 def test_a_retimed_process_measures_every_time_again(case: Case) -> None:
     """A retimed process has every sampled time of the full one, with as many samples, but no memory and no operators."""
