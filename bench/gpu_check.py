@@ -60,7 +60,7 @@ def _command(*arguments: str) -> tuple[str, ...]:
 
 
 def in_order(out: Path) -> list[Check]:
-    """Return the checks that run one after the other: they use the GPU, or read what an earlier check wrote into `out`."""
+    """Return the checks that run one after the other: they time the GPU, or read what an earlier check wrote into `out`."""
     keep = f"--perf-records={out / 'records'}"
     named = [part for case in ON_REQUEST for part in ("--perf-case", case)]
     lora, stored = str(out / "records" / "llama-3.2-3b" / "lora.json"), ("--baselines", str(out / "baselines"))
@@ -69,7 +69,6 @@ def in_order(out: Path) -> list[Check]:
         Check("doctor", _command("doctor"), codes=(0, 1)),  # 1: something optional is missing
         Check("the default suite", _pytest("--perf-strict", keep), codes=(0, 10)),
         Check("our engines, a step of one's own", _pytest("--perf-strict", keep, *named), codes=(0, 10)),
-        Check("profile", _command("profile", "llama-3.2-3b/lora", "--out", str(out / "profile"))),
         Check(
             "baseline accept", _command("baseline", "accept", lora, *stored, "--reason", "gpu-check", "--allow-dirty")
         ),
@@ -81,7 +80,7 @@ def in_order(out: Path) -> list[Check]:
 
 
 def together(out: Path) -> list[Check]:
-    """Return the checks that measure no time and may run together: predictions, tiny cases, and commands that read records."""
+    """Return the checks that judge no time and may run together: predictions, tiny cases, and commands that read records."""
     python, gpu, now = sys.executable, machine("cuda").name, version("transformers")
     records = out / "records"
     sides = ("--base-python", python, "--head-python", python)
@@ -90,6 +89,7 @@ def together(out: Path) -> list[Check]:
     files = ("--markdown", str(out / "report.md"), "--csv", str(out / "metrics.csv"))
     return [
         *(_prediction(case, gpu, out) for case in PREDICTED),
+        Check("profile", _command("profile", "llama-3.2-3b/lora", "--out", str(out / "profile"))),
         Check("ab", _command("ab", *sides, "--case", "tiny/lora", "--exact")),
         Check("run", _command("run", "tiny/generate-bf16")),
         # Against a clean run: the committed baselines of tiny cases are of another stack.
