@@ -20,6 +20,7 @@ class Before(msgspec.Struct, frozen=True, kw_only=True):
     case: Case
     stack: dict[str, str]
     settings: dict[str, str] | None = None
+    python: str
     commit: str | None
     metrics: dict[str, Metric]
     """The accepted values; and those that are shown and not gated, of the record that was accepted last."""
@@ -35,6 +36,7 @@ def before_of(record: Record) -> Before:
         case=record.case,
         stack=record.circumstances.stack,
         settings=record.circumstances.settings,
+        python=record.circumstances.python,
         commit=record.circumstances.commit,
         metrics=record.metrics,
         record=record,
@@ -58,6 +60,7 @@ def stored_before(root: Path, key: str, lookup: Lookup) -> Before | None:
         case=lookup.spec,
         stack=lookup.stack,
         settings=lookup.settings,
+        python=lookup.python,
         commit=lookup.accepted.commit,
         metrics=({} if record is None else record.metrics) | lookup.metrics,
         record=record,

@@ -11,6 +11,7 @@ import msgspec
 from hpc_core.baselines.lookup import find
 from hpc_core.explain.before import Before, stored_before
 from hpc_core.explain.device import device_finding
+from hpc_core.explain.host import host_finding
 from hpc_core.explain.memory import memory_finding
 from hpc_core.explain.work import module_changes, work_finding
 from hpc_core.gate.comparability import Place, case_changes, packages_moved
@@ -52,16 +53,15 @@ def stored_cause(root: Path, record: Record, judgement: Judgement | None) -> Cau
 
 def explain(before: Before, now: Record, judgement: Judgement | None = None) -> Cause | None:
     """Return why a record differs from an earlier one; None if nothing differs. What `judgement` finds worse comes first."""
-    found = [
-        each for each in (memory_finding(before, now), device_finding(before, now), work_finding(before, now)) if each
-    ]
+    found = [each(before, now) for each in (memory_finding, device_finding, work_finding, host_finding)]
     facts = _broken_facts(now)
     modules = module_changes(before.profile, now.profile)
-    if not found and not facts and not modules:
+    if not any(found) and not facts and not modules:
         return None
     judged = _judged(judgement)
     ranked = sorted(
-        found, key=lambda each: (judged.get(each.resource, 2), not each.worse, not each.placed, -each.share)
+        (each for each in found if each is not None),
+        key=lambda each: (judged.get(each.resource, 2), not each.worse, not each.placed, -each.share),
     )
     surroundings = _surroundings(before, now)
     what = [*(each.line for each in ranked[:1]), *facts[:_MOST_FACTS], *modules[:1]]

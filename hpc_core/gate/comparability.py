@@ -25,6 +25,8 @@ class Incomparable(msgspec.Struct, frozen=True):
 
     verdict: Verdict
     reason: str
+    judged: bool = True
+    """False: only this metric is left out; the case is judged by its other ones."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -34,6 +36,7 @@ class Place(msgspec.Struct, frozen=True):
     stack: Mapping[str, str]
     settings: Mapping[str, str] | None = None
     """As in `Circumstances.settings`."""
+    python: str = ""
 
 
 def incomparable(name: str, old: Metric, new: Metric, places: tuple[Place, Place] | None = None) -> Incomparable | None:
@@ -53,12 +56,22 @@ def incomparable(name: str, old: Metric, new: Metric, places: tuple[Place, Place
     if "machine" in new.depends_on and before.machine != now.machine:
         reason = f"{name} depends on the machine; the baseline is of {before.machine}, this is {now.machine}."
         return Incomparable(Verdict.INCOMPATIBLE, reason)
+    if (text := other_python(new, before.python, now.python)) is not None:
+        return Incomparable(Verdict.INCOMPATIBLE, f"{name} {text}.", judged=False)
     below = _moved_below_torch(before.stack, now.stack) if new.noise == "busy" else ()
     if below:
         values = sizes.pair(old.value, new.value, new.unit)
         reason = f"{name} {values}, but time cannot be compared across {', '.join(below)}."
         return Incomparable(Verdict.INCONCLUSIVE, reason)
     return None
+
+
+def other_python(metric: Metric, old: str, new: str) -> str | None:
+    """Return why a metric cannot be compared between two versions of Python; None if it can."""
+    before, now = (".".join(version.split(".")[:2]) for version in (old, new))
+    if before == now or "python" not in metric.depends_on:
+        return None
+    return f"depends on Python's minor version, which was {before} and is {now}"
 
 
 def packages_moved(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[str, ...]:

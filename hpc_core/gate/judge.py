@@ -71,7 +71,7 @@ def judge(
     gated = gated_metrics(record)
     tests = sum(metric.noise == "busy" and name in accepted for name, metric in gated.items())
     around = record.circumstances
-    place = Place(around.machine.key, around.stack, around.settings)
+    place = Place(around.machine.key, around.stack, around.settings, around.python)
     context = Context(
         case=record.case.id,
         place=place,
@@ -184,16 +184,19 @@ def _judgement(
         reason=reason,
         next_step=step,
         baseline_path=_path(record),
-        remarks=_new_metrics(record, rows),
+        remarks=_unjudged_metrics(record, rows),
     )
 
 
-def _new_metrics(record: Record, rows: tuple[MetricVerdict, ...]) -> tuple[str, ...]:
-    """Return a sentence on the metrics that the baseline does not hold yet; none if it holds all."""
-    names = [row.metric for row in rows if not row.judged]
-    if not names:
-        return ()
-    return (f"new, not judged: {', '.join(names)}. To have them judged: {update_command(record.case.id)}",)
+def _unjudged_metrics(record: Record, rows: tuple[MetricVerdict, ...]) -> tuple[str, ...]:
+    """Return a sentence on the metrics that the baseline does not hold yet, and one on those of another Python."""
+    why = {Verdict.NO_BASELINE: "new", Verdict.INCOMPATIBLE: "of another Python"}
+    names = {text: [row.metric for row in rows if not row.judged and row.verdict is each] for each, text in why.items()}
+    return tuple(
+        f"{text}, not judged: {', '.join(each)}. To have them judged: {update_command(record.case.id)}"
+        for text, each in names.items()
+        if each
+    )
 
 
 def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:

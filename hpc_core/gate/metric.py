@@ -65,7 +65,7 @@ class _Finding(msgspec.Struct, frozen=True):
 
 def place_of(baseline: Baseline) -> Place:
     """Return where a baseline was measured."""
-    return Place(baseline.machine.key, baseline.stack, baseline.settings)
+    return Place(baseline.machine.key, baseline.stack, baseline.settings, baseline.python)
 
 
 def update_command(case: str) -> str:
@@ -195,7 +195,7 @@ def _against(
     accept = f"Accept anew: {context.update}"
     unlike = incomparable(name, old, new, (place_of(baseline), context.place))
     if unlike is not None and unlike.verdict is Verdict.INCOMPATIBLE:
-        return _Finding(unlike.verdict, "none", unlike.reason, accept)
+        return _Finding(unlike.verdict, "none", unlike.reason, accept, judged=unlike.judged)
     if (text := proves_nothing(name, old)) is not None:
         return _Finding(Verdict.INVALID, "none", f"in the baseline, {text}.", accept)
     if unlike is not None:

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.record.profile import Profile
+from hpc_core.record.profile import FunctionUse, Profile
 from hpc_core.record.record import Circumstances, Fact, KernelFamily, MemoryTimeline, Metric, Record
 
 
@@ -28,6 +28,8 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     makers_at_peak: Mapping[str, int] = {}
     timeline: MemoryTimeline | None = None
     profile: Profile | None = None
+    functions: tuple[FunctionUse, ...] = ()
+    """What the host executed; part of the profile, if there is one."""
     observed: Mapping[str, Any] = {}
     """Data for later instruments that no record contains, such as the operators of a counted step."""
 
@@ -44,6 +46,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
             makers_at_peak=later.makers_at_peak or self.makers_at_peak,
             timeline=later.timeline or self.timeline,
             profile=later.profile or self.profile,
+            functions=later.functions or self.functions,
             observed={**self.observed, **later.observed},
         )
 
@@ -57,7 +60,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
             reasons=self.reasons,
             makers_at_peak=dict(self.makers_at_peak),
             timeline=self.timeline,
-            profile=self.profile,
+            profile=None if self.profile is None else msgspec.structs.replace(self.profile, functions=self.functions),
             losses=tuple(
                 loss for loss in self.losses if math.isfinite(loss)
             ),  # JSON has no NaN; the fact losses_finite reports them

@@ -20,11 +20,13 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.record.record import Better, Dependence, Metric, Noise
 
-Resource = Literal["memory", "work", "device"]
+Resource = Literal["memory", "work", "device", "host"]
 Family = Literal["train", "prefill", "decode"]
 
 BYTES_RATIO = 0.0005
 """0.05 %: the tolerance of bytes."""
+HOST_RATIO = 0.01
+"""1 %: the tolerance of bytecodes and calls."""
 _ALL: tuple[Dependence, ...] = ("case", "stack", "machine")
 
 
@@ -43,6 +45,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     """The last of case, stack and machine that two records must share to be comparable."""
     depends_on_cpu: Dependence | None = None
     """The same where it ran on a CPU, if that differs."""
+    of_python: bool = False
+    """Whether it depends on Python's minor version too. Another one leaves the metric out and judges the rest of the case."""
     gated: bool | Literal["gpu"] = True
     """Whether it is judged; "gpu": only where it ran on a GPU. Metrics that are not gated are shown and stored."""
     tolerance: float = 0.0
@@ -60,9 +64,9 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
         return self.name if self.name in Limits.__struct_fields__ else None
 
     def depends(self, *, on_gpu: bool) -> tuple[Dependence, ...]:
-        """Return what two records must share to be comparable: ("case",), ("case", "stack") or all three."""
+        """Return what two records must share to be comparable: ("case",), ("case", "stack") or all three, and "python"."""
         last = self.depends_on if on_gpu or self.depends_on_cpu is None else self.depends_on_cpu
-        return _ALL[: _ALL.index(last) + 1]
+        return (*_ALL[: _ALL.index(last) + 1], *(("python",) if self.of_python else ()))
 
 
 def _memory(name: str, doc: str, **other: object) -> Definition:
@@ -83,6 +87,12 @@ def _shown_bytes(name: str, doc: str, **other: object) -> Definition:
 def _count(name: str, doc: str, **other: object) -> Definition:
     """A count that is equal in every run."""
     return _definition(name, doc, **({"unit": "1", "noise": "exact", "explained": "work"} | other))
+
+
+def _host_count(name: str, doc: str) -> Definition:
+    """A count of what Python executes: equal in every run, and nearly equal after a change that costs nothing."""
+    facts = {"depends_on_cpu": "stack", "explained": "host", "tolerance": HOST_RATIO, "of_python": True}
+    return _count(name, doc, **facts)
 
 
 def _device_count(name: str, doc: str) -> Definition:
@@ -157,6 +167,19 @@ METRICS: Mapping[str, Definition] = {
         _count("graph_breaks", "Places where torch.compile gave up a graph.", gated="gpu"),
         _count("recompilations", "Times that torch.compile compiled a function again.", gated="gpu"),
         _wall("compilations", "Graphs that torch.compile made in the process.", "1"),
+        # Work of the host
+        _host_count("bytecodes", "Python bytecodes that the host executes."),
+        _host_count("bytecodes_decode", "Python bytecodes that the host executes for decoded tokens."),
+        _host_count("python_calls", "Calls of Python functions."),
+        _host_count("python_calls_decode", "Calls of Python functions for decoded tokens."),
+        _host_count("c_calls", "Calls from Python into C."),
+        _host_count("c_calls_decode", "Calls from Python into C for decoded tokens."),
+        _count(
+            "kept_objects",
+            "Python objects that a further step or query leaves behind.",
+            depends_on_cpu="stack",
+            explained="host",
+        ),
         # Time on the device
         _busy("busy_s", "Time in which the GPU works, for one step.", "train", 0.02),
         _busy("busy_decode_token_s", "Time in which the GPU works, for one decoded token.", "decode", 0.05),

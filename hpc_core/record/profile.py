@@ -59,6 +59,24 @@ class ModuleSeen(_Row, frozen=True, array_like=True):
     """Forward calls of all of them, recomputation included."""
 
 
+class FunctionUse(_Row, frozen=True, array_like=True):
+    """What the host executed in one function."""
+
+    work: str
+    """What was run, as a step or query may have several parts."""
+    file: str
+    """Without the folder that it is imported from."""
+    function: str
+    """Its qualified name: "LlamaDecoderLayer.forward"."""
+    line: int
+    """Where it begins in the file."""
+    bytecodes: int
+    calls: int
+    """Of this function."""
+    c_calls: int
+    """Of functions that are not Python's, by this one."""
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One unit of work, profiled in a separate pass."""
 
@@ -71,6 +89,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     operators: tuple[OperatorUse, ...] = ()
     kernels: tuple[KernelUse, ...] = ()
     """Empty without a GPU."""
+    functions: tuple[FunctionUse, ...] = ()
+    """What the host executed, the most bytecodes first."""
 
     @property
     def peak_bytes(self) -> int:

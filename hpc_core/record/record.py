@@ -17,7 +17,7 @@ from hpc_core.record.profile import Profile
 
 Noise = Literal["exact", "busy", "wall"]
 Better = Literal["lower", "higher", "same"]
-Dependence = Literal["case", "stack", "machine"]
+Dependence = Literal["case", "stack", "machine", "python"]
 _BEYOND = 2**64
 _LONGEST_REASON = 300
 """Characters of a parser's message that are repeated."""
@@ -40,7 +40,8 @@ class Metric(_Seen, frozen=True, kw_only=True):
     noise: Noise
     better: Better
     depends_on: tuple[Dependence, ...]
-    """What a baseline must share to be comparable: ("case",), ("case", "stack") or ("case", "stack", "machine")."""
+    """What a baseline must share to be comparable: ("case",), ("case", "stack") or ("case", "stack", "machine"), and
+    "python" for Python's minor version."""
     gated: bool = True
     """False: shown and stored, never judged (wall time, reserved bytes, shares of a ceiling)."""
     note: str | None = None

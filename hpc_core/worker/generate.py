@@ -21,6 +21,7 @@ from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
+from hpc_core.instruments.host import host_cost, host_findings, kept_objects
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import busy_of, compilations, launches
 from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
@@ -92,6 +93,7 @@ class Generation:
             Instrument("operators", "counters", lambda _: self._count(watched=kind.audit)),
             *audited,
             Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("host's work", "host", self._host),
             Instrument("busy time", "busy", self._busy),
             Instrument("busy shares", None, _busy_shares),
             Instrument(
@@ -276,6 +278,22 @@ class Generation:
             "flops": metric("flops", whole.flops, on_gpu=on_gpu, per=both),
         }
         return Findings(metrics=metrics, observed=observed)
+
+    def _host(self, found: Findings) -> Findings:
+        """Count the host's work for prefill and some tokens; the difference to a query of one token is that of the tokens."""
+        costs = {}
+        for new in (1, 1 + COUNTED_TOKENS):
+            self.program.steps_done = 0
+            with self._new_tokens(new):
+                costs[new] = host_cost(self.program.step)
+        whole, on_gpu = costs[1 + COUNTED_TOKENS], self.place.on_gpu
+        parts = {
+            "": (whole, f"prefill and {COUNTED_TOKENS} tokens"),
+            "_decode": (whole - costs[1], f"{COUNTED_TOKENS} tokens"),
+        }
+        with self._new_tokens(1 + COUNTED_TOKENS):
+            kept = kept_objects(Fixed(self.program, 0).step)
+        return host_findings(parts, on_gpu=on_gpu) | kept
 
     def _audit(self, found: Findings) -> Findings:
         program, case = self.program, self.place.case
