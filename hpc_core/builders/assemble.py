@@ -45,8 +45,8 @@ class Built:
 def build(case: Case, device: torch.device) -> Built:
     """Build the module that this case describes on `device`, in training mode if it is to be trained.
 
-    One that generates is as `from_pretrained` leaves it, but for its head: in evaluation mode, and its weights require gradients. That no
-    graph is recorded is the work of `generate`, and a change there must show.
+    One that generates is as `from_pretrained` leaves it: in evaluation mode, and its weights require gradients. That no graph is
+    recorded is the work of `generate`, and a change there must show.
 
     Raises:
         SpecError: the case is a callable, which builds its own module.
@@ -64,10 +64,6 @@ def build(case: Case, device: torch.device) -> Built:
         if case.adapter is not None:
             torch.manual_seed(case.seed)
             model = merged(attach_adapter(model, case.adapter))
-        # torch multiplies a head that requires gradients by another operator, even within no_grad, than the baselines were accepted with.
-        head: Any = getattr(model, "get_output_embeddings")()  # noqa: B009
-        if head is not None:
-            head.requires_grad_(False)
     config: Any = getattr(model, "config")  # noqa: B009 - transformers' models have it, torch's stubs do not know
     vocabulary = int(config.get_text_config().vocab_size)
     return Built(model=model, device=device, vocab_size=vocabulary, tokenizer=tokenizer_of(case.model))

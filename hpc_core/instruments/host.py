@@ -9,6 +9,7 @@ sys.settrace and sys.setprofile, which count in the calling thread; on a CPU, ba
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import os
@@ -19,7 +20,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.garbage import uncollected
@@ -27,8 +30,15 @@ from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
 from hpc_core.record.profile import FunctionUse
 
-_OURS = tuple(str(Path(__file__).parents[1] / room) + os.sep for room in ("instruments", "integrations", "worker"))
-"""Code of these folders observes the work, and is no part of it."""
+_PACKAGE = Path(__file__).parents[1]
+_TORCH = Path(torch.__file__).parent
+_NOT_WORK = (
+    *(f"{_PACKAGE / room}{os.sep}" for room in ("instruments", "integrations", "predict", "worker")),
+    f"{_TORCH / '_subclasses'}{os.sep}",
+    str(_TORCH / "_library" / "simple_registry.py"),
+)
+"""Code that observes the work, and that stands for a GPU: fake tensors, and how torch dispatches to them."""
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 @dataclass
@@ -87,18 +97,26 @@ def host_cost(work: Callable[[], Any]) -> HostCost:
     return counter.cost
 
 
-def step_cost(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
-    """Return the host's cost of a step, and the objects of it that stay. The step must have run before."""
-    return host_findings({"": (host_cost(work), None)}, on_gpu=on_gpu) | kept_objects(work)
+def step_cost(step: Callable[[], Any], *, on_gpu: bool) -> Findings:
+    """Return what the host executes for a step. The step must have run before."""
+    return _findings({"": (host_cost(step), None)}, on_gpu=on_gpu)
 
 
-def host_findings(parts: Mapping[str, tuple[HostCost, str | None]], *, on_gpu: bool) -> Findings:
-    """Return the metrics of one or more parts of the work, and the last part's functions.
+def query_cost(first: HostCost, whole: HostCost, tokens: int, *, on_gpu: bool) -> Findings:
+    """Return what the host executes for a query, and for the tokens that it decodes after the first.
 
     Args:
-        parts: the cost, and what the totals cover, by the end of the metrics' names: "" or "_decode".
+        first: a query of one new token.
+        whole: the same query with `tokens` more of them.
+        tokens: how many more.
         on_gpu: whether it ran on a GPU.
     """
+    parts = {"": (whole, f"prefill and {tokens} tokens"), "_decode": (whole - first, f"{tokens} tokens")}
+    return _findings(parts, on_gpu=on_gpu)
+
+
+def _findings(parts: Mapping[str, tuple[HostCost, str | None]], *, on_gpu: bool) -> Findings:
+    """Return the metrics and functions of each part by the end of its metrics' names, with what its totals cover."""
     metrics = {
         f"{name}{part}": metric(f"{name}{part}", total, on_gpu=on_gpu, per=per)
         for part, (cost, per) in parts.items()
@@ -111,7 +129,7 @@ def host_findings(parts: Mapping[str, tuple[HostCost, str | None]], *, on_gpu: b
 _KEPT_PASSES = 3
 
 
-def kept_objects(work: Callable[[], Any]) -> Findings:
+def kept_objects(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
     """Return how many objects that the garbage collector tracks each further pass leaves behind: 0 for one that leaks none.
 
     Tensors, modules, lists and dictionaries are tracked; numbers and strings are not. The least of three passes counts, because
@@ -128,17 +146,38 @@ def kept_objects(work: Callable[[], Any]) -> Findings:
     finally:
         gc.unfreeze()
     least = min(later - earlier for earlier, later in itertools.pairwise(counts))
-    return Findings(metrics={"kept_objects": metric("kept_objects", max(0, least))})
+    return Findings(metrics={"kept_objects": metric("kept_objects", max(0, least), on_gpu=on_gpu)})
 
 
 class HostCounter:
-    """Counts what the host executes in a `with` block, into `cost`, without the code of this package's instruments.
+    """Counts what the host executes in a `with` block, into `cost`, without the code of instruments and of fake tensors.
 
     On Python 3.11 only functions that are called in the block are counted, not the ones that run already.
     """
 
+    _active: ClassVar[HostCounter | None] = None
+
     def __init__(self) -> None:
         self.cost = HostCost()
+        self._paused = set[int]()
+        """Threads that are not counted for the moment."""
+
+    @classmethod
+    def pausing(cls, call: Call) -> Call:
+        """Decorate a function that stands for hardware, so that nothing it calls is counted."""
+
+        @functools.wraps(call)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            active = cls._active
+            if active is None:
+                return call(*args, **kwargs)
+            state = active._pause()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                active._resume(state)
+
+        return cast("Call", paused)
 
     if sys.version_info >= (3, 12):
 
@@ -156,6 +195,19 @@ class HostCounter:
                 )
             self._tool = free[-1]
             monitoring.use_tool_id(self._tool, "hpc-core")
+            counted = _counted_threads()
+
+            def adding(counter: Counter[CodeType]) -> Callable[..., Any]:
+                def add(code: CodeType, *_: Any) -> Any:
+                    if not _is_work(code):
+                        return monitoring.DISABLE
+                    ident = threading.get_ident()
+                    if ident not in self._paused and counted(ident):
+                        counter[code] += 1
+                    return None
+
+                return add
+
             counters = {
                 events.INSTRUCTION: self.cost.bytecodes,
                 events.PY_START: self.cost.calls,
@@ -163,53 +215,78 @@ class HostCounter:
                 events.C_RETURN: self.cost.c_calls,
                 events.C_RAISE: self.cost.c_calls,
             }
-            counted = _counted_threads()
             for event, counter in counters.items():
-                monitoring.register_callback(self._tool, event, _adding(counter, counted))
-            # C_RETURN and C_RAISE come only with CALL, which alone has no callback.
+                monitoring.register_callback(self._tool, event, adding(counter))
+            monitoring.restart_events()
+            # C_RETURN and C_RAISE come only with CALL, which has no callback of its own.
             monitoring.set_events(self._tool, events.CALL | sum(counters))
+            HostCounter._active = self
             return self
 
         def __exit__(self, *_: object) -> None:
             """Stop counting."""
+            HostCounter._active = None
             sys.monitoring.set_events(self._tool, 0)
             sys.monitoring.free_tool_id(self._tool)
+
+        def _pause(self) -> bool:
+            ident = threading.get_ident()
+            outermost = ident not in self._paused
+            self._paused.add(ident)
+            return outermost
+
+        def _resume(self, outermost: bool) -> None:
+            if outermost:
+                self._paused.discard(threading.get_ident())
 
     else:
 
         def __enter__(self) -> Self:
             """Begin to count in this thread."""
-            bytecodes, calls, c_calls = self.cost.bytecodes, self.cost.calls, self.cost.c_calls
+            cost = self.cost
 
             def each(frame: FrameType, event: str, _: Any) -> Any:
                 if event == "opcode":
-                    bytecodes[frame.f_code] += 1
+                    cost.bytecodes[frame.f_code] += 1
                 return each
 
             def enter(frame: FrameType, _: str, __: Any) -> Any:
-                if _is_ours(frame.f_code):
+                if not _is_work(frame.f_code):
                     return None
                 frame.f_trace_opcodes, frame.f_trace_lines = True, False
                 return each
 
             def call(frame: FrameType, event: str, _: Any) -> None:
-                counter = {"call": calls, "c_call": c_calls}.get(event)
-                if counter is not None and not _is_ours(frame.f_code):
+                counter = {"call": cost.calls, "c_call": cost.c_calls}.get(event)
+                if counter is not None and _is_work(frame.f_code):
                     counter[frame.f_code] += 1
 
             self._before = sys.gettrace(), sys.getprofile()
             sys.setprofile(call)
             sys.settrace(enter)
+            HostCounter._active = self
             return self
 
         def __exit__(self, *_: object) -> None:
             """Stop counting."""
+            HostCounter._active = None
             sys.settrace(self._before[0])
             sys.setprofile(self._before[1])
 
+        def _pause(self) -> tuple[Any, Any]:
+            before = sys.gettrace(), sys.getprofile()
+            sys.setprofile(None)
+            sys.settrace(None)
+            return before
 
-def _is_ours(code: CodeType) -> bool:
-    return code.co_filename.startswith(_OURS)
+        def _resume(self, before: tuple[Any, Any]) -> None:
+            sys.settrace(before[0])
+            sys.setprofile(before[1])
+
+
+@functools.cache
+def _is_work(code: CodeType) -> bool:
+    return not code.co_filename.startswith(_NOT_WORK)
 
 
 def _counted_threads() -> Callable[[int], bool]:
@@ -222,19 +299,6 @@ def _counted_threads() -> Callable[[int], bool]:
         return known[ident]
 
     return counts
-
-
-def _adding(counter: Counter[CodeType], counted: Callable[[int], bool]) -> Callable[..., None]:
-    ours: dict[CodeType, bool] = {}
-
-    def add(code: CodeType, *_: Any) -> None:
-        mine = ours.get(code)
-        if mine is None:
-            mine = ours[code] = _is_ours(code)
-        if not mine and counted(threading.get_ident()):
-            counter[code] += 1
-
-    return add
 
 
 def _file(path: str) -> str:

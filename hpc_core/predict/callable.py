@@ -5,6 +5,7 @@ from __future__ import annotations
 from hpc_core.case.errors import PredictError
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.engine import Program
+from hpc_core.instruments.host import step_cost
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.kernels import BUSY_STEPS
 from hpc_core.predict.own_code import own_code
@@ -44,6 +45,7 @@ def predict_callable(place: Place) -> Findings:
                 Instrument("warm-up", "warm-up", lambda _: _warm_up(program)),
                 Instrument("memory", "memory", lambda _: _memory(place, program, workload.factory)),
                 Instrument("launches", "counters", lambda _: _launches(place, program)),
+                Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=True)),
             ),
             program,
             place.phases,

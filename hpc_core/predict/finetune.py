@@ -9,6 +9,7 @@ from fractions import Fraction
 from hpc_core.audit.model import context_note
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.instruments.host import step_cost
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.kernels import BUSY_STEPS
 from hpc_core.instruments.owners import (
@@ -18,6 +19,7 @@ from hpc_core.instruments.owners import (
     owned_bytes,
     weight_tensors,
 )
+from hpc_core.instruments.program import Fixed
 from hpc_core.predict.place import DEVICE, Place, audit, build_model, memory_of
 from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import Counts, GpuWatch
@@ -40,6 +42,7 @@ def predict_finetune(place: Place) -> Findings:
             Instrument("optimizer's state", "warm-up", lambda _: _first_step(place, program)),
             Instrument("memory", "memory", lambda _: _memory(place, program)),
             Instrument("operators", "counters", lambda _: _counts(place, program)),
+            Instrument("host's work", "host", lambda _: _host(place, program)),
             Instrument("audit", "audit", lambda _: audit(place, built)),
         ),
         program,
@@ -131,6 +134,12 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
     }
     metrics = {name: metric(name, total, on_gpu=True, per=per) for name, (total, per) in totals.items()}
     return Findings(metrics=metrics, notes=notes)
+
+
+def _host(place: Place, program: FinetuneProgram) -> Findings:
+    batch = program.batches[program.widest]
+    place.policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
+    return step_cost(Fixed(program, program.widest).step, on_gpu=True)
 
 
 def _width(program: FinetuneProgram, index: int) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from hpc_core.audit.model import context_note
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
+from hpc_core.instruments.host import host_cost, query_cost
 from hpc_core.instruments.instrument import Instrument, observe
 from hpc_core.instruments.owners import by_module, cache_tensors, watch_cache, weight_tensors
 from hpc_core.instruments.program import unmarked
@@ -43,6 +44,15 @@ class _Generation:
         self._remaining -= 1
         return self._remaining >= 0
 
+    def begin(self, index: int, new_tokens: int, room: int | None = None) -> None:
+        """Prepare the program so that its next step is prompt number `index` and `new_tokens` tokens."""
+        program = self.program
+        prompt = program.prompts[index]
+        self.policy.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
+        program.new_tokens, program.steps_done = room or new_tokens, index
+        program.ended_after = new_tokens
+        self._remaining = new_tokens
+
     def query(self, index: int, new_tokens: int, *, marked: bool, room: int | None = None) -> None:
         """Run prompt number `index` and `new_tokens` tokens; `marked` adds the marks of phases, and so the streamer's copies.
 
@@ -50,11 +60,8 @@ class _Generation:
         """
         gc.collect()  # reference cycles of the query before
         program = self.program
-        prompt = program.prompts[index]
-        self.policy.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
-        before, program.new_tokens, program.steps_done = program.new_tokens, room or new_tokens, index
-        program.ended_after = new_tokens
-        self._remaining = new_tokens
+        before = program.new_tokens
+        self.begin(index, new_tokens, room)
         program.step(self.watch if marked else unmarked)
         program.new_tokens, program.ended_after = before, None
 
@@ -71,6 +78,7 @@ def predict_generate(place: Place) -> Findings:
             Instrument("tokens", None, lambda _: _tokens(program)),
             Instrument("warm query", "warm-up", lambda _: _warm_query(generation)),
             Instrument("operators", "counters", lambda _: _counts(generation)),
+            Instrument("host's work", "host", lambda _: _host(generation)),
             Instrument("memory", "memory", lambda _: _memory(place, generation)),
             Instrument("audit", "audit", lambda _: audit(place, built)),
         ),
@@ -118,6 +126,16 @@ def _counts(generation: _Generation) -> Findings:
         first, all_ = getattr(prefill, name), getattr(whole, name)
         totals[name] = (first + (all_ - first) * decoded // COUNTED_TOKENS, busy)
     return Findings(metrics={name: metric(name, total, on_gpu=True, per=per) for name, (total, per) in totals.items()})
+
+
+def _host(generation: _Generation) -> Findings:
+    program, costs = generation.program, {}
+    before = program.new_tokens
+    for new in (1, 1 + COUNTED_TOKENS):
+        generation.begin(0, new)
+        costs[new] = host_cost(program.step)
+    program.new_tokens, program.ended_after = before, None
+    return query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=True)
 
 
 def _memory(place: Place, generation: _Generation) -> Findings:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hpc_core.case.errors import PredictError
 from hpc_core.instruments.counters import FREE, own_formulas
+from hpc_core.instruments.host import HostCounter
 from hpc_core.instruments.places import nowhere
 from hpc_core.instruments.timeline import Allocation, Timeline
 from hpc_core.predict.allocator import Allocator
@@ -124,6 +125,12 @@ class GpuWatch(TorchDispatchMode):
             if known is not None and known[0]() is tensor.untyped_storage():
                 known[1].module = module
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False, so that torch does not wrap the method below: no function is compiled in a prediction."""
+        return False
+
+    @HostCounter.pausing
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator on fake tensors, and record what a GPU would allocate, free and launch."""
         kwargs = kwargs or {}

@@ -11,7 +11,7 @@ from hpc_core.instruments.attribution import profile_step
 from hpc_core.instruments.clock import wall_steps, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
-from hpc_core.instruments.host import step_cost
+from hpc_core.instruments.host import kept_objects, step_cost
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
 from hpc_core.instruments.memory import measure_memory, process_memory
@@ -55,6 +55,7 @@ class OwnStep:
             Instrument("operators", "counters", self._count),
             Instrument("compilations", None, lambda _: compilations(device)),
             Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=place.on_gpu)),
+            Instrument("kept objects", None, lambda _: kept_objects(program.step, on_gpu=place.on_gpu)),
             Instrument("busy time", "busy", lambda _: busy_steps(program, device)),
             Instrument("busy share", None, _busy_share),
             *joules,

@@ -20,7 +20,7 @@ from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
-from hpc_core.instruments.host import step_cost
+from hpc_core.instruments.host import kept_objects, step_cost
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
 from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_memory
@@ -236,7 +236,8 @@ class Training:
     def _host(self, found: Findings) -> Findings:
         """Count the host's work in a step on the widest batch; a batch that is not resident is made in the step."""
         with self.program.batches.by_index():
-            return step_cost(self.widest.step, on_gpu=self.place.on_gpu)
+            cost = step_cost(self.widest.step, on_gpu=self.place.on_gpu)
+            return cost | kept_objects(self.widest.step, on_gpu=self.place.on_gpu)
 
     def _busy(self, found: Findings) -> Findings:
         self.program.go_to(0)

@@ -21,7 +21,7 @@ from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, seconds_of, synchronize, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
-from hpc_core.instruments.host import host_cost, host_findings, kept_objects
+from hpc_core.instruments.host import host_cost, kept_objects, query_cost
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import busy_of, compilations, launches
 from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
@@ -286,14 +286,9 @@ class Generation:
             self.program.steps_done = 0
             with self._new_tokens(new):
                 costs[new] = host_cost(self.program.step)
-        whole, on_gpu = costs[1 + COUNTED_TOKENS], self.place.on_gpu
-        parts = {
-            "": (whole, f"prefill and {COUNTED_TOKENS} tokens"),
-            "_decode": (whole - costs[1], f"{COUNTED_TOKENS} tokens"),
-        }
+        cost = query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=self.place.on_gpu)
         with self._new_tokens(1 + COUNTED_TOKENS):
-            kept = kept_objects(Fixed(self.program, 0).step)
-        return host_findings(parts, on_gpu=on_gpu) | kept
+            return cost | kept_objects(Fixed(self.program, 0).step, on_gpu=self.place.on_gpu)
 
     def _audit(self, found: Findings) -> Findings:
         program, case = self.program, self.place.case
