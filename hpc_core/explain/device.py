@@ -12,7 +12,7 @@ from hpc_core.record.profile import KernelUse, Profile
 from hpc_core.record.record import Metric, Record
 
 _BUSY = tuple(name for name, each in METRICS.items() if each.noise == "busy")
-_COUNTS = ("kernels", "copies", "memsets", "synchronizations")
+_COUNTS = ("kernels", "copies", "memsets", "launches", "synchronizations", "device_allocations", "device_frees")
 _WORTH = 0.005
 """Share of busy time; less is the noise of one process."""
 _NOTABLE = 0.001

@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 
 from hpc_core.case.errors import SpecError
-from hpc_core.faults import building, generation, training
+from hpc_core.faults import building, generation, host, training
 from hpc_core.faults.fault import TWIN, Fault, Injection, put_in_place
 
 
@@ -19,7 +19,7 @@ def _declared(module: ModuleType) -> list[Fault]:
 
 
 FAULTS: dict[str, Fault] = {
-    fault.name: fault for module in (building, training, generation) for fault in _declared(module)
+    fault.name: fault for module in (building, training, generation, host) for fault in _declared(module)
 }
 
 _IN_PLACE: list[str] = []

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -90,7 +89,7 @@ def fault(
             def call(*args: Any, **kwargs: Any) -> Any:
                 return worse(original, *args, **kwargs) if injection.hit() else original(*args, **kwargs)
 
-            call.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]  # generate() reads it
+            call.__wrapped__ = original  # type: ignore[attr-defined]  # generate() reads the signature
             return call
 
         return Fault(

@@ -34,6 +34,7 @@ _PACKAGE = Path(__file__).parents[1]
 _TORCH = Path(torch.__file__).parent
 _NOT_WORK = (
     *(f"{_PACKAGE / room}{os.sep}" for room in ("instruments", "integrations", "predict", "worker")),
+    str(_PACKAGE / "faults" / "fault.py"),
     f"{_TORCH / '_subclasses'}{os.sep}",
     str(_TORCH / "_library" / "simple_registry.py"),
 )
@@ -147,6 +148,18 @@ def kept_objects(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
         gc.unfreeze()
     least = min(later - earlier for earlier, later in itertools.pairwise(counts))
     return Findings(metrics={"kept_objects": metric("kept_objects", max(0, least), on_gpu=on_gpu)})
+
+
+def as_after_compiling() -> None:
+    """Let torch make the changes to its optimizers that it makes when a function is compiled for the first time in a process.
+
+    Importing peft or bitsandbytes causes them too. A step would otherwise execute more, or less, by what was imported before.
+    """
+    torch.compile(_nothing, backend="eager")
+
+
+def _nothing() -> None:
+    pass
 
 
 class HostCounter:

@@ -74,6 +74,8 @@ _KINDS = (
     ("wait", re.compile(r"^cu(da)?(Device|Ctx|Stream|Event)Synchronize")),
     ("copy", re.compile(r"^cu(da)?Memcpy")),
     ("fill", re.compile(r"^cu(da)?Memset")),
+    ("allocation", re.compile(r"^cu(da)?(Mem(Alloc|Create)|Malloc)")),
+    ("free", re.compile(r"^cu(da)?(Mem)?(Free|Release)")),
     ("mark", re.compile(MARK)),
     ("capture", re.compile(r"StreamBeginCapture")),
     ("captured", re.compile(r"StreamEndCapture")),
@@ -96,7 +98,7 @@ def _call_kind(name: str) -> str | None:
 
 
 def kinds(calls: Iterable[HostCall]) -> list[str]:
-    """Return launch, graph, wait, copy, fill or mark for each such call, in the host's order, each call once.
+    """Return launch, graph, wait, copy, fill, allocation, free or mark for each such call, in the host's order, each call once.
 
     Calls during the capture of a CUDA graph run nothing and are left out: torch.compile captures again for a new cache.
     """
@@ -120,11 +122,6 @@ def made_between(ordered: Sequence[str]) -> list[str]:
     if "wait" in inner:
         inner.remove("wait")  # the first one: we wait for the sentinel before the work begins
     return inner
-
-
-def synchronizations(between: Sequence[str]) -> int:
-    """Count how often the host waited for a stream, an event or the whole device."""
-    return sum(kind == "wait" for kind in between)
 
 
 def steps_alike(between: Sequence[str], steps: int) -> bool:
@@ -185,8 +182,13 @@ class DeviceActivity:
     kernel_s: dict[str, float]
     """Seconds by kernel name."""
     kernel_counts: dict[str, int]
+    launches: int = 0
+    """How often the host launched a kernel or a CUDA graph."""
     synchronizations: int = 0
-    """How often the host waited for the device."""
+    """How often the host waited for a stream, an event or the whole device."""
+    device_allocations: int = 0
+    """How often the host asked the driver for memory, not torch's allocator."""
+    device_frees: int = 0
     steps_alike: bool = False
     """True if all steps that `mark_step` ended have equal numbers of launches, copies, fills and waits."""
 
@@ -215,7 +217,15 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
             continue
         between = made_between(ordered)
         alike = marked_steps > 0 and steps_alike(between, marked_steps)
-        return replace(activity, synchronizations=synchronizations(between), steps_alike=alike)
+        made = Counter(between)
+        return replace(
+            activity,
+            launches=made["launch"] + made["graph"],
+            synchronizations=made["wait"],
+            device_allocations=made["allocation"],
+            device_frees=made["free"],
+            steps_alike=alike,
+        )
     raise MeasureError(f"{problem} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
 
 
@@ -379,9 +389,20 @@ def _busy_metrics(activity: DeviceActivity | None, steps: int) -> Findings:
     return busy | launches(activity, per=f"{BUSY_STEPS} steps", times=BUSY_STEPS // steps)
 
 
+_COUNTS = (
+    "kernels",
+    "copies",
+    "memsets",
+    "launches",
+    "synchronizations",
+    "device_allocations",
+    "device_frees",
+)
+
+
 def launches(activity: DeviceActivity, *, per: str, times: int = 1) -> Findings:
-    """Return kernels, copies, memsets and synchronizations of this work, and its kernels by family, all times `times`."""
-    counts = {name: getattr(activity, name) * times for name in ("kernels", "copies", "memsets", "synchronizations")}
+    """Return what the device did and the host called for this work, and its kernels by family, all times `times`."""
+    counts = {name: getattr(activity, name) * times for name in _COUNTS}
     families = families_of(activity.kernel_s, activity.kernel_counts)
     return Findings(
         metrics={name: metric(name, value, on_gpu=True, per=per) for name, value in counts.items()},

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from hpc_core.record.profile import ModuleSeen
 
@@ -46,6 +47,28 @@ class Places:
         self._names: dict[int, tuple[str, torch.nn.Module]] = {}
         self._stack: list[tuple[int, str, int]] = []
         self._calls: Counter[str] = Counter()
+        self._handles: tuple[RemovableHandle, ...] = ()
+
+    def follow(self) -> None:
+        """Begin to follow the forward of every module in this process."""
+        self._handles = (
+            hooks.register_module_forward_pre_hook(self.before_forward),
+            hooks.register_module_forward_hook(self.after_forward, always_call=True),
+        )
+
+    def unfollow(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Run modules without hooks in the block: they cost the host as much as the modules do."""
+        self.unfollow()
+        try:
+            yield
+        finally:
+            self.follow()
 
     def here(self) -> str:
         """Return the path of the innermost running module; empty outside all modules."""
@@ -105,12 +128,8 @@ def _mark_nodes(output: Any, path: str, began: int) -> None:
 def following() -> Iterator[Places]:
     """Follow the forward of every module in this process while the block runs."""
     places = Places()
-    handles = (
-        hooks.register_module_forward_pre_hook(places.before_forward),
-        hooks.register_module_forward_hook(places.after_forward, always_call=True),
-    )
+    places.follow()
     try:
         yield places
     finally:
-        for handle in handles:
-            handle.remove()
+        places.unfollow()

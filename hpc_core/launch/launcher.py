@@ -203,8 +203,10 @@ def _reap(supervisor: subprocess.Popen[bytes]) -> None:
 
 
 def preloadable(cases: Sequence[Case]) -> tuple[str, ...]:
-    """Return the packages beyond torch and transformers that workers of these cases import: seconds for each of them."""
-    names = ["peft"] if any(case.adapter is not None for case in cases) else []
+    """Return the modules beyond torch's and transformers' first ones that workers of these cases import: a second or more each."""
+    names = ["torch._dynamo"]
+    if any(case.adapter is not None for case in cases):
+        names.append("peft")
     if any(_uses_bitsandbytes(case) for case in cases):
         names.append("bitsandbytes")
     return tuple(names)

@@ -45,7 +45,7 @@ def predict_callable(place: Place) -> Findings:
                 Instrument("warm-up", "warm-up", lambda _: _warm_up(program)),
                 Instrument("memory", "memory", lambda _: _memory(place, program, workload.factory)),
                 Instrument("launches", "counters", lambda _: _launches(place, program)),
-                Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=True)),
+                Instrument("host's work", "host", lambda _: _host(place, program)),
             ),
             program,
             place.phases,
@@ -83,6 +83,11 @@ def _memory(place: Place, program: Program, factory: str) -> Findings:
         "flops": metric("flops", counts.flops, on_gpu=True),
     }
     return found | Findings(metrics=metrics, notes=notes)
+
+
+def _host(place: Place, program: Program) -> Findings:
+    with place.modules.pausing():
+        return step_cost(program.step, on_gpu=True)
 
 
 def _launches(place: Place, program: Program) -> Findings:

@@ -139,7 +139,8 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
 def _host(place: Place, program: FinetuneProgram) -> Findings:
     batch = program.batches[program.widest]
     place.policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
-    return step_cost(Fixed(program, program.widest).step, on_gpu=True)
+    with place.modules.pausing():
+        return step_cost(Fixed(program, program.widest).step, on_gpu=True)
 
 
 def _width(program: FinetuneProgram, index: int) -> int:

@@ -78,7 +78,7 @@ def predict_generate(place: Place) -> Findings:
             Instrument("tokens", None, lambda _: _tokens(program)),
             Instrument("warm query", "warm-up", lambda _: _warm_query(generation)),
             Instrument("operators", "counters", lambda _: _counts(generation)),
-            Instrument("host's work", "host", lambda _: _host(generation)),
+            Instrument("host's work", "host", lambda _: _host(place, generation)),
             Instrument("memory", "memory", lambda _: _memory(place, generation)),
             Instrument("audit", "audit", lambda _: audit(place, built)),
         ),
@@ -128,12 +128,13 @@ def _counts(generation: _Generation) -> Findings:
     return Findings(metrics={name: metric(name, total, on_gpu=True, per=per) for name, (total, per) in totals.items()})
 
 
-def _host(generation: _Generation) -> Findings:
+def _host(place: Place, generation: _Generation) -> Findings:
     program, costs = generation.program, {}
     before = program.new_tokens
     for new in (1, 1 + COUNTED_TOKENS):
         generation.begin(0, new)
-        costs[new] = host_cost(program.step)
+        with place.modules.pausing():
+            costs[new] = host_cost(program.step)
     program.new_tokens, program.ended_after = before, None
     return query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=True)
 

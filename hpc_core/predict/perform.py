@@ -18,6 +18,7 @@ from hpc_core.case.errors import PredictError
 from hpc_core.engines.engine import Engine, engine_of
 from hpc_core.faults.catalogue import inject
 from hpc_core.instruments.clock import quiet
+from hpc_core.instruments.host import as_after_compiling
 from hpc_core.instruments.instrument import Phases
 from hpc_core.instruments.places import following, nowhere
 from hpc_core.predict.callable import predict_callable
@@ -60,6 +61,7 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
     started = datetime.datetime.now(datetime.UTC)
     phases = Phases(emit, time.perf_counter() if began is None else began)
     gpu = gpu_named(job.kind.gpu)
+    as_after_compiling()
     injection = None if job.fault is None else inject(job.fault)
     engine = engine_of(job.case)
     if (why := engine.unpredictable(job.case)) is not None:

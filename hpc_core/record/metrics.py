@@ -188,7 +188,10 @@ METRICS: Mapping[str, Definition] = {
         _device_count("kernels_prefill", "Kernels launched for one prefill."),
         _device_count("copies", "Copies of memory, on the device and to and from it."),
         _device_count("memsets", "Fills of memory."),
+        _device_count("launches", "Times that the host launches a kernel or a CUDA graph."),
         _device_count("synchronizations", "Times that the host waits for the device."),
+        _device_count("device_allocations", "Times that the host asks the driver for memory."),
+        _device_count("device_frees", "Times that the host gives memory back to the driver."),
         # Time by the host's clock
         _wall("step_s", "Time of one step."),
         _wall("query_s", "Time of one query, prefill and all its tokens."),

@@ -45,6 +45,8 @@ class OwnStep:
         explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
         return (
             Instrument("time", "measure", lambda _: wall_steps(program, device, self.steps)),
+            Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=place.on_gpu)),
+            Instrument("kept objects", None, lambda _: kept_objects(program.step, on_gpu=place.on_gpu)),
             Instrument(
                 "memory",
                 "memory",
@@ -54,8 +56,6 @@ class OwnStep:
             ),
             Instrument("operators", "counters", self._count),
             Instrument("compilations", None, lambda _: compilations(device)),
-            Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=place.on_gpu)),
-            Instrument("kept objects", None, lambda _: kept_objects(program.step, on_gpu=place.on_gpu)),
             Instrument("busy time", "busy", lambda _: busy_steps(program, device)),
             Instrument("busy share", None, _busy_share),
             *joules,

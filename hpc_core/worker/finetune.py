@@ -81,13 +81,13 @@ class Training:
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
         return (
             Instrument("time", "measure", self._time),
+            Instrument("host's work", "host", self._host),
             Instrument("memory", "memory", lambda found: self._memory(found, timeline=kind.timeline), captured=False),
             Instrument("operators", "counters", lambda _: self._count(watched=kind.audit), captured=False),
             *audited,
             Instrument("engine's counters", None, program.counters),
             *engine,
             Instrument("compilations", None, lambda _: compilations(device)),
-            Instrument("host's work", "host", self._host),
             Instrument("busy time", "busy", self._busy),
             *self._feed(audit=kind.audit),
             *joules,

@@ -89,11 +89,11 @@ class Generation:
         return (
             Instrument("engine's counters", None, program.counters),
             Instrument("time", "measure", self._time),
+            Instrument("host's work", "host", self._host),
             Instrument("memory", "memory", lambda found: self._memory(found, timeline=kind.timeline), captured=False),
             Instrument("operators", "counters", lambda _: self._count(watched=kind.audit)),
             *audited,
             Instrument("compilations", None, lambda _: compilations(device)),
-            Instrument("host's work", "host", self._host),
             Instrument("busy time", "busy", self._busy),
             Instrument("busy shares", None, _busy_shares),
             Instrument(

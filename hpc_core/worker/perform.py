@@ -16,6 +16,7 @@ from hpc_core.bounds.check import judged
 from hpc_core.case.errors import MissingLibraryError
 from hpc_core.engines.engine import Program, engine_of
 from hpc_core.faults.catalogue import in_place, inject
+from hpc_core.instruments.host import as_after_compiling
 from hpc_core.instruments.instrument import Instrument, Phases, observe
 from hpc_core.instruments.machine import measure_machine
 from hpc_core.record.environment import circumstances, gpu_state
@@ -117,6 +118,7 @@ def _perform(
     if case.model is not None and case.model.shape == "tiny" and job.launched != "inline":
         # Synchronizing threads costs more than a tiny product, and ten times as much on a busy machine.
         torch.set_num_threads(1)
+    as_after_compiling()
     found = _left_faults()
     injection = None if job.fault is None else inject(job.fault)
     engine = engine_of(case)
