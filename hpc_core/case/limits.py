@@ -62,13 +62,23 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     kernels_prefill: Limit = None
     copies: Limit = None
     memsets: Limit = None
+    launches: Limit = None
     synchronizations: Limit = None
+    device_allocations: Limit = None
+    device_frees: Limit = None
     graph_breaks: Limit = None
     recompilations: Limit = None
     operators: Limit = None
     operators_decode: Limit = None
     flops: Limit = None
     flops_prefill: Limit = None
+    bytecodes: Limit = None
+    bytecodes_decode: Limit = None
+    python_calls: Limit = None
+    python_calls_decode: Limit = None
+    c_calls: Limit = None
+    c_calls_decode: Limit = None
+    kept_objects: Limit = None
     trainable_parameters: Limit = None
 
     def __post_init__(self) -> None:

@@ -29,7 +29,7 @@ class _Change(msgspec.Struct, frozen=True):
 
     @property
     def text(self) -> str:
-        """Return it in words: "LlamaDecoderLayer.forward (modeling_llama.py:312) +5,960 bytecodes, +4 calls"."""
+        """Return it in words: function, file and line, and by how many bytecodes and calls."""
         counts = (("bytecodes", self.bytecodes), ("calls", self.calls), ("calls into C", self.c_calls))
         sizes_ = ", ".join(f"{count:+,} {name}" for name, count in counts if count)
         return f"{self.use.function} ({PurePosixPath(self.use.file).name}:{self.use.line}) {sizes_}"

@@ -137,15 +137,10 @@ def kept_objects(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
     a cache that fills is no leak.
     """
     counts = []
-    gc.collect()
-    gc.freeze()  # what is there already need not be walked again
-    try:
-        for _ in range(1 + _KEPT_PASSES):
-            work()
-            gc.collect()
-            counts.append(len(gc.get_objects()))
-    finally:
-        gc.unfreeze()
+    for _ in range(1 + _KEPT_PASSES):
+        work()
+        gc.collect()
+        counts.append(len(gc.get_objects()))
     least = min(later - earlier for earlier, later in itertools.pairwise(counts))
     return Findings(metrics={"kept_objects": metric("kept_objects", max(0, least), on_gpu=on_gpu)})
 
@@ -210,14 +205,11 @@ class HostCounter:
             monitoring.use_tool_id(self._tool, "hpc-core")
             counted = _counted_threads()
 
-            def adding(counter: Counter[CodeType]) -> Callable[..., Any]:
-                def add(code: CodeType, *_: Any) -> Any:
-                    if not _is_work(code):
-                        return monitoring.DISABLE
+            def adding(counter: Counter[CodeType]) -> Callable[..., None]:
+                def add(code: CodeType, *_: Any) -> None:
                     ident = threading.get_ident()
-                    if ident not in self._paused and counted(ident):
+                    if ident not in self._paused and _is_work(code) and counted(ident):
                         counter[code] += 1
-                    return None
 
                 return add
 
@@ -230,7 +222,6 @@ class HostCounter:
             }
             for event, counter in counters.items():
                 monitoring.register_callback(self._tool, event, adding(counter))
-            monitoring.restart_events()
             # C_RETURN and C_RAISE come only with CALL, which has no callback of its own.
             monitoring.set_events(self._tool, events.CALL | sum(counters))
             HostCounter._active = self
@@ -308,7 +299,10 @@ def _counted_threads() -> Callable[[int], bool]:
 
     def counts(ident: int) -> bool:
         if ident not in known:
-            known[ident] = all(each.ident != ident for each in threading.enumerate())
+            frame: FrameType | None = sys._getframe()
+            while frame is not None:
+                outermost, frame = frame, frame.f_back
+            known[ident] = outermost.f_code.co_filename != threading.__file__
         return known[ident]
 
     return counts

@@ -44,8 +44,9 @@ def build_model(place: Place) -> tuple[Built, Findings]:
     """Build the case's module; return it, its bytes, and the peak while it was loaded."""
     place.phases.enter("build")
     built = build(place.case, DEVICE)
-    model = place.case.model
-    if model is not None and model.drawn and model.sizes is not None:
+    model, quantization = place.case.model, place.case.quantization
+    int8 = quantization is not None and quantization.kind == "int8"
+    if int8 and model is not None and model.drawn and model.sizes is not None:
         OUTLIERS.watch(built.model, model.sizes.hidden_size)
     return built, load_peak(place) | Findings(metrics=model_metrics(built.model))
 

@@ -18,7 +18,8 @@ from hpc_core.explain.findings import block
 from hpc_core.explain.memory import _changes
 from hpc_core.gate.judge import judge
 from hpc_core.instruments.attribution import DeviceWork, Range, attributed
-from hpc_core.record.profile import KernelUse, ModuleSeen, OperatorUse, Piece, Profile
+from hpc_core.record.metrics import metric
+from hpc_core.record.profile import FunctionUse, KernelUse, ModuleSeen, OperatorUse, Piece, Profile
 from hpc_core.record.record import Fact, Record, record_from_json, record_to_json
 from tests.explain.profiles import GIB, HEAD, MLP, MODULES, a_profile, profiled_record, weights
 from tests.strategies import H100, around, busy, counted, peak
@@ -208,3 +209,43 @@ def test_what_got_worse_comes_before_what_got_better() -> None:
 
     assert first.startswith("peak +1.00 GiB")
     assert second.startswith("also operators -817, -50.53 %: mm -8 in LlamaMLP")
+
+
+def host_record(*functions: FunctionUse, **changes: object) -> Record:
+    """A record whose bytecodes are those of these functions."""
+    total = sum(each.bytecodes for each in functions)
+    count = metric("bytecodes", total, on_gpu=True)
+    return msgspec.structs.replace(profiled_record(a_profile(functions=functions), bytecodes=count), **changes)
+
+
+LAYER = FunctionUse(
+    "step", "transformers/models/llama/modeling_llama.py", "LlamaDecoderLayer.forward", 312, 980, 28, 112
+)
+CALL = FunctionUse("step", "torch/nn/modules/module.py", "Module._call_impl", 1782, 5_000, 300, 300)
+
+
+def test_the_function_that_executes_more_is_named_with_file_and_line() -> None:
+    """The first line names the bytecodes and the function that has them; a function whose line alone moved is not named."""
+    worse = msgspec.structs.replace(LAYER, bytecodes=6_940, c_calls=116)
+    moved = msgspec.structs.replace(CALL, line=1790)
+
+    first, _ = cause_of(host_record(CALL, LAYER), host_record(moved, worse)).lines
+
+    assert first == (
+        "bytecodes +5,960: LlamaDecoderLayer.forward (modeling_llama.py:312) +5,960 bytecodes, +4 calls into C"
+    )
+
+
+def test_functions_that_are_new_or_gone_are_named() -> None:
+    """A function of only one side is in the details with its whole count."""
+    cause = cause_of(host_record(CALL), host_record(LAYER))
+    text = " ".join((*cause.lines, *cause.details))
+    assert "LlamaDecoderLayer.forward (modeling_llama.py:312) +980 bytecodes, +28 calls, +112 calls into C" in text
+    assert "Module._call_impl (module.py:1782) -5,000 bytecodes" in text
+
+
+def test_another_python_explains_nothing_by_its_bytecodes() -> None:
+    """Bytecodes of two minor versions of Python are not compared."""
+    now = host_record(LAYER)
+    other = msgspec.structs.replace(now, circumstances=msgspec.structs.replace(now.circumstances, python="3.12.1"))
+    assert explain(before_of(host_record(CALL)), other) is None

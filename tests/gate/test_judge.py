@@ -12,6 +12,7 @@ from hpc_core.case.limits import GiB, Limits, MiB
 from hpc_core.case.parts import AdapterSpec
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
+from hpc_core.record.metrics import metric
 from hpc_core.record.record import Machine, Metric
 from tests.gate.judging import CPU_BYTES, UPDATE, baseline
 from tests.strategies import CPU, H100, STACK, a_case, a_record, around, busy, counted, failed_record, peak, wall
@@ -343,3 +344,38 @@ def test_a_foreign_machine() -> None:
         ("operators", "PASS"),
     ]
     assert "the baseline is of cpu, this is nvidia-h100" in judgement.headline
+
+
+def bytecodes(value: float = 10_000) -> dict[str, Metric]:
+    """The host's bytecodes of a step."""
+    return {"bytecodes": metric("bytecodes", value, on_gpu=True)}
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(9_899, Verdict.IMPROVED), (9_900, Verdict.PASS), (10_100, Verdict.PASS), (10_101, Verdict.REGRESSED)],
+)
+def test_what_the_host_executes_may_grow_by_one_percent(value: int, verdict: Verdict) -> None:
+    """Bytecodes pass within 1 % of the accepted count; a limit of the case replaces that."""
+    accepted = baseline(a_record(bytecodes()))
+    assert judge(a_record(bytecodes(value)), accepted).verdict is verdict
+    strict = a_case(limits=Limits(bytecodes="0.1%"))
+    assert judge(a_record(bytecodes(10_011), case=strict), accepted).verdict is Verdict.REGRESSED
+
+
+def test_another_python_leaves_the_hosts_counts_out_and_judges_the_rest() -> None:
+    """Bytecodes of another minor version of Python cannot be compared: the case is judged by its other metrics, and says so."""
+    accepted = baseline(a_record({"peak_bytes": peak(GiB)} | bytecodes()), python="3.12.3")
+    good = judge(a_record({"peak_bytes": peak(GiB)} | bytecodes(20_000)), accepted)
+    worse = judge(a_record({"peak_bytes": peak(2 * GiB)} | bytecodes()), accepted)
+    assert (good.verdict, worse.verdict) == (Verdict.PASS, Verdict.REGRESSED)
+    row = next(row for row in good.metrics if row.metric == "bytecodes")
+    assert (row.verdict, row.judged) == (Verdict.INCOMPATIBLE, False)
+    assert row.reason == "bytecodes depends on Python's minor version, which was 3.12 and is 3.11."
+    assert good.remarks == (f"of another Python, not judged: bytecodes. To have them judged: {UPDATE}",)
+
+
+def test_a_patch_release_of_python_changes_no_count() -> None:
+    """Counts of 3.11.4 are compared with those of 3.11.9."""
+    accepted = baseline(a_record(bytecodes()), python="3.11.4")
+    assert judge(a_record(bytecodes(20_000)), accepted).verdict is Verdict.REGRESSED

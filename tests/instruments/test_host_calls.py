@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.instruments.kernels import MARK, MARKS, HostCall, kinds, made_between, steps_alike, synchronizations
+from hpc_core.instruments.kernels import MARK, MARKS, HostCall, kinds, made_between, steps_alike
 
 LAUNCH, WAIT = "cudaLaunchKernel", "cudaStreamSynchronize"
 SENTINEL = [LAUNCH, "cudaDeviceSynchronize"]
@@ -36,6 +36,12 @@ def between(names: list[str]) -> list[str]:
         ("cuCtxSynchronize", "wait"),
         ("cudaMemcpyAsync", "copy"),
         ("cudaMemsetAsync", "fill"),
+        ("cudaMalloc", "allocation"),
+        ("cuMemAlloc_v2", "allocation"),
+        ("cuMemCreate", "allocation"),
+        ("cudaFree", "free"),
+        ("cuMemFree_v2", "free"),
+        ("cuMemRelease", "free"),
         ("cudaStreamQuery", "mark"),
     ],
 )
@@ -45,7 +51,8 @@ def test_calls_by_name(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["cudaStreamIsCapturing", "cudaEventRecord", "cudaMalloc", "cudaStreamWaitEvent", "cudaFuncGetAttributes"]
+    "name",
+    ["cudaStreamIsCapturing", "cudaEventRecord", "cudaMemGetInfo", "cudaStreamWaitEvent", "cudaFuncGetAttributes"],
 )
 def test_calls_that_are_no_work_are_not_counted(name: str) -> None:
     """Queries, event records and waits between streams have no kind."""
@@ -61,7 +68,7 @@ def test_a_call_and_the_driver_call_beneath_it_count_once() -> None:
 @given(st.lists(st.sampled_from([LAUNCH, WAIT, "cudaMemcpyAsync", "cudaMalloc"]), max_size=12))
 def test_only_the_waits_of_the_work_count(names: list[str]) -> None:
     """The sentinels' own waits are not counted."""
-    assert synchronizations(between(names)) == names.count(WAIT)
+    assert between(names).count("wait") == names.count(WAIT)
     assert between(names).count("launch") == names.count(LAUNCH)
 
 

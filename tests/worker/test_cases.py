@@ -21,7 +21,7 @@ from hpc_core.record.repeats import merged
 from tests.tiny_cases import TINY_CASES, measured, measured_once, tiny_record
 
 _PHASES = [
-    "build", "data", "warm-up", "measure", "memory", "counters", "audit", "busy", "profile", "equivalence", "record",
+    "build", "data", "warm-up", "measure", "host", "memory", "counters", "audit", "busy", "profile", "equivalence", "record",
     "done",
 ]  # fmt: skip
 

@@ -188,7 +188,7 @@ def test_a_callable_is_measured_like_any_case(tmp_path: Path, monkeypatch: pytes
     values = _values(record)
     assert (values["operators"], values["flops"], values["peak_bytes"]) == (1, 2 * 48**3, 2 * 4 * 48**2)
     assert [event.name for event in events if isinstance(event, Phase)] == [
-        "build", "warm-up", "measure", "memory", "counters", "busy", "profile", "record", "done",
+        "build", "warm-up", "measure", "host", "memory", "counters", "busy", "profile", "record", "done",
     ]  # fmt: skip
 
 
