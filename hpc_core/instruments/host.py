@@ -44,12 +44,13 @@ Call = TypeVar("Call", bound=Callable[..., Any])
 
 @dataclass
 class HostCost:
-    """What the host executed, by code object."""
+    """What the host executed, by code object: by its `id`, because hashing a code object takes longer than running it."""
 
-    bytecodes: Counter[CodeType] = field(default_factory=Counter)
-    calls: Counter[CodeType] = field(default_factory=Counter)
+    codes: dict[int, CodeType] = field(default_factory=dict)
+    bytecodes: Counter[int] = field(default_factory=Counter)
+    calls: Counter[int] = field(default_factory=Counter)
     """Calls of Python functions, by the function called; resuming a generator counts as a call."""
-    c_calls: Counter[CodeType] = field(default_factory=Counter)
+    c_calls: Counter[int] = field(default_factory=Counter)
     """Calls of functions, types and other objects that are not Python functions, by the function that calls."""
 
     def totals(self) -> dict[str, int]:
@@ -62,29 +63,29 @@ class HostCost:
 
     def functions(self, work: str) -> tuple[FunctionUse, ...]:
         """Return a row for each function, the one with the most bytecodes first; `work` names what ran."""
-        rows: Counter[tuple[str, str]] = Counter()
         lines: dict[tuple[str, str], int] = {}
         counts: dict[tuple[str, str], list[int]] = {}
-        for code in {*self.bytecodes, *self.calls, *self.c_calls}:
+        for number in {*self.bytecodes, *self.calls, *self.c_calls}:
+            code = self.codes[number]
             key = (_file(code.co_filename), code.co_qualname)
             lines[key] = min(code.co_firstlineno, lines.get(key, code.co_firstlineno))
             mine = counts.setdefault(key, [0, 0, 0])
             for at, counter in enumerate((self.bytecodes, self.calls, self.c_calls)):
-                mine[at] += counter[code]
-            rows[key] += self.bytecodes[code]
-        ordered = sorted(rows, key=lambda key: (-rows[key], key))
+                mine[at] += counter[number]
+        ordered = sorted(counts, key=lambda key: (-counts[key][0], key))
         return tuple(FunctionUse(work, *key, lines[key], *counts[key]) for key in ordered)
 
     def __sub__(self, part: HostCost) -> HostCost:
         """Return what is left without a part of the work."""
-        return HostCost(
-            *(
-                Counter({code: mine[code] - other[code] for code in {*mine, *other} if mine[code] != other[code]})
-                for mine, other in zip(self._counters(), part._counters(), strict=True)
-            )
-        )
+        left = HostCost(self.codes | part.codes)
+        for mine, whole, other in zip(left._counters(), self._counters(), part._counters(), strict=True):
+            mine.update(whole)
+            mine.subtract(other)
+            for number in [number for number, count in mine.items() if not count]:
+                del mine[number]
+        return left
 
-    def _counters(self) -> tuple[Counter[CodeType], Counter[CodeType], Counter[CodeType]]:
+    def _counters(self) -> tuple[Counter[int], Counter[int], Counter[int]]:
         return self.bytecodes, self.calls, self.c_calls
 
 
@@ -167,6 +168,8 @@ class HostCounter:
 
     def __init__(self) -> None:
         self.cost = HostCost()
+        self._work: dict[int, bool] = {}
+        """Whether code is part of the work, by its `id`; `cost.codes` keeps it alive."""
         self._paused = set[int]()
         """Threads that are not counted for the moment."""
 
@@ -187,6 +190,13 @@ class HostCounter:
 
         return cast("Call", paused)
 
+    def _is_work(self, code: CodeType) -> bool:
+        mine = self._work.get(id(code))
+        if mine is None:
+            self.cost.codes[id(code)] = code
+            mine = self._work[id(code)] = not code.co_filename.startswith(_NOT_WORK)
+        return mine
+
     if sys.version_info >= (3, 12):
 
         def __enter__(self) -> Self:
@@ -203,13 +213,17 @@ class HostCounter:
                 )
             self._tool = free[-1]
             monitoring.use_tool_id(self._tool, "hpc-core")
-            counted = _counted_threads()
+            work, paused, this_thread, counted = self._work, self._paused, threading.get_ident, _counted_threads()
+            owner = this_thread()
 
-            def adding(counter: Counter[CodeType]) -> Callable[..., None]:
+            def adding(counter: Counter[int]) -> Callable[..., None]:
                 def add(code: CodeType, *_: Any) -> None:
-                    ident = threading.get_ident()
-                    if ident not in self._paused and _is_work(code) and counted(ident):
-                        counter[code] += 1
+                    number, thread = id(code), this_thread()
+                    mine = work.get(number)
+                    if mine is None:
+                        mine = self._is_work(code)
+                    if mine and (thread == owner or counted(thread)) and thread not in paused:
+                        counter[number] += 1
 
                 return add
 
@@ -251,19 +265,19 @@ class HostCounter:
 
             def each(frame: FrameType, event: str, _: Any) -> Any:
                 if event == "opcode":
-                    cost.bytecodes[frame.f_code] += 1
+                    cost.bytecodes[id(frame.f_code)] += 1
                 return each
 
             def enter(frame: FrameType, _: str, __: Any) -> Any:
-                if not _is_work(frame.f_code):
+                if not self._is_work(frame.f_code):
                     return None
                 frame.f_trace_opcodes, frame.f_trace_lines = True, False
                 return each
 
             def call(frame: FrameType, event: str, _: Any) -> None:
                 counter = {"call": cost.calls, "c_call": cost.c_calls}.get(event)
-                if counter is not None and _is_work(frame.f_code):
-                    counter[frame.f_code] += 1
+                if counter is not None and self._is_work(frame.f_code):
+                    counter[id(frame.f_code)] += 1
 
             self._before = sys.gettrace(), sys.getprofile()
             sys.setprofile(call)
@@ -286,11 +300,6 @@ class HostCounter:
         def _resume(self, before: tuple[Any, Any]) -> None:
             sys.settrace(before[0])
             sys.setprofile(before[1])
-
-
-@functools.cache
-def _is_work(code: CodeType) -> bool:
-    return not code.co_filename.startswith(_NOT_WORK)
 
 
 def _counted_threads() -> Callable[[int], bool]:
