@@ -213,17 +213,18 @@ class HostCounter:
                 )
             self._tool = free[-1]
             monitoring.use_tool_id(self._tool, "hpc-core")
-            work, paused, this_thread, counted = self._work, self._paused, threading.get_ident, _counted_threads()
+            paused, this_thread, counted = self._paused, threading.get_ident, _counted_threads()
             owner = this_thread()
 
             def adding(counter: Counter[int]) -> Callable[..., None]:
-                def add(code: CodeType, *_: Any) -> None:
+                # Called for every bytecode. Further arguments, where an event has them, would make a tuple as *_.
+                def add(code: CodeType, _: Any, __: Any = None, ___: Any = None) -> None:
                     number, thread = id(code), this_thread()
-                    mine = work.get(number)
-                    if mine is None:
-                        mine = self._is_work(code)
-                    if mine and (thread == owner or counted(thread)) and thread not in paused:
-                        counter[number] += 1
+                    if (thread == owner or counted(thread)) and thread not in paused:
+                        if number in counter:
+                            counter[number] += 1
+                        elif self._is_work(code):
+                            counter[number] = 1
 
                 return add
 
