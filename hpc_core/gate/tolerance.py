@@ -38,6 +38,9 @@ def tolerance(name: str, accepted: Metric, limit: Limit = None, *, ratio: float 
     """
     allowed = _relative(accepted, allowed_ratio(name, accepted, limit, ratio=ratio))
     is_default = ratio is None and relative_limit(limit) is None
+    definition = definition_of(name)
+    if is_default and definition is not None and allowed.distance < definition.floor:
+        return Tolerance(definition.floor, f"{_sign(accepted)}{sizes.quantity(definition.floor, accepted.unit)}")
     is_measured = accepted.unit == "bytes" and "machine" in accepted.depends_on
     if is_default and is_measured and allowed.distance < BYTES_FLOOR:
         return Tolerance(float(BYTES_FLOOR), f"{_sign(accepted)}{sizes.quantity(BYTES_FLOOR, 'bytes')}")

@@ -27,6 +27,8 @@ BYTES_RATIO = 0.0005
 """0.05 %: the tolerance of bytes."""
 HOST_RATIO = 0.01
 """1 %: the tolerance of bytecodes and calls."""
+BYTECODES_FLOOR, CALLS_FLOOR = 200, 20
+"""A few lines of Python, some 10 µs: what a step may gain however little it executes."""
 _ALL: tuple[Dependence, ...] = ("case", "stack", "machine")
 
 
@@ -51,6 +53,8 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it is judged; "gpu": only where it ran on a GPU. Metrics that are not gated are shown and stored."""
     tolerance: float = 0.0
     """Share of the accepted value by which it may be worse without a limit of its own; 0 means equal."""
+    floor: float = 0.0
+    """The least that the tolerance allows, in the metric's unit."""
     explained: Resource | None = None
     """The part of an explanation that says why it moved."""
     gpu_only: bool = False
@@ -89,10 +93,10 @@ def _count(name: str, doc: str, **other: object) -> Definition:
     return _definition(name, doc, **({"unit": "1", "noise": "exact", "explained": "work"} | other))
 
 
-def _host_count(name: str, doc: str) -> Definition:
+def _host_count(name: str, doc: str, floor: int) -> Definition:
     """A count of what Python executes: equal in every run, and nearly equal after a change that costs nothing."""
-    facts = {"depends_on_cpu": "stack", "explained": "host", "tolerance": HOST_RATIO, "of_python": True}
-    return _count(name, doc, **facts)
+    facts = {"depends_on_cpu": "stack", "explained": "host", "tolerance": HOST_RATIO, "floor": floor}
+    return _count(name, doc, of_python=True, **facts)
 
 
 def _device_count(name: str, doc: str) -> Definition:
@@ -168,12 +172,12 @@ METRICS: Mapping[str, Definition] = {
         _count("recompilations", "Times that torch.compile compiled a function again.", gated="gpu"),
         _wall("compilations", "Graphs that torch.compile made in the process.", "1"),
         # Work of the host
-        _host_count("bytecodes", "Python bytecodes that the host executes."),
-        _host_count("bytecodes_decode", "Python bytecodes that the host executes for decoded tokens."),
-        _host_count("python_calls", "Calls of Python functions."),
-        _host_count("python_calls_decode", "Calls of Python functions for decoded tokens."),
-        _host_count("c_calls", "Calls from Python into C."),
-        _host_count("c_calls_decode", "Calls from Python into C for decoded tokens."),
+        _host_count("bytecodes", "Python bytecodes that the host executes.", BYTECODES_FLOOR),
+        _host_count("bytecodes_decode", "Python bytecodes that the host executes for decoded tokens.", BYTECODES_FLOOR),
+        _host_count("python_calls", "Calls of Python functions.", CALLS_FLOOR),
+        _host_count("python_calls_decode", "Calls of Python functions for decoded tokens.", CALLS_FLOOR),
+        _host_count("c_calls", "Calls from Python into C.", CALLS_FLOOR),
+        _host_count("c_calls_decode", "Calls from Python into C for decoded tokens.", CALLS_FLOOR),
         _count(
             "kept_objects",
             "Python objects that a further step or query leaves behind.",

@@ -346,27 +346,35 @@ def test_a_foreign_machine() -> None:
     assert "the baseline is of cpu, this is nvidia-h100" in judgement.headline
 
 
-def bytecodes(value: float = 10_000) -> dict[str, Metric]:
+def bytecodes(value: float = 100_000) -> dict[str, Metric]:
     """The host's bytecodes of a step."""
     return {"bytecodes": metric("bytecodes", value, on_gpu=True)}
 
 
 @pytest.mark.parametrize(
     ("value", "verdict"),
-    [(9_899, Verdict.IMPROVED), (9_900, Verdict.PASS), (10_100, Verdict.PASS), (10_101, Verdict.REGRESSED)],
+    [(98_999, Verdict.IMPROVED), (99_000, Verdict.PASS), (101_000, Verdict.PASS), (101_001, Verdict.REGRESSED)],
 )
 def test_what_the_host_executes_may_grow_by_one_percent(value: int, verdict: Verdict) -> None:
     """Bytecodes pass within 1 % of the accepted count; a limit of the case replaces that."""
     accepted = baseline(a_record(bytecodes()))
     assert judge(a_record(bytecodes(value)), accepted).verdict is verdict
     strict = a_case(limits=Limits(bytecodes="0.1%"))
-    assert judge(a_record(bytecodes(10_011), case=strict), accepted).verdict is Verdict.REGRESSED
+    assert judge(a_record(bytecodes(100_101), case=strict), accepted).verdict is Verdict.REGRESSED
+
+
+def test_a_few_lines_of_python_are_no_regression_of_a_small_step() -> None:
+    """A step of a thousand bytecodes may gain 200, two lines or three; the text of the limit says so."""
+    accepted = baseline(a_record(bytecodes(1_000)))
+    good, worse = (judge(a_record(bytecodes(value)), accepted) for value in (1_200, 1_201))
+    assert (good.verdict, worse.verdict) == (Verdict.PASS, Verdict.REGRESSED)
+    assert worse.metrics[0].limit == "+200"
 
 
 def test_another_python_leaves_the_hosts_counts_out_and_judges_the_rest() -> None:
     """Bytecodes of another minor version of Python cannot be compared: the case is judged by its other metrics, and says so."""
     accepted = baseline(a_record({"peak_bytes": peak(GiB)} | bytecodes()), python="3.12.3")
-    good = judge(a_record({"peak_bytes": peak(GiB)} | bytecodes(20_000)), accepted)
+    good = judge(a_record({"peak_bytes": peak(GiB)} | bytecodes(200_000)), accepted)
     worse = judge(a_record({"peak_bytes": peak(2 * GiB)} | bytecodes()), accepted)
     assert (good.verdict, worse.verdict) == (Verdict.PASS, Verdict.REGRESSED)
     row = next(row for row in good.metrics if row.metric == "bytecodes")
@@ -378,4 +386,4 @@ def test_another_python_leaves_the_hosts_counts_out_and_judges_the_rest() -> Non
 def test_a_patch_release_of_python_changes_no_count() -> None:
     """Counts of 3.11.4 are compared with those of 3.11.9."""
     accepted = baseline(a_record(bytecodes()), python="3.11.4")
-    assert judge(a_record(bytecodes(20_000)), accepted).verdict is Verdict.REGRESSED
+    assert judge(a_record(bytecodes(200_000)), accepted).verdict is Verdict.REGRESSED
