@@ -281,14 +281,16 @@ class Generation:
 
     def _host(self, found: Findings) -> Findings:
         """Count the host's work for prefill and some tokens; the difference to a query of one token is that of the tokens."""
-        costs = {}
+        program, on_gpu, costs = self.program, self.place.on_gpu, {}
+        answer = program.output
         for new in (1, 1 + COUNTED_TOKENS):
-            self.program.steps_done = 0
+            program.steps_done = 0
             with self._new_tokens(new):
-                costs[new] = host_cost(self.program.step)
-        cost = query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=self.place.on_gpu)
+                costs[new] = host_cost(program.step)
         with self._new_tokens(1 + COUNTED_TOKENS):
-            return cost | kept_objects(Fixed(self.program, 0).step, on_gpu=self.place.on_gpu)
+            kept = kept_objects(Fixed(program, 0).step, on_gpu=on_gpu)
+        program.output = answer  # the next query's memory includes the answer before it
+        return query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=on_gpu) | kept
 
     def _audit(self, found: Findings) -> Findings:
         program, case = self.program, self.place.case
