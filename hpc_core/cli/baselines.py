@@ -100,7 +100,11 @@ def show_one(
         say(f"{case} on {machine}: {_line(lookup)}")
         if isinstance(lookup, Baseline):
             stack = ", ".join(f"{name} {version}" for name, version in sorted(lookup.stack.items()))
-            say(f"  digest {lookup.digest}, commit {lookup.accepted.commit or 'unknown'}, {stack}")
+            say(
+                f"  digest {lookup.digest}, commit {lookup.accepted.commit or 'unknown'}, Python {lookup.python}, {stack}"
+            )
+            for name, value in sorted((lookup.settings or {}).items()):
+                say(f"  setting {name}={value}")
             for name, metric in sorted(lookup.metrics.items()):
                 say(f"  {name:<28} {sizes.quantity(metric.value, metric.unit)}")
 

@@ -22,7 +22,9 @@ from hpc_core.record.gpus import DEFAULT
 
 
 def faults(
-    only: Annotated[str, typer.Option(help="Names or globs, separated by commas.")] = "*",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Names or globs, separated by commas; may be repeated.")
+    ] = None,
     scale: Annotated[
         Literal["tiny", "full"], typer.Option(help="tiny: on a CPU. full: four layers of full width on a GPU.")
     ] = "tiny",
@@ -69,10 +71,11 @@ def faults(
     if out is not None and not explained:
         raise SpecError("--out needs --explain.")
     scale = "full" if predicted else scale
+    chosen = ",".join(only or ["*"])
     if explained:
-        _explain_faults(only, scale, predicted=predicted, as_json=as_json, out=out)
+        _explain_faults(chosen, scale, predicted=predicted, as_json=as_json, out=out)
         return
-    names = _faults_here(only, "memory" if memory else "predicted" if predicted else scale)
+    names = _faults_here(chosen, "memory" if memory else "predicted" if predicted else scale)
     if scale == "full" and not predicted:
         if against == "baselines":
             raise SpecError("The short full-size cases have no baselines: drop --against, or use --against clean.")

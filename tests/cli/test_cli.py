@@ -20,7 +20,7 @@ from tests.record.git_project import GitProject
 from tests.strategies import a_case, a_record, around, failed_record, peak
 
 ROOT = Path(__file__).parents[2]
-RECORD = a_record()
+RECORD = a_record(circumstances=around(settings={"OMP_NUM_THREADS": "4"}))
 
 
 @pytest.fixture
@@ -44,6 +44,7 @@ def record(tmp_path: Path) -> Path:
         (["history", "tiny/lora", "--plot", "a.svg"], "--plot draws one metric"),
         (["cases", "--cases", "nowhere.py"], "no such case file"),
         (["faults", "--only", "gc-off,no-such"], "No fault is called 'no-such'"),
+        (["faults", "--only", "no-such", "--only", "gc-off"], "No fault is called 'no-such'"),
         (["faults", "--out", "here"], "--out needs --explain"),
         (["faults", "--explain", "--scale", "full", "--out", "there"], "needs a CUDA GPU"),
         (["report", __file__, "--html", "."], ".: this is a folder; --html takes the file to write"),
@@ -95,7 +96,10 @@ def test_accept_show_diff(record: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert exit_code(main, "baseline", "list", "--baselines", root) == 0
     assert "from the H100" in capsys.readouterr().out
     assert exit_code(main, "baseline", "show", "tiny/lora", "--baselines", root) == 0
-    assert "peak_bytes" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "peak_bytes" in shown
+    assert "Python 3.11.9" in shown
+    assert "setting OMP_NUM_THREADS=4" in shown
     assert exit_code(main, "baseline", "diff", record, "--baselines", root) == 0
     worse = tmp_path / "worse.json"
     worse.write_bytes(record_to_json(a_record(RECORD.metrics | {"peak_bytes": peak(3 * 2**30)})))
