@@ -115,12 +115,12 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
         raise BaselineError(
             f"{case}: nobody can tell which code gave these numbers: it ran outside a git repository, or in one without a "
             "commit. Commit the code and run again; or name the commit of a copied tree with HPC_CORE_COMMIT; or allow it: "
-            "--perf-dirty with --perf-update, --allow-dirty with hpc-core baseline accept."
+            "--perf-allow-dirty with --perf-update, --allow-dirty with hpc-core baseline accept."
         )
     if circumstances.dirty and not allow_dirty:
         raise BaselineError(
             f"{case}: the tree has uncommitted changes on {(circumstances.commit or 'an unknown commit')[:10]}, so nobody "
-            "could measure this again. Commit them and run again, or allow it: --perf-dirty with "
+            "could measure this again. Commit them and run again, or allow it: --perf-allow-dirty with "
             "--perf-update, --allow-dirty with hpc-core baseline accept."
         )
     gated = gated_metrics(record)

@@ -70,7 +70,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Which predictions are made."""
     paths: tuple[str, ...]
     """The folders that `--benchmark` runs when no path is given."""
-    dirty: bool = False
+    allow_dirty: bool = False
     """Whether numbers of uncommitted code may be accepted."""
     bisect: bool = False
     """Whether exit codes are for `git bisect run`."""
@@ -121,7 +121,7 @@ def add_options(parser: pytest.Parser) -> None:
         help="why the new numbers are right; stored in the baseline (short: --reason)",
     )
     add(
-        "--perf-dirty",
+        "--perf-allow-dirty",
         action="store_true",
         help="with --perf-update: accept numbers of uncommitted code",
     )
@@ -265,7 +265,7 @@ def read_settings(config: pytest.Config) -> Settings:
         fault=fault,
         predict=_extent(config, why),
         paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
-        dirty=bool(option("perf_dirty")),
+        allow_dirty=bool(option("perf_allow_dirty")),
         bisect=bool(option("perf_bisect")),
         base=option("perf_base"),
         waivers=read_waivers(config),
@@ -328,8 +328,8 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError("--reason needs --perf-update; without it nothing is written.")
     if config.getoption("perf_bisect") and (update or fault):
         raise pytest.UsageError("--perf-bisect only judges. Drop --perf-update and --perf-fault.")
-    if config.getoption("perf_dirty") and not update:
-        raise pytest.UsageError("--perf-dirty needs --perf-update; without it nothing is written.")
+    if config.getoption("perf_allow_dirty") and not update:
+        raise pytest.UsageError("--perf-allow-dirty needs --perf-update; without it nothing is written.")
     if fault and fault not in (known := _faults()):
         raise pytest.UsageError(f"--perf-fault: no fault is called {fault!r}. Faults: {', '.join(known)}.")
     if update and fault:

@@ -234,7 +234,10 @@ class Runner:
     def _accepted(self, row: Row) -> Row:
         try:
             acceptance = accept(
-                self._settings.baselines, row.record, reason=self._settings.reason, allow_dirty=self._settings.dirty
+                self._settings.baselines,
+                row.record,
+                reason=self._settings.reason,
+                allow_dirty=self._settings.allow_dirty,
             )
         except BaselineError as error:
             return msgspec.structs.replace(row, refused=str(error))

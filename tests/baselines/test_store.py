@@ -151,7 +151,7 @@ def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> 
     """Numbers without a commit cannot be measured again, so they are refused unless allowed."""
     record = a_record(circumstances=around(commit=None, dirty=None))
     with pytest.raises(
-        BaselineError, match=r"which code gave these numbers.*HPC_CORE_COMMIT.*--perf-dirty.*--allow-dirty"
+        BaselineError, match=r"which code gave these numbers.*HPC_CORE_COMMIT.*--perf-allow-dirty.*--allow-dirty"
     ):
         accept(tmp_path, record, reason="r")
     assert list(tmp_path.iterdir()) == []
@@ -163,7 +163,7 @@ def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> 
 def test_a_dirty_tree_is_refused_unless_allowed(tmp_path: Path) -> None:
     """Numbers of uncommitted code are refused unless allowed, and then marked; a commit with unknown changes is accepted."""
     record = a_record(circumstances=around(dirty=True))
-    with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-dirty.*--allow-dirty"):
+    with pytest.raises(BaselineError, match=r"uncommitted changes on 0123abc.*--perf-allow-dirty.*--allow-dirty"):
         accept(tmp_path, record, reason="r")
     assert list(tmp_path.iterdir()) == []
     accept(tmp_path, a_record(circumstances=around(dirty=None)), reason="r")

@@ -36,7 +36,7 @@ def run(pytester: pytest.Pytester, *arguments: str) -> pytest.RunResult:
 def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pytester) -> None:
     """Memory that stays alive fails, with the operator that allocated it; a case without a baseline is skipped."""
     suite(pytester)
-    accepted = run(pytester, "--perf-predict=short", "--perf-update", "--perf-dirty", "--reason=first")
+    accepted = run(pytester, "--perf-predict=short", "--perf-update", "--perf-allow-dirty", "--reason=first")
     accepted.stdout.fnmatch_lines(["*predictions: short*", "created baselines/predicted/tiny/lora.json*"])
     accepted.assert_outcomes(passed=1, deselected=1)
 
@@ -56,7 +56,7 @@ def test_a_prediction_is_accepted_and_then_guards_its_bytes(pytester: pytest.Pyt
 def test_a_second_prediction_passes(pytester: pytest.Pytester) -> None:
     """The same case is predicted again in another process and passes under strict. By day, bench/test_predicted.py shows this."""
     suite(pytester)
-    run(pytester, "--perf-predict=short", "--perf-update", "--perf-dirty", "--reason=first").assert_outcomes(
+    run(pytester, "--perf-predict=short", "--perf-update", "--perf-allow-dirty", "--reason=first").assert_outcomes(
         passed=1, deselected=1
     )
     run(pytester, "--case=tiny/lora", "--perf-strict").assert_outcomes(passed=1, deselected=1)

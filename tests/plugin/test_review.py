@@ -137,15 +137,15 @@ def test_a_waiver_of_other_cases_is_not_shown(pytester: pytest.Pytester, run: Ru
     assert "matches none" in str(run().stdout)
 
 
-def test_uncommitted_code_needs_perf_dirty(pytester: pytest.Pytester, run: Run) -> None:
-    """--perf-update refuses numbers of a changed tree and writes nothing; --perf-dirty accepts them."""
+def test_uncommitted_code_needs_perf_allow_dirty(pytester: pytest.Pytester, run: Run) -> None:
+    """--perf-update refuses numbers of a changed tree and writes nothing; --perf-allow-dirty accepts them."""
     bench(pytester, GIB, more=", dirty=True")
     refused = run("--perf-update", "--reason", "try")
     assert refused.ret == 1
     refused.stdout.fnmatch_lines(["*REFUSED*", f"REFUSED {CASE}: the tree has uncommitted changes*"])
     assert not (pytester.path / "baselines").exists()
-    assert run("--perf-update", "--reason", "try", "--perf-dirty").ret == 0
-    assert run("--perf-dirty").ret == 4
+    assert run("--perf-update", "--reason", "try", "--perf-allow-dirty").ret == 0
+    assert run("--perf-allow-dirty").ret == 4
 
 
 def test_gains_are_kept_by_one_command(pytester: pytest.Pytester, run: Run) -> None:

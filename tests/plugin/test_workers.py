@@ -106,7 +106,7 @@ def test_what_runs_in_the_test_process(pytester: pytest.Pytester, project: Path)
     """A bare callable's exact metrics are gated; inline, a factory's error is the test's own, for --pdb."""
     (project / "performance" / "test_inline.py").write_text(INLINE)
     result = pytester.runpytest_subprocess(
-        "--benchmark", "--perf-inline", "-W", "ignore", "--perf-update", "--perf-dirty", "--reason", "first"
+        "--benchmark", "--perf-inline", "-W", "ignore", "--perf-update", "--perf-allow-dirty", "--reason", "first"
     )
     result.assert_outcomes(passed=1, failed=2)
     result.stdout.fnmatch_lines(["A bare callable takes no arguments*"])
