@@ -11,7 +11,7 @@ from hpc_core.record.metrics import METRICS
 from hpc_core.record.profile import KernelUse, Profile
 from hpc_core.record.record import Metric, Record
 
-_BUSY = tuple(name for name, each in METRICS.items() if each.noise == "busy")
+_BUSY = tuple(name for name, each in METRICS.items() if each.family is not None)
 _COUNTS = ("kernels", "copies", "memsets", "launches", "synchronizations", "device_allocations", "device_frees")
 _WORTH = 0.005
 """Share of busy time; less is the noise of one process."""

@@ -16,7 +16,7 @@ from hpc_core.baselines.baseline import (
     gated_metrics,
 )
 from hpc_core.case.limits import Limits
-from hpc_core.gate.busy import Evidence, Sessions, sm_clock_mhz
+from hpc_core.gate.busy import Evidence, Sessions, clock_of_session
 from hpc_core.gate.comparability import Place, case_changes
 from hpc_core.gate.intervals import PASS_ALPHA
 from hpc_core.gate.metric import Context, Obstacle, judge_metric, place_of, update_command
@@ -77,7 +77,14 @@ def judge(
         place=place,
         baseline=baseline if obstacle is None else None,
         suspects=() if baseline is None else suspects(record.case, place_of(baseline), place),
-        evidence=_evidence(record, sessions or {}, share(tests, SUITE_ALPHA if alpha is None else alpha), pass_alpha),
+        evidence=Evidence(
+            sessions=sessions or {},
+            alpha=share(tests, SUITE_ALPHA if alpha is None else alpha),
+            pass_alpha=pass_alpha,
+            clock=clock_of_session(record),
+            shares={name: float(each.value) for name, each in record.metrics.items() if name.startswith("busy_share")},
+            paired=_paired(record, baseline),
+        ),
     )
     rows = []
     for name in sorted({*gated, *accepted}.union(*named)):
@@ -87,15 +94,11 @@ def judge(
     return _judgement(record, tuple(rows), obstacle, context.suspects)
 
 
-def _evidence(record: Record, sessions: Sessions, alpha: float, pass_alpha: float) -> Evidence:
-    """Return what each busy metric is judged by; `alpha` is the level of one of them."""
-    return Evidence(
-        sessions=sessions,
-        alpha=alpha,
-        pass_alpha=pass_alpha,
-        clock_mhz=sm_clock_mhz(record.circumstances.gpu),
-        shares={name: float(metric.value) for name, metric in record.metrics.items() if name.startswith("busy_share")},
-    )
+def _paired(record: Record, baseline: Baseline | None) -> str:
+    """Return the command that compares the accepted code with this one in pairs of processes on one card."""
+    accepted = None if baseline is None else baseline.accepted.commit
+    of_user = " --cases FILE" if record.case.model is None else ""
+    return f"hpc-core ab {'REVISION' if accepted is None else accepted[:10]}{of_user} --case {record.case.id}"
 
 
 def _unjudged(record: Record) -> Judgement:

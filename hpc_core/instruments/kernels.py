@@ -7,6 +7,7 @@ reading is valid only if it has sentinel kernels at both ends and a kernel for e
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.program import Program
+from hpc_core.instruments.sm_clock import ClockWatch, clock_metric
 from hpc_core.record.environment import gpu_state
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
@@ -200,15 +203,27 @@ def mark_step(device: torch.device) -> None:
         stream.query()
 
 
-def device_activity(work: Callable[[], None], device: torch.device, *, marked_steps: int = 0) -> DeviceActivity:
-    """Run `work` under the profiler and return what the device did; `work` marks the end of `marked_steps` steps.
+def device_activity(
+    work: Callable[[], None],
+    device: torch.device,
+    *,
+    marked_steps: int = 0,
+    watch: contextlib.AbstractContextManager[object] | None = None,
+) -> DeviceActivity:
+    """Run `work` under the profiler and return what the device did.
+
+    Args:
+        work: what to run; it marks the end of `marked_steps` steps.
+        device: a GPU.
+        marked_steps: as above.
+        watch: is entered when the work begins and left when the device has finished it, once for each reading.
 
     Raises:
         MeasureError: three times in a row the reading was incomplete.
     """
     problem = ""
     for _ in range(_TRIES):
-        intervals, calls = sorted_events(recorded(work, device))
+        intervals, calls = sorted_events(recorded(work, device, watch))
         ordered = kinds(calls)
         try:
             activity = summarize(intervals, ordered.count("launch"), ordered.count("graph"))
@@ -229,15 +244,18 @@ def device_activity(work: Callable[[], None], device: torch.device, *, marked_st
     raise MeasureError(f"{problem} Tried {_TRIES} times; busy time and kernel counts of this run are void.")
 
 
-def recorded(work: Callable[[], None], device: torch.device) -> list[Any]:
-    """Run `work` under the profiler between two sentinel kernels, and return the raw records."""
+def recorded(
+    work: Callable[[], None], device: torch.device, watch: contextlib.AbstractContextManager[object] | None = None
+) -> list[Any]:
+    """Run `work` under the profiler between two sentinel kernels, and return the raw records; `watch` is entered meanwhile."""
     synchronize(device)
     with quiet(), one_cycle([torch.profiler.ProfilerActivity.CUDA]) as profiler:
         torch.cuda._sleep(_SENTINEL_CYCLES)
         synchronize(device)
-        work()
-        torch.cuda._sleep(_SENTINEL_CYCLES)
-        synchronize(device)
+        with watch or contextlib.nullcontext():
+            work()
+            torch.cuda._sleep(_SENTINEL_CYCLES)
+            synchronize(device)
     # Raw records: building torch's event tree for fifty thousand kernels would take longer than the case.
     inner: Any = profiler.profiler
     return list(inner.kineto_results.events())
@@ -364,8 +382,9 @@ def _busy_of(
 def busy_of(
     work: Callable[[], None], device: torch.device, *, marked_steps: int = 0
 ) -> tuple[DeviceActivity | None, Findings]:
-    """Return what the device did in `work`, and the GPU's state before, during and after it; None with a reason if the reading is void."""
+    """Return what the device did in `work`, its clock meanwhile, and its state before, during and after; None with a reason if void."""
     states = {"before": gpu_state()}
+    watch = ClockWatch()
 
     def watched() -> None:
         work()
@@ -375,11 +394,16 @@ def busy_of(
     reasons: tuple[str, ...] = ()
     activity = None
     try:
-        activity = device_activity(watched, device, marked_steps=marked_steps)
+        activity = device_activity(watched, device, marked_steps=marked_steps, watch=watch)
     except MeasureError as error:
         reasons = (str(error),)
     states["after"] = gpu_state()
-    return activity, Findings(reasons=reasons, observed={"gpu_busy": states})
+    found = Findings(reasons=reasons, observed={"gpu_busy": states})
+    clock = watch.clock()
+    if clock is None:
+        return activity, found
+    states["clock"] = msgspec.to_builtins(clock)
+    return activity, found | clock_metric(clock)
 
 
 def _busy_metrics(activity: DeviceActivity | None, steps: int) -> Findings:

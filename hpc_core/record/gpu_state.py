@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from hpc_core.case.errors import MeasureError
 
+POWER_CAP = 0x4
 _THROTTLES = {
-    0x4: "power cap",
+    POWER_CAP: "power cap",
     0x8: "hardware slowdown",
     0x10: "sync boost",
     0x20: "thermal slowdown by software",
@@ -25,19 +29,69 @@ def throttle_words(reasons: int) -> tuple[str, ...]:
     return tuple(word for bit, word in _THROTTLES.items() if reasons & bit)
 
 
+class Clock(msgspec.Struct, frozen=True, kw_only=True):
+    """The SM clock while busy time was measured, in MHz, from readings a few milliseconds apart."""
+
+    mean_mhz: float
+    """Cycles are the mean times the seconds, however the clock moved in between; a median has no such law."""
+    least_mhz: int
+    median_mhz: float
+    most_mhz: int
+    readings: int
+    reasons: int
+    """All of NVML's throttle reasons that were read, as one bit mask."""
+    capped: float
+    """Share of the readings that the power cap lowered."""
+    possible_mhz: int | None = None
+    """The highest clock of this card."""
+    power_limit_w: float | None = None
+
+
+def clock_of_readings(
+    readings: Sequence[tuple[int, int]], *, possible_mhz: int | None = None, power_limit_w: float | None = None
+) -> Clock | None:
+    """Return the clock of readings of MHz and throttle reasons, taken at equal intervals; None without a reading."""
+    clocks = [mhz for mhz, _ in readings if mhz > 0]
+    if not clocks:
+        return None
+    reasons = 0
+    for _, bits in readings:
+        reasons |= bits
+    return Clock(
+        mean_mhz=round(statistics.fmean(clocks), 1),
+        least_mhz=min(clocks),
+        median_mhz=statistics.median(clocks),
+        most_mhz=max(clocks),
+        readings=len(readings),
+        reasons=reasons,
+        capped=round(sum(bool(bits & POWER_CAP) for _, bits in readings) / len(readings), 3),
+        possible_mhz=possible_mhz,
+        power_limit_w=power_limit_w,
+    )
+
+
+def clock_of(gpu: Mapping[str, Any]) -> Clock | None:
+    """Return the clock in a record's circumstances; None in a record without one, or with something else in its place."""
+    busy = gpu.get("busy")
+    try:
+        return msgspec.convert(busy["clock"], Clock) if isinstance(busy, Mapping) and "clock" in busy else None
+    except msgspec.ValidationError:
+        return None
+
+
 def flags(gpu: Mapping[str, Any]) -> tuple[str, ...]:
     """Return why to doubt a busy time: the clock was throttled, or the GPU was shared.
 
     `gpu` contains states of `read_state`: `before`, read before this process used the GPU, and in `busy` those `before`,
-    `during` and `after` the measurement. Any may be missing.
+    `during` and `after` the measurement, and its `clock`. Any may be missing.
     """
     busy = gpu.get("busy", {})
-    during = busy.get("during", {})
+    during, clock = busy.get("during", {}), clock_of(gpu)
     found = []
-    words = throttle_words(int(during.get("throttle_reasons", 0)))
+    words = throttle_words(int(during.get("throttle_reasons", 0)) | (0 if clock is None else clock.reasons))
     if words:
-        clock = f" at {during['sm_clock_mhz']} MHz" if "sm_clock_mhz" in during else ""
-        found.append(f"throttled: {', '.join(words)}{clock}")
+        mhz = during.get("sm_clock_mhz") if clock is None else round(clock.mean_mhz)
+        found.append(f"throttled: {', '.join(words)}{'' if mhz is None else f' at {mhz} MHz'}")
     slowed = [(kind, _more(busy, f"{kind}_violation_ns")) for kind in ("power", "thermal")]
     found += [
         f"throttled: {kind} limited the clock for {ns / 1e6:.0f} ms" for kind, ns in slowed if ns > 0 and not words
@@ -111,6 +165,43 @@ def read_energy_mj(index: int) -> int:
         return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(index)))
     except pynvml.NVMLError as error:
         raise MeasureError(f"NVML gives no energy counter of GPU {index} ({error}).") from error
+    finally:
+        pynvml.nvmlShutdown()
+
+
+class ClockReader:
+    """Reads the clock of one GPU again and again. NVML stays open between the readings, so that each takes microseconds."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+
+    def read(self) -> tuple[int, int] | None:
+        """Return the SM clock in MHz, and the throttle reasons as NVML's bit mask; None where the driver gives no clock."""
+        nvml, handle = self._nvml, self._handle
+        with contextlib.suppress(nvml.NVMLError):
+            clock = int(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
+            return clock, int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+        return None
+
+    def limits(self) -> dict[str, Any]:
+        """Return `possible_mhz` and `power_limit_w`, as far as the driver provides them."""
+        nvml, handle = self._nvml, self._handle
+        found: dict[str, Any] = {}
+        with contextlib.suppress(nvml.NVMLError):
+            found["possible_mhz"] = int(nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))
+        with contextlib.suppress(nvml.NVMLError):
+            found["power_limit_w"] = round(nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000, 1)
+        return found
+
+
+@contextlib.contextmanager
+def clock_reader(index: int) -> Iterator[ClockReader]:
+    """Open NVML's GPU number `index` for readings of its clock."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        yield ClockReader(pynvml, pynvml.nvmlDeviceGetHandleByIndex(index))
     finally:
         pynvml.nvmlShutdown()
 

@@ -40,7 +40,7 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True):
     doc: str
     """One sentence for the documents."""
     unit: str
-    """"bytes", "s", "1" for counts, "FLOP", "tokens/s", "batches/s", "ratio", "J", "nats"; without what a total covers."""
+    """"bytes", "s", "1" for counts, "FLOP", "tokens/s", "batches/s", "ratio", "J", "MHz", "nats"; without what a total covers."""
     noise: Noise
     better: Better = "lower"
     depends_on: Dependence = "machine"
@@ -188,6 +188,15 @@ METRICS: Mapping[str, Definition] = {
         _busy("busy_s", "Time in which the GPU works, for one step.", "train", 0.02),
         _busy("busy_decode_token_s", "Time in which the GPU works, for one decoded token.", "decode", 0.05),
         _busy("busy_prefill_s", "Time in which the GPU works, for one prefill.", "prefill", 0.03),
+        _definition(
+            "sm_clock_mhz",
+            "Mean clock of the GPU's multiprocessors while busy time is measured.",
+            "MHz",
+            "busy",
+            better="same",
+            gated=False,
+            gpu_only=True,
+        ),
         _device_count("kernels", "Kernels launched."),
         _device_count("kernels_prefill", "Kernels launched for one prefill."),
         _device_count("copies", "Copies of memory, on the device and to and from it."),

@@ -117,7 +117,8 @@ class Circumstances(_Seen, frozen=True, kw_only=True):
     canary: dict[str, float] = {}
     """Seconds of reference work that the code under test cannot change, "compute" and "memory", timed in this session."""
     gpu: dict[str, Any] = {}
-    """State `before`, `after` and around the `busy` measurement: uuid, clocks in MHz, temperature, throttle reasons, other processes."""
+    """State `before`, `after` and around the `busy` measurement: uuid, clocks in MHz, temperature, throttle reasons, other processes.
+    `busy` also holds the `clock` meanwhile (`hpc_core.record.gpu_state.Clock`)."""
     phase_s: dict[str, float] = {}
     """Seconds spent in each phase of the worker."""
     fault: str | None = None

@@ -15,7 +15,8 @@ from hpc_core.record.record import Metric, Process, Record
 def merged(first: Record, more: Sequence[Record]) -> Record:
     """Return the record of a case whose full process gave `first` and whose further processes gave `more`.
 
-    * A busy metric gets one sample per process; its value is their median. Without further processes nothing changes.
+    * A busy metric, and the clock meanwhile, gets one sample per process; its value is their median. Without further processes
+      nothing changes.
     * A gated count or size must be equal in every process that measured it. If not, the record is invalid, with both numbers.
     * Peaks, wall samples, audit, losses and answers are those of the first process. `processes` contains the median wall times of each.
     * A further process that failed or is invalid gives no sample, and a note says why. The case is not affected.
@@ -50,8 +51,12 @@ def merged(first: Record, more: Sequence[Record]) -> Record:
 
 
 def busy_values(record: Record) -> dict[str, tuple[float, ...]]:
-    """Return the samples of each busy metric, one per process."""
-    return {name: _samples(metric) for name, metric in record.metrics.items() if metric.noise == "busy"}
+    """Return the samples of each busy time, one per process."""
+    return {
+        name: _samples(metric)
+        for name, metric in record.metrics.items()
+        if metric.noise == "busy" and metric.unit == "s"
+    }
 
 
 def _samples(metric: Metric) -> tuple[float, ...]:

@@ -123,7 +123,7 @@ def test_an_incomplete_reading_is_repeated_three_times(monkeypatch: pytest.Monke
     """After three incomplete readings busy time and kernel counts are void."""
     tries: list[object] = []
 
-    def nothing(work: object, device: object) -> list[object]:
+    def nothing(work: object, device: object, watch: object) -> list[object]:
         tries.append(work)
         return []
 
@@ -137,7 +137,7 @@ def test_the_second_reading_counts_when_the_first_was_incomplete(monkeypatch: py
     """A complete reading after an incomplete one counts."""
     calls = [HostCall("cudaLaunchKernel", number, number) for number in range(3)]
     readings = iter([([START], calls[:1]), ([START, Interval("gemm", "kernel", 7, 20, 50), END], calls)])
-    monkeypatch.setattr(kernels, "recorded", lambda work, device: [])
+    monkeypatch.setattr(kernels, "recorded", lambda work, device, watch: [])
     monkeypatch.setattr(kernels, "sorted_events", lambda events: next(readings))
     activity = device_activity(lambda: None, torch.device("cpu"))
     assert (activity.kernels, activity.busy_s, activity.kernel_counts) == (1, 30e-9, {"gemm": 1})

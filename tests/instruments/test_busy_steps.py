@@ -32,7 +32,9 @@ class Profiler:
         monkeypatch.setattr(kernels, "mark_step", lambda _: None)
         monkeypatch.setattr(kernels, "gpu_state", dict)
 
-    def _read(self, work: Callable[[], None], device: torch.device, *, marked_steps: int = 0) -> DeviceActivity:
+    def _read(
+        self, work: Callable[[], None], device: torch.device, *, marked_steps: int = 0, watch: object
+    ) -> DeviceActivity:
         steps = marked_steps or 10
         self.profiled.append(steps)
         launched = 100 * steps + (0 if self._alike else (steps + 1) // 2)

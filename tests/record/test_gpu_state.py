@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
+import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hpc_core.record.gpu_state import flags, setup_notes, throttle_words
+from hpc_core.record.gpu_state import clock_of, clock_of_readings, flags, setup_notes, throttle_words
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,9 @@ def test_throttle_reasons_are_words(reasons: int, words: tuple[str, ...]) -> Non
     assert throttle_words(reasons) == words
 
 
+CAPPED = msgspec.to_builtins(clock_of_readings([(1980, 0), (1560, 4), (1560, 4)], possible_mhz=1980, power_limit_w=700))
+
+
 def states(*, before: dict[str, Any] | None = None, **busy: dict[str, Any]) -> dict[str, Any]:
     """The GPU part of a record's circumstances."""
     return {"before": before or {}, "busy": busy}
@@ -38,6 +45,11 @@ def states(*, before: dict[str, Any] | None = None, **busy: dict[str, Any]) -> d
         (states(before={"processes": 0}, during={"processes": 1, "throttle_reasons": 0}), ()),
         (states(during={"throttle_reasons": 4, "sm_clock_mhz": 1290}), ("throttled: power cap at 1290 MHz",)),
         (states(during={"throttle_reasons": 4}), ("throttled: power cap",)),
+        (
+            # What the readings meanwhile say counts, not the one after the launches.
+            states(during={"throttle_reasons": 0, "sm_clock_mhz": 1980}, clock=CAPPED),
+            ("throttled: power cap at 1700 MHz",),
+        ),
         (
             states(before={"throttle_reasons": 4}, after={"throttle_reasons": 64}),
             (),  # throttled only outside the measurement
@@ -82,3 +94,23 @@ def test_an_unusual_setup_is_noted(state: dict[str, Any], words: tuple[str, ...]
     notes = setup_notes(state)
     assert len(notes) == len(words)
     assert all(word in note for word, note in zip(words, notes, strict=True))
+
+
+@given(st.lists(st.tuples(st.integers(210, 1980), st.sampled_from([0, 1, 4, 0x24])), min_size=1))
+def test_the_clock_is_the_mean_of_its_readings(readings: list[tuple[int, int]]) -> None:
+    """Cycles are the mean clock times the seconds; a record gives back what was read."""
+    clock = clock_of_readings(readings, possible_mhz=1980)
+    assert clock is not None
+    assert clock.mean_mhz == pytest.approx(statistics.fmean(mhz for mhz, _ in readings), abs=0.05)
+    assert clock.least_mhz <= clock.median_mhz <= clock.most_mhz
+    assert (clock.capped > 0) == ("power cap" in throttle_words(clock.reasons))
+    assert clock_of({"busy": {"clock": msgspec.to_builtins(clock)}}) == clock
+
+
+@pytest.mark.parametrize(
+    "gpu", [{}, {"busy": 3}, {"busy": {}}, {"busy": {"clock": None}}, {"busy": {"clock": {"readings": 2}}}]
+)
+def test_a_record_without_a_clock_has_none(gpu: dict[str, Any]) -> None:
+    """Older records, and whatever a stranger wrote in its place, give no clock."""
+    assert clock_of(gpu) is None
+    assert clock_of_readings([(0, 0)]) is None

@@ -78,6 +78,18 @@ def test_a_failed_process_costs_only_its_sample(succeeded: list[bool]) -> None:
     assert len(notes) == succeeded.count(False)
 
 
+def test_the_clock_has_one_sample_per_process() -> None:
+    """The clock merges as busy time does, so that each session keeps the clocks of all its processes; it is no time itself."""
+
+    def at(mhz: float) -> Record:
+        clock = Metric(value=mhz, unit="MHz", noise="busy", better="same", depends_on=("case",), gated=False)
+        return a_record(gpu_metrics(0.1, 5290) | {"sm_clock_mhz": clock})
+
+    record = merged(at(1980), [at(1650), at(1700)])
+    assert (record.metrics["sm_clock_mhz"].samples, record.metrics["sm_clock_mhz"].value) == ((1980, 1650, 1700), 1700)
+    assert set(busy_values(record)) == {"busy_s"}
+
+
 def test_counts_that_differ_make_the_record_invalid() -> None:
     """The reason names the metric, both values with their unit, and both processes."""
     record = merged(full(), [further(), further(kernels=5291)])
