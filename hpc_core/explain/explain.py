@@ -17,6 +17,7 @@ from hpc_core.explain.work import module_changes, work_finding
 from hpc_core.gate.comparability import Place, case_changes, packages_moved
 from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import Judgement, Verdict
+from hpc_core.record.gpu_state import clock_of
 from hpc_core.record.metrics import Resource, definition_of
 from hpc_core.record.record import Record
 
@@ -146,7 +147,9 @@ def _gpu(old: Record, new: Record) -> list[str]:
     differences = []
     if before.machine.name != after.machine.name and before.machine.key != "cpu":
         differences.append(f"GPU: {before.machine.name} → {after.machine.name}")
-    clocks = _clock(before.gpu), _clock(after.gpu)
+    means = [clock.mean_mhz for clock in map(clock_of, (before.gpu, after.gpu)) if clock is not None]
+    # A mean is not compared with the one reading of an older record.
+    clocks = [round(mean) for mean in means] if len(means) == 2 else [_clock(before.gpu), _clock(after.gpu)]
     if all(clocks) and abs(clocks[1] - clocks[0]) > _CLOCK_SHARE * clocks[0]:
         differences.append(f"GPU clock under load: {clocks[0]} → {clocks[1]} MHz")
     flagged = [note for note in after.notes if note.startswith("GPU ")]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,13 +26,14 @@ class ClockWatch:
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
-        self._readings: list[tuple[int, int]] = []
+        self.readings: list[tuple[int, int, int]] = []
+        """When, in nanoseconds of `time.time_ns`; the clock in MHz; the throttle reasons."""
         self._limits: dict[str, Any] = {}
         self._stop = threading.Event()
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        self._readings, self._limits, self._stop = [], {}, threading.Event()
+        self.readings, self._limits, self._stop = [], {}, threading.Event()
         gpus = visible_gpus()
         # Opening NVML takes milliseconds, so it is done before the work begins.
         if gpus:
@@ -51,12 +53,12 @@ class ClockWatch:
     def _read(self, reader: ClockReader) -> None:
         stopped = False
         while not stopped and (reading := reader.read()) is not None:
-            self._readings.append(reading)
+            self.readings.append((time.time_ns(), *reading))
             stopped = self._stop.wait(self._interval_s)
 
     def clock(self) -> Clock | None:
         """Return the clock of the last block; None without a GPU, or where its driver gives no clock."""
-        return clock_of_readings(self._readings, **self._limits)
+        return clock_of_readings([(mhz, reasons) for _, mhz, reasons in self.readings], **self._limits)
 
 
 def clock_metric(clock: Clock) -> Findings:
