@@ -29,7 +29,7 @@ CASE_FIELDS: Parts = {
 
 VARIABLES = {
     "HPC_CORE_CACHE": "folder of tokenized data",
-    "HPC_CORE_COMMIT": "the commit of a tree that was copied without its history; it wins over git",
+    "HPC_CORE_COMMIT": "the hash of the commit of a tree that was copied without its history; it wins over git",
     "HPC_CORE_DATA": "folder with `gsm8k/test.jsonl` and `wikitext2/wiki.test.raw`, in place of the hub",
     "GITHUB_STEP_SUMMARY": "file to which the report's Markdown is added",
     "CXX": "C++ compiler that predictions need once",

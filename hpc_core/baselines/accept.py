@@ -111,18 +111,9 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
         raise BaselineError(
             f"{case}: fault {circumstances.fault!r} was injected; run without --perf-fault, and accept that record."
         )
-    if circumstances.commit is None and not allow_dirty:
-        raise BaselineError(
-            f"{case}: nobody can tell which code gave these numbers: it ran outside a git repository, or in one without a "
-            "commit. Commit the code and run again; or name the commit of a copied tree with HPC_CORE_COMMIT; or allow it: "
-            "--perf-allow-dirty with --perf-update, --allow-dirty with hpc-core baseline accept."
-        )
-    if circumstances.dirty and not allow_dirty:
-        raise BaselineError(
-            f"{case}: the tree has uncommitted changes on {(circumstances.commit or 'an unknown commit')[:10]}, so nobody "
-            "could measure this again. Commit them and run again, or allow it: --perf-allow-dirty with "
-            "--perf-update, --allow-dirty with hpc-core baseline accept."
-        )
+    without_commit = None if allow_dirty else why_without_commit(circumstances.commit, circumstances.dirty)
+    if without_commit is not None:
+        raise BaselineError(f"{case}: {without_commit}")
     gated = gated_metrics(record)
     if not gated:
         raise BaselineError(
@@ -136,6 +127,22 @@ def refuse(record: Record, reason: str, allow_dirty: bool) -> None:
     ]
     if void:
         raise BaselineError(f"{case}: {'; '.join(void)}. Measure again before accepting.")
+
+
+def why_without_commit(commit: str | None, dirty: bool | None) -> str | None:
+    """Return why no commit holds the code that runs, and what to do; None if one does."""
+    allow = "allow it: --perf-allow-dirty with --perf-update, --allow-dirty with hpc-core baseline accept."
+    if commit is None:
+        return (
+            "nobody can tell which code gives these numbers: it runs outside a git repository, or in one without a commit. "
+            f"Commit the code and run again; or name the commit of a copied tree with HPC_CORE_COMMIT; or {allow}"
+        )
+    if dirty:
+        return (
+            f"the tree has uncommitted changes on {commit[:10]}, so nobody could measure this again. "
+            f"Commit them and run again, or {allow}"
+        )
+    return None
 
 
 def _baseline(record: Record, reason: str, at: datetime.datetime) -> Baseline:

@@ -11,9 +11,9 @@ import msgspec
 
 from hpc_core.baselines.baseline import Baseline, Lookup
 from hpc_core.case.limits import Limits
+from hpc_core.gate.loosened import is_looser
 from hpc_core.gate.verdict import Excuse, Judgement, MetricVerdict, Verdict, gravest_first, worst, worst_metric
 from hpc_core.record import units as sizes
-from hpc_core.record.record import Metric
 
 _FAILING = (Verdict.REGRESSED, Verdict.INVALID)
 _DECIDED = (Verdict.PASS, Verdict.IMPROVED, Verdict.REGRESSED)
@@ -95,16 +95,10 @@ def _row(
         return msgspec.structs.replace(now, reason=f"Against the baseline of this pull request: {now.reason}"), None
     if not isinstance(head, Baseline):
         return was, None
-    if now.verdict is Verdict.IMPROVED and _is_looser(base.metrics.get(was.metric), head.metrics.get(was.metric)):
+    old, new = base.metrics.get(was.metric), head.metrics.get(was.metric)
+    if now.verdict is Verdict.IMPROVED and old is not None and new is not None and is_looser(old, new):
         return _loosened(now), None
     return (was if was.verdict in _DECIDED else now), None
-
-
-def _is_looser(old: Metric | None, new: Metric | None) -> bool:
-    """Return whether a worse value is accepted than before."""
-    if old is None or new is None or old.unit != new.unit:
-        return False
-    return {"lower": new.value > old.value, "higher": new.value < old.value, "same": False}[new.better]
 
 
 def _loosened(row: MetricVerdict) -> MetricVerdict:

@@ -22,6 +22,7 @@ from hpc_core.launch.failures import record_of, with_notes
 from hpc_core.launch.forkserver import Preloaded
 from hpc_core.launch.forkserver_client import Forkserver, NoForkserver
 from hpc_core.launch.interpreter import executable, start_fresh
+from hpc_core.record.environment import named_commit
 from hpc_core.record.job import (
     Event,
     Finished,
@@ -67,6 +68,12 @@ class Launcher:
         predicting: bool = False,
         preload: Sequence[str] = (),
     ) -> None:
+        """Start nothing yet.
+
+        Raises:
+            SpecError: HPC_CORE_COMMIT names no commit, so that no record could be made.
+        """
+        named_commit()
         self._way: Way = way
         self._python = python
         self._on_event = on_event

@@ -25,8 +25,14 @@ BASELINES = "baselines"
 _FILES = ("pytest.toml", ".pytest.toml", "pytest.ini", ".pytest.ini", "pyproject.toml", "tox.ini", "setup.cfg")
 """Where pytest reads its settings, in its order."""
 _FOLDER = "--perf-baselines"
-_CHOOSE = ("perf_paths", "perf_cases")
-"""Settings whose entries choose what runs; to lose one is to run less."""
+_CHOOSE = {
+    "addopts": "", "norecursedirs": "", "perf_processes": "auto",
+    "perf_paths": "bench", "perf_cases": "", "python_files": "test_*.py *_test.py", "python_classes": "Test",
+    "python_functions": "test",
+}  # fmt: skip
+"""Settings that choose what runs and how often, with pytest's or our default; to lose an entry is to run less."""
+_ANY_CHANGE = ("addopts", "norecursedirs", "perf_processes")
+"""Of these every change may be less."""
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -82,6 +88,20 @@ class MergeBase:
         except (SpecError, UnicodeDecodeError):
             return ()  # a file that nobody could read then excused nothing
 
+    def changed(self, file: Path) -> str:
+        """Return the file, or a conftest.py that acts on it, if it is not what it was at the merge base; else an empty text."""
+        root = self._rules.root.resolve()
+        folders = [folder for folder in file.resolve().parents if folder == root or root in folder.parents]
+        paths = [file, *(folder / "conftest.py" for folder in folders)]
+        try:
+            before = contents(root, [(self.commit, path) for path in paths])
+        except RepositoryError:  # it lies elsewhere, so nobody can tell
+            return str(file)
+        for path, raw in zip(paths, before, strict=True):
+            if raw != (path.read_bytes() if path.is_file() else None):
+                return str(path.relative_to(root) if path.is_relative_to(root) else path)
+        return ""
+
     def settings_changed(self) -> tuple[Loosening, ...]:
         """Return the settings that the pull request changes so that it may be judged by less."""
         old, new = self._settings, self._rules.settings
@@ -93,9 +113,10 @@ class MergeBase:
             for name, default in (("perf_baselines", BASELINES), ("perf_waivers", WAIVERS))
             if str(old.get(name, default)) != str(new.get(name, default))
         ]
-        for name in ("addopts", *_CHOOSE):
-            was, is_now = _words(old.get(name)), _words(new.get(name))
-            if was != is_now if name == "addopts" else set(was) - set(is_now):
+        for name, default in _CHOOSE.items():
+            was, is_now = _words(old.get(name, default)), _words(new.get(name, default))
+            changed = was != is_now if name in _ANY_CHANGE else bool(set(was) - set(is_now))
+            if changed:
                 found.append(_changed(name, shlex.join(was) or "none", shlex.join(is_now) or "none"))
         return tuple(found)
 

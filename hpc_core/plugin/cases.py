@@ -18,7 +18,7 @@ MARK = "perf_predicted"
 Extent = Literal["short", "all", "off"]
 """Which predictions a run makes: the short set, all of them, or none."""
 _TELLING = pytest.StashKey[str]()
-"""What tells apart the ids of two tests whose names differ only in what an id cannot hold."""
+"""What tells apart two tests, or two classes, whose names differ only in what an id cannot hold."""
 _NOT_IN_AN_ID = re.compile(r"[^a-z0-9.+_]+")
 
 
@@ -58,9 +58,12 @@ def case_id_of(item: pytest.Item) -> str:
     case = case_of(item)
     if case is not None:
         return case.id
-    classes = [each.name for each in item.listchain() if isinstance(each, pytest.Class)]
-    shape, variant = [*_folders(item), item.path.stem], [*classes, item.name]
-    return f"{_joined(shape)}/{_joined(variant)}{item.stash.get(_TELLING, '')}"
+    variant = [each for each in item.listchain() if isinstance(each, pytest.Class) or each is item]
+    return f"{_joined([*_folders(item), item.path.stem])}/{'.'.join(map(_name_in_id, variant))}"
+
+
+def _name_in_id(node: pytest.Item | pytest.Collector) -> str:
+    return f"{_joined([node.name])}{node.stash.get(_TELLING, '')}"
 
 
 def _folders(item: pytest.Item) -> tuple[str, ...]:
@@ -80,17 +83,18 @@ def _folders(item: pytest.Item) -> tuple[str, ...]:
 
 
 def tell_apart(found: Iterable[pytest.Item | pytest.Collector]) -> None:
-    """Give tests of one module or class whose ids would be equal, such as `test[A]` and `test[a]`, a digest of their names.
+    """Give tests and classes of one module or class whose part of an id would be equal a digest of their names.
 
-    It is the same whichever of them run.
+    Such are `test[A]` and `test[a]`, or `TestDecode` and `Testdecode`: a disk that ignores case would keep their baselines in one
+    file. The digest is the same whichever of them run.
     """
-    alike: dict[str, list[pytest.Item]] = {}
-    for item in found:
-        if isinstance(item, pytest.Item) and case_of(item) is None:
-            alike.setdefault(case_id_of(item), []).append(item)
-    for items in alike.values():
-        for item in items if len(items) > 1 else ():
-            item.stash[_TELLING] = f".{hashlib.sha256(item.name.encode()).hexdigest()[:4]}"
+    alike: dict[str, list[pytest.Item | pytest.Class]] = {}
+    for node in found:
+        if isinstance(node, pytest.Class) or (isinstance(node, pytest.Item) and case_of(node) is None):
+            alike.setdefault(_name_in_id(node), []).append(node)
+    for nodes in alike.values():
+        for node in nodes if len(nodes) > 1 else ():
+            node.stash[_TELLING] = f".{hashlib.sha256(node.name.encode()).hexdigest()[:4]}"
 
 
 def _joined(names: Iterable[str]) -> str:

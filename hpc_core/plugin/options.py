@@ -12,14 +12,16 @@ from typing import Literal, cast
 import msgspec
 import pytest
 
+from hpc_core.baselines.accept import why_without_commit
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.gate.waivers import Waiver, waivers_from_toml
 from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings
 from hpc_core.plugin.cases import Extent
 from hpc_core.plugin.repeats import MOST
-from hpc_core.record.environment import visible_gpus
+from hpc_core.record.environment import commit, named_commit, visible_gpus
 from hpc_core.record.files import read_regular
+from hpc_core.record.git import changed_code
 from hpc_core.record.job import Way
 
 ACTIVE = "perf_active"
@@ -39,6 +41,8 @@ _LISTING = frozenset({
     "--collect-only", "--collectonly", "--co", "--setup-plan", "--setup-only", "--fixtures", "--funcargs",
     "--fixtures-per-test", "--markers",
 })  # fmt: skip
+_MOST_NAMES = 3
+"""Uncommitted files that a refusal names."""
 _GPU_WORD = re.compile(r"\bperf_gpu\b")
 
 
@@ -246,6 +250,7 @@ def read_settings(config: pytest.Config) -> Settings:
         )
     here = config.invocation_params.dir
     baselines = _baselines(config, update=update)
+    _refuse_code(for_update=update and not config.getoption("perf_allow_dirty"))
     return Settings(
         scale=scale,
         why_scale=why,
@@ -336,6 +341,21 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
         raise pytest.UsageError(
             f"--perf-fault {fault} with --perf-update: a run with a fault cannot be a baseline. Drop one of the two."
         )
+
+
+def _refuse_code(*, for_update: bool) -> None:
+    """Refuse now what no record could be made or accepted with: after minutes of measuring it would be too late."""
+    try:
+        named_commit()
+    except SpecError as error:
+        raise pytest.UsageError(str(error)) from error
+    known, dirty = commit() if for_update else (None, None)
+    why = why_without_commit(known, dirty)
+    if for_update and why is not None:
+        changed = changed_code(Path.cwd()) if dirty else ()
+        more = f" and {len(changed) - _MOST_NAMES} more" if len(changed) > _MOST_NAMES else ""
+        files = f" Uncommitted: {', '.join(changed[:_MOST_NAMES])}{more}." if changed else ""
+        raise pytest.UsageError(f"--perf-update: {why}{files}")
 
 
 def _baselines(config: pytest.Config, *, update: bool) -> Path:

@@ -20,7 +20,7 @@ from hpc_core.case.limits import Limits
 from hpc_core.gate.busy import sessions_of_regime
 from hpc_core.gate.intervals import EARLY_PASS_ALPHA, PASS_ALPHA
 from hpc_core.gate.judge import judge
-from hpc_core.gate.loosened import loosened_limits, loosened_waivers
+from hpc_core.gate.loosened import loosened_baseline, loosened_limits, loosened_waivers
 from hpc_core.gate.pull_request import Side, judge_pull_request, limits_beside
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import expired, waived, waived_since_base
@@ -46,8 +46,8 @@ class Review:
         self._today = today or datetime.datetime.now(datetime.UTC).date()
         self._base = None if settings.base is None else MergeBase(settings.base, settings.rules)
         self._loosened: dict[str, Loosening] = {}
-        self.known: tuple[str, ...] | None = None
-        """Ids of all cases of the suite; None if only part of it was collected."""
+        self.known: dict[str, Path] | None = None
+        """All cases of the suite, by id, and their files; None if only part of it was collected."""
 
     def judged(self, record: Record, alpha: float, *, pass_alpha: float = PASS_ALPHA) -> Judgement:
         """Judge a record, and apply its waivers; `alpha` is its share of the suite's false alarms."""
@@ -115,25 +115,44 @@ class Review:
         found = [*self._base.settings_changed(), *loosened_waivers(self._base.waivers, self._settings.waivers)]
         found += self._no_longer_judged(rows)
         for change in self._changes:
-            if isinstance(change.old, Baseline) and isinstance(change.new, Baseline):
+            if not isinstance(change.old, Baseline):
+                continue
+            found += loosened_baseline(change.machine, change.case, change.old, change.new)
+            if isinstance(change.new, Baseline):
                 limits = change.old.spec.limits, change.new.spec.limits
                 found += loosened_limits(change.case, *limits, change.old.metrics)
         return tuple({each.line: each for each in [*found, *self._loosened.values()]}.values())
 
     def _no_longer_judged(self, rows: Sequence[Row]) -> list[Loosening]:
-        """Return the cases with a baseline at the merge base that run without a judgement, or in no test of the suite."""
+        """Return the cases with a baseline at the merge base that run without a judgement, or do not run."""
         assert self._base is not None
-        known = self._base.baselines.known()
         places = {(row.record.circumstances.machine.key, row.case): row for row in rows}
+        machines = {machine for machine, _ in places}
         found = []
-        for machine, case_id in known:
+        for machine, case_id in self._base.baselines.known():
             row = places.get((machine, case_id))
-            gone = self.known is not None and case_id not in self.known and any(key == machine for key, _ in places)
-            unjudged = row is not None and row.judgement is None and row.record.status == "ok"
-            if unjudged or gone:
-                new = "runs with judge=False" if unjudged else "no test runs it"
+            new = ""
+            if row is not None:
+                new = "runs with judge=False" if row.judgement is None and row.record.status == "ok" else ""
+            elif self.known is not None and machine in machines:
+                new = "no test runs it" if case_id not in self.known else self._why_not_measured(machine, case_id)
+            if new:
                 found.append(Loosening(what=f"case {case_id} on {machine}", old="judged", new=new))
         return found
+
+    def _why_not_measured(self, machine: str, case_id: str) -> str:
+        """Return why a case of the suite that did not run may be one that ran at the merge base; nothing if it cannot.
+
+        Its own file or a conftest.py changed: a mark there makes it wait for a request, or skips it.
+        """
+        assert self._base is not None
+        assert self.known is not None
+        lookup = self._base.baselines.find(machine, case_id)
+        is_of_this_scale = isinstance(lookup, Baseline) and self._settings.scale in (None, lookup.spec.scale)
+        if self._settings.globs or not is_of_this_scale or machine == "predicted":
+            return ""
+        changed = self._base.changed(self.known[case_id])
+        return f"not measured, and {changed} changed" if changed else ""
 
     def pull_request(self, rows: Sequence[Row]) -> PullRequest | None:
         """Return what the pull request loosens, for reports; None without `--perf-base`."""

@@ -156,7 +156,7 @@ class Suite:
         taking_part = [item for item in items if uses_perf(item)]
         ids = [case_id_of(item) for item in taking_part]
         if config.args_source is not pytest.Config.ArgsSource.ARGS:
-            self._review.known = tuple(ids)
+            self._review.known = {case_id_of(item): item.path for item in taking_part}
         for glob in self._settings.globs:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")

@@ -13,14 +13,16 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc_core.case.errors import MeasureError, RepositoryError
-from hpc_core.record.git import head, is_dirty
+from hpc_core.case.errors import MeasureError, RepositoryError, SpecError
+from hpc_core.record.git import changed_code, head
 from hpc_core.record.gpu_state import read_energy_mj, read_state
 from hpc_core.record.record import Circumstances, Machine
 from hpc_core.record.settings import settings
 
 STACK_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "liger-kernel", "torchao")
 """Packages whose version can change a metric."""
+_COMMIT = "HPC_CORE_COMMIT"
+_HASH = re.compile(r"[0-9a-fA-F]{7,64}")
 
 
 @functools.cache
@@ -133,24 +135,40 @@ def _cuda_of_torch() -> dict[str, str]:
     return {}
 
 
-@functools.cache
+def named_commit() -> str | None:
+    """Return the commit that the environment variable HPC_CORE_COMMIT names, in lower case; None without one.
+
+    Raises:
+        SpecError: it is no hash of a commit.
+    """
+    given = os.environ.get(_COMMIT, "").strip()
+    if given and not _HASH.fullmatch(given):
+        raise SpecError(
+            f"{_COMMIT}={given!r} is no commit: set its hash, 7 to 64 hexadecimal digits (git rev-parse HEAD), or unset it."
+        )
+    return given.lower() or None
+
+
 def commit(folder: str = ".") -> tuple[str | None, bool | None]:
     """Return the commit that runs, and whether its code was changed since; (None, None) where git cannot tell both.
 
     That is so outside a repository, before its first commit, and without git.
 
     The environment variable HPC_CORE_COMMIT takes precedence. It is for trees that were copied without their repository; whether such
-    a tree was changed is unknown, so the second value is then None, unless git has just that commit. `git.is_dirty` defines what
+    a tree was changed is unknown, so the second value is then None, unless git has just that commit. `git.changed_code` defines what
     counts as a change: baselines that the run itself writes do not.
+
+    Raises:
+        SpecError: as `named_commit`.
     """
-    given = os.environ.get("HPC_CORE_COMMIT", "").strip()
+    given = named_commit()
     found = head(Path(folder))
     if given and (found is None or not found.startswith(given)):
         return given, None
     if found is None:
         return None, None
     try:
-        return found, is_dirty(Path(folder))
+        return found, bool(changed_code(Path(folder)))
     except RepositoryError:
         return None, None
 

@@ -11,14 +11,25 @@ from pathlib import Path, PurePosixPath
 import msgspec
 
 from hpc_core.case.errors import RepositoryError
+from hpc_core.record.files import read_regular
 
 _SECONDS = 120
 _OF_ANOTHER_REPOSITORY = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_OBJECT_DIRECTORY")
 """Variables that git sets inside hooks. They would direct every command to the hook's repository."""
-CODE_SUFFIXES = frozenset(
-    {".py", ".pyx", ".pyi", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyd", ".toml", ".cfg", ".ini"}
+CODE_SUFFIXES = frozenset({
+    ".py", ".pyx", ".pyi", ".pth", ".c", ".cc", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".so", ".pyd",
+    ".toml", ".cfg", ".ini", ".json", ".yaml", ".yml", ".txt", ".jinja", ".jinja2", ".env",
+    ".jsonl", ".parquet", ".arrow", ".safetensors", ".gguf", ".bin", ".pt", ".npy", ".npz",
+})  # fmt: skip
+"""Suffixes of untracked files that count as changes: code, and the configuration, data and weights that it can read."""
+_WRITTEN_BY_RUNS = (
+    {"case", "status", "circumstances"},  # a record
+    {"case", "checksum", "accepted"},  # a baseline
+    {"cases", "states"},  # the code of records, for --perf-resume
+    {"revision", "merge_base", "loosened"},  # what a pull request loosens
+    {"machine_info", "benchmarks"},  # pytest-benchmark's table
 )
-"""Suffixes of untracked files that count as changes: files that can be code."""
+"""Keys of the untracked JSON files that a run leaves behind."""
 _COMPILED = ("*.so", "*.pyd", ":(exclude,glob)**/site-packages/**")
 _LARGE_BYTES = 16 * 2**20
 
@@ -40,12 +51,12 @@ def head(folder: Path) -> str | None:
         return None
 
 
-def is_dirty(folder: Path) -> bool:
-    """Return whether the code of the whole tree around `folder` differs from its commit.
+def changed_code(folder: Path) -> tuple[str, ...]:
+    """Return the paths in the whole tree around `folder` that can be why its code does other work than its commit.
 
     Files that hpc-core itself writes do not count, or the first accepted baseline would make the tree dirty for all that follow:
     `<variant>.history.jsonl`, `<variant>.profile.json.gz`, and the `<variant>.json` beside a history. Untracked files count only if they
-    can be code.
+    can be code, or something that code reads; records and the tables of pytest-benchmark are neither.
 
     Raises:
         RepositoryError: not a repository, or no git.
@@ -53,16 +64,28 @@ def is_dirty(folder: Path) -> bool:
     root = top(folder)
     entries = _status(root)
     written = {path for _, path in entries if path.endswith(".history.jsonl")}
-    return any(_counts(root, state, path, written) for state, path in entries)
+    return tuple(path for state, path in entries if _counts(root, state, path, written))
 
 
 def _counts(root: Path, state: str, path: str, written: set[str]) -> bool:
     if path.endswith((".history.jsonl", ".profile.json.gz")):
         return False
-    if state == "??" and PurePosixPath(path).suffix not in CODE_SUFFIXES:
+    name = PurePosixPath(path)
+    # A name such as `.env` has no suffix.
+    if state == "??" and ((name.suffix or name.name) not in CODE_SUFFIXES or _is_written_by_a_run(root / path)):
         return False
     history = f"{path.removesuffix('.json')}.history.jsonl"
     return not (path.endswith(".json") and (history in written or (root / history).exists()))
+
+
+def _is_written_by_a_run(path: Path) -> bool:
+    if path.suffix != ".json":
+        return False
+    try:
+        keys = msgspec.json.decode(read_regular(path), type=dict[str, msgspec.Raw]).keys()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
+        return False
+    return any(keys >= own for own in _WRITTEN_BY_RUNS)
 
 
 def uncommitted(folder: Path) -> tuple[str, ...]:

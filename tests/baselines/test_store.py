@@ -151,7 +151,7 @@ def test_code_that_no_commit_names_is_refused_unless_allowed(tmp_path: Path) -> 
     """Numbers without a commit cannot be measured again, so they are refused unless allowed."""
     record = a_record(circumstances=around(commit=None, dirty=None))
     with pytest.raises(
-        BaselineError, match=r"which code gave these numbers.*HPC_CORE_COMMIT.*--perf-allow-dirty.*--allow-dirty"
+        BaselineError, match=r"which code gives these numbers.*HPC_CORE_COMMIT.*--perf-allow-dirty.*--allow-dirty"
     ):
         accept(tmp_path, record, reason="r")
     assert list(tmp_path.iterdir()) == []

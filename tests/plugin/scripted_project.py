@@ -24,6 +24,7 @@ def scripted_project(
 ) -> Run:
     """Make the project, with these files in its bench/, and return a function that runs pytest in it."""
     monkeypatch.setattr(runner, "Launcher", launcher)
+    monkeypatch.setenv("HPC_CORE_COMMIT", "0123abc")  # the commit of scripted records
     pytester.makepyprojecttoml("""
         [tool.pytest.ini_options]
         addopts = ["--strict-markers", "--strict-config", "-p", "no:cacheprovider"]

@@ -23,6 +23,10 @@ class TestDecode:
         def test_step(self, perf):
             {STEP}
 
+class Testdecode:
+    def test_step(self, perf):
+        {STEP}
+
 class TestPrefill:
     @pytest.mark.parametrize("size", ["A", "a", "b"])
     def test_step(self, perf, size):
@@ -51,13 +55,14 @@ def ids(pytester: pytest.Pytester) -> set[str]:
 
 
 def test_a_class_belongs_to_the_id(pytester: pytest.Pytester, run: Run) -> None:
-    """Tests of one name in a module and its classes are cases of their own; parameters that differ only in case are, too."""
+    """Tests of one name in a module and its classes are cases of their own; classes and parameters that differ only in case are, too."""
     write(pytester, "bench/test_own.py", text=SUITE)
     assert run("--benchmark", "--perf-update", "--reason=first").ret == 0
     assert ids(pytester) == {
         "test_own/test_step",
-        "test_own/testdecode.test_step",
-        "test_own/testdecode.testlong.test_step",
+        "test_own/testdecode.4f39.test_step",
+        "test_own/testdecode.4f39.testlong.test_step",
+        "test_own/testdecode.0e06.test_step",
         "test_own/testprefill.test_step-a.b5fb",
         "test_own/testprefill.test_step-a.d6a8",
         "test_own/testprefill.test_step-b",
@@ -69,7 +74,7 @@ def test_an_id_does_not_depend_on_what_runs(pytester: pytest.Pytester, run: Run)
     """A test that runs alone has the id that it has among the others."""
     write(pytester, "bench/test_own.py", text=SUITE)
     run("--benchmark", "--perf-update", "--reason=first")
-    for name in ("test_step", "TestDecode::test_step", "TestPrefill::test_step[a]"):
+    for name in ("test_step", "TestDecode::test_step", "Testdecode::test_step", "TestPrefill::test_step[a]"):
         assert run("--benchmark", "--perf-strict", f"bench/test_own.py::{name}").ret == 0
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hpc_core.cli.commands import app
-from hpc_core.plugin import runner
+from hpc_core.plugin import options, runner, suite
 from hpc_core.plugin.base import pytest_settings
 from tests.plugin.scripted_launcher import ScriptedLauncher
 from tests.plugin.scripted_project import lower
@@ -37,6 +38,7 @@ expires = 9999-12-31
 def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Make a project whose main accepts half of what the suite takes, and go to the branch of a pull request."""
     monkeypatch.setattr(runner, "Launcher", ScriptedLauncher)
+    monkeypatch.setenv("HPC_CORE_COMMIT", "0123abc")
     (pytester.path / "pyproject.toml").write_text(INI)
     pytester.mkdir("bench")
     bench(pytester, GIB)
@@ -210,6 +212,108 @@ def test_a_case_that_is_no_longer_judged_is_named(pytester: pytest.Pytester, run
     bench(pytester, GIB, name="other")
     assert loosened(run("--perf-base", "main")) == ["case test_own/test_step on cpu: judged → no test runs it"]
     assert loosened(run("--perf-base", "main", "bench")) == ["nothing"]  # paths were chosen by hand
+
+
+def test_a_changed_case_that_is_accepted_anew_is_named(pytester: pytest.Pytester, run: Run) -> None:
+    """Nothing compares it with the merge base's baseline, so the pull request's judges it: both values are named."""
+    own = pytester.path / "bench" / "test_own.py"
+    own.write_text(own.read_text().replace(f"peak={GIB}", f"peak={GIB}, steps=11"))
+    assert run("--perf-update", "--reason", "one step more").ret == 0
+    result = run("--perf-base", "main", "--perf-strict")
+    assert result.ret == 0
+    (line,) = loosened(result)
+    digest = r"digest [0-9a-f]+ "
+    assert re.fullmatch(
+        rf"case of test_own/test_step on cpu, accepted anew: {digest}\(peak_bytes 512.00 MiB\) → {digest}\(peak_bytes 1.00 GiB\)",
+        line,
+    )
+
+
+def test_a_deleted_baseline_is_named(pytester: pytest.Pytester, run: Run) -> None:
+    """It judges this pull request, and nothing after the merge; so does one that nobody can read."""
+    baseline = next(pytester.path.rglob("test_step.json"))
+    raw = baseline.read_text()
+    day = json.loads(raw)["accepted"]["at"][:10]
+    was = f"baseline of test_own/test_step on cpu: 2 metrics, accepted {day}: doctored"
+    baseline.unlink()
+    result = run("--perf-base", "main")
+    assert result.ret == 1
+    assert loosened(result) == [f"{was} → deleted"]
+    baseline.write_text(raw[:100])
+    assert loosened(run("--perf-base", "main")) == [f"{was} → damaged"]
+
+
+def test_a_limit_that_is_removed_is_named(pytester: pytest.Pytester, run: Run) -> None:
+    """Absolute or tighter than the default: its old value is in the line, whether the case is accepted anew or not."""
+    bench(pytester, GIB, f'peak_bytes={2 * GIB}, operators="0.01%"')
+    run("--perf-update", "--reason", "with limits")
+    GitProject(pytester.path).commit("limits")
+    GitProject(pytester.path).git("branch", "-f", "limited")
+    bench(pytester, GIB)
+    for _ in range(2):
+        found = loosened(run("--perf-base", "limited"))
+        assert "absolute limit on peak_bytes of test_own/test_step: 2.00 GiB → none" in found
+        run("--perf-update", "--reason", "without")
+
+
+@pytest.mark.parametrize(
+    ("way", "line"),
+    [
+        ("perf_on_request", "judged → not measured, and bench/test_own.py changed"),
+        ("perf_gpu", "judged → not measured, and bench/test_own.py changed"),
+        ("skip", "judged → not measured, and bench/test_own.py changed"),
+        ("a conftest.py", "judged → not measured, and bench/conftest.py changed"),
+    ],
+)
+def test_a_case_that_no_longer_runs_by_itself_is_named(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch, way: str, line: str
+) -> None:
+    """A mark makes it wait for a request, need a GPU, or skips it, in its file or from a conftest.py."""
+    for module in (options, suite):
+        monkeypatch.setattr(module, "visible_gpus", tuple)
+    own = pytester.path / "bench" / "test_own.py"
+    step = own.read_text()
+    two = f"import pytest\n{step}\ndef test_other(perf):\n    perf('scripted:step', peak={GIB})\n"
+    own.write_text(two)
+    run("--perf-update", "--reason", "two")
+    GitProject(pytester.path).commit("two")
+    GitProject(pytester.path).git("branch", "-f", "two")
+    if way == "a conftest.py":
+        (pytester.path / "bench" / "conftest.py").write_text(
+            "import pytest\n\ndef pytest_collection_modifyitems(items):\n    items[0].add_marker(pytest.mark.skip)\n"
+        )
+    else:
+        own.write_text(two.replace("def test_step", f"@pytest.mark.{way}\ndef test_step"))
+    assert loosened(run("--perf-base", "two")) == [f"case test_own/test_step on cpu: {line}"]
+    GitProject(pytester.path).commit("as it was before")
+    GitProject(pytester.path).git("branch", "-f", "two")
+    assert loosened(run("--perf-base", "two")) == ["nothing"]  # it was so at the merge base
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ('python_files = ["test_other*.py"]', "setting python_files: 'test_*.py' '*_test.py' → 'test_other*.py'"),
+        ('python_functions = ["check"]', "setting python_functions: test → check"),
+        ('python_classes = ["Check"]', "setting python_classes: Test → Check"),
+        ('norecursedirs = ["bench"]', "setting norecursedirs: none → bench"),
+        ('perf_processes = "1"', "setting perf_processes: auto → 1"),
+        ('perf_waivers = "mine.toml"', "setting perf_waivers: perf-waivers.toml → mine.toml"),
+        ('perf_paths = ["elsewhere"]', "setting perf_paths: bench → elsewhere"),
+    ],
+)
+def test_a_setting_by_which_less_is_judged_is_named(
+    pytester: pytest.Pytester, run: Run, setting: str, line: str
+) -> None:
+    """What pytest collects, how often a case runs, and the file of waivers: each with its value at the merge base, or the default."""
+    (pytester.path / "mine.toml").write_text("")
+    (pytester.path / "elsewhere").mkdir()
+    bench_file = pytester.path / "bench" / "test_own.py"
+    for folder in ("bench", "elsewhere"):  # so that something runs whatever the setting is
+        (pytester.path / folder / "test_other_one.py").write_text(bench_file.read_text())
+    (pytester.path / "pyproject.toml").write_text(INI + setting)
+    result = run("--perf-base", "main", "--import-mode=importlib")
+    assert line in loosened(result)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,8 @@ def pip(*arguments: str) -> None:
 
 def run(here: Path, paths: list[Path], *arguments: str, seconds: int = 120) -> subprocess.CompletedProcess[str]:
     """Run pytest in a folder, with these folders first on Python's path."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, [*paths, ROOT])), "COLUMNS": "80"}
+    path = os.pathsep.join(map(str, [*paths, ROOT]))
+    environment = os.environ | {"PYTHONPATH": path, "COLUMNS": "80", "HPC_CORE_COMMIT": "0123abc"}
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
         cwd=here, env=environment, capture_output=True, text=True, timeout=seconds, check=False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,15 +116,13 @@ def commit_all(folder: Path) -> None:
 
 
 @pytest.fixture
-def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterable[Path]:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A git repository with one file of code, as the working folder."""
     (tmp_path / "code.py").write_text("x = 1\n")
     commit_all(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resume, "_imported_from", list)  # hpc-core itself need not be a checkout
-    environment.commit.cache_clear()
-    yield tmp_path
-    environment.commit.cache_clear()
+    return tmp_path
 
 
 def write_record(folder: Path, **changes: Any) -> Record:

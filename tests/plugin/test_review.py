@@ -138,7 +138,7 @@ def test_a_waiver_of_other_cases_is_not_shown(pytester: pytest.Pytester, run: Ru
 
 
 def test_uncommitted_code_needs_perf_allow_dirty(pytester: pytest.Pytester, run: Run) -> None:
-    """--perf-update refuses numbers of a changed tree and writes nothing; --perf-allow-dirty accepts them."""
+    """Numbers of a tree that was changed while the case ran are refused, and nothing is written."""
     bench(pytester, GIB, more=", dirty=True")
     refused = run("--perf-update", "--reason", "try")
     assert refused.ret == 1
@@ -146,6 +146,40 @@ def test_uncommitted_code_needs_perf_allow_dirty(pytester: pytest.Pytester, run:
     assert not (pytester.path / "baselines").exists()
     assert run("--perf-update", "--reason", "try", "--perf-allow-dirty").ret == 0
     assert run("--perf-allow-dirty").ret == 4
+
+
+def test_an_update_that_would_be_refused_measures_nothing(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a reason, without a commit, with uncommitted code or a file that it may read: one line, before any case runs."""
+    bench(pytester, GIB)
+    monkeypatch.delenv("HPC_CORE_COMMIT")
+
+    def refused(*arguments: str) -> str:
+        result = run("--perf-update", "--perf-records=seen", *arguments)
+        assert result.ret == 4
+        assert not (pytester.path / "seen").exists()
+        assert not (pytester.path / "baselines").exists()
+        (line,) = [line for line in result.errlines if line.startswith("ERROR")]
+        return line
+
+    assert "--perf-update needs --reason" in refused()
+    project = GitProject(pytester.path)
+    assert "in one without a commit" in refused("--reason=r")
+    project.write(".gitignore", "__pycache__/\n")
+    project.commit("first")
+    monkeypatch.setenv("HPC_CORE_COMMIT", "main")
+    assert "HPC_CORE_COMMIT='main' is no commit" in refused("--reason=r")
+    monkeypatch.delenv("HPC_CORE_COMMIT")
+    for name in ("bench/settings.yaml", "config.json", "prompts.txt"):
+        project.write(name, "batch: 4\n")
+        assert f"uncommitted changes on {project.git('rev-parse', 'HEAD')[:10]}" in (line := refused("--reason=r"))
+        assert line.endswith(f"Uncommitted: {name}.")
+        (pytester.path / name).unlink()
+    project.write("bench/test_own.py", "")
+    assert "Uncommitted: bench/test_own.py." in refused("--reason=r")
+    project.git("checkout", "-q", ".")
+    assert run("--perf-update", "--reason=r").ret == 0
 
 
 def test_gains_are_kept_by_one_command(pytester: pytest.Pytester, run: Run) -> None:

@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from hpc_core.case.errors import RepositoryError
+from hpc_core.baselines.accept import accept
+from hpc_core.baselines.pull_request import PullRequest, write_pull_request
+from hpc_core.case.errors import RepositoryError, SpecError
+from hpc_core.launch.launcher import Launcher
 from hpc_core.record import environment
-from hpc_core.record.git import contents, head, is_dirty, listing, merge_base, revisions_of
+from hpc_core.record.files import write_record
+from hpc_core.record.git import changed_code, contents, head, listing, merge_base, revisions_of
 from tests.record.git_project import GitProject
+from tests.strategies import a_record, counted
 
 
 @pytest.fixture
@@ -33,55 +38,76 @@ def project(tmp_path: Path) -> GitProject:
         ("settings.json", True),
         ("deep/new.toml", True),
         ("native.so", True),
-        ("records/tiny/lora.json", False),
+        ("configs/new.json", True),
+        ("configs/new.yaml", True),
+        ("prompts.txt", True),
+        (".env", True),
+        ("weights/model.safetensors", True),
         ("junit.xml", False),
+        ("report.html", False),
         ("baselines/cpu/tiny/lora.json", False),
         ("baselines/cpu/tiny/lora.history.jsonl", False),
-        ("baselines/cpu/tiny/other.json", False),
     ],
 )
 def test_what_makes_a_tree_dirty(project: GitProject, path: str, dirty: bool) -> None:
-    """Changed and untracked code makes a tree dirty; baselines, records and reports do not."""
-    assert not is_dirty(project.root)
+    """Changed and untracked code, and what code can read, makes a tree dirty; baselines and reports do not."""
+    assert not changed_code(project.root)
     project.write(path, "changed = 2\n")
-    assert is_dirty(project.root) is dirty
-    assert is_dirty(project.root / "baselines") is dirty  # any folder answers for the whole tree
+    for folder in (project.root, project.root / "baselines"):  # any folder answers for the whole tree
+        assert changed_code(folder) == ((path,) if dirty else ())
+
+
+def test_what_a_run_writes_is_no_change_of_code(project: GitProject) -> None:
+    """A record, a baseline that is new, the table of pytest-benchmark: the next case of the same run may be accepted, too."""
+    write_record(project.root / "records" / "tiny" / "lora.json", a_record({"operators": counted(1)}))
+    accept(project.root / "others", a_record({"operators": counted(1)}), reason="first", allow_dirty=True)
+    next((project.root / "others").rglob("*.history.jsonl")).unlink()
+    write_pull_request(project.root / "records", PullRequest(revision="main", merge_base="0123abc", loosened=()))
+    project.write("records/.code-states.json", '{"cases":{},"states":{}}')
+    project.write(".benchmarks/Linux/0001.json", '{"machine_info":{},"benchmarks":[],"datetime":""}')
+    assert not changed_code(project.root)
+    project.write("records/tiny/config.json", '{"case":"mine","status":"ok"}')
+    assert changed_code(project.root) == ("records/tiny/config.json",)
 
 
 def test_a_revoked_baseline_is_no_change_of_code(project: GitProject) -> None:
     """Deleting a baseline with its history does not make the tree dirty."""
     for name in ("lora.json", "lora.history.jsonl"):
         (project.root / "baselines" / "cpu" / "tiny" / name).unlink()
-    assert not is_dirty(project.root)
+    assert not changed_code(project.root)
 
 
 def test_the_environment_names_the_commit_of_a_copied_tree(
     project: GitProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HPC_CORE_COMMIT overrides the repository, and then it is unknown whether the code was changed."""
-    environment.commit.cache_clear()
     project.write("code.py", "x = 2\n")
     monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
     assert environment.commit(str(project.root)) == (head(project.root), True)
-    environment.commit.cache_clear()
     monkeypatch.setenv("HPC_CORE_COMMIT", "0123abc")
     assert environment.commit(str(project.root)) == ("0123abc", None)
-    environment.commit.cache_clear()
     monkeypatch.setenv("HPC_CORE_COMMIT", str(head(project.root)))  # hides no change from git
     assert environment.commit(str(project.root)) == (head(project.root), True)
     monkeypatch.setenv("HPC_CORE_COMMIT", "")
     assert environment.commit(str(tmp_path)) == (None, None)
-    environment.commit.cache_clear()
+
+
+@pytest.mark.parametrize("named", ["main", "0123ab", "0" * 65, "v1.2", "0123abc\n9"])
+def test_only_a_hash_names_a_commit(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    """A branch, a tag or a typing error is refused before anything runs, in one line."""
+    monkeypatch.setenv("HPC_CORE_COMMIT", named)
+    with pytest.raises(SpecError, match=r"^HPC_CORE_COMMIT='.*' is no commit: set its hash, 7 to 64 .*\.$"):
+        environment.commit()
+    with pytest.raises(SpecError, match="is no commit"):
+        Launcher()
 
 
 def test_code_before_the_first_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A repository without a commit names no code, as a folder without git does not."""
     monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
-    environment.commit.cache_clear()
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     (tmp_path / "code.py").write_text("x = 1\n")
     assert environment.commit(str(tmp_path)) == (None, None)
-    environment.commit.cache_clear()
 
 
 def test_files_of_other_commits(project: GitProject) -> None:
