@@ -104,7 +104,7 @@ def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> Non
         weight = _int8(source.weight) if spec.kind == "int8" else _four_bit(source.weight, module)
         module.weight = weight.to(device) if spec.kind != "int8" else weight
         if source.bias is not None:
-            module.bias = torch.nn.Parameter(source.bias.data, requires_grad=False)
+            module.bias = source.bias  # it requires gradients, as after from_pretrained
         module.train(source.training)
         del source  # free the unquantized weight before the next one is quantized
     quantizer.postprocess_model(model)

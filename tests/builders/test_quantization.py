@@ -83,6 +83,35 @@ def test_quantizing_in_place_equals_from_pretrained(name: str, dtype: Any, tmp_p
     assert owned_bytes(weight_tensors(model)["weights"]) == before
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["llama", "qwen2"])
+@pytest.mark.parametrize("name", [*KINDS, "int4"])
+def test_the_same_parameters_require_gradients(name: str, biased: bool, tmp_path: Path) -> None:
+    """Weights of quantized layers do not, and their biases do, as in the model that transformers quantizes while loading."""
+    import transformers
+
+    sizes: dict[str, Any] = {
+        "vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    config: Any = transformers.Qwen2Config(**sizes) if biased else transformers.LlamaConfig(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    if name == "int4":
+        prototype = pytest.importorskip("torchao.prototype.quantization.int4")
+        spec = QuantSpec(kind="int4", compute_dtype="bfloat16", group_size=32)
+        packing = prototype.PrototypeInt4WeightOnlyConfig(group_size=32, set_inductor_config=False)
+        how: Any = transformers.TorchAoConfig(packing, modules_to_not_convert=["lm_head"])
+    else:
+        spec = KINDS[name]
+        how = bitsandbytes_config(spec)
+    expected: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=how, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+    model = build(generate(ModelSpec(weights="config", path=str(tmp_path)), quantization=spec), CPU).model
+    required = {key: part.requires_grad for key, part in model.named_parameters()}
+    assert required == {key: part.requires_grad for key, part in expected.named_parameters()}
+    assert biased is any(key.endswith("q_proj.bias") and needs for key, needs in required.items())
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_every_layer_has_the_requested_settings(name: str) -> None:
     """Every layer has the requested quantization type, compute dtype and double quantization."""
