@@ -58,6 +58,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     busy_s: Limit = None
     busy_prefill_s: Limit = None
     busy_decode_token_s: Limit = None
+    energy_step_j: Limit = None
+    energy_token_j: Limit = None
     kernels: Limit = None
     kernels_prefill: Limit = None
     copies: Limit = None

@@ -225,8 +225,8 @@ class _Bench:
 
 
 def _without_busy(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """Drop GPU-busy time, which several workers at once lengthen. They do not change bytes and counts."""
-    return {name: metric for name, metric in metrics.items() if metric.noise != "busy"}
+    """Drop GPU-busy time and energy, which several workers at once change. They do not change bytes and counts."""
+    return {name: metric for name, metric in metrics.items() if metric.noise == "exact" or not metric.gated}
 
 
 def _red(record: Record, judgement: Judgement) -> tuple[str, ...]:

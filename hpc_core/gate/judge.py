@@ -69,7 +69,7 @@ def judge(
     obstacle = _obstacle(record, lookup)
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
     gated = gated_metrics(record)
-    tests = sum(metric.noise == "busy" and name in accepted for name, metric in gated.items())
+    tests = sum(metric.noise != "exact" and name in accepted for name, metric in gated.items())
     around = record.circumstances
     place = Place(around.machine.key, around.stack, around.settings, around.python)
     context = Context(
@@ -191,15 +191,19 @@ def _judgement(
     )
 
 
+_WHY = {Verdict.NO_BASELINE: "new", Verdict.INCOMPATIBLE: "of another Python"}
+
+
 def _unjudged_metrics(record: Record, rows: tuple[MetricVerdict, ...]) -> tuple[str, ...]:
-    """Return a sentence on the metrics that the baseline does not hold yet, and one on those of another Python."""
-    why = {Verdict.NO_BASELINE: "new", Verdict.INCOMPATIBLE: "of another Python"}
-    names = {text: [row.metric for row in rows if not row.judged and row.verdict is each] for each, text in why.items()}
-    return tuple(
-        f"{text}, not judged: {', '.join(each)}. To have them judged: {update_command(record.case.id)}"
-        for text, each in names.items()
-        if each
-    )
+    """Return a sentence on the metrics that the baseline does not hold yet, on those of another Python, and on those not measured."""
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.judged:
+            why = "not measured" if row.new is None else _WHY[row.verdict]
+            names.setdefault(why, []).append(row.metric)
+    lines = {why: f"{why}, not judged: {', '.join(each)}." for why, each in sorted(names.items())}
+    step = f" To have them judged: {update_command(record.case.id)}"
+    return tuple(line if why == "not measured" else f"{line}{step}" for why, line in lines.items())
 
 
 def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:

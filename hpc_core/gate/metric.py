@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import msgspec
 
 from hpc_core.baselines.baseline import Baseline, proves_nothing
-from hpc_core.case.limits import Limit
+from hpc_core.case.limits import Limit, relative_limit
 from hpc_core.gate.busy import Evidence, judge_busy
 from hpc_core.gate.comparability import Place, incomparable
 from hpc_core.gate.intervals import Interval
+from hpc_core.gate.spread import judge_spread
 from hpc_core.gate.tolerance import (
     Tolerance,
     allowed_ratio,
@@ -162,7 +163,10 @@ def _vanished(context: Context, name: str, shown: Metric | None, *, limited: boo
             Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
         )
     reason = f"{name} vanished: the baseline holds it, but {state}."
-    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {context.update}")
+    definition = definition_of(name)
+    # Somebody else on the GPU, or MIG, leaves a run without energy. That is no change of the case.
+    judged = definition is None or definition.noise != "wall" or shown is not None
+    return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {context.update}", judged=judged)
 
 
 def _why_never(machine: str, name: str) -> tuple[str, str] | None:
@@ -212,6 +216,15 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
     if new.noise == "busy":
         ratio = allowed_ratio(name, old, limit)
         found = _busy(context, name, new, old, allowed, ratio, reason)
+    elif new.noise == "wall":
+        stated = relative_limit(limit) is not None
+        ratio = allowed_ratio(name, old, limit)
+        text = allowed.text if stated else f"{allowed.text} beyond the sessions' spread"
+        reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {text}"
+        judged = judge_spread(name, new, old, ratio, context.evidence, stated=stated)
+        step = f"To settle it: {judged.settled_by}." if judged.settled_by else ""
+        step = "Measure again." if judged.verdict is Verdict.INVALID else step
+        found = _Finding(judged.verdict, text, reason + judged.text, step, judged.interval, judged.settled_by)
     else:
         found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
     if found.verdict is Verdict.IMPROVED:

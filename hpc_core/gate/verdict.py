@@ -147,4 +147,4 @@ def expected_line(judged: Iterable[MetricVerdict]) -> str | None:
         return None
     total = sum(levels)
     shown = f"{total:.2f}" if round(total, 2) else f"{total:.1g}"
-    return f"expected false alarms in this run: {shown} ({counted(len(levels), 'test')} of GPU-busy time)"
+    return f"expected false alarms in this run: {shown} ({counted(len(levels), 'test')} of time and energy)"

@@ -296,4 +296,4 @@ def measure_here(case: Case, step: Callable[[], Any], emit: Callable[[Event], No
 
 
 def _ungated_time(metric: Metric) -> Metric:
-    return msgspec.structs.replace(metric, gated=False) if metric.noise == "busy" else metric
+    return metric if metric.noise == "exact" else msgspec.structs.replace(metric, gated=False)

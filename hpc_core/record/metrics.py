@@ -29,6 +29,8 @@ HOST_RATIO = 0.01
 """1 %: the tolerance of bytecodes and calls."""
 BYTECODES_FLOOR, CALLS_FLOOR = 200, 20
 """A few lines of Python, some 10 µs: what a step may gain however little it executes."""
+ENERGY_RATIO = 0.1
+"""10 %: twice what the age of the counter's readings can move."""
 _ALL: tuple[Dependence, ...] = ("case", "stack", "machine")
 
 
@@ -115,6 +117,11 @@ def _busy(name: str, doc: str, family: Family, tolerance: float) -> Definition:
 def _wall(name: str, doc: str, unit: str = "s", **other: object) -> Definition:
     """A number by the host's clock, derived from it, or not reproducible: shown and stored, not judged."""
     return _definition(name, doc, unit, "wall", gated=False, **other)
+
+
+def _energy(name: str, doc: str) -> Definition:
+    """Joules of the board. They move with the host's waiting and with the clock, so the accepted sessions say how much is noise."""
+    return _definition(name, doc, "J", "wall", tolerance=ENERGY_RATIO, explained="device", gpu_only=True)
 
 
 def _share(name: str, doc: str, **other: object) -> Definition:
@@ -235,8 +242,8 @@ METRICS: Mapping[str, Definition] = {
             "mbu", "Model bandwidth utilization: bytes read for a token over the measured copy rate.", gpu_only=True
         ),
         # Energy
-        _wall("energy_step_j", "Energy of the GPU for one step.", "J", gpu_only=True),
-        _wall("energy_token_j", "Energy of the GPU for one new token, prefill included.", "J", gpu_only=True),
+        _energy("energy_step_j", "Energy of the GPU for one step."),
+        _energy("energy_token_j", "Energy of the GPU for one new token, prefill included."),
         # Quality
         _wall("loss_first", "Mean loss of the first pass over the batches.", "nats"),
         _wall("loss_last", "Mean loss of the last pass over the batches.", "nats"),

@@ -122,7 +122,7 @@ def test_a_case_divides_its_share_over_its_busy_metrics() -> None:
     }  # fmt: skip
     line = expected_line(rows)
     assert line is not None
-    assert line.startswith("expected false alarms in this run: 0.004 (2 tests of GPU-busy time")
+    assert line.startswith("expected false alarms in this run: 0.004 (2 tests of time and energy")
     assert expected_line(row for row in rows if row.alpha is None) is None
     assert judged(0.2).alpha == SUITE_ALPHA
 

@@ -57,7 +57,7 @@ def test_one(perf):
 def test_two(perf):
     perf("scripted:step", busy=0.1)
 """)
-    line = "expected false alarms in this run: 0.01 (2 tests of GPU-busy time)"
+    line = "expected false alarms in this run: 0.01 (2 tests of time and energy)"
     run("--benchmark", "--perf-update", "--reason", "r").assert_outcomes(passed=2)
     both = run("--benchmark")
     both.assert_outcomes(passed=2)

@@ -1,0 +1,113 @@
+"""Energy against accepted sessions: it is worse only beyond what they move by themselves, and by 2x where there is only one."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hpc_core.baselines.baseline import gated_metrics
+from hpc_core.case.limits import Limits
+from hpc_core.gate.busy import sessions_of_regime
+from hpc_core.gate.judge import judge
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
+from hpc_core.record.metrics import metric
+from hpc_core.record.record import Metric
+from tests.gate.judging import stored
+from tests.strategies import a_record, busy
+
+NAME = "energy_step_j"
+STEADY = [[50.0], [50.5], [49.5], [50.2], [49.8], [50.1]]
+GOODNESS = [Verdict.IMPROVED, Verdict.PASS, Verdict.INCONCLUSIVE, Verdict.REGRESSED]
+
+
+def energy(joules: float) -> Metric:
+    return metric(NAME, joules, on_gpu=True)
+
+
+def case_of(joules: float, sessions: Any = None, limits: Limits | None = None) -> Judgement:
+    """Return the judgement of a step that takes these joules; 50 are accepted."""
+    by_metric = None if sessions is None else {NAME: sessions}
+    return judge(a_record({NAME: energy(joules)}), stored({NAME: energy(50)}), limits or Limits(), sessions=by_metric)
+
+
+def judged(joules: float, sessions: Any = None, limits: Limits | None = None) -> MetricVerdict:
+    (row,) = case_of(joules, sessions, limits).metrics
+    return row
+
+
+@pytest.mark.parametrize(
+    ("joules", "sessions", "limit", "verdict", "reason"),
+    [
+        (90, None, None, "PASS", "one accepted session shows no spread, so only +100 % counts"),
+        (101, None, None, "REGRESSED", "only +100 % counts"),
+        (24, None, None, "IMPROVED", "only +100 % counts"),
+        (54, STEADY, None, "PASS", "by 1 process against 6 sessions; from +"),
+        (70, STEADY, None, "REGRESSED", "limit +10 % beyond the sessions' spread: +"),
+        (30, STEADY, None, "IMPROVED", "against 6 sessions"),
+        (70, [[50.0], [70.0]], None, "PASS", "between sessions 10 % assumed; from +85.7 % on it would be REGRESSED"),
+        (101, [[50.0], [50.0]], None, "REGRESSED", "+100 % counts whatever the spread"),
+        (54, STEADY, "10%", "INCONCLUSIVE", "limit +10 %: "),
+        (50, STEADY, "25%", "PASS", "limit +25 %: "),
+        (90, STEADY, "25%", "REGRESSED", "limit +25 %: "),
+        (55, STEADY, 54.0, "REGRESSED", "allowed is at most 54 J"),
+        (55, STEADY, 60.0, "PASS", ""),
+        (50, [*STEADY, [0.0]], None, "INVALID", "holds an energy_step_j that is not above 0"),
+    ],
+)
+def test_energy(joules: float, sessions: Any, limit: Any, verdict: str, reason: str) -> None:
+    """Each verdict by example; a percentage is decided three ways, a budget at once."""
+    row = judged(joules, sessions, Limits(energy_step_j=limit))
+    assert row.verdict.value == verdict, row.reason
+    assert reason in row.reason
+    assert bool(row.settled_by) == (verdict == "INCONCLUSIVE")
+
+
+@given(st.floats(20, 200), st.floats(20, 200), st.lists(st.floats(40, 60), max_size=8))
+def test_more_energy_is_never_judged_better(one: float, other: float, sessions: list[float]) -> None:
+    """A higher number never gets a better verdict, whatever the sessions."""
+    rows = [judged(joules, [[each] for each in sessions] or None) for joules in sorted((one, other))]
+    assert GOODNESS.index(rows[0].verdict) <= GOODNESS.index(rows[1].verdict)
+
+
+@pytest.mark.parametrize("spread", [0.03, 0.1])
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_unchanged_energy_is_not_a_false_alarm(spread: float, count: int) -> None:
+    """Sessions of the stated spread: at most 1 in 100 clean runs is REGRESSED, and none is INCONCLUSIVE."""
+    draw, verdicts = random.Random(count), []
+    for _ in range(600):
+        drawn = [[50 * math.exp(draw.gauss(0, spread))] for _ in range(count + 1)]
+        verdicts.append(judged(drawn[0][0], drawn[1:]).verdict)
+    assert verdicts.count(Verdict.REGRESSED) <= 6
+    assert Verdict.INCONCLUSIVE not in verdicts
+
+
+def test_what_would_be_regressed_is() -> None:
+    """The change that the reason states as seen is REGRESSED, and a little less is not."""
+    row = judged(50, STEADY)
+    seen = float(row.reason.split("; from +")[1].split(" %")[0]) / 100
+    centre = math.exp(sum(math.log(each) for (each,) in STEADY) / len(STEADY))
+    assert judged(centre * (1 + seen) * 1.002, STEADY).verdict is Verdict.REGRESSED
+    assert judged(centre * (1 + seen) * 0.99, STEADY).verdict is Verdict.PASS
+
+
+def test_energy_that_was_not_measured_leaves_the_case_its_verdict() -> None:
+    """Somebody else on the GPU leaves a run without energy: a remark says so, and the other metrics are judged."""
+    metrics = {"busy_s": busy(0.2)}
+    judgement = judge(a_record(metrics), stored({**metrics, NAME: energy(50)}))
+    assert judgement.verdict is Verdict.PASS
+    assert judgement.remarks == ("not measured, not judged: energy_step_j.",)
+    limited = judge(a_record(metrics), stored({**metrics, NAME: energy(50)}), Limits(energy_step_j="10%"))
+    assert limited.verdict is Verdict.INCOMPATIBLE
+
+
+def test_energy_ends_no_regime() -> None:
+    """Sessions whose energy differs stay in the regime: it moves with the host, and busy time needs them."""
+    accepted = gated_metrics(a_record({"busy_s": busy(0.2), NAME: energy(50)}))
+    assert set(accepted) == {"busy_s", NAME}
+    sessions = [{"busy_s": [0.2], NAME: [80.0]}, {"busy_s": [0.2], NAME: [50.0]}]
+    assert sessions_of_regime(sessions, accepted) == {"busy_s": [[0.2], [0.2]], NAME: [[80.0], [50.0]]}
