@@ -227,8 +227,8 @@ def _lines(comparison: Comparison, *, everything: bool) -> list[str]:
     """Return the table: what differs beyond noise and what gave no numbers; with `everything`, all metrics."""
     cells: list[tuple[str, ...]] = []
     for result in comparison.results:
-        if result.failure is not None:
-            cells.append((result.case, "", "", "", "", "", result.failure.upper(), result.reason))
+        if result.error is not None:
+            cells.append((result.case, "", "", "", "", "", result.error.upper(), result.reason))
         cells += [_cells(result.case, row) for row in result.rows if everything or row.differs]
     return _aligned([_HEAD, *cells]) if cells else []
 
@@ -250,7 +250,7 @@ def _summary(comparison: Comparison, seconds: float) -> list[str]:
     rows = [(result.case, row) for result in comparison.results for row in result.rows if row.verdict is not None]
     counted = {verdict: sum(row.verdict is verdict for _, row in rows) for verdict in Verdict}
     counts = ", ".join(f"{number} {verdict.value}" for verdict, number in counted.items() if number)
-    failed = [result for result in comparison.results if result.failure is not None]
+    failed = [result for result in comparison.results if result.error is not None]
     text = [
         f"{sizes.counted(len(comparison.results), 'case')}, {len(rows)} metrics judged: {counts or 'none'}; {seconds:.0f} s"
     ]

@@ -41,7 +41,7 @@ class CaseResult(msgspec.Struct, frozen=True, kw_only=True):
 
     case: str
     pairs: int
-    failure: Literal["broken", "invalid", "missing", "unmeasured"] | None = msgspec.field(name="trouble", default=None)
+    error: Literal["broken", "invalid", "missing", "unmeasured"] | None = None
     """Why there are no rows: a run broke or is INVALID, both sides lack a package or data, or no pair was run."""
     reason: str = ""
     rows: tuple[Difference, ...] = ()
@@ -120,7 +120,7 @@ class Trial:
         if self.failed:
             return self._failed_result()
         if not self.pairs:
-            return CaseResult(case=self.case.id, pairs=0, failure="unmeasured", reason=why)
+            return CaseResult(case=self.case.id, pairs=0, error="unmeasured", reason=why)
         base, head = (self.records[side][: self.pairs] for side in _SIDES)
         rows = exact_rows(self.case, base, head)
         rows += [self._timed_row(name, why) for name in self.timed]
@@ -153,7 +153,7 @@ class Trial:
             "missing" if lacking else "invalid" if set(kinds) == {"invalid"} else "broken"
         )
         reason = " ".join(f"{text.rstrip('.')}." for text in reasons if text)
-        return CaseResult(case=self.case.id, pairs=self.pairs, failure=kind, reason=reason)
+        return CaseResult(case=self.case.id, pairs=self.pairs, error=kind, reason=reason)
 
     def _other_ran(self) -> bool:
         return any(record.status == "ok" for side in self.records.values() for record in side)
@@ -202,13 +202,13 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     def exit_code(self, *, strict: bool = False) -> ExitCode:
         """1: something is worse or INVALID; 11: a run broke; 10, under strict: something is undecided; 0 otherwise."""
-        failures = {result.failure for result in self.results}
+        errors = {result.error for result in self.results}
         verdicts = {row.verdict for result in self.results for row in result.rows}
-        if Verdict.REGRESSED in verdicts or "invalid" in failures:
+        if Verdict.REGRESSED in verdicts or "invalid" in errors:
             return ExitCode.FAILED
-        if "broken" in failures:
+        if "broken" in errors:
             return ExitCode.BROKEN
-        undecided = {"missing", "unmeasured"} & failures or {Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE} & verdicts
+        undecided = {"missing", "unmeasured"} & errors or {Verdict.INCONCLUSIVE, Verdict.INCOMPATIBLE} & verdicts
         return ExitCode.NOT_COMPARABLE if strict and undecided else ExitCode.OK
 
 

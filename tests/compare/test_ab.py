@@ -121,7 +121,7 @@ def test_a_soaks_wall_time_is_shown_and_takes_no_further_pair() -> None:
 def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
     """Without time for three pairs, exact metrics are decided and times INCONCLUSIVE; a case that never began says so."""
     comparison, order = compared(timed(itertools.repeat(1.0), itertools.repeat(1.0)), budget_s=1e-9)
-    assert (order, comparison.results[0].failure) == ([], "unmeasured")
+    assert (order, comparison.results[0].error) == ([], "unmeasured")
     plan = Plan(cases=(CASE, OTHER), budget_s=1e-3)
     slow = iter([0.002] * 4)
 
@@ -130,7 +130,7 @@ def test_a_budget_that_ends_leaves_exact_metrics_decided() -> None:
         return a_record({"peak_bytes": peak(), "step_s": step(1.0)}, case=case)
 
     first, second = compare(plan, run, lambda _: None).results
-    assert (first.pairs, second.failure) == (1, "unmeasured")
+    assert (first.pairs, second.error) == (1, "unmeasured")
     assert {one.metric: one.verdict for one in first.rows} == {
         "peak_bytes": Verdict.PASS,
         "step_s": Verdict.INCONCLUSIVE,
@@ -203,7 +203,7 @@ def test_a_side_without_numbers_is_a_row(base: Record, head: Record, kind: str, 
     """A failed side has its reason in a row, no number is compared, and the other cases go on."""
     comparison, order = compared(lambda side, _: base if side == "base" else head, (CASE, OTHER), exact_only=True)
     assert order == ["base", "head"] * 2
-    assert {result.failure for result in comparison.results} == {kind if codes[0] != 11 else "broken"}
+    assert {result.error for result in comparison.results} == {kind if codes[0] != 11 else "broken"}
     assert "head: " in comparison.results[0].reason
     assert (comparison.exit_code(), comparison.exit_code(strict=True)) == codes
 

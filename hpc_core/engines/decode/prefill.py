@@ -1,8 +1,8 @@
 """Prefill: write a prompt's keys and values into the static cache, and return the hidden state for its first token.
 
-The whole cache already exists, with room for the answer, so a prefill uses little memory on top: it takes a third or a quarter of the rows at
-a time, works in place where it can, and frees tensors at once. Plain weights are multiplied where they are; 4-bit ones some rows of
-the matrix at a time, so that a whole matrix is never dequantized.
+The whole cache already exists, with room for the answer, so a prefill must use little more memory: it takes a third or a quarter of the batch
+at a time, works in place where it can, and frees tensors at once. Plain weights are used where they are. 4-bit weights are dequantized
+and multiplied some rows of the matrix at a time, never a whole matrix at once.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ def at_module(module: Any) -> Iterator[None]:
 
 
 _PIECE, _PIECE_OF_A_BATCH, _PIECE_OF_A_LARGE_BATCH = 25 * 2**19, 3 * 2**20, 6 * 2**20
-"""At most so many weights are dequantized at a time, two bytes each where bfloat16 is computed in: half of Llama-3.2-3B's largest matrix, an eighth, a quarter.
-transformers' `generate` dequantizes whole ones while its cache is small; under larger batches it takes most later, with a full cache and nothing dequantized, but a
-layer's keys twice. Small pieces are slow: in eighths a prefill of 32 rows of 100 tokens takes 68 ms on an H200, in quarters 51, in halves 44."""
+"""The most weights that are dequantized at a time, for one row, for a batch, and for a large batch. Of Llama-3.2-3B's largest matrix they are half,
+an eighth and a quarter. A dequantized weight takes two bytes in bfloat16.
+
+transformers' `generate` dequantizes whole matrices, which gives its peak while the cache is small. With larger batches its peak comes later:
+the cache is full, a layer's keys exist twice, and nothing is dequantized. Small pieces are slow: a prefill of 32 rows of 100 tokens takes
+68 ms on an H200 in eighths, 51 in quarters, 44 in halves."""
 _LARGE_BATCH = 16
 _ROWS_STEP = 256
 """Rows of a piece are a multiple of this: doubly quantized constants have one constant per 256 blocks of 64 weights."""
@@ -102,7 +105,7 @@ class Piece(NamedTuple):
 
 
 def pieces_of(module: Any, at_most_weights: int) -> list[Piece]:
-    """Return views of a 4-bit layer's matrix with about equally many rows each: at most so many weights, but at least 256 rows."""
+    """Split a 4-bit layer's matrix into views of about equally many rows, each of at most `at_most_weights` weights, but of at least 256 rows."""
     state = module.weight.quant_state
     rows, columns = state.shape
     most = max(_ROWS_STEP, at_most_weights // columns // _ROWS_STEP * _ROWS_STEP)
@@ -160,7 +163,7 @@ class FourBit:
         return x if self.compute is None else x.to(self.compute)
 
     def times(self, x: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the columns of one piece, for x in the type that this layer multiplies in, and in that type."""
+        """Return one piece's columns of the product. x has the type that this layer multiplies in, and so has the result."""
         state, piece = self._state, self._pieces[index]
         again: dict[str, Any] = {}
         if state.nested:
@@ -215,7 +218,7 @@ def gated_product(
 
 
 def prefill_product(module: Any, dtype: torch.dtype, *, batch: int = 1) -> PrefillProduct:
-    """Return how a prefill of so many rows, with activations of this type, multiplies by the module's weight."""
+    """Return what multiplies by the module's weight in a prefill of `batch` rows with activations of this type."""
     kind = kind_of(module)
     if kind == "plain":
         return _Plain(module)
@@ -255,7 +258,7 @@ class Places:
     sin: torch.Tensor
     """(rows or 1, width, head width), by each token's place in its own prompt."""
     allowed: torch.Tensor | None
-    """(rows, 1, width, width), or None where nothing is padded: causal attention needs no mask then, and can be a flash kernel's."""
+    """(rows, 1, width, width), or None where nothing is padded: causal attention then needs no mask, so that a flash kernel can compute it."""
 
 
 class Between(Protocol):
@@ -302,7 +305,7 @@ class PlainBetween:
 
 
 def _turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Apply the rotary embedding to (…, width) in place; `plain_step.turned`, which gets compiled, would make three tensors of that size."""
+    """Apply the rotary embedding to (…, width) in place. `plain_step.turned` is meant to be compiled; here it would make three tensors of that size."""
     left, right = heads.chunk(2, dim=-1)
     swapped = torch.cat([-right, left], dim=-1)
     heads.mul_(cos).addcmul_(swapped, sin)
@@ -344,7 +347,7 @@ class Prefill:
         return _Products(layer, tuple(map(made, layer.qkv)), made(layer.output), gate, up, made(layer.down), plain)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Fill the cache from ids (batch, width) and return the last position's hidden state (batch, hidden), normed.
+        """Fill the cache from ids (batch, width) and return the last position's hidden state (batch, hidden), after the final norm.
 
         Padding stands on the left; `mask` (batch, width) is zero there, and None where there is none.
         """

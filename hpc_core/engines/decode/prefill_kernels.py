@@ -1,6 +1,6 @@
-"""Triton: what is computed between the products of a prefill, one launch each. This module imports triton.
+"""Triton: the operations between the products of a prefill, one launch each. This module imports triton.
 
-`turn_and_keep`, one program instance a token of a prompt (rows * width of them):
+`turn_and_keep` has one program instance per token of the prompts, rows * width in all:
 
     query  (rows * width, heads * 2 half)      rotated in place
     key    (rows * width, groups * 2 half)     rotated, then written into  keys    (rows, groups, capacity, 2 half)
@@ -8,7 +8,7 @@
 
     one head:  | left half | right half |      rotation: left * cos - right * sin | right * cos + left * sin
 
-`gate_in_place`, one program instance `block` neighbouring elements: gate = SiLU(gate) * up.
+`gate_in_place` has one program instance per `block` neighbouring elements: gate = SiLU(gate) * up.
 """
 
 from __future__ import annotations

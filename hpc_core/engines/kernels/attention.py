@@ -7,7 +7,7 @@
     place                   0         first                       filled      filled + 1 ... capacity
                                       |  part 0  |  part 1  | ...
 
-`attend_part`: one program instance takes the query heads of one group, which share keys and values, and one part of the places. Part 0 also
+`attend_part`: one program instance computes one part of the places for the query heads of one group, which share keys and values. Part 0 also
 stores the new token's key and value. `join_parts`: one program instance joins the parts of one head.
 
 `filled` is read on the device, so one captured launch serves every length.
@@ -23,7 +23,7 @@ from hpc_core.engines.kernels.vector import packed_place, wait_for_others
 
 @triton.jit
 def rotated(at, partner, sign, cos, sin, inside):
-    """Return the rotary embedding of the values at these places: x · cos + half-swapped x · sin."""
+    """Return the rotary embedding of the values at these places: x · cos + (x with its halves swapped) · sign · sin."""
     plain = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     swapped = tl.load(partner, mask=inside, other=0.0).to(tl.float32)
     return plain * cos + sign * swapped * sin
@@ -49,7 +49,8 @@ def attend_part(
     """Attend with one group of query heads to one part of the cache; part 0 also stores the new token's key and value, and attends to it.
 
     cos and sin (capacity, width); first (batch,) is where a row's prompt begins; filled (1,) counts the places of earlier tokens.
-    Stores, for each (batch, head, part): the highest score, the sum of weights relative to it, and the weighted sum of values.
+    For each (batch, head, part) it stores the highest score, the sum of the softmax's weights relative to that score, and the sum of the
+    values with these weights.
     """
     groups: tl.constexpr = heads_form.groups
     shared: tl.constexpr = heads_form.shared
@@ -125,7 +126,7 @@ def join_parts(
     parts: tl.constexpr,
     early: tl.constexpr,
 ):
-    """out (batch, heads·width): the parts of one head, each weighted relative to the highest score of all."""
+    """Write one head of out (batch, heads · width): the sum of its parts, after each is rescaled to the highest score of all parts."""
     wait_for_others(early)
     row = tl.program_id(0)
     item, head = row // heads, row % heads

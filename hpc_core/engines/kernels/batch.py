@@ -1,4 +1,4 @@
-"""Triton: a few activation rows (batch 2 to 32) times a weight matrix by tensor cores, and the small kernels around a product.
+"""Triton: multiply a few activation rows (batch 2 to 32) by a weight matrix on tensor cores; and the small kernels between products.
 
     x    (batch, k_size)     padded to `padded` = 16 or 32 rows inside the kernel
     W    (n_all, k_size)     up to three matrices, as in `vector`
@@ -9,8 +9,8 @@
        | block_n |  x   |  x.T   | k_size  =   | block_n|      one program instance
        +---------+      +--------+             +--------+
 
-A program instance takes block_n rows of W and all rows of x, and adds up block_k columns at a time. The packed layout of activations and
-the early start of launches are those of `vector`; 4-bit matrices are in `four_bit_batch`.
+A program instance multiplies block_n rows of W by all rows of x, block_k columns at a time. `vector` explains the packed layout of
+activations and why a launch may start early. `four_bit_batch` is for 4-bit matrices.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def embed(tokens, table, out, hidden, packed: tl.constexpr, block: tl.constexpr,
 
 @triton.jit
 def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr, early: tl.constexpr):
-    """RMS norm of x (rows, hidden), a program instance a row, rounded where transformers rounds. x and gain have the same order."""
+    """Write the RMS norm of x (rows, hidden) to out, one row per program instance, rounded where transformers rounds.
+
+    x and gain are stored in the same order.
+    """
     wait_for_others(early)
     row = tl.program_id(0)
     columns = tl.arange(0, block)
@@ -48,7 +51,7 @@ def norm_rows(x, gain, out, hidden, eps, block: tl.constexpr, early: tl.constexp
 
 @triton.jit
 def finish_rows(total, other, around, out, row, rows, batch, bias_base, bias_local, form: tl.constexpr):
-    """Finish a product (block_n, padded) and store it: scale of a row, bias, SiLU, residual."""
+    """Apply what `form` asks for to a product (block_n, padded), and store it: row scale, bias, SiLU gate, residual."""
     lines = row + tl.arange(0, form.block_n)
     if form.scaled:
         total *= tl.load(around.row_scale + lines)[:, None]

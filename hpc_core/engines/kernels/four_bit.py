@@ -1,4 +1,4 @@
-"""Triton: one activation vector times a 4-bit matrix in bitsandbytes' layout, dequantized on the way. As `vector`, which see first.
+"""Triton: multiply one activation vector by a 4-bit matrix in bitsandbytes' layout, dequantizing it on the fly. Read `vector` first.
 
     one row of W, k_size weights:
        codes      | word 0 | word 1 | ... | word 7 | word 8 | ...      int32, eight codes of 4 bits each
@@ -8,9 +8,9 @@
     weight = value[code] * constant(block)
 
 A constant is stored as a float32, or as a byte that is dequantized first (`form.nested`; see `four_bit_format`).
-A program instance takes block_n rows and walks over their words, block_k words at a time. It multiplies eight values by eight activations,
-which the packed layout stores as four pairs, and applies a block's constant to the sum. Instructions bound its speed as much as bytes do:
-hence the lookup of codes by byte permutes, without memory.
+A program instance takes block_n rows and walks over their words, block_k words at a time. It multiplies the eight values of a word by eight
+activations, which the packed layout stores as four pairs, and multiplies the sum by the block's constant. Instructions limit its speed as
+much as bytes do, so codes are looked up in registers, by byte permutes, and not in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from hpc_core.engines.kernels.vector import finish_vector, start_of, wait_for_ot
 
 PRODUCTS = tl.constexpr(EIGHT_PRODUCTS)
 SHRINK = tl.constexpr(1 / 16)
-"""Activations are scaled by this in float16: then 260,000 times a weight does not overflow, and 1e-6 does not vanish."""
+"""Activations are multiplied by this before they become float16: then the sum of four products does not overflow with activations up to
+260,000, and an activation of 1e-6 does not become 0."""
 
 
 @triton.jit
@@ -46,7 +47,7 @@ def unpacked(word, bf16: tl.constexpr):
 
 @triton.jit
 def pair(x, gain, at, inside, form: tl.constexpr):
-    """Return a word of activations times their gains as two float16, times SHRINK; and the sum of the activations' squares."""
+    """Return two activations times their gains and SHRINK, as a word of two float16; and the sum of the squares of the two activations."""
     low, high = unpacked(tl.load(x + at, mask=inside, other=0), form.bf16)
     square = low * low + high * high
     if form.norm:
@@ -61,7 +62,7 @@ def pair(x, gain, at, inside, form: tl.constexpr):
 
 @triton.jit
 def products_by_bytes(codes, tables, pairs):
-    """Return the sum of eight values times eight activations for each word of codes (rows, words); see `four_bit_format`."""
+    """Return, for each word of codes (rows, words), the dot product of its eight values and eight activations; see `four_bit_format`."""
     t0, t1, t2, t3, t4, t5, t6, t7 = tables
     x0, x1, x2, x3 = pairs
     return tl.inline_asm_elementwise(
@@ -86,7 +87,7 @@ def element(x, gain, at, inside, norm: tl.constexpr):
 
 @triton.jit
 def two_products(codes, table, x, gain, at, inside, shift: tl.constexpr, norm: tl.constexpr):
-    """Look up two codes of each word in memory and multiply them in float32; the even element's code is above the odd one's."""
+    """Look up two codes of each word in memory, and multiply their values by x in float32. The even element has the higher nibble."""
     even, even_square = element(x, gain, at, inside, norm)
     odd, odd_square = element(x, gain, at + 1, inside, norm)
     total = tl.load(table + ((codes >> (shift + 4)) & 15)) * even[None, :]
@@ -96,7 +97,7 @@ def two_products(codes, table, x, gain, at, inside, shift: tl.constexpr, norm: t
 
 @triton.jit
 def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.constexpr):
-    """As `products_by_bytes`, in float32 throughout; also return the squares of x (words,)."""
+    """Like `products_by_bytes`, but with codes looked up in memory, and in float32; also return the sums of the squares of x (words,)."""
     p0, s0 = two_products(codes, table, x, gain, 2 * columns, inside, 0, norm)
     p1, s1 = two_products(codes, table, x, gain, 2 * (words + columns), inside, 8, norm)
     p2, s2 = two_products(codes, table, x, gain, 2 * (2 * words + columns), inside, 16, norm)
@@ -106,13 +107,13 @@ def products_by_loads(codes, table, x, gain, columns, words, inside, norm: tl.co
 
 @triton.jit
 def outer_at(outer, blocks, inside):
-    """Load the outer constants of these blocks of 64 weights, which are counted from the first of their matrix."""
+    """Load the outer constants of these blocks of 64 weights; blocks are numbered from the start of their matrix."""
     return tl.load(outer + (blocks >> 8), mask=inside, other=0.0)
 
 
 @triton.jit
 def constant(stored, outer, code, offset, nested: tl.constexpr):
-    """Return the constants of blocks in float32, from floats or from bytes."""
+    """Return the blocks' constants in float32: as they are stored, or dequantized from bytes."""
     if nested:  # noqa: SIM108 - a choice at compile time
         value = tl.load(code + stored.to(tl.int32)) * outer + offset
     else:
@@ -122,9 +123,10 @@ def constant(stored, outer, code, offset, nested: tl.constexpr):
 
 @triton.jit
 def four_bit_tile(starts, outer, columns, words, whole: tl.constexpr, nested: tl.constexpr):
-    """Load these words of some rows, and what makes the constant of each; zero beyond the last word.
+    """Load these words of some rows, and the stored and the outer constant of each; zero beyond the last word.
 
-    starts: of the rows' codes, of their constants, and their first blocks, (block_n, 1) each.
+    `starts` has three parts, (block_n, 1) each: pointers to the rows' first words, pointers to their first constants, and the numbers of
+    their first blocks.
     """
     codes_of, scales_of, blocks_of = starts
     blocks = (columns // 8)[None, :]
@@ -153,7 +155,7 @@ def starts_of_rows(
     absmax_third: tl.int64,
     block_n: tl.constexpr,
 ):
-    """Return where the words, and the constants, of the rows from `row` on begin: (block_n,) pointers each."""
+    """Return pointers to the first word and to the first constant of each row, from `row` on: (block_n,) each."""
     base, local = start_of(row, rows, second, third)
     absmax_base, _ = start_of(row, rows, absmax_second, absmax_third)
     lines = (local + tl.arange(0, block_n)).to(tl.int64)
@@ -162,8 +164,10 @@ def starts_of_rows(
 
 @triton.jit
 def outer_of_rows(matrix, row, rows, words, outer_second: tl.int64, outer_third: tl.int64, form: tl.constexpr):
-    """Return, for the rows from `row` on, where their matrix's outer constants begin, the rows' first blocks in it (block_n,), its offset,
-    and the offset of the second of two gated matrices.
+    """Return what finds the outer constants of the rows from `row` on.
+
+    That is: a pointer to their matrix's outer constants, the number of each row's first block in that matrix (block_n,), the matrix's
+    offset, and for a gated product the offset of the second matrix.
     """
     outer, offset, offset_up = matrix.outer, 0.0, 0.0
     base, local = start_of(row, rows, outer_second, outer_third)
@@ -197,7 +201,7 @@ def four_bit_vector(
     eps,
     form: tl.constexpr,
 ):
-    """out = f(W · norm(x)), W in 4 bits. x and gain are in the packed layout, as words where codes are looked up by permutes."""
+    """out = f(W · norm(x)), W in 4 bits. x and gain are in the packed layout; for a lookup by permutes, as words of two elements."""
     block_n: tl.constexpr = form.block_n
     block_k: tl.constexpr = form.block_k
     words: tl.constexpr = form.k_size // 8

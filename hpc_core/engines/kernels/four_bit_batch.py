@@ -1,6 +1,7 @@
-"""Triton: a few activation rows (batch 2 to 32) times a 4-bit matrix in bitsandbytes' layout, by tensor cores.
+"""Triton: multiply a few activation rows (batch 2 to 32) by a 4-bit matrix in bitsandbytes' layout, on tensor cores.
 
-Layout of the matrix: see `four_bit`. Of activations and launches: see `vector`. One program instance takes block_n rows and all rows of x:
+`four_bit` draws the layout of the matrix; `vector` draws that of the activations, and explains launches. A program instance multiplies
+block_n rows of the matrix by all rows of x:
 
     block_k words of each row      | part 0 | part 1 | ... | part block_k/8 - 1 |     a part: 8 words = 64 weights = one constant
                                        |        |               |
@@ -8,7 +9,7 @@ Layout of the matrix: see `four_bit`. Of activations and launches: see `vector`.
                                        |        |               |
     total (parts, block_n, padded)   sum over parts at the end
 
-The warps of a program share the parts among them, so that no warp decodes what another one decodes too.
+The warps of a program divide the parts among themselves, so that each part is decoded once.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COPIES = tl.constexpr(TABLE_COPIES)
 
 @triton.jit
 def interleaved(even, odd):
-    """Return (parts, rows, words) of even and of odd elements as (parts, rows, 2 * words), in order."""
+    """Merge even and odd elements, (parts, rows, words) each, into (parts, rows, 2 * words) in their order."""
     both = tl.join(even, odd)
     return both.reshape(both.shape[0], both.shape[1], 2 * both.shape[2])
 
@@ -42,7 +43,7 @@ def halves(word, like: tl.constexpr):
 
 @triton.jit
 def looked_up(codes, table, shift: tl.constexpr, like: tl.constexpr):
-    """Look up two codes of each word in a table in memory; the even element's code is above the odd one's."""
+    """Look up two codes of each word in a table in memory. The even element has the higher nibble."""
     even = tl.load(table + ((codes >> (shift + 4)) & 15)).to(like)
     odd = tl.load(table + ((codes >> shift) & 15)).to(like)
     return interleaved(even, odd)
@@ -50,7 +51,7 @@ def looked_up(codes, table, shift: tl.constexpr, like: tl.constexpr):
 
 @triton.jit
 def pairs_of(codes, table, tables, permutes: tl.constexpr, like: tl.constexpr):
-    """Return the values of all codes, as the four pairs of a word that the packed layout stores apart."""
+    """Return the values of all codes as four tensors: the first pairs of all words, the second pairs, and so on, as the packed layout has them."""
     if permutes:
         t0, t1, t2, t3, t4, t5, t6, t7 = tables
         w0, w1, w2, w3 = tl.inline_asm_elementwise(

@@ -1,8 +1,9 @@
 """How bitsandbytes stores 4-bit matrices, and what our kernels decode them with. Needs no triton.
 
-Codes. Eight 4-bit codes lie in a word. They are looked up without memory, by PTX byte permutes: a selector of `prmt` is four nibbles, as four
-codes are. Eight of the sixteen values fit in one permute (two words of four bytes), so each byte of four results takes two permutes and
-a third one that picks by the codes' highest bits. Two bytes make a float16, or a bfloat16.
+Codes. A word holds eight 4-bit codes. They are looked up in registers, by byte permutes (PTX's `prmt`). A permute picks four of the eight bytes
+in two words; its selector is four nibbles, and so are four codes. There are sixteen values, so one permute picks from values 0 to 7, a
+second one from values 8 to 15, and a third one chooses between the two by the codes' highest bits. That gives one byte of four values;
+a float16 or a bfloat16 has two bytes.
 
     codes & 0x7777  --prmt-->  byte of value 0..7   --+
                     --prmt-->  byte of value 8..15  --+--prmt by the highest bits-->  byte of the value
@@ -31,11 +32,12 @@ and.b32 b, b, 0x44444444;
 or.b32 b, b, 0x32103210;
 shr.u32 t, s, 16;
 shr.u32 c, b, 16;"""
-"""Selectors for eight codes: `s` and `t` pick one of eight values (first and last four codes), `b` and `c` pick which eight."""
+"""Selectors: `s` and `b` are for the first four codes, `t` and `c` for the last four. `s` and `t` pick one of eight values, `b` and `c` pick which
+eight."""
 
 
 def _bytes_of_four(select: str, which: str, tables: int) -> str:
-    """Put the low bytes of four values into `lo` and the high ones into `hi`; operands from number `tables` on are the tables."""
+    """Return PTX that puts the low bytes of four values into `lo` and the high bytes into `hi`; the tables are the operands from number `tables` on."""
     at = [f"${tables + number}" for number in range(8)]
     return f"""
 prmt.b32 p, {at[0]}, {at[1]}, {select};
@@ -75,8 +77,8 @@ add.f32 $0, f0, f1;
 """Operand 0 (float32) is the sum of the eight values of the codes in one word (operand 1) times eight activations.
 
 Operands 2 to 5 are the low bytes of the sixteen float16 values, 6 to 9 the high bytes, 10 to 13 the activations: two float16 a word,
-the even one in the low half. The code of an even element lies in the high half of its byte, as bitsandbytes packs. Four products are
-summed in each half in float16. Each rounds by 2^-11 at most; an activation in bfloat16 was rounded by 2^-9 before.
+the even one in the low half. The code of an even element lies in the high half of its byte, as bitsandbytes packs. Each half of `sum` adds
+four products in float16, and each addition rounds by 2^-11 at most; an activation in bfloat16 has been rounded by 2^-9 already.
 """
 
 EIGHT_VALUES = (
@@ -135,7 +137,7 @@ class BlockConstants:
     code: torch.Tensor | None = None
     """(256,) float32: the value of a byte."""
     offsets: torch.Tensor | None = None
-    """(matrices,) float32, a copy of our own."""
+    """(matrices,) float32: what is added to the value of each byte. A copy, since the kernels read them side by side."""
 
     @property
     def nested(self) -> bool:
@@ -143,7 +145,7 @@ class BlockConstants:
         return self.code is not None
 
     def offsets_of_pointers(self) -> dict[str, int]:
-        """Return the kernels' arguments that lead from the first matrix's constants to those of the second and third."""
+        """Return the offsets, by name of the kernels' arguments, from the first matrix's constants to those of the second and third."""
         second, third = pointer_offsets(self.each)
         outer_second, outer_third = pointer_offsets(self.outer)
         return {

@@ -13,7 +13,7 @@ import torch
 
 
 def packed_layout(values: torch.Tensor) -> torch.Tensor:
-    """Return a copy of (…, k) values in the packed layout: of each eight, the first pairs of all, then the second pairs of all, and so on."""
+    """Return a copy of (…, k) values in the packed layout: the first pair of every eight values, then the second pair of every eight, and so on."""
     stored: torch.Tensor = values.unflatten(-1, (-1, 4, 2)).transpose(-2, -3).flatten(-3).contiguous()
     return stored
 
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class Around(NamedTuple):
-    """Pointers to what a product is combined with; any tensor where `Form` says that it is unused."""
+    """Pointers to what a product is combined with. Where `Form` says that one is unused, it may be any tensor."""
 
     bias: torch.Tensor
     """(rows,) of the first matrix."""
@@ -102,7 +102,7 @@ class Heads:
     groups: int
     """Heads of keys and values."""
     shared: int
-    """Query heads of a group; and the size of the block that holds them."""
+    """Query heads of a group; `shared_padded` is the size of the block that holds them."""
     shared_padded: int
     width: int
     parts: int
@@ -172,7 +172,7 @@ FOR_CPU = {"plain": ANYWHERE, "4-bit": Blocks(16, 32, 4, 1)}
 
 
 def tried(batch: int, *, four_bit: bool) -> tuple[Blocks, ...]:
-    """Return the sizes to try on a GPU for a product of so many activation rows. Those that do not fit the GPU's memory are passed over."""
+    """Return the block sizes to try on a GPU for a product of `batch` activation rows. Those that do not fit the GPU's memory are skipped."""
     if batch > 1:
         return _FOUR_BIT_ROWS if four_bit else _PLAIN_ROWS
     return _FOUR_BIT_VECTOR if four_bit else _PLAIN_VECTOR

@@ -1,6 +1,6 @@
-"""Triton: one activation vector times a weight matrix, for batch 1. Its speed is bound by the bytes of the matrix.
+"""Triton: multiply one activation vector by a weight matrix, for batch 1. Reading the matrix limits its speed.
 
-    x  (k_size,)          activations, in rotation order or in the packed layout (below)
+    x  (k_size,)          activations, in their own order or in the packed layout (below)
     W  (n_all, k_size)    row-major; up to three matrices that share x, each where the model holds it
 
             k_size                       one program instance:
@@ -37,7 +37,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def wait_for_others(early: tl.constexpr):
-    """Wait for the results of the launches before, then let the next one begin: never are two ahead."""
+    """Wait for the results of all earlier launches, then let the next one begin. So no more than one launch runs ahead."""
     if early:
         gdc_wait()
         gdc_launch_dependents()
@@ -86,9 +86,9 @@ def finish_vector(
     factor: tl.constexpr,
     form: tl.constexpr,
 ):
-    """Finish a product and store it: sum, `factor`, scale of the norm, scale of a row, bias, SiLU, residual.
+    """Sum a product over its columns, apply what `form` asks for, and store it: norm scale, row scale, bias, SiLU gate, residual.
 
-    total and other (block_n, block_k); squares (block_k,), of x.
+    total and other (block_n, block_k) are the products, squares (block_k,) those of x. Each sum is multiplied by `factor`.
     """
     lines = row + tl.arange(0, form.block_n)
     spread = factor
