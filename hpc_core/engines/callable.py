@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import inspect
@@ -21,20 +22,34 @@ from hpc_core.record.findings import Findings
 
 
 class CallableProgram:
-    """A user's own step: a callable, or a program with phases. Its return value is dropped at once."""
+    """A user's own step: a callable, or a program with phases. Its return value is dropped at once.
+
+    Raises, when it is called for the first time:
+        BuildError: the call returned before its work was done.
+    """
 
     captured = None
 
     def __init__(self, step: Callable[[], Any] | Steps):
         given: Any = step
         with_phases = _is_program(given)
-        self._step: Callable[[Mark], None] = given.step if with_phases else _one_phase(given)
+        self._step: Callable[[Mark], None] = given.step if with_phases else self._checked(given)
         self.phases: tuple[str, ...] = given.phases if with_phases else ("step",)
         self.period: int = given.period if with_phases else 1
 
     def step(self, mark: Mark = unmarked) -> None:
         """Call the step once."""
         self._step(mark)
+
+    def _checked(self, call: Callable[[], Any]) -> Callable[[Mark], None]:
+        """Return a step that checks what the first call returns. The calls that are measured do not."""
+
+        def first(mark: Mark) -> None:
+            mark("step")
+            _refuse_unfinished(call())
+            self._step = _one_phase(call)
+
+        return first
 
     def facts(self, found: Findings | None = None) -> Findings:
         """Return no facts: a user's own step has no specification to check."""
@@ -55,6 +70,18 @@ class CallableProgram:
 
 def _is_program(step: Any) -> bool:
     return all(hasattr(step, name) for name in ("phases", "period", "step"))
+
+
+def _refuse_unfinished(returned: Any) -> None:
+    """Refuse a coroutine or a generator, whose body has not run, and a future, whose work somebody else does."""
+    is_future = isinstance(returned, concurrent.futures.Future | torch.futures.Future)
+    if is_future or inspect.isawaitable(returned) or inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+        if inspect.iscoroutine(returned):
+            returned.close()  # or Python warns that nobody awaited it
+        raise BuildError(
+            f"The step returned a {type(returned).__name__}, so its work is not done when the call returns: "
+            "run it to its end inside the step, such as by asyncio.run(…), list(…) or .result()."
+        )
 
 
 def _one_phase(call: Callable[[], Any]) -> Callable[[Mark], None]:

@@ -57,11 +57,16 @@ def pytest_load_initial_conftests(
     """Make short names of options ours where the conftest.py files leave them free.
 
     Tell `git bisect run` to skip a commit whose conftest.py cannot be imported; by pytest's exit code it would be bad.
+    Let no conftest.py end the run green.
     """
-    from hpc_core.plugin.options import use_short_names
+    from hpc_core.plugin.options import is_given, use_short_names
 
     try:
         yield
+    except SystemExit as error:
+        if error.code or not is_given(early_config, "--perf-benchmark", "--benchmark"):
+            raise
+        raise SystemExit(_cannot_begin()) from error
     except Exception as error:
         if not getattr(early_config.known_args_namespace, "perf_bisect", False):
             raise
@@ -77,22 +82,34 @@ def pytest_cmdline_main(config: pytest.Config) -> Generator[None, object, object
     """
     try:
         result = yield
-        return result if result or not config.getoption("perf_active") else _final(config)
+        return result if result or not (config.getoption("perf_active") or _is_asked(config)) else _final(config)
+    except SystemExit as error:  # a hook of somebody's that ends the process, in place of the session
+        if error.code or not config.getoption("perf_active"):
+            raise
+        return _final(config)
     except pytest.UsageError as error:
         if not config.getoption("perf_bisect"):
             raise
         return _cannot_test(error)
 
 
+def _is_asked(config: pytest.Config) -> bool:
+    """Return whether the command line asks for the suite: with PYTEST_ADDOPTS=--help pytest does not read that far."""
+    from hpc_core.plugin.options import is_given, spelled
+
+    return is_given(config, "--perf-benchmark", spelled(config, "--benchmark"))
+
+
 def _final(config: pytest.Config) -> int:
     from hpc_core.gate.exit_code import ExitCode
-    from hpc_core.plugin.options import is_listing, strictness
+    from hpc_core.plugin.options import is_given, is_listing, strictness
 
+    strict = strictness(config) or ("--perf-strict" if is_given(config, "--perf-strict") else "")
     suite: Any = config.pluginmanager.get_plugin(_SUITE)
     decided: int = ExitCode.NOT_COMPARABLE if suite is None or suite.decided is None else suite.decided
-    if not decided or not strictness(config) or is_listing(config):
+    if not decided or not strict or is_listing(config):
         return ExitCode.OK
-    sys.stderr.write(f"hpc-core: pytest ended with 0; the exit code is {decided} ({strictness(config)}).\n")
+    sys.stderr.write(f"hpc-core: pytest ended with 0; the exit code is {decided} ({strict}).\n")
     return decided
 
 
@@ -101,6 +118,13 @@ def _cannot_test(error: Exception) -> int:
 
     sys.stderr.write(f"hpc-core: this commit cannot be tested: {error}\n")
     return ExitCode.CANNOT_TEST
+
+
+def _cannot_begin() -> int:
+    from hpc_core.gate.exit_code import ExitCode
+
+    sys.stderr.write("hpc-core: a conftest.py called sys.exit(0), so no case was measured.\n")
+    return ExitCode.NOT_COMPARABLE
 
 
 def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path, ...]) -> list[str]:

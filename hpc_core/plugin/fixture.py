@@ -14,7 +14,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from hpc_core.case.case import Case
-from hpc_core.case.errors import LaunchError, RecordError, SpecError
+from hpc_core.case.errors import BuildError, LaunchError, RecordError, SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.plugin.cases import case_id_of, predicted_gpu
@@ -97,7 +97,7 @@ class Perf:
             pytest.skip("needs a CUDA GPU: none is visible")
         try:
             row = self._run(case, what, gpu, judge=judge)
-        except (LaunchError, RecordError) as error:
+        except (BuildError, LaunchError, RecordError) as error:
             self._end(
                 Outcome(result="failed", kind="broken", text=f"{case.id}: {error}\nRun it again: {self._command.run}")
             )

@@ -39,10 +39,14 @@ _SPELLED = pytest.StashKey[dict[str, str]]()
 _SCALES = ("tiny", "small", "full", "auto")
 _LISTING = frozenset({
     "--collect-only", "--collectonly", "--co", "--setup-plan", "--setup-only", "--fixtures", "--funcargs",
-    "--fixtures-per-test", "--markers",
+    "--fixtures-per-test", "--markers", "--help", "-h", "--version", "-V", "--cache-show",
 })  # fmt: skip
 _MOST_NAMES = 3
 """Uncommitted files that a refusal names."""
+_CHOOSING = (
+    "--perf-case", "--case", "-k", "-m", "--deselect", "--ignore", "--ignore-glob", "--lf", "--last-failed", "--sw", "--stepwise",
+)  # fmt: skip
+"""Options that leave out tests or files."""
 _GPU_WORD = re.compile(r"\bperf_gpu\b")
 
 
@@ -316,12 +320,25 @@ def strictness(config: pytest.Config) -> str:
     return "CI is set" if in_ci and config.getoption("perf_strict") is None else ""
 
 
+def is_given(config: pytest.Config, *options: str) -> bool:
+    """Return whether the command line itself has one of these options; settings and PYTEST_ADDOPTS do not count."""
+    short = tuple(option for option in options if not option.startswith("--"))
+    given = map(str, config.invocation_params.args)
+    return any(each.partition("=")[0] in options or (bool(short) and each.startswith(short)) for each in given)
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Return whether the command line asks for the whole suite: it names no path, and chooses nothing."""
+    return config.args_source is not pytest.Config.ArgsSource.ARGS and not is_given(config, *_CHOOSING)
+
+
 def is_listing(config: pytest.Config) -> bool:
     """Return whether the command line asks to list something instead of running it. Settings cannot ask for that."""
     return not _LISTING.isdisjoint(config.invocation_params.args)
 
 
 def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | None) -> None:
+    _refuse_settings(config, update=update)
     plugins = config.pluginmanager
     if not plugins.hasplugin("benchmark"):
         raise pytest.UsageError("--benchmark needs pytest-benchmark, which is switched off: drop -p no:benchmark.")
@@ -340,6 +357,19 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
     if update and fault:
         raise pytest.UsageError(
             f"--perf-fault {fault} with --perf-update: a run with a fault cannot be a baseline. Drop one of the two."
+        )
+
+
+def _refuse_settings(config: pytest.Config, *, update: bool) -> None:
+    """Refuse options that would make every run green where settings or PYTEST_ADDOPTS give them."""
+    if update and not is_given(config, "--perf-update"):
+        raise pytest.UsageError(
+            "--perf-update in settings or PYTEST_ADDOPTS: every run would accept what it measures. Give it on the command line."
+        )
+    if strictness(config) and config.getoption("perf_case") and not is_given(config, "--perf-case", "--case"):
+        raise pytest.UsageError(
+            f"--perf-case in settings or PYTEST_ADDOPTS, and strict ({strictness(config)}): every run would leave out the "
+            "other cases. Give it on the command line."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +27,20 @@ from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.gate.waivers import expired, waived, waived_since_base
 from hpc_core.plugin.base import MergeBase
 from hpc_core.plugin.options import Settings
-from hpc_core.record.git import git
+from hpc_core.record.git import files, git
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import change_line, waiver_line
+
+
+class WithoutTest(msgspec.Struct, frozen=True):
+    """Accepted cases that no test judges."""
+
+    missed: tuple[str, ...] = ()
+    """Those that a test of the suite must have judged."""
+    elsewhere: int = 0
+    """How many others there are."""
 
 
 class Review:
@@ -48,6 +58,8 @@ class Review:
         self._loosened: dict[str, Loosening] = {}
         self.known: dict[str, Path] | None = None
         """All cases of the suite, by id, and their files; None if only part of it was collected."""
+        self.of_other_scale: frozenset[str] = frozenset()
+        """Those of them that this run leaves out because of their scale."""
 
     def judged(self, record: Record, alpha: float, *, pass_alpha: float = PASS_ALPHA) -> Judgement:
         """Judge a record, and apply its waivers; `alpha` is its share of the suite's false alarms."""
@@ -153,6 +165,47 @@ class Review:
             return ""
         changed = self._base.changed(self.known[case_id])
         return f"not measured, and {changed} changed" if changed else ""
+
+    def without_test(self, rows: Sequence[Row]) -> WithoutTest:
+        """Return the accepted cases of a machine that this run measured on, which nothing judges; none unless it is the whole suite.
+
+        One is missed if its test says judge=False, is now of another scale, or is gone. The latter holds for a step of one's own
+        if no other folder has its file. Any other case may be that of a file that runs only when it is named.
+        """
+        if self.known is None:
+            return WithoutTest()
+        machines = {row.record.circumstances.machine.key for row in rows} - {"predicted"}
+        run = {row.case: row for row in rows}
+        missed, elsewhere = [], 0
+        for machine, case_id in known_on_disk(self._settings.baselines):
+            if machine not in machines:
+                continue
+            row = run.get(case_id)
+            if row is not None:
+                is_missed = row.judgement is None and row.record.status == "ok"
+            elif case_id in self.known:
+                is_missed = case_id in self.of_other_scale and self._was_of_this_scale(machine, case_id)
+            else:
+                is_missed = self._was_of_this_suite(case_id)
+                elsewhere += not is_missed
+            missed += [case_id] if is_missed else []
+        return WithoutTest(missed=tuple(dict.fromkeys(missed)), elsewhere=elsewhere)
+
+    def _was_of_this_scale(self, machine: str, case_id: str) -> bool:
+        found = find(self._settings.baselines, machine, case_id)
+        return isinstance(found, Baseline) and found.spec.scale == self._settings.scale
+
+    def _was_of_this_suite(self, case_id: str) -> bool:
+        """Return whether an id is that of a step of one's own in a test file, and no file outside the suite can have given it."""
+        name = f"{case_id.partition('/')[0].rpartition('.')[2]}.py"
+        if not any(fnmatchcase(name, pattern) for pattern in ("test_*.py", "*_test.py")):
+            return False
+        suites = [Path(path.partition("::")[0]).resolve() for path in self._settings.paths]
+        try:
+            alike = [path.resolve() for path in files(self._settings.rules.root) if path.name.lower() == name]
+        except RepositoryError:
+            return True
+        return all(any(path.is_relative_to(suite) for suite in suites) for path in alike)
 
     def pull_request(self, rows: Sequence[Row]) -> PullRequest | None:
         """Return what the pull request loosens, for reports; None without `--perf-base`."""

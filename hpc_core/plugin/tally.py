@@ -11,6 +11,7 @@ import pytest
 from hpc_core.plugin import uses_perf
 from hpc_core.plugin.fixture import CALLED, OUTCOME
 from hpc_core.plugin.outcome import FailureKind
+from hpc_core.plugin.review import WithoutTest
 from hpc_core.record import units
 from hpc_core.report.entry import Row
 
@@ -32,6 +33,8 @@ class Tally:
         """Why tests of cases were skipped, and files were."""
         self._failed: set[str] = set()
         self._files: list[str] = []
+        self.without_test = WithoutTest()
+        """Accepted cases that no test of the suite has; known when the session ends."""
 
     def choose(self, items: Iterable[pytest.Item]) -> None:
         """Expect these tests to measure, if they are cases."""
@@ -68,7 +71,7 @@ class Tally:
 
         A run that measured nothing fails too; `measured` counts what ran without being a case.
         """
-        found: list[FailureKind] = ["not comparable" for _ in self._files]
+        found: list[FailureKind] = ["not comparable" for _ in (*self._files, *self.without_test.missed)]
         for nodeid, item in self._expected().items():
             outcome = item.stash.get(OUTCOME, None)
             measured += outcome is not None
@@ -90,6 +93,12 @@ class Tally:
             shown = [f"{many} {reason}" for reason, many in reasons.most_common(_MOST_REASONS)]
             rest = sum(reasons.values()) - sum(many for _, many in reasons.most_common(_MOST_REASONS))
             parts.append(f"not measured: {', '.join([*shown, *([f'{rest} for other reasons'] if rest else [])])}")
+        missed, elsewhere = self.without_test.missed, self.without_test.elsewhere
+        if missed:
+            more = f" and {len(missed) - _MOST_REASONS} more" if len(missed) > _MOST_REASONS else ""
+            named = f"{', '.join(missed[:_MOST_REASONS])}{more}"
+            parts.append(f"accepted, and no test judges it: {named} (restore the test, or delete the baseline)")
+        parts.append(f"{units.counted(elsewhere, 'other accepted case')} not in this suite" if elsewhere else "")
         dropped = len(self._cases) - len(self._expected())
         parts.append(f"{dropped} deselected" if dropped else "")
         return "hpc-core: " + "; ".join(filter(None, parts))

@@ -122,6 +122,18 @@ def content(folder: Path) -> dict[Path, str]:
     return found
 
 
+def files(folder: Path) -> tuple[Path, ...]:
+    """Return the files of the whole tree around `folder` that git knows or does not ignore.
+
+    Raises:
+        RepositoryError: not a repository, or no git.
+    """
+    root = top(folder)
+    return tuple(
+        root / name for name in _names(git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"))
+    )
+
+
 def is_ignored(path: Path) -> bool:
     """Return whether git ignores a file or folder, or one that it lies in.
 

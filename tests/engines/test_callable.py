@@ -22,6 +22,21 @@ def appends(what, times=1):
 
 def nothing():
     return None
+
+def a_coroutine():
+    async def step():
+        SEEN.append(1)
+    return step
+
+def a_generator():
+    def step():
+        yield SEEN.append(1)
+    return step
+
+def a_future():
+    from concurrent.futures import ThreadPoolExecutor
+    pool = ThreadPoolExecutor()
+    return lambda: pool.submit(SEEN.append, 1)
 """
 
 
@@ -45,6 +60,16 @@ def test_a_factory_gets_its_arguments_and_its_step_is_called(factories: Path) ->
     assert my_steps.SEEN == ["x"] * 4
     assert tuple(marks) == program.phases == ("step",)
     assert program.period == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "name"), [("a_coroutine", "coroutine"), ("a_generator", "generator"), ("a_future", "Future")]
+)
+def test_a_step_whose_work_is_not_done_when_it_returns_is_refused(factories: Path, factory: str, name: str) -> None:
+    """A coroutine or generator has done nothing, and a future is another thread's: their numbers would be those of no work."""
+    program = load_factory(CallableSpec(factory=f"my_steps:{factory}"))
+    with pytest.raises(BuildError, match=rf"The step returned a {name}, so its work is not done .* asyncio.run"):
+        program.step()
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ Each way is a project with one case, which is REGRESSED or has no baseline where
 
 from __future__ import annotations
 
+import shutil
 from typing import NamedTuple
 
 import pytest
 
 from hpc_core.plugin import fixture, options, runner, suite
 from tests.plugin.scripted_project import Run, scripted_project
+from tests.record.git_project import GitProject
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +131,26 @@ WAYS = {
         "@perf_cases(ALL)\ndef test_all(case, perf):\n    perf(case)\n",
         arguments=("--perf-scale=full", "--perf-predict=off"),
     ),
+    "an update in addopts": Way(calling(NEW), addopts=("--perf-update", "--perf-reason=more")),
+    "an update in the environment": Way(calling(NEW), environment="--perf-update --perf-reason=more"),
+    "another case, chosen in the environment": Way(
+        f"{CASE}\ndef test_other(perf):\n    {NEW.replace(')', ', judge=False)')}\n",
+        environment="--perf-case=*/test_other",
+    ),
+    "help in the environment": Way(environment="--help"),
+    "a hook that ends the process after the session": Way(
+        conftest="import sys\n\ndef pytest_sessionfinish():\n    sys.exit(0)  # not cmdline_main\n"
+    ),
+    "our plugin object blocked": Way(addopts=("-p", "no:hpc-core-suite")),
+    "our plugin object unregistered": Way(
+        conftest=hook(
+            "def pytest_collection_finish(session):\n    session.config.pluginmanager.unregister(name='hpc-core-suite')"
+        )
+    ),
+    "a parametrization without values": Way(
+        calling(RED, "@pytest.mark.parametrize('perf_', [])").replace("(perf)", "(perf, perf_)")
+    ),
+    "a subtest": Way(f"def test_step(perf, subtests):\n    with subtests.test():\n        {RED}\n"),
     "a step that needs a GPU": Way(calling("perf('scripted:step', device='cuda')")),
     "unittest: a regression that is expected": Way(case_of_unittest(f"self.{RED}", "@unittest.expectedFailure")),
     "unittest: no baseline": Way(case_of_unittest(f"self.{NEW}")),
@@ -240,8 +262,109 @@ def test_what_is_measured_without_a_baseline_is_green(pytester: pytest.Pytester,
     run("--benchmark", "--perf-update", "--reason=first")
     assert run("--benchmark", "--perf-strict").ret == 0
     assert run("--benchmark", "--perf-strict", "--collect-only").ret == 0
+    shutil.rmtree(pytester.path / "baselines")
     lay(pytester, Way(calling(NEW.replace(")", ", judge=False)"))))
     assert run("--benchmark", "--perf-strict").ret == 0
+
+
+OTHER = f"def test_other(perf):\n    {NEW}\n"
+
+
+def whole_suite(pytester: pytest.Pytester, run: Run) -> None:
+    """Accept two cases in two files, in a repository."""
+    GitProject(pytester.path)
+    lay(pytester, Way(f"def test_step(perf):\n    {NEW}\n"))
+    (pytester.path / "bench" / "test_other.py").write_text(OTHER)
+    assert run("--benchmark", "--perf-update", "--reason=first").ret == 0
+    assert run("--benchmark", "--perf-strict").ret == 0
+
+
+@pytest.mark.parametrize(
+    "way", ["--ignore in addopts", "--lf in addopts", "collect_ignore", "renamed", "deleted", "__test__", "perf"]
+)
+def test_an_accepted_case_that_is_no_longer_collected(pytester: pytest.Pytester, run: Run, way: str) -> None:
+    """Beside a green case, whatever keeps pytest from seeing another one: strict is not green, and the last line names it."""
+    whole_suite(pytester, run)
+    own, ini = pytester.path / "bench" / "test_own.py", pytester.path / "pyproject.toml"
+    if way == "--ignore in addopts":
+        ini.write_text('[tool.pytest.ini_options]\naddopts = ["--ignore=bench/test_own.py"]\n')
+    elif way == "--lf in addopts":
+        ini.write_text('[tool.pytest.ini_options]\naddopts = ["--lf"]\n')
+        cache = pytester.path / ".pytest_cache" / "v" / "cache"
+        cache.mkdir(parents=True)
+        (cache / "lastfailed").write_text('{"bench/test_other.py::test_other": true}')
+    elif way == "collect_ignore":
+        (pytester.path / "bench" / "conftest.py").write_text("collect_ignore = ['test_own.py']\n")
+    elif way == "renamed":
+        own.rename(own.with_name("own.py"))
+    elif way == "deleted":
+        own.unlink()
+    elif way == "__test__":
+        own.write_text(f"{own.read_text()}\ntest_step.__test__ = False\n")
+    else:
+        own.write_text(
+            f"import pytest\n\n@pytest.fixture\ndef perf():\n    return lambda *_, **__: None\n\n{own.read_text()}"
+        )
+    result = run("--benchmark", "--perf-strict")
+    assert result.ret == 10
+    assert last(result) == (
+        "hpc-core: 1 case measured (1 PASS); accepted, and no test judges it: test_own/test_step "
+        "(restore the test, or delete the baseline); exit code 10 (--perf-strict)"
+    )
+    assert run("--benchmark").ret == 0
+
+
+@pytest.mark.parametrize("way", ["judge=False", "perf_gpu"])
+def test_an_accepted_case_that_is_no_longer_judged(pytester: pytest.Pytester, run: Run, way: str) -> None:
+    """Its test says so, or is now of a scale that this machine does not run: strict is not green while it has a baseline."""
+    whole_suite(pytester, run)
+    own = pytester.path / "bench" / "test_own.py"
+    text = own.read_text()
+    own.write_text(
+        text.replace(NEW, NEW.replace(")", ", judge=False)"))
+        if way == "judge=False"
+        else f"import pytest\n\n@pytest.mark.perf_gpu\n{text}"
+    )
+    result = run("--benchmark", "--perf-strict")
+    assert result.ret == 10
+    assert "; accepted, and no test judges it: test_own/test_step (restore the test, or delete the baseline)" in last(
+        result
+    )
+
+
+def test_a_part_of_the_suite_that_is_chosen_by_hand_misses_nothing(pytester: pytest.Pytester, run: Run) -> None:
+    """A path, a case or an option on the command line chooses less than the suite. Cases of other suites are only counted."""
+    whole_suite(pytester, run)
+    for chosen in ("bench/test_other.py", "--case=*/test_other", "--ignore=bench/test_own.py", "-k=other", "-kother"):
+        assert run("--benchmark", "--perf-strict", chosen).ret == 0
+    far = pytester.mkdir("perf") / "test_far.py"
+    far.write_text(OTHER.replace("test_other", "test_far"))
+    assert run("--benchmark", "--perf-update", "--reason=first", "perf").ret == 0
+    result = run("--benchmark", "--perf-strict")
+    assert result.ret == 0
+    assert last(result) == "hpc-core: 2 cases measured (2 PASS); 1 other accepted case not in this suite"
+
+
+@pytest.mark.parametrize(
+    ("conftest", "step", "code"),
+    [
+        ("", "perf(lambda: os._exit(0))", 11),
+        ("sys.exit(0)", "pass", 10),
+        ("def pytest_unconfigure():\n    sys.exit(0)", "pass", 10),
+    ],
+    ids=["os._exit in the step", "sys.exit in a conftest.py", "sys.exit in the last hook"],
+)
+def test_a_process_that_is_ended_is_not_green(
+    pytester: pytest.Pytester, run: Run, conftest: str, step: str, code: int
+) -> None:
+    """Whoever ends pytest's own process with 0, as some training scripts do, does not end the run green. Children may do so."""
+    body = f"if not os.fork():\n    os._exit(0)\nos.wait()\n{step}"
+    lay(pytester, Way(calling(f"import os\n{body}")))
+    (pytester.path / "conftest.py").write_text(f"import sys\n\n{conftest}\n")
+    result = pytester.runpytest_subprocess("--benchmark", "--perf-strict")
+    assert result.ret == code
+    assert "hpc-core: " in str(result.stdout) + str(result.stderr)
+    assert "Traceback" not in str(result.stderr)
 
 
 RERUNS = """
