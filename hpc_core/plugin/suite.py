@@ -181,6 +181,7 @@ class Suite:
         self._measured = frozenset(case_id_of(item) for item in taking_part if predicted_gpu(item) is None)
         dropped = [item for item in taking_part if not self._is_chosen(item)]
         self._on_request = sum(self._waits_for_request(item) and self._of_this_scale(item) for item in dropped)
+        self._tally.on_request = self._on_request
         _refuse_duplicates([item for item in taking_part if item not in dropped])
         if dropped:
             gone = set(dropped)

@@ -33,6 +33,8 @@ class Tally:
         """Why tests of cases were skipped, and files were."""
         self._failed: set[str] = set()
         self._files: list[str] = []
+        self.on_request = 0
+        """Cases that nobody asked for."""
         self.without_test = WithoutTest()
         """Accepted cases that no test of the suite has; known when the session ends."""
 
@@ -101,6 +103,7 @@ class Tally:
         parts.append(f"{units.counted(elsewhere, 'other accepted case')} not in this suite" if elsewhere else "")
         dropped = len(self._cases) - len(self._expected())
         parts.append(f"{dropped} deselected" if dropped else "")
+        parts.append(f"{self.on_request} more on request" if self.on_request else "")
         return "hpc-core: " + "; ".join(filter(None, parts))
 
     def _why(self, nodeid: str) -> str:

@@ -222,7 +222,7 @@ def test_strict_is_the_default_where_ci_is_set(
 
 
 def test_the_last_line_says_what_was_measured(pytester: pytest.Pytester, run: Run) -> None:
-    """Cases with their verdicts, cases that were not measured with the reasons, and the exit code where it is not 0."""
+    """Cases with their verdicts, cases that were not measured with the reasons, cases that wait for a request, and the exit code where it is not 0."""
     lay(
         pytester,
         Way(f"""
@@ -244,12 +244,16 @@ def test_without(perf):
 @pytest.mark.skip(reason="flaky")
 def test_flaky(perf):
     {NEW}
+
+@pytest.mark.perf_on_request
+def test_long(perf):
+    {NEW}
 """),
     )
     whole = run("--benchmark", "--deselect=bench/test_own.py::test_flaky")
     assert last(whole) == (
         "hpc-core: 2 cases measured (1 REGRESSED, 1 NO_BASELINE); not measured: 2 (needs a CUDA GPU: none is visible), "
-        "1 (its test did not call perf); 1 deselected; exit code 1"
+        "1 (its test did not call perf); 1 deselected; 1 more on request; exit code 1"
     )
     assert last(run("--benchmark", "--case=*/test_flaky")) == "hpc-core: no case measured; not measured: 1 (flaky)"
     strict = run("--benchmark", "--case=*/test_flaky", "--perf-strict", "-q")
