@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -166,10 +166,10 @@ class Review:
         changed = self._base.changed(self.known[case_id])
         return f"not measured, and {changed} changed" if changed else ""
 
-    def without_test(self, rows: Sequence[Row]) -> WithoutTest:
+    def without_test(self, rows: Sequence[Row], deselected: Container[str]) -> WithoutTest:
         """Return the accepted cases of a machine that this run measured on, which nothing judges; none unless it is the whole suite.
 
-        One is missed if its test says judge=False, is now of another scale, or is gone. The latter holds for a step of one's own
+        One is missed if its test says judge=False, is now of another scale, is deselected by settings or a conftest.py, or is gone. The last holds for a step of one's own
         if no other folder has its file. Any other case may be that of a file that runs only when it is named.
         """
         if self.known is None:
@@ -184,7 +184,8 @@ class Review:
             if row is not None:
                 is_missed = row.judgement is None and row.record.status == "ok"
             elif case_id in self.known:
-                is_missed = case_id in self.of_other_scale and self._was_of_this_scale(machine, case_id)
+                moved = case_id in self.of_other_scale and self._was_of_this_scale(machine, case_id)
+                is_missed = moved or case_id in deselected
             else:
                 is_missed = self._was_of_this_suite(case_id)
                 elsewhere += not is_missed

@@ -336,7 +336,7 @@ class Suite:
         finally:
             self._runner.close()
             self._locks.release()
-            self._tally.without_test = self._review.without_test(self._runner.rows)
+            self._tally.without_test = self._review.without_test(self._runner.rows, self._tally.deselected)
             lost = self._lost_pull_request()
             self.decided = session.exitstatus = self._exit_code(exitstatus) or (ExitCode.BROKEN if lost else 0)
             self._print_tally(exitstatus, lost)

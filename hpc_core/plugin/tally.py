@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_core.plugin import uses_perf
+from hpc_core.plugin.cases import case_id_of
 from hpc_core.plugin.fixture import CALLED, OUTCOME
 from hpc_core.plugin.outcome import FailureKind
 from hpc_core.plugin.review import WithoutTest
@@ -45,6 +46,11 @@ class Tally:
     def deselect(self, items: Iterable[pytest.Item]) -> None:
         """Expect these tests no more: somebody deselected them, and pytest reports it."""
         self._deselected |= {item.nodeid for item in items}
+
+    @property
+    def deselected(self) -> frozenset[str]:
+        """Ids of the cases that somebody deselected."""
+        return frozenset(case_id_of(item) for nodeid, item in self._cases.items() if nodeid in self._deselected)
 
     def collected(self, items: Iterable[pytest.Item]) -> None:
         """Note which cases somebody removed without deselecting them."""

@@ -318,17 +318,22 @@ def test_an_accepted_case_that_is_no_longer_collected(pytester: pytest.Pytester,
     assert run("--benchmark").ret == 0
 
 
-@pytest.mark.parametrize("way", ["judge=False", "perf_gpu"])
+@pytest.mark.parametrize("way", ["judge=False", "perf_gpu", "-k in addopts", "deselected by a conftest.py"])
 def test_an_accepted_case_that_is_no_longer_judged(pytester: pytest.Pytester, run: Run, way: str) -> None:
-    """Its test says so, or is now of a scale that this machine does not run: strict is not green while it has a baseline."""
+    """Its test says so, is of a scale that this machine does not run, or is deselected: strict is not green while it has a baseline."""
     whole_suite(pytester, run)
     own = pytester.path / "bench" / "test_own.py"
     text = own.read_text()
-    own.write_text(
-        text.replace(NEW, NEW.replace(")", ", judge=False)"))
-        if way == "judge=False"
-        else f"import pytest\n\n@pytest.mark.perf_gpu\n{text}"
-    )
+    if way == "judge=False":
+        own.write_text(text.replace(NEW, NEW.replace(")", ", judge=False)")))
+    elif way == "perf_gpu":
+        own.write_text(f"import pytest\n\n@pytest.mark.perf_gpu\n{text}")
+    elif way == "-k in addopts":
+        (pytester.path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["-k", "other"]\n')
+    else:
+        (pytester.path / "bench" / "conftest.py").write_text(
+            "def pytest_collection_modifyitems(config, items):\n    config.hook.pytest_deselected(items=[items.pop(1)])\n"
+        )
     result = run("--benchmark", "--perf-strict")
     assert result.ret == 10
     assert "; accepted, and no test judges it: test_own/test_step (restore the test, or delete the baseline)" in last(
