@@ -18,7 +18,7 @@ from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.catalogue import finetune, generate, lora
 from hpc_core.plugin.fixture import Perf, PerfSession
 from hpc_core.record.gpus import gpu_of
-from hpc_core.record.job import Job, Measure, MeasureCeilings, Repeat
+from hpc_core.record.job import Job, Measure, MeasureCeilings, Retime
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
 
@@ -181,7 +181,7 @@ def test_a_further_process_counts_the_same_and_is_short(
     case: Case, perf_session: PerfSession, request: pytest.FixtureRequest
 ) -> None:
     """A repeat runs five steps, not ten: it has the full run's counts, a busy time within 1 %, and takes less time."""
-    full, short = (perf_session.run(Job(case=case, kind=kind)) for kind in (Measure(), Repeat()))
+    full, short = (perf_session.run(Job(case=case, kind=kind)) for kind in (Measure(), Retime()))
     both = merged(full, [short])
     assert both.status == "ok", both.reasons
     seconds = [process.seconds for process in both.processes]

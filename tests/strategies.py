@@ -66,8 +66,8 @@ def busy(value: float = 0.25, **changes: Any) -> Metric:
 
 
 def wall(value: float = 0.5, **changes: Any) -> Metric:
-    """Seconds by the host's clock."""
-    fields: dict[str, Any] = {"unit": "s", "noise": "wall", "better": "lower"}
+    """Seconds by the host's clock, shown only."""
+    fields: dict[str, Any] = {"unit": "s", "noise": "wall", "better": "lower", "gated": False}
     fields["depends_on"] = ("case", "stack", "machine")
     return Metric(value=value, **(fields | changes))
 

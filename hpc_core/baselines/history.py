@@ -17,7 +17,8 @@ from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
 from hpc_core.record.files import read_regular
 from hpc_core.record.plain import plain
-from hpc_core.record.record import Metric, Record, record_from_json, schema_of
+from hpc_core.record.record import Record, record_from_json, schema_of
+from hpc_core.record.repeats import values_of_processes
 
 HISTORY_LENGTH = 8
 """Accepted sessions that are kept: a prediction interval needs at least five, and machines drift over more."""
@@ -117,7 +118,7 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     """None on a CPU."""
     stack: dict[str, str]
     metrics: dict[str, tuple[float, ...]]
-    """Busy time: one value per process, in seconds. Any other metric: its value, in its unit."""
+    """Busy and wall time: one value per process, in seconds. Any other metric: its value, in its unit."""
     canary: dict[str, tuple[float, ...]]
     """Busy seconds of the canary, work that no code changes, by "compute" and "memory"; {} if it was not run."""
 
@@ -173,13 +174,6 @@ def session_of(record: Record) -> Session:
         commit=run.commit,
         gpu_uuid=next((str(uuid) for uuid in uuids if uuid), None),
         stack=run.stack,
-        metrics={name: _of_processes(metric) for name, metric in record.metrics.items()},
+        metrics=values_of_processes(record),
         canary={name: (float(seconds),) for name, seconds in run.canary.items()},
     )
-
-
-def _of_processes(metric: Metric) -> tuple[float, ...]:
-    # Wall samples are rounds of one process, not replicates: only their median counts.
-    if metric.noise == "busy" and metric.samples:
-        return metric.samples
-    return (float(metric.value),)

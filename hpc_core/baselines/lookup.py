@@ -18,7 +18,6 @@ from hpc_core.baselines.baseline import (
     Lookup,
     Missing,
     OlderSchema,
-    is_gated,
 )
 from hpc_core.baselines.transaction import recover
 from hpc_core.case.case import SCHEMA, case_to_json
@@ -144,7 +143,7 @@ def _contradiction(baseline: Baseline) -> str | None:
         return f"it states digest {baseline.digest}, its case has {baseline.spec.digest}"
     if not baseline.metrics:
         return "it holds no metric"
-    loose = [name for name, metric in baseline.metrics.items() if not is_gated(metric)]
+    loose = [name for name, metric in baseline.metrics.items() if not metric.gated]
     return f"it holds {', '.join(loose)}, never gated" if loose else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from typing import Any
 
 import msgspec
 
@@ -31,7 +32,25 @@ def relative_limit(limit: Limit) -> float | None:
     return float(match["number"]) / 100
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class _NamesLimits(msgspec.StructMeta):
+    """Answers a name that is no limit with those that are; msgspec's own message lists none."""
+
+    def __call__(self, *args: Any, **limits: Any) -> Any:
+        """Make the limits.
+
+        Raises:
+            TypeError: a name that is no limit.
+        """
+        names = getattr(self, "__struct_fields__", ())
+        unknown = [name for name in limits if name not in names]
+        if unknown:
+            raise TypeError(f"Limits has no {', '.join(unknown)}. There are: {', '.join(names)}.")
+        return super().__call__(*args, **limits)
+
+
+class Limits(
+    msgspec.Struct, metaclass=_NamesLimits, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Limits of one case, by metric: `"1%"` against the baseline, or an absolute number in the metric's unit.
 
     A metric without a limit keeps the gate's default. An absolute limit is checked in addition to the default.
@@ -55,6 +74,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     at_peak_activations_bytes: Limit = None
     at_peak_temporaries_bytes: Limit = None
     at_peak_other_bytes: Limit = None
+    step_s: Limit = None
+    query_s: Limit = None
+    time_to_first_token_s: Limit = None
+    decode_token_s: Limit = None
     busy_s: Limit = None
     busy_prefill_s: Limit = None
     busy_decode_token_s: Limit = None

@@ -23,11 +23,13 @@ from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY, TRIAL, WHOLE
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.faults.fault import TWIN, Fault
+from hpc_core.gate.busy import Sessions
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.launch.launcher import Launcher
 from hpc_core.record.job import Event, Job, Kind, Measure, Predict
 from hpc_core.record.record import Metric, Record
+from hpc_core.record.repeats import values_of_processes
 
 Against = Literal["baselines", "clean"]
 """What a trial is judged against: accepted baselines, or a clean run in the same session."""
@@ -126,7 +128,7 @@ def run_trials(
         tell: called with a line for each finished trial.
         against: with "clean", each case first runs once without a fault.
         baselines: folder of the accepted baselines.
-        jobs: with more than one, workers share the device, so GPU-busy time is not judged.
+        jobs: with more than one, workers share the machine, so no time is judged.
         predict: name of a GPU to predict everything for, instead of running it.
         memory: only metrics in bytes count, and no twins run.
 
@@ -174,15 +176,16 @@ class _Bench:
         self._kind: Kind = Measure(profile=False) if predict is None else Predict(gpu=predict, profile=False)
         self._baselines = baselines
         self._alone = alone
-        self.clean: dict[str, Future[Lookup]] = {}
+        self.clean: dict[str, Future[tuple[Lookup, Sessions]]] = {}
 
-    def run_clean(self, case: Case) -> Lookup:
-        """Run without a fault, to take the place of a baseline."""
+    def run_clean(self, case: Case) -> tuple[Lookup, Sessions]:
+        """Run without a fault, to take the place of a baseline and of its only session."""
         record = self._launcher.run(Job(case=case, kind=self._kind))
         try:
-            return unstored(record, reason="a clean run of the same session")
+            lookup = unstored(record, reason="a clean run of the same session")
         except BaselineError as error:
-            return Damaged(path=f"the clean run of {case.id}", reason=str(error))
+            return Damaged(path=f"the clean run of {case.id}", reason=str(error)), {}
+        return lookup, {name: [values] for name, values in values_of_processes(record).items()}
 
     def trial(self, fault: Fault, case: Case) -> Trial:
         """Try a fault and its twin. For whole models only the fault: short models try the twins in less time."""
@@ -211,17 +214,17 @@ class _Bench:
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
         record = self._launcher.run(Job(case=case, kind=self._kind, fault=fault))
-        lookup = self._lookup(case, record)
+        lookup, sessions = self._accepted(case, record)
         if not self._alone:
             record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))
             if isinstance(lookup, Baseline):
                 lookup = msgspec.structs.replace(lookup, metrics=_without_busy(lookup.metrics))
-        return record, judge(record, lookup)
+        return record, judge(record, lookup, sessions=sessions)
 
-    def _lookup(self, case: Case, record: Record) -> Lookup:
+    def _accepted(self, case: Case, record: Record) -> tuple[Lookup, Sessions]:
         if case.id in self.clean:
             return self.clean[case.id].result()
-        return find(self._baselines, record.circumstances.machine.key, case.id)
+        return find(self._baselines, record.circumstances.machine.key, case.id), {}
 
 
 def _without_busy(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
@@ -240,7 +243,7 @@ def _shown(fault: Fault, twin: Record, record: Record) -> str:
     for name in fault.shows_in:
         before, after = twin.metrics.get(name), record.metrics.get(name)
         if before is not None and after is not None:
-            return f"{name} {before.value:.4g} → {after.value:.4g} {after.unit}, shown and not gated"
+            return f"{name} {before.value:.4g} → {after.value:.4g} {after.unit}, not judged here"
     return f"none of {', '.join(fault.shows_in)} was measured"
 
 
@@ -255,7 +258,7 @@ def summary(trials: list[Trial], seconds: float) -> str:
         "twins not run" if untried else "twins green" if not alarms else f"{alarms} of {len(trials)} twins not green"
     )
     lines = [f"{judged - len(missed)} of {judged} faults caught, {twins}, {seconds:.0f} s"]
-    lines += [f"Not caught by a single run: {trial.fault.name} {trial.outcome}" for trial in waiting]
+    lines += [f"Not judged here: {trial.fault.name} {trial.outcome}" for trial in waiting]
     if missed:
         lines.append(f"MISSED: {', '.join(missed)}")
     return "\n".join(lines)

@@ -34,7 +34,7 @@ def faults(
     ] = None,
     baselines: Annotated[Path, typer.Option(help="Folder of baselines.")] = Path("baselines"),
     jobs: Annotated[
-        int, typer.Option("--jobs", min=1, help="Parallel workers. With more than one, GPU-busy time is not judged.")
+        int, typer.Option("--jobs", min=1, help="Parallel workers. With more than one, no time is judged.")
     ] = 1,
     predicted: Annotated[
         bool,
@@ -82,7 +82,7 @@ def faults(
         if not visible_gpus():
             raise SpecError("--scale full needs a CUDA GPU, and none is visible. Omit it to try the faults on a CPU.")
     if jobs > 1 and not predicted:
-        tell(f"{jobs} workers share the device, so GPU-busy time is not judged.")
+        tell(f"{jobs} workers share the machine, so no time is judged.")
     began = time.monotonic()
     trials = run_trials(
         names,

@@ -73,7 +73,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
 def is_judged_in_pairs(metric: Metric) -> bool:
     """Return whether the three-way rule decides the metric: a time with samples, where lower is better."""
-    timed = metric.noise == "busy" or (metric.noise == "wall" and metric.samples is not None)
+    timed = metric.noise == "busy" or (metric.noise == "wall" and metric.unit == "s" and metric.samples is not None)
     return timed and metric.better == "lower" and metric.value > 0
 
 

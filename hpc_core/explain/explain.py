@@ -13,6 +13,7 @@ from hpc_core.explain.before import Before, stored_before
 from hpc_core.explain.device import device_finding
 from hpc_core.explain.host import host_finding
 from hpc_core.explain.memory import memory_finding
+from hpc_core.explain.time import time_finding
 from hpc_core.explain.work import module_changes, work_finding
 from hpc_core.gate.comparability import Place, case_changes, packages_moved
 from hpc_core.gate.suspects import suspects
@@ -55,6 +56,7 @@ def stored_cause(root: Path, record: Record, judgement: Judgement | None) -> Cau
 def explain(before: Before, now: Record, judgement: Judgement | None = None) -> Cause | None:
     """Return why a record differs from an earlier one; None if nothing differs. What `judgement` finds worse comes first."""
     found = [each(before, now) for each in (memory_finding, device_finding, work_finding, host_finding)]
+    found.append(time_finding(before, now, judgement))
     facts = _broken_facts(now)
     modules = module_changes(before.profile, now.profile)
     if not any(found) and not facts and not modules:

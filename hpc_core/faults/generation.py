@@ -69,7 +69,7 @@ def logits_whole_prompt(original: Call, *args: Any, **kwargs: Any) -> Any:
     "the host sleeps 5 ms at every token",
     on="generate-bf16",
     shows_in=("decode_token_s", "query_s"),
-    needs="A/B",
+    needs="--jobs 1",
     patch=_FORWARD,
 )
 def decode_sleep(original: Call, *args: Any, **kwargs: Any) -> Any:

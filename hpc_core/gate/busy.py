@@ -2,8 +2,7 @@
 
 A power cap holds down the SM clock, and by how much differs from card to card. Seconds then tell the code's change and the
 clock's together. One law holds for any work: a lower clock makes it slower by at most the ratio of the clocks. So the code's
-change lies between the change of the seconds and that of the cycles, and the verdict is on both. Where a run measured which
-share of its time follows the clock, unchanged code passes at another clock; REGRESSED rests on the law alone.
+change lies between the change of the seconds and that of the cycles, and the verdict is on both.
 """
 
 from __future__ import annotations
@@ -36,17 +35,11 @@ Sessions = Mapping[str, Sequence[Sequence[float]]]
 """Values of the accepted sessions by metric, the oldest first, one value per process."""
 CLOCK = "sm_clock_mhz"
 """The metric that holds the SM clock of each process."""
-CLOCK_SHARE = "clock_share"
-"""The metric that holds which share of busy time follows the clock."""
 SHARE_FACTOR = 2.0
 """Busy time is compared while its share of wall time differs by no more. Wall time of like work differed by 1.68 times
 between two machine starts, which moved busy time by no more than its spread."""
 _CLOCK_STEP = 0.003
 """Clocks within 0.3 %, less than one step of an H100's (15 of 1980 MHz), are no reason for a verdict."""
-
-
-_SHARE_ERROR = 0.1
-"""By how much a measured share may be off: 0.15 % of noise in busy time, at clocks that lie some percent apart."""
 
 
 class Clock(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,15 +49,13 @@ class Clock(msgspec.Struct, frozen=True, kw_only=True):
     """The median over its processes of each one's mean; None where it was not recorded."""
     possible_mhz: float | None = None
     """The highest clock of this model of GPU, so also of a session that did not record its own."""
-    share: float | None = None
-    """Which share of its busy time follows the clock, as measured in its processes; None where it was not."""
     lowered_by: tuple[str, ...] = ()
     """What held it down: "power cap"."""
 
 
 def clock_of_session(record: Record) -> Clock:
     """Return the clock that a record holds."""
-    metric, share = record.metrics.get(CLOCK), record.metrics.get(CLOCK_SHARE)
+    metric = record.metrics.get(CLOCK)
     around = record.circumstances
     found = map(clock_of, (around.gpu, *(process.gpu for process in record.processes)))
     clocks = [clock for clock in found if clock is not None]
@@ -76,13 +67,12 @@ def clock_of_session(record: Record) -> Clock:
     return Clock(
         mhz=None if metric is None or metric.value <= 0 else float(metric.value),
         possible_mhz=max((clock.possible_mhz for clock in clocks if clock.possible_mhz), default=None),
-        share=None if share is None else float(share.value),
         lowered_by=tuple(sorted(reasons or flagged)),
     )
 
 
 class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """What a busy metric is judged by, in addition to its own values."""
+    """What a time is judged by, in addition to its own values."""
 
     sessions: Sessions = {}
     alpha: float
@@ -94,6 +84,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """The command that compares both sides on one card."""
     shares: Mapping[str, float] = {}
     """This session's shares of wall time, by metric."""
+    processes: Mapping[str, Sequence[float]] = {}
+    """This session's values by metric, one per process."""
 
 
 class BusyFinding(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,20 +117,22 @@ def judge_busy(name: str, new: Metric, old: Metric, ratio: float, evidence: Evid
     moved = _moved(len(sessions), evidence)
     interval = _without_the_clock(seconds, moved)
     verdict = three_way(interval, ratio, new.better)
-    if verdict is Verdict.INCONCLUSIVE and moved.least < 0 and family_of(name) not in COMPUTE_BOUND:
+    if verdict is Verdict.INCONCLUSIVE and moved.faster and family_of(name) not in COMPUTE_BOUND:
         # Decoding reads weights, at the memory's clock: a higher SM clock hides no slower code, though it may explain a gain.
         passes = three_way(seconds, ratio, new.better) in (Verdict.PASS, Verdict.IMPROVED)
         verdict = Verdict.PASS if passes else verdict
-    if verdict is Verdict.IMPROVED:
-        by_law = _without_the_clock(seconds, msgspec.structs.replace(moved, least=moved.lawful))
-        verdict = Verdict.PASS if three_way(by_law, ratio, new.better) is not verdict else verdict
     if moved.text and interval != seconds:
         observed += f"; {moved.text}, so the code's part is {_range(interval)}"
     if verdict is Verdict.INCONCLUSIVE and moved.text:
         required = f"an A/B on one card, because of {moved.text} ({evidence.paired})"
         return BusyFinding(verdict=verdict, text=f"{observed}.", interval=interval, settled_by=required)
     if verdict is Verdict.INCONCLUSIVE:
-        required = required_sample_size(distance, evidence.alpha, ratio, new.better)
+
+        def decides(more: Distance) -> bool:
+            found = three_way(interval_of(more, evidence.alpha), ratio, new.better)
+            return found is not Verdict.INCONCLUSIVE
+
+        required = required_sample_size(distance, decides)
         text = f"{observed}; it lies on both sides of the limit."
         return BusyFinding(verdict=verdict, text=text, interval=interval, settled_by=required)
     return BusyFinding(verdict=verdict, text=f"{observed}.", interval=interval)
@@ -181,18 +175,18 @@ def _unlike_share(name: str, distance: Distance, evidence: Evidence) -> str | No
 
 
 class _Moved(msgspec.Struct, frozen=True):
-    """What the clock alone did to a time, in log ratio: above 0 is slower than before."""
+    """What the clock alone can have done to a time, in log ratio."""
 
-    least: float = 0.0
-    most: float = 0.0
-    lawful: float = 0.0
-    """`least` by the law, without a measured share."""
+    slower: float = 0.0
+    """At most so much slower than before, 0 or above."""
+    faster: float = 0.0
+    """At most so much faster, 0 or above."""
     text: str = ""
     """"clock 1,770 → 1,650 MHz under the power cap"; empty if the clock is no reason for a verdict."""
 
 
 def _moved(count: int, evidence: Evidence) -> _Moved:
-    """Return what the clock did; `count` is how many sessions the time is compared with.
+    """Return what the clock can have done; `count` is how many sessions the time is compared with.
 
     A stored session without a clock may have run at the card's highest.
     """
@@ -200,41 +194,23 @@ def _moved(count: int, evidence: Evidence) -> _Moved:
     if new.mhz is None:
         # Older records flag a throttled clock by one reading, which does not say how far it was held down.
         text = f"a clock of unknown height ({', '.join(new.lowered_by)})"
-        return _Moved(most=math.inf, text=text) if new.lowered_by else _Moved()
+        return _Moved(slower=math.inf, text=text) if new.lowered_by else _Moved()
     stored = [statistics.median(session) for session in evidence.sessions.get(CLOCK, ()) if _proves(session)]
     unknown = count - len(stored)
     highest = max(new.possible_mhz or new.mhz, new.mhz)
     old = statistics.geometric_mean([*stored, *[highest] * unknown]) if stored or unknown > 0 else highest
-    lower = math.log(old / new.mhz)
-    share, low, high = _follows(evidence)
-    # REGRESSED and IMPROVED rest on the law alone; what was measured only lets more pass.
-    least, most = (low * lower, lower) if lower > 0 else (high * lower, 0.0)
-    lawful = min(0.0, lower)
-    if unknown > 0:
-        least = lawful = 0.0
-    if abs(lower) <= _CLOCK_STEP:
-        return _Moved(least, most, lawful)
+    change = math.log(new.mhz / old)
+    if abs(change) <= _CLOCK_STEP:
+        return _Moved(slower=max(0.0, -change))
     cause = f" under the {', '.join(new.lowered_by)}" if new.lowered_by else ""
     before = f"unknown (up to {highest:,.0f})" if unknown > 0 else f"{old:,.0f}"
-    followed = "" if share is None else f", which {share:.0%} of the time follows"
-    return _Moved(least, most, lawful, f"clock {before} → {new.mhz:,.0f} MHz{cause}{followed}")
-
-
-def _follows(evidence: Evidence) -> tuple[float | None, float, float]:
-    """Return which share of the time follows the clock, if it was measured, and the bounds of what is assumed.
-
-    Without a measurement only the law holds: between nothing and all of it.
-    """
-    stored = [statistics.median(session) for session in evidence.sessions.get(CLOCK_SHARE, ()) if session]
-    share = evidence.clock.share if evidence.clock.share is not None or not stored else statistics.median(stored)
-    if share is None or not 0 <= share <= 1:
-        return None, 0.0, 1.0
-    return share, max(0.0, share - _SHARE_ERROR), min(1.0, share + _SHARE_ERROR)
+    text = f"clock {before} → {new.mhz:,.0f} MHz{cause}"
+    return _Moved(slower=max(0.0, -change), faster=max(0.0, change) if unknown <= 0 else 0.0, text=text)
 
 
 def _without_the_clock(seconds: Interval, moved: _Moved) -> Interval:
-    """Return where the code's change lies: that of the seconds, without what the clock did at least and at most."""
-    low, high = math.exp(-moved.most), math.exp(-moved.least)
+    """Return where the code's change lies: from the change of the seconds to that of the cycles."""
+    low, high = math.exp(-moved.slower), math.exp(moved.faster)
 
     def scaled(ratio: float, by: float) -> float:
         return (1 + ratio) * by - 1
@@ -269,8 +245,10 @@ def sessions_of_regime(sessions: Sequence[Mapping[str, Sequence[float]]], accept
 
 
 def _agrees(name: str, accepted: Metric, values: Sequence[float] | None) -> bool:
-    if not values or not accepted.value or accepted.noise == "wall":
-        return True  # a metric that was not measured then, or that moves with the host, proves nothing
+    if not values or not accepted.value:
+        return True  # a metric that was not measured then proves nothing
     if accepted.noise == "exact":
         return accepted.unit == "bytes" or all(value == accepted.value for value in values)
+    if accepted.noise == "wall":  # it moves with the host; a gross change was accepted on purpose
+        return abs(math.log(statistics.median(values) / accepted.value)) <= math.log(2)
     return abs(statistics.median(values) / accepted.value - 1) <= allowed_ratio(name, accepted, None)

@@ -58,7 +58,7 @@ def incomparable(name: str, old: Metric, new: Metric, places: tuple[Place, Place
         return Incomparable(Verdict.INCOMPATIBLE, reason)
     if (text := other_python(new, before.python, now.python)) is not None:
         return Incomparable(Verdict.INCOMPATIBLE, f"{name} {text}.", judged=False)
-    below = _moved_below_torch(before.stack, now.stack) if new.noise == "busy" else ()
+    below = _moved_below_torch(before.stack, now.stack) if new.noise != "exact" else ()
     if below:
         values = sizes.pair(old.value, new.value, new.unit)
         reason = f"{name} {values}, but time cannot be compared across {', '.join(below)}."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -236,8 +236,8 @@ def interval_of(distance: Distance, alpha: float, *, pass_alpha: float = PASS_AL
     if not 0 < alpha < 0.5 or not 0 < pass_alpha < 0.5:
         raise ValueError(f"A level lies between 0 and 0.5, got {alpha} and {pass_alpha}.")
     deviation, degrees = distance.deviation, distance.degrees
-    outer = _reach(deviation, degrees, alpha)
-    inner = _reach(deviation, degrees, max(alpha, pass_alpha))
+    outer = reach(deviation, degrees, alpha)
+    inner = reach(deviation, degrees, max(alpha, pass_alpha))
     return Interval(
         centre=_ratio(distance.centre),
         low=_ratio(distance.centre - outer),
@@ -249,7 +249,8 @@ def interval_of(distance: Distance, alpha: float, *, pass_alpha: float = PASS_AL
     )
 
 
-def _reach(deviation: float, degrees: float, alpha: float) -> float:
+def reach(deviation: float, degrees: float, alpha: float) -> float:
+    """Return how far, in log ratio, a value of this deviation exceeds its mean with probability `alpha`, by Student's t."""
     return deviation if deviation in (0.0, math.inf) else deviation * _t_quantile(1 - alpha, degrees)
 
 
@@ -287,15 +288,11 @@ def three_way(interval: Interval, tolerance: float, better: Better) -> Verdict:
     return Verdict.PASS if pass_high <= tolerance else Verdict.INCONCLUSIVE
 
 
-def required_sample_size(distance: Distance, alpha: float, tolerance: float, better: Better) -> str:
+def required_sample_size(distance: Distance, decides: Callable[[Distance], bool]) -> str:
     """Return what would decide an INCONCLUSIVE comparison: "2 more processes", "3 more accepted sessions, or an A/B: hpc-core ab".
 
-    An estimate: it assumes that the change and the spread stay what they are now.
+    An estimate: it assumes that the change and the spread stay what they are now. `decides` is the rule.
     """
-
-    def decides(more: Distance) -> bool:
-        return three_way(interval_of(more, alpha), tolerance, better) is not Verdict.INCONCLUSIVE
-
     for count in range(1, _MOST_PROCESSES + 1):
         if decides(distance.grown(new=count)):
             return counted(count, "more process", "more processes")

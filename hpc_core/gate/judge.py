@@ -20,6 +20,7 @@ from hpc_core.gate.busy import Evidence, Sessions, clock_of_session
 from hpc_core.gate.comparability import Place, case_changes
 from hpc_core.gate.intervals import PASS_ALPHA
 from hpc_core.gate.metric import Context, Obstacle, judge_metric, place_of, update_command
+from hpc_core.gate.spread import LEAST_SESSIONS
 from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import (
     SUITE_ALPHA,
@@ -33,6 +34,7 @@ from hpc_core.gate.verdict import (
 )
 from hpc_core.record import units as sizes
 from hpc_core.record.record import Record
+from hpc_core.record.repeats import values_of_processes
 
 
 def judge(
@@ -69,7 +71,13 @@ def judge(
     obstacle = _obstacle(record, lookup)
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
     gated = gated_metrics(record)
-    tests = sum(metric.noise != "exact" and name in accepted for name, metric in gated.items())
+    stored = sessions or {}
+    # What moves with the host is judged by its spread from the second accepted session on.
+    least = {"busy": 0, "wall": LEAST_SESSIONS}
+    tests = sum(
+        name in accepted and metric.noise in least and len(stored.get(name, ())) >= least[metric.noise]
+        for name, metric in gated.items()
+    )
     around = record.circumstances
     place = Place(around.machine.key, around.stack, around.settings, around.python)
     context = Context(
@@ -78,11 +86,12 @@ def judge(
         baseline=baseline if obstacle is None else None,
         suspects=() if baseline is None else suspects(record.case, place_of(baseline), place),
         evidence=Evidence(
-            sessions=sessions or {},
+            sessions=stored,
             alpha=share(tests, SUITE_ALPHA if alpha is None else alpha),
             pass_alpha=pass_alpha,
             clock=clock_of_session(record),
             shares={name: float(each.value) for name, each in record.metrics.items() if name.startswith("busy_share")},
+            processes=values_of_processes(record),
             paired=_paired(record, baseline),
         ),
     )
@@ -197,13 +206,15 @@ _WHY = {Verdict.NO_BASELINE: "new", Verdict.INCOMPATIBLE: "of another Python"}
 def _unjudged_metrics(record: Record, rows: tuple[MetricVerdict, ...]) -> tuple[str, ...]:
     """Return a sentence on the metrics that the baseline does not hold yet, on those of another Python, and on those not measured."""
     names: dict[str, list[str]] = {}
+    disturbed = [row.reason for row in rows if not row.judged and row.verdict is Verdict.INCONCLUSIVE]
     for row in rows:
-        if not row.judged:
+        if not row.judged and row.verdict is not Verdict.INCONCLUSIVE:
             why = "not measured" if row.new is None else _WHY[row.verdict]
             names.setdefault(why, []).append(row.metric)
     lines = {why: f"{why}, not judged: {', '.join(each)}." for why, each in sorted(names.items())}
     step = f" To have them judged: {update_command(record.case.id)}"
-    return tuple(line if why == "not measured" else f"{line}{step}" for why, line in lines.items())
+    named = (line if why == "not measured" else f"{line}{step}" for why, line in lines.items())
+    return (*disturbed, *named)
 
 
 def _headline(rows: tuple[MetricVerdict, ...], leading: MetricVerdict) -> str:

@@ -156,6 +156,9 @@ def _new(context: Context, name: str, new: Metric) -> _Finding:
 
 def _vanished(context: Context, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
+    if shown is not None and shown.noise == "wall":
+        text = f"{name} is {sizes.quantity(shown.value, shown.unit)}, not judged: {shown.note or 'the record does not gate it'}"
+        return _Finding(Verdict.INCONCLUSIVE, "none", f"{text}.", "Run it on a quieter machine.", judged=limited)
     if limited and shown is None and (lack := _why_never(context.place.machine, name)):
         return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
     if limited:
@@ -177,7 +180,7 @@ def _why_never(machine: str, name: str) -> tuple[str, str] | None:
     if machine == "cpu" and definition.gpu_only:
         step = f"Limit {name} in a test that needs a GPU: perf(…, device='cuda') is skipped elsewhere."
         return f"only a GPU has {name}, and this ran on a CPU", step
-    if machine == "predicted" and definition.noise == "busy":
+    if machine == "predicted" and definition.noise != "exact":
         return "a prediction has no times", f"Limit {name} where the case runs on a GPU."
     return None
 
@@ -219,12 +222,12 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
     elif new.noise == "wall":
         stated = relative_limit(limit) is not None
         ratio = allowed_ratio(name, old, limit)
-        text = allowed.text if stated else f"{allowed.text} beyond the sessions' spread"
-        reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {text}"
-        judged = judge_spread(name, new, old, ratio, context.evidence, stated=stated)
+        on_gpu = context.place.machine not in ("cpu", "predicted")
+        judged = judge_spread(name, new, old, ratio, context.evidence, stated=stated, on_gpu=on_gpu)
+        reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {judged.limit}"
         step = f"To settle it: {judged.settled_by}." if judged.settled_by else ""
         step = "Measure again." if judged.verdict is Verdict.INVALID else step
-        found = _Finding(judged.verdict, text, reason + judged.text, step, judged.interval, judged.settled_by)
+        found = _Finding(judged.verdict, judged.limit, reason + judged.text, step, judged.interval, judged.settled_by)
     else:
         found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
     if found.verdict is Verdict.IMPROVED:

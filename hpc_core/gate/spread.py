@@ -1,81 +1,167 @@
-"""Judge a number that also moves with the host, such as energy: it is worse if it is beyond what accepted sessions move by themselves.
+"""Judge wall time and energy, which move with the host: worse is what lies beyond the spread of the accepted sessions.
 
-Such a number differs by 3 to 70 % between sessions of the same code, so most of its intervals lie on both sides of any useful
-limit. INCONCLUSIVE would then be the rule, so it is PASS unless the interval says worse, and the reason says what would be seen.
-A limit that an owner states is decided three ways, as busy time is.
+Wall time is compared in seconds where the device sets the pace. Elsewhere the host does, and it is compared in units of the host
+canary (`hpc_core.instruments.wall`), which ran beside every timed call: a busy or slower host stretches both.
+
+Most sessions of one code differ by more than a useful limit, so three verdicts would make INCONCLUSIVE the rule. A run is REGRESSED
+beyond what a clean one exceeds by chance, else PASS, and the reason says what would have been seen.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from hpc_core.gate.busy import BusyFinding, Evidence
-from hpc_core.gate.intervals import Interval, Spread, interval_of, required_sample_size, stored_distance, three_way
+from hpc_core.gate.busy import Evidence
+from hpc_core.gate.intervals import (
+    PASS_ALPHA,
+    Distance,
+    Interval,
+    Spread,
+    interval_of,
+    reach,
+    required_sample_size,
+    stored_distance,
+)
 from hpc_core.gate.verdict import Verdict
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import canaries_of
 from hpc_core.record.record import Metric
 
 LEAST_SESSIONS = 2
 """Accepted sessions from which on a spread is known at all."""
 GROSS_RATIO = 1.0
 """+100 %: what is worse even if nothing is known of the spread."""
-ASSUMED = Spread(
+DEVICE_BOUND = 0.5
+"""From this share of wall time on, the device sets the pace."""
+ENERGY = Spread(
     within=0.03,
     between=0.10,
     degrees=5.0,
     source="between the pooled 5.8 % of our engines (23 cases) and 13.5 % of stock ones (18 cases) on several H100s and H200s",
 )
 """What a session's energy moves by, until five are stored. Within: the age of the counter's readings."""
+GPU_WALL = Spread(within=0.02, between=0.03, degrees=5.0, source="")
+"""The same of wall time on a GPU machine. Of other hosts nothing is assumed: they differ too much."""
+_SHARES = {"time_to_first_token_s": "busy_share_prefill"}
 
 
-def judge_spread(name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence, *, stated: bool) -> BusyFinding:
-    """Return the verdict on one number; `ratio` is its tolerance, `stated` whether the case's owner stated it.
+class SpreadFinding(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict on one number."""
 
-    A session counts with one value. Where none holds the metric, the accepted value is the only one.
+    verdict: Verdict
+    limit: str
+    """What was allowed: "+12.4 %"."""
+    text: str
+    """What follows the values and the limit: the change, what it rests on, and what would be seen."""
+    interval: Interval | None = None
+    """None where no spread is known."""
+    settled_by: str = ""
+
+
+def judge_spread(
+    name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence, *, stated: bool, on_gpu: bool
+) -> SpreadFinding:
+    """Return the verdict on one number.
+
+    One accepted session shows no spread, so only gross changes fail, and only if every process shows them. From the second on,
+    the sessions set the limit: what a clean run exceeds with probability `evidence.alpha`, at least `ratio` and at most
+    `GROSS_RATIO`. A limit that an owner states replaces that one: within it a run is PASS, beyond it REGRESSED if that is certain
+    or gross, else INCONCLUSIVE.
+
+    Args:
+        name: of the metric.
+        new: its value.
+        old: the accepted value.
+        ratio: the tolerance.
+        evidence: values of this run's processes and of the accepted sessions.
+        stated: whether the case's owner stated `ratio`.
+        on_gpu: whether it ran on a GPU machine.
     """
-    sessions = [[statistics.median(each)] for each in evidence.sessions.get(name, ()) if each] or [[float(old.value)]]
-    if not all(math.isfinite(value) and value > 0 for (value,) in ([new.value], *sessions)):
-        text = f"; but this or an accepted session holds an {name} that is not above 0."
-        return BusyFinding(verdict=Verdict.INVALID, text=text)
-    distance = stored_distance([float(new.value)], sessions, ASSUMED)
-    interval = interval_of(distance, evidence.alpha, pass_alpha=evidence.pass_alpha)
-    verdict = three_way(interval, ratio, new.better)
-    text = f": {_percent(interval.low)} to {_percent(interval.high)} by {interval.text}"
+    figures = _figures(name, evidence)
+    values = {each: tuple(evidence.processes.get(each, ())) or (float(new.value),) for each in figures}
+    sessions = {each: tuple(evidence.sessions.get(each, ())) or ((float(old.value),),) for each in figures}
+    if not all(
+        math.isfinite(value) and value > 0 for each in figures for value in _every(values[each], sessions[each])
+    ):
+        text = f"; but {name} of this or an accepted session is not above 0."
+        return SpreadFinding(verdict=Verdict.INVALID, limit=_text(ratio), text=text)
+    assumed = ENERGY if new.unit == "J" else GPU_WALL if on_gpu else None
+    compared = {each: stored_distance(values[each], sessions[each], assumed) for each in figures}
+    distance = compared[figures[-1]]
+    interval, gross = interval_of(distance, evidence.alpha), _gross(values, compared)
+    known = interval if distance.sessions >= LEAST_SESSIONS else None
+    unit = " in units of the host canary" if len(figures) > 1 else ""
+    moved = f": {_percent(interval.centre)}{unit} by {interval.text}"
     if stated:
-        found = BusyFinding(verdict=verdict, text=f"{text}.", interval=interval)
-        if verdict is not Verdict.INCONCLUSIVE:
-            return found
-        required = required_sample_size(distance, evidence.alpha, ratio, new.better)
-        undecided = f"{text}; it lies on both sides of the limit."
-        return msgspec.structs.replace(found, text=undecided, settled_by=required)
-    gross = _gross(math.expm1(distance.centre), new)
-    if len(sessions) < LEAST_SESSIONS:
-        return BusyFinding(verdict=gross, text=f"; one accepted session shows no spread, so only {_GROSS} counts.")
-    if gross is not Verdict.PASS:
-        return BusyFinding(verdict=gross, text=f"{text}; {_GROSS} counts whatever the spread.", interval=interval)
-    if verdict in (Verdict.REGRESSED, Verdict.IMPROVED):
-        return BusyFinding(verdict=verdict, text=f"{text}.", interval=interval)
-    seen = _percent(min(detected(interval, ratio), GROSS_RATIO))
-    return BusyFinding(verdict=Verdict.PASS, text=f"{text}; from {seen} on it would be REGRESSED.", interval=interval)
+        return _stated(distance, ratio, evidence.alpha, gross, moved, known)
+    if known is None:
+        text = f"{moved}; one accepted session shows no spread, so only {_text(GROSS_RATIO)} counts."
+        return SpreadFinding(verdict=gross, limit=_text(GROSS_RATIO), text=text)
+    least = _within_gross(reach(distance.deviation, distance.degrees, evidence.alpha), least=ratio)
+    seen = _within_gross(math.log1p(least) + reach(distance.deviation, distance.degrees, PASS_ALPHA))
+    text = f"{moved}; {_text(seen)} would be seen in 95 % of runs."
+    return SpreadFinding(verdict=_beyond(interval.centre, least), limit=_text(least), text=text, interval=known)
 
 
-def detected(interval: Interval, ratio: float) -> float:
-    """Return the smallest change whose interval lies beyond the tolerance as a whole."""
-    return (1 + ratio) * (1 + interval.centre) / (1 + interval.low) - 1
+def _stated(
+    distance: Distance, ratio: float, alpha: float, gross: Verdict, moved: str, known: Interval | None
+) -> SpreadFinding:
+    def verdict(distance: Distance) -> Verdict:
+        at = interval_of(distance, alpha)
+        if at.centre <= ratio:
+            return Verdict.PASS
+        return Verdict.REGRESSED if at.low > ratio or gross is Verdict.REGRESSED else Verdict.INCONCLUSIVE
+
+    found, settled, doubt = verdict(distance), "", ""
+    if found is Verdict.INCONCLUSIVE:
+        settled = required_sample_size(distance, lambda more: verdict(more) is not Verdict.INCONCLUSIVE)
+        doubt = "; that may be noise"
+    text = f"{moved}{doubt}."
+    return SpreadFinding(verdict=found, limit=_text(ratio), text=text, interval=known, settled_by=settled)
 
 
-def _gross(change: float, metric: Metric) -> Verdict:
-    worse, better = change > GROSS_RATIO, change < 1 / (1 + GROSS_RATIO) - 1
-    if metric.better == "higher":
-        worse, better = better, worse
-    return Verdict.REGRESSED if worse else Verdict.IMPROVED if better else Verdict.PASS
+def _figures(name: str, evidence: Evidence) -> tuple[str, ...]:
+    """Return what is compared: the number itself, and a time in canaries too where the host sets the pace. The last one decides."""
+    ratio, share = canaries_of(name), _SHARES.get(name, "busy_share")
+    accepted = [value for session in evidence.sessions.get(share, ()) for value in session]
+    if accepted and statistics.median(accepted) >= DEVICE_BOUND:
+        return (name,)
+    return (name, ratio) if ratio in evidence.processes and ratio in evidence.sessions else (name,)
+
+
+def _every(values: Sequence[float], sessions: Sequence[Sequence[float]]) -> list[float]:
+    return [*values, *(value for session in sessions for value in session)]
+
+
+def _gross(values: Mapping[str, Sequence[float]], compared: Mapping[str, Distance]) -> Verdict:
+    """Return REGRESSED or IMPROVED where every process moved beyond `GROSS_RATIO` by every figure, else PASS."""
+    moved = []
+    for figure, ours in values.items():
+        logs = [math.log(value) for value in ours]
+        accepted = statistics.median(logs) - compared[figure].centre
+        moved += [value - accepted for value in logs]
+    if min(moved) > math.log1p(GROSS_RATIO):
+        return Verdict.REGRESSED
+    return Verdict.IMPROVED if max(moved) < -math.log1p(GROSS_RATIO) else Verdict.PASS
+
+
+def _within_gross(log_ratio: float, least: float = 0.0) -> float:
+    return max(least, math.expm1(min(log_ratio, math.log1p(GROSS_RATIO))))
+
+
+def _beyond(centre: float, least: float) -> Verdict:
+    if centre > least:
+        return Verdict.REGRESSED
+    return Verdict.IMPROVED if (1 + centre) * (1 + least) < 1 else Verdict.PASS
 
 
 def _percent(ratio: float) -> str:
     return sizes.percent(round(ratio, 3))
 
 
-_GROSS = _percent(GROSS_RATIO)
+def _text(ratio: float) -> str:
+    return f"+{_percent(ratio).removeprefix('+')}"

@@ -39,13 +39,6 @@ def seconds_of(step: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def wall_steps(program: Program, device: torch.device, steps: int) -> Findings:
-    """Measure `step_s` over `steps` steps."""
-    with quiet():
-        samples = [seconds_of(program.step, device) for _ in range(steps)]
-    return Findings(metrics={"step_s": metric("step_s", samples=samples)})
-
-
 _MOST_STEPS = 8
 _MOST_PERIOD = 12
 """Warm-up runs at most this much of a period; further steps have new widths but no new kernels."""

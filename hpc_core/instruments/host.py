@@ -67,7 +67,7 @@ class HostCost:
         counts: dict[tuple[str, str], list[int]] = {}
         for number in {*self.bytecodes, *self.calls, *self.c_calls}:
             code = self.codes[number]
-            key = (_file(code.co_filename), code.co_qualname)
+            key = (file_of(code.co_filename), code.co_qualname)
             lines[key] = min(code.co_firstlineno, lines.get(key, code.co_firstlineno))
             mine = counts.setdefault(key, [0, 0, 0])
             for at, counter in enumerate((self.bytecodes, self.calls, self.c_calls)):
@@ -318,7 +318,7 @@ def _counted_threads() -> Callable[[int], bool]:
     return counts
 
 
-def _file(path: str) -> str:
+def file_of(path: str) -> str:
     """Return a source file without the folder that it is imported from: "transformers/models/llama/modeling_llama.py"."""
     parents = (entry.rstrip("/") + "/" for entry in sys.path if entry)
     prefix = max((parent for parent in parents if path.startswith(parent)), key=len, default="")

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import statistics
 import sys
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +24,9 @@ from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.program import Program
-from hpc_core.instruments.sm_clock import LEAST_GAP, ClockWatch, clock_metric, share_of_clock
+from hpc_core.instruments.sm_clock import ClockWatch, clock_metric
 from hpc_core.record.environment import gpu_state
 from hpc_core.record.findings import Findings
-from hpc_core.record.gpu_state import Clock, clock_of
 from hpc_core.record.metrics import metric
 from hpc_core.record.record import KernelFamily
 
@@ -364,13 +361,8 @@ def busy_steps(program: Program, device: torch.device) -> Findings:
         return Findings()
     if program.period == 1:
         activity, found = _busy_of(program, device, _SHORT_STEPS, marked=True)
-        if activity is None:
-            return found
-        if activity.steps_alike:
-            share = _clock_share(
-                program, device, activity.busy_s / _SHORT_STEPS, clock_of({"busy": found.observed["gpu_busy"]})
-            )
-            return found | _busy_metrics(activity, _SHORT_STEPS) | share
+        if activity is None or activity.steps_alike:
+            return found | _busy_metrics(activity, _SHORT_STEPS)
     activity, found = _busy_of(program, device, BUSY_STEPS, marked=False)
     return found | _busy_metrics(activity, BUSY_STEPS)
 
@@ -412,34 +404,6 @@ def busy_of(
         return activity, found
     states["clock"] = msgspec.to_builtins(clock)
     return activity, found | clock_metric(clock)
-
-
-_ALONE = 3
-_PAUSE_S = 0.2
-"""The card cools down and may run at its highest clock again; it stays in its highest state of performance."""
-
-
-def _clock_share(program: Program, device: torch.device, busy_s: float, clock: Clock | None) -> Findings:
-    """Measure `clock_share` if something lowered the clock: some steps run again, each after a pause, so at a higher clock."""
-    possible = None if clock is None else clock.possible_mhz
-    if clock is None or possible is None or clock.mean_mhz > possible * (1 - LEAST_GAP):
-        return Findings()
-    seconds, clocks = [], []
-    for _ in range(_ALONE):
-        time.sleep(_PAUSE_S)
-        watch = ClockWatch()
-        try:
-            seconds.append(device_activity(program.step, device, watch=watch).busy_s)
-        except MeasureError as error:
-            return Findings(notes=(f"no clock_share: {error}",))
-        if (alone := watch.clock()) is not None:
-            clocks.append(alone.mean_mhz)
-    alone_s, alone_mhz = statistics.median(seconds), statistics.median(clocks or [clock.mean_mhz])
-    share = share_of_clock((busy_s, clock.mean_mhz), (alone_s, alone_mhz))
-    text = f"{busy_s * 1e3:.3f} ms at {clock.mean_mhz:.0f} MHz in a row, {alone_s * 1e3:.3f} ms at {alone_mhz:.0f} MHz after a pause"
-    if share is None:
-        return Findings(notes=(f"no clock_share: a step took {text}, which does not show it",))
-    return Findings(metrics={"clock_share": metric("clock_share", share, on_gpu=True, note=text)})
 
 
 def _busy_metrics(activity: DeviceActivity | None, steps: int) -> Findings:

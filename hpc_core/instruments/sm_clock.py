@@ -7,7 +7,6 @@ read 1665 MHz and two 1965 MHz, and their busy times were within 0.7 %.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from types import TracebackType
@@ -68,20 +67,3 @@ def clock_metric(clock: Clock) -> Findings:
     lowered = f"; lowered by: {words} (the power cap in {clock.capped:.0%} of the readings)" if words else ""
     note = f"{clock.readings} readings from {clock.least_mhz} to {clock.most_mhz} MHz, median {clock.median_mhz:g}{lowered}"
     return Findings(metrics={"sm_clock_mhz": metric("sm_clock_mhz", clock.mean_mhz, on_gpu=True, note=note)})
-
-
-LEAST_GAP = 0.01
-"""Clocks must lie 1 % apart to show what follows them: the noise of busy time, 0.15 %, then moves the share by 0.15."""
-_BEYOND = 0.2
-
-
-def share_of_clock(slow: tuple[float, float], fast: tuple[float, float]) -> float | None:
-    """Return which share of a step's time follows the clock, by its seconds and MHz at two clocks.
-
-    None if the clocks lie too close together, or the times differ by what no clock explains.
-    """
-    gap = math.log(fast[1] / slow[1])
-    if gap < LEAST_GAP:
-        return None
-    share = math.log(slow[0] / fast[0]) / gap
-    return min(1.0, max(0.0, share)) if -_BEYOND <= share <= 1 + _BEYOND else None

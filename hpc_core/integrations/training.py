@@ -243,7 +243,7 @@ class Training:
         if not samples:
             self.notes.append(f"{self.steps} steps are too few for a time: the first {warm_up} are warm-up")
             return metrics
-        metrics["step_s"] = metric("step_s", samples=thinned(samples, _MOST_SAMPLES))
+        metrics["step_s"] = metric("step_s", samples=thinned(samples, _MOST_SAMPLES), gated=False)
         self.notes.append(
             f"step_s: {len(samples)} steps by the host's clock, from end to end, not synchronized; data loading is in it, "
             f"{self.clock.left_out_s:.2f} s of evaluation, saving and logging are not"

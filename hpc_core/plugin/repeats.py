@@ -9,12 +9,13 @@ from typing import Literal
 
 import msgspec
 
+from hpc_core.baselines.baseline import gated_metrics
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import busy_values, merged
 
 Enough = Callable[[Sequence[float]], bool]
 """Return whether the samples of one busy metric, one per process, suffice."""
-DEFAULT_ON_GPU = 3
+DEFAULT = 3
 MOST = 12
 """The largest number of processes, however widely the samples spread."""
 HALF_WIDTH = 0.0025
@@ -23,14 +24,14 @@ HALF_WIDTH = 0.0025
 
 def narrow(values: Sequence[float]) -> bool:
     """Return whether there are at least three samples, and half their range is at most 0.25 % of their median."""
-    return len(values) >= DEFAULT_ON_GPU and (max(values) - min(values)) / 2 <= HALF_WIDTH * statistics.median(values)
+    return len(values) >= DEFAULT and (max(values) - min(values)) / 2 <= HALF_WIDTH * statistics.median(values)
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """The options `--perf-processes` and `--perf-budget`."""
 
     processes: int | Literal["auto"] = "auto"
-    """Processes per case. "auto": on a GPU one if it decides, else three; one elsewhere; with a budget, more until times agree."""
+    """Processes per case. "auto": one if it decides, else three; with a budget, more until times agree."""
     budget_s: float | None = None
     """No further process starts once the session has run for this long. None: no limit, and no more than `processes`."""
 
@@ -38,7 +39,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Return how many processes the case of this record needs at least."""
         if self.processes != "auto":
             return self.processes
-        return DEFAULT_ON_GPU if busy_values(record) else 1
+        timed = any(metric.noise != "exact" for metric in gated_metrics(record).values())
+        return DEFAULT if timed else 1
 
     @property
     def open_ended(self) -> bool:

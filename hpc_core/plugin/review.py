@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from hpc_core.baselines.at_commit import BaselineChange, baseline_changes, known_on_disk
-from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
+from hpc_core.baselines.baseline import Baseline, Damaged, Lookup, gated_metrics
 from hpc_core.baselines.history import Session, sessions
 from hpc_core.baselines.lookup import find
 from hpc_core.baselines.pull_request import Loosening, PullRequest
@@ -29,7 +29,7 @@ from hpc_core.plugin.base import MergeBase
 from hpc_core.plugin.options import Settings
 from hpc_core.record.git import files, git
 from hpc_core.record.record import Record
-from hpc_core.record.repeats import busy_values
+from hpc_core.record.repeats import disturbed
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import change_line, waiver_line
 
@@ -92,10 +92,18 @@ class Review:
         return msgspec.structs.replace(judgement, remarks=(*judgement.remarks, why))
 
     def passes_early(self, record: Record, alpha: float) -> bool:
-        """Return whether one process decides: every busy metric passes, so that further processes would change no verdict."""
+        """Return whether one process decides: every judged time passes, so that further processes would change no verdict.
+
+        On a GPU, a case without a baseline gets further processes too: they take an hour to rent again when it is accepted.
+        """
+        if disturbed(record.metrics):
+            return False
         rows = self.judged(record, alpha, pass_alpha=EARLY_PASS_ALPHA).metrics
-        busy = [row for row in rows if row.metric in busy_values(record)]
-        return bool(busy) and all(row.verdict is Verdict.PASS for row in busy)
+        times = {name for name, metric in gated_metrics(record).items() if metric.noise != "exact"}
+        judged = [row for row in rows if row.judged and row.metric in times]
+        if record.circumstances.machine.key == "cpu":
+            return all(row.verdict in (Verdict.PASS, Verdict.NO_BASELINE, Verdict.INCOMPATIBLE) for row in judged)
+        return bool(judged) and all(row.verdict is Verdict.PASS for row in judged)
 
     def good_commit(self, record: Record) -> str | None:
         """Return the commit before HEAD that the record's baseline was measured at; None if git knows none or it had uncommitted changes."""

@@ -173,12 +173,6 @@ def commit(folder: str = ".") -> tuple[str | None, bool | None]:
         return None, None
 
 
-@functools.cache
-def _running_code(folder: Path) -> tuple[str | None, bool | None]:
-    """Return `commit` as it was at this process's first record: what a run writes later, such as checkpoints, is not the code that runs."""
-    return commit(str(folder))
-
-
 def gpu_state() -> dict[str, Any]:
     """Return `gpu_state.read_state` of the first visible GPU, and its uuid; {} without one."""
     gpus = visible_gpus()
@@ -212,7 +206,7 @@ def circumstances(
     Keyword arguments add what the run itself observed (`gpu=`, `phase_s=`, `notes=`). `where` is the machine that was predicted for, in
     place of this one.
     """
-    revision, dirty = _running_code(Path.cwd())
+    revision, dirty = commit()
     when = started_at or datetime.datetime.now(datetime.UTC)
     return Circumstances(
         machine=where or machine(device),

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from hpc_core.case.case import Case
-from hpc_core.record.profile import FunctionUse, Profile
+from hpc_core.record.profile import FunctionUse, HostTime, Profile
 from hpc_core.record.record import Circumstances, Fact, KernelFamily, MemoryTimeline, Metric, Record
 
 
@@ -30,6 +30,8 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
     profile: Profile | None = None
     functions: tuple[FunctionUse, ...] = ()
     """What the host executed; part of the profile, if there is one."""
+    host_times: tuple[HostTime, ...] = ()
+    """Where the host spent its time; part of the profile, if there is one."""
     observed: Mapping[str, Any] = {}
     """Data for later instruments that no record contains, such as the operators of a counted step."""
 
@@ -47,6 +49,7 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
             timeline=later.timeline or self.timeline,
             profile=later.profile or self.profile,
             functions=later.functions or self.functions,
+            host_times=later.host_times or self.host_times,
             observed={**self.observed, **later.observed},
         )
 
@@ -60,7 +63,9 @@ class Findings(msgspec.Struct, frozen=True, kw_only=True):
             reasons=self.reasons,
             makers_at_peak=dict(self.makers_at_peak),
             timeline=self.timeline,
-            profile=None if self.profile is None else msgspec.structs.replace(self.profile, functions=self.functions),
+            profile=None
+            if self.profile is None
+            else msgspec.structs.replace(self.profile, functions=self.functions, host_times=self.host_times),
             losses=tuple(
                 loss for loss in self.losses if math.isfinite(loss)
             ),  # JSON has no NaN; the fact losses_finite reports them

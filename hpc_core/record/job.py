@@ -52,12 +52,8 @@ class Measure(_Kind, frozen=True, kw_only=True, tag="measure"):
     """False runs the case unchecked, to see what checking costs; the record is then INVALID, and says so."""
 
 
-class Repeat(_Kind, frozen=True, tag="repeat"):
-    """Measure only busy time and launches (on a CPU: wall time) of a case that another process measured in full."""
-
-
 class Retime(_Kind, frozen=True, tag="retime"):
-    """Measure every time, of the host and of the device, and no more, of a case that another process measured in full: for an A/B."""
+    """Measure every time, of the host and of the device, and no more, of a case that another process measured in full."""
 
 
 class Trace(_Kind, frozen=True, kw_only=True, tag="trace"):
@@ -90,7 +86,7 @@ class MeasureCeilings(_Kind, frozen=True, kw_only=True, tag="ceilings"):
     """Also time work that no change of the code under test can move."""
 
 
-Kind = Measure | Repeat | Retime | Trace | Predict | MeasureCeilings
+Kind = Measure | Retime | Trace | Predict | MeasureCeilings
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

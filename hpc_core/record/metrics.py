@@ -20,17 +20,21 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.record.record import Better, Dependence, Metric, Noise
 
-Resource = Literal["memory", "work", "device", "host"]
+Resource = Literal["memory", "work", "device", "host", "time"]
 Family = Literal["train", "prefill", "decode"]
 
 BYTES_RATIO = 0.0005
 """0.05 %: the tolerance of bytes."""
+WALL_RATIO = 0.05
+"""5 %: the least change of wall time that a run may fail by. What accepted sessions show usually sets a higher one (`hpc_core.gate.spread`)."""
 HOST_RATIO = 0.01
 """1 %: the tolerance of bytecodes and calls."""
 BYTECODES_FLOOR, CALLS_FLOOR = 200, 20
 """A few lines of Python, some 10 µs: what a step may gain however little it executes."""
 ENERGY_RATIO = 0.1
 """10 %: twice what the age of the counter's readings can move."""
+WAITED = "waited for a core that another program used"
+"""The end of the note on a wall time with calls that do not count."""
 _ALL: tuple[Dependence, ...] = ("case", "stack", "machine")
 
 
@@ -124,6 +128,11 @@ def _energy(name: str, doc: str) -> Definition:
     return _definition(name, doc, "J", "wall", tolerance=ENERGY_RATIO, explained="device", gpu_only=True)
 
 
+def _judged_wall(name: str, doc: str) -> Definition:
+    """A time by the host's clock that is judged: in units of the host canary where the host sets the pace."""
+    return _definition(name, doc, "s", "wall", tolerance=WALL_RATIO, explained="time")
+
+
 def _share(name: str, doc: str, **other: object) -> Definition:
     return _wall(name, doc, "ratio", better="higher", **other)
 
@@ -204,15 +213,6 @@ METRICS: Mapping[str, Definition] = {
             gated=False,
             gpu_only=True,
         ),
-        _definition(
-            "clock_share",
-            "Share of a step's busy time that follows the SM clock, measured where something lowers the clock.",
-            "ratio",
-            "busy",
-            better="same",
-            gated=False,
-            gpu_only=True,
-        ),
         _device_count("kernels", "Kernels launched."),
         _device_count("kernels_prefill", "Kernels launched for one prefill."),
         _device_count("copies", "Copies of memory, on the device and to and from it."),
@@ -222,10 +222,12 @@ METRICS: Mapping[str, Definition] = {
         _device_count("device_allocations", "Times that the host asks the driver for memory."),
         _device_count("device_frees", "Times that the host gives memory back to the driver."),
         # Time by the host's clock
-        _wall("step_s", "Time of one step."),
-        _wall("query_s", "Time of one query, prefill and all its tokens."),
-        _wall("time_to_first_token_s", "Time from a query's start to its first token."),
-        _wall("decode_token_s", "Time between two tokens."),
+        _judged_wall("step_s", "Time of one step."),
+        _judged_wall("query_s", "Time of one query, prefill and all its tokens."),
+        _judged_wall("time_to_first_token_s", "Time from a query's start to its first token."),
+        _judged_wall("decode_token_s", "Time between two tokens."),
+        _wall("host_canary_s", "Time of a thousand small operators that no code under test changes."),
+        _wall("<time>_canaries", "A wall time in units of the host canary that ran beside it.", "1"),
         _wall("query_extrapolated_s", "Time of a query with more tokens than were measured."),
         _wall("epoch_s", "Time of an epoch, extrapolated from the measured steps."),
         _wall("tokens_per_s", "Unpadded tokens a second.", "tokens/s", better="higher"),
@@ -283,6 +285,11 @@ def definition_of(name: str) -> Definition | None:
         return METRICS[name] if "<" not in name else None
     family = next((definition for pattern, definition in _PATTERNS if pattern.fullmatch(name)), None)
     return None if family is None else msgspec.structs.replace(family, name=name)
+
+
+def canaries_of(name: str) -> str:
+    """Return the name of a wall time's value in units of the host canary: `step_canaries` of `step_s`."""
+    return f"{name.removesuffix('_s')}_canaries"
 
 
 def metric(

@@ -77,6 +77,17 @@ class FunctionUse(_Row, frozen=True, array_like=True):
     """Of functions that are not Python's, by this one."""
 
 
+class HostTime(_Row, frozen=True, array_like=True):
+    """How long the host was in one line, computing or waiting, by samples."""
+
+    file: str
+    """Without the folder that it is imported from."""
+    function: str
+    line: int
+    seconds: float
+    """Of one step or query."""
+
+
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """One unit of work, profiled in a separate pass."""
 
@@ -90,6 +101,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     kernels: tuple[KernelUse, ...] = ()
     """Empty without a GPU."""
     functions: tuple[FunctionUse, ...] = ()
+    host_times: tuple[HostTime, ...] = ()
     """What the host executed, the most bytecodes first."""
 
     @property

@@ -168,7 +168,7 @@ class Process(_Seen, frozen=True, kw_only=True):
     seconds: float
     """Seconds of the whole process."""
     wall_s: dict[str, float] = {}
-    """Median of each wall metric that it measured, in seconds."""
+    """Value of each wall metric that has samples and was not disturbed, in the metric's unit."""
     gpu: dict[str, Any] = {}
     """As in `Circumstances.gpu`."""
     flags: tuple[str, ...] = ()

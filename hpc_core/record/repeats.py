@@ -9,6 +9,7 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 from hpc_core.record.gpu_state import flags
+from hpc_core.record.metrics import WAITED, canaries_of
 from hpc_core.record.record import Metric, Process, Record
 
 
@@ -17,6 +18,7 @@ def merged(first: Record, more: Sequence[Record]) -> Record:
 
     * A busy metric, and the clock meanwhile, gets one sample per process; its value is their median. Without further processes
       nothing changes.
+    * A wall time that was disturbed in the first process is that of the first one in which it was not.
     * A gated count or size must be equal in every process that measured it. If not, the record is invalid, with both numbers.
     * Peaks, wall samples, audit, losses and answers are those of the first process. `processes` contains the median wall times of each.
     * A further process that failed or is invalid gives no sample, and a note says why. The case is not affected.
@@ -59,12 +61,32 @@ def busy_values(record: Record) -> dict[str, tuple[float, ...]]:
     }
 
 
+def values_of_processes(record: Record) -> dict[str, tuple[float, ...]]:
+    """Return one value per process of each metric: samples of busy time, medians of wall time, else the one value."""
+    wall = {
+        name: [process.wall_s[name] for process in record.processes if name in process.wall_s]
+        for name in record.metrics
+    }
+    return {
+        name: _samples(metric) if metric.noise == "busy" else tuple(wall[name]) or (float(metric.value),)
+        for name, metric in record.metrics.items()
+    }
+
+
+def disturbed(metrics: Mapping[str, Metric]) -> set[str]:
+    """Return the wall times that would be judged if other programs had not kept every call waiting for a core."""
+    return {name for name, metric in metrics.items() if not metric.gated and WAITED in (metric.note or "")}
+
+
 def _samples(metric: Metric) -> tuple[float, ...]:
     return (float(metric.value),) if metric.samples is None else metric.samples
 
 
 def _with_samples(name: str, metric: Metric, more: Sequence[Record]) -> Metric:
     found = [record.metrics[name] for record in more if name in record.metrics]
+    if metric.noise == "wall":
+        undisturbed = [each for each in found if each.gated]
+        return metric if metric.gated or not undisturbed else undisturbed[0]
     if metric.noise != "busy" or not found:
         return metric
     samples = (*_samples(metric), *(float(each.value) for each in found))
@@ -106,10 +128,12 @@ def _process(record: Record) -> Process:
 
 
 def _medians(metrics: Mapping[str, Metric]) -> dict[str, float]:
+    out = disturbed(metrics)
+    out |= {canaries_of(name) for name in out}
     return {
-        name: statistics.median(metric.samples)
+        name: float(metric.value)
         for name, metric in metrics.items()
-        if metric.noise == "wall" and metric.samples is not None
+        if metric.noise == "wall" and metric.samples is not None and name not in out
     }
 
 

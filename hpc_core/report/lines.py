@@ -10,7 +10,7 @@ from pathlib import Path
 from hpc_core.baselines.at_commit import BaselineChange
 from hpc_core.baselines.baseline import Acceptance, Baseline, Change, Damaged, Lookup, Missing
 from hpc_core.gate.comparability import moved as differences
-from hpc_core.gate.verdict import Judgement, Verdict
+from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
 from hpc_core.gate.waivers import Waiver
 from hpc_core.record import units
 from hpc_core.record.settings import is_setting
@@ -114,7 +114,7 @@ def accept_new(rows: Sequence[Row]) -> tuple[str, ...]:
             continue
         if not row.commands.accept:
             continue
-        new = [each.metric for each in row.judgement.metrics if not each.judged]
+        new = [each.metric for each in row.judgement.metrics if _is_new(each)]
         if new:
             found[row.case] = row
             names |= dict.fromkeys(new)
@@ -123,6 +123,20 @@ def accept_new(rows: Sequence[Row]) -> tuple[str, ...]:
     who = f"{len(found)} cases" if len(found) > 1 else next(iter(found))
     sentence = f"New, not judged in {who}: {', '.join(names)}. The baseline does not hold it yet. To have it judged:"
     return sentence, *_commands(found.values())
+
+
+def _is_new(row: MetricVerdict) -> bool:
+    return not row.judged and row.verdict is not Verdict.INCONCLUSIVE
+
+
+def disturbed(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Return a sentence for each time that other programs disturbed so much that it is not judged."""
+    judged = [(row.case, each) for row in rows if row.judgement is not None for each in row.judgement.metrics]
+    return tuple(
+        f"{case}: {each.reason} {each.next_step}"
+        for case, each in judged
+        if not each.judged and each.verdict is Verdict.INCONCLUSIVE
+    )
 
 
 def _commands(rows: Iterable[Row]) -> list[str]:

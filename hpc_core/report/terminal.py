@@ -18,7 +18,7 @@ from rich.text import Text
 from hpc_core.gate.verdict import Verdict, expected_line
 from hpc_core.record.record import Record
 from hpc_core.report.entry import NOTHING, Row
-from hpc_core.report.lines import accept_new, accepted_line, keep_gains, settings_lines
+from hpc_core.report.lines import accept_new, accepted_line, disturbed, keep_gains, settings_lines
 
 _STYLES = {
     "PASS": "green",
@@ -232,7 +232,7 @@ def summary(rows: Sequence[Row], width: int) -> Group:
     parts: list[RenderableType] = [table(rows, width)]
     problems = _problems(rows, width)
     written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
-    notes = dict.fromkeys(note for row in rows for note in row.record.circumstances.notes)
+    notes = dict.fromkeys([*disturbed(rows), *(note for row in rows for note in row.record.circumstances.notes)])
     gains = [_unbroken(line) for line in keep_gains(rows)]
     new = [_unbroken(line) for line in accept_new(rows)]
     settings = [_unbroken(line) for line in settings_lines(row.judgement for row in rows)]

@@ -8,15 +8,16 @@ from typing import Any
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.callable import CallableProgram
 from hpc_core.instruments.attribution import profile_step
-from hpc_core.instruments.clock import wall_steps, warm_up
+from hpc_core.instruments.clock import warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
 from hpc_core.instruments.host import kept_objects, step_cost
+from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
-from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
+from hpc_core.instruments.kernels import busy_steps, compilations
 from hpc_core.instruments.memory import measure_memory, process_memory
-from hpc_core.instruments.program import Program
 from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.wall import wall_steps
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
@@ -42,7 +43,14 @@ class OwnStep:
         """Return all instruments: times before anything observes the step, and counts before the profiler loads libraries."""
         place, program, device = self.place, self.program, self.device
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
-        explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
+        explained = (
+            [
+                Instrument("host's time", "profile", lambda _: host_times(program, device)),
+                Instrument("profile", None, self._profile),
+            ]
+            if kind.profile
+            else []
+        )
         return (
             Instrument("time", "measure", lambda _: wall_steps(program, device, self.steps)),
             Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=place.on_gpu)),
@@ -63,12 +71,8 @@ class OwnStep:
             *explained,
         )
 
-    def repeat(self) -> Sequence[Instrument]:
-        """Return instruments for busy time and launches; on a CPU, for the wall time of at most ten steps."""
-        return (repeated(self.program, self.place, self.steps), self._process_memory())
-
     def retime(self) -> Sequence[Instrument]:
-        """Return instruments for all times of host and device."""
+        """Return instruments for all times of host and device, and for launches."""
         return (
             Instrument("time", "measure", lambda _: wall_steps(self.program, self.device, self.steps)),
             Instrument("busy time", "busy", lambda _: busy_steps(self.program, self.device)),
@@ -97,13 +101,6 @@ class OwnStep:
 
     def _profile(self, found: Findings) -> Findings:
         return profile_step(self.program, self.device, "one step", bystanders=found.observed.get("bystanders"))
-
-
-def repeated(program: Program, place: Place, steps: int) -> Instrument:
-    """Return the instrument of a further process: busy time and launches, or on a CPU the wall time of at most ten steps."""
-    if place.on_gpu:
-        return Instrument("busy time", "busy", lambda _: busy_steps(program, place.device))
-    return Instrument("time", "measure", lambda _: wall_steps(program, place.device, min(steps, BUSY_STEPS)))
 
 
 def _busy_share(found: Findings) -> Findings:

@@ -17,21 +17,22 @@ from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.attribution import Owning, profile_step
-from hpc_core.instruments.clock import quiet, seconds_of, warm_up
+from hpc_core.instruments.clock import quiet, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
 from hpc_core.instruments.host import kept_objects, step_cost
+from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
 from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.instruments.program import Fixed, Mark, weights_restored
 from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.wall import WallTimer, wall_steps
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
 from hpc_core.record.record import Fact
-from hpc_core.worker.callable import repeated
 from hpc_core.worker.feed import measure_feed
 from hpc_core.worker.place import Place, build_model, model_facts
 
@@ -77,7 +78,14 @@ class Training:
         audited = [Instrument("audit", "audit", self._audit, captured=False)] if kind.audit else []
         engine = [Instrument("engine", None, program.facts)] if kind.audit else []
         compared = [Instrument("reference", "equivalence", self._reference, changes_state=True)] if kind.audit else []
-        explained = [Instrument("profile", "profile", self._profile, captured=False)] if kind.profile else []
+        explained = (
+            [
+                Instrument("host's time", "profile", self._sample),
+                Instrument("profile", None, self._profile, captured=False),
+            ]
+            if kind.profile
+            else []
+        )
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
         return (
             Instrument("time", "measure", self._time),
@@ -97,20 +105,16 @@ class Training:
             *compared,
         )
 
-    def repeat(self) -> Sequence[Instrument]:
-        """Return instruments for busy time and launches; on a CPU, for the wall time of at most ten steps."""
-        return (
-            self._switches(),
-            Instrument("first batch", None, self._rewound),
-            repeated(self.program, self.place, self.workload.steps),
-            self._process_memory(),
-        )
-
     def retime(self) -> Sequence[Instrument]:
-        """Return instruments for all times of host and device."""
+        """Return instruments for all times of host and device, and for launches. Of a soak, only ten steps are timed."""
+
+        def soaked(_: Findings) -> Findings:
+            self.program.go_to(0)
+            return wall_steps(self.program, self.device, BUSY_STEPS)
+
         return (
             self._switches(),
-            Instrument("time", "measure", self._time),
+            Instrument("time", "measure", soaked if self.workload.soaks else self._time),
             Instrument("compilations", None, lambda _: compilations(self.device)),
             Instrument("busy time", "busy", self._busy),
             *self._feed(audit=True),
@@ -138,11 +142,6 @@ class Training:
             return []
         return [Instrument("feed", "feed", lambda _: measure_feed(self.place, self.built, self.program, audit=audit))]
 
-    def _rewound(self, found: Findings) -> Findings:
-        """Go back to the batches that the first process measured."""
-        self.program.go_to(0)
-        return Findings()
-
     def _loss(self) -> float:
         assert self.program.loss is not None
         return float(self.program.loss)
@@ -150,24 +149,27 @@ class Training:
     def _time(self, found: Findings) -> Findings:
         program, workload = self.program, self.workload
         program.go_to(0)  # every pass sees the same batches
-        samples, losses = [], []
+        samples, losses, timer = list[list[float]](), [], WallTimer(self.device)
         growth = Growth(self.device, workload.steps) if workload.soaks else None
         with quiet():
             for done in range(1, workload.steps + 1):
-                samples.append(seconds_of(program.step, self.device))
+                samples.append([timer.time(program.step)])
                 losses.append(self._loss())
                 if growth is not None:
                     growth.after_step(done)
+            canary = timer.finish()
+        every = [seconds for (seconds,) in samples]
         tokens = program.tokens_of(workload.steps)
         batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
         # The cost of ragged batches varies, so an epoch is extrapolated from the mean; otherwise from the median.
-        typical = statistics.median(samples) if program.period == 1 else statistics.fmean(samples)
+        typical = statistics.median(every) if program.period == 1 else statistics.fmean(every)
         note = f"extrapolated: {batches} steps like the {workload.steps} measured"
         metrics = {
-            "step_s": metric("step_s", samples=samples),
+            **timer.metrics("step_s", samples),
+            **canary,
             "tokens": metric("tokens", tokens),
             "padded_tokens": metric("padded_tokens", program.padded_of(workload.steps)),
-            "tokens_per_s": metric("tokens_per_s", tokens / sum(samples), note="unpadded tokens"),
+            "tokens_per_s": metric("tokens_per_s", tokens / sum(every), note="unpadded tokens"),
             "epoch_s": metric("epoch_s", typical * batches, note=note),
         }
         grown = Findings() if growth is None else growth.findings()
@@ -255,6 +257,11 @@ class Training:
             return step_energy(
                 self.program, self.device, step_s=found.metrics["step_s"], gpu_before=self.place.gpu_before
             )
+
+    def _sample(self, found: Findings) -> Findings:
+        """Sample the host's time; as many steps as fit, so the weights are restored."""
+        with weights_restored(self.program.model), self.program.batches.by_index():
+            return host_times(self.widest, self.device)
 
     def _profile(self, found: Findings) -> Findings:
         return profile_step(

@@ -18,16 +18,18 @@ from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
 from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.attribution import Owning, profile_step
-from hpc_core.instruments.clock import quiet, seconds_of, synchronize, warm_up
+from hpc_core.instruments.clock import quiet, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
 from hpc_core.instruments.host import host_cost, kept_objects, query_cost
+from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import busy_of, compilations, launches
 from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import cache_tensors, owned_bytes, watch_cache
 from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.instruments.trace import trace_step
+from hpc_core.instruments.wall import WallTimer
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
@@ -78,7 +80,14 @@ class Generation:
         text = self.built.tokenizer is not None
         audited = [Instrument("audit", "audit", self._audit)] if kind.audit else []
         compared = [Instrument("reference", "equivalence", self._reference, changes_state=True)] if kind.audit else []
-        explained = [Instrument("profile", "profile", self._profile)] if kind.profile else []
+        explained = (
+            [
+                Instrument("host's time", "profile", lambda _: host_times(self.longest, device)),
+                Instrument("profile", None, self._profile),
+            ]
+            if kind.profile
+            else []
+        )
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
         quality = [Instrument("perplexity", "quality", lambda _: perplexity(place.case, self.built))] if text else []
         # Only at scale small, where a second model takes seconds; last, because its memory is not the case's.
@@ -109,17 +118,8 @@ class Generation:
             *([unquantized] if second else []),
         )
 
-    def repeat(self) -> Sequence[Instrument]:
-        """Return instruments for busy time and launches; on a CPU, for the wall time of every prompt."""
-        once = (
-            Instrument("busy time", "busy", self._busy)
-            if self.place.on_gpu
-            else Instrument("time", "measure", self._time_once)
-        )
-        return (*self._first(), once, self._process_memory())
-
     def retime(self) -> Sequence[Instrument]:
-        """Return instruments for all times of host and device."""
+        """Return instruments for all times of host and device, and for launches."""
         time_, busy = Instrument("time", "measure", self._time), Instrument("busy time", "busy", self._busy)
         return (*self._first(), time_, busy, self._process_memory())
 
@@ -155,8 +155,9 @@ class Generation:
         The time includes the streamer's copy of each token to the host, because `generate` waits for the token anyway. Reading
         the allocator's counters between prefill and decode does not synchronize.
         """
-        program, device = self.program, self.device
-        queries, first, decode, times = list[float](), list[float](), list[float](), list[float]()
+        program, device, timer = self.program, self.device, WallTimer(self.device)
+        queries, first, decode, times = list[float](), list[float](), list[list[float]](), list[float]()
+        starts = list[float]()
         answers: list[list[list[int]]] = []
         program.on_token = lambda _: times.append(time.perf_counter())
         program.steps_done = 0
@@ -164,17 +165,21 @@ class Generation:
         mark: Mark = unmarked if peaks is None else peaks
         if peaks is not None:
             peaks.close()
+
+        def work() -> None:
+            starts.append(time.perf_counter())
+            program.step(mark)
+
         with quiet():
             for _ in range(program.period):
                 times.clear()
-                synchronize(device)
-                start = time.perf_counter()
-                queries.append(seconds_of(lambda: program.step(mark), device))
+                queries.append(timer.time(work))
                 if peaks is not None:
                     peaks.close()
-                first.append(times[0] - start)
-                decode += [later - earlier for earlier, later in itertools.pairwise(times)]
+                first.append(times[0] - starts[-1])
+                decode.append([later - earlier for earlier, later in itertools.pairwise(times)])
                 answers.append(program.answer_ids())
+            canary = timer.finish()
         program.on_token = None
         made = sum(len(row) for rows in answers for row in rows)
         facts = {}
@@ -182,34 +187,35 @@ class Generation:
             facts["new_tokens"] = Fact(asked=program.new_tokens, seen=len(program.answer_ids()[0]))
         # A captured graph's memory counts in every phase: nothing else may use it.
         phases = None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
-        return self._times(queries, first, decode, made) | Findings(
-            facts=facts,
-            answers=tuple(text for ids in answers for text in self._texts(ids)),
-            observed={"answer_ids": answers, "phase_peaks": phases},
+        return (
+            self._times(queries, first, decode, made, timer)
+            | Findings(metrics=canary)
+            | Findings(
+                facts=facts,
+                answers=tuple(text for ids in answers for text in self._texts(ids)),
+                observed={"answer_ids": answers, "phase_peaks": phases},
+            )
         )
 
-    def _times(self, queries: list[float], first: list[float], decode: list[float], made: int) -> Findings:
+    def _times(
+        self, queries: list[float], first: list[float], decode: list[list[float]], made: int, timer: WallTimer
+    ) -> Findings:
         prompts, further = self.program.prompts, self.workload.extrapolate_to
-        note = "new tokens, prefill included"
+        note, tokens = "new tokens, prefill included", [seconds for query in decode for seconds in query]
         metrics = {
-            "query_s": metric("query_s", samples=queries),
-            "time_to_first_token_s": metric("time_to_first_token_s", samples=first),
-            "decode_token_s": metric("decode_token_s", samples=decode),
+            **timer.metrics("query_s", [[seconds] for seconds in queries]),
+            **timer.metrics("time_to_first_token_s", [[seconds] for seconds in first]),
+            **timer.metrics("decode_token_s", decode),
             "tokens": metric("tokens", made),
             "prompt_tokens": metric("prompt_tokens", sum(prompt.tokens for prompt in prompts)),
             "padded_tokens": metric("padded_tokens", sum(prompt.padded for prompt in prompts)),
             "tokens_per_s": metric("tokens_per_s", made / sum(queries), note=note),
         }
         if further is not None:
-            seconds = statistics.median(first) + statistics.median(decode) * (further - 1)
+            seconds = statistics.median(first) + statistics.median(tokens) * (further - 1)
             grown = f"extrapolated from {self.program.new_tokens} to {further} new tokens; the cache grows, so this is a lower bound"
             metrics["query_extrapolated_s"] = metric("query_extrapolated_s", seconds, note=grown)
         return Findings(metrics=metrics)
-
-    def _time_once(self, found: Findings) -> Findings:
-        with quiet():
-            seconds = [seconds_of(self.program.step, self.device) for _ in range(self.program.period)]
-        return Findings(metrics={"query_s": metric("query_s", samples=seconds)})
 
     def _texts(self, ids: list[list[int]]) -> list[str]:
         if self.built.tokenizer is None:

@@ -22,7 +22,7 @@ from hpc_core.instruments.machine import measure_machine
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.findings import Findings, mismatches
 from hpc_core.record.gpu_state import flags, setup_notes
-from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Repeat, Retime, Trace
+from hpc_core.record.job import Event, Job, Measure, MeasureCeilings, Retime, Trace
 from hpc_core.record.record import Record
 from hpc_core.worker.callable import OwnStep
 from hpc_core.worker.finetune import Training
@@ -47,11 +47,8 @@ class Workload(Protocol):
     def full(self, kind: Measure) -> Sequence[Instrument]:
         """Return all instruments."""
 
-    def repeat(self) -> Sequence[Instrument]:
-        """Return instruments for busy time and launches; on a CPU, for wall time."""
-
     def retime(self) -> Sequence[Instrument]:
-        """Return instruments for all times of host and device."""
+        """Return instruments for all times of host and device, and for launches."""
 
     def trace(self, kind: Trace) -> Sequence[Instrument]:
         """Return instruments that trace one fixed step."""
@@ -133,8 +130,6 @@ def _perform(
         match job.kind:
             case Measure() as options:
                 instruments = workload.full(options)
-            case Repeat():
-                instruments = workload.repeat()
             case Retime():
                 instruments = workload.retime()
             case Trace() as trace:

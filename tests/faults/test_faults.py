@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -21,8 +22,10 @@ from hpc_core.catalogue import catalogue
 from hpc_core.cli import main
 from hpc_core.cli.fault_causes import TABLE_FILE, cause_table, explained, explained_faults
 from hpc_core.cli.fault_trials import Trial, _Bench, markdown, run_trials, summary, trial_cases
+from hpc_core.faults import host
 from hpc_core.faults.catalogue import FAULTS, inject
 from hpc_core.faults.fault import Fault, Injection, target
+from hpc_core.faults.host import HELD_BACK
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Verdict
 from hpc_core.launch.launcher import Launcher
@@ -51,12 +54,13 @@ def test_every_fault_has_a_case(scale: str) -> None:
     assert {fault.variant for fault in FAULTS.values()} <= set(trial_cases(scale))  # type: ignore[arg-type]
 
 
-def test_only_two_faults_need_an_ab() -> None:
-    """Two faults change no gated metric and need an A/B; every other fault must be caught by a single run."""
-    assert {fault.name: fault.needs for fault in FAULTS.values() if fault.needs} == {
-        "decode-sleep": "A/B",
-        "host-delay": "A/B",
-    }
+def test_only_one_fault_needs_an_ab() -> None:
+    """A tenth of a step is within what one session tells, so it needs an A/B; what only wall time shows needs an idle machine."""
+    needs = {fault.name: fault.needs for fault in FAULTS.values() if fault.needs}
+    assert [name for name, need in needs.items() if need == "A/B"] == ["host-delay"]
+    assert set(needs.values()) == {"A/B", "--jobs 1"}
+    for name in needs:
+        assert any(each.endswith("_s") for each in FAULTS[name].shows_in), name
     assert {fault.seen_on for fault in FAULTS.values()} <= {"cpu", "gpu", "both"}
 
 
@@ -73,6 +77,15 @@ def test_a_no_op_calls_the_original_and_counts() -> None:
         injection = Injection(FAULTS["rank-16"], active=active)
         call = injection.fault.replacement(lambda r: r + 1, injection)
         assert (call(r=3), injection.hits) == (result, 1)
+
+
+def test_half_of_the_twenty_host_faults_are_held_back() -> None:
+    """Ten of the faults of the host were written after the rules that must catch them."""
+    source = inspect.getsource(host)
+    of_host = [name for name in FAULTS if f'    "{name}",\n    "' in source]
+    assert len(of_host) == 20
+    assert set(HELD_BACK) < set(of_host)
+    assert len(HELD_BACK) == 10
 
 
 def test_an_unknown_fault_names_the_known_ones() -> None:
@@ -96,7 +109,7 @@ def test_a_fault_is_caught_and_its_no_op_passes() -> None:
 
 @pytest.mark.nightly
 def test_a_clean_run_replaces_a_baseline(tmp_path: Path) -> None:
-    """Without a baseline, a fault is judged by a clean run, its no-op passes, and a sleep needs an A/B."""
+    """Without a baseline, a fault is judged by a clean run, its no-op passes, and a sleep is not judged beside another worker."""
     lines: list[str] = []
 
     trials = run_trials(
@@ -105,9 +118,9 @@ def test_a_clean_run_replaces_a_baseline(tmp_path: Path) -> None:
 
     assert [(trial.verdict, trial.twin, trial.outcome) for trial in trials] == [
         ("REGRESSED", "PASS", "caught"),
-        ("PASS", "PASS", "needs A/B"),
+        ("PASS", "PASS", "needs --jobs 1"),
     ]
-    assert "shown and not gated" in trials[1].shown
+    assert "not judged here" in trials[1].shown
     assert len(lines) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -117,7 +130,7 @@ def test_a_failed_clean_run_judges_nothing(launcher: Launcher) -> None:
     bench = _Bench(launcher, BASELINES, alone=True)
     broken = trial_cases("full")["lora"]  # needs a GPU
 
-    lookup = bench.run_clean(broken)
+    lookup, _ = bench.run_clean(broken)
 
     if isinstance(lookup, Damaged):  # on a machine without a GPU
         assert "needs a CUDA GPU" in lookup.reason
@@ -183,7 +196,7 @@ def test_workers_that_share_a_device_are_not_judged_by_time(
     before = a_record({"peak_bytes": peak(), "operators": counted(), "busy_s": busy(0.25)})
     slow = a_record({"peak_bytes": peak(), "operators": counted(), "busy_s": busy(0.5)})
     bench = _Bench(_FixedLauncher(slow), BASELINES, alone=alone)  # type: ignore[arg-type]
-    monkeypatch.setattr(bench, "_lookup", lambda *_: unstored(before, reason="a test"))
+    monkeypatch.setattr(bench, "_accepted", lambda *_: (unstored(before, reason="a test"), {}))
 
     assert bench._judged(a_case(), "extra-kernel")[1].verdict is verdict
 
@@ -230,16 +243,16 @@ def test_missed_faults_and_false_alarms_are_named() -> None:
     assert "**missed**" in markdown([passed])
 
 
-def test_a_fault_that_needs_an_ab_never_counts_as_caught() -> None:
-    """A fault that needs an A/B counts neither as caught nor as missed, but as missed if it turns a metric red."""
+def test_a_fault_that_is_not_judged_here_never_counts_as_caught() -> None:
+    """A fault that needs more counts neither as caught nor as missed, but as missed if it turns another metric red."""
     waiting = _trial("decode-sleep")
     unexpected = _trial("decode-sleep", red=("operators",))
 
     assert summary([waiting], 2.0).splitlines() == [
         "0 of 0 faults caught, twins green, 2 s",
-        "Not caught by a single run: decode-sleep needs A/B",
+        "Not judged here: decode-sleep needs --jobs 1",
     ]
-    assert "| **needs A/B** |" in markdown([waiting])
+    assert "| **needs --jobs 1** |" in markdown([waiting])
     assert (waiting.good, unexpected.good, unexpected.outcome) == (True, False, "MISSED")
     assert not _trial("decode-sleep", twin="REGRESSED: x").good
 

@@ -11,7 +11,7 @@ from hpc_core.baselines.accept import unstored
 from hpc_core.baselines.baseline import Accepted, Baseline
 from hpc_core.case.case import SCHEMA
 from hpc_core.gate.intervals import Interval, Spread, interval_of, paired_distance, stored_distance
-from hpc_core.record.record import Metric, Record
+from hpc_core.record.record import Machine, Metric, Record
 from tests.strategies import H100, STACK, a_case
 
 UPDATE = 'pytest --benchmark --case tiny/lora --perf-update --reason "…"'
@@ -23,7 +23,7 @@ def baseline(record: Record, **changes: Any) -> Baseline:
     return msgspec.structs.replace(unstored(record, reason="r"), **changes)
 
 
-def stored(metrics: dict[str, Metric]) -> Baseline:
+def stored(metrics: dict[str, Metric], machine: Machine = H100) -> Baseline:
     """Return a baseline of the default case with these metrics, sound or not."""
     case = a_case()
     return Baseline(
@@ -31,7 +31,7 @@ def stored(metrics: dict[str, Metric]) -> Baseline:
         case=case.id,
         digest=case.digest,
         spec=case,
-        machine=H100,
+        machine=machine,
         stack=STACK,
         python="3.11.9",
         accepted=Accepted(reason="r", at="2026-11-23T12:00:00+00:00", commit=None, dirty=None),

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from hpc_core.instruments import kernels, sm_clock
-from hpc_core.instruments.kernels import DeviceActivity
-from hpc_core.instruments.sm_clock import ClockWatch, clock_metric, share_of_clock
-from hpc_core.record.findings import Findings
-from hpc_core.record.gpu_state import clock_of_readings
+from hpc_core.instruments import sm_clock
+from hpc_core.instruments.sm_clock import ClockWatch, clock_metric
 
 
 class Driver:
@@ -93,84 +86,3 @@ def test_without_a_clock_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     with ClockWatch() as watch:
         pass
     assert watch.clock() is None
-
-
-@given(st.floats(1200, 1900), st.floats(1.02, 1.6), st.floats(0, 1), st.floats(0.001, 1))
-def test_the_share_that_follows_the_clock_is_found(mhz: float, ratio: float, follows: float, seconds: float) -> None:
-    """Two clocks and the two times of one step give the share; only cycles give 1, and time without them 0."""
-    fast = (seconds, mhz * ratio)
-    assert share_of_clock((seconds * ratio**follows, mhz), fast) == pytest.approx(follows, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("slow", "fast"),
-    [
-        ((0.05, 1965), (0.05, 1980)),
-        ((0.05, 1980), (0.05, 1650)),
-        ((0.07, 1650), (0.05, 1980)),
-        ((0.04, 1650), (0.05, 1980)),
-    ],
-)
-def test_times_that_no_clock_explains_give_no_share(slow: tuple[float, float], fast: tuple[float, float]) -> None:
-    """Clocks too close together, the wrong way round, or times that differ by more than the clocks tell nothing."""
-    assert share_of_clock(slow, fast) is None
-
-
-class Capped:
-    """An imaginary GPU at 1650 MHz while steps follow each other, and at 1980 MHz after a pause."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, alone_s: float, mhz: int = 1650) -> None:
-        self.paused, self.profiled = False, list[int]()
-        self._alone_s, self._mhz = alone_s, mhz
-        monkeypatch.setattr(kernels, "device_activity", self._read)
-        monkeypatch.setattr(kernels, "mark_step", lambda _: None)
-        monkeypatch.setattr(kernels, "gpu_state", dict)
-        monkeypatch.setattr(kernels, "ClockWatch", lambda: self)
-        monkeypatch.setattr(time, "sleep", self._sleep)
-
-    def _sleep(self, _: float) -> None:
-        self.paused = True
-
-    def clock(self) -> Any:
-        """Return the clock of the last reading."""
-        return clock_of_readings([(1980 if self.paused else self._mhz, 4)], possible_mhz=1980)
-
-    def _read(self, work: Any, device: object, *, marked_steps: int = 1, watch: object) -> DeviceActivity:
-        self.profiled.append(marked_steps)
-        seconds = self._alone_s if self.paused else 0.05 * marked_steps
-        return DeviceActivity(
-            busy_s=seconds, stream_s={}, kernels=marked_steps, copies=0, memsets=0,
-            kernel_s={}, kernel_counts={}, steps_alike=True,
-        )  # fmt: skip
-
-
-def measured(period: int = 1) -> Findings:
-    program: Any = SimpleNamespace(period=period, step=lambda: None, phases=("step",))
-    return kernels.busy_steps(program, torch.device("cuda", 0))
-
-
-def test_a_lowered_clock_has_its_share_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three more steps, each after a pause, tell which share follows the clock; busy time itself stays what it was."""
-    gpu = Capped(monkeypatch, alone_s=0.05 * (1650 / 1980) ** 0.8)
-    metrics = measured().metrics
-    assert metrics["clock_share"].value == pytest.approx(0.8)
-    assert metrics["clock_share"].note == "50.000 ms at 1650 MHz in a row, 43.214 ms at 1980 MHz after a pause"
-    assert (metrics["busy_s"].value, metrics["sm_clock_mhz"].value) == (0.05, 1650)
-    assert gpu.profiled == [5, 1, 1, 1]
-
-
-def test_a_share_that_does_not_show_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times that the clocks do not explain leave a note in place of a share."""
-    Capped(monkeypatch, alone_s=0.02)
-    found = measured()
-    assert "clock_share" not in found.metrics
-    assert found.notes == (
-        "no clock_share: a step took 50.000 ms at 1650 MHz in a row, 20.000 ms at 1980 MHz after a pause, which does not show it",
-    )
-
-
-def test_the_highest_clock_costs_no_further_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that nothing holds down, and one whose steps differ, take no further readings."""
-    gpu = Capped(monkeypatch, alone_s=0.05, mhz=1980)
-    assert "clock_share" not in measured().metrics
-    assert gpu.profiled == [5]

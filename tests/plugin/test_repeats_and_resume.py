@@ -17,7 +17,7 @@ from hpc_core.plugin import resume
 from hpc_core.plugin.repeats import MOST, Plan, narrow, replicated
 from hpc_core.plugin.resume import Earlier
 from hpc_core.record import environment
-from hpc_core.record.job import Job, Repeat
+from hpc_core.record.job import Job, Retime
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 from tests.plugin.scripted_launcher import ScriptedLauncher
 from tests.plugin.scripted_project import Run, scripted_project
@@ -298,7 +298,7 @@ class BusyLauncher(ScriptedLauncher):
         if record.status != "ok":
             return record
         arguments: dict[str, Any] = job.case.workload.arguments  # type: ignore[union-attr]
-        kernels = arguments.get("kernels", 100) if isinstance(job.kind, Repeat) else 100
+        kernels = arguments.get("kernels", 100) if isinstance(job.kind, Retime) else 100
         count = msgspec.structs.replace(record.metrics["operators"], value=kernels)
         busy = timed(self.busy_s + len(BusyLauncher.jobs) / 1000).metrics["busy_s"]
         return msgspec.structs.replace(record, metrics=record.metrics | {"busy_s": busy, "kernels": count})
@@ -323,7 +323,7 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_a_run_measures_in_several_processes_and_accepts_them(pytester: pytest.Pytester, run: Run) -> None:
     """A case with busy time is measured once in full and twice briefly, and the history keeps every sample."""
     run("--perf-update", "--reason", "first").assert_outcomes(passed=1)
-    assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True]
+    assert [isinstance(job.kind, Retime) for job in BusyLauncher.jobs] == [False, True, True]
     history = pytester.path / "baselines" / "cpu" / "test_own" / "test_step.history.jsonl"
     record = record_from_json(history.read_text())
     assert record.metrics["busy_s"].samples == (1.001, 1.002, 1.003)
@@ -360,7 +360,7 @@ def test_a_second_run_adds_the_missing_processes(
     run("--perf-resume=left", "--perf-processes=2")
     assert len(BusyLauncher.jobs) == 2
     result = run("--perf-resume=left", "--perf-processes=4")
-    assert [isinstance(job.kind, Repeat) for job in BusyLauncher.jobs] == [False, True, True, True]
+    assert [isinstance(job.kind, Retime) for job in BusyLauncher.jobs] == [False, True, True, True]
     result.stdout.fnmatch_lines(
         ["*= resumed =*", "test_own/test_step reused from *left/test_own/test_step.json, measured at *"]
     )

@@ -92,16 +92,6 @@ def test_the_environment_names_the_commit_of_a_copied_tree(
     assert environment.commit(str(tmp_path)) == (None, None)
 
 
-def test_what_a_run_writes_later_is_not_its_code(project: GitProject, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A training's checkpoints lie in the repository when its record is written; the code is what it was at the beginning."""
-    monkeypatch.delenv("HPC_CORE_COMMIT", raising=False)
-    monkeypatch.chdir(project.root)
-    assert environment.circumstances("cpu", "inline").dirty is False
-    project.write("out/checkpoint-1/model.safetensors", "")
-    assert environment.circumstances("cpu", "inline").dirty is False
-    assert environment.commit()[1] is True
-
-
 @pytest.mark.parametrize("named", ["main", "0123ab", "0" * 65, "v1.2", "0123abc\n9"])
 def test_only_a_hash_names_a_commit(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     """A branch, a tag or a typing error is refused before anything runs, in one line."""

@@ -29,15 +29,7 @@ import torch
 from hpc_core.builders.assemble import build
 from hpc_core.catalogue import catalogue
 from hpc_core.engines.engine import engine_of
-from hpc_core.instruments.kernels import (
-    Interval,
-    busy_steps,
-    device_activity,
-    family,
-    recorded,
-    sorted_events,
-    union_s,
-)
+from hpc_core.instruments.kernels import Interval, device_activity, family, recorded, sorted_events, union_s
 from hpc_core.instruments.sm_clock import ClockWatch
 from hpc_core.record.environment import gpu_state
 from hpc_core.record.gpu_state import POWER_CAP
@@ -167,7 +159,7 @@ def steps_of(intervals: Sequence[Interval], readings: Sequence[tuple[int, int, i
     return rows
 
 
-def gate_rows(step: Step, products: Products) -> Iterator[Row]:
+def gate_rows(step: Step, step_s: float, products: Products) -> Iterator[Row]:
     """Yield what the gate itself would read of some steps, cool and heated up, with and without the thread that samples."""
     device = torch.device("cuda", 0)
     for number in range(4):
@@ -226,19 +218,8 @@ def worst_of_law(rows: Sequence[Row]) -> float:
     return max(beyond, default=math.nan)
 
 
-def of_the_gate(program: Any) -> Row:
-    """Return what the gate's instrument finds of a program, the share that follows the clock included."""
-    found = busy_steps(program, torch.device("cuda", 0))
-    names = ("busy_s", "sm_clock_mhz", "clock_share")
-    metrics = {name: found.metrics[name] for name in names if name in found.metrics}
-    return {
-        **{name: each.value for name, each in metrics.items()},
-        "notes": [*(each.note for each in metrics.values() if each.note), *found.notes],
-    }
-
-
-def measure(name: str, step: Step, products: Products, program: Any = None) -> Mapping[str, Any]:
-    """Measure one work under all loads, in an order that no drift favours; a case's program also as the gate does."""
+def measure(name: str, step: Step, products: Products, *, gate: bool) -> Mapping[str, Any]:
+    """Measure one work under all loads, in an order that no drift favours."""
     for _ in range(3):
         step()
     torch.cuda.synchronize()
@@ -248,13 +229,12 @@ def measure(name: str, step: Step, products: Products, program: Any = None) -> M
     torch.cuda.synchronize()
     step_s = (time.perf_counter() - began) / 3
     rows: list[Row] = []
-    for number in range(1 if program is None else _ROUNDS):
+    for number in range(_ROUNDS if gate else 1):
         for load in LOADS if number % 2 == 0 else LOADS[::-1]:
             rows += [{"load": load, "round": number, **row} for row in block(step, step_s, load, products)]
     found: dict[str, Any] = {"step_s": step_s, "steps": rows}
-    if program is not None:
-        found["gate"] = list(gate_rows(step, products))
-        found["instrument"] = [of_the_gate(program) for _ in range(2)]
+    if gate:
+        found["gate"] = list(gate_rows(step, step_s, products))
     show(name, found)
     return found
 
@@ -296,10 +276,6 @@ def show(name: str, found: Mapping[str, Any]) -> None:
             else f"{row['mhz']:.0f} MHz, {row['readings']} readings, capped {row['capped']:.0%}"
         )
         lines.append(f"  gate, {'heated' if row['heated'] else 'cool  '}  busy {1e3 * row['busy_s']:.3f} ms  {clock}")
-    for each in found.get("instrument", ()):
-        lines.append(f"  instrument: {'; '.join(each['notes'])}")
-        if "clock_share" in each:
-            lines.append(f"  instrument: follows the clock by {each['clock_share']:.2f}, by all loads by {whole:.2f}")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
 
@@ -317,17 +293,17 @@ def main() -> None:
     target = torch.empty_like(source)
     found: dict[str, Any] = {"gpu": gpu_state(), "torch": torch.__version__, "works": {}}
 
-    def keep(name: str, step: Step, program: Any = None) -> None:
+    def keep(name: str, step: Step, *, gate: bool) -> None:
         try:
-            found["works"][name] = measure(name, step, products, program)
+            found["works"][name] = measure(name, step, products, gate=gate)
         except Exception:  # the other works still count; the traceback is kept and printed
             found["works"][name] = {"failed": traceback.format_exc()}
             sys.stderr.write(found["works"][name]["failed"])
         found["gpu_after"] = gpu_state()
         asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
-    keep("product", repeated(products.step, 20))
-    keep("copy", repeated(partial(target.copy_, source), 20))
+    keep("product", repeated(products.step, 20), gate=False)
+    keep("copy", repeated(partial(target.copy_, source), 20), gate=False)
     for case_id in asked.case or CASES:
         if time.perf_counter() - began > asked.limit - _STEP_NEEDS_S:
             sys.stdout.write(f"\n{case_id}: left out, {time.perf_counter() - began:.0f} s have passed\n")
@@ -339,7 +315,7 @@ def main() -> None:
             program.step()
         if hasattr(program, "new_tokens"):
             program.new_tokens = _NEW_TOKENS
-        keep(case_id, program.step, program)
+        keep(case_id, program.step, gate=True)
         program.close()
         del program
         gc.collect()

@@ -22,7 +22,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.catalogue import finetune, full, llama_3b
 from hpc_core.launch.launcher import Launcher
-from hpc_core.record.job import Job, Repeat
+from hpc_core.record.job import Job, Retime
 from hpc_core.record.record import Record
 
 LAYERS = 8
@@ -83,13 +83,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     with Launcher("warm") as launcher:
-        first = launcher.run(Job(case=_case(0), kind=Repeat()))
+        first = launcher.run(Job(case=_case(0), kind=Retime()))
         spin_s = SHARE * _busy_s(first)
         clean: list[float] = []
         spinning: list[float] = []
         for number in range(asked.processes):
             for side, case in ((clean, _case(0)), (spinning, _case(spin_s)))[:: 1 if number % 2 == 0 else -1]:
-                side.append(_busy_s(launcher.run(Job(case=case, kind=Repeat()))))
+                side.append(_busy_s(launcher.run(Job(case=case, kind=Retime()))))
             seen = first.circumstances
             found = {
                 "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
