@@ -329,7 +329,9 @@ def is_given(config: pytest.Config, *options: str) -> bool:
 
 def is_whole(config: pytest.Config) -> bool:
     """Return whether the command line asks for the whole suite: it names no path, and chooses nothing."""
-    return config.args_source is not pytest.Config.ArgsSource.ARGS and not is_given(config, *_CHOOSING)
+    given = set(map(str, config.invocation_params.args))
+    names_a_path = config.args_source is pytest.Config.ArgsSource.ARGS and not given.isdisjoint(config.args)
+    return not names_a_path and not is_given(config, *_CHOOSING)
 
 
 def is_listing(config: pytest.Config) -> bool:

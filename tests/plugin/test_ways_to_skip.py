@@ -318,7 +318,9 @@ def test_an_accepted_case_that_is_no_longer_collected(pytester: pytest.Pytester,
     assert run("--benchmark").ret == 0
 
 
-@pytest.mark.parametrize("way", ["judge=False", "perf_gpu", "-k in addopts", "deselected by a conftest.py"])
+@pytest.mark.parametrize(
+    "way", ["judge=False", "perf_gpu", "-k in addopts", "a path in addopts", "deselected by a conftest.py"]
+)
 def test_an_accepted_case_that_is_no_longer_judged(pytester: pytest.Pytester, run: Run, way: str) -> None:
     """Its test says so, is of a scale that this machine does not run, or is deselected: strict is not green while it has a baseline."""
     whole_suite(pytester, run)
@@ -328,8 +330,9 @@ def test_an_accepted_case_that_is_no_longer_judged(pytester: pytest.Pytester, ru
         own.write_text(text.replace(NEW, NEW.replace(")", ", judge=False)")))
     elif way == "perf_gpu":
         own.write_text(f"import pytest\n\n@pytest.mark.perf_gpu\n{text}")
-    elif way == "-k in addopts":
-        (pytester.path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = ["-k", "other"]\n')
+    elif way.endswith("in addopts"):
+        chosen = '"-k", "other"' if way.startswith("-k") else '"bench/test_other.py"'
+        (pytester.path / "pyproject.toml").write_text(f"[tool.pytest.ini_options]\naddopts = [{chosen}]\n")
     else:
         (pytester.path / "bench" / "conftest.py").write_text(
             "def pytest_collection_modifyitems(config, items):\n    config.hook.pytest_deselected(items=[items.pop(1)])\n"
