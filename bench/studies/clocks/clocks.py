@@ -280,6 +280,16 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _loaded(case_id: str) -> Any:
+    """Return the warm program of a case."""
+    case, device = catalogue()[case_id], torch.device("cuda", 0)
+    program: Any = engine_of(case).load(case, device, build(case, device))
+    for _ in range(max(3, getattr(program, "first_steps", 0) + 2)):
+        program.step()
+    torch.cuda.synchronize()
+    return program
+
+
 def main() -> None:
     """Measure a product, a copy, and each case while the time lasts; write all rows after each."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -308,11 +318,12 @@ def main() -> None:
         if time.perf_counter() - began > asked.limit - _STEP_NEEDS_S:
             sys.stdout.write(f"\n{case_id}: left out, {time.perf_counter() - began:.0f} s have passed\n")
             continue
-        case = catalogue()[case_id]
-        device = torch.device("cuda", 0)
-        program = engine_of(case).load(case, device, build(case, device))
-        for _ in range(max(3, getattr(program, "first_steps", 0) + 2)):
-            program.step()
+        try:
+            program = _loaded(case_id)
+        except Exception:  # as above, for a case that cannot be built here
+            found["works"][case_id] = {"failed": traceback.format_exc()}
+            sys.stderr.write(found["works"][case_id]["failed"])
+            continue
         if hasattr(program, "new_tokens"):
             program.new_tokens = _NEW_TOKENS
         keep(case_id, program.step, gate=True)
