@@ -82,7 +82,7 @@ class Generation:
         compared = [Instrument("reference", "equivalence", self._reference, changes_state=True)] if kind.audit else []
         explained = (
             [
-                Instrument("host's time", "profile", lambda _: host_times(self.longest, device)),
+                Instrument("host's time", "profile", self._sample),
                 Instrument("profile", None, self._profile),
             ]
             if kind.profile
@@ -341,6 +341,11 @@ class Generation:
     def _energy(self, found: Findings) -> Findings:
         timed = found.metrics["query_s"]
         return token_energy(self.program, self.device, query_s=timed, gpu_before=self.place.gpu_before)
+
+    def _sample(self, found: Findings) -> Findings:
+        """Sample the host's time in the short query that is profiled too."""
+        with self._new_tokens(min(1 + _PROFILED_TOKENS, self.program.new_tokens)):
+            return host_times(self.longest, self.device)
 
     def _profile(self, found: Findings) -> Findings:
         """Profile a short query of the longest prompt, and assign the cache to its category at each token."""
