@@ -104,6 +104,7 @@ class Limits(
     c_calls: Limit = None
     c_calls_decode: Limit = None
     kept_objects: Limit = None
+    waits: Limit = None
     trainable_parameters: Limit = None
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class Fault:
     predicted: tuple[str, ...] = ()
     """What must turn red in a prediction, without a GPU. Empty if a prediction, which has no values and times, cannot see it."""
     needs: str | None = None
-    """What it takes to see this fault: "A/B" if one run is not enough, or "--jobs 1" where wall time alone shows it, which is judged only
+    """What it takes to see this fault: "A/B" if one run is not enough, or "--jobs 1" where only wall time may show it, which is judged
     in a run that has the machine to itself. Without it the fault is tried and not counted."""
 
 

@@ -68,7 +68,7 @@ def logits_whole_prompt(original: Call, *args: Any, **kwargs: Any) -> Any:
     "decode-sleep",
     "the host sleeps 5 ms at every token",
     on="generate-bf16",
-    shows_in=("decode_token_s", "query_s"),
+    shows_in=("waits", "decode_token_s", "query_s"),
     needs="--jobs 1",
     patch=_FORWARD,
 )

@@ -80,7 +80,7 @@ def config_copied(original: Call, self: Any, *args: Any, **kwargs: Any) -> Any:
     patch=_UPDATE,
 )
 def weights_looked_up(original: Call, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Walk all modules for the model's dtype, as `next(model.parameters())` does not."""
+    """Make a dictionary of them, where one would do."""
     dict(self.named_parameters())
     return original(self, *args, **kwargs)
 
@@ -102,9 +102,9 @@ def c_calls(original: Call, *args: Any, **kwargs: Any) -> Any:
 
 @fault(
     "states-kept",
-    "every query leaves a list of tensors behind",
+    "every forward leaves a list behind",
     on="generate-bf16",
-    shows_in=("kept_objects", "at_peak_other_bytes", "peak_bytes"),
+    shows_in=("kept_objects",),
     patch=_CAUSAL,
 )
 def states_kept(original: Call, *args: Any, **kwargs: Any) -> Any:
@@ -303,7 +303,7 @@ def weights_hashed(original: Call, self: Any, *args: Any, **kwargs: Any) -> Any:
     "lock-waited-for",
     "every token waits 20 ms for a lock that another thread holds",
     on="generate-bf16",
-    shows_in=("decode_token_s", "query_s", "python_calls_decode"),
+    shows_in=("waits", "decode_token_s", "query_s", "python_calls_decode"),
     needs="--jobs 1",
     patch=_UPDATE,
 )
@@ -320,7 +320,7 @@ def lock_waited_for(original: Call, self: Any, *args: Any, **kwargs: Any) -> Any
     "pipe-read",
     "every step reads from a pipe that is written to 50 ms later",
     on="lora",
-    shows_in=("step_s", "python_calls"),
+    shows_in=("waits", "step_s", "python_calls"),
     needs="--jobs 1",
     patch=_STEP,
 )
@@ -340,7 +340,7 @@ def pipe_read(original: Call, program: Any, *args: Any, **kwargs: Any) -> None:
     "step-sleep",
     "every step sleeps 100 ms",
     on="lora",
-    shows_in=("step_s",),
+    shows_in=("waits", "step_s"),
     needs="--jobs 1",
     patch=_STEP,
 )

@@ -120,7 +120,7 @@ def retained_64mib(original: Call, self: Any, *args: Any, **kwargs: Any) -> Any:
     "host-delay",
     "the host sleeps a tenth of a step before each step",
     on="lora",
-    shows_in=("step_s",),
+    shows_in=("waits", "step_s"),
     needs="A/B",
     patch=_STEP,
 )

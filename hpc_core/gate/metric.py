@@ -222,8 +222,7 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
     elif new.noise == "wall":
         stated = relative_limit(limit) is not None
         ratio = allowed_ratio(name, old, limit)
-        on_gpu = context.place.machine not in ("cpu", "predicted")
-        judged = judge_spread(name, new, old, ratio, context.evidence, stated=stated, on_gpu=on_gpu)
+        judged = judge_spread(name, new, old, ratio, context.evidence, stated=stated)
         reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {judged.limit}"
         step = f"To settle it: {judged.settled_by}." if judged.settled_by else ""
         step = "Measure again." if judged.verdict is Verdict.INVALID else step

@@ -44,8 +44,6 @@ ENERGY = Spread(
     source="between the pooled 5.8 % of our engines (23 cases) and 13.5 % of stock ones (18 cases) on several H100s and H200s",
 )
 """What a session's energy moves by, until five are stored. Within: the age of the counter's readings."""
-GPU_WALL = Spread(within=0.02, between=0.03, degrees=5.0, source="")
-"""The same of wall time on a GPU machine. Of other hosts nothing is assumed: they differ too much."""
 _SHARES = {"time_to_first_token_s": "busy_share_prefill"}
 
 
@@ -63,7 +61,7 @@ class SpreadFinding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge_spread(
-    name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence, *, stated: bool, on_gpu: bool
+    name: str, new: Metric, old: Metric, ratio: float, evidence: Evidence, *, stated: bool
 ) -> SpreadFinding:
     """Return the verdict on one number.
 
@@ -79,7 +77,6 @@ def judge_spread(
         ratio: the tolerance.
         evidence: values of this run's processes and of the accepted sessions.
         stated: whether the case's owner stated `ratio`.
-        on_gpu: whether it ran on a GPU machine.
     """
     figures = _figures(name, evidence)
     values = {each: tuple(evidence.processes.get(each, ())) or (float(new.value),) for each in figures}
@@ -89,7 +86,8 @@ def judge_spread(
     ):
         text = f"; but {name} of this or an accepted session is not above 0."
         return SpreadFinding(verdict=Verdict.INVALID, limit=_text(ratio), text=text)
-    assumed = ENERGY if new.unit == "J" else GPU_WALL if on_gpu else None
+    # Of wall time nothing is assumed: on one quiet H200 host canaries differed by 2 %, on two busy ones by 30 %.
+    assumed = ENERGY if new.unit == "J" else None
     compared = {each: stored_distance(values[each], sessions[each], assumed) for each in figures}
     distance = compared[figures[-1]]
     interval, gross = interval_of(distance, evidence.alpha), _gross(values, compared)

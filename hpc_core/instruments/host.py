@@ -1,7 +1,7 @@
 """Count the host's work exactly: bytecodes, Python calls and calls into C, by function.
 
 A clock on the host varies by a third between processes; these counts are equal in every run of one Python minor version. They do
-not see what C code does, nor sleeping, waiting for files or for locks: wall time sees those.
+not see what C code does. How often the host waits, for a file or a lock or asleep, is counted too; how long, wall time sees.
 
 Python 3.12 and later count with sys.monitoring in every thread that runs the work, those of autograd included. Python 3.11 has only
 sys.settrace and sys.setprofile, which count in the calling thread; on a CPU, backward runs there too.
@@ -9,14 +9,16 @@ sys.settrace and sys.setprofile, which count in the calling thread; on a CPU, ba
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import itertools
 import os
+import resource
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -131,19 +133,45 @@ def _findings(parts: Mapping[str, tuple[HostCost, str | None]], *, on_gpu: bool)
 _KEPT_PASSES = 3
 
 
-def kept_objects(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
-    """Return how many objects that the garbage collector tracks each further pass leaves behind: 0 for one that leaks none.
+def further_passes(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
+    """Return how many objects each further pass leaves behind, and how often it waits: 0 for one that leaks none and never waits.
 
-    Tensors, modules, lists and dictionaries are tracked; numbers and strings are not. The least of three passes counts, because
-    a cache that fills is no leak.
+    Objects are those that the garbage collector tracks: tensors, modules, lists and dictionaries, not numbers and strings. A wait
+    is a voluntary switch to another thread (getrusage's ru_nvcsw, which a busy machine does not raise): a sleep, a read that
+    blocks, a lock that is taken. torch runs on one thread meanwhile, as its threads wait for one another. The least of three passes
+    counts, because a cache that fills is no leak. On a GPU waits are shown and not judged: the host waits for the device too.
     """
-    counts = []
-    for _ in range(1 + _KEPT_PASSES):
-        work()
-        gc.collect()
-        counts.append(len(gc.get_objects()))
+    counts, waits = list[int](), list[int]()
+    with _one_thread():
+        for _ in range(1 + _KEPT_PASSES):
+            before = _waits()
+            work()
+            waits.append(_waits() - before)
+            gc.collect()
+            counts.append(len(gc.get_objects()))
     least = min(later - earlier for earlier, later in itertools.pairwise(counts))
-    return Findings(metrics={"kept_objects": metric("kept_objects", max(0, least), on_gpu=on_gpu)})
+    return Findings(
+        metrics={
+            "kept_objects": metric("kept_objects", max(0, least), on_gpu=on_gpu),
+            "waits": metric("waits", min(waits), on_gpu=on_gpu, gated=not on_gpu),
+        }
+    )
+
+
+def _waits() -> int:
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    if before > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if before > 1:
+            torch.set_num_threads(before)
 
 
 def as_after_compiling() -> None:

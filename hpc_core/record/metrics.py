@@ -200,6 +200,12 @@ METRICS: Mapping[str, Definition] = {
             depends_on_cpu="stack",
             explained="host",
         ),
+        _count(
+            "waits",
+            "Times that the host gives up its core in a step or query: to sleep, for a file or for a lock.",
+            depends_on_cpu="stack",
+            explained="time",
+        ),
         # Time on the device
         _busy("busy_s", "Time in which the GPU works, for one step.", "train", 0.02),
         _busy("busy_decode_token_s", "Time in which the GPU works, for one decoded token.", "decode", 0.05),

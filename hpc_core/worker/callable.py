@@ -11,7 +11,7 @@ from hpc_core.instruments.attribution import profile_step
 from hpc_core.instruments.clock import warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
-from hpc_core.instruments.host import kept_objects, step_cost
+from hpc_core.instruments.host import further_passes, step_cost
 from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import busy_steps, compilations
@@ -54,7 +54,7 @@ class OwnStep:
         return (
             Instrument("time", "measure", lambda _: wall_steps(program, device, self.steps)),
             Instrument("host's work", "host", lambda _: step_cost(program.step, on_gpu=place.on_gpu)),
-            Instrument("kept objects", None, lambda _: kept_objects(program.step, on_gpu=place.on_gpu)),
+            Instrument("further passes", None, lambda _: further_passes(program.step, on_gpu=place.on_gpu)),
             Instrument(
                 "memory",
                 "memory",

@@ -20,7 +20,7 @@ from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
-from hpc_core.instruments.host import kept_objects, step_cost
+from hpc_core.instruments.host import further_passes, step_cost
 from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
@@ -239,7 +239,7 @@ class Training:
         """Count the host's work in a step on the widest batch; a batch that is not resident is made in the step."""
         with self.program.batches.by_index():
             cost = step_cost(self.widest.step, on_gpu=self.place.on_gpu)
-            return cost | kept_objects(self.widest.step, on_gpu=self.place.on_gpu)
+            return cost | further_passes(self.widest.step, on_gpu=self.place.on_gpu)
 
     def _busy(self, found: Findings) -> Findings:
         self.program.go_to(0)

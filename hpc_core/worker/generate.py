@@ -21,7 +21,7 @@ from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, warm_up
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
-from hpc_core.instruments.host import host_cost, kept_objects, query_cost
+from hpc_core.instruments.host import further_passes, host_cost, query_cost
 from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
 from hpc_core.instruments.kernels import busy_of, compilations, launches
@@ -294,7 +294,7 @@ class Generation:
             with self._new_tokens(new):
                 costs[new] = host_cost(program.step)
         with self._new_tokens(1 + COUNTED_TOKENS):
-            kept = kept_objects(Fixed(program, 0).step, on_gpu=on_gpu)
+            kept = further_passes(Fixed(program, 0).step, on_gpu=on_gpu)
         program.output = answer  # the next query's memory includes the answer before it
         return query_cost(costs[1], costs[1 + COUNTED_TOKENS], COUNTED_TOKENS, on_gpu=on_gpu) | kept
 

@@ -66,7 +66,8 @@ def losses_of(program: Any, steps: int) -> list[float]:
 
 def relative_error(computed: torch.Tensor, expected: torch.Tensor) -> float:
     """The norm of the difference over that of the expected tensor."""
-    return float((computed.float() - expected.float()).norm() / expected.float().norm())
+    computed, expected = computed.detach().float(), expected.detach().float()
+    return float((computed - expected).norm() / expected.norm())
 
 
 def randomize(model: Any) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpc_core.instruments.host import HostCounter, host_cost, kept_objects, query_cost, step_cost
+from hpc_core.instruments.host import HostCounter, further_passes, host_cost, query_cost, step_cost
 
 
 def turn() -> int:
@@ -152,7 +154,35 @@ def test_objects_that_a_step_leaves_behind_are_counted(count: int) -> None:
         cycle: list[object] = []
         cycle.append(cycle)
 
-    assert kept_objects(step, on_gpu=False).metrics["kept_objects"].value == count
+    assert further_passes(step, on_gpu=False).metrics["kept_objects"].value == count
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_each_wait_is_counted_however_short(count: int) -> None:
+    """A sleep, a blocked read and a lock that another thread holds count once each; computing on several threads does not."""
+    left = torch.ones(256, 256)
+
+    def step() -> None:
+        left @ left
+        for _ in range(count):
+            time.sleep(1e-4)
+
+    assert further_passes(step, on_gpu=False).metrics["waits"].value == count
+
+
+def test_a_blocked_read_and_a_lock_are_waits() -> None:
+    """Whatever gives up the core counts, not only a sleep."""
+
+    def step() -> None:
+        source, sink = os.pipe()
+        writer = threading.Timer(0.01, os.write, (sink, b"x"))
+        writer.start()
+        os.read(source, 1)
+        writer.join()
+        os.close(source)
+        os.close(sink)
+
+    assert further_passes(step, on_gpu=False).metrics["waits"].value >= 1
 
 
 def test_a_cache_that_fills_is_no_leak() -> None:
@@ -163,7 +193,7 @@ def test_a_cache_that_fills_is_no_leak() -> None:
         return [number]
 
     passes = iter(range(100))
-    assert kept_objects(lambda: remembered(min(next(passes), 2)), on_gpu=False).metrics["kept_objects"].value == 0
+    assert further_passes(lambda: remembered(min(next(passes), 2)), on_gpu=False).metrics["kept_objects"].value == 0
 
 
 def test_counts_depend_on_pythons_minor_version() -> None:
