@@ -131,7 +131,9 @@ def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path
     existing = [path for path in paths if Path(path.partition("::")[0]).exists()]
     if existing or case_files:
         return [*existing, *map(str, case_files)]
-    root = config.rootpath
+    from hpc_core.plugin.cases import root_of
+
+    root = root_of(config)
     hint = "Give a path, or set perf_paths in the ini file."
     if not config.invocation_params.dir.is_relative_to(root):
         # pytest chooses its root folder before it knows our options, and mistakes their values for paths of tests.

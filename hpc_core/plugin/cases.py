@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Container, Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -50,6 +51,15 @@ def case_of(item: pytest.Item) -> Case | None:
     return next((value for value in values if isinstance(value, Case)), None)
 
 
+def root_of(config: pytest.Config) -> Path:
+    """Return the folder that ids, baselines and settings are relative to: pytest's root folder, or without an ini file where it was called.
+
+    pytest chooses its root folder before it knows our options: without an ini file, the value of `--perf-records DIR` would move it.
+    """
+    called: Path = config.invocation_params.dir
+    return called if config.inipath is None and called.is_relative_to(config.rootpath) else config.rootpath
+
+
 def case_id_of(item: pytest.Item) -> str:
     """Return the id of a test's case; for a test with a step of its own `<folders>.<module>/<classes>.<test>`.
 
@@ -67,7 +77,7 @@ def _name_in_id(node: pytest.Item | pytest.Collector) -> str:
 
 
 def _folders(item: pytest.Item) -> tuple[str, ...]:
-    root = item.config.rootpath
+    root = root_of(item.config)
     paths = [root / str(name).partition("::")[0] for name in item.config.getini("perf_paths")]
     suites = [path if path.is_dir() else path.parent for path in paths if path.exists()]
     mine = max(

@@ -17,7 +17,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.gate.waivers import Waiver, waivers_from_toml
 from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings
-from hpc_core.plugin.cases import Extent
+from hpc_core.plugin.cases import Extent, root_of
 from hpc_core.plugin.repeats import MOST
 from hpc_core.record.environment import commit, named_commit, visible_gpus
 from hpc_core.record.files import read_regular
@@ -273,7 +273,7 @@ def read_settings(config: pytest.Config) -> Settings:
         case_files=_case_files(config),
         fault=fault,
         predict=_extent(config, why),
-        paths=tuple(str(config.rootpath / path) for path in config.getini("perf_paths")),
+        paths=tuple(str(root_of(config) / path) for path in config.getini("perf_paths")),
         allow_dirty=bool(option("perf_allow_dirty")),
         bisect=bool(option("perf_bisect")),
         base=option("perf_base"),
@@ -290,7 +290,7 @@ def _rules(config: pytest.Config, baselines: Path) -> Rules:
     given = [*config.invocation_params.args, os.environ.get("PYTEST_ADDOPTS", "")]
     raw = b"" if config.inipath is None else config.inipath.read_bytes()
     return Rules(
-        root=config.rootpath,
+        root=root_of(config),
         file=None if file is None else here / file,
         here=here,
         baselines=baselines,
@@ -301,8 +301,8 @@ def _rules(config: pytest.Config, baselines: Path) -> Rules:
 
 def _code(config: pytest.Config) -> tuple[Path, ...]:
     given = [*config.args, *config.getini("perf_paths"), *config.getini("perf_cases")]
-    places = [config.rootpath / str(name).partition("::")[0] for name in [*given, *config.getoption("perf_case_files")]]
-    return (config.rootpath, *(place for place in places if place.exists()))
+    places = [root_of(config) / str(name).partition("::")[0] for name in [*given, *config.getoption("perf_case_files")]]
+    return (root_of(config), *(place for place in places if place.exists()))
 
 
 def _reports(config: pytest.Config) -> tuple[Path, ...]:
@@ -392,7 +392,7 @@ def _refuse_code(*, for_update: bool) -> None:
 
 def _baselines(config: pytest.Config, *, update: bool) -> Path:
     given, configured = config.getoption("perf_baselines"), str(config.getini("perf_baselines"))
-    folder: Path = config.invocation_params.dir / given if given else config.rootpath / configured
+    folder: Path = config.invocation_params.dir / given if given else root_of(config) / configured
     named = "--perf-baselines" if given else "perf_baselines"
     if folder.exists() and not folder.is_dir():
         raise pytest.UsageError(f"{named}: {folder} is not a folder.")
@@ -477,7 +477,7 @@ def _extent(config: pytest.Config, why_scale: str) -> Extent:
 
 def _case_files(config: pytest.Config) -> tuple[Path, ...]:
     given = [config.invocation_params.dir / name for name in config.getoption("perf_case_files")]
-    configured = [config.rootpath / name for name in config.getini("perf_cases")]
+    configured = [root_of(config) / name for name in config.getini("perf_cases")]
     files = tuple(dict.fromkeys(path.resolve() for path in [*given, *configured]))
     for path in files:
         try:
@@ -494,7 +494,7 @@ def read_waivers(config: pytest.Config) -> tuple[Waiver, ...]:
         pytest.UsageError: the file that the ini file names does not exist, or a file is not valid.
     """
     name = str(config.getini("perf_waivers"))
-    path = config.rootpath / name
+    path = root_of(config) / name
     if not path.exists():
         if name != WAIVERS:
             raise pytest.UsageError(f"perf_waivers: the file {path} does not exist.")

@@ -91,3 +91,16 @@ def test_a_folder_belongs_to_the_id(pytester: pytest.Pytester, run: Run) -> None
     assert {"bench.test_own/test_step", "perf.test_own/test_step"} < ids(pytester)
     for path in ("bench", "perf"):
         assert run(*arguments, "--perf-strict", path).ret == 0
+
+
+def test_the_value_of_an_option_moves_neither_ids_nor_baselines(
+    pytester: pytest.Pytester, run: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Without an ini file pytest takes `--perf-records DIR` for a path and its parent for the root folder; we stay where we were."""
+    (pytester.path / "pyproject.toml").unlink()
+    write(pytester, "test_own.py")
+    elsewhere = tmp_path_factory.mktemp("records")
+    run("--benchmark", "test_own.py", "--perf-update", "--reason", "first")
+    result = run("--benchmark", "test_own.py", "--perf-records", str(elsewhere))
+    result.stdout.fnmatch_lines(["*test_own/test_step *PASS*"])
+    assert (pytester.path / "baselines").is_dir()
