@@ -17,13 +17,14 @@ import msgspec
 
 from hpc_core.baselines.accept import unstored
 from hpc_core.baselines.baseline import Baseline, Damaged, Lookup
+from hpc_core.baselines.history import sessions
 from hpc_core.baselines.lookup import find
 from hpc_core.case.case import Case
 from hpc_core.case.errors import BaselineError
 from hpc_core.catalogue import TINY, TRIAL, WHOLE
 from hpc_core.faults.catalogue import FAULTS
 from hpc_core.faults.fault import TWIN, Fault
-from hpc_core.gate.busy import Sessions
+from hpc_core.gate.busy import Sessions, sessions_of_regime
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, Verdict
 from hpc_core.launch.launcher import Launcher
@@ -214,17 +215,22 @@ class _Bench:
 
     def _judged(self, case: Case, fault: str) -> tuple[Record, Judgement]:
         record = self._launcher.run(Job(case=case, kind=self._kind, fault=fault))
-        lookup, sessions = self._accepted(case, record)
+        lookup, known = self._accepted(case, record)
         if not self._alone:
             record = msgspec.structs.replace(record, metrics=_without_busy(record.metrics))
             if isinstance(lookup, Baseline):
                 lookup = msgspec.structs.replace(lookup, metrics=_without_busy(lookup.metrics))
-        return record, judge(record, lookup, sessions=sessions)
+        return record, judge(record, lookup, sessions=known)
 
     def _accepted(self, case: Case, record: Record) -> tuple[Lookup, Sessions]:
         if case.id in self.clean:
             return self.clean[case.id].result()
-        return find(self._baselines, record.circumstances.machine.key, case.id), {}
+        key = record.circumstances.machine.key
+        lookup = find(self._baselines, key, case.id)
+        if not isinstance(lookup, Baseline):
+            return lookup, {}
+        accepted = [each.metrics for each in sessions(self._baselines, key, case.id, digest=case.digest)]
+        return lookup, sessions_of_regime(accepted, lookup.metrics)
 
 
 def _without_busy(metrics: Mapping[str, Metric]) -> dict[str, Metric]:

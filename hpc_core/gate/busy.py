@@ -250,5 +250,6 @@ def _agrees(name: str, accepted: Metric, values: Sequence[float] | None) -> bool
     if accepted.noise == "exact":
         return accepted.unit == "bytes" or all(value == accepted.value for value in values)
     if accepted.noise == "wall":  # it moves with the host; a gross change was accepted on purpose
-        return abs(math.log(statistics.median(values) / accepted.value)) <= math.log(2)
+        ratio = statistics.median(values) / accepted.value
+        return 0.5 <= ratio <= 2
     return abs(statistics.median(values) / accepted.value - 1) <= allowed_ratio(name, accepted, None)

@@ -11,7 +11,7 @@ from hpc_core.case.limits import Limit, relative_limit
 from hpc_core.gate.busy import Evidence, judge_busy
 from hpc_core.gate.comparability import Place, incomparable
 from hpc_core.gate.intervals import Interval
-from hpc_core.gate.spread import judge_spread
+from hpc_core.gate.spread import judge_spread, lacks_canary
 from hpc_core.gate.tolerance import (
     Tolerance,
     allowed_ratio,
@@ -24,7 +24,7 @@ from hpc_core.gate.tolerance import (
 )
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
-from hpc_core.record.metrics import definition_of
+from hpc_core.record.metrics import WAITED, definition_of
 from hpc_core.record.record import Metric
 
 
@@ -156,8 +156,8 @@ def _new(context: Context, name: str, new: Metric) -> _Finding:
 
 def _vanished(context: Context, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
-    if shown is not None and shown.noise == "wall":
-        text = f"{name} is {sizes.quantity(shown.value, shown.unit)}, not judged: {shown.note or 'the record does not gate it'}"
+    if shown is not None and WAITED in (shown.note or ""):
+        text = f"{name} is {sizes.quantity(shown.value, shown.unit)}, not judged: {shown.note}"
         return _Finding(Verdict.INCONCLUSIVE, "none", f"{text}.", "Run it on a quieter machine.", judged=limited)
     if limited and shown is None and (lack := _why_never(context.place.machine, name)):
         return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
@@ -168,7 +168,7 @@ def _vanished(context: Context, name: str, shown: Metric | None, *, limited: boo
     reason = f"{name} vanished: the baseline holds it, but {state}."
     definition = definition_of(name)
     # Somebody else on the GPU, or MIG, leaves a run without energy. That is no change of the case.
-    judged = definition is None or definition.noise != "wall" or shown is not None
+    judged = definition is None or definition.unit != "J" or shown is not None
     return _Finding(Verdict.INCOMPATIBLE, "none", reason, f"If that is meant: {context.update}", judged=judged)
 
 
@@ -219,6 +219,14 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
     if new.noise == "busy":
         ratio = allowed_ratio(name, old, limit)
         found = _busy(context, name, new, old, allowed, ratio, reason)
+    elif (
+        new.noise == "wall"
+        and new.unit == "s"
+        and relative_limit(limit) is None
+        and lacks_canary(name, context.evidence)
+    ):
+        text = f"{reason.rpartition(', limit ')[0]}, not judged: no accepted session holds its canary."
+        return _Finding(Verdict.NO_BASELINE, "none", text, f"To have it judged: {context.update}", judged=False)
     elif new.noise == "wall":
         stated = relative_limit(limit) is not None
         ratio = allowed_ratio(name, old, limit)

@@ -122,11 +122,21 @@ def _stated(
     return SpreadFinding(verdict=found, limit=_text(ratio), text=text, interval=known, settled_by=settled)
 
 
+def lacks_canary(name: str, evidence: Evidence) -> bool:
+    """Return whether a wall time cannot be compared: the host sets its pace, and no accepted session holds its canary."""
+    return not _device_bound(name, evidence) and canaries_of(name) not in evidence.sessions
+
+
+def _device_bound(name: str, evidence: Evidence) -> bool:
+    share = _SHARES.get(name, "busy_share")
+    accepted = [value for session in evidence.sessions.get(share, ()) for value in session]
+    return bool(accepted) and statistics.median(accepted) >= DEVICE_BOUND
+
+
 def _figures(name: str, evidence: Evidence) -> tuple[str, ...]:
     """Return what is compared: the number itself, and a time in canaries too where the host sets the pace. The last one decides."""
-    ratio, share = canaries_of(name), _SHARES.get(name, "busy_share")
-    accepted = [value for session in evidence.sessions.get(share, ()) for value in session]
-    if accepted and statistics.median(accepted) >= DEVICE_BOUND:
+    ratio = canaries_of(name)
+    if _device_bound(name, evidence):
         return (name,)
     return (name, ratio) if ratio in evidence.processes and ratio in evidence.sessions else (name,)
 

@@ -84,14 +84,20 @@ def changed_record(record: Record, kind: str, draw: random.Random) -> tuple[str,
         step = math.floor(tolerance(name, metric, record.case.limits.named().get(name)).distance) + 1
         content["metrics"][name]["value"] += -step if metric.better == "higher" else step
         return name, json.dumps(content).encode()
-    return _change(content["metrics"], sorted(gated_metrics(record)), IN_RECORD[kind], draw), json.dumps(
-        content
-    ).encode()
+    gated = gated_metrics(record)
+    names = [name for name, metric in sorted(gated.items()) if not _may(kind, metric.noise, metric.unit)]
+    return _change(content["metrics"], names, IN_RECORD[kind], draw), json.dumps(content).encode()
 
 
 def changed_metrics(metrics: dict[str, Values], kind: str, draw: random.Random) -> str:
     """Change one of a baseline's metrics, and return its name."""
-    return _change(metrics, sorted(metrics), IN_BASELINE[kind], draw)
+    names = [name for name, metric in sorted(metrics.items()) if not _may(kind, metric["noise"], metric["unit"])]
+    return _change(metrics, names, IN_BASELINE[kind], draw)
+
+
+def _may(kind: str, noise: str, unit: str) -> bool:
+    """Return whether a change may pass: what moves with the host is judged by its sessions, and energy cannot always be measured."""
+    return noise == "wall" and (kind in ("worse", "better than what runs") or (kind == "missing" and unit == "J"))
 
 
 def _change(

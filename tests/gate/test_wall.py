@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hpc_core.case.limits import Limits
 from hpc_core.gate.judge import judge
 from hpc_core.gate.verdict import Judgement, MetricVerdict, Verdict
+from hpc_core.record.metrics import WAITED
 from hpc_core.record.record import Metric, Process
 from tests.gate.judging import stored
 from tests.strategies import CPU, a_record, around, counted, wall
@@ -121,7 +122,7 @@ def test_clean_runs_are_seldom_regressed(spread: float, count: int) -> None:
 
 def test_a_time_that_was_disturbed_is_named_and_not_judged() -> None:
     """Where every call waited for a core, the case keeps its verdict, and a remark names the time; with a limit it is undecided."""
-    note = "10 of 10 waited for a core that another program used"
+    note = f"10 of 10 {WAITED}"
     metrics = {NAME: wall(0.5, note=note), "operators": counted(9)}
     lookup = stored({NAME: a_step(0.1), "operators": counted(9)}, machine=CPU)
     judgement = judge(a_record(metrics, circumstances=around(CPU)), lookup)
@@ -129,9 +130,20 @@ def test_a_time_that_was_disturbed_is_named_and_not_judged() -> None:
     assert judgement.remarks == (f"step_s is 500.00 ms, not judged: {note}.",)
     limited = judge(a_record(metrics, circumstances=around(CPU)), lookup, Limits(step_s="20%"))
     assert limited.verdict is Verdict.INCONCLUSIVE
+    ungated = judge(a_record({**metrics, NAME: wall(0.5)}, circumstances=around(CPU)), lookup)
+    assert ungated.verdict is Verdict.INCOMPATIBLE
 
 
 def test_a_limit_on_a_name_that_is_no_limit_lists_those_that_are() -> None:
     """A misspelt limit is answered with the names there are."""
     with pytest.raises(TypeError, match="step_s, query_s, time_to_first_token_s, decode_token_s"):
         Limits(wall_s="20%")  # type: ignore[call-arg]
+
+
+def test_a_time_without_an_accepted_canary_is_new() -> None:
+    """Where only the accepted seconds are known, a slow host would be a regression: the time is not judged, and the row says why."""
+    record = a_record({NAME: a_step(0.9), CANARIES: wall(9.0, unit="1")}, circumstances=around(CPU))
+    judgement = judge(record, stored({NAME: a_step(0.1)}, machine=CPU))
+    (row,) = judgement.metrics
+    assert (row.judged, row.verdict) == (False, Verdict.NO_BASELINE)
+    assert "no accepted session holds its canary" in row.reason
