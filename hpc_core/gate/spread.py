@@ -102,7 +102,9 @@ def judge_spread(
     least = _within_gross(reach(distance.deviation, distance.degrees, evidence.alpha), least=ratio)
     seen = _within_gross(math.log1p(least) + reach(distance.deviation, distance.degrees, PASS_ALPHA))
     text = f"{moved}; {_text(seen)} would be seen in 95 % of runs."
-    return SpreadFinding(verdict=_beyond(interval.centre, least), limit=_text(least), text=text, interval=known)
+    # As far out as with one session, a run must be as far out by the same measure.
+    verdict = gross if least >= GROSS_RATIO else _beyond(interval.centre, least)
+    return SpreadFinding(verdict=verdict, limit=_text(least), text=text, interval=known)
 
 
 def _stated(

@@ -58,7 +58,6 @@ def judged(*arguments: Any, **options: Any) -> MetricVerdict:
 
 
 STEADY = tuple((0.1 * factor,) for factor in (1.0, 1.01, 0.99, 1.005, 0.995, 1.0))
-GROSS = Limits()
 
 
 @pytest.mark.parametrize(
@@ -81,6 +80,9 @@ GROSS = Limits()
         ([0.216], [0.004], {"sessions": STEADY}, "REGRESSED", "limit +5 %: +8 %"),  # twice as slow a host
         ([0.2], [0.004], {"sessions": STEADY}, "PASS", "limit +5 %: +0 %"),
         ([0.09], [0.002], {"sessions": STEADY}, "IMPROVED", "-10 %"),
+        # Two sessions that differ tell no more than one.
+        ([0.3], [0.001], {"sessions": ((0.1,), (0.13,))}, "REGRESSED", "limit +100 %"),
+        ([0.15], [0.0005], {"sessions": ((0.1,), (0.13,))}, "PASS", "limit +100 %"),
         # A limit of the owner's.
         ([0.115], [0.002], {"limits": Limits(step_s="20%")}, "PASS", "limit +20 %: +15 %"),
         ([0.13], [0.002], {"limits": Limits(step_s="20%")}, "INCONCLUSIVE", "that may be noise"),
