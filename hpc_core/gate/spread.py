@@ -97,7 +97,8 @@ def judge_spread(
     if stated:
         return _stated(distance, ratio, evidence.alpha, gross, moved, known)
     if known is None:
-        text = f"{moved}; one accepted session shows no spread, so only {_text(GROSS_RATIO)} counts."
+        partly = " in every process" if interval.centre > GROSS_RATIO and gross is Verdict.PASS else ""
+        text = f"{moved}; one accepted session shows no spread, so only {_text(GROSS_RATIO)}{partly} counts."
         return SpreadFinding(verdict=gross, limit=_text(GROSS_RATIO), text=text)
     least = _within_gross(reach(distance.deviation, distance.degrees, evidence.alpha), least=ratio)
     seen = _within_gross(math.log1p(least) + reach(distance.deviation, distance.degrees, PASS_ALPHA))

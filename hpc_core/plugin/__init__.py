@@ -135,9 +135,10 @@ def _paths(config: pytest.Config, paths: tuple[str, ...], case_files: tuple[Path
 
     root = root_of(config)
     hint = "Give a path, or set perf_paths in the ini file."
-    if not config.invocation_params.dir.is_relative_to(root):
+    called = config.invocation_params.dir
+    if not called.is_relative_to(root) or (config.inipath is None and called != config.rootpath):
         # pytest chooses its root folder before it knows our options, and mistakes their values for paths of tests.
-        hint = f"pytest took {root} for the root folder: write options with '=', as --perf-baselines=DIR."
+        hint = f"pytest took {config.rootpath} for the root folder: write options with '=', as --perf-baselines=DIR."
     raise pytest.UsageError(f"--benchmark has nothing to run: {', '.join(paths)} does not exist. {hint}")
 
 

@@ -33,7 +33,7 @@ BYTECODES_FLOOR, CALLS_FLOOR = 200, 20
 """A few lines of Python, some 10 µs: what a step may gain however little it executes."""
 ENERGY_RATIO = 0.1
 """10 %: twice what the age of the counter's readings can move."""
-WAITED = "waited for a core that another program used"
+WAITED = "waited for a core"
 """The end of the note on a wall time with calls that do not count."""
 _ALL: tuple[Dependence, ...] = ("case", "stack", "machine")
 
@@ -202,7 +202,7 @@ METRICS: Mapping[str, Definition] = {
         ),
         _count(
             "waits",
-            "Times that the host gives up its core in a step or query: to sleep, for a file or for a lock.",
+            "Times that the host gives up its core in four steps or queries: to sleep, for a file or for a lock.",
             depends_on_cpu="stack",
             explained="time",
         ),

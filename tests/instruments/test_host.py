@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -167,7 +168,18 @@ def test_each_wait_is_counted_however_short(count: int) -> None:
         for _ in range(count):
             time.sleep(1e-4)
 
-    assert further_passes(step, on_gpu=False).metrics["waits"].value == count
+    assert further_passes(step, on_gpu=False).metrics["waits"].value == 4 * count
+
+
+def test_a_wait_in_every_second_step_is_counted() -> None:
+    """A step that sleeps only now and then waits too: the median of its times may not show it."""
+    turns_taken = itertools.count()
+
+    def step() -> None:
+        if next(turns_taken) % 2:
+            time.sleep(1e-4)
+
+    assert further_passes(step, on_gpu=False).metrics["waits"].value == 2
 
 
 def test_a_blocked_read_and_a_lock_are_waits() -> None:
