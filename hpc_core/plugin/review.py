@@ -29,7 +29,7 @@ from hpc_core.plugin.base import MergeBase
 from hpc_core.plugin.options import Settings
 from hpc_core.record.git import files, git
 from hpc_core.record.record import Record
-from hpc_core.record.repeats import disturbed
+from hpc_core.record.repeats import busy_values, disturbed
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import change_line, waiver_line
 
@@ -101,7 +101,7 @@ class Review:
         rows = self.judged(record, alpha, pass_alpha=EARLY_PASS_ALPHA).metrics
         times = {name for name, metric in gated_metrics(record).items() if metric.noise != "exact"}
         judged = [row for row in rows if row.judged and row.metric in times]
-        if record.circumstances.machine.key == "cpu":
+        if not busy_values(record):
             return all(row.verdict in (Verdict.PASS, Verdict.NO_BASELINE, Verdict.INCOMPATIBLE) for row in judged)
         return bool(judged) and all(row.verdict is Verdict.PASS for row in judged)
 

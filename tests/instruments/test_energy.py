@@ -110,7 +110,7 @@ def test_a_tokens_energy_is_that_of_whole_rounds_of_queries(monkeypatch: pytest.
     queries = round(100 / metric.value / 8)
     assert 100 / metric.value / 8 == pytest.approx(queries)
     assert queries % 3 == 0
-    assert not metric.gated
+    assert metric.gated
     sentence = f"{queries * 8:,} new tokens, prefill included; whole board, idle power not subtracted: 100 J"
     assert sentence in str(metric.note)
 
