@@ -13,7 +13,7 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
-from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec, Strict, check_types, essence, refuse
+from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec, Strict, check_types, essence, explained, refuse
 from hpc_core.case.shapes import SHAPES
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec, GenerateSpec, Workload
 
@@ -177,7 +177,7 @@ def case_from_json(text: bytes | str) -> Case:
     try:
         return msgspec.json.decode(text, type=Case)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise SpecError(f"Not a case: {error}") from error
+        raise SpecError(f"Not a case: {explained(error, {Case})}") from error
 
 
 _PARTS = ("model", "quantization", "adapter", "workload")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal
+import re
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -34,12 +35,42 @@ def check_types(spec: Strict) -> None:
         try:
             typed = msgspec.convert(value, field.type)
         except (msgspec.ValidationError, RecursionError) as error:
-            raise SpecError(f"{type(spec).__name__}({field.name}={value!r}): {error}") from error
+            why = explained(error, {field.type})
+            raise SpecError(f"{type(spec).__name__}({field.name}={value!r}): {why}") from error
         if isinstance(typed, float):
             refuse(not math.isfinite(typed), f"{type(spec).__name__}({field.name}={value!r}): must be finite.")
             typed = typed or 0.0  # -0.0 equals 0.0 but has another digest
         if typed is not value and not isinstance(typed, dict):
             msgspec.structs.force_setattr(spec, field.name, typed)
+
+
+_REFUSED = re.compile(r"Invalid enum value .*?(?: - at `\$(?P<path>[^`]*)`)?$", re.DOTALL)
+
+
+def explained(error: Exception, kinds: set[Any]) -> str:
+    """Return msgspec's message about a value of one of these types, with the allowed values where it only calls one invalid."""
+    found = _REFUSED.fullmatch(str(error))
+    if found is None:
+        return str(error)
+    path = re.findall(r"\w+", found["path"] or "")
+    for name in path:
+        kinds = {
+            field.type for kind in kinds for struct in _structs(kind) for field in _fields(struct) if field.name == name
+        }
+    allowed = ", ".join(repr(value) for kind in kinds for value in _literals(kind))
+    return f"{error}: use one of {allowed}"
+
+
+def _structs(kind: Any) -> list[type[msgspec.Struct]]:
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return [kind]
+    return [struct for part in get_args(kind) for struct in _structs(part)]
+
+
+def _literals(kind: Any) -> list[Any]:
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [value for part in get_args(kind) for value in _literals(part)]
 
 
 def essence(value: Any) -> Any:

@@ -36,10 +36,8 @@ def lora(**adapter: Any) -> Method:
 
 def qlora(*, kind: str = "nf4", compute_dtype: str = "bfloat16", double_quant: bool = False, **adapter: Any) -> Method:
     """Return LoRA on weights quantized by bitsandbytes. The other arguments are those of AdapterSpec."""
-    quantization = msgspec.convert(
-        {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}, QuantSpec
-    )
-    return Method(name="qlora", quantization=quantization, adapter=AdapterSpec(**adapter))
+    quantization: dict[str, Any] = {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}
+    return Method(name="qlora", quantization=QuantSpec(**quantization), adapter=AdapterSpec(**adapter))
 
 
 def _prefix(model: ModelSpec, prefix: str | None) -> str:

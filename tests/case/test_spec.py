@@ -139,7 +139,10 @@ REFUSALS: list[tuple[Callable[[], Any], str]] = [
     (lambda: ModelSpec(weights="config", path="a/b", shape="tiny"), "defines the shape"),
     (lambda: ModelSpec(weights="hub", path="a/b", shape="tiny"), "defines the shape"),
     (lambda: ModelSpec(weights="hub", path="package://m/f.gguf"), "package:// names a GGUF file"),
-    (lambda: ModelSpec(shape="tiny", dtype="int4"), "Invalid enum value 'int4'"),  # type: ignore[arg-type]
+    (
+        lambda: ModelSpec(shape="tiny", dtype="int4"),  # type: ignore[arg-type]
+        "Invalid enum value 'int4': use one of 'float32', 'bfloat16', 'float16'",
+    ),
     (lambda: QuantSpec(kind="int8", compute_dtype="float16", double_quant=True), "double_quant applies to nf4"),
     (
         lambda: QuantSpec(kind="int8", compute_dtype="bfloat16"),
@@ -246,6 +249,10 @@ def test_refusals(make: Callable[[], Any], fragment: str) -> None:
         (b"", "Not a case"),
         (b"\xff", "Not a case"),
         (b"[" * 100_000, "Not a case"),
+        (
+            b'{"id": "tiny/lora", "scale": "tiny", "workload": {"kind": "finetune", "padding": "full"}}',
+            r"Invalid enum value 'full' - at `\$\.workload\.padding`: use one of 'none', 'longest', 'max_length'",
+        ),
         (case_to_json(a_case())[:-1] + b',"colour":3}', "unknown field `colour`"),
         (
             case_to_json(a_case()).replace(b'"adapter":{}', b'"adapter":{"rank":0}'),
