@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import sys
 from typing import Any
@@ -32,6 +33,12 @@ def relative_limit(limit: Limit) -> float | None:
     return float(match["number"]) / 100
 
 
+def _unit(name: str) -> str:
+    """Return the unit of a metric's numbers, as its name ends."""
+    units = {"s": " in seconds", "j": " in joules", "bytes": " in bytes"}
+    return units.get(name.rpartition("_")[2], "")
+
+
 class _NamesLimits(msgspec.StructMeta):
     """Answers a name that is no limit with those that are; msgspec's own message lists none."""
 
@@ -39,12 +46,14 @@ class _NamesLimits(msgspec.StructMeta):
         """Make the limits.
 
         Raises:
-            TypeError: a name that is no limit.
+            SpecError: a name that is no limit.
         """
         names = getattr(self, "__struct_fields__", ())
         unknown = [name for name in limits if name not in names]
         if unknown:
-            raise TypeError(f"Limits has no {', '.join(unknown)}. There are: {', '.join(names)}.")
+            near = [each for name in unknown for each in difflib.get_close_matches(name, names, 1)]
+            meant = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+            raise SpecError(f"Limits has no {', '.join(unknown)}.{meant} There are: {', '.join(names)}.")
         return super().__call__(*args, **limits)
 
 
@@ -115,10 +124,14 @@ class Limits(
         """
         for name, limit in self.named().items():
             if isinstance(limit, str):
-                relative_limit(limit)
-            elif isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= sys.float_info.max:
-                msg = f"Limits({name}={limit!r}): an absolute limit must be a finite number above 0."
-                raise SpecError(msg)
+                wrong = _PERCENT.fullmatch(limit) is None
+            else:
+                is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
+                wrong = not is_number or not 0 < limit <= sys.float_info.max
+            if wrong:
+                raise SpecError(
+                    f'Limits({name}={limit!r}): a limit is a percentage such as "5%" or a finite number above 0{_unit(name)}.'
+                )
 
     def named(self) -> dict[str, Limit]:
         """Return the limits that were set, by metric."""

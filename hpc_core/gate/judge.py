@@ -33,6 +33,7 @@ from hpc_core.gate.verdict import (
     worst_metric,
 )
 from hpc_core.record import units as sizes
+from hpc_core.record.metrics import is_disturbed
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import values_of_processes
 
@@ -93,6 +94,11 @@ def judge(
             shares={name: float(each.value) for name, each in record.metrics.items() if name.startswith("busy_share")},
             processes=values_of_processes(record),
             paired=_paired(record, baseline),
+        ),
+        limited=tuple(
+            name
+            for name in Limits.__struct_fields__
+            if name in gated or (name in record.metrics and is_disturbed(record.metrics[name]))
         ),
     )
     rows = []

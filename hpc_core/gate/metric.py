@@ -24,7 +24,7 @@ from hpc_core.gate.tolerance import (
 )
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units as sizes
-from hpc_core.record.metrics import WAITED, definition_of
+from hpc_core.record.metrics import definition_of, is_disturbed
 from hpc_core.record.record import Metric
 
 
@@ -37,6 +37,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True):
     suspects: tuple[str, ...]
     """What moved since the baseline and can have changed the case."""
     evidence: Evidence
+    limited: tuple[str, ...]
+    """The metrics of this record that a case may limit."""
 
     @property
     def update(self) -> str:
@@ -156,15 +158,14 @@ def _new(context: Context, name: str, new: Metric) -> _Finding:
 
 def _vanished(context: Context, name: str, shown: Metric | None, *, limited: bool) -> _Finding:
     state = f"the record has no {name}" if shown is None else f"{name} is shown there but not gated"
-    if shown is not None and WAITED in (shown.note or ""):
+    if shown is not None and is_disturbed(shown):
         text = f"{name} is {sizes.quantity(shown.value, shown.unit)}, not judged: {shown.note}"
         return _Finding(Verdict.INCONCLUSIVE, "none", f"{text}.", "Run it on a quieter machine.", judged=limited)
     if limited and shown is None and (lack := _why_never(context.place.machine, name)):
         return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {lack[0]}.", lack[1])
     if limited:
-        return _Finding(
-            Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", "Drop the limit, or measure it."
-        )
+        step = f"Drop the limit. What this case can limit: {', '.join(context.limited)}."
+        return _Finding(Verdict.INCOMPATIBLE, "none", f"limit on {name}, but {state}.", step)
     reason = f"{name} vanished: the baseline holds it, but {state}."
     definition = definition_of(name)
     # Somebody else on the GPU, or MIG, leaves a run without energy. That is no change of the case.

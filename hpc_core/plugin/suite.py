@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from hpc_core.baselines.pull_request import write_pull_request
-from hpc_core.case.errors import RepositoryError
+from hpc_core.case.errors import RepositoryError, SpecError
 from hpc_core.case.select import matches, unknown_glob
 from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import share
@@ -200,8 +200,11 @@ class Suite:
     def pytest_make_collect_report(self) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
         """Tell apart the tests of one module or class whose ids would be equal."""
         report = yield
+        call = getattr(report, "call", None)
         if report.passed:
             tell_apart(report.result)
+        elif report.failed and call is not None and (text := _mistake(call.excinfo)):
+            report.longrepr = text
         return report
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -294,6 +297,7 @@ class Suite:
         ours = outcome is not None and isinstance(raised, _OUTCOMES) and raised.msg == outcome.text
         if report.failed:
             self._failure_kinds.append(outcome.kind if ours and outcome is not None else "other")
+            report.longrepr = _mistake(call.excinfo) or report.longrepr
         if report.skipped and ours and outcome is not None:
             path, line, _ = item.location
             report.longrepr = (path, (line or 0) + 1, f"Skipped: {outcome.text}")
@@ -446,6 +450,16 @@ def _took(record: Record) -> str:
     if not processes:
         return duration(sum(record.circumstances.phase_s.values()))
     return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} processes"
+
+
+def _mistake(raised: pytest.ExceptionInfo[BaseException] | None) -> str:
+    """Return a mistake in a case or limit as one line, with its place in the user's file; empty if it is something else."""
+    if raised is None or not isinstance(raised.value, SpecError):
+        return ""
+    ours = Path(__file__).parent.parent
+    place = next((entry for entry in reversed(raised.traceback) if ours not in Path(entry.path).parents), None)
+    where = "" if place is None else f"{Path(place.path).name}:{place.lineno + 1}: "
+    return f"{where}{raised.value}"
 
 
 def _refuse_duplicates(items: list[pytest.Item]) -> None:

@@ -293,6 +293,11 @@ def definition_of(name: str) -> Definition | None:
     return None if family is None else msgspec.structs.replace(family, name=name)
 
 
+def is_disturbed(metric: Metric) -> bool:
+    """Return whether so many calls waited for a core that their time is named and not judged."""
+    return not metric.gated and WAITED in (metric.note or "")
+
+
 def canaries_of(name: str) -> str:
     """Return the name of a wall time's value in units of the host canary: `step_canaries` of `step_s`."""
     return f"{name.removesuffix('_s')}_canaries"

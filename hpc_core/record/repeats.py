@@ -9,7 +9,7 @@ import msgspec
 
 from hpc_core.case.errors import SpecError
 from hpc_core.record.gpu_state import flags
-from hpc_core.record.metrics import WAITED, canaries_of
+from hpc_core.record.metrics import canaries_of, is_disturbed
 from hpc_core.record.record import Metric, Process, Record
 
 
@@ -75,7 +75,7 @@ def values_of_processes(record: Record) -> dict[str, tuple[float, ...]]:
 
 def disturbed(metrics: Mapping[str, Metric]) -> set[str]:
     """Return the wall times that would be judged if other programs had not kept every call waiting for a core."""
-    return {name for name, metric in metrics.items() if not metric.gated and WAITED in (metric.note or "")}
+    return {name for name, metric in metrics.items() if is_disturbed(metric)}
 
 
 def _samples(metric: Metric) -> tuple[float, ...]:

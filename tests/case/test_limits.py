@@ -21,16 +21,24 @@ def test_relative_limit(text: Any, ratio: float | None) -> None:
 
 @pytest.mark.parametrize("text", ["1", "-1%", "1 percent", "%", "1e3%", "1%\n", "٣%", "nan%", "", "1" * 400 + "%"])
 def test_refused_percentages(text: str) -> None:
-    """A malformed percentage is refused, with an example of a good one."""
-    with pytest.raises(SpecError, match=r"A relative limit is a percentage"):
+    """A malformed percentage is refused: the message names the limit, and what is allowed."""
+    with pytest.raises(
+        SpecError, match=r'Limits\(peak_bytes=.*: a limit is a percentage such as "5%" or a finite .* in bytes'
+    ):
         Limits(peak_bytes=text)
 
 
 @pytest.mark.parametrize("number", [0, -1, -0.0, math.nan, math.inf, 10**400, True, [1]])
 def test_refused_numbers(number: Any) -> None:
     """A limit must be a finite number above 0."""
-    with pytest.raises(SpecError, match="must be a finite number above 0"):
+    with pytest.raises(SpecError, match="or a finite number above 0"):
         Limits(operators=number)
+
+
+def test_a_name_that_is_no_limit() -> None:
+    """The message suggests the name that was meant, and lists all."""
+    with pytest.raises(SpecError, match=r"Limits has no steps_s\. Did you mean step_s\? There are: peak_bytes, "):
+        Limits(steps_s="1%")  # type: ignore[call-arg]
 
 
 def test_named() -> None:

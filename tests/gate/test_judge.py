@@ -134,10 +134,11 @@ def test_an_absolute_limit_needs_no_baseline() -> None:
     ],
 )
 def test_a_limit_on_what_was_not_measured(metrics: dict[str, Metric], fragment: str) -> None:
-    """A limit on a metric that was not measured never passes."""
+    """A limit on a metric that was not measured never passes, and the next step lists what can be limited."""
     judgement = judge(a_record(metrics), baseline(a_record(metrics)), Limits(busy_s=1.0))
     assert judgement.verdict is Verdict.INCOMPATIBLE
     assert fragment in judgement.headline
+    assert judgement.next_step == "Drop the limit. What this case can limit: operators."
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,25 @@ def test_a_limit_needs_no_baseline(pytester: pytest.Pytester, run: Run) -> None:
     assert run("--benchmark", "--perf-update", "--reason", "try").ret == 1
 
 
+@pytest.mark.parametrize(
+    ("limits", "line"),
+    [
+        ("Limits(step_s='abc')", "test_own.py:*: Limits(step_s='abc'): a limit is a percentage such as * in seconds."),
+        ("Limits(steps_s='1%')", "test_own.py:*: Limits has no steps_s. Did you mean step_s? There are: peak_bytes, *"),
+    ],
+)
+def test_a_wrong_limit_is_one_line_at_its_place(pytester: pytest.Pytester, run: Run, limits: str, line: str) -> None:
+    """It names what is allowed, in a test and where a file is imported, and shows no code of ours."""
+    bench(pytester, STORY.replace("peak={peak}", f"limits={limits}"))
+    in_test = run("--benchmark")
+    bench(pytester, f"from hpc_core.case.limits import Limits\nLIMITS = {limits}\n")
+    at_import = run("--benchmark")
+    assert (in_test.ret, at_import.ret) == (1, 2)
+    for result in (in_test, at_import):
+        result.stdout.fnmatch_lines([line])
+        result.stdout.no_fnmatch_line("*limits.py*")
+
+
 def test_the_tests_own_assertions_come_before_the_skip(pytester: pytest.Pytester, run: Run) -> None:
     """Without a baseline the rest of the test still runs and can fail."""
     bench(pytester, peak="9 * GiB")
