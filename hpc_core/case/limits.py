@@ -124,11 +124,11 @@ class Limits(
         """
         for name, limit in self.named().items():
             if isinstance(limit, str):
-                wrong = _PERCENT.fullmatch(limit) is None
+                is_right = _PERCENT.fullmatch(limit) is not None
             else:
                 is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-                wrong = not is_number or not 0 < limit <= sys.float_info.max
-            if wrong:
+                is_right = is_number and 0 < (limit or 0) <= sys.float_info.max
+            if not is_right:
                 raise SpecError(
                     f'Limits({name}={limit!r}): a limit is a percentage such as "5%" or a finite number above 0{_unit(name)}.'
                 )
