@@ -7,7 +7,9 @@ The hooks of `watch_forwards` run no tensor operators, so they do not change cou
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from hpc_core.audit.loss import LossCheck, Uncounted, watch_loss
 from hpc_core.audit.model import dtype_name
+from hpc_core.audit.parts import attention_modules, decoder_layers
 from hpc_core.engines.finetune import FinetuneProgram
 
 
@@ -66,8 +69,7 @@ def watch_forwards(
         with uncounted():
             forwards.reentrant = forwards.reentrant or "CheckpointFunctionBackward" in _node_names(node)
 
-    attentions = [module for name, module in model.named_modules() if name.endswith("self_attn")]
-    handles = [module.register_forward_pre_hook(read_autocast) for module in attentions]
+    handles = [module.register_forward_pre_hook(read_autocast) for module in attention_modules(model)]
     handles.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
     handles.append(model.register_forward_hook(after_forward))
     try:
@@ -149,30 +151,36 @@ def _largest(gradient: torch.Tensor) -> torch.Tensor:
     return largest
 
 
-@dataclass
 class LayerForwards:
     """The number of layers, and of forward passes through them."""
 
-    layers: int = 0
-    count: int = 0
+    def __init__(self, layers: int = 0):
+        self.layers = layers
+        self._calls: list[Counter[int]] = [Counter() for _ in range(layers)]
+
+    @property
+    def count(self) -> int:
+        """Forward passes of all layers: calls of each layer's attention, or of the part that it calls first."""
+        return sum(next(iter(calls.values()), 0) for calls in self._calls)
+
+    def called(self, layer: int, part: int) -> None:
+        """Record a call of a layer's part."""
+        self._calls[layer][part] += 1
 
 
 @contextlib.contextmanager
 def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
-    """Count forward passes of every module whose name ends in `self_attn` while the block runs.
+    """Count forward passes of every decoder layer while the block runs.
 
-    Both kinds of checkpointing call the attention again when they recompute a layer; the layer's own hooks may not run then.
+    Both kinds of checkpointing call a layer's parts again when they recompute it; the layer's own hooks may not run then.
     """
-    forwards = LayerForwards()
-
-    def before_forward(*_: object) -> None:
-        forwards.count += 1
-
+    layers = decoder_layers(model)
+    forwards = LayerForwards(len(layers))
     handles = []
-    for name, module in model.named_modules():
-        if name.endswith("self_attn"):
-            forwards.layers += 1
-            handles.append(module.register_forward_pre_hook(before_forward))
+    for index, layer in enumerate(layers):
+        for part, module in enumerate(attention_modules(layer)[:1] or layer.children()):
+            call = functools.partial(forwards.called, index, part)
+            handles.append(module.register_forward_pre_hook(lambda *_, call=call: call()))
     try:
         yield forwards
     finally:
@@ -180,11 +188,11 @@ def count_layer_forwards(model: torch.nn.Module) -> Iterator[LayerForwards]:
             handle.remove()
 
 
-def checkpointing_state(forwards: int, layers: int, steps: int) -> str:
-    """Return "off" for one forward per layer and step, "on" for two, and a description otherwise."""
+def checkpointing_state(forwards: int, layers: int, steps: int) -> str | None:
+    """Return "off" for one forward per layer and step, "on" for two, a description otherwise, and None without a layer."""
     per_step = layers * steps
     if layers == 0:
-        return "unknown: no layer is called self_attn"
+        return None
     if forwards == per_step:
         return "off"
     if forwards == 2 * per_step:

@@ -13,6 +13,7 @@ import ast
 import functools
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import FunctionType, ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.instruments.owners import owned_bytes
+from hpc_core.instruments.places import path_of
 from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact
 
@@ -80,8 +82,9 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 
 def _quantization_facts(spec: QuantSpec, model: torch.nn.Module) -> Findings:
     layers: list[Any] = [layer for layer in linear_layers(model).values() if _kind(layer) is not None]
+    share = checked({"quantized_share": lambda: _quantized_share(spec, model)})
     if spec.kind == "int4":
-        return _int4_facts(spec, layers)
+        return share | _int4_facts(spec, layers)
     checks = {
         "quantization": lambda: Fact(asked=[spec.kind], seen=sorted({str(_kind(layer)) for layer in layers})),
         "quantized_bytes": lambda: Fact(
@@ -97,7 +100,46 @@ def _quantization_facts(spec: QuantSpec, model: torch.nn.Module) -> Findings:
         checks["double_quantization"] = lambda: Fact(
             asked=[spec.double_quant], seen=sorted({bool(_state(layer).nested) for layer in layers})
         )
-    return checked(checks)
+    return share | checked(checks)
+
+
+_LEFT = 0.01
+"""A share of a model's matrices that may stay as it is: routers and short convolutions, which libraries leave alone."""
+_LISTED = 3
+
+
+def _quantized_share(spec: QuantSpec, model: torch.nn.Module) -> Fact:
+    """Return whether nearly all weights in matrices are quantized. Libraries replace linear layers and silently leave all else.
+
+    Embeddings, and what the case skips, are not quantized on purpose.
+    """
+    quantized = sum(
+        layer.in_features * layer.out_features for layer in linear_layers(model).values() if _kind(layer) is not None
+    )
+    left: Counter[str] = Counter()
+    for name, parameter in _plain_matrices(model):
+        if not {*name.split(".")} & {*spec.skip_modules}:
+            left[path_of(name.removesuffix(".weight"))] += parameter.numel()
+    share = left.total() / max(left.total() + quantized, 1)
+    if share <= _LEFT:
+        return Fact(asked="all", seen="all")
+    most = [path for path, _ in left.most_common()]
+    more = ", …" if len(most) > _LISTED else ""
+    return Fact(
+        asked="all",
+        seen=f"{share:.0%} of the matrix weights are not quantized: ".replace("%", " %")
+        + ", ".join(most[:_LISTED])
+        + more,
+    )
+
+
+def _plain_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the base model's matrices that are neither quantized nor embeddings."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    packed = {id(layer.weight) for layer in linear_layers(model).values() if _kind(layer) is not None}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and ".lora_" not in name and id(parameter) not in tables | packed:
+            yield name, parameter
 
 
 def _int4_facts(spec: QuantSpec, layers: list[Any]) -> Findings:
@@ -273,7 +315,7 @@ def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
     for name, live in _matrices(case, model).items():
         # A tied head is the embedding table; a head that is quantized separately began as a copy of it.
         source = "model.embed_tokens.weight" if tied and name == "lm_head.weight" else name
-        off = _error(live, source, torch_dtype(spec.dtype), spec.seed)
+        off = min(_error(live, source, dtype, spec.seed) for dtype in live.drawn_in(torch_dtype(spec.dtype)))
         if not off <= max(allowed, _QUANTIZED if live.quantized else 0.0):  # NaN is not within anything
             wrong.append(f"{name} is off by {off:.2g} of its size")
     if not wrong:
@@ -302,8 +344,17 @@ class _Live:
         self.quantized = quantized
 
     def value(self) -> torch.Tensor:
-        value: torch.Tensor = dequantized_weight(self._holder) if self.quantized else self._holder.detach()
-        return value
+        """Return the weight as it was drawn: a Conv1D's, which is quantized by columns, by rows again."""
+        if not self.quantized:
+            value: torch.Tensor = self._holder.detach()
+            return value
+        weight = dequantized_weight(self._holder)
+        turned = getattr(self._holder, "source_cls", None)  # transformers' quantizer keeps the class that it replaced
+        return weight.T if turned is not None and turned.__name__ == "Conv1D" else weight
+
+    def drawn_in(self, dtype: torch.dtype) -> set[torch.dtype]:
+        """Return the dtypes in which it may have been drawn: the model's, or its own where transformers keeps it in float32."""
+        return {dtype} if self.quantized else {dtype, self._holder.dtype}
 
 
 def _matrices(case: Case, model: torch.nn.Module) -> dict[str, _Live]:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from hpc_core.audit.forwards import AuditedStep, Forwards
-from hpc_core.audit.model import linear_layers, names
+from hpc_core.audit.model import names
 from hpc_core.bounds.adapter import has_closed_form, layer_parameters, layer_tensors, tensor_sizes
 from hpc_core.builders.adapter import adapter_parameters
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
+from hpc_core.builders.quantization import is_conv1d
 from hpc_core.case.case import Case
 from hpc_core.case.parts import AdapterSpec
 from hpc_core.case.workloads import FinetuneSpec
@@ -63,20 +64,27 @@ def _asked_count(case: Case, model: torch.nn.Module) -> int:
 
 
 def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
-    """Count the adapter's parameters from the sizes of the linear layers, for a model whose shape has no name.
+    """Count the adapter's parameters from the sizes of the linear layers, for a model whose shape has no closed form.
 
     Raises:
         LookupError: a target is not a linear layer, so there is no closed form.
     """
-    layers: dict[str, list[Any]] = {target: [] for target in adapter.targets}
-    for name, layer in linear_layers(model).items():
-        layers.get(name.rpartition(".")[2], []).append(layer)
+    layers: dict[str, list[tuple[int, int]]] = {target: [] for target in adapter.targets}
+    for name, module in model.named_modules():
+        size = _linear_size(module)
+        if size is not None and ".lora_" not in name:
+            layers.get(name.removesuffix(".base_layer").rpartition(".")[2], []).append(size)
     empty = [target for target, found in layers.items() if not found]
     if empty:
         raise LookupError(f"no linear layer is called {', '.join(empty)}")
-    return sum(
-        layer_parameters(adapter, layer.out_features, layer.in_features) for found in layers.values() for layer in found
-    )
+    return sum(layer_parameters(adapter, *size) for found in layers.values() for size in found)
+
+
+def _linear_size(module: Any) -> tuple[int, int] | None:
+    """Return (out_features, in_features) of a linear layer or a Conv1D; None for any other module."""
+    if isinstance(module, torch.nn.Linear):
+        return module.out_features, module.in_features
+    return (module.nf, module.nx) if is_conv1d(module) else None
 
 
 def _names(case: Case, model: torch.nn.Module) -> Fact:
@@ -114,8 +122,8 @@ class Ran:
     """What was observed in the counted steps."""
 
     operators: Counter[str]
-    checkpointing: str
-    """"on", "off" or a description, from the counted forwards."""
+    checkpointing: str | None
+    """"on", "off" or a description, from the counted forwards; None if the model has no decoder layers."""
     planned: str | None = None
     """The same, as a memory budget planned it; None without a budget."""
 
@@ -132,9 +140,7 @@ def training_facts(
     autocast = "bfloat16" if workload.precision == "autocast-bf16" else "off"
     return found | checked(
         {
-            "checkpointing": lambda: Fact(
-                asked=ran.planned or ("off" if workload.checkpointing == "off" else "on"), seen=ran.checkpointing
-            ),
+            "checkpointing": lambda: _checkpointing(workload, ran),
             "checkpointing_kind": lambda: (
                 Fact(asked=workload.checkpointing, seen=_checkpointing_kind(forwards)) if has_kind else None
             ),
@@ -149,6 +155,12 @@ def training_facts(
             "batch": lambda: _batch(workload, program, forwards),
         },
     )
+
+
+def _checkpointing(workload: FinetuneSpec, ran: Ran) -> Fact:
+    if ran.checkpointing is None:
+        raise LookupError("transformers marks no module of this model as a decoder layer")
+    return Fact(asked=ran.planned or ("off" if workload.checkpointing == "off" else "on"), seen=ran.checkpointing)
 
 
 def _checkpointing_kind(forwards: Forwards) -> str:

@@ -67,14 +67,16 @@ def causal_lm(spec: ModelSpec, device: torch.device, *, quantization: QuantSpec 
         MissingLibraryError: transformers or gguf is not installed.
     """
     if spec.weights == "random":
-        assert spec.sizes is not None
-        return _random(spec.sizes, spec, device)
+        return _random(spec, device)
     if spec.weights == "config":
         return _drawn(read_config(spec.path or ""), spec, device)
     return _pretrained(spec, device, quantization)
 
 
-def _random(named: Shape, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+def _random(spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+    named = spec.sizes
+    if named is None:
+        return _drawn(_config_of(spec.configuration()), spec, device)
     model = _drawn(model_config(named, spec.dtype, spec.attention), spec, device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if parameters != named.parameter_count():
@@ -101,6 +103,20 @@ def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Modul
     # Draw again, each tensor by its name: the audit can then redraw any of them, in whatever order transformers fills them.
     draw_weights(model, spec.seed)
     return model.eval()  # as `from_pretrained` does
+
+
+def _config_of(written: dict[str, Any]) -> Any:
+    """Return transformers' configuration of the contents of a config.json.
+
+    Raises:
+        BuildError: the installed transformers has no such architecture.
+    """
+    known = library("transformers", "Building a model").models.auto.configuration_auto.CONFIG_MAPPING
+    kind = written["model_type"]
+    if kind not in known:
+        version = library("transformers", "Building a model").__version__
+        raise BuildError(f"transformers {version} has no architecture {kind!r}: install a newer one.")
+    return known[kind].from_dict(written)
 
 
 def read_config(path: str) -> Any:

@@ -51,6 +51,12 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
     elif not quantized_layers(model):  # weights from folder and hub are quantized already, random and GGUF ones are not
         _quantize_in_place(model, spec, device)
     layers = quantized_layers(model)
+    if not layers:
+        skipped = ", ".join(spec.skip_modules) or "nothing"
+        raise BuildError(
+            f"{spec.kind} quantized nothing: the model has no linear layer that it can quantize, apart from skip_modules ({skipped}). Use "
+            "nf4, fp4 or int8 for a model with Conv1D layers, or remove the quantization."
+        )
     left = [
         name
         for name, module in model.named_modules()
@@ -58,7 +64,7 @@ def quantize(model: torch.nn.Module, spec: QuantSpec, device: torch.device) -> N
         and packing_of(module.weight) is None
         and name.rpartition(".")[2] not in spec.skip_modules
     ]
-    if left or not layers:
+    if left:
         raise BuildError(
             f"Quantization to {spec.kind} left {len(left)} of {len(left) + len(layers)} linear layers as they were, first {left[:1]}."
         )
@@ -91,22 +97,30 @@ def dequantized_weight(layer: Any) -> torch.Tensor:
     return scaled
 
 
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Return whether this is transformers' Conv1D (GPT-2): a linear layer whose weight is (in_features, out_features)."""
+    return type(module).__name__ == "Conv1D"
+
+
 def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> None:
     quantizers = library("transformers.quantizers", "Quantization")
     quantizer = quantizers.AutoHfQuantizer.from_config(bitsandbytes_config(spec), pre_quantized=False)
-    plain = {name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    plain = {
+        name: module for name, module in model.named_modules() if type(module) is torch.nn.Linear or is_conv1d(module)
+    }
     quantizer.preprocess_model(model=model, device_map={"": device}, dtype=getattr(model, "dtype", None))
     for name in list(plain):
         module = model.get_submodule(name)
         source = plain.pop(name)
         if module is source:
             continue  # one of skip_modules
-        weight = _int8(source.weight) if spec.kind == "int8" else _four_bit(source.weight, module)
+        rows = source.weight.data.T.contiguous() if is_conv1d(source) else source.weight.data
+        weight = _int8(rows) if spec.kind == "int8" else _four_bit(rows, module)
         module.weight = weight.to(device) if spec.kind != "int8" else weight
         if source.bias is not None:
             module.bias = source.bias  # it requires gradients, as after from_pretrained
         module.train(source.training)
-        del source  # free the unquantized weight before the next one is quantized
+        del source, rows  # free the unquantized weight before the next one is quantized
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
 
@@ -114,13 +128,13 @@ def _quantize_in_place(model: Any, spec: QuantSpec, device: torch.device) -> Non
 def _four_bit(weight: torch.Tensor, module: Any) -> Any:
     bnb = library("bitsandbytes", "Quantization")
     # The new layer's placeholder contains every option (type, block size, double quantization), as in transformers' loader.
-    return bnb.nn.Params4bit(weight.data, requires_grad=False, **module.weight.__dict__)
+    return bnb.nn.Params4bit(weight, requires_grad=False, **module.weight.__dict__)
 
 
 def _int8(weight: torch.Tensor) -> Any:
     # What Int8Params does when it moves from CPU to GPU, but without the move: 3B parameters would cross the bus twice.
     bnb = library("bitsandbytes", "Quantization")
-    rows, constants, _ = bnb.functional.int8_vectorwise_quant(weight.data.contiguous().to(torch.float16))
+    rows, constants, _ = bnb.functional.int8_vectorwise_quant(weight.contiguous().to(torch.float16))
     return bnb.nn.Int8Params(rows, requires_grad=False, has_fp16_weights=False, CB=rows, SCB=constants)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import Limits
 from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec, Strict, check_types, essence, explained, refuse
-from hpc_core.case.shapes import SHAPES
+from hpc_core.case.shapes import MODELS
 from hpc_core.case.workloads import CallableSpec, FinetuneSpec, GenerateSpec, Workload
 
 SCHEMA = 1
@@ -130,7 +130,7 @@ class Case(Strict, frozen=True, kw_only=True):
         model = self.model
         if model is not None and model.shape is not None:
             prefix = self.id.partition("/")[0]
-            wrong = prefix in SHAPES and prefix != model.shape
+            wrong = prefix in MODELS and prefix != model.shape
             refuse(wrong, f"{self.id}: the id says {prefix}, the model is {model.shape}.")
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import msgspec
 
 from hpc_core.case.errors import SpecError
-from hpc_core.case.shapes import Shape, shape
+from hpc_core.case.shapes import SHAPES, Shape, is_tiny, layers_key, model_named
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -119,6 +119,20 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
         """Whether its weights are random."""
         return self.weights in ("random", "config")
 
+    @property
+    def tiny(self) -> bool:
+        """Whether it is so small that a CPU trains it in milliseconds."""
+        return is_tiny(self.shape)
+
+    def configuration(self) -> dict[str, Any]:
+        """Return a named shape's config.json, with the chosen number of layers.
+
+        Raises:
+            SpecError: the weights define the shape.
+        """
+        config = model_named(self.shape or "").config
+        return config if self.layers is None else config | {layers_key(config): self.layers}
+
     def __post_init__(self) -> None:
         """Check that random weights have a shape, and others a path.
 
@@ -132,10 +146,11 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
                 self.path is not None,
                 f"Random weights have no path: remove path={self.path!r} or use weights='folder'.",
             )
-            whole = shape(self.shape or "")
+            config = model_named(self.shape or "").config
+            whole = config[layers_key(config)] if self.layers is not None else 0
             refuse(
-                self.layers is not None and not 1 <= self.layers < whole.num_hidden_layers,
-                f"layers={self.layers}: {self.shape} has {whole.num_hidden_layers}; use 1 to {whole.num_hidden_layers - 1}, or omit it for all.",
+                self.layers is not None and not 1 <= self.layers < whole,
+                f"layers={self.layers}: {self.shape} has {whole}; use 1 to {whole - 1}, or omit it for all.",
             )
         else:
             refuse(not self.path, f"weights={self.weights!r} needs path=, {_PATHS[self.weights]}.")
@@ -148,10 +163,10 @@ class ModelSpec(Strict, frozen=True, kw_only=True):
 
     @property
     def sizes(self) -> Shape | None:
-        """The named shape with the chosen number of layers, or None if the weights define it."""
-        if self.shape is None:
+        """The sizes of a named shape with the chosen number of layers; None if it has no closed form, or the weights define it."""
+        whole = SHAPES.get(self.shape or "")
+        if whole is None:
             return None
-        whole = shape(self.shape)
         return whole if self.layers is None else msgspec.structs.replace(whole, num_hidden_layers=self.layers)
 
 

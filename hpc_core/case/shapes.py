@@ -1,6 +1,14 @@
-"""Named model shapes: the sizes in a `config.json`. Values are those of the models' public configuration files on the hub; `tiny` is ours."""
+"""Named model shapes: rows of `models.jsonl`, each a name and a `config.json` on one line. To add a model, add a line.
+
+Values are those of the models' public configuration files on the hub; `tiny` is ours: every width is a multiple of 64 (NF4's
+block), queries are grouped, and the vocabulary makes logits matter. `tiny-<name>` is a row's model with few and narrow layers.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
@@ -49,129 +57,102 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
 
-_LLAMA3_ROPE: dict[str, float | str] = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
+_CLOSED = ("llama", "qwen2")
+"""Values of `model_type` whose sizes `Shape` describes."""
+
+
+class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One row of the table."""
+
+    name: str
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """What LoRA is attached to."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """eager where transformers implements no other."""
+    config: dict[str, Any]
+    """The contents of its config.json. Values that are left out are transformers' defaults."""
+    tiny: dict[str, Any] = {}
+    """What `tiny-<name>` sets beyond the rules of `_shrunk`."""
+
+
+_MOST: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 128),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim"), 256),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 4),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 64),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "full_attention_interval"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "sliding_window_pattern", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("head_dim", "query_pre_attn_scalar", "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim"), 32),
+    **dict.fromkeys(("v_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim", "state_size", "sliding_window", "chunk_size"), 16),
+    "vocab_size": 1024,
+    "num_heads": 8,
+    "linear_num_value_heads": 4,
+    "image_size": 56,
+    "mm_tokens_per_image": 4,
 }
+"""The largest value that a tiny model has for a key of a configuration."""
+
+
+def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the same parts, each small: at most four layers of 128 numbers a token."""
+    small: dict[str, Any] = {key: min(value, _MOST[key]) for key, value in config.items() if key in _MOST and value}
+    small |= {key: _shrunk(value) for key, value in config.items() if key.endswith("_config")}
+    if "num_key_value_heads" in config:
+        alone = config["num_key_value_heads"] == config["num_attention_heads"]
+        small["num_key_value_heads"] = 4 if alone else 2
+    if "vocab_size" in config:  # the model's own ids of special tokens lie beyond a tiny vocabulary
+        small |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    return {**config, **small}
+
+
+def _rows() -> dict[str, Model]:
+    lines = Path(__file__).with_name("models.jsonl").read_bytes().splitlines()
+    return {row.name: row for row in (msgspec.json.decode(line, type=Model) for line in lines)}
+
+
+MODELS: dict[str, Model] = _rows()
+
+
+def _closed(config: dict[str, Any]) -> Shape:
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    sizes = {key: value for key, value in config.items() if key in Shape.__struct_fields__}
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    kind = {"architecture": config["model_type"], "attention_bias": config["model_type"] == "qwen2"}
+    return msgspec.convert(sizes | {"head_dim": head_dim, "num_key_value_heads": groups} | kind, Shape)
+
 
 SHAPES: dict[str, Shape] = {
-    "llama-3.2-1b": Shape(
-        architecture="llama",
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling={**_LLAMA3_ROPE, "factor": 32.0},
-    ),
-    "llama-3.2-3b": Shape(
-        architecture="llama",
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling={**_LLAMA3_ROPE, "factor": 32.0},
-    ),
-    "llama-3.1-8b": Shape(
-        architecture="llama",
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=False,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling={**_LLAMA3_ROPE, "factor": 8.0},
-    ),
-    "llama-2-13b": Shape(
-        architecture="llama",
-        hidden_size=5120,
-        intermediate_size=13824,
-        num_hidden_layers=40,
-        num_attention_heads=40,
-        num_key_value_heads=40,
-        head_dim=128,
-        vocab_size=32000,
-        tie_word_embeddings=False,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-    ),
-    "qwen2.5-1.5b": Shape(
-        architecture="qwen2",
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        head_dim=128,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-        attention_bias=True,
-        max_position_embeddings=131072,
-        rms_norm_eps=1e-6,
-        rope_theta=1000000.0,
-    ),
-    "smollm2-135m": Shape(
-        architecture="llama",
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        rope_theta=100000.0,
-    ),
-    # Ours: every width a multiple of 64 (NF4's block), grouped queries, a vocabulary that makes logits matter.
-    "tiny": Shape(
-        architecture="llama",
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        vocab_size=1024,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-    ),
+    name: _closed(row.config) for name, row in MODELS.items() if row.config["model_type"] in _CLOSED
 }
+"""The rows whose weights, memory and FLOPs have a closed form."""
+_TINY = "tiny-"
 
 
-def shape(name: str) -> Shape:
-    """Return the named shape.
+def model_named(name: str) -> Model:
+    """Return the row of this name, or the small version that `tiny-<name>` means.
 
     Raises:
         SpecError: the name is unknown; the message lists the known ones.
     """
-    try:
-        return SHAPES[name]
-    except KeyError:
-        known = ", ".join(sorted(SHAPES))
-        msg = f"Unknown shape {name!r}. Known shapes: {known}. For another model use weights='folder', 'hub' or 'gguf' with its path."
-        raise SpecError(msg) from None
+    if name in MODELS:
+        return MODELS[name]
+    row = MODELS.get(name.removeprefix(_TINY))
+    if row is None:
+        known = ", ".join(sorted(MODELS))
+        msg = f"Unknown shape {name!r}. Known shapes: {known}. For another model use weights='folder', 'hub', 'config' or 'gguf' with its path."
+        raise SpecError(msg)
+    return msgspec.structs.replace(row, name=name, config=_shrunk(row.config) | row.tiny)
+
+
+def is_tiny(name: str | None) -> bool:
+    """Return whether a shape is that of a model that a CPU trains in milliseconds."""
+    return name is not None and (name == "tiny" or name.startswith(_TINY))
+
+
+_LAYERS = ("num_hidden_layers", "n_layer")
+
+
+def layers_key(config: Mapping[str, Any]) -> str:
+    """Return the key of a configuration that holds the number of decoder layers."""
+    return next(key for key in _LAYERS if key in config)

@@ -45,7 +45,7 @@ def _prefix(model: ModelSpec, prefix: str | None) -> str:
 
 
 def _scale(model: ModelSpec, scale: str | None) -> Any:
-    return scale or ("tiny" if model.shape == "tiny" else "full")
+    return scale or ("tiny" if model.tiny else "full")
 
 
 def finetune(

@@ -60,7 +60,7 @@ def uses(case: Case, package: str, *, on_gpu: bool) -> bool:
         return False
     if package == "threads":
         # A worker runs a tiny model on one thread, whatever the environment says.
-        return case.model is None or case.model.shape != "tiny"
+        return case.model is None or not case.model.tiny
     needs = _needs(case)
     return needs is None or needs.get(package, True)
 

@@ -26,14 +26,18 @@ def chosen(
 
     `grouped` is `enable_gqa` with fewer key heads than query heads. The flash and cuDNN kernels support it. The memory-efficient
     ones do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`): with torch 2.11, grouped float32 attention
-    was measured to use explicit matrix products.
+    was measured to use explicit matrix products. No fused kernel broadcasts keys that have fewer heads without `enable_gqa`
+    (Falcon).
 
     Raises:
         PredictError: flash attention would pad the head width.
     """
     width, same_width = query.shape[-1], query.shape[-1] == value.shape[-1]
     half = query.dtype in _HALF
-    fits = half and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
+    broadcast = query.shape[-3] != key.shape[-3] and not grouped
+    fits = (
+        half and not broadcast and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
+    )
     allowed = torch.backends.cuda  # what `torch.nn.attention.sdpa_kernel` leaves enabled
     if (
         fits
@@ -44,13 +48,21 @@ def chosen(
         return "cudnn"
     if fits and mask is None and allowed.flash_sdp_enabled():
         return "flash"
-    if half and allowed.flash_sdp_enabled() and mask is None and same_width and width % 8 and width <= _MOST_WIDTH:
+    if (
+        half
+        and not broadcast
+        and allowed.flash_sdp_enabled()
+        and mask is None
+        and same_width
+        and width % 8
+        and width <= _MOST_WIDTH
+    ):
         raise PredictError(
             f"A head width of {width} cannot be predicted: flash attention pads it to a multiple of 8. Measure the case on a GPU."
         )
     alignment = 8 if half else 4
     aligned = width % alignment == 0 and value.shape[-1] % alignment == 0
-    if not grouped and aligned and allowed.mem_efficient_sdp_enabled():
+    if not grouped and not broadcast and aligned and allowed.mem_efficient_sdp_enabled():
         return "efficient"
     return "math"
 

@@ -143,9 +143,10 @@ class GpuWatch(TorchDispatchMode):
         formula = self._formulas.get(func._overloadpacket)
         if formula is None and _composite(func):
             return self._in_parts(func, args, kwargs)
+        out = self._leaf(func, args, kwargs)
         if formula is not None and not self._inside:
-            self.flops += int(formula(*args, **kwargs, out_val=None))
-        return self._leaf(func, args, kwargs)
+            self.flops += int(formula(*args, **kwargs, out_val=out))
+        return out
 
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an operator that has a kernel on a GPU."""

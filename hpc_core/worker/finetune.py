@@ -7,8 +7,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from hpc_core.audit.attention import Attending, attention_facts, watch_attention
 from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_state, count_layer_forwards
-from hpc_core.audit.generation import attention_facts
 from hpc_core.audit.loss import loss_facts
 from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
@@ -207,7 +207,8 @@ class Training:
         steps = min(program.period, BUSY_STEPS)
         audited = None
         hooks = count_layer_forwards(program.model) if watched else contextlib.nullcontext(LayerForwards())
-        with counting() as counts, hooks as forwards:
+        attention = watch_attention(program.model) if watched else contextlib.nullcontext(Attending())
+        with counting() as counts, hooks as forwards, attention as attending:
             for index in range(steps):
                 program.steps_done = index
                 if watched and index == program.widest:
@@ -223,7 +224,7 @@ class Training:
                 "operators": metric("operators", counts.total, on_gpu=on_gpu, per=per),
                 "flops": metric("flops", counts.flops, on_gpu=on_gpu, per=per),
             },
-            observed={"ran": ran, "audited_step": audited},
+            observed={"ran": ran, "audited_step": audited, "attending": attending},
         )
 
     def _audit(self, found: Findings) -> Findings:
@@ -233,7 +234,7 @@ class Training:
         facts = model_facts(self.place, program.model) | trainable_facts(case, program.model)
         facts |= training_facts(case, self.workload, program, ran, step)
         facts |= loss_facts(program.loss, step.loss)
-        return facts | attention_facts(case, ran.operators, self.device)
+        return facts | attention_facts(case, found.observed["attending"])
 
     def _host(self, found: Findings) -> Findings:
         """Count the host's work in a step on the widest batch; a batch that is not resident is made in the step."""

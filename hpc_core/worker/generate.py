@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from hpc_core.audit.attention import Attending, attention_facts, watch_attention
 from hpc_core.audit.forwards import Forwards, watch_forwards
-from hpc_core.audit.generation import attention_facts, generation_facts
+from hpc_core.audit.generation import generation_facts
 from hpc_core.audit.model import context_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
@@ -263,10 +264,16 @@ class Generation:
         for new in (1, 1 + COUNTED_TOKENS):
             program.steps_done = 0
             hooks = watch_forwards(program.model, kind) if watched else contextlib.nullcontext(Forwards())
-            with self._new_tokens(new), hooks as forwards, counting() as counts[new]:
+            attention = watch_attention(program.model) if watched else contextlib.nullcontext(Attending())
+            with self._new_tokens(new), hooks as forwards, counting() as counts[new], attention as attending:
                 program.step()
         prefill, whole = counts[1], counts[1 + COUNTED_TOKENS]
-        observed = {"operators": whole.operators, "forwards": forwards, "new_tokens": 1 + COUNTED_TOKENS}
+        observed = {
+            "operators": whole.operators,
+            "attending": attending,
+            "forwards": forwards,
+            "new_tokens": 1 + COUNTED_TOKENS,
+        }
         flops_prefill = metric("flops_prefill", prefill.flops, on_gpu=on_gpu)
         if program.captured is not None or program.compiled:
             operators = metric("operators", prefill.total, on_gpu=True, per="prefill")
@@ -304,9 +311,9 @@ class Generation:
         facts |= Findings(observed={"forwards": None})  # they would keep the query's cache alive
         if self.place.engine.own_code:
             return facts  # hooks on the model do not see the engine's own code
-        forwards, operators = found.observed["forwards"], found.observed["operators"]
+        forwards = found.observed["forwards"]
         facts |= generation_facts(self.workload, program, forwards, new_tokens=found.observed["new_tokens"])
-        return facts | attention_facts(case, operators, self.device)
+        return facts | attention_facts(case, found.observed["attending"])
 
     def _busy(self, found: Findings) -> Findings:
         """Measure the busy time of a prefill, and of a prefill with some tokens; the difference is that of the tokens."""

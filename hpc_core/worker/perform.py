@@ -112,7 +112,7 @@ def _perform(
 ) -> Findings:
     """Run the job's case and return its findings, with audit mismatches and proof that an injected fault was reached."""
     case = job.case
-    if case.model is not None and case.model.shape == "tiny" and job.launched != "inline":
+    if case.model is not None and case.model.tiny and job.launched != "inline":
         # Synchronizing threads costs more than a tiny product, and ten times as much on a busy machine.
         torch.set_num_threads(1)
     as_after_compiling()
