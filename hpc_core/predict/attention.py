@@ -16,7 +16,7 @@ from hpc_core.record.gpus import Gpu
 
 _HALF = (torch.float16, torch.bfloat16)
 _MOST_WIDTH = 256
-"""Largest head width of the flash and cuDNN kernels (`check_head_dim_size_flash`, `check_cudnn_tensor_shapes`)."""
+"""Largest head width of the flash kernels (`check_head_dim_size_flash`)."""
 
 
 def chosen(
@@ -27,44 +27,43 @@ def chosen(
     `grouped` is `enable_gqa` with fewer key heads than query heads. The flash and cuDNN kernels support it. The memory-efficient
     ones do not (`check_batch_size_and_num_heads_dense` with `supports_gqa=false`): with torch 2.11, grouped float32 attention
     was measured to use explicit matrix products. No fused kernel broadcasts keys that have fewer heads without `enable_gqa`
-    (Falcon).
+    (Falcon), and none supports bfloat16 below compute capability 8.0 (T4).
 
     Raises:
         PredictError: flash attention would pad the head width.
     """
-    width, same_width = query.shape[-1], query.shape[-1] == value.shape[-1]
-    half = query.dtype in _HALF
-    broadcast = query.shape[-3] != key.shape[-3] and not grouped
-    fits = (
-        half and not broadcast and same_width and width % 8 == 0 and width <= _MOST_WIDTH and gpu.capability >= (8, 0)
-    )
     allowed = torch.backends.cuda  # what `torch.nn.attention.sdpa_kernel` leaves enabled
-    if (
-        fits
-        and gpu.prefers_cudnn_attention
-        and allowed.cudnn_sdp_enabled()
-        and not (mask is not None and mask.requires_grad)
-    ):
-        return "cudnn"
-    if fits and mask is None and allowed.flash_sdp_enabled():
-        return "flash"
+    fits_heads = grouped or query.shape[-3] == key.shape[-3]
+    half = fits_heads and query.dtype in _HALF and gpu.capability >= (8, 0)
+    learned_mask = mask is not None and mask.requires_grad
     if (
         half
-        and not broadcast
-        and allowed.flash_sdp_enabled()
-        and mask is None
-        and same_width
-        and width % 8
-        and width <= _MOST_WIDTH
+        and gpu.prefers_cudnn_attention
+        and allowed.cudnn_sdp_enabled()
+        and _cudnn_widths(gpu, query.shape[-1], value.shape[-1])
+        and key.shape[-2] > 1
+        and not learned_mask
     ):
-        raise PredictError(
-            f"A head width of {width} cannot be predicted: flash attention pads it to a multiple of 8. Measure the case on a GPU."
-        )
-    alignment = 8 if half else 4
+        return "cudnn"
+    width = query.shape[-1]
+    if half and mask is None and allowed.flash_sdp_enabled() and width == value.shape[-1] and width <= _MOST_WIDTH:
+        if width % 8:
+            raise PredictError(
+                f"A head width of {width} cannot be predicted: flash attention pads it to a multiple of 8. Measure the case on a GPU."
+            )
+        return "flash"
+    alignment = 8 if query.dtype in _HALF else 4
     aligned = width % alignment == 0 and value.shape[-1] % alignment == 0
-    if not grouped and not broadcast and aligned and allowed.mem_efficient_sdp_enabled():
+    has_dtype = query.dtype != torch.bfloat16 or gpu.capability >= (8, 0)
+    if fits_heads and not grouped and aligned and has_dtype and allowed.mem_efficient_sdp_enabled():
         return "efficient"
     return "math"
+
+
+def _cudnn_widths(gpu: Gpu, width: int, value_width: int) -> bool:
+    """Return what `check_cudnn_tensor_shapes` does, with cuDNN 9.11 or newer. The widths of keys and values may differ (DeepSeek)."""
+    most = 256 if gpu.capability == (9, 0) else 192 if (width, value_width) == (192, 128) else 128
+    return max(width, value_width) <= most and width % 8 == 0 and value_width % 8 == 0
 
 
 class Attention:
