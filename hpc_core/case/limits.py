@@ -15,6 +15,11 @@ MiB = 2**20
 GiB = 2**30
 
 Limit = str | int | float | None
+_MAY_BE_0 = (
+    *("recompilations", "graph_breaks", "waits", "kept_objects", "copies", "memsets"),
+    *("launches", "synchronizations", "device_allocations", "device_frees"),
+)
+"""Counts of what need not happen at all."""
 _PERCENT = re.compile(r"(?P<number>[0-9]{1,6}(\.[0-9]{1,12})?) ?%")
 
 
@@ -120,14 +125,14 @@ class Limits(
         """Check the limits.
 
         Raises:
-            SpecError: a malformed percentage or a number that is not above zero.
+            SpecError: a malformed percentage, or a number that is not above 0, or not finite.
         """
         for name, limit in self.named().items():
             if isinstance(limit, str):
                 is_right = _PERCENT.fullmatch(limit) is not None
             else:
                 is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-                is_right = is_number and 0 < (limit or 0) <= sys.float_info.max
+                is_right = is_number and (0 < (limit or 0) <= sys.float_info.max or (limit == 0 and name in _MAY_BE_0))
             if not is_right:
                 raise SpecError(
                     f'Limits({name}={limit!r}): a limit is a percentage such as "5%" or a finite number above 0{_unit(name)}.'

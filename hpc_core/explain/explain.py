@@ -14,7 +14,7 @@ from hpc_core.explain.device import device_finding
 from hpc_core.explain.host import host_finding
 from hpc_core.explain.memory import memory_finding
 from hpc_core.explain.time import time_finding
-from hpc_core.explain.work import module_changes, work_finding
+from hpc_core.explain.work import module_changes, recompiled_finding, work_finding
 from hpc_core.gate.comparability import Place, case_changes, packages_moved
 from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import Judgement, Verdict
@@ -59,13 +59,16 @@ def explain(before: Before, now: Record, judgement: Judgement | None = None) -> 
     found.append(time_finding(before, now, judgement))
     facts = _broken_facts(now)
     modules = module_changes(before.profile, now.profile)
-    if not any(found) and not facts and not modules:
+    again = recompiled_finding(before, now)
+    if again is None and not any(found) and not facts and not modules:
         return None
     judged = _judged(judgement)
     ranked = sorted(
         (each for each in found if each is not None),
         key=lambda each: (judged.get(each.resource, 2), not each.worse, not each.placed, -each.share),
     )
+    if again is not None:
+        ranked.insert(0, again)  # all else follows from it
     surroundings = _surroundings(before, now)
     what = [*(each.line for each in ranked[:1]), *facts[:_MOST_FACTS], *modules[:1]]
     also = [f"also {each.line}" for each in ranked[1:2]]

@@ -45,6 +45,16 @@ def work_finding(before: Before, now: Record) -> Finding | None:
     return Finding(resource="work", share=abs(share), worse=share > 0, line=line, placed=bool(changes), details=details)
 
 
+def recompiled_finding(before: Before, now: Record) -> Finding | None:
+    """Return why torch.compile compiles functions again more often, with guard and function; None if it does not."""
+    old, new = (metrics.get("recompilations") for metrics in (before.metrics, now.metrics))
+    change = 0.0 if new is None else new.value - (0 if old is None else old.value)
+    if new is None or change <= 0:
+        return None
+    line = f"recompilations {sizes.change(change, new.unit)}{'' if new.note is None else f': {new.note}'}"
+    return Finding(resource="work", share=1.0, worse=True, line=line, placed=new.note is not None)
+
+
 def _counts(before: Before, now: Record) -> list[tuple[float, str]]:
     """Return operators and FLOPs, where they changed: the share, and its text."""
     texts = []

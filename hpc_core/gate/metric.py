@@ -192,7 +192,7 @@ def _absolute(name: str, new: Metric, limit: float) -> _Finding:
     if not exceeds(new, limit):
         return _Finding(Verdict.PASS, text, f"{name} is {value}, allowed is {text}.")
     over = sizes.change(new.value - limit, new.unit)
-    reason = f"{name} is {value}, allowed is {text} ({over})."
+    reason = f"{name} is {value}, allowed is {text} ({over}){'' if new.note is None else f': {new.note}'}."
     return _Finding(Verdict.REGRESSED, text, reason, f"Get it back within the limit, or raise Limits({name}=…).")
 
 

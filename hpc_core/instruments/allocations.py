@@ -160,7 +160,8 @@ class StorageWatch(TorchDispatchMode):
         """Assign these tensors to a category, whether or not they existed before the step."""
         for tensor in tensors:
             self._add(tensor, "")
-            self._known[id(tensor.untyped_storage())][1].category = category
+            if tensor.untyped_storage().device.type != "meta":
+                self._known[id(tensor.untyped_storage())][1].category = category
 
     def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
         """Assign these tensors to a module, if they have been recorded."""
@@ -185,6 +186,8 @@ class StorageWatch(TorchDispatchMode):
 
     def _add(self, tensor: torch.Tensor, source: str, *, before: bool = False, module: str = "") -> None:
         storage = tensor.untyped_storage()
+        if storage.device.type == "meta":
+            return  # it has a size and no memory
         key = id(storage)
         known = self._known.get(key)
         if known is not None and known[0]() is storage:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-import sys
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,6 @@ import torch
 
 from hpc_core.case.errors import MeasureError
 from hpc_core.instruments.clock import quiet, synchronize
-from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.program import Program
 from hpc_core.instruments.sm_clock import ClockWatch, clock_metric
 from hpc_core.record.environment import gpu_state
@@ -434,23 +432,4 @@ def launches(activity: DeviceActivity, *, per: str, times: int = 1) -> Findings:
             name: KernelFamily(seconds=seconds * times, kernels=kernels * times)
             for name, (seconds, kernels) in families.items()
         },
-    )
-
-
-def compilations(device: torch.device) -> Findings:
-    """Count `graph_breaks` and `recompilations` of torch.compile in this process so far.
-
-    They are gated on a GPU and shown on a CPU. Dynamo remembers its last 64 compilations.
-    """
-    dynamo: Any = sys.modules.get("torch._dynamo.utils")
-    breaks = 0 if dynamo is None else sum(dynamo.counters["graph_break"].values())
-    graphs = compiled_graphs()
-    made = () if dynamo is None else dynamo.get_compilation_metrics()
-    again = sum(getattr(each, "recompile_reason", None) is not None for each in made)
-    counts = {"graph_breaks": int(breaks), "recompilations": int(again)}
-    on_gpu = device.type == "cuda"
-    note = f"torch.compile made {graphs} graphs; operators, FLOPs and the profile are those of the same functions run eagerly"
-    return Findings(
-        metrics={name: metric(name, value, on_gpu=on_gpu) for name, value in counts.items()},
-        notes=(note,) if graphs else (),
     )

@@ -133,7 +133,9 @@ def living_tensors(device: torch.device) -> list[torch.Tensor]:
         if issubclass(kind, torch.Tensor) and not hasattr(kind, "__tensor_flatten__")
     }
     found: list[torch.Tensor] = list(itertools.compress(things, map(kinds.__contains__, map(type, things))))
-    return [tensor for tensor in found if tensor.device == device and tensor.layout == torch.strided]
+    here = [tensor for tensor in found if tensor.device == device and tensor.layout == torch.strided]
+    # A fake tensor names a device, and has its storage on "meta": torch.compile keeps those that it traced with.
+    return [tensor for tensor in here if tensor.untyped_storage().device.type == device.type]
 
 
 class Bystanders:

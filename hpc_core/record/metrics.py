@@ -185,7 +185,11 @@ METRICS: Mapping[str, Definition] = {
         _count("flops", "Floating-point operations, two for a multiply-add.", unit="FLOP", depends_on_cpu="stack"),
         _count("flops_prefill", "Floating-point operations of the prefill.", unit="FLOP", depends_on_cpu="stack"),
         _count("graph_breaks", "Places where torch.compile gave up a graph.", gated="gpu"),
-        _count("recompilations", "Times that torch.compile compiled a function again.", gated="gpu"),
+        _count(
+            "recompilations",
+            "Times that torch.compile compiled a function again; of a step of your own gated on a CPU too.",
+            gated="gpu",
+        ),
         _wall("compilations", "Graphs that torch.compile made in the process.", "1"),
         # Work of the host
         _host_count("bytecodes", "Python bytecodes that the host executes.", BYTECODES_FLOOR),

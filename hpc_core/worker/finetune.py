@@ -18,12 +18,13 @@ from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, warm_up
+from hpc_core.instruments.compilations import Compilations
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import step_energy
 from hpc_core.instruments.host import further_passes, step_cost
 from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
-from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps, compilations
+from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps
 from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.instruments.program import Fixed, Mark, weights_restored
@@ -95,7 +96,7 @@ class Training:
             *audited,
             Instrument("engine's counters", None, program.counters),
             *engine,
-            Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("compilations", None, lambda _: Compilations().findings(device)),
             Instrument("busy time", "busy", self._busy),
             *self._feed(audit=kind.audit),
             *joules,
@@ -115,7 +116,7 @@ class Training:
         return (
             self._switches(),
             Instrument("time", "measure", soaked if self.workload.soaks else self._time),
-            Instrument("compilations", None, lambda _: compilations(self.device)),
+            Instrument("compilations", None, lambda _: Compilations().findings(self.device)),
             Instrument("busy time", "busy", self._busy),
             *self._feed(audit=True),
             self._process_memory(),

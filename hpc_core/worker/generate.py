@@ -20,12 +20,13 @@ from hpc_core.case.workloads import GenerateSpec
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.attribution import Owning, profile_step
 from hpc_core.instruments.clock import quiet, warm_up
+from hpc_core.instruments.compilations import Compilations
 from hpc_core.instruments.counters import counting
 from hpc_core.instruments.energy import token_energy
 from hpc_core.instruments.host import further_passes, host_cost, query_cost
 from hpc_core.instruments.host_time import host_times
 from hpc_core.instruments.instrument import Instrument
-from hpc_core.instruments.kernels import busy_of, compilations, launches
+from hpc_core.instruments.kernels import busy_of, launches
 from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import cache_tensors, owned_bytes, watch_cache
 from hpc_core.instruments.program import Fixed, Mark, unmarked
@@ -103,7 +104,7 @@ class Generation:
             Instrument("memory", "memory", lambda found: self._memory(found, timeline=kind.timeline), captured=False),
             Instrument("operators", "counters", lambda _: self._count(watched=kind.audit)),
             *audited,
-            Instrument("compilations", None, lambda _: compilations(device)),
+            Instrument("compilations", None, lambda _: Compilations().findings(device)),
             Instrument("busy time", "busy", self._busy),
             Instrument("busy shares", None, _busy_shares),
             Instrument(

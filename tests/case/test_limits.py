@@ -41,6 +41,12 @@ def test_a_name_that_is_no_limit() -> None:
         Limits(steps_s="1%")  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("name", ["recompilations", "waits", "synchronizations"])
+def test_what_need_not_happen_may_be_limited_to_0(name: str) -> None:
+    """0 is the natural limit of some counts; every step has operators, for which it is refused."""
+    assert Limits(**{name: 0}).named() == {name: 0}
+
+
 def test_named() -> None:
     """Only limits that were set are named."""
     assert Limits(peak_bytes="1%", kernels=2 * MiB).named() == {"peak_bytes": "1%", "kernels": 2 * MiB}

@@ -14,7 +14,8 @@ import torch
 
 from hpc_core.catalogue import catalogue
 from hpc_core.instruments import kernels
-from hpc_core.instruments.kernels import DeviceActivity, busy_steps, compilations
+from hpc_core.instruments.compilations import Compilations
+from hpc_core.instruments.kernels import DeviceActivity, busy_steps
 from hpc_core.record.job import Job, MeasureCeilings
 from hpc_core.record.record import Metric
 from hpc_core.worker.perform import perform
@@ -90,7 +91,7 @@ print(eager, counted())
 
 def counted() -> tuple[float, float]:
     """Graph breaks and recompilations of this process."""
-    metrics = compilations(torch.device("cpu")).metrics
+    metrics = Compilations().findings(torch.device("cpu")).metrics
     assert not any(metrics[name].gated for name in ("graph_breaks", "recompilations"))
     return metrics["graph_breaks"].value, metrics["recompilations"].value
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
-from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.owners import gradient_tensors, living_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.instruments.timeline import Timeline
 
 KIB = 1024
@@ -158,6 +159,19 @@ def test_an_allocators_history_is_replayed_with_phases_and_owners() -> None:
     ]  # fmt: skip
     assert timeline.peaks_by_phase(("forward", "backward")) == {"forward": 130, "backward": 130}
     assert sum(timeline.at_peak().values()) == 130
+
+
+def test_tensors_without_memory_count_nothing() -> None:
+    """A fake tensor, such as torch.compile keeps, names the CPU but has its storage on "meta", like a meta tensor."""
+    with FakeTensorMode():
+        fake = torch.empty(100 * KIB)
+    watch = StorageWatch(("step",))
+    with watch:
+        watch("step")
+        held = torch.empty(100 * KIB, device="meta") + 1
+    assert (fake.device.type, held.device.type) == ("cpu", "meta")
+    assert not any(tensor is fake for tensor in living_tensors(torch.device("cpu")))
+    assert watch.timeline.peak() == (0, 0)
 
 
 def test_an_unknown_phase_is_refused() -> None:
