@@ -56,7 +56,7 @@ class _NamesLimits(msgspec.StructMeta):
         names = getattr(self, "__struct_fields__", ())
         unknown = [name for name in limits if name not in names]
         if unknown:
-            near = [each for name in unknown for each in difflib.get_close_matches(name, names, 1)]
+            near = [each for name in unknown for each in difflib.get_close_matches(name, names, 1, cutoff=0.8)]
             meant = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
             raise SpecError(f"Limits has no {', '.join(unknown)}.{meant} There are: {', '.join(names)}.")
         return super().__call__(*args, **limits)

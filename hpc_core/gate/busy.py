@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -85,7 +86,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     shares: Mapping[str, float] = {}
     """This session's shares of wall time, by metric."""
     processes: Mapping[str, Sequence[float]] = {}
-    """This session's values by metric, one per process."""
+    """This session's values by metric, one per process, or per pass where all are of one process."""
+    one: Literal["process", "pass"] = "process"
 
 
 class BusyFinding(msgspec.Struct, frozen=True, kw_only=True):

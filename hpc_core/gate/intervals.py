@@ -11,6 +11,7 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -97,6 +98,8 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
     """Degrees of freedom of an assumed spread; 0 if none is assumed."""
     text: str
     """What it rests on: "3 processes against 5 sessions"."""
+    can_grow: bool = True
+    """Whether more processes can be asked for; passes of a step in the test process cannot."""
 
     @property
     def deviation(self) -> float:
@@ -128,9 +131,14 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def stored_distance(
-    new: Sequence[float], sessions: Sequence[Sequence[float]], spread: Spread | None, *, floor: float = FLOOR
+    new: Sequence[float],
+    sessions: Sequence[Sequence[float]],
+    spread: Spread | None,
+    *,
+    floor: float = FLOOR,
+    one: Literal["process", "pass"] = "process",
 ) -> Distance:
-    """Return the distance of a new session from the mean of the stored ones; one value per process.
+    """Return the distance of a new session from the mean of the stored ones; one value per process, or per pass in one process.
 
     `spread` is assumed while fewer than `LEAST_SESSIONS` are stored, and adds `spread.degrees` degrees of freedom. Without it,
     a single session leaves an infinite deviation.
@@ -164,7 +172,8 @@ def stored_distance(
         sessions=count,
         stored=stored,
         assumed=0.0 if spread is None else spread.degrees,
-        text=f"{counted(len(ours), 'process', 'processes')} against {counted(count, 'session')}{assumed}",
+        can_grow=one == "process",
+        text=f"{counted(len(ours), one, f'{one}es')} against {counted(count, 'session')}{assumed}",
     )
 
 
@@ -293,10 +302,11 @@ def required_sample_size(distance: Distance, decides: Callable[[Distance], bool]
 
     An estimate: it assumes that the change and the spread stay what they are now. `decides` is the rule.
     """
-    for count in range(1, _MOST_PROCESSES + 1):
+    for count in range(1, _MOST_PROCESSES + 1 if distance.can_grow else 1):
         if decides(distance.grown(new=count)):
             return counted(count, "more process", "more processes")
     for count in range(1, _MOST_SESSIONS + 1):
         if decides(distance.grown(sessions=count)):
             return f"{counted(count, 'more accepted session')}, or an A/B: hpc-core ab"
-    return f"an A/B (hpc-core ab), since {_MOST_PROCESSES} more processes or {_MOST_SESSIONS} more sessions would not decide it"
+    more = f"{_MOST_PROCESSES} more processes or " if distance.can_grow else ""
+    return f"an A/B (hpc-core ab), since {more}{_MOST_SESSIONS} more sessions would not decide it"

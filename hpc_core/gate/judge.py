@@ -35,7 +35,7 @@ from hpc_core.gate.verdict import (
 from hpc_core.record import units as sizes
 from hpc_core.record.metrics import is_disturbed
 from hpc_core.record.record import Record
-from hpc_core.record.repeats import values_of_processes
+from hpc_core.record.repeats import values_of_processes, word_of
 
 
 def judge(
@@ -93,6 +93,7 @@ def judge(
             clock=clock_of_session(record),
             shares={name: float(each.value) for name, each in record.metrics.items() if name.startswith("busy_share")},
             processes=values_of_processes(record),
+            one=word_of(record),
             paired=_paired(record, baseline),
         ),
         limited=tuple(

@@ -64,6 +64,7 @@ class _Finding(msgspec.Struct, frozen=True):
     interval: Interval | None = None
     settled_by: str = ""
     judged: bool = True
+    remark: str = ""
 
 
 def place_of(baseline: Baseline) -> Place:
@@ -123,6 +124,7 @@ def judge_metric(
         interval=None if interval is None else (interval.low, interval.high),
         alpha=None if interval is None else interval.alpha,
         settled_by=gravest.settled_by,
+        remark=gravest.remark,
     )
 
 
@@ -235,7 +237,15 @@ def _compared(context: Context, baseline: Baseline, name: str, new: Metric, old:
         reason = f"{name} {sizes.pair(old.value, new.value, new.unit)} ({size}{relative}), limit {judged.limit}"
         step = f"To settle it: {judged.settled_by}." if judged.settled_by else ""
         step = "Measure again." if judged.verdict is Verdict.INVALID else step
-        found = _Finding(judged.verdict, judged.limit, reason + judged.text, step, judged.interval, judged.settled_by)
+        found = _Finding(
+            judged.verdict,
+            judged.limit,
+            reason + judged.text,
+            step,
+            judged.interval,
+            judged.settled_by,
+            remark=judged.remark and f"{name} {judged.remark}",
+        )
     else:
         found = _Finding(beyond(old, new.value, allowed), allowed.text, f"{reason}.")
     if found.verdict is Verdict.IMPROVED:

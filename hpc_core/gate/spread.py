@@ -58,6 +58,8 @@ class SpreadFinding(msgspec.Struct, frozen=True, kw_only=True):
     interval: Interval | None = None
     """None where no spread is known."""
     settled_by: str = ""
+    remark: str = ""
+    """Why a number passes although the one that is shown is beyond the limit; empty if it is not."""
 
 
 def judge_spread(
@@ -88,24 +90,35 @@ def judge_spread(
         return SpreadFinding(verdict=Verdict.INVALID, limit=_text(ratio), text=text)
     # Of wall time nothing is assumed: a token in canaries moved by 7 % on a quiet H200 host, by 27 % between three busy starts.
     assumed = ENERGY if new.unit == "J" else None
-    compared = {each: stored_distance(values[each], sessions[each], assumed) for each in figures}
+    compared = {each: stored_distance(values[each], sessions[each], assumed, one=evidence.one) for each in figures}
     distance = compared[figures[-1]]
     interval, gross = interval_of(distance, evidence.alpha), _gross(values, compared)
     known = interval if distance.sessions >= LEAST_SESSIONS else None
     unit = " in units of the host canary" if len(figures) > 1 else ""
     moved = f": {_percent(interval.centre)}{unit} by {interval.text}"
+    shown = float(new.value) / float(old.value) - 1
     if stated:
-        return _stated(distance, ratio, evidence.alpha, gross, moved, known)
+        return _remarked(_stated(distance, ratio, evidence.alpha, gross, moved, known), shown, ratio, moved)
     if known is None:
-        partly = " in every process" if interval.centre > GROSS_RATIO and gross is Verdict.PASS else ""
+        partly = f" in every {evidence.one}" if interval.centre > GROSS_RATIO and gross is Verdict.PASS else ""
         text = f"{moved}; one accepted session shows no spread, so only {_text(GROSS_RATIO)}{partly} counts."
-        return SpreadFinding(verdict=gross, limit=_text(GROSS_RATIO), text=text)
+        found = SpreadFinding(verdict=gross, limit=_text(GROSS_RATIO), text=text)
+        return _remarked(found, shown, GROSS_RATIO, moved + (f", not{partly}" if partly else ""))
     least = _within_gross(reach(distance.deviation, distance.degrees, evidence.alpha), least=ratio)
     seen = _within_gross(math.log1p(least) + reach(distance.deviation, distance.degrees, PASS_ALPHA))
     text = f"{moved}; {_text(seen)} would be seen in 95 % of runs."
     # As far out as with one session, a run must be as far out by the same measure.
     verdict = gross if least >= GROSS_RATIO else _beyond(interval.centre, least)
-    return SpreadFinding(verdict=verdict, limit=_text(least), text=text, interval=known)
+    found = SpreadFinding(verdict=verdict, limit=_text(least), text=text, interval=known)
+    return _remarked(found, shown, least, moved)
+
+
+def _remarked(found: SpreadFinding, shown: float, limit: float, moved: str) -> SpreadFinding:
+    """Add a remark where the number that is shown, of the first process, is beyond the limit and all together are not."""
+    if found.verdict is not Verdict.PASS or shown <= limit:
+        return found
+    text = f"{_percent(shown)} as shown is beyond the limit {found.limit}, and passes{moved}."
+    return msgspec.structs.replace(found, remark=text)
 
 
 def _stated(

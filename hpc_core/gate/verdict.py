@@ -77,6 +77,8 @@ class MetricVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """The level of the interval's bounds: how often a value that is no worse than allowed is REGRESSED."""
     settled_by: str = ""
     """What would decide an INCONCLUSIVE comparison: "2 more processes"."""
+    remark: str = ""
+    """Why a metric passes although the value that is shown is beyond the limit; empty if it is not."""
 
 
 def worst_metric(rows: Iterable[MetricVerdict]) -> Verdict:

@@ -37,6 +37,7 @@ from hpc_core.plugin.tally import Tally
 from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.git import top
 from hpc_core.record.record import Record
+from hpc_core.record.repeats import word_of
 from hpc_core.record.version import __version__
 from hpc_core.report.command import Command
 from hpc_core.report.terminal import render
@@ -445,11 +446,11 @@ def _program() -> str:
 
 
 def _took(record: Record) -> str:
-    """Return how long the case's processes took, and how many there were if more than one."""
+    """Return how long the case's processes, or passes in this process, took, and how many there were if more than one."""
     processes = record.processes
     if not processes:
         return duration(sum(record.circumstances.phase_s.values()))
-    return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} processes"
+    return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} {word_of(record)}es"
 
 
 def _mistake(raised: pytest.ExceptionInfo[BaseException] | None) -> str:

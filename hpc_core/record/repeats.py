@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -73,6 +74,11 @@ def values_of_processes(record: Record) -> dict[str, tuple[float, ...]]:
     }
 
 
+def word_of(record: Record) -> Literal["process", "pass"]:
+    """Return what the samples of a record are of: processes, or passes within one process."""
+    return "pass" if record.circumstances.launched == "inline" else "process"
+
+
 def disturbed(metrics: Mapping[str, Metric]) -> set[str]:
     """Return the wall times that would be judged if other programs had not kept every call waiting for a core."""
     return {name for name, metric in metrics.items() if is_disturbed(metric)}
@@ -97,9 +103,10 @@ def _contradictions(first: Record, record: Record, number: int) -> list[str]:
     """Return a reason for each count or size that differs from the first process."""
     if record.status != "ok":
         return []
+    one = word_of(record)
     return [
-        f"{name} is {metric.value:,} in process 1 and {other.value:,} in process {number} of the same case"
-        f"{_per(metric.unit)}: counts must be equal in every process. Find what differs between them (hpc-core run), "
+        f"{name} is {metric.value:,} in {one} 1 and {other.value:,} in {one} {number} of the same case"
+        f"{_per(metric.unit)}: counts must be equal in every {one}. Find what differs between them (hpc-core run), "
         "or remove from the step what does not run in every step."
         for name, metric in first.metrics.items()
         if _is_exact(metric) and _is_exact(other := record.metrics.get(name, metric)) and metric.value != other.value
@@ -138,7 +145,7 @@ def _medians(metrics: Mapping[str, Metric]) -> dict[str, float]:
 
 
 def _notes(number: int, record: Record, shared: Sequence[str]) -> list[str]:
-    process = f"process {number} of {record.case.id}"
+    process = f"{word_of(record)} {number} of {record.case.id}"
     if record.status != "ok":
         return [f"{process} gave no sample: {_process(record).failure}"]
     return [f"{process}: {note}" for note in record.circumstances.notes if note not in shared]

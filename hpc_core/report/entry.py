@@ -30,6 +30,8 @@ WALL = ("step_s", "decode_token_s", "query_s")
 """Seconds by the host's clock; the first one that a record holds is shown."""
 NOTHING = "-"
 """A cell without a value."""
+ONLY_SHOWN = "*"
+"""Marks a number that is not judged in a case of which others are."""
 
 _SHARES = (("mfu", "MFU"), ("mbu", "MBU"))
 _LEADING = ("peak_bytes", "busy_s", "busy_decode_token_s", "step_s", "query_s")
@@ -104,8 +106,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def busy(self) -> str:
         """Return the GPU-busy time of a step, or of a decoded token."""
         found = next((name for name in BUSY if name in self._metrics), None)
-        text = self._shown(*BUSY)
-        return f"{text}/tok" if found == "busy_decode_token_s" else text
+        return self._shown(*BUSY, suffix="/tok" if found == "busy_decode_token_s" else "")
 
     @property
     def peak(self) -> str:
@@ -160,9 +161,39 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     def _metrics(self) -> dict[str, Metric]:
         return self.record.metrics if self.record.status == "ok" else {}
 
-    def _shown(self, *names: str) -> str:
-        metric = next((self._metrics[name] for name in names if name in self._metrics), None)
-        return NOTHING if metric is None else units.quantity(metric.value, metric.unit)
+    def _shown(self, *names: str, suffix: str = "") -> str:
+        """Return the value of the first of these metrics that the record holds, marked if it is not judged."""
+        name = next((name for name in names if name in self._metrics), None)
+        if name is None:
+            return NOTHING
+        metric = self._metrics[name]
+        return f"{units.quantity(metric.value, metric.unit)}{suffix}{'' if self._is_judged(name) else ONLY_SHOWN}"
+
+    def _is_judged(self, name: str) -> bool:
+        """Return whether a metric is judged; also where no metric of the case is, since the verdict says that."""
+        judgement = self.judgement
+        if judgement is None or judgement.broken or not any(_is_compared(each) for each in judgement.metrics):
+            return True
+        return any(each.metric == name and _is_compared(each) for each in judgement.metrics)
+
+
+def _is_compared(row: MetricVerdict) -> bool:
+    return row.judged and row.limit != "none"
+
+
+def judged_line(rows: Sequence[Row]) -> str | None:
+    """Return what of a table is judged, to stand above it; None where nothing is."""
+    judged = [row.judgement for row in rows if row.judgement is not None]
+    names = {each.metric for one in judged for each in one.metrics if _is_compared(each)}
+    if not names:
+        return None
+    shown = {"wall": WALL, "busy": BUSY, "peak memory": ("peak_bytes",)}
+    columns = [column for column, metrics in shown.items() if names.intersection(metrics)]
+    more = len(names.difference(*shown.values()))
+    counted = [units.counted(more, "other metric")] if more else []
+    is_marked = any(text.endswith(ONLY_SHOWN) for row in rows for text in (row.wall, row.busy, row.peak))
+    mark = f"; {ONLY_SHOWN} not judged" if is_marked else ""
+    return f"judged: {', '.join([*columns, *counted])}{mark}"
 
 
 def _best_known(judgement: Judgement) -> MetricVerdict | None:

@@ -129,14 +129,16 @@ def _is_new(row: MetricVerdict) -> bool:
     return not row.judged and row.verdict is not Verdict.INCONCLUSIVE
 
 
-def disturbed(rows: Iterable[Row]) -> tuple[str, ...]:
-    """Return a sentence for each time that other programs disturbed so much that it is not judged."""
+def time_notes(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Return a sentence for each time that was disturbed too much to be judged, and for each that passes although it looks worse."""
     judged = [(row.case, each) for row in rows if row.judgement is not None for each in row.judgement.metrics]
-    return tuple(
-        f"{case}: {each.reason} {each.next_step}"
-        for case, each in judged
-        if not each.judged and each.verdict is Verdict.INCONCLUSIVE
-    )
+    found = []
+    for case, each in judged:
+        if not each.judged and each.verdict is Verdict.INCONCLUSIVE:
+            found.append(f"{case}: {each.reason} {each.next_step}")
+        elif each.remark:
+            found.append(f"{case}: {each.remark}")
+    return tuple(found)
 
 
 def _commands(rows: Iterable[Row]) -> list[str]:

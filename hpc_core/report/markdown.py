@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from hpc_core.gate.verdict import MetricVerdict, Verdict
 from hpc_core.record import units
 from hpc_core.record.plain import plain
-from hpc_core.report.entry import Entry
-from hpc_core.report.lines import settings_lines
+from hpc_core.report.entry import Entry, judged_line
+from hpc_core.report.lines import settings_lines, time_notes
 from hpc_core.report.terminal import caption
 
 LOOSENED = "Loosened since the merge base"
@@ -64,7 +64,7 @@ def markdown(entries: Sequence[Entry], notes: Sequence[str] = (), loosened: Sequ
             _table(still),
         )
     lines += [f"<sub>{line}</sub>  " for line in dict.fromkeys(safe(caption(each.record)) for each in entries)]
-    notes = (*settings_lines(each.judgement for each in entries), *notes)
+    notes = (*time_notes(each.row for each in entries), *settings_lines(each.judgement for each in entries), *notes)
     lines += [f"<sub>note: {safe(note)}</sub>  " for note in notes]
     text = "\n".join(lines) + "\n"
     if len(text.encode()) <= LARGEST_BYTES:
@@ -103,9 +103,11 @@ def _table(entries: Sequence[Entry]) -> list[str]:
         "wall",
         "against baseline",
     ]
-    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-    for entry in entries:
-        row = entry.row
+    rows = [entry.row for entry in entries]
+    header = judged_line(rows)
+    lines = [] if header is None else [safe(header), ""]
+    lines += [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    for entry, row in zip(entries, rows, strict=True):
         mark = f"{_MARKS.get(row.verdict, _UNDECIDED)} {row.verdict}"
         names = [row.case, *([entry.machine] if several else [])]
         numbers = (row.peak, row.busy, row.wall, row.change)

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from hpc_core.gate.verdict import Verdict, expected_line
 from hpc_core.record.record import Record
-from hpc_core.report.entry import NOTHING, Row
-from hpc_core.report.lines import accept_new, accepted_line, disturbed, keep_gains, settings_lines
+from hpc_core.report.entry import NOTHING, Row, judged_line
+from hpc_core.report.lines import accept_new, accepted_line, keep_gains, settings_lines, time_notes
 
 _STYLES = {
     "PASS": "green",
@@ -37,8 +37,10 @@ _WHY = "Why"
 _GAP = 2
 _PERPLEXITY = "ppl (unquantized)"
 _COLUMNS = ("case", "verdict", "wall", "busy", "peak memory", "tokens/s", "share", _PERPLEXITY, "against baseline")
-_LEAST_NEEDED = ("share", "tokens/s", "busy", "wall", _PERPLEXITY)
+_LEAST_NEEDED = ("share", "tokens/s", _PERPLEXITY, "busy")
 """Left out in this order where the terminal is too narrow."""
+_NEEDED = ("wall", "peak memory")
+"""Left out last, in this order: where not even a cut name would leave them room."""
 _LEFT = ("case", "verdict", "share", _PERPLEXITY, "against baseline")
 _NARROWEST_CHANGE = 18
 _SHORTEST_NAME = 14
@@ -67,10 +69,10 @@ def _chosen(lines: Sequence[dict[str, str]], width: int) -> list[str]:
             break
         if name in chosen:
             chosen.remove(name)
-    # Memory goes last, where not even a cut name would leave it room.
     longest = max(cell_len(line["case"]) for line in lines)
-    if "peak memory" in chosen and _room(lines, chosen, width) < min(longest, _SHORTEST_NAME):
-        chosen.remove("peak memory")
+    for name in _NEEDED:
+        if name in chosen and _room(lines, chosen, width) < min(longest, _SHORTEST_NAME):
+            chosen.remove(name)
     return chosen
 
 
@@ -229,10 +231,11 @@ def _unbroken(line: str) -> Text:
 
 def summary(rows: Sequence[Row], width: int) -> Group:
     """Return the table, problems, what was written, and where the numbers come from."""
-    parts: list[RenderableType] = [table(rows, width)]
+    header = judged_line(rows)
+    parts: list[RenderableType] = [*([] if header is None else [Text(header, style="dim")]), table(rows, width)]
     problems = _problems(rows, width)
     written = [_unbroken(accepted_line(row.acceptance)) for row in rows if row.acceptance is not None]
-    notes = dict.fromkeys([*disturbed(rows), *(note for row in rows for note in row.record.circumstances.notes)])
+    notes = dict.fromkeys([*time_notes(rows), *(note for row in rows for note in row.record.circumstances.notes)])
     gains = [_unbroken(line) for line in keep_gains(rows)]
     new = [_unbroken(line) for line in accept_new(rows)]
     settings = [_unbroken(line) for line in settings_lines(row.judgement for row in rows)]

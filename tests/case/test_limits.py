@@ -39,6 +39,8 @@ def test_a_name_that_is_no_limit() -> None:
     """The message suggests the name that was meant, and lists all."""
     with pytest.raises(SpecError, match=r"Limits has no steps_s\. Did you mean step_s\? There are: peak_bytes, "):
         Limits(steps_s="1%")  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match=r"Limits has no wall_s\. There are: .* step_s, query_s, time_to_first_token_s"):
+        Limits(wall_s="20%")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("name", ["recompilations", "waits", "synchronizations"])

@@ -167,7 +167,7 @@ def test_no_fault_is_tried_on_a_case_that_breaks_without_one() -> None:
 
 
 def test_a_missing_cause_is_reported() -> None:
-    """Where nothing differs or the run broke, the table says so and the fault does not count as explained."""
+    """Where nothing differs or the run broke, the table has that instead of a cause, and the fault does not count as explained."""
     same = a_record({"peak_bytes": peak(), "operators": counted()})
 
     silent, broken = explained("extra-kernel", same, same), explained("extra-kernel", same, failed_record())

@@ -102,7 +102,7 @@ def test_the_limit_that_sessions_set_is_the_one_that_counts() -> None:
 
 
 def test_energy_that_was_not_measured_leaves_the_case_its_verdict() -> None:
-    """Somebody else on the GPU leaves a run without energy: a remark says so, and the other metrics are judged."""
+    """Somebody else on the GPU leaves a run without energy: a remark names it, and the other metrics are judged."""
     metrics = {"busy_s": busy(0.2)}
     judgement = judge(a_record(metrics), stored({**metrics, NAME: energy(50)}))
     assert judgement.verdict is Verdict.PASS

@@ -33,6 +33,7 @@ def case_of(
     sessions: Sequence[Sequence[float]] = ((0.1,),),
     limits: Limits | None = None,
     share: float | None = None,
+    launched: str = "warm",
 ) -> Judgement:
     """Return the judgement of processes that take these seconds beside these canaries; sessions took theirs beside 2 ms."""
     ratios = [step / canary for step, canary in zip(seconds, canaries_s, strict=True)]
@@ -41,7 +42,7 @@ def case_of(
         for step, ratio in zip(seconds, ratios, strict=True)
     )
     metrics = {NAME: a_step(seconds[0]), CANARIES: wall(ratios[0], unit="1", samples=(ratios[0],))}
-    record = a_record(metrics, circumstances=around(CPU), processes=processes)
+    record = a_record(metrics, circumstances=around(CPU, launched=launched), processes=processes)
     known: dict[str, Any] = {
         NAME: [list(session) for session in sessions],
         CANARIES: [[step / _CANARY_S for step in session] for session in sessions],
@@ -69,6 +70,8 @@ STEADY = tuple((0.1 * factor,) for factor in (1.0, 1.01, 0.99, 1.005, 0.995, 1.0
         ([0.21], [0.004], {}, "PASS", "+5 % in units of the host canary"),  # the host is slow, not the code
         ([0.15], [0.001], {}, "PASS", "+200 % in units of the host canary"),  # seconds do not agree
         ([0.21, 0.3, 0.22], [0.002] * 3, {}, "REGRESSED", "3 processes against 1 session"),
+        # A step in the test process has passes in one process, and no more of them can be asked for.
+        ([0.21, 0.3, 0.22], [0.002] * 3, {"launched": "inline"}, "REGRESSED", "by 3 passes against 1 session"),
         ([0.21, 0.3, 0.12], [0.002] * 3, {}, "PASS", "3 processes against 1 session"),  # one of them was fast
         ([0.04], [0.002], {}, "IMPROVED", "-60 %"),
         # The device sets the pace: seconds, whatever the canary does.
@@ -136,10 +139,22 @@ def test_a_time_that_was_disturbed_is_named_and_not_judged() -> None:
     assert ungated.verdict is Verdict.INCOMPATIBLE
 
 
-def test_a_limit_on_a_name_that_is_no_limit_lists_those_that_are() -> None:
-    """A misspelt limit is answered with the names there are."""
-    with pytest.raises(TypeError, match="step_s, query_s, time_to_first_token_s, decode_token_s"):
-        Limits(wall_s="20%")  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    ("seconds", "canaries_s", "options", "remark"),
+    [
+        ([0.3, 0.12, 0.11], [0.002] * 3, {}, "+200 % as shown is beyond the limit +100 %, and passes: +20 % in units of the host canary by 3 processes against 1 session."),
+        ([0.5, 0.3, 0.12], [0.002] * 3, {}, "+400 % as shown is beyond the limit +100 %, and passes: +200 % in units of the host canary by 3 processes against 1 session, not in every process."),
+        ([0.2], [0.004], {"sessions": STEADY}, "+100 % as shown is beyond the limit +5 %, and passes: +0 % in units of the host canary by 1 process against 6 sessions."),
+        ([0.12], [0.002], {}, ""),
+    ],
+)  # fmt: skip
+def test_a_number_that_passes_and_looks_worse_has_a_remark(
+    seconds: Any, canaries_s: Any, options: Any, remark: str
+) -> None:
+    """The number in the table is that of the first process: where it alone is far out, a sentence says what was judged."""
+    row = judged(seconds, canaries_s, **options)
+    assert row.verdict is Verdict.PASS
+    assert row.remark == (f"{NAME} {remark}" if remark else "")
 
 
 def test_a_time_without_an_accepted_canary_is_new() -> None:

@@ -322,7 +322,7 @@ def test_an_accepted_case_that_is_no_longer_collected(pytester: pytest.Pytester,
     "way", ["judge=False", "perf_gpu", "-k in addopts", "a path in addopts", "deselected by a conftest.py"]
 )
 def test_an_accepted_case_that_is_no_longer_judged(pytester: pytest.Pytester, run: Run, way: str) -> None:
-    """Its test says so, is of a scale that this machine does not run, or is deselected: strict is not green while it has a baseline."""
+    """A test with judge=False, of a scale that this machine does not run, or deselected: strict is not green while its case has a baseline."""
     whole_suite(pytester, run)
     own = pytester.path / "bench" / "test_own.py"
     text = own.read_text()

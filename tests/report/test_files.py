@@ -47,7 +47,8 @@ def test_markdown_begins_with_the_cases_that_moved() -> None:
     text = markdown(judged(worse=1.33, broken=True))
     head, _, rest = text.partition("<details open>")
     assert head.splitlines()[0] == f"### hpc-core: 🔴 1 BROKEN, 🔴 1 REGRESSED of {len(NEWEST)} cases"
-    assert [line.split(" | ")[0] for line in head.splitlines()[4:6]] == [f"| {FULL}", f"| {QLORA}"]
+    assert [line.split(" | ")[0] for line in head.splitlines()[6:8]] == [f"| {FULL}", f"| {QLORA}"]
+    assert head.splitlines()[2].startswith("judged: busy, peak memory, ")
     assert "out\\_of\\_memory in build: tried to allocate 20 GiB" in rest
     assert "| peak\\_bytes | 13.36 GiB | 17.77 GiB | \\+33 % | \\+0.05 % | REGRESSED |" in rest
     assert f"{len(NEWEST) - 2} cases unmoved" in rest

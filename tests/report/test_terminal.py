@@ -13,11 +13,12 @@ from hpc_core.baselines.baseline import Lookup, Missing
 from hpc_core.case.limits import GiB
 from hpc_core.catalogue import catalogue
 from hpc_core.gate.judge import judge
+from hpc_core.record.metrics import WAITED
 from hpc_core.record.record import Failure, Metric, Record
 from hpc_core.report.entry import Row
 from hpc_core.report.lines import accepted_line
 from hpc_core.report.terminal import render
-from tests.strategies import a_record, busy, counted, peak, stored_baseline, wall
+from tests.strategies import a_case, a_record, busy, counted, peak, stored_baseline, wall
 
 LORA = catalogue()["llama-3.2-3b/lora"]
 
@@ -32,7 +33,7 @@ def measured(variant: str = "qlora-prepare-nogc", **changes: Metric) -> Record:
         "peak_bytes": peak(13.35 * GiB),
         "busy_s": busy(0.2517),
         "kernels": counted(16170),
-        "step_s": wall(0.2631),
+        "step_s": wall(0.2631, gated=True),
         "tokens_per_s": reported(7784.2, "tokens/s"),
         "mfu": reported(0.414, "ratio"),
     }
@@ -41,7 +42,9 @@ def measured(variant: str = "qlora-prepare-nogc", **changes: Metric) -> Record:
 
 
 def row(record: Record, lookup: Lookup | None = None) -> Row:
-    return Row(record=record, judgement=judge(record, lookup or Missing(path="baselines/x.json")))
+    # The device sets the pace, so wall time needs no accepted canary.
+    judgement = judge(record, lookup or Missing(path="baselines/x.json"), sessions={"busy_share": ((0.95,),)})
+    return Row(record=record, judgement=judgement)
 
 
 @pytest.fixture
@@ -110,6 +113,32 @@ def test_a_narrower_terminal_drops_the_least_needed_columns(
         assert cell in line
 
 
+def test_the_header_says_what_is_judged(tmp_path: Path) -> None:
+    """A line above the table lists it; a number that is not judged in a case of which others are has a mark."""
+    accept(tmp_path, measured("lora"), reason="first")
+    quiet, busy_host = measured("lora"), measured("lora", step_s=wall(0.9, note=f"9 of 10 {WAITED}"))
+    for record, line, cell in (
+        (quiet, "judged: wall, busy, peak memory, 1 other metric", "263.10 ms "),
+        (busy_host, "judged: busy, peak memory, 1 other metric; * not judged", "900.00 ms* "),
+    ):
+        text = render([row(record, stored_baseline(tmp_path, record))], width=140, color=False).splitlines()
+        assert text[0] == line
+        assert cell in text[2]
+    assert "llama-3.2-3b/lora: step_s is 900.00 ms, not judged: 9 of 10 waited for a core." in "\n".join(text)
+    assert "judged" not in render([Row(record=quiet)], width=140, color=False)
+
+
+def test_a_narrow_terminal_keeps_the_wall_time() -> None:
+    """Of two numbers of a step of one's own, the time is no less needed than memory: a long name is cut before."""
+    own = a_record(
+        {"peak_bytes": peak(GiB), "step_s": wall(0.5, gated=True)},
+        case=a_case("test_train/test_the_step_of_our_own_trainer"),
+    )
+    line = next(line for line in render([row(own)], width=72, color=False).splitlines() if "NO_BASELINE" in line)
+    assert "500.00 ms" in line
+    assert "1.00 GiB" in line
+
+
 @pytest.mark.parametrize("width", [72, 76, 80, 84, 90, 100])
 def test_a_long_change_never_cuts_a_verdict(tmp_path: Path, width: int) -> None:
     """A case with a short name and a long change keeps its whole name, verdict and peak memory."""
@@ -146,7 +175,7 @@ def test_markup_in_a_message_is_text() -> None:
 
 def test_an_acceptance_lists_each_change(tmp_path: Path) -> None:
     """An acceptance names the file and each change from the old number to the new."""
-    assert "3 metrics, peak_bytes 13.35 GiB" in accepted_line(accept(tmp_path, measured(), reason="first"))
+    assert "4 metrics, peak_bytes 13.35 GiB" in accepted_line(accept(tmp_path, measured(), reason="first"))
     line = accepted_line(accept(tmp_path, measured(peak_bytes=peak(14 * GiB)), reason="more"))
     assert line.startswith("updated ")
     assert line.endswith("qlora-prepare-nogc.json: peak_bytes 13.35 GiB → 14.00 GiB")

@@ -53,7 +53,7 @@ def test_how_time_follows_the_clock_is_found(follows: float) -> None:
 
 
 def test_equal_clocks_tell_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without another clock there is no slope, and the table says so."""
+    """Without another clock there is no slope, and the table has nan in its place."""
     rows = [row | {"mhz": 1980} for row in rows_at(0)]
     assert all(math.isnan(each) for each in slope(rows, lambda row: row["busy_s"]))
     show("a step", {"step_s": 0.05, "steps": rows})

@@ -25,7 +25,8 @@ from hpc_core.record.plain import plain
 from hpc_core.record.version import __version__
 from hpc_core.report import charts, charts_memory
 from hpc_core.report.chart_parts import Panel
-from hpc_core.report.entry import BUSY, NOTHING, WALL, Entry
+from hpc_core.report.entry import BUSY, NOTHING, WALL, Entry, judged_line
+from hpc_core.report.lines import time_notes
 from hpc_core.report.terminal import caption
 
 LARGEST_BYTES = 2_000_000
@@ -76,7 +77,8 @@ def page(entries: Sequence[Entry], notes: Sequence[str] = ()) -> str:
         "machines": machines,
         "specs": specs,
         "left_out": len(entries) - len(shown),
-        "notes": notes[:20],
+        "judged": judged_line([entry.row for entry in entries]) or "",
+        "notes": [*(plain(note, _LONGEST) for note in time_notes(entry.row for entry in entries)), *notes][:20],
     }
     template = _environment().get_template("page.html.jinja")
     most = LARGEST_BYTES + sum(len(each) for each in scripts)
