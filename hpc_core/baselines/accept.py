@@ -32,6 +32,7 @@ from hpc_core.baselines.profiles import profile_bytes, profile_path
 from hpc_core.baselines.transaction import locked, replace_together
 from hpc_core.case.case import SCHEMA
 from hpc_core.case.errors import BaselineError, SpecError
+from hpc_core.record.metrics import is_disturbed
 from hpc_core.record.plain import plain
 from hpc_core.record.record import Metric, Record, record_from_json, record_to_json
 
@@ -69,7 +70,12 @@ def accept(
     if isinstance(found, Missing):
         action = "created"
     return Acceptance(
-        path=str(path), action=action, changes=changes_between({} if old is None else old.metrics, new.metrics)
+        path=str(path),
+        action=action,
+        changes=changes_between({} if old is None else old.metrics, new.metrics),
+        left_out=tuple(
+            f"{name} ({metric.note})" for name, metric in sorted(record.metrics.items()) if is_disturbed(metric)
+        ),
     )
 
 

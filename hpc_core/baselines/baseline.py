@@ -82,6 +82,8 @@ class Acceptance(Stored, frozen=True, kw_only=True):
     path: str
     action: Literal["created", "updated", "unchanged"]
     changes: tuple[Change, ...]
+    left_out: tuple[str, ...] = ()
+    """A text for each time that was not accepted, since other programs disturbed it: "step_s (5 of 5 waited for a core)"."""
 
 
 def gated_metrics(record: Record) -> dict[str, Metric]:

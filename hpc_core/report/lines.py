@@ -21,7 +21,16 @@ _SHOWN = 6
 
 
 def accepted_line(acceptance: Acceptance) -> str:
-    """Return what an acceptance wrote: "updated baselines/cpu/tiny/lora.json: peak_bytes 5.40 MiB → 5.60 MiB (and 3 more)"."""
+    """Return what an acceptance wrote: "updated baselines/cpu/tiny/lora.json: peak_bytes 5.40 MiB → 5.60 MiB (and 3 more)".
+
+    It ends with the times that were disturbed, and so are not judged until they are accepted.
+    """
+    left_out = ", ".join(acceptance.left_out)
+    rest = f"; not accepted: {left_out}. Run again on a quiet machine to have it judged" if left_out else ""
+    return f"{_written(acceptance)}{rest}"
+
+
+def _written(acceptance: Acceptance) -> str:
     path = Path(acceptance.path)
     path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     if acceptance.action == "unchanged":

@@ -14,7 +14,9 @@ from hpc_core.baselines.history import HISTORY_LENGTH
 from hpc_core.baselines.lookup import baseline_path, history_path
 from hpc_core.case.errors import BaselineError
 from hpc_core.case.limits import Limits
+from hpc_core.record.metrics import WAITED
 from hpc_core.record.record import Record, record_from_json
+from hpc_core.report.lines import accepted_line
 from tests.strategies import H100, a_case, a_record, around, busy, counted, failed_record, peak, stored_baseline, wall
 
 AT = datetime.datetime(2026, 11, 23, 12, tzinfo=datetime.UTC)
@@ -60,6 +62,17 @@ def test_the_same_numbers_do_not_rewrite_the_file(tmp_path: Path) -> None:
     assert (done.action, done.changes) == ("unchanged", ())
     assert place(tmp_path).read_bytes() == before
     assert len(history_path(tmp_path, H100.key, CASE).read_bytes().splitlines()) == 2
+
+
+def test_a_time_of_a_busy_machine_is_named_as_not_accepted(tmp_path: Path) -> None:
+    """Wall time of calls that waited for a core enters no baseline, so it would be judged in no run: the line of the acceptance names it."""
+    busy_machine = a_record({"peak_bytes": peak(2**30), "step_s": wall(0.5, note=f"5 of 5 {WAITED}")})
+    line = accepted_line(accept(tmp_path, busy_machine, reason="first"))
+    assert line.endswith(
+        "; not accepted: step_s (5 of 5 waited for a core). Run again on a quiet machine to have it judged"
+    )
+    quiet = a_record({"peak_bytes": peak(2**30), "step_s": wall(0.5, gated=True)})
+    assert "not accepted" not in accepted_line(accept(tmp_path, quiet, reason="again"))
 
 
 @pytest.mark.parametrize(
