@@ -236,8 +236,8 @@ METRICS: Mapping[str, Definition] = {
         _judged_wall("query_s", "Time of one query, prefill and all its tokens."),
         _judged_wall("time_to_first_token_s", "Time from a query's start to its first token."),
         _judged_wall("decode_token_s", "Time between two tokens."),
-        _wall("host_canary_s", "Time of a thousand small operators that no code under test changes."),
-        _wall("<time>_canaries", "A wall time in units of the host canary that ran beside it.", "1"),
+        _wall("host_canary_s", "Time of six small layers of operators that no code under test changes."),
+        _wall("<time>_per_canary", "A wall time in units of the host canary that ran beside it.", "1"),
         _wall("query_extrapolated_s", "Time of a query with more tokens than were measured."),
         _wall("epoch_s", "Time of an epoch, extrapolated from the measured steps."),
         _wall("tokens_per_s", "Unpadded tokens a second.", "tokens/s", better="higher"),
@@ -303,8 +303,8 @@ def is_disturbed(metric: Metric) -> bool:
 
 
 def canaries_of(name: str) -> str:
-    """Return the name of a wall time's value in units of the host canary: `step_canaries` of `step_s`."""
-    return f"{name.removesuffix('_s')}_canaries"
+    """Return the name of a wall time's value in units of the host canary: `step_per_canary` of `step_s`."""
+    return f"{name.removesuffix('_s')}_per_canary"
 
 
 def metric(

@@ -150,23 +150,22 @@ class Training:
     def _time(self, found: Findings) -> Findings:
         program, workload = self.program, self.workload
         program.go_to(0)  # every pass sees the same batches
-        samples, losses, timer = list[list[float]](), [], WallTimer(self.device)
+        every, losses, timer = list[float](), [], WallTimer(self.device)
         growth = Growth(self.device, workload.steps) if workload.soaks else None
         with quiet():
             for done in range(1, workload.steps + 1):
-                samples.append([timer.time(program.step)])
+                every.append(timer.time(program.step))
                 losses.append(self._loss())
                 if growth is not None:
                     growth.after_step(done)
             canary = timer.finish()
-        every = [seconds for (seconds,) in samples]
         tokens = program.tokens_of(workload.steps)
         batches = workload.epoch_rows // workload.batch if workload.epoch_rows else program.epoch.batches
         # The cost of ragged batches varies, so an epoch is extrapolated from the mean; otherwise from the median.
         typical = statistics.median(every) if program.period == 1 else statistics.fmean(every)
         note = f"extrapolated: {batches} steps like the {workload.steps} measured"
         metrics = {
-            **timer.metrics("step_s", samples),
+            **timer.metrics("step_s"),
             **canary,
             "tokens": metric("tokens", tokens),
             "padded_tokens": metric("padded_tokens", program.padded_of(workload.steps)),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-import statistics
-import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -158,28 +155,19 @@ class Generation:
         the allocator's counters between prefill and decode does not synchronize.
         """
         program, device, timer = self.program, self.device, WallTimer(self.device)
-        queries, first, decode, times = list[float](), list[float](), list[list[float]](), list[float]()
-        starts = list[float]()
-        answers: list[list[list[int]]] = []
-        program.on_token = lambda _: times.append(time.perf_counter())
+        queries, answers = list[float](), list[list[list[int]]]()
+        program.on_token = lambda _: timer.lap()
         program.steps_done = 0
         peaks = PhasePeaks(device) if self.place.on_gpu else None
         mark: Mark = unmarked if peaks is None else peaks
         if peaks is not None:
             peaks.close()
 
-        def work() -> None:
-            starts.append(time.perf_counter())
-            program.step(mark)
-
         with quiet():
             for _ in range(program.period):
-                times.clear()
-                queries.append(timer.time(work))
+                queries.append(timer.time(lambda: program.step(mark)))
                 if peaks is not None:
                     peaks.close()
-                first.append(times[0] - starts[-1])
-                decode.append([later - earlier for earlier, later in itertools.pairwise(times)])
                 answers.append(program.answer_ids())
             canary = timer.finish()
         program.on_token = None
@@ -190,7 +178,7 @@ class Generation:
         # A captured graph's memory counts in every phase: nothing else may use it.
         phases = None if peaks is None else {name: peak + program.hidden_bytes for name, peak in peaks.peaks.items()}
         return (
-            self._times(queries, first, decode, made, timer)
+            self._times(queries, made, timer)
             | Findings(metrics=canary)
             | Findings(
                 facts=facts,
@@ -199,22 +187,25 @@ class Generation:
             )
         )
 
-    def _times(
-        self, queries: list[float], first: list[float], decode: list[list[float]], made: int, timer: WallTimer
-    ) -> Findings:
+    def _times(self, queries: list[float], made: int, timer: WallTimer) -> Findings:
+        """Return the times of queries; the laps of a query are its first token, further tokens, and what follows the last."""
         prompts, further = self.program.prompts, self.workload.extrapolate_to
-        note, tokens = "new tokens, prefill included", [seconds for query in decode for seconds in query]
+        note = "new tokens, prefill included"
+        first = timer.metrics("time_to_first_token_s", slice(1))
+        tokens = timer.metrics("decode_token_s", slice(1, -1), whole=False)
         metrics = {
-            **timer.metrics("query_s", [[seconds] for seconds in queries]),
-            **timer.metrics("time_to_first_token_s", [[seconds] for seconds in first]),
-            **timer.metrics("decode_token_s", decode),
+            **timer.metrics("query_s"),
+            **first,
+            **tokens,
             "tokens": metric("tokens", made),
             "prompt_tokens": metric("prompt_tokens", sum(prompt.tokens for prompt in prompts)),
             "padded_tokens": metric("padded_tokens", sum(prompt.padded for prompt in prompts)),
             "tokens_per_s": metric("tokens_per_s", made / sum(queries), note=note),
         }
         if further is not None:
-            seconds = statistics.median(first) + statistics.median(tokens) * (further - 1)
+            seconds = float(first["time_to_first_token_s"].value) + float(tokens["decode_token_s"].value) * (
+                further - 1
+            )
             grown = f"extrapolated from {self.program.new_tokens} to {further} new tokens; the cache grows, so this is a lower bound"
             metrics["query_extrapolated_s"] = metric("query_extrapolated_s", seconds, note=grown)
         return Findings(metrics=metrics)

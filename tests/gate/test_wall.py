@@ -19,7 +19,7 @@ from hpc_core.record.record import Metric, Process
 from tests.gate.judging import stored
 from tests.strategies import CPU, a_record, around, counted, wall
 
-NAME, CANARIES = "step_s", "step_canaries"
+NAME, CANARIES = "step_s", "step_per_canary"
 _CANARY_S = 0.002
 
 

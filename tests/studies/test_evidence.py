@@ -101,4 +101,4 @@ def test_wall_time_of_unchanged_work_raises_no_alarm(sessions: int) -> None:
 def test_too_few_samples_are_refused_with_both_numbers() -> None:
     """Rates of five sessions take eighteen processes of a case."""
     with pytest.raises(SpecError, match="take 18 undisturbed processes of a case; the samples have 2"):
-        wall_rates({"tiny/lora": {"step_s": [1.0, 1.0], "step_canaries": [1.0, 1.0]}}, 5, random.Random(7))
+        wall_rates({"tiny/lora": {"step_s": [1.0, 1.0], "step_per_canary": [1.0, 1.0]}}, 5, random.Random(7))
