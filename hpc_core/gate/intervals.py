@@ -54,6 +54,8 @@ class Spread(msgspec.Struct, frozen=True, kw_only=True):
     degrees: float
     """Degrees of freedom that the assumption counts for, in addition to those of the stored sessions."""
     source: str
+    lasting: bool = False
+    """Whether it still counts beside `LEAST_SESSIONS` and more: a handful of sessions alone gives limits too wide to be of use."""
 
 
 _WITHIN = 0.0015
@@ -96,6 +98,8 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
     """Variance of a stored session's median in units of `process_variance`, mean over the sessions."""
     assumed: float = 0.0
     """Degrees of freedom of an assumed spread; 0 if none is assumed."""
+    lasting: bool = False
+    """Whether they still count from `LEAST_SESSIONS` on."""
     text: str
     """What it rests on: "3 processes against 5 sessions"."""
     can_grow: bool = True
@@ -122,7 +126,7 @@ class Distance(msgspec.Struct, frozen=True, kw_only=True):
         """Degrees of freedom of the part that is known least."""
         if not self.sessions:
             return max(self.assumed + self.new - 1, _UNKNOWN)
-        assumed = self.assumed if self.sessions < LEAST_SESSIONS else 0.0
+        assumed = self.assumed if self.lasting or self.sessions < LEAST_SESSIONS else 0.0
         return max(assumed + self.sessions - 1, _UNKNOWN)
 
     def grown(self, *, new: int = 0, sessions: int = 0) -> Distance:
@@ -140,8 +144,8 @@ def stored_distance(
 ) -> Distance:
     """Return the distance of a new session from the mean of the stored ones; one value per process, or per pass in one process.
 
-    `spread` is assumed while fewer than `LEAST_SESSIONS` are stored, and adds `spread.degrees` degrees of freedom. Without it,
-    a single session leaves an infinite deviation.
+    `spread` is assumed while fewer than `LEAST_SESSIONS` are stored, or whatever is stored if it is lasting, and adds
+    `spread.degrees` degrees of freedom. Without it, a single session leaves an infinite deviation.
 
     Raises:
         ValueError: no process, no session, or a value that is not above 0.
@@ -157,7 +161,7 @@ def stored_distance(
     stored = statistics.fmean(_median_variance(len(session)) for session in logs)
     count = len(logs)
     squares = _squares(medians)
-    enough = count >= LEAST_SESSIONS
+    enough = count >= LEAST_SESSIONS and not (spread is not None and spread.lasting)
     if spread is None or enough:
         variance = squares / (count - 1) if count > 1 else math.inf
     else:
@@ -172,6 +176,7 @@ def stored_distance(
         sessions=count,
         stored=stored,
         assumed=0.0 if spread is None else spread.degrees,
+        lasting=spread is not None and spread.lasting,
         can_grow=one == "process",
         text=f"{counted(len(ours), one, f'{one}es')} against {counted(count, 'session')}{assumed}",
     )

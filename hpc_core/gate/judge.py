@@ -20,7 +20,7 @@ from hpc_core.gate.busy import Evidence, Sessions, clock_of_session
 from hpc_core.gate.comparability import Place, case_changes
 from hpc_core.gate.intervals import PASS_ALPHA
 from hpc_core.gate.metric import Context, Obstacle, judge_metric, place_of, update_command
-from hpc_core.gate.spread import LEAST_SESSIONS
+from hpc_core.gate.spread import spread_is_known
 from hpc_core.gate.suspects import suspects
 from hpc_core.gate.verdict import (
     SUITE_ALPHA,
@@ -73,10 +73,9 @@ def judge(
     accepted = {} if baseline is None or obstacle is not None else baseline.metrics
     gated = gated_metrics(record)
     stored = sessions or {}
-    # What moves with the host is judged by its spread from the second accepted session on.
-    least = {"busy": 0, "wall": LEAST_SESSIONS}
     tests = sum(
-        name in accepted and metric.noise in least and len(stored.get(name, ())) >= least[metric.noise]
+        name in accepted
+        and (metric.noise == "busy" or (metric.noise == "wall" and spread_is_known(name, metric.unit, stored)))
         for name, metric in gated.items()
     )
     around = record.circumstances

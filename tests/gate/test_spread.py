@@ -43,9 +43,9 @@ def judged(joules: float, sessions: Any = None, limits: Limits | None = None) ->
 @pytest.mark.parametrize(
     ("joules", "sessions", "limit", "verdict", "reason"),
     [
-        (90, None, None, "PASS", "one accepted session shows no spread, so only +100 % counts"),
-        (101, None, None, "REGRESSED", "only +100 % counts"),
-        (24, None, None, "IMPROVED", "only +100 % counts"),
+        (80, None, None, "PASS", "limit +64.3 %: +60 % by 1 process against 1 session, between sessions 10 % assumed"),
+        (90, None, None, "REGRESSED", "limit +64.3 %: +80 %"),
+        (24, None, None, "IMPROVED", "limit +64.3 %: -52 %"),
         (54, STEADY, None, "PASS", "limit +11.5 %: +8 % by 1 process against 6 sessions; +19 % would be seen"),
         (70, STEADY, None, "REGRESSED", "limit +11.5 %: +40 %"),
         (30, STEADY, None, "IMPROVED", "against 6 sessions"),
