@@ -25,7 +25,8 @@ from hpc_core.cli.console import say
 from hpc_core.record.environment import machine, visible_gpus
 from hpc_core.record.record import record_from_json
 
-LIMIT_S = 420.0
+LIMIT_S = 600.0
+"""When a check hangs. How long each took is in the table."""
 _TAIL_LINES = 12
 _PEAK_RATIO = 0.0005
 """The tolerance of a predicted peak, as the gate's for bytes."""
