@@ -69,7 +69,11 @@ def in_order(out: Path) -> list[Check]:
     return [
         Check("doctor", _command("doctor"), codes=(0, 1)),  # 1: something optional is missing
         Check("the default suite", _pytest("--perf-strict", keep), codes=(0, 10)),
-        Check("our engines, a step of one's own", _pytest("--perf-strict", keep, *named), codes=(0, 10)),
+        Check(
+            "our engines, a step of one's own",
+            _pytest("--perf-strict", "--perf-processes=1", keep, *named),
+            codes=(0, 10),
+        ),
         Check(
             "baseline accept", _command("baseline", "accept", lora, *stored, "--reason", "gpu-check", "--allow-dirty")
         ),

@@ -77,7 +77,13 @@ STEADY = tuple((0.1 * factor,) for factor in (1.0, 1.01, 0.99, 1.005, 0.995, 1.0
         # The device sets the pace: seconds, whatever the canary does.
         ([0.21], [0.004], {"share": 0.9}, "REGRESSED", ": +110 % by 1 process"),
         # On a GPU machine the host sets it: the spread of a time in canaries is assumed.
-        ([0.21], [0.004], {"share": 0.1}, "PASS", "+5 % in units of the host canary by 1 process against 1 session, between"),
+        (
+            [0.21],
+            [0.004],
+            {"share": 0.1},
+            "PASS",
+            "+5 % in units of the host canary by 1 process against 1 session, between",
+        ),
         ([0.11], [0.002], {"share": 0.1}, "REGRESSED", "limit +7.3 %: +10 % in units of the host canary"),
         ([0.22], [0.004], {"share": 0.1}, "REGRESSED", "limit +7.3 %: +10 %"),
         ([0.091], [0.002], {"share": 0.1}, "IMPROVED", "-9 %"),
