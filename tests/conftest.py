@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import shutil
 import sys
@@ -13,21 +14,24 @@ import pytest
 
 # pytester unloads the modules that its test was the first to import, and numpy refuses to be loaded twice.
 import scipy.special  # noqa: F401
-from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["pytester"]
 
-# The same examples on every machine, so that a red build can be reproduced from its commit alone.
-for _profile, _examples in (("quick", 50), ("thorough", 500)):
-    settings.register_profile(
-        _profile,
-        max_examples=_examples,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
-settings.load_profile("quick")  # `make test-all` chooses the other with --hypothesis-profile
+# `pytest --benchmark` loads this file too, perhaps where the tests' own packages are not installed.
+if importlib.util.find_spec("hypothesis") is not None:
+    from hypothesis import HealthCheck, settings
+
+    # The same examples on every machine, so that a red build can be reproduced from its commit alone.
+    for _profile, _examples in (("quick", 50), ("thorough", 500)):
+        settings.register_profile(
+            _profile,
+            max_examples=_examples,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
+    settings.load_profile("quick")  # `make test-all` chooses the other with --hypothesis-profile
 
 _MANY_OBJECTS = 50_000
 

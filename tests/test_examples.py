@@ -30,3 +30,13 @@ def test_own_code_meets_its_baselines() -> None:
     process = _pytest("--perf-strict")
     assert process.returncode == 0, process.stdout + process.stderr
     assert "3 passed, 2 deselected" in process.stdout
+
+
+def test_the_suite_starts_without_the_packages_of_the_tests() -> None:
+    """`pytest --benchmark` in a clone needs no more than `pip install '.[all]'` brings."""
+    options = ["--benchmark", "--collect-only", "-q", "--case", "tiny/lora", "-p", "no:hypothesispytest"]
+    code = f"import sys, pytest; sys.modules['hypothesis'] = None; sys.exit(pytest.main({options}))"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "test_finetune[tiny/lora]" in process.stdout

@@ -1,12 +1,13 @@
-"""Measure the wall times of unchanged tiny cases again and again, and compute how often the gate's rule is wrong.
+"""Measure the wall times of unchanged cases again and again, and compute how often the gate's rule is wrong.
 
-python -m bench.studies.error_rates.wall_rates --measure 20 --out samples.json    # 20 processes of each case
+python -m bench.studies.error_rates.wall_rates --measure 20 --out samples.json    # 20 processes of each tiny case
 python -m bench.studies.error_rates.wall_rates samples.json [more.json]           # rates of the stored samples
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import random
 import statistics
@@ -18,7 +19,7 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.errors import SpecError
-from hpc_core.catalogue import TINY
+from hpc_core.catalogue import TINY, catalogue
 from hpc_core.gate.busy import Evidence
 from hpc_core.gate.spread import judge_spread
 from hpc_core.gate.verdict import SUITE_ALPHA, Verdict, share
@@ -35,6 +36,7 @@ _PROCESSES = 3
 _OTHERS_RATIO = 0.05
 """pytest-benchmark's `--benchmark-compare-fail=mean:5%`."""
 CHANGES = (0.1, 0.25, 0.5, 1.5)
+_SHARES = ("busy_share", "busy_share_prefill")
 NAMES = tuple(name for name, each in METRICS.items() if each.explained == "time" and each.unit == "s")
 
 
@@ -62,34 +64,38 @@ def measured(processes: int, cases: Sequence[Case]) -> Values:
         for _ in range(processes):
             for case in cases:
                 metrics = launcher.run(Job(case=case, kind=Retime())).metrics
-                for name in set(NAMES) & set(metrics) - disturbed(metrics):
-                    for each in (name, canaries_of(name)):
-                        found.setdefault(case.id, {}).setdefault(each, []).append(float(metrics[each].value))
+                judged = set(NAMES) & set(metrics) - disturbed(metrics)
+                beside = {canaries_of(name) for name in judged} | set(_SHARES) & set(metrics)
+                for each in sorted(judged | beside):
+                    found.setdefault(case.id, {}).setdefault(each, []).append(float(metrics[each].value))
     return found
 
 
-def rates(values: Values, sessions: int, draw: random.Random, draws: int = _DRAWS) -> Rates:
+def rates(
+    values: Values, sessions: int, draw: random.Random, draws: int = _DRAWS, *, tests: int | None = None
+) -> Rates:
     """Return the rates of suite runs that are drawn from these processes, each used once in a run.
 
     An accepted session holds the median of three processes. A run has one process, and three if that one does not pass.
+    The suite has `tests` tests of time; by default, those of the samples.
 
     Raises:
         SpecError: no case has three processes for each session and for the run.
     """
     needed = _PROCESSES * (sessions + 1)
     enough = {case: names for case, names in values.items() if all(len(each) >= needed for each in names.values())}
-    tests = [(case, name) for case, names in enough.items() for name in names if name in NAMES]
-    if not tests:
+    judged = [(case, name) for case, names in enough.items() for name in names if name in NAMES]
+    if not judged:
         most = max((len(each) for names in values.values() for each in names.values()), default=0)
         raise SpecError(
             f"{sessions} sessions and a run take {needed} undisturbed processes of a case; the samples have {most}."
         )
-    alpha = share(len(tests), SUITE_ALPHA)
+    alpha = share(tests or len(judged), SUITE_ALPHA)
     alarms = worse = others = 0
     caught = dict.fromkeys(CHANGES, 0)
     for _ in range(draws):
         alarmed = 0
-        for case, name in tests:
+        for case, name in judged:
             accepted, new = _drawn(enough[case], name, sessions, draw)
             alarmed += _regressed(name, accepted, new, 0.0, alpha)
             others += new[name][0] > (1 + _OTHERS_RATIO) * accepted[name][-1][0]
@@ -97,10 +103,10 @@ def rates(values: Values, sessions: int, draw: random.Random, draws: int = _DRAW
                 caught[change] += _regressed(name, accepted, new, change, alpha)
         worse += alarmed
         alarms += alarmed > 0
-    total = draws * len(tests)
+    total = draws * len(judged)
     return Rates(
         sessions=sessions,
-        metrics=len(tests),
+        metrics=len(judged),
         suite=alarms / draws,
         each=worse / total,
         others=others / total,
@@ -112,7 +118,7 @@ def _drawn(
     values: Mapping[str, Sequence[float]], name: str, sessions: int, draw: random.Random
 ) -> tuple[dict[str, list[list[float]]], dict[str, list[float]]]:
     """Return accepted sessions and a new run by figure, from different processes."""
-    figures = (name, canaries_of(name))
+    figures = [each for each in (name, canaries_of(name), *_SHARES) if each in values]
     at = draw.sample(range(len(values[name])), _PROCESSES * (sessions + 1))
     groups = [at[start : start + _PROCESSES] for start in range(0, len(at), _PROCESSES)]
     accepted = {
@@ -125,7 +131,10 @@ def _regressed(
     name: str, accepted: Mapping[str, list[list[float]]], new: Mapping[str, list[float]], change: float, alpha: float
 ) -> bool:
     """Return whether the run is REGRESSED once it takes this much longer: by its first process, and then by all three."""
-    slower = {each: [value * (1 + change) for value in values] for each, values in new.items()}
+    slower = {
+        each: list(values) if each in _SHARES else [value * (1 + change) for value in values]
+        for each, values in new.items()
+    }
     return all(
         judge_spread(
             name,
@@ -163,16 +172,23 @@ def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ask.add_argument("samples", type=Path, nargs="*")
     ask.add_argument("--measure", type=int, metavar="PROCESSES")
+    ask.add_argument("--case", action="append", metavar="PATTERN", help="measure these cases in place of the tiny ones")
+    ask.add_argument("--tests", type=int, help="tests of time in a run of the whole suite")
     ask.add_argument("--out", type=Path)
     asked = ask.parse_args()
     if (asked.measure is None) != (asked.out is None) or (asked.measure is None and not asked.samples):
         ask.error("give --measure PROCESSES --out FILE, or files of samples")
     if asked.measure is not None:
         cases = [case for case in TINY if "soak" not in case.id]
+        if asked.case:
+            cases = [
+                case for name, case in catalogue().items() if any(fnmatch.fnmatch(name, each) for each in asked.case)
+            ]
         asked.out.write_text(json.dumps(measured(asked.measure, cases), indent=1) + "\n", encoding="utf-8")
     found = {
         path.stem: [
-            rates(json.loads(path.read_text(encoding="utf-8")), sessions, random.Random(1)) for sessions in (1, 5)
+            rates(json.loads(path.read_text(encoding="utf-8")), sessions, random.Random(1), tests=asked.tests)
+            for sessions in (1, 5)
         ]
         for path in asked.samples
     }
