@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import library
+from hpc_core.instruments.places import path_of
+from hpc_core.record.findings import Findings
 
 
 def decoder_layers(model: Any) -> list[torch.nn.Module]:
@@ -33,3 +35,32 @@ def attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 def expert_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Return the modules that hold all experts of a layer, by name. transformers ends the names of their classes in "Experts"."""
     return {name: module for name, module in model.named_modules() if type(module).__name__.endswith("Experts")}
+
+
+def beside_text(model: Any) -> list[str]:
+    """Return the names of a multimodal model's parts that text alone never runs: towers for pictures and sound, and projectors."""
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is config:
+        return []
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    around = path.rpartition(".")[0]
+    siblings = model.get_submodule(around).named_children()
+    head = model.get_output_embeddings()
+    prefix = f"{around}." if around else ""
+    return [f"{prefix}{name}" for name, module in siblings if module is not decoder and module is not head]
+
+
+def text_note(model: Any) -> Findings:
+    """Return a note that a multimodal model is measured as text, with what never runs and which adapters never train."""
+    beside = beside_text(model)
+    if not beside:
+        return Findings()
+    idle = sum(part.numel() for name in beside for part in model.get_submodule(name).parameters())
+    adapters = sum(".lora_" in name for each in beside for name, _ in model.get_submodule(each).named_parameters())
+    untrained = f", and {adapters} adapter tensors on them never train" if adapters else ""
+    parts = " and ".join(path_of(name) for name in beside)
+    kind = model.config.model_type
+    return Findings(
+        notes=(f"{kind} is multimodal and is measured as text: {parts} ({idle:,} parameters) never run{untrained}",)
+    )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hpc_core.builders.quantization import is_conv1d
 from hpc_core.case.errors import BuildError, library
 from hpc_core.case.parts import AdapterSpec
 
@@ -43,6 +44,9 @@ def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         target_modules=list(spec.targets),
+        fan_in_fan_out=any(
+            is_conv1d(module) for module in model.modules()
+        ),  # GPT-2; peft warns and corrects it otherwise
         task_type="CAUSAL_LM",
     )
     dtype = getattr(torch, spec.dtype)

@@ -87,6 +87,7 @@ def _random(spec: ModelSpec, device: torch.device) -> torch.nn.Module:
 
 
 def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+    _refuse_unsupported(config, spec)
     transformers = library("transformers", "Building a model")
     torch.manual_seed(spec.seed)
     try:
@@ -97,12 +98,38 @@ def _drawn(config: Any, spec: ModelSpec, device: torch.device) -> torch.nn.Modul
             )
     except ValueError as error:
         raise BuildError(
-            f"transformers cannot build a causal language model from {spec.path or spec.shape}: {error}"
+            f"transformers cannot build a causal language model from {spec.path or spec.shape}: {_first_line(error)}"
         ) from error
     assert isinstance(model, torch.nn.Module)
     # Draw again, each tensor by its name: the audit can then redraw any of them, in whatever order transformers fills them.
     draw_weights(model, spec.seed)
     return model.eval()  # as `from_pretrained` does
+
+
+def _refuse_unsupported(config: Any, spec: ModelSpec) -> None:
+    """Refuse what is no causal language model, or has not the attention that the case asks for.
+
+    Raises:
+        BuildError: one of them; the message says what to do.
+    """
+    known = library("transformers", "Building a model").models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    what = f"{spec.path or spec.shape} ({config.model_type})"
+    if config.is_encoder_decoder:
+        raise BuildError(f"{what} is an encoder-decoder: not supported. {_OWN_STEP}")
+    if type(config) not in known:
+        raise BuildError(f"{what} is no causal language model: transformers has none of this architecture. {_OWN_STEP}")
+    kind = known[type(config)]
+    if spec.attention == "sdpa" and not kind._supports_sdpa:
+        raise BuildError(
+            f"{what}: transformers implements no sdpa attention for {kind.__name__}: use --set attention=eager."
+        )
+
+
+_OWN_STEP = "Measure a step of your own instead: perf(step), see docs/how-to/own-code.md."
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _config_of(written: dict[str, Any]) -> Any:
@@ -126,15 +153,9 @@ def read_config(path: str) -> Any:
         DataError: it is missing or cannot be read, or it describes weights that are stored quantized.
         MissingLibraryError: transformers is not installed.
     """
-    transformers = library("transformers", "Reading a model's configuration")
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise DataError(f"The folder {path} contains no config.json.")
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"The configuration of {path!r} is not available: {error} Give a local folder with its config.json."
-        ) from error
+    config = _loaded_config(path)
     stored = getattr(config, "quantization_config", None)
     if stored is not None:
         method = stored.get("quant_method", "some method") if isinstance(stored, dict) else type(stored).__name__
@@ -143,6 +164,31 @@ def read_config(path: str) -> Any:
             "it was made from, and quantization=QuantSpec(...) for bitsandbytes."
         )
     return config
+
+
+def _loaded_config(path: str) -> Any:
+    """Return the configuration in a folder, a config.json or on the hub.
+
+    Raises:
+        BuildError: its code is not part of transformers.
+        DataError: it is missing or cannot be read.
+    """
+    transformers = library("transformers", "Reading a model's configuration")
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise BuildError(
+                f"{path} runs code of its own (auto_map in its config.json), which hpc-core never executes. {_OWN_STEP}"
+            ) from error
+        if "does not recognize this architecture" in str(error):
+            raise BuildError(
+                f"{path}: transformers {transformers.__version__} has no such architecture: install a newer one. "
+                f"It says: {_first_line(error)}"
+            ) from error
+        raise DataError(
+            f"The configuration of {path!r} is not available: {_first_line(error)} Give a local folder with its config.json."
+        ) from error
 
 
 def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec | None) -> torch.nn.Module:
@@ -159,6 +205,8 @@ def _pretrained(spec: ModelSpec, device: torch.device, quantization: QuantSpec |
         raise DataError(
             f"There is no folder {where}. Give the folder of a saved model, or use weights='hub' for a hub id."
         )
+    if spec.weights != "gguf":
+        _refuse_unsupported(_loaded_config(where), spec)
     if device.type == "cuda":
         options["device_map"] = {"": device.index or 0}
     elif "quantization_config" in options:

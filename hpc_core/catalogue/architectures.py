@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from hpc_core.case.case import Case
-from hpc_core.case.parts import ModelSpec
 from hpc_core.case.shapes import MODELS
-from hpc_core.catalogue.shorthand import finetune, generate, lora
+from hpc_core.catalogue.shorthand import finetune, generate, lora, model_of
 
 ARCHITECTURES: tuple[str, ...] = tuple(name for name in MODELS if name not in ("tiny", "smollm2-135m"))
 """The rows that are models of their own."""
@@ -13,7 +12,7 @@ ARCHITECTURES: tuple[str, ...] = tuple(name for name in MODELS if name not in ("
 
 def lora_step(name: str, *, tiny: bool) -> Case:
     """Return `<name>/lora-1x512`, a step with LoRA on the row's targets, or `tiny-<name>/lora`."""
-    model = _model(name, tiny=tiny)
+    model = model_of(name, tiny=tiny)
     # Dropout takes other bytes on a CPU (a float mask) than on a GPU (a boolean one).
     adapter = lora(targets=MODELS[name].targets, dropout=0.0 if tiny else 0.05)
     if tiny:
@@ -23,14 +22,10 @@ def lora_step(name: str, *, tiny: bool) -> Case:
 
 def answer(name: str, *, tiny: bool) -> Case:
     """Return `<name>/generate-512`, a prompt and its answer, or `tiny-<name>/generate`."""
-    model = _model(name, tiny=tiny)
+    model = model_of(name, tiny=tiny)
     if tiny:
         return generate(model, prompts=1, prompt_length=24, new_tokens=8, timeout_s=120)
     return generate(model, variant="generate-512", prompts=1, prompt_length=512, new_tokens=32)
-
-
-def _model(name: str, *, tiny: bool) -> ModelSpec:
-    return ModelSpec(shape=f"tiny-{name}" if tiny else name, attention=MODELS[name].attention)
 
 
 CASES: tuple[Case, ...] = tuple(

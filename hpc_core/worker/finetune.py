@@ -11,6 +11,7 @@ from hpc_core.audit.attention import Attending, attention_facts, watch_attention
 from hpc_core.audit.forwards import LayerForwards, audited_step, checkpointing_state, count_layer_forwards
 from hpc_core.audit.loss import loss_facts
 from hpc_core.audit.model import context_note
+from hpc_core.audit.parts import expert_modules, text_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.audit.training import Ran, trainable_facts, training_facts
 from hpc_core.bounds.shares import bound_by, share_of_matmul, unexplained
@@ -28,6 +29,7 @@ from hpc_core.instruments.kernels import BUSY_STEPS, busy_steps
 from hpc_core.instruments.memory import Growth, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import by_module, gradient_tensors, optimizer_tensors, owned_bytes
 from hpc_core.instruments.program import Fixed, Mark, weights_restored
+from hpc_core.instruments.routing import routing
 from hpc_core.instruments.trace import trace_step
 from hpc_core.instruments.wall import WallTimer, wall_steps
 from hpc_core.record.findings import Findings
@@ -53,7 +55,12 @@ class Training:
         self.widest = Fixed(program, program.widest)
         trainable = sum(parameter.numel() for parameter in self.built.model.parameters() if parameter.requires_grad)
         metrics = {"trainable_parameters": metric("trainable_parameters", trainable)}
-        self.loaded = loaded | Findings(metrics=metrics) | context_note(program.model, program.most_tokens)
+        self.loaded = (
+            loaded
+            | Findings(metrics=metrics)
+            | context_note(program.model, program.most_tokens)
+            | text_note(program.model)
+        )
 
     def warm_up(self) -> Findings:
         """Run until memory and time are stable; the losses of these steps are the first ones."""
@@ -101,6 +108,7 @@ class Training:
             *self._feed(audit=kind.audit),
             *joules,
             Instrument("process memory", None, lambda _: process_memory(device)),
+            *self._routing(),
             *explained,
             Instrument("learning", None, self._learning),
             *compared,
@@ -130,6 +138,16 @@ class Training:
                 return trace_step(self.widest, self.device, kind, self.place.case.id)
 
         return (Instrument("trace", "profile", traced), self._process_memory())
+
+    def _routing(self) -> list[Instrument]:
+        """Return the instrument of a mixture of experts; its step trains, so the weights are restored."""
+        experts = expert_modules(self.program.model)
+
+        def counted(found: Findings) -> Findings:
+            with weights_restored(self.program.model), self.program.batches.by_index():
+                return routing(self.program.model, experts, self.widest.step, found)
+
+        return [Instrument("routing", "counters", counted, captured=False)] if experts else []
 
     def _switches(self) -> Instrument:
         """Return the engine's facts for a further process: an engine that fell back must not be timed as if it had not."""

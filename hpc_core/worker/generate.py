@@ -11,6 +11,7 @@ from hpc_core.audit.attention import Attending, attention_facts, watch_attention
 from hpc_core.audit.forwards import Forwards, watch_forwards
 from hpc_core.audit.generation import generation_facts
 from hpc_core.audit.model import context_note
+from hpc_core.audit.parts import expert_modules, text_note
 from hpc_core.audit.reference import MOST_ROWS, MOST_TOKENS, Given, compare_with_reference
 from hpc_core.bounds.shares import bound_by, share_of_copy, unexplained
 from hpc_core.case.workloads import GenerateSpec
@@ -27,6 +28,7 @@ from hpc_core.instruments.kernels import busy_of, launches
 from hpc_core.instruments.memory import PhasePeaks, Watch, measure_memory, process_memory
 from hpc_core.instruments.owners import cache_tensors, owned_bytes, watch_cache
 from hpc_core.instruments.program import Fixed, Mark, unmarked
+from hpc_core.instruments.routing import routing
 from hpc_core.instruments.trace import trace_step
 from hpc_core.instruments.wall import WallTimer
 from hpc_core.record.findings import Findings
@@ -56,7 +58,7 @@ class Generation:
         assert isinstance(program, GenerateProgram)
         assert isinstance(place.case.workload, GenerateSpec)
         self.program, self.workload = program, place.case.workload
-        self.loaded |= context_note(program.model, program.most_tokens)
+        self.loaded |= context_note(program.model, program.most_tokens) | text_note(program.model)
         self.longest = Fixed(program, program.longest)
 
     def warm_up(self) -> Findings:
@@ -111,6 +113,7 @@ class Generation:
             ),
             *joules,
             Instrument("process memory", None, lambda _: process_memory(device)),
+            *self._routing(),
             *explained,
             *quality,
             *compared,
@@ -134,6 +137,16 @@ class Generation:
             Instrument("engine's counters", None, self.program.counters),
             Instrument("engine", None, lambda _: self.program.facts()),
         )
+
+    def _routing(self) -> list[Instrument]:
+        """Return the instrument of a mixture of experts: the prefill of the longest prompt."""
+        experts = expert_modules(self.program.model)
+
+        def counted(found: Findings) -> Findings:
+            with self._new_tokens(1):
+                return routing(self.program.model, experts, self.longest.step, found)
+
+        return [Instrument("routing", "counters", counted)] if experts else []
 
     def _process_memory(self) -> Instrument:
         return Instrument("process memory", None, lambda _: process_memory(self.device))
