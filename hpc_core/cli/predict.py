@@ -67,6 +67,9 @@ def predict(
         Path | None,
         typer.Option(help="With --plot: a record to draw over the prediction, such as one by run --timeline --json."),
     ] = None,
+    memory_only: Annotated[
+        bool, typer.Option("--memory-only", help="Predict memory alone, in a fraction of the time; --fit always does.")
+    ] = False,
     timeline: Annotated[bool, typer.Option("--timeline", help="Store memory over the step in the record.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the record as JSON; for a sweep, one per line.")
@@ -83,12 +86,18 @@ def predict(
     base = _base(case, model, method, cases)
     changed_case = with_changes(base, _short(base, batch, length, parse_changes(changes or [])))
     if sweep is not None:
-        _sweep(changed_case, sweep, card.name, kept, as_json=as_json)
+        _sweep(changed_case, sweep, card.name, kept, memory_only=memory_only, as_json=as_json)
     elif fit is not None:
         _fit(changed_case, fit, card.name, kept, as_json=as_json)
     else:
         with predicting_launcher() as launcher:
-            record = prediction(launcher, changed_case, gpu=card.name, timeline=timeline or plot is not None)
+            record = prediction(
+                launcher,
+                changed_case,
+                gpu=card.name,
+                timeline=timeline or plot is not None,
+                memory_only=memory_only,
+            )
         if plot is not None:
             write_memory(_sound(record), plot, drawn)
         _one(record, kept, as_json=as_json)
@@ -166,7 +175,7 @@ def _sound(record: Record) -> Record:
     return record
 
 
-def _sweep(case: Case, text: str, gpu: str, kept: int, *, as_json: bool) -> None:
+def _sweep(case: Case, text: str, gpu: str, kept: int, *, memory_only: bool, as_json: bool) -> None:
     field, values = parse_sweep(text)
     varied = [
         (str(value), with_changes(case, {field: value})) for value in values
@@ -174,7 +183,7 @@ def _sweep(case: Case, text: str, gpu: str, kept: int, *, as_json: bool) -> None
     rows = []
     with predicting_launcher(several=len(varied) > 1) as launcher:
         for value, each in varied:
-            rows.append((value, _reported(f"{field}={value}", launcher, each, gpu)))
+            rows.append((value, _reported(f"{field}={value}", launcher, each, gpu, memory_only=memory_only)))
     if as_json:
         for _, record in rows:
             say_encoded(record_to_json(record))
@@ -196,7 +205,7 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
 
         def peak_of(value: int) -> int:
             each = with_changes(case, {field: value})
-            record = _sound(_reported(f"{field}={value}", launcher, each, gpu))
+            record = _sound(_reported(f"{field}={value}", launcher, each, gpu, memory_only=True))
             records[value] = record
             return int(record.metrics["peak_bytes"].value)
 
@@ -256,10 +265,10 @@ def _most(case: Case, field: str) -> int:
     return (context_length(case.model) or _LONGEST) if shape is None else shape.max_position_embeddings
 
 
-def _reported(what: str, launcher: Launcher, case: Case, gpu: str) -> Record:
+def _reported(what: str, launcher: Launcher, case: Case, gpu: str, *, memory_only: bool) -> Record:
     """Make one prediction of several, and report it on stderr, since each takes seconds."""
     began = time.monotonic()
-    record = prediction(launcher, case, gpu=gpu)
+    record = prediction(launcher, case, gpu=gpu, memory_only=memory_only)
     peak = record.metrics.get("peak_bytes")
     tell(f"{what}: {'failed' if peak is None else _bytes(int(peak.value))} ({time.monotonic() - began:.0f} s)")
     return record

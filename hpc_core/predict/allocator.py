@@ -134,6 +134,14 @@ class Allocator:
         pool = self._free[block.small]
         pool.pop(bisect_left(pool, (block.size, address)))
 
+    def empty_cache(self) -> None:
+        """Return the segments that hold nothing, as `torch.cuda.empty_cache` does."""
+        for address, block in list(self._blocks.items()):
+            if block.free and block.before is None and block.after is None:
+                self._remove(block, address)
+                del self._blocks[address]
+                self.reserved -= block.size
+
     def size_of(self, address: int | None) -> int:
         """Return the allocated bytes of the block at this address, or 0 for None."""
         return 0 if address is None else self._blocks[address].size

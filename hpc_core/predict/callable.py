@@ -40,12 +40,15 @@ def predict_callable(place: Place) -> Findings:
     with own_code(place.watch, workload.factory):
         place.phases.enter("build")
         program = place.engine.load(place.case, DEVICE, None)
+        counts = (
+            Instrument("launches", "counters", lambda _: _launches(place, program)),
+            Instrument("host's work", "host", lambda _: _host(place, program)),
+        )
         return observe(
             (
                 Instrument("warm-up", "warm-up", lambda _: _warm_up(program)),
                 Instrument("memory", "memory", lambda _: _memory(place, program, workload.factory)),
-                Instrument("launches", "counters", lambda _: _launches(place, program)),
-                Instrument("host's work", "host", lambda _: _host(place, program)),
+                *(() if place.kind.memory_only else counts),
             ),
             program,
             place.phases,
@@ -77,6 +80,8 @@ def _memory(place: Place, program: Program, factory: str) -> Findings:
         )
     missing = sorted({what for part, what in _SCRATCH.items() if any(part in name for name in watch.operators)})
     notes = (f"not in the prediction: {', '.join(missing)}",) if missing else ()
+    if place.kind.memory_only:
+        return found | Findings(notes=notes)
     counts = watch.counts()
     metrics = {
         "operators": metric("operators", counts.operators, on_gpu=True),

@@ -24,7 +24,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from hpc_core.builders import quantization
 from hpc_core.builders.causal_lm import STD
@@ -118,6 +118,7 @@ def fake_bitsandbytes() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(bnb.nn.Linear4bit, "__init__", make_real))
         patches.enter_context(mock.patch.object(bnb.nn.Linear8bitLt, "__init__", make_real_8bit))
+        patches.enter_context(mock.patch.object(bnb.nn.Params4bit, "__new__", _params_4bit(bnb.nn.Params4bit.__new__)))
         patches.enter_context(mock.patch.object(quantization, "_four_bit", _four_bit))
         patches.enter_context(mock.patch.object(quantization, "_int8", _int8))
         # Double quantization computes its code book on the host, value by value. Only its size matters.
@@ -144,9 +145,28 @@ def _code_book(*_: object, **__: object) -> torch.Tensor:
     return torch.empty(256)
 
 
+def _params_4bit(original: Any) -> Any:
+    """Quantize what `from_pretrained` loads onto the fake GPU: it makes a `Params4bit`, which quantizes when it is moved there."""
+
+    def new(cls: Any, data: Any = None, requires_grad: bool = False, **options: Any) -> Any:
+        if isinstance(data, FakeTensor) and data.fake_device.type == "cuda" and not options.get("bnb_quantized"):
+            return _quantized(data, _OPTIONS | options, options.get("module"))
+        return original(cls, data, requires_grad, **options)
+
+    return new
+
+
+_OPTIONS = {"blocksize": 64, "compress_statistics": True, "quant_type": "fp4", "quant_storage": torch.uint8}
+"""Defaults of `Params4bit`."""
+
+
 def _four_bit(weight: torch.Tensor, module: Any) -> torch.nn.Parameter:
+    return _quantized(weight, module.weight.__dict__, module)
+
+
+def _quantized(weight: torch.Tensor, given: dict[str, Any], module: Any) -> torch.nn.Parameter:
     bnb = library("bitsandbytes", "Predicting a quantized case")
-    options = {name: value for name, value in module.weight.__dict__.items() if name != "quant_state"}
+    options = {name: value for name, value in given.items() if name != "quant_state"}
     packed, state = bnb.functional.quantize_4bit(
         weight.data,
         blocksize=options["blocksize"],
@@ -158,7 +178,8 @@ def _four_bit(weight: torch.Tensor, module: Any) -> torch.nn.Parameter:
     for name, value in options.items():
         setattr(parameter, name, value)
     parameter.quant_state, parameter.bnb_quantized = state, True  # type: ignore[attr-defined]
-    module.quant_state = state
+    if module is not None:
+        module.quant_state = state
     return parameter
 
 

@@ -9,13 +9,12 @@ import contextlib
 import functools
 import importlib.util
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from hpc_core.builders import causal_lm
 from hpc_core.case.errors import PredictError, library
@@ -112,7 +111,7 @@ def _filled(tensor: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
-    """Replace `Module._apply`. `swap_tensors` refuses fake parameters, so new parameters take their place."""
+    """Replace `Module._apply`, which refuses to give a fake parameter data of another device. Parameters stay the objects they are."""
     if recurse:
         for child in self.children():
             child._apply(fn)
@@ -122,28 +121,21 @@ def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Mod
             for name, held in store.items():
                 if held is None:
                     continue
-                value = store[name] = _latest(held)
-                changed = fn(value)
-                if changed is not value and (changed.dtype, changed.device) != (value.dtype, value.device):
-                    if isinstance(value, torch.nn.Parameter):
-                        changed = torch.nn.Parameter(changed, value.requires_grad)
-                    setattr(value, _MOVED_TO, weakref.ref(changed))
-                    store[name] = changed
+                changed = fn(held)
+                if not isinstance(held, FakeTensor):
+                    store[name] = (
+                        torch.nn.Parameter(changed, held.requires_grad) if store is self._parameters else changed
+                    )
+                    continue
+                _become(held, changed)
+                if held.grad is not None:
+                    _become(held.grad, fn(held.grad))
     return self
 
 
-_MOVED_TO = "_hpc_core_moved_to"
-
-
-def _latest(tensor: torch.Tensor) -> torch.Tensor:
-    """Follow a tensor that was moved. A tensor that two modules share, such as tied embeddings, moves once and stays shared."""
-    moved: Callable[[], torch.Tensor | None] = getattr(tensor, _MOVED_TO, lambda: None)
-    return tensor if (found := moved()) is None else _latest(found)
-
-
-def was_moved(tensor: torch.Tensor) -> bool:
-    """Return whether a module replaced this tensor when it was moved or cast."""
-    return hasattr(tensor, _MOVED_TO)
+def _become(tensor: Any, other: Any) -> None:
+    if other is not tensor:
+        tensor.data, tensor.fake_device = other, other.fake_device
 
 
 @functools.cache

@@ -22,7 +22,6 @@ from hpc_core.instruments.owners import (
 )
 from hpc_core.instruments.program import Fixed
 from hpc_core.predict.place import DEVICE, Place, audit, build_model, memory_of
-from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
@@ -37,13 +36,16 @@ def predict_finetune(place: Place) -> Findings:
     place.phases.enter("data")
     program = place.engine.load(place.case, DEVICE, built)
     assert isinstance(program, FinetuneProgram)
+    counts = (
+        Instrument("operators", "counters", lambda _: _counts(place, program)),
+        Instrument("host's work", "host", lambda _: _host(place, program)),
+    )
     return observe(
         (
             Instrument("tokens", None, lambda _: _tokens(place, program)),
             Instrument("optimizer's state", "warm-up", lambda _: _first_step(place, program)),
             Instrument("memory", "memory", lambda _: _memory(place, program)),
-            Instrument("operators", "counters", lambda _: _counts(place, program)),
-            Instrument("host's work", "host", lambda _: _host(place, program)),
+            *(() if place.kind.memory_only else counts),
             Instrument("audit", "audit", lambda _: audit(place, built)),
         ),
         program,
@@ -65,15 +67,12 @@ def _tokens(place: Place, program: FinetuneProgram) -> Findings:
 
 
 def _first_step(place: Place, program: FinetuneProgram) -> Findings:
-    _step(program, place.policy, program.widest)
+    _step(program, program.widest)
     held = owned_bytes(optimizer_tensors(program.optimizer))
     return Findings(metrics={"optimizer_bytes": metric("optimizer_bytes", held)})
 
 
-def _step(program: FinetuneProgram, policy: ValuePolicy, index: int, watch: GpuWatch | None = None) -> None:
-    batch = program.batches[index]
-    # The program omits a full mask, so a mask that exists is not full.
-    policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
+def _step(program: FinetuneProgram, index: int, watch: GpuWatch | None = None) -> None:
     program.steps_done = index
     if watch is None:
         program.step()
@@ -100,7 +99,7 @@ def _memory(place: Place, program: FinetuneProgram) -> Findings:
         watch.name(module, tensors)
     place.modules.learn(program.model)
     place.modules.begin()
-    _step(program, place.policy, program.widest, watch)
+    _step(program, program.widest, watch)
     return memory_of(place, watch.peaks, watch.timeline, program.phases, "one step on the widest batch")
 
 
@@ -115,7 +114,7 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
     for width in to_watch(sorted(by_width)):
         if width not in known:
             watch.begin(program.phases)
-            _step(program, place.policy, by_width[width], watch)
+            _step(program, by_width[width], watch)
             known[width] = watch.counts()
     notes: tuple[str, ...] = ()
     if len(known) < len(by_width):
@@ -138,8 +137,6 @@ def _counts(place: Place, program: FinetuneProgram) -> Findings:
 
 
 def _host(place: Place, program: FinetuneProgram) -> Findings:
-    batch = program.batches[program.widest]
-    place.policy.know([] if batch.mask is None else [batch.mask], full=batch.mask is None)
     with place.modules.pausing():
         return step_cost(Fixed(program, program.widest).step, on_gpu=True)
 

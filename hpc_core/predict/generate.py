@@ -20,7 +20,6 @@ from hpc_core.instruments.owners import by_module, cache_tensors, watch_cache, w
 from hpc_core.instruments.program import unmarked
 from hpc_core.instruments.timeline import Timeline
 from hpc_core.predict.place import DEVICE, Place, audit, build_model, memory_of
-from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import Counts, GpuWatch
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
@@ -32,10 +31,9 @@ _LAST_TOKENS = 2
 class _Generation:
     """One program's queries on the fake GPU."""
 
-    def __init__(self, program: GenerateProgram, watch: GpuWatch, policy: ValuePolicy):
+    def __init__(self, program: GenerateProgram, watch: GpuWatch):
         self.program = program
         self.watch = watch
-        self.policy = policy
         self._remaining = 0
         # `generate` reads from the device whether every sequence has ended; here the number of tokens decides.
         program.model._has_unfinished_sequences = self._unfinished
@@ -48,8 +46,6 @@ class _Generation:
     def begin(self, index: int, new_tokens: int, room: int | None = None) -> None:
         """Prepare the program so that its next step is prompt number `index` and `new_tokens` tokens."""
         program = self.program
-        prompt = program.prompts[index]
-        self.policy.know([program.inputs[index]["attention_mask"]], full=not prompt.padded)
         program.new_tokens, program.steps_done = room or new_tokens, index
         program.ended_after = new_tokens
         self._remaining = new_tokens
@@ -73,13 +69,16 @@ def predict_generate(place: Place) -> Findings:
     place.phases.enter("data")
     program = place.engine.load(place.case, DEVICE, built)
     assert isinstance(program, GenerateProgram)
-    generation = _Generation(program, place.watch, place.policy)
+    generation = _Generation(program, place.watch)
+    counts = (
+        Instrument("operators", "counters", lambda _: _counts(generation)),
+        Instrument("host's work", "host", lambda _: _host(place, generation)),
+    )
     return observe(
         (
             Instrument("tokens", None, lambda _: _tokens(program)),
             Instrument("warm query", "warm-up", lambda _: _warm_query(generation)),
-            Instrument("operators", "counters", lambda _: _counts(generation)),
-            Instrument("host's work", "host", lambda _: _host(place, generation)),
+            *(() if place.kind.memory_only else counts),
             Instrument("memory", "memory", lambda _: _memory(place, generation)),
             Instrument("audit", "audit", lambda _: audit(place, built)),
         ),
@@ -151,36 +150,30 @@ def _memory(place: Place, generation: _Generation) -> Findings:
 
 
 def _growing_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
-    """Observe the first tokens after the longest prompt, the last ones that a measured run records, and the last ones of all."""
+    """Observe the first tokens after the longest prompt, and the last ones."""
     program = generation.program
     first = min(_FIRST_TOKENS, program.new_tokens)
     stretches = {0: first}
-    if program.workload.cache == "dynamic":
-        for end in (min(BUSY_TOKENS + 1, program.new_tokens), program.new_tokens):
-            if end > first:
-                stretches[end - _LAST_TOKENS] = _LAST_TOKENS
+    if program.workload.cache == "dynamic" and program.new_tokens > first:
+        stretches[program.new_tokens - _LAST_TOKENS] = _LAST_TOKENS
     inputs, found, peaks = program.inputs[longest], [], dict.fromkeys(program.phases, 0)
     for before, tokens in stretches.items():
         program.inputs[longest] = _longer(inputs, before)
         watch = _watched(generation, longest, tokens, room=None)
-        recorded = before + tokens <= BUSY_TOKENS + 1
         for phase, peak in watch.peaks.items():
             if phase == "decode" or before == 0:  # the case has no prefill of a lengthened prompt
                 peaks[phase] = max(peaks[phase], peak)
-        if recorded:
-            peak = watch.peaks["decode"] if before else max(watch.peaks.values())
-            found.append((peak, _copy(watch.timeline, decoding=before > 0)))
+        peak = watch.peaks["decode"] if before else max(watch.peaks.values())
+        found.append((peak, _copy(watch.timeline, decoding=before > 0)))
     program.inputs[longest] = inputs
     return peaks, max(found, key=lambda each: each[0])[1]
 
 
 def _static_cache(generation: _Generation, longest: int) -> tuple[dict[str, int], Timeline]:
-    """Observe the first tokens with a cache for all tokens, and again with a cache for those that a measured run records."""
+    """Observe the first tokens, with a cache for all tokens."""
     asked = generation.program.new_tokens
-    peaks = dict(_watched(generation, longest, min(_FIRST_TOKENS, asked), room=asked).peaks)
-    recorded = min(BUSY_TOKENS + 1, asked)
-    watch = _watched(generation, longest, min(_FIRST_TOKENS, recorded), room=recorded)
-    return peaks, _copy(watch.timeline, decoding=False)
+    watch = _watched(generation, longest, min(_FIRST_TOKENS, asked), room=asked)
+    return dict(watch.peaks), _copy(watch.timeline, decoding=False)
 
 
 def _copy(timeline: Timeline, *, decoding: bool) -> Timeline:

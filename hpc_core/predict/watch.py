@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hpc_core.case.errors import PredictError
@@ -38,6 +38,8 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "addmv", "mv", "dot
 """Operators that use cuBLAS, whose handle has one workspace per thread."""
 _LT_APART = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 """Whether cuBLASLt has its own workspace. Since torch 2.13 it shares that of cuBLAS."""
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}
+_BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _KNOWN = {"aten", "prim", "prims", "profiler", "bitsandbytes"}
 """Namespaces of operators whose memory is known: their outputs, and what `fake_bitsandbytes` adds."""
 
@@ -75,7 +77,7 @@ class GpuWatch(TorchDispatchMode):
         """Returns the module for which an operator runs."""
         self.uses: Counter[tuple[str, str, str]] = Counter()
         """Operators by module, phase and name, since `begin`."""
-        self._policy = policy
+        self.policy = policy
         self._phases: list[str] = []
         self._phase = -1
         self._clock = 0
@@ -98,6 +100,10 @@ class GpuWatch(TorchDispatchMode):
         """Begin a phase."""
         self.end_phase()
         self._phase = self._phases.index(phase)
+
+    def reset_peaks(self) -> None:
+        """Do what `torch.cuda.reset_peak_memory_stats` does for the code under test. The phase keeps its peak."""
+        self.end_phase()
 
     def end_phase(self) -> None:
         """End the current phase and keep its peak."""
@@ -151,11 +157,13 @@ class GpuWatch(TorchDispatchMode):
     def _leaf(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Record an operator that has a kernel on a GPU."""
         name = func._schema.name.partition("::")[2]
+        if name in _INDEXED:
+            args = self._with_numbers(args)
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         on_gpu = any(map(_on_gpu, inputs))
         if func is aten._local_scalar_dense.default:
             self.launches.copies += on_gpu
-            return self._policy.scalar(inputs[0])
+            return self.policy.scalar(inputs[0])
         if on_gpu and name in STAND_INS:
             return self._stand_in(func, name, args, kwargs)
         if on_gpu and name in _PRODUCTS:
@@ -163,14 +171,43 @@ class GpuWatch(TorchDispatchMode):
         if self._accumulates(func, args, kwargs):
             self.launches.add(func, name, args, inputs, [])
             return args[0]
-        out = with_real_strides(name, inputs, func(*args, **kwargs))
+        out = self._by_values(func, args, kwargs, inputs)
+        if out is None:
+            out = with_real_strides(name, inputs, func(*args, **kwargs))
         outputs = [value for value in tree_leaves(out) if isinstance(value, torch.Tensor)]
         for value in reversed(outputs) if name in CONSTANTS_FIRST else outputs:
             self._add(value, str(func))
-        self._policy.follow(name, inputs, outputs)
+        self.policy.follow(func, args, kwargs, inputs, outputs)
         if on_gpu or any(map(_on_gpu, outputs)):
             self._launched(func, name, args, inputs, outputs)
         return out
+
+    def _by_values(self, func: Any, args: Any, kwargs: Any, inputs: list[torch.Tensor]) -> Any:
+        """Run an operator whose result, or whose shape, depends on values that are known. None: it does not, or they are unknown."""
+        if not _BY_VALUES.intersection(func.tags):
+            return None
+        found = self.policy.run(func, args, kwargs, inputs)
+        if found is None or not any(isinstance(value, torch.Tensor) for value in tree_leaves(found)):
+            return found
+        device = "cuda" if any(map(_on_gpu, inputs)) else "cpu"
+        return tree_map_only(
+            torch.Tensor, lambda value: torch.empty(value.shape, dtype=value.dtype, device=device), found
+        )
+
+    def _with_numbers(self, args: Any) -> Any:
+        """Return an indexing operator's arguments with the numbers of rows in place of masks that are known, as a GPU expands them."""
+        masks = [index for index in args[1] if index is not None and index.dtype == torch.bool]
+        if not masks or any(self.policy.of(mask) is None for mask in masks):
+            return args
+        indices: list[torch.Tensor | None] = []
+        self._within += 1
+        try:
+            with self:
+                for index in args[1]:
+                    indices += index.nonzero().unbind(1) if any(index is mask for mask in masks) else [index]
+        finally:
+            self._within -= 1
+        return (args[0], indices, *args[2:])
 
     def _launched(
         self, func: Any, name: str, args: Any, inputs: list[torch.Tensor], outputs: list[torch.Tensor]

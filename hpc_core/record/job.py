@@ -77,6 +77,8 @@ class Predict(_Kind, frozen=True, kw_only=True, tag="predict"):
     """Also keep the memory over the step."""
     profile: bool = True
     """Also attribute the step to its modules."""
+    memory_only: bool = False
+    """Observe memory alone: no steps to count operators, kernels, FLOPs and the host's work."""
 
 
 class MeasureCeilings(_Kind, frozen=True, kw_only=True, tag="ceilings"):

@@ -95,7 +95,8 @@ def _covered(records: Sequence[Record]) -> list[str]:
     """Return what the counts in a table are totals of."""
     if not records:
         return []
-    covered = [(word, records[0].metrics[name].unit.partition(" per ")[2]) for name, word in _COUNTS[:2]]
+    metrics = records[0].metrics
+    covered = [(word, metrics[name].unit.partition(" per ")[2]) for name, word in _COUNTS[:2] if name in metrics]
     shown = [f"{word} per {unit}" for word, unit in covered if unit]
     return [f"({', '.join(shown)})"] if shown else []
 

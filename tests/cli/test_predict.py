@@ -61,7 +61,7 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Predict 2 GiB and one per row of the batch without workers, and return the cases that are predicted."""
     predicted_cases: list[Case] = []
 
-    def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False) -> Record:
+    def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False, memory_only: bool = False) -> Record:
         predicted_cases.append(case)
         assert isinstance(case.workload, FinetuneSpec)
         return predicted_record(case, gpu, (2 + case.workload.batch) * GIB)

@@ -68,7 +68,7 @@ def stays_on_the_cpu() -> Step:
 
 
 def optimizer_first(device: str) -> Step:
-    """A step whose optimizer holds parameters from before the model was moved."""
+    """A step whose optimizer was made before its model was moved."""
     model = nn.Linear(8, 8)
     optimizer = torch.optim.AdamW(model.parameters())
     model.to(device)
@@ -99,6 +99,166 @@ def reads_values(what: str, device: str) -> Step:
         "raise": lambda: [][0],
     }
     return ways[what]
+
+
+def convolves(device: str, dimensions: int) -> Step:
+    """A step through a convolution over one or two dimensions."""
+    kind = nn.Conv1d if dimensions == 1 else nn.Conv2d
+    model = kind(4, 8, 3).to(device)
+    values = torch.ones(2, 4, *[16] * dimensions, device=device)
+    return lambda: model(values).sum().backward()
+
+
+def scales_gradients(device: str) -> Step:
+    """A step in float16 with a GradScaler and clipped gradients."""
+    model = nn.Linear(16, 16).to(device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler(device)
+    values = torch.ones(2, 16, device=device)
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.float16):
+            loss = model(values).sum()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    return step
+
+
+def tiny_llama(device: str) -> Any:
+    """A causal language model of two layers."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return AutoModelForCausalLM.from_config(config).to(device)
+
+
+def trains_with_mask(device: str, padded: int | None) -> Step:
+    """A step on two rows of 16 tokens, the second with `padded` tokens of padding. None: without a mask."""
+    model = tiny_llama(device)
+
+    def step() -> None:
+        ids = torch.ones(2, 16, dtype=torch.long)
+        batch = {"input_ids": ids, "labels": ids}
+        if padded is not None:
+            batch["attention_mask"] = torch.tensor([[1] * 16, [1] * (16 - padded) + [0] * padded])
+        model(**{name: rows.to(device) for name, rows in batch.items()}).loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def generates(device: str, **options: Any) -> Step:
+    """A step that calls `generate` for two prompts of 16 tokens."""
+    model = tiny_llama(device).eval()
+    ids = torch.ones(2, 16, dtype=torch.long, device=device)
+    return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def loads(folder: str, device_map: str, nf4: bool = False) -> Step:
+    """A step of a model that transformers loads onto the GPU."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if nf4 else None
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, quantization_config=config)
+    ids = torch.ones(2, 16, dtype=torch.long).to(model.device)
+    return lambda: model(ids).logits
+
+
+def adapts(device: str, method: str, **options: Any) -> Step:
+    """A step of an adapter that peft makes."""
+    import peft
+
+    config = getattr(peft, method)(target_modules=["q_proj", "v_proj"], **options)
+    model: Any = peft.get_peft_model(tiny_llama("cpu"), config).to(device)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad])
+    ids = torch.ones(2, 16, dtype=torch.long, device=device)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def asks_the_gpu(device: str, length: int = 1 << 20) -> Step:
+    """A step that checks the answers of `torch.cuda`."""
+
+    def step() -> None:
+        cuda = torch.cuda
+        free, total = cuda.mem_get_info()
+        assert free == total - cuda.memory_reserved()
+        large = torch.ones(length, dtype=torch.float32, device=device)
+        assert cuda.memory_reserved() >= cuda.memory_allocated() >= 4 * length
+        assert cuda.mem_get_info()[0] <= free
+        del large
+        assert cuda.max_memory_reserved() >= cuda.max_memory_allocated() >= 4 * length
+        cuda.reset_peak_memory_stats()
+        assert cuda.max_memory_allocated() < 4 * length
+        assert cuda.memory_stats()["allocated_bytes.all.peak"] < 4 * length
+        cuda.empty_cache()
+        assert cuda.memory_reserved() < 4 * length
+        cuda.set_rng_state(cuda.get_rng_state())
+        began, ended = cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)
+        began.record()
+        ended.record()
+        cuda.synchronize()
+        assert f"{began.elapsed_time(ended):.1f} ms" == "unknown ms"
+        assert torch.accelerator.memory_allocated() == cuda.memory_allocated()
+
+    return step
+
+
+def reads_known_values(device: str) -> Step:
+    """A step that decides by values which the host made: ids, a mask, a random number."""
+    ids = torch.tensor([[3, 1, 2, 0], [4, 0, 0, 0]]).to(device)
+
+    def step() -> None:
+        mask = ids != 0
+        lengths = mask.sum(1)
+        assert lengths.tolist() == [3, 1]
+        assert int(lengths.max()) == 3
+        assert not mask.all()
+        assert 4 in ids
+        assert ids.cpu().numpy().sum() == 10
+        assert ids[mask].shape == (4,)
+        assert torch.equal(ids, ids.clone())
+        assert mask.nonzero().shape == (4, 2)
+        rows = ids[:, : lengths.max()]
+        assert rows.shape == (2, 3)
+        rows[1] = 5
+        assert ids[1].tolist() == [5, 5, 5, 0]
+        rows[1] = torch.tensor([4, 0, 0])
+        assert torch.rand(1) < 2
+
+    return step
+
+
+def trains_with_trainer(device: str, folder: str) -> Step:
+    """A step that runs transformers' Trainer for two steps on rows of two lengths."""
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": [1] * 16, "labels": [1] * 16}] * 8
+    arguments = TrainingArguments(
+        folder, per_device_train_batch_size=2, max_steps=2, report_to=[], save_strategy="no", disable_tqdm=True
+    )
+
+    def step() -> None:
+        Trainer(tiny_llama("cpu"), arguments, train_dataset=rows).train()
+
+    return step
 
 
 def refuses_hooks() -> Step:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from hpc_core.builders.causal_lm import STD
 from hpc_core.predict.fake_bitsandbytes import Outliers, expected_columns, share_beyond
-from hpc_core.predict.policy import ValuePolicy
 
 
 def test_the_share_beyond_a_threshold_equals_that_of_drawn_numbers() -> None:
@@ -54,23 +53,3 @@ def test_only_down_proj_has_outliers_where_weights_are_drawn() -> None:
         == expected_columns(100, 8192, share_beyond(6.0, STD * 3072**0.5))
     )
     assert outliers.columns(100, 8192, 6.0) == 0
-
-
-def test_a_mask_widened_by_zeros_is_full_in_its_prompt_only() -> None:
-    """The prompt's part of a static cache's mask is full, so prefill needs no mask; the whole mask is not full."""
-    policy = ValuePolicy()
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    policy.know([mask], full=True)
-    widened = torch.nn.functional.pad(mask, (0, 3))
-    policy.follow("constant_pad_nd", [mask], [widened])
-
-    def full(part: torch.Tensor) -> bool:
-        total = part.sum()
-        policy.follow("sum", [part], [total])
-        equal = total == part.numel()
-        policy.follow("eq", [total], [equal])
-        return bool(policy.scalar(equal))
-
-    rest = ~widened[:, 4:]
-    policy.follow("bitwise_not", [widened[:, 4:]], [rest])
-    assert (full(widened[:, :4]), full(rest), full(widened), full(mask)) == (True, True, False, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import runpy
+import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -54,7 +55,22 @@ LARGE: Case = runpy.run_path(str(EXAMPLE / "perf" / "test_predicted.py"))["LARGE
 CASES = [
     *(_case(what.replace(" ", "-"), "reads_values", what=what) for what in REFUSALS),
     _case("cpu", "stays_on_the_cpu"),
-    _case("optimizer", "optimizer_first"),
+    _case("optimizer-first", "optimizer_first"),
+    _case("conv1d", "convolves", dimensions=1),
+    _case("conv2d", "convolves", dimensions=2),
+    _case("scaler", "scales_gradients"),
+    _case("no-mask", "trains_with_mask", padded=None),
+    _case("full-mask", "trains_with_mask", padded=0),
+    _case("padded", "trains_with_mask", padded=4),
+    *(_case(f"generate-{new}", "generates", max_new_tokens=new, do_sample=False) for new in (1, 2, 9)),
+    _case("sample", "generates", max_new_tokens=2, do_sample=True, top_p=0.9),
+    _case("beams", "generates", max_new_tokens=2, num_beams=2),
+    _case("loha", "adapts", method="LoHaConfig"),
+    _case("lokr", "adapts", method="LoKrConfig"),
+    _case("boft", "adapts", method="BOFTConfig", boft_block_size=4),
+    _case("vblora", "adapts", method="VBLoRAConfig", vector_length=16, num_vectors=8),
+    _case("memory", "asks_the_gpu"),
+    _case("known", "reads_known_values"),
     _case("given", "train"),
     _case("found", "picks_its_device"),
     LARGE,
@@ -63,8 +79,15 @@ CASES = [
 
 @functools.cache
 def _records() -> dict[str, Record]:
-    with mock.patch.dict(os.environ, PYTHONPATH=str(EXAMPLE)):
-        return {record.case.id: record for record in predicted(CASES)}
+    with mock.patch.dict(os.environ, PYTHONPATH=str(EXAMPLE)), tempfile.TemporaryDirectory() as folder:
+        own_steps.tiny_llama("cpu").save_pretrained(folder)
+        loading = [
+            _case("loads-auto", "loads", folder=folder, device_map="auto"),
+            _case("loads-cuda", "loads", folder=folder, device_map="cuda"),
+            _case("loads-nf4", "loads", folder=folder, device_map="cuda", nf4=True),
+            _case("trainer", "trains_with_trainer", folder=f"{folder}/trainer"),
+        ]
+        return {record.case.id: record for record in predicted([*CASES, *loading])}
 
 
 def _refusal(name: str) -> str:
@@ -85,9 +108,48 @@ def test_a_step_that_stays_on_the_cpu_is_refused() -> None:
     assert "made no tensor on the GPU" in _refusal("cpu")
 
 
-def test_an_optimizer_created_before_the_move_is_refused() -> None:
-    """An optimizer created before its model moved is refused: its state would be missing silently."""
-    assert "The AdamW was created before its model was moved" in _refusal("optimizer")
+RUNS = (
+    *("loads-auto", "loads-cuda", "loads-nf4", "trainer"),
+    *("optimizer-first", "conv1d", "conv2d", "scaler", "sample", "memory", "known"),
+    *("loha", "lokr", "boft", "vblora"),
+)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_step_that_takes_no_branch_of_data_is_predicted(name: str) -> None:
+    """A step that runs on a GPU, and decides only by values that the host made, is predicted. The steps themselves assert more."""
+    assert values(_records()[f"own/{name}"])["peak_bytes"] > 0
+
+
+def test_the_flops_of_a_convolution_are_counted() -> None:
+    """A convolution's FLOPs are those of its forward and its weight's gradient: 2 x 4 x 8 x 3 for each of 2 x 14 positions, twice."""
+    assert values(_records()["own/conv1d"])["flops"] == 2 * 2 * 4 * 8 * 3 * 2 * 14
+
+
+def test_a_model_that_transformers_quantizes_takes_less() -> None:
+    """`from_pretrained` with NF4 puts packed weights on the fake GPU, as `device_map` says."""
+    metrics = {name: values(_records()[f"own/loads-{name}"]) for name in ("auto", "cuda", "nf4")}
+    assert metrics["auto"] == metrics["cuda"]
+    assert metrics["nf4"]["peak_bytes"] < metrics["cuda"]["peak_bytes"]
+
+
+def test_a_mask_decides_by_what_it_hides() -> None:
+    """A full attention mask takes what no mask takes but its own bytes; one with padding takes other operators."""
+    without, full, padded = (values(_records()[f"own/{name}"]) for name in ("no-mask", "full-mask", "padded"))
+    assert full["flops"] == without["flops"]
+    assert 0 <= full["peak_bytes"] - without["peak_bytes"] <= 4096
+    assert padded["operators"] != full["operators"]
+
+
+def test_generate_makes_all_the_tokens_that_it_may() -> None:
+    """`generate` in a step of one's own never ends early: each token costs the same operators."""
+    one, two, nine = (values(_records()[f"own/generate-{new}"])["operators"] for new in (1, 2, 9))
+    assert nine - two == 7 * (two - one) > 0
+
+
+def test_a_refusal_names_the_users_line_before_the_librarys() -> None:
+    """A library that decides by an unknown value is named after the line of the user that called it."""
+    assert f"{own_steps.__file__}:" in _refusal("beams").split(" (inside transformers/generation/utils.py:")[0]
 
 
 def test_a_step_finds_the_gpu_either_way() -> None:
