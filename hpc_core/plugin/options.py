@@ -47,6 +47,8 @@ _CHOOSING = (
     "--perf-case", "--case", "-k", "-m", "--deselect", "--ignore", "--ignore-glob", "--lf", "--last-failed", "--sw", "--stepwise",
 )  # fmt: skip
 """Options that leave out tests or files."""
+_EXTENT = ("perf_scale", "perf_predict")
+"""Options that decide how much of the suite runs."""
 _GPU_WORD = re.compile(r"\bperf_gpu\b")
 
 
@@ -76,6 +78,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     fault: str | None
     predict: Extent
     """Which predictions are made."""
+    own_scale: Literal["tiny", "small", "full"] | None
+    own_predict: Extent
+    """Scale and predictions as they would be if only the command line chose them, not settings or PYTEST_ADDOPTS."""
     paths: tuple[str, ...]
     """The folders that `--benchmark` runs when no path is given."""
     allow_dirty: bool = False
@@ -246,7 +251,9 @@ def read_settings(config: pytest.Config) -> Settings:
     update, reason = bool(option("perf_update")), str(option("perf_reason")).strip()
     fault = cast("str | None", option("perf_fault"))
     _refuse(config, update=update, reason=reason, fault=fault)
-    scale, why = _scale(config)
+    scale, why = _scale(config, option("perf_scale"))
+    asked = {name: option(name) if is_given(config, f"--{name.replace('_', '-')}") else None for name in _EXTENT}
+    own_scale, own_why = _scale(config, asked["perf_scale"])
     records, resume = option("perf_records"), option("perf_resume")
     if records is not None and resume is not None:
         raise pytest.UsageError(
@@ -272,7 +279,9 @@ def read_settings(config: pytest.Config) -> Settings:
         budget_s=_budget_s(config),
         case_files=_case_files(config),
         fault=fault,
-        predict=_extent(config, why),
+        predict=_extent(option("perf_predict"), why),
+        own_scale=own_scale,
+        own_predict=_extent(asked["perf_predict"], own_why),
         paths=tuple(str(root_of(config) / path) for path in config.getini("perf_paths")),
         allow_dirty=bool(option("perf_allow_dirty")),
         bisect=bool(option("perf_bisect")),
@@ -450,8 +459,8 @@ def _faults() -> list[str]:
     return sorted(importlib.import_module("hpc_core.faults.catalogue").FAULTS)
 
 
-def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | None, str]:
-    given = config.getoption("perf_scale")
+def _scale(config: pytest.Config, given: object) -> tuple[Literal["tiny", "small", "full"] | None, str]:
+    """Return the scale and why it was chosen; `given` is the value of --perf-scale."""
     if given in ("tiny", "small", "full"):
         return given, "--perf-scale"
     if config.getoption("perf_case"):
@@ -462,12 +471,13 @@ def _scale(config: pytest.Config) -> tuple[Literal["tiny", "small", "full"] | No
     return ("full", str(gpus[0]["name"])) if gpus else ("tiny", "no CUDA GPU is visible")
 
 
-def _extent(config: pytest.Config, why_scale: str) -> Extent:
-    """Choose all predictions with `--case`, the short set where no GPU is visible, and none where a scale was chosen.
+def _extent(given: object, why_scale: str) -> Extent:
+    """Return which predictions are made; `given` is the value of --perf-predict.
+
+    Without one: all predictions with `--case`, the short set where no GPU is visible, and none where a scale was chosen.
 
     With `--case` a GPU runs the cases that are measured here; only what is not is predicted.
     """
-    given = config.getoption("perf_predict")
     if given is not None:
         return cast("Extent", given)
     if why_scale == "--case":

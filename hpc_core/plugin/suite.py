@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from shlex import quote
@@ -26,7 +26,7 @@ from hpc_core.gate.exit_code import ExitCode
 from hpc_core.gate.verdict import share
 from hpc_core.launch.gpu_lock import GpuInUseError, GpuLocks
 from hpc_core.plugin import uses_perf
-from hpc_core.plugin.cases import CaseFile, case_id_of, case_of, predicted_gpu, takes_part, tell_apart
+from hpc_core.plugin.cases import CaseFile, Extent, case_id_of, case_of, predicted_gpu, takes_part, tell_apart
 from hpc_core.plugin.fixture import CALLED, OUTCOME, Perf, PerfSession, with_timer
 from hpc_core.plugin.options import Settings, is_listing, is_whole, spelled
 from hpc_core.plugin.outcome import FailureKind, bisect_exit_code, exit_code
@@ -38,6 +38,7 @@ from hpc_core.record.environment import machine, stack, visible_gpus
 from hpc_core.record.git import top
 from hpc_core.record.record import Record
 from hpc_core.record.repeats import word_of
+from hpc_core.record.units import counted
 from hpc_core.record.version import __version__
 from hpc_core.report.command import Command
 from hpc_core.report.terminal import render
@@ -180,7 +181,9 @@ class Suite:
             if not any(matches(case_id, [glob]) for case_id in ids):
                 raise pytest.UsageError(f"--case {unknown_glob(glob, ids)}")
         self._measured = frozenset(case_id_of(item) for item in taking_part if predicted_gpu(item) is None)
-        dropped = [item for item in taking_part if not self._is_chosen(item)]
+        settings = self._settings
+        dropped = [item for item in taking_part if not self._is_chosen(item, settings.scale, settings.predict)]
+        self._tally.silenced = self._silenced(dropped)
         self._on_request = sum(self._waits_for_request(item) and self._of_this_scale(item) for item in dropped)
         self._tally.on_request = self._on_request
         _refuse_duplicates([item for item in taking_part if item not in dropped])
@@ -212,18 +215,30 @@ class Suite:
         """Note files that skip themselves."""
         self._tally.note_file(self._config.rootpath / report.nodeid.partition("::")[0], report)
 
-    def _is_chosen(self, item: pytest.Item) -> bool:
+    def _is_chosen(self, item: pytest.Item, scale: str | None, predict: Extent) -> bool:
         if not matches(case_id_of(item), self._settings.globs):
             return False
         if predicted_gpu(item) is not None:
-            return takes_part(item, self._settings.predict) and not self._runs_here(item)
-        return self._of_this_scale(item) and not self._waits_for_request(item)
+            return takes_part(item, predict) and not self._runs_here(item)
+        return _is_of_scale(item, scale) and not self._waits_for_request(item)
+
+    def _silenced(self, dropped: Sequence[pytest.Item]) -> tuple[str, ...]:
+        """Return what settings or PYTEST_ADDOPTS leave out, and with which option; the command line may choose what it likes."""
+        settings = self._settings
+        left_out = [item for item in dropped if self._is_chosen(item, settings.own_scale, settings.own_predict)]
+        predictions = sum(predicted_gpu(item) is not None for item in left_out)
+        cases, found = len(left_out) - predictions, []
+        by_scale = f"--perf-scale={settings.scale}"
+        if cases:
+            found.append(f"{counted(cases, 'case')} left out by {by_scale}")
+        if predictions:
+            is_given = self._config.getoption("perf_predict") is not None
+            by = f"--perf-predict={settings.predict}" if is_given else by_scale
+            found.append(f"{counted(predictions, 'prediction')} left out by {by}")
+        return tuple(f"{each} in settings or PYTEST_ADDOPTS" for each in found)
 
     def _of_this_scale(self, item: pytest.Item) -> bool:
-        """Return whether a test is of the chosen scale. One with a step of its own is of every scale, or of the full one if it needs a GPU."""
-        case = case_of(item)
-        scale = case.scale if case is not None else "full" if item.get_closest_marker("perf_gpu") else None
-        return scale is None or self._settings.scale in (None, scale)
+        return _is_of_scale(item, self._settings.scale)
 
     def _runs_here(self, item: pytest.Item) -> bool:
         """Return whether a prediction that only `--perf-case` chose is of a case that a GPU of this machine runs."""
@@ -451,6 +466,13 @@ def _took(record: Record) -> str:
     if not processes:
         return duration(sum(record.circumstances.phase_s.values()))
     return f"{duration(sum(process.seconds for process in processes))} in {len(processes)} {word_of(record)}es"
+
+
+def _is_of_scale(item: pytest.Item, chosen: str | None) -> bool:
+    """Return whether a test is of the chosen scale. One with a step of its own is of every scale, or of the full one if it needs a GPU."""
+    case = case_of(item)
+    scale = case.scale if case is not None else "full" if item.get_closest_marker("perf_gpu") else None
+    return scale is None or chosen in (None, scale)
 
 
 def _mistake(raised: pytest.ExceptionInfo[BaseException] | None) -> str:

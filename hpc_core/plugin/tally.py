@@ -36,6 +36,8 @@ class Tally:
         self._files: list[str] = []
         self.on_request = 0
         """Cases that nobody asked for."""
+        self.silenced: tuple[str, ...] = ()
+        """What settings leave out of the suite, a text each."""
         self.without_test = WithoutTest()
         """Accepted cases that no test of the suite has; known when the session ends."""
 
@@ -110,6 +112,7 @@ class Tally:
         dropped = len(self._cases) - len(self._expected())
         parts.append(f"{dropped} deselected" if dropped else "")
         parts.append(f"{self.on_request} more on request" if self.on_request else "")
+        parts += self.silenced
         return "hpc-core: " + "; ".join(filter(None, parts))
 
     def _why(self, nodeid: str) -> str:

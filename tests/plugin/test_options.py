@@ -142,6 +142,28 @@ def test_what_runs_where_there_is_no_gpu(pytester: pytest.Pytester, refused: Ref
     on_gpu.stdout.fnmatch_lines(["SKIPPED*needs a CUDA GPU: none is visible"])
 
 
+@pytest.mark.usefixtures("no_gpu", "refused")
+def test_what_settings_leave_out_is_counted_in_the_last_line(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale, or no predictions, in addopts or PYTEST_ADDOPTS would turn the suite off in silence; on the command line it is meant."""
+    (pytester.path / "bench" / "test_predicted.py").write_text(
+        "from hpc_core import predicted_cases\nfrom hpc_core.catalogue import finetune, tiny\n\n"
+        "CASE = finetune(tiny, variant='full', batch=2, length=64, steps=2)\n\n"
+        "@predicted_cases([CASE], gpu='RTX 4090', short=['tiny/full'])\ndef test_it(case, perf): perf(case)\n"
+    )
+    chosen = pytester.runpytest_inprocess("--benchmark", "--perf-scale=full")
+    chosen.stdout.no_fnmatch_line("*left out by*")
+    tiny = sum(case.scale == "tiny" for case in ALL)
+    ending = "in settings or PYTEST_ADDOPTS"
+    pytester.makeini("[pytest]\naddopts = --perf-scale=full\n")
+    for environment, by in (("", "--perf-scale=full"), ("--perf-predict=off", "--perf-predict=off")):
+        monkeypatch.setenv("PYTEST_ADDOPTS", environment)
+        result = pytester.runpytest_inprocess("--benchmark")
+        cases = f"{tiny} cases left out by --perf-scale=full {ending}"
+        result.stdout.fnmatch_lines([f"hpc-core: *; {cases}; 1 prediction left out by {by} {ending}*"])
+
+
 ON_REQUEST = """
 import pytest
 from hpc_core import perf_cases
