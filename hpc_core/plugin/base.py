@@ -159,6 +159,14 @@ def _up_to(folder: Path, root: Path) -> Iterator[Path]:
         yield folder
 
 
+def settings_above(folder: Path) -> Path | None:
+    """Return the file that pytest reads its settings from where this is the only path it is given; None if there is none."""
+    places = (place / name for place in (folder, *folder.parents) for name in _FILES)
+    return next(
+        (path for path in places if path.is_file() and pytest_settings(path, path.read_bytes()) is not None), None
+    )
+
+
 def pytest_settings(path: Path, raw: bytes) -> dict[str, Any] | None:
     """Return pytest's settings in the content of a file, as it has them; None if it is no file of settings for pytest."""
     try:

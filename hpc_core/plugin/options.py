@@ -6,6 +6,8 @@ import importlib
 import math
 import os
 import re
+import shlex
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, cast
 
@@ -16,7 +18,7 @@ from hpc_core.baselines.accept import why_without_commit
 from hpc_core.case.errors import SpecError
 from hpc_core.case.select import load_case_file
 from hpc_core.gate.waivers import Waiver, waivers_from_toml
-from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings
+from hpc_core.plugin.base import BASELINES, WAIVERS, Rules, pytest_settings, settings_above
 from hpc_core.plugin.cases import Extent, root_of
 from hpc_core.plugin.repeats import MOST
 from hpc_core.record.environment import commit, named_commit, visible_gpus
@@ -247,6 +249,7 @@ def read_settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: options contradict each other, or name something that does not exist.
     """
+    _refuse_moved_root(config)
     option = config.getoption
     update, reason = bool(option("perf_update")), str(option("perf_reason")).strip()
     fault = cast("str | None", option("perf_fault"))
@@ -368,6 +371,34 @@ def _refuse(config: pytest.Config, *, update: bool, reason: str, fault: str | No
     if update and fault:
         raise pytest.UsageError(
             f"--perf-fault {fault} with --perf-update: a run with a fault cannot be a baseline. Drop one of the two."
+        )
+
+
+def _refuse_moved_root(config: pytest.Config) -> None:
+    """Refuse a value of our options that pytest mistook for the path of a test.
+
+    pytest chooses its root folder and reads its settings before it knows our options: `--perf-records /tmp/runs` would lose both.
+    """
+    here = config.invocation_params.dir
+    words = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *map(str, config.invocation_params.args)]
+    mistaken = [
+        (option, value)
+        for option, value in pairwise(words)
+        if option.startswith(("--perf-", "--cases")) and not value.startswith("-") and (here / value).exists()
+    ]
+    if not mistaken or config.getoption("inifilename", None) or config.getoption("rootdir", None):
+        return
+    is_named = config.args_source is pytest.Config.ArgsSource.ARGS
+    named = [here / str(each).partition("::")[0] for each in config.args] if is_named else [here]
+    start = Path(os.path.commonpath([path.resolve() for path in named]))
+    expected, found = settings_above(start), config.inipath
+    if found is not None and pytest_settings(found, found.read_bytes()) is None:
+        found = None  # a pyproject.toml without settings of pytest
+    if expected is not None and (found is None or expected != found.resolve()):
+        option, value = mistaken[0]
+        raise pytest.UsageError(
+            f"pytest took {value} for the path of a test, and {config.rootpath} for the root folder, so it does not read {expected}. "
+            f"Write {option}={value}."
         )
 
 

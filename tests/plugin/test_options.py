@@ -64,6 +64,21 @@ def test_a_folder_of_baselines_that_is_not_there(pytester: pytest.Pytester, refu
     assert "perf_baselines: the folder" in refused()
 
 
+@pytest.mark.parametrize("option", ["--perf-records", "--perf-baselines", "--perf-resume"])
+def test_a_folder_elsewhere_must_not_cost_the_settings(
+    pytester: pytest.Pytester, refused: Refused, tmp_path_factory: pytest.TempPathFactory, option: str
+) -> None:
+    """pytest takes the value of `--perf-records /tmp/runs` for a test, moves its root folder and loses the ini file: one line says what to write."""
+    pytester.makeini("[pytest]\nperf_baselines = accepted\n")
+    elsewhere = str(tmp_path_factory.mktemp("runs"))
+    text = refused(option, elsewhere)
+    assert f"so it does not read {pytester.path / 'tox.ini'}. Write {option}={elsewhere}." in text
+    pytester.mkdir("accepted")
+    below = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q", "--perf-records", "accepted")
+    joined = pytester.runpytest_inprocess("--benchmark", "--collect-only", "-q", f"--perf-records={elsewhere}")
+    assert (below.ret, joined.ret) == (0, 0)
+
+
 def test_cases_do_not_run_in_parallel(refused: Refused) -> None:
     """-n is refused: cases would disturb each other."""
     pytest.importorskip("xdist")
