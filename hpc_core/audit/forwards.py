@@ -118,7 +118,7 @@ def audited_step(program: FinetuneProgram, uncounted: Uncounted = contextlib.nul
     def gradient_hook(name: str) -> Callable[[torch.Tensor], None]:
         def read(gradient: torch.Tensor) -> None:
             with uncounted():
-                largest[name] = _largest(gradient)
+                largest[name] = largest_of(gradient)
 
         return read
 
@@ -145,7 +145,7 @@ def audited_step(program: FinetuneProgram, uncounted: Uncounted = contextlib.nul
     return AuditedStep(forwards, gradients, loss)
 
 
-def _largest(gradient: torch.Tensor) -> torch.Tensor:
+def largest_of(gradient: torch.Tensor) -> torch.Tensor:
     """Return the infinity norm, which needs no temporary of the gradient's size and propagates NaN and infinity."""
     largest: torch.Tensor = torch.linalg.vector_norm(gradient.detach(), ord=math.inf, dtype=torch.float32)
     return largest

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,12 +163,21 @@ class StorageWatch(TorchDispatchMode):
             if tensor.untyped_storage().device.type != "meta":
                 self._known[id(tensor.untyped_storage())][1].category = category
 
+    def claim(self, category: str, tensors: Iterable[torch.Tensor]) -> None:
+        """Assign these tensors to a category, if they have been recorded."""
+        for piece in self._recorded(tensors):
+            piece.category = category
+
     def name(self, module: str, tensors: Iterable[torch.Tensor]) -> None:
         """Assign these tensors to a module, if they have been recorded."""
+        for piece in self._recorded(tensors):
+            piece.module = module
+
+    def _recorded(self, tensors: Iterable[torch.Tensor]) -> Iterator[Allocation]:
         for tensor in tensors:
             known = self._known.get(id(tensor.untyped_storage()))
             if known is not None and known[0]() is tensor.untyped_storage():
-                known[1].module = module
+                yield known[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and record the storages that it returns; unknown ones among its inputs existed before the step."""

@@ -6,6 +6,7 @@ is inside one. The ranges cost host time, so this pass measures neither wall tim
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hpc_core.instruments.allocations import StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.counters import without_compiling
 from hpc_core.instruments.kernels import family, is_wait, one_cycle
+from hpc_core.instruments.living import claiming
 from hpc_core.instruments.memory import claim_before
 from hpc_core.instruments.owners import Bystanders, by_module, optimizer_tensors, weight_tensors
 from hpc_core.instruments.places import Places, following
@@ -166,14 +168,17 @@ def profile_step(
     optimizer: torch.optim.Optimizer | None = None,
     marking: Callable[[Owning], Mark] | None = None,
     bystanders: Bystanders | None = None,
+    search: bool = False,
 ) -> Findings:
     """Attribute one step of `program`, or return a note that says why not. `work` describes the step.
 
-    `marking` may wrap the recorder to assign short-lived tensors.
+    `marking` may wrap the recorder to assign short-lived tensors. `search` finds the owners among what lives in this process.
     """
     try:
         with following() as places:
-            profile = _attributed_step(program, device, work, places, model, optimizer, marking, bystanders)
+            profile = _attributed_step(
+                program, device, work, places, model, optimizer, marking, bystanders, search=search
+            )
     # Everything that is gated has been measured by now and must not be lost, whatever the code under test raises here.
     except Exception as error:
         message = message_of(error).splitlines()[0]
@@ -190,6 +195,8 @@ def _attributed_step(
     optimizer: torch.optim.Optimizer | None,
     marking: Callable[[Owning], Mark] | None,
     bystanders: Bystanders | None,
+    *,
+    search: bool,
 ) -> Profile:
     if model is not None:
         places.learn(model)
@@ -204,7 +211,7 @@ def _attributed_step(
         for module, tensors in by_module(model, optimizer):
             watch.name(module, tensors)
         places.begin()
-        with watch:
+        with watch, claiming(watch.claim, watch.name, places) if search else contextlib.nullcontext():
             program.step(mark)
         synchronize(device)
         found = profile_of(work, program.phases, watch.timeline, watch.uses, places)

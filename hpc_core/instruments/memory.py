@@ -6,6 +6,7 @@ pass. Reading and resetting the counters does not synchronize, so it does not ch
 
 from __future__ import annotations
 
+import contextlib
 import resource
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch
 from hpc_core.instruments.allocations import AllocatorHistory, StorageWatch
 from hpc_core.instruments.clock import quiet, synchronize
 from hpc_core.instruments.counters import compiled_graphs
+from hpc_core.instruments.living import claiming
 from hpc_core.instruments.owners import Bystanders, living_tensors, optimizer_tensors, owned_bytes, weight_tensors
 from hpc_core.instruments.program import Mark, Program
 from hpc_core.instruments.timeline import CATEGORIES, Timeline
@@ -97,6 +99,7 @@ def measure_memory(
     steps: int = 2,
     peaks: dict[str, int] | None = None,
     owned: Mapping[str, list[torch.Tensor]] | None = None,
+    search: bool = False,
     timeline: bool = False,
 ) -> Findings:
     """Measure peaks by phase over `steps` steps, and categories over one.
@@ -111,6 +114,7 @@ def measure_memory(
         steps: how many steps to take peaks over.
         peaks: peaks of an earlier pass; if None, the program runs `steps` steps for them.
         owned: tensors that the program itself owns, by category.
+        search: find the owners among the models and optimizers that live in this process.
         timeline: also return the memory over the step.
     """
     owners = _owners(model, optimizer)
@@ -121,9 +125,9 @@ def measure_memory(
         with quiet():
             peaks = peaks or peaks_of(program, device, steps)
         synchronize(device)
-        events = _from_history(program, device, owners, marking)
+        events = _from_history(program, device, owners, marking, search=search)
     else:
-        events = _from_storages(program, device, owners, marking, bystanders)
+        events = _from_storages(program, device, owners, marking, bystanders, search=search)
         peaks = events.peaks_by_phase(program.phases)
     return Findings(
         metrics=memory_metrics(peaks, events, on_gpu=on_gpu),
@@ -196,7 +200,12 @@ def claim_before(
 
 
 def _from_history(
-    program: Program, device: torch.device, owners: Mapping[str, list[torch.Tensor]], marking: Marking | None
+    program: Program,
+    device: torch.device,
+    owners: Mapping[str, list[torch.Tensor]],
+    marking: Marking | None,
+    *,
+    search: bool,
 ) -> Timeline:
     history = AllocatorHistory(device, program.phases)
     mark: Mark = history if marking is None else marking(history)
@@ -204,7 +213,8 @@ def _from_history(
         history.start()
         for category, tensors in owners.items():
             history.own_before(category, tensors)
-        program.step(mark)
+        with claiming(history.own_now) if search else contextlib.nullcontext():
+            program.step(mark)
         synchronize(device)
         return history.stop()
 
@@ -215,12 +225,14 @@ def _from_storages(
     owners: Mapping[str, list[torch.Tensor]],
     marking: Marking | None,
     bystanders: Bystanders | None,
+    *,
+    search: bool,
 ) -> Timeline:
     watch = StorageWatch(program.phases)
     mark: Mark = watch if marking is None else marking(_TensorWatch(watch))
     with quiet():
         claim_before(device, watch, owners, bystanders)
-        with watch:
+        with watch, claiming(watch.claim) if search else contextlib.nullcontext():
             program.step(mark)
     return watch.timeline
 

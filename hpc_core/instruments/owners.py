@@ -22,7 +22,7 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
     owned: dict[str, list[torch.Tensor]] = {"weights": [], "adapter": []}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         kind = "adapter" if ".lora_" in name else "weights"
-        owned[kind] += [*_held(tensor), *_constants(tensor)]
+        owned[kind] += owned_tensors(tensor)
     for module in model.modules():
         state = getattr(module, "state", None)  # the first forward of an int8 layer moves its constants here
         owned["weights"] += [
@@ -31,6 +31,11 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
             if isinstance(value, torch.Tensor)
         ]
     return owned
+
+
+def owned_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors that hold a parameter's or buffer's values, and its quantization constants."""
+    return [*_held(tensor), *_constants(tensor)]
 
 
 def by_module(

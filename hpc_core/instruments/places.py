@@ -93,6 +93,10 @@ class Places:
         kinds = {path: type(module).__name__ for path, module in self._names.values()}
         return {path: ModuleSeen(kinds[path], numbers[path], calls) for path, calls in sorted(self._calls.items())}
 
+    def known(self) -> list[tuple[str, torch.nn.Module]]:
+        """Return the modules that have run, and their parts, with their paths."""
+        return list(self._names.values())
+
     def before_forward(self, module: torch.nn.Module, _: Any) -> None:
         """Record that a module's forward begins."""
         if id(module) not in self._names:

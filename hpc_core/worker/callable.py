@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hpc_core.audit.own_step import OwnTraining
 from hpc_core.case.workloads import CallableSpec
 from hpc_core.engines.callable import CallableProgram
 from hpc_core.instruments.attribution import profile_step
@@ -36,15 +37,22 @@ class OwnStep:
         self.compiled = Compilations.now()  # in the test's own process others have compiled before
         loaded = CallableProgram(step) if step is not None else place.engine.load(place.case, place.device, None)
         self.program, self.loaded = loaded, Findings()
+        self.training = OwnTraining()
 
     def warm_up(self) -> Findings:
-        """Run until memory and time are stable."""
-        return warm_up(self.program, self.device, self.place.began)
+        """Run until memory and time are stable; the losses of these steps are the first ones."""
+        self.training.begin()
+        with self.training.watching_losses():
+            return warm_up(self.program, self.device, self.place.began, after_step=self.training.after_call)
 
     def full(self, kind: Measure) -> Sequence[Instrument]:
         """Return all instruments: times before anything observes the step, and counts before the profiler loads libraries."""
         place, program, device = self.place, self.program, self.device
         joules = [Instrument("energy", "energy", self._energy)] if kind.profile and place.on_gpu else []
+        # Last, because a step goes on with each call: what is measured does not depend on whether it is audited.
+        audited = (
+            [Instrument("audit", "audit", lambda _: self.training.observe(program.step, device))] if kind.audit else []
+        )
         explained = (
             [
                 Instrument("host's time", "profile", lambda _: host_times(program, device)),
@@ -63,7 +71,7 @@ class OwnStep:
                 "memory",
                 "memory",
                 lambda found: measure_memory(
-                    program, device, bystanders=found.observed.get("bystanders"), timeline=kind.timeline
+                    program, device, bystanders=found.observed.get("bystanders"), search=True, timeline=kind.timeline
                 ),
             ),
             Instrument("operators", "counters", self._count),
@@ -72,6 +80,7 @@ class OwnStep:
             *joules,
             Instrument("process memory", None, lambda _: process_memory(device)),
             *explained,
+            *audited,
         )
 
     def retime(self) -> Sequence[Instrument]:
@@ -103,7 +112,9 @@ class OwnStep:
         return step_energy(self.program, self.device, step_s=timed, gpu_before=self.place.gpu_before)
 
     def _profile(self, found: Findings) -> Findings:
-        return profile_step(self.program, self.device, "one step", bystanders=found.observed.get("bystanders"))
+        return profile_step(
+            self.program, self.device, "one step", bystanders=found.observed.get("bystanders"), search=True
+        )
 
 
 def _busy_share(found: Findings) -> Findings:

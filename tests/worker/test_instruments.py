@@ -91,7 +91,7 @@ def test_leaked_memory_is_in_the_peak() -> None:
 
     program, plain = Leaking(), _values(measured(Known(), 1))
     leaking = _values(measured(program, 1, profile=False))
-    before = len(program.leaked) - 2  # the watched and the counted step come after
+    before = len(program.leaked) - 6  # the watched and the counted step, and four audited ones, come after
     assert before >= 3
     assert leaking["peak_bytes"] == plain["peak_bytes"] + 5_000 * before
     assert leaking["at_peak_other_bytes"] == plain["at_peak_other_bytes"] + 5_000 * before
@@ -189,7 +189,7 @@ def test_a_callable_is_measured_like_any_case(tmp_path: Path, monkeypatch: pytes
     values = _values(record)
     assert (values["operators"], values["flops"], values["peak_bytes"]) == (1, 2 * 48**3, 2 * 4 * 48**2)
     assert [event.name for event in events if isinstance(event, Phase)] == [
-        "build", "warm-up", "measure", "host", "memory", "counters", "busy", "profile", "record", "done",
+        "build", "warm-up", "measure", "host", "memory", "counters", "busy", "profile", "audit", "record", "done",
     ]  # fmt: skip
 
 
