@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 
 from hpc_core.case.errors import PredictError
@@ -61,6 +62,12 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
     started = datetime.datetime.now(datetime.UTC)
     phases = Phases(emit, time.perf_counter() if began is None else began)
     gpu = gpu_named(job.kind.gpu)
+    if job.kind.memory_bytes is not None:
+        gpu = msgspec.structs.replace(gpu, memory_bytes=job.kind.memory_bytes)
+    if gpu.rocm and job.case.quantization is not None:
+        raise PredictError(
+            f"{gpu.name}: bitsandbytes quantizes in other blocks on ROCm, which is not known here. Predict the case unquantized."
+        )
     as_after_compiling()
     injection = None if job.fault is None else inject(job.fault)
     engine = engine_of(job.case)

@@ -1,25 +1,21 @@
 """The table of GPUs: what predictions, bounds and reports know about each model.
 
-To add a GPU, add one entry here. Rates are dense, without sparsity, and accumulate in float32 where consumer cards differ
-(GeForce halves them there).
-
-Sources: NVIDIA H100 Tensor Core GPU data sheet and "NVIDIA H100 Tensor Core GPU Architecture" (H100 SXM and PCIe);
-NVIDIA H200 data sheet; NVIDIA A100 80GB data sheet and "NVIDIA A100 Tensor Core GPU Architecture"; "NVIDIA Ada GPU
-Architecture", appendix A (RTX 4090); "NVIDIA RTX Blackwell GPU Architecture", appendix A (RTX 5090).
+To add a GPU, add a line to `gpus.jsonl`. Rates are dense, without sparsity, and accumulate in float32 where consumer cards differ
+(GeForce halves them there). A dtype that a card's tensor cores lack is left out.
 """
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import msgspec
 
 from hpc_core.case.errors import PredictError
 from hpc_core.record.record import Machine
 
-_GIB = 2**30
 _MIB = 2**20
-_VENDOR = ("NVIDIA ", "GeForce ")
+_VENDOR = ("NVIDIA ", "GeForce ", "AMD Instinct ")
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,7 +30,7 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
     multiprocessors: int
     """Streaming multiprocessors. bitsandbytes' `_gemm_4bit_use_custom_cuda` compares block counts with it."""
     memory_bytes: int
-    """Total memory as NVML and torch report it where we measured it (H100, H200), else the nominal size."""
+    """Total memory as NVML and torch report it where we measured it (H100, H200), else as `nvidia-smi` prints it, or the nominal size."""
     flop_per_s: dict[str, float]
     """Peak rate by compute dtype: "bfloat16", "float16", "tfloat32", "float32", "int8" (operations per second)."""
     bytes_per_s: float
@@ -53,8 +49,10 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
         """Workspace of one cuBLAS handle on one stream.
 
         `getChosenWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: 32 MiB (4096 KiB x 8) on Hopper and newer, and
-        4096 KiB x 2 + 16 KiB x 8 elsewhere.
+        4096 KiB x 2 + 16 KiB x 8 elsewhere. On ROCm 128 MiB for gfx94 (MI300X).
         """
+        if self.rocm:
+            return 128 * _MIB
         return 32 * _MIB if self.capability[0] >= 9 else 2 * 4 * _MIB + 8 * 16 * 1024
 
     @property
@@ -62,9 +60,14 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
         """Workspace of cuBLASLt, which runs products that add a bias or a matrix.
 
         `getCUDABlasLtWorkspaceSize` in ATen/cuda/CublasHandlePool.cpp: 1024 KiB, confirmed on an H100 with torch 2.11. torch 2.13
-        shares the cuBLAS workspace by default (`TORCH_CUBLASLT_UNIFIED_WORKSPACE`).
+        shares the cuBLAS workspace by default (`TORCH_CUBLASLT_UNIFIED_WORKSPACE`). hipBLASLt: 76 MiB.
         """
-        return _MIB
+        return 76 * _MIB if self.rocm else _MIB
+
+    @property
+    def rocm(self) -> bool:
+        """Whether torch reaches it through ROCm: the caching allocator is the same code, the libraries' workspaces are not."""
+        return self.name.startswith("MI")
 
     @property
     def prefers_cudnn_attention(self) -> bool:
@@ -76,81 +79,35 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True):
         return self.capability in ((9, 0), (10, 0))
 
 
-def _rates(half: float, tf32: float, fp32: float, int8: float) -> dict[str, float]:
-    tera = {"bfloat16": half, "float16": half, "tfloat32": tf32, "float32": fp32, "int8": int8}
-    return {name: rate * 1e12 for name, rate in tera.items()}
+class _Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line of the table: a GPU with its rates in tera per second."""
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    tera_per_s: dict[str, float]
+    bytes_per_s: float
+    l2_bytes: int
+    source: str
 
 
 DEFAULT = "H100 80GB HBM3"
 """The GPU that predictions are for unless a user names another."""
 
-GPUS: dict[str, Gpu] = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu(
-            name=DEFAULT,
-            aliases=("h100", "h100 sxm", "h100 80gb"),
-            capability=(9, 0),
-            multiprocessors=132,
-            memory_bytes=85_520_809_984,
-            flop_per_s=_rates(989.4, 494.7, 66.9, 1978.9),
-            bytes_per_s=3.35e12,
-            l2_bytes=50 * _MIB,
-            source="NVIDIA's H100 data sheet (SXM)",
-        ),
-        Gpu(
-            name="H100 PCIe",
-            capability=(9, 0),
-            multiprocessors=114,
-            memory_bytes=80 * _GIB,
-            flop_per_s=_rates(756.5, 378.0, 51.2, 1513.0),
-            bytes_per_s=2.039e12,
-            l2_bytes=50 * _MIB,
-            source="NVIDIA's H100 data sheet (PCIe)",
-        ),
-        Gpu(
-            name="H200",
-            aliases=("h200 sxm", "h200 141gb"),
-            capability=(9, 0),
-            multiprocessors=132,
-            memory_bytes=150_754_820_096,
-            flop_per_s=_rates(989.4, 494.7, 66.9, 1978.9),
-            bytes_per_s=4.8e12,
-            l2_bytes=50 * _MIB,
-            source="NVIDIA's H200 data sheet (SXM)",
-        ),
-        Gpu(
-            name="A100-SXM4-80GB",
-            capability=(8, 0),
-            multiprocessors=108,
-            memory_bytes=80 * _GIB,
-            flop_per_s=_rates(312.0, 156.0, 19.5, 624.0),
-            bytes_per_s=2.039e12,
-            l2_bytes=40 * _MIB,
-            source="NVIDIA's A100 80GB data sheet (SXM)",
-        ),
-        Gpu(
-            name="RTX 4090",
-            capability=(8, 9),
-            multiprocessors=128,
-            memory_bytes=24 * _GIB,
-            flop_per_s=_rates(165.2, 82.6, 82.6, 660.6),
-            bytes_per_s=1.008e12,
-            l2_bytes=72 * _MIB,
-            source="NVIDIA's Ada architecture paper (RTX 4090)",
-        ),
-        Gpu(
-            name="RTX 5090",
-            capability=(12, 0),
-            multiprocessors=170,
-            memory_bytes=32 * _GIB,
-            flop_per_s=_rates(209.5, 104.8, 104.8, 838.0),
-            bytes_per_s=1.792e12,
-            l2_bytes=96 * _MIB,
-            source="NVIDIA's RTX Blackwell architecture paper (RTX 5090)",
-        ),
-    )
-}
+
+def _table() -> dict[str, Gpu]:
+    lines = Path(__file__).with_name("gpus.jsonl").read_bytes().splitlines()
+    found = {}
+    for row in (msgspec.json.decode(line, type=_Row) for line in lines):
+        sizes = {name: getattr(row, name) for name in row.__struct_fields__ if name != "tera_per_s"}
+        rates = {dtype: rate * 1e12 for dtype, rate in row.tera_per_s.items()}
+        found[row.name] = Gpu(**sizes, flop_per_s=rates)
+    return found
+
+
+GPUS: dict[str, Gpu] = _table()
 
 
 def gpu_named(name: str) -> Gpu:

@@ -73,6 +73,8 @@ class Predict(_Kind, frozen=True, kw_only=True, tag="predict"):
 
     gpu: str
     """Its name in `hpc_core.record.gpus`."""
+    memory_bytes: int | None = None
+    """The card's memory, if it has another amount than the table says."""
     timeline: bool = False
     """Also keep the memory over the step."""
     profile: bool = True
