@@ -29,7 +29,7 @@ from hpc_core.launch.launcher import Launcher
 from hpc_core.launch.predictions import predicting_launcher, prediction, why_not
 from hpc_core.record import units as sizes
 from hpc_core.record.files import read_record
-from hpc_core.record.gpus import DEFAULT, GPUS, gpu_named
+from hpc_core.record.gpus import DEFAULT, GPUS, Gpu, gpu_named, with_memory
 from hpc_core.record.record import Record, record_to_json
 from hpc_core.report.pictures import check_picture, write_memory
 from hpc_core.report.predictions import fits, prediction_block, sweep_table
@@ -54,6 +54,10 @@ def predict(
         int | None, typer.Option(help="Short for --set length=N, or prompt_length=N for generation.")
     ] = None,
     gpu: Annotated[str, typer.Option(help=f"The GPU: {', '.join(GPUS)}, or an unambiguous part of a name.")] = DEFAULT,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="The card's memory, such as 24GiB, for one that is not listed: else by the rules of --gpu."),
+    ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="Change a field: --set batch=8; repeatable.")
     ] = None,
@@ -80,21 +84,23 @@ def predict(
     if sweep is not None and fit is not None:
         raise SpecError("--sweep and --fit cannot be combined. Drop one of them.")
     drawn = _drawing(plot, over, alone=sweep is None and fit is None)
-    card, kept = gpu_named(gpu), parse_bytes("--margin", margin)
+    size = None if memory is None else parse_bytes("--memory", memory)
+    card, kept = with_memory(gpu_named(gpu), size), parse_bytes("--margin", margin)
     if kept >= card.memory_bytes:
         raise SpecError(f"--margin {margin} leaves nothing of {card.name}'s {_bytes(card.memory_bytes)}.")
     base = _base(case, model, method, cases)
     changed_case = with_changes(base, _short(base, batch, length, parse_changes(changes or [])))
     if sweep is not None:
-        _sweep(changed_case, sweep, card.name, kept, memory_only=memory_only, as_json=as_json)
+        _sweep(changed_case, sweep, gpu, card, kept, memory_only=memory_only, as_json=as_json)
     elif fit is not None:
-        _fit(changed_case, fit, card.name, kept, as_json=as_json)
+        _fit(changed_case, fit, gpu, card, kept, as_json=as_json)
     else:
         with predicting_launcher() as launcher:
             record = prediction(
                 launcher,
                 changed_case,
-                gpu=card.name,
+                gpu=gpu,
+                memory_bytes=size,
                 timeline=timeline or plot is not None,
                 memory_only=memory_only,
             )
@@ -175,7 +181,7 @@ def _sound(record: Record) -> Record:
     return record
 
 
-def _sweep(case: Case, text: str, gpu: str, kept: int, *, memory_only: bool, as_json: bool) -> None:
+def _sweep(case: Case, text: str, gpu: str, card: Gpu, kept: int, *, memory_only: bool, as_json: bool) -> None:
     field, values = parse_sweep(text)
     varied = [
         (str(value), with_changes(case, {field: value})) for value in values
@@ -183,12 +189,12 @@ def _sweep(case: Case, text: str, gpu: str, kept: int, *, memory_only: bool, as_
     rows = []
     with predicting_launcher(several=len(varied) > 1) as launcher:
         for value, each in varied:
-            rows.append((value, _reported(f"{field}={value}", launcher, each, gpu, memory_only=memory_only)))
+            rows.append((value, _reported(f"{field}={value}", launcher, each, gpu, card, memory_only=memory_only)))
     if as_json:
         for _, record in rows:
             say_encoded(record_to_json(record))
     else:
-        say(f"{case.id} on one {gpu}, predicted; left: beyond the margin of {_bytes(kept)}")
+        say(f"{case.id} on one {card.name}, predicted; left: beyond the margin of {_bytes(kept)}")
         say(sweep_table(field, rows, kept))
     if any(record.failure is not None for _, record in rows):
         raise typer.Exit(ExitCode.BROKEN)
@@ -196,16 +202,16 @@ def _sweep(case: Case, text: str, gpu: str, kept: int, *, memory_only: bool, as_
         raise typer.Exit(ExitCode.FAILED)
 
 
-def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
+def _fit(case: Case, name: str, gpu: str, card: Gpu, kept: int, *, as_json: bool) -> None:
     field = _field_to_fit(case, name)
-    room = gpu_named(gpu).memory_bytes - kept
+    room = card.memory_bytes - kept
     records: dict[int, Record] = {}
     began = time.monotonic()
     with predicting_launcher(several=True) as launcher:
 
         def peak_of(value: int) -> int:
             each = with_changes(case, {field: value})
-            record = _sound(_reported(f"{field}={value}", launcher, each, gpu, memory_only=True))
+            record = _sound(_reported(f"{field}={value}", launcher, each, gpu, card, memory_only=True))
             records[value] = record
             return int(record.metrics["peak_bytes"].value)
 
@@ -217,7 +223,7 @@ def _fit(case: Case, name: str, gpu: str, kept: int, *, as_json: bool) -> None:
     if best is None:
         worst = min(search.peaks)
         raise PredictError(
-            f"{case.id} does not fit one {gpu} with any {field}: {field}={worst} takes {_bytes(search.peaks[worst])}, "
+            f"{case.id} does not fit one {card.name} with any {field}: {field}={worst} takes {_bytes(search.peaks[worst])}, "
             f"and {_bytes(room)} are left by the margin of {_bytes(kept)}."
         )
     if as_json:
@@ -265,10 +271,10 @@ def _most(case: Case, field: str) -> int:
     return (context_length(case.model) or _LONGEST) if shape is None else shape.max_position_embeddings
 
 
-def _reported(what: str, launcher: Launcher, case: Case, gpu: str, *, memory_only: bool) -> Record:
+def _reported(what: str, launcher: Launcher, case: Case, gpu: str, card: Gpu, *, memory_only: bool) -> Record:
     """Make one prediction of several, and report it on stderr, since each takes seconds."""
     began = time.monotonic()
-    record = prediction(launcher, case, gpu=gpu, memory_only=memory_only)
+    record = prediction(launcher, case, gpu=gpu, memory_bytes=card.memory_bytes, memory_only=memory_only)
     peak = record.metrics.get("peak_bytes")
     tell(f"{what}: {'failed' if peak is None else _bytes(int(peak.value))} ({time.monotonic() - began:.0f} s)")
     return record

@@ -51,9 +51,7 @@ def prediction(
     Raises:
         PredictError: no GPU model, or more than one, has this name.
     """
-    kind = Predict(
-        gpu=gpu_named(gpu).name, memory_bytes=memory_bytes, timeline=timeline, memory_only=memory_only
-    )
+    kind = Predict(gpu=gpu_named(gpu).name, memory_bytes=memory_bytes, timeline=timeline, memory_only=memory_only)
     return launcher.run(Job(case=case, kind=kind))
 
 

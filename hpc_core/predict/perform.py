@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import torch
 
 from hpc_core.case.errors import PredictError
@@ -31,7 +30,7 @@ from hpc_core.predict.policy import ValuePolicy
 from hpc_core.predict.watch import GpuWatch
 from hpc_core.record.environment import circumstances
 from hpc_core.record.findings import Findings, mismatches
-from hpc_core.record.gpus import Gpu, gpu_named
+from hpc_core.record.gpus import Gpu, gpu_named, with_memory
 from hpc_core.record.job import Event, Job, Predict
 from hpc_core.record.metrics import metric
 from hpc_core.record.record import Machine, Record
@@ -61,9 +60,7 @@ def predict(job: Job, emit: Callable[[Event], None], *, began: float | None = No
     assert isinstance(job.kind, Predict)
     started = datetime.datetime.now(datetime.UTC)
     phases = Phases(emit, time.perf_counter() if began is None else began)
-    gpu = gpu_named(job.kind.gpu)
-    if job.kind.memory_bytes is not None:
-        gpu = msgspec.structs.replace(gpu, memory_bytes=job.kind.memory_bytes)
+    gpu = with_memory(gpu_named(job.kind.gpu), job.kind.memory_bytes)
     if gpu.rocm and job.case.quantization is not None:
         raise PredictError(
             f"{gpu.name}: bitsandbytes quantizes in other blocks on ROCm, which is not known here. Predict the case unquantized."

@@ -1,7 +1,7 @@
 """The table of GPUs: what predictions, bounds and reports know about each model.
 
 To add a GPU, add a line to `gpus.jsonl`. Rates are dense, without sparsity, and accumulate in float32 where consumer cards differ
-(GeForce halves them there). A dtype that a card's tensor cores lack is left out.
+(GeForce halves them there). A T4 emulates bfloat16, so float16's rate bounds it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 
 from hpc_core.case.errors import PredictError
 from hpc_core.record.record import Machine
+from hpc_core.record.units import quantity
 
 _MIB = 2**20
 _VENDOR = ("NVIDIA ", "GeForce ", "AMD Instinct ")
@@ -128,6 +129,16 @@ def gpu_named(name: str) -> Gpu:
         return found[0]
     problem = f"{name!r} matches {' and '.join(gpu.name for gpu in found)}" if found else f"No GPU is called {name!r}"
     raise PredictError(f"{problem}. Known GPUs: {', '.join(GPUS)}.")
+
+
+def with_memory(gpu: Gpu, memory_bytes: int | None) -> Gpu:
+    """Return a card of another size that follows the same rules, named "RTX 4090 with 48.00 GiB"; the GPU itself for None or its own size."""
+    if memory_bytes in (None, gpu.memory_bytes):
+        return gpu
+    assert memory_bytes is not None
+    return msgspec.structs.replace(
+        gpu, name=f"{gpu.name} with {quantity(memory_bytes, 'bytes')}", memory_bytes=memory_bytes
+    )
 
 
 def gpu_of(machine: Machine) -> Gpu | None:

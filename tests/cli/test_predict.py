@@ -21,7 +21,7 @@ from hpc_core.catalogue import catalogue
 from hpc_core.cli import main
 from hpc_core.cli import predict as command
 from hpc_core.cli.inputs import case_of_model, context_length, parse_bytes, parse_changes, parse_sweep, with_changes
-from hpc_core.record.gpus import gpu_named
+from hpc_core.record.gpus import gpu_named, with_memory
 from hpc_core.record.record import Failure, Machine, Record, record_from_json
 from hpc_core.report.predictions import prediction_block, sweep_table
 from tests.commands import exit_code
@@ -32,9 +32,9 @@ COMPILER = (sysconfig.get_config_var("CXX") or "c++").split()[0]
 predicts = pytest.mark.skipif(shutil.which(COMPILER) is None, reason="prediction compiles a small C++ file once")
 
 
-def predicted_record(case: Case, gpu: str, peak_bytes: int) -> Record:
+def predicted_record(case: Case, gpu: str, peak_bytes: int, memory_bytes: int | None = None) -> Record:
     """Return a predicted record with this peak."""
-    card = gpu_named(gpu)
+    card = with_memory(gpu_named(gpu), memory_bytes)
     metrics = {"peak_bytes": peak(peak_bytes), "peak_backward_bytes": peak(peak_bytes), "peak_load_bytes": peak(GIB)}
     metrics |= {"at_peak_weights_bytes": peak(GIB), "weights_bytes": peak(GIB)}
     metrics |= {"flops": counted(10**12, unit="FLOP"), "kernels": counted(50, unit="1 per 10 steps")}
@@ -61,10 +61,10 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     """Predict 2 GiB and one per row of the batch without workers, and return the cases that are predicted."""
     predicted_cases: list[Case] = []
 
-    def prediction(_: Any, case: Case, *, gpu: str, timeline: bool = False, memory_only: bool = False) -> Record:
+    def prediction(_: Any, case: Case, *, gpu: str, memory_bytes: int | None = None, **_options: bool) -> Record:
         predicted_cases.append(case)
         assert isinstance(case.workload, FinetuneSpec)
-        return predicted_record(case, gpu, (2 + case.workload.batch) * GIB)
+        return predicted_record(case, gpu, (2 + case.workload.batch) * GIB, memory_bytes)
 
     monkeypatch.setattr(command, "prediction", prediction)
     return predicted_cases
@@ -74,7 +74,10 @@ def a_gib_a_row(monkeypatch: pytest.MonkeyPatch) -> list[Case]:
     ("arguments", "expected"),
     [
         (["tiny/lroa"], "Near: tiny/lora"),
-        (["tiny/lora", "--gpu", "RTX"], "'RTX' matches RTX 4090 and RTX 5090. Known GPUs: H100 80GB HBM3,"),
+        (
+            ["tiny/lora", "--gpu", "RTX"],
+            "'RTX' matches RTX 3090 and RTX 4090 and RTX 5090. Known GPUs: H100 80GB HBM3,",
+        ),
         (["tiny/lora", "--gpu", "Voodoo"], "No GPU is called 'Voodoo'"),
         (["tiny/lora", "--set", "batc=8"], "has no field 'batc' to vary. It has: ahead, alpha, attention, batch,"),
         (["tiny/lora", "--set", "batch"], "write --set batch=8"),
@@ -277,3 +280,12 @@ def test_a_wrong_gpu_in_python_starts_no_process() -> None:
     """An ambiguous name is refused at once, with the names that match."""
     with pytest.raises(PredictError, match="RTX 5090"):
         hpc_core.predicted(a_case(), gpu="RTX")
+
+
+def test_memory_names_a_card_that_the_table_lacks(a_gib_a_row: list[Case], capsys: pytest.CaptureFixture[str]) -> None:
+    """`--memory` is the card's own size, for one prediction and for the largest batch; the rules are those of `--gpu`."""
+    assert exit_code(main, "predict", "tiny/lora", "--gpu", "4090", "--memory", "6GiB") == 0
+    assert "on one RTX 4090 with 6.00 GiB, predicted\n  fits" in capsys.readouterr().out
+    assert exit_code(main, "predict", "tiny/lora", "--gpu", "4090", "--memory", "4GiB") == 1
+    assert exit_code(main, "predict", "tiny/lora", "--memory", "10GiB", "--fit", "batch") == 0
+    assert "largest batch that fits: 7 " in capsys.readouterr().out

@@ -144,6 +144,29 @@ def test_the_attention_kernel_is_the_one_that_torch_chooses(
     assert chosen(gpu, *_heads(dtype, width, grouped), _mask(mask, dtype), grouped=grouped) == kernel
 
 
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "heads", "key_heads", "width", "value_width", "kernel"),
+    [
+        (HOPPER, BF16, 16, 16, 192, 128, "cudnn"),  # DeepSeek
+        (ADA, BF16, 16, 16, 192, 128, "efficient"),
+        (GPUS["B200"], BF16, 16, 16, 192, 128, "cudnn"),
+        (GPUS["B200"], BF16, 8, 8, 256, 256, "flash"),
+        (HOPPER, BF16, 71, 1, 64, 64, "math"),  # Falcon
+        (ADA, BF16, 71, 1, 64, 64, "math"),
+        (GPUS["Tesla T4"], BF16, 8, 8, 128, 128, "math"),
+        (GPUS["Tesla T4"], F16, 8, 8, 128, 128, "efficient"),
+        (GPUS["MI300X"], BF16, 8, 8, 128, 128, "flash"),
+    ],
+)
+def test_heads_of_other_architectures_get_torchs_kernel(
+    gpu: Gpu, dtype: torch.dtype, heads: int, key_heads: int, width: int, value_width: int, kernel: str
+) -> None:
+    """Values narrower than keys, keys that are broadcast without grouping, and dtypes that an old card lacks."""
+    query, key = torch.ones(1, heads, 4, width, dtype=dtype), torch.ones(1, key_heads, 4, width, dtype=dtype)
+    value = torch.ones(1, key_heads, 4, value_width, dtype=dtype)
+    assert chosen(gpu, query, key, value, None, grouped=False) == kernel
+
+
 def test_heads_that_flash_attention_pads_are_refused() -> None:
     """A head width that is no multiple of 8 is refused: flash attention pads it in copies that are not modelled."""
     with pytest.raises(PredictError, match="A head width of 100"):
