@@ -72,7 +72,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     config: dict[str, Any]
     """The contents of its config.json. Values that are left out are transformers' defaults."""
     tiny: dict[str, Any] = {}
-    """What `tiny-<name>` sets beyond the rules of `_shrunk`."""
+    """What `tiny-<name>` sets beyond the rules of `shrunk`."""
 
 
 _MOST: dict[str, int] = {
@@ -94,10 +94,10 @@ _MOST: dict[str, int] = {
 """The largest value that a tiny model has for a key of a configuration."""
 
 
-def _shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
+def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the same parts, each small: at most four layers of 128 numbers a token."""
     small: dict[str, Any] = {key: min(value, _MOST[key]) for key, value in config.items() if key in _MOST and value}
-    small |= {key: _shrunk(value) for key, value in config.items() if key.endswith("_config")}
+    small |= {key: shrunk(value) for key, value in config.items() if key.endswith("_config")}
     if "num_key_value_heads" in config:
         alone = config["num_key_value_heads"] == config["num_attention_heads"]
         small["num_key_value_heads"] = 4 if alone else 2
@@ -142,7 +142,7 @@ def model_named(name: str) -> Model:
         known = ", ".join(sorted(MODELS))
         msg = f"Unknown shape {name!r}. Known shapes: {known}. For another model use weights='folder', 'hub', 'config' or 'gguf' with its path."
         raise SpecError(msg)
-    return msgspec.structs.replace(row, name=name, config=_shrunk(row.config) | row.tiny)
+    return msgspec.structs.replace(row, name=name, config=shrunk(row.config) | row.tiny)
 
 
 def is_tiny(name: str | None) -> bool:

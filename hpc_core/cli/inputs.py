@@ -15,6 +15,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.case.limits import relative_limit
 from hpc_core.case.parts import ModelSpec
 from hpc_core.case.select import load_case_file, near
+from hpc_core.case.shapes import MODELS
 from hpc_core.catalogue import (
     ALL,
     DATA,
@@ -28,7 +29,9 @@ from hpc_core.catalogue import (
     lora,
     qlora,
 )
+from hpc_core.catalogue.architectures import CASES as ARCHITECTURES
 from hpc_core.catalogue.predicted import PREDICTED
+from hpc_core.catalogue.shorthand import model_of
 from hpc_core.record.files import read_regular
 from hpc_core.record.plain import plain
 
@@ -59,7 +62,9 @@ def known_cases(files: list[Path] | None) -> dict[str, Case]:
         SpecError: a file cannot be read, or holds no cases.
     """
     own = _own(files)
-    return {case.id: case for case in [*ALL, *TRIAL, *SWEEP, *DATA, *TINY_DATA, *INT4, *PREDICTED, *own]}
+    return {
+        case.id: case for case in [*ALL, *TRIAL, *SWEEP, *DATA, *TINY_DATA, *INT4, *PREDICTED, *ARCHITECTURES, *own]
+    }
 
 
 def _own(files: list[Path] | None) -> list[Case]:
@@ -82,13 +87,15 @@ def known_case(case_id: str, files: list[Path] | None) -> Case:
 def case_of_model(model: str, method: Method) -> Case:
     """Return a case that trains, or generates with, random weights in the shape of this model's configuration.
 
-    `model` is a local folder with a config.json, such a file, or a hub id. All else has its default: batches of 4 x 512
+    `model` is a local folder with a config.json, such a file, a row of `hpc_core/case/models.jsonl`, or a hub id. All else has its default: batches of 4 x 512
     tokens, rank 8, bfloat16.
 
     Raises:
         SpecError: the model is neither a file with a configuration nor a hub id.
     """
     path = Path(model).expanduser()
+    if not path.exists() and model in MODELS:
+        return _case_of_row(model, method)
     if not path.exists() and (not _HUB_ID.fullmatch(model) or model.startswith(".")):
         raise SpecError(f"--model {model}: no such folder or file, and not a hub id. Give a folder with a config.json.")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -98,6 +105,14 @@ def case_of_model(model: str, method: Method) -> Case:
     if method == "generate":
         return generate(spec, prompts=1, **settings)
     return finetune(spec, {"full": full, "lora": lora(), "qlora": qlora()}[method], **settings)
+
+
+def _case_of_row(name: str, method: Method) -> Case:
+    model = model_of(name)
+    if method == "generate":
+        return generate(model, prompts=1)
+    targets = MODELS[name].targets
+    return finetune(model, {"full": full, "lora": lora(targets=targets), "qlora": qlora(targets=targets)}[method])
 
 
 def context_length(model: ModelSpec) -> int | None:

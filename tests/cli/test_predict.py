@@ -289,3 +289,14 @@ def test_memory_names_a_card_that_the_table_lacks(a_gib_a_row: list[Case], capsy
     assert exit_code(main, "predict", "tiny/lora", "--gpu", "4090", "--memory", "4GiB") == 1
     assert exit_code(main, "predict", "tiny/lora", "--memory", "10GiB", "--fit", "batch") == 0
     assert "largest batch that fits: 7 " in capsys.readouterr().out
+
+
+def test_a_row_of_the_table_is_a_model() -> None:
+    """Its name is enough: attention and targets are the row's."""
+    case = case_of_model("gemma-2-9b", "lora")
+    assert (case.id, case.model) == ("gemma-2-9b/lora", ModelSpec(shape="gemma-2-9b", attention="eager"))
+    assert case.adapter is not None
+    found = case_of_model("phi-4", "qlora").adapter
+    assert found is not None
+    assert found.targets == ("qkv_proj", "o_proj")
+    assert case_of_model("mixtral-8x7b", "generate").id == "mixtral-8x7b/generate"
