@@ -75,6 +75,8 @@ class Model(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What `tiny-<name>` sets beyond the rules of `shrunk`."""
 
 
+_LAYERS = ("num_hidden_layers", "n_layer")
+
 _MOST: dict[str, int] = {
     **dict.fromkeys(("hidden_size", "n_embd", "word_embed_proj_dim"), 128),
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_dim"), 256),
@@ -90,6 +92,8 @@ _MOST: dict[str, int] = {
     "linear_num_value_heads": 4,
     "image_size": 56,
     "mm_tokens_per_image": 4,
+    "n_group": 1,
+    "topk_group": 1,
 }
 """The largest value that a tiny model has for a key of a configuration."""
 
@@ -98,12 +102,20 @@ def shrunk(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with the same parts, each small: at most four layers of 128 numbers a token."""
     small: dict[str, Any] = {key: min(value, _MOST[key]) for key, value in config.items() if key in _MOST and value}
     small |= {key: shrunk(value) for key, value in config.items() if key.endswith("_config")}
+    layers = next((config[key] for key in _LAYERS if key in config), None)
+    small |= {key: _few(value) for key, value in config.items() if isinstance(value, list) and len(value) == layers}
     if "num_key_value_heads" in config:
-        alone = config["num_key_value_heads"] == config["num_attention_heads"]
+        alone = config["num_key_value_heads"] == config.get("num_attention_heads")
         small["num_key_value_heads"] = 4 if alone else 2
     if "vocab_size" in config:  # the model's own ids of special tokens lie beyond a tiny vocabulary
         small |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
     return {**config, **small}
+
+
+def _few(each_layer: list[Any]) -> list[Any]:
+    """Return four layers of a list with an entry for each layer, every kind of layer among them."""
+    kinds = [kind for place, kind in enumerate(each_layer) if kind not in each_layer[:place]]
+    return (kinds * 4)[:4]
 
 
 def _rows() -> dict[str, Model]:
@@ -148,9 +160,6 @@ def model_named(name: str) -> Model:
 def is_tiny(name: str | None) -> bool:
     """Return whether a shape is that of a model that a CPU trains in milliseconds."""
     return name is not None and (name == "tiny" or name.startswith(_TINY))
-
-
-_LAYERS = ("num_hidden_layers", "n_layer")
 
 
 def layers_key(config: Mapping[str, Any]) -> str:

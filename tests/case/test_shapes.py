@@ -6,7 +6,7 @@ import pytest
 
 from hpc_core.case.errors import SpecError
 from hpc_core.case.parts import ModelSpec
-from hpc_core.case.shapes import MODELS, SHAPES, layers_key, model_named
+from hpc_core.case.shapes import MODELS, SHAPES, layers_key, model_named, shrunk
 
 PUBLISHED = {
     "llama-3.2-1b": 1_235_814_400,
@@ -63,3 +63,17 @@ def test_a_row_with_fewer_layers_is_chosen_by_a_number() -> None:
     assert ModelSpec(shape="gpt2-xl", layers=2).configuration()["n_layer"] == 2
     with pytest.raises(SpecError, match="gpt2-xl has 48; use 1 to 47"):
         ModelSpec(shape="gpt2-xl", layers=48)
+
+
+def test_a_tiny_model_keeps_every_kind_of_layer() -> None:
+    """Lists with an entry for each layer are cut to four entries, and no kind is lost; other lists stay."""
+    whole = {
+        "num_hidden_layers": 6,
+        "layer_types": [*["sliding"] * 5, "full"],
+        "no_rope": [1, 1, 1, 0, 1, 1],
+        "ids": [7],
+    }
+    small = shrunk(whole)
+    assert small["layer_types"] == ["sliding", "full", "sliding", "full"]
+    assert small["no_rope"] == [1, 0, 1, 0]
+    assert (small["num_hidden_layers"], small["ids"]) == (4, [7])
