@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -313,6 +314,9 @@ def _visible(watch: GpuWatch) -> Iterator[None]:
         **dict.fromkeys(("set_device", "set_rng_state", "set_rng_state_all", "ipc_collect", "synchronize"), _nothing),
     }
     with contextlib.ExitStack() as stack:
+        if importlib.util.find_spec("peft") is not None:
+            boft: Any = library("peft.tuners.boft.layer", "Prediction").BOFTLayer
+            stack.enter_context(mock.patch.object(boft, "perm2mat", _permutation))
         # transformers would load weights in threads, where tensors are not fake; safetensors wraps a mapped file.
         stack.enter_context(mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(mock.patch.object(torch, "asarray", _asarray))
@@ -326,6 +330,11 @@ def _visible(watch: GpuWatch) -> Iterator[None]:
 
 def _nothing() -> None:
     pass
+
+
+def _permutation(_: Any, indices: torch.Tensor) -> torch.Tensor:
+    """Make BOFT's permutation matrix at once: it sets its ones one by one, 100,000 operators for a model of three billion parameters."""
+    return torch.zeros(len(indices), len(indices))
 
 
 _real_asarray = torch.asarray

@@ -1,9 +1,9 @@
 """The values of fake tensors, as far as they are known: what Python gets when it reads one.
 
 The code under test must take the branch that it takes on real data. Most of what it reads does not come from data: token ids and
-masks that the host made, positions, counts of tokens, one random number for a dropout. So small tensors of integers and truth
-values, and single numbers, carry their real values beside the fake ones: an operator whose inputs are all known runs on them too.
-Weights, activations and losses are unknown, and so is what depends on them; but they are finite.
+masks that the host made, positions, counts of tokens, one random number for a dropout. So small tensors carry their real values
+beside the fake ones: an operator whose inputs are all known runs on them too. Random weights, activations and losses are unknown,
+and so is what depends on them; but they are finite.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 _MOST_ELEMENTS = 1 << 20
 """Elements of integers or truth values that are followed: a mask of 512 rows of 2,048 tokens."""
+_MOST_NUMBERS = 1 << 16
+"""Elements of other numbers: peft makes masks of its virtual tokens in float32."""
 _EMPTY = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 _SHAPE_ONLY = {"ones_like", "zeros_like", "full_like", "new_ones", "new_zeros", "new_full"}
 """Operators that use an input's shape, not its values."""
@@ -71,7 +73,7 @@ class ValuePolicy:
         if not changed and (name in _EMPTY or not all(map(_is_small, outputs)) or _shares(outputs, inputs)):
             return
         values = None
-        if all(map(_is_small, changed)) and not (_is_random(func) and any(_device(each) != "cpu" for each in outputs)):
+        if all(map(_is_small, changed)) and not (_is_random(func) and any(map(_is_drawn, outputs))):
             values = self._run(func, name, args, kwargs, inputs) or self._decided(name, args, inputs, outputs)
         if values is None:
             for lost in changed:
@@ -144,7 +146,12 @@ def _is_small(tensor: torch.Tensor) -> bool:
     """Return whether the values of a tensor like this are followed."""
     if tensor.dtype.is_complex or _device(tensor) not in ("cpu", "cuda"):
         return False
-    return tensor.numel() <= (1 if tensor.dtype.is_floating_point else _MOST_ELEMENTS)
+    return tensor.numel() <= (_MOST_NUMBERS if tensor.dtype.is_floating_point else _MOST_ELEMENTS)
+
+
+def _is_drawn(tensor: torch.Tensor) -> bool:
+    """Return whether random values are unknown: a GPU has a generator of its own, and many numbers are weights."""
+    return _device(tensor) != "cpu" or (tensor.dtype.is_floating_point and tensor.numel() > 1)
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:

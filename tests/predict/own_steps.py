@@ -82,7 +82,7 @@ def optimizer_first(device: str) -> Step:
 
 def reads_values(what: str, device: str) -> Step:
     """A step that reads a tensor's value, in one of many ways."""
-    values = torch.ones(4, 4, device=device)
+    values = torch.rand(4, 4, device=device)
     ways: dict[str, Callable[[], Any]] = {
         "branch on a tensor": lambda: 1 if (values > 0).any() else 2,
         "branch on a number": lambda: 1 if values.sum().item() > 3 else 2,
@@ -242,6 +242,8 @@ def reads_known_values(device: str) -> Step:
         assert ids[1].tolist() == [5, 5, 5, 0]
         rows[1] = torch.tensor([4, 0, 0])
         assert torch.rand(1) < 2
+        virtual = torch.ones(2, 3, device=device)  # peft's masks of virtual tokens are float32
+        assert torch.cat((virtual, torch.ones_like(ids)), 1).all()
 
     return step
 

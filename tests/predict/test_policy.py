@@ -55,17 +55,17 @@ def test_a_view_shares_what_is_known_of_its_base() -> None:
         ids = torch.tensor([[1, 2], [3, 4]])
         ids[0] += 10
         lost = torch.tensor([1, 2])
-        lost[:1] = torch.ones(2, 2).sum() > 0
+        lost[:1] = torch.randn(2, 2).sum() > 0
         return [ids, lost, ids.T]
 
     assert _known(changed) == [[[11, 12], [3, 4]], None, [[11, 3], [12, 4]]]
 
 
 def test_weights_and_what_depends_on_them_are_unknown() -> None:
-    """Numbers with a fraction are followed one at a time only, so activations are unknown whatever their size."""
+    """Random numbers are weights, unless there is one alone, so activations are unknown whatever their size."""
 
     def unknown() -> list[torch.Tensor]:
-        weight = torch.ones(2, 2)
+        weight = torch.randn(2, 2)
         return [weight, weight.sum(), (weight > 0).any(), torch.empty(3, dtype=torch.long)]
 
     assert _known(unknown) == [None] * 4
@@ -75,7 +75,7 @@ def test_unknown_numbers_are_finite() -> None:
     """Whether a weight is infinite or not a number is known, and `and` with false is false."""
 
     def finite() -> list[torch.Tensor]:
-        weight = torch.ones(2, 2)
+        weight = torch.randn(2, 2)
         positive = (weight > 0).any()
         no = torch.zeros((), dtype=torch.bool)
         return [weight.isinf().any(), weight.isnan().any(), weight.isfinite().all(), positive & no, positive | ~no]
