@@ -50,6 +50,11 @@ class Gradients:
             self._largest[id(each)] = _better(self._largest.get(id(each)), values.get(id(each)))
 
     @property
+    def reached(self) -> bool:
+        """Whether any tensor had a gradient; an optimizer that runs inside the backward pass leaves none to read."""
+        return any(each is not None for each in self._largest.values())
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that were looked at."""
         return list(self._tensors.values())

@@ -77,6 +77,8 @@ class Limits(
     peak_forward_bytes: Limit = None
     peak_backward_bytes: Limit = None
     peak_optimizer_bytes: Limit = None
+    peak_evaluation_bytes: Limit = None
+    peak_save_bytes: Limit = None
     weights_bytes: Limit = None
     adapter_weights_bytes: Limit = None
     optimizer_bytes: Limit = None

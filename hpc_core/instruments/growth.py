@@ -54,6 +54,20 @@ class GrowthWatch(TorchDispatchMode):
             call()
         self._held.append(self._alive())
 
+    def look(self) -> None:
+        """Take what Python knows of now for the end of a call that somebody else made, without the lines that made it."""
+        tensors = living_tensors(self._device)
+        if self._held:
+            self._call += 1
+        for tensor in tensors:
+            self._add(tensor, "")
+        self._held.append(self._alive())
+
+    @property
+    def calls(self) -> int:
+        """How many calls were seen."""
+        return self._call
+
     def reason(self) -> str | None:
         """Return "memory grows 256 KiB a step, held float32[64, 1024] made in FILE:LINE" after at least `CALLS` calls; None if it does not.
 
@@ -65,12 +79,15 @@ class GrowthWatch(TorchDispatchMode):
         left = [sum(self._left(call).values()) for call in range(1, self._call)]
         steps = {later - earlier for earlier, later in itertools.pairwise(held)}
         grown = (held[-1] - held[0]) // self._call
-        if grown < _LEAST_BYTES or not (min(left) >= _LEAST_BYTES or len(steps) == 1):
+        each = min(left)
+        if grown < _LEAST_BYTES or not (each >= _LEAST_BYTES or len(steps) == 1):
             return None
         pieces = self._left(self._call - 1) or self._left(self._call)
         what, _ = pieces.most_common(1)[0]
         more = f" and {len(pieces) - 1} more" if len(pieces) > 1 else ""
-        return f"memory grows {sizes.quantity(grown, 'bytes')} a step, held {what}{more}"
+        return (
+            f"memory grows {sizes.quantity(each if each >= _LEAST_BYTES else grown, 'bytes')} a step, held {what}{more}"
+        )
 
     def _left(self, call: int) -> Counter[str]:
         """Return the bytes that a call has made and that still exist, by what they are."""
@@ -98,7 +115,9 @@ class GrowthWatch(TorchDispatchMode):
         if storage.device.type == "meta" or (known is not None and known() is storage):
             return
         self._known[id(storage)] = weakref.ref(storage)
-        what = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} made {_line() or f'by {operator}'}"
+        what = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+        if operator:
+            what += f" made {_line() or f'by {operator}'}"
         self._made.append((self._call, what, self._known[id(storage)]))
 
 

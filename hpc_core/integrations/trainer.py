@@ -153,13 +153,20 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """Measure the gradients."""
         if self._training is not None:
-            self._training.gradients_ready()
+            self._training.gradients_ready(audit=args.world_size == 1)  # a process of several may hold only its part
 
     @_safe
     def on_step_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         """End a step."""
         if self._training is not None:
             self._training.step_ended()
+            self._pause(control)
+
+    @_safe
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        """Begin the evaluation or the checkpoint that an epoch ends with."""
+        if self._training is not None and self._training.steps:
+            self._pause(control)
 
     @_safe
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **known: Any) -> None:
@@ -168,16 +175,23 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
             loss = (logs or {}).get("loss")
             if isinstance(loss, int | float):
                 self._training.losses.append(float(loss))
-            self._resume()
+            if not self._training.pausing:  # an evaluation logs too, before it ends
+                self._resume()
 
     @_safe
     def on_evaluate(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        """Leave the evaluation out."""
+        """Leave the evaluation out of the steps, and note its own peak and time."""
+        if self._training is not None and self._training.steps:
+            self._training.pause_ended("evaluation")
+            if control.should_save:
+                self._training.pause_begins("save", watch=self._within)
         self._resume()
 
     @_safe
     def on_save(self, args: Any, state: Any, control: Any, **known: Any) -> None:
-        """Leave the saving of a checkpoint out."""
+        """Leave the saving of a checkpoint out of the steps, and note its own peak and time."""
+        if self._training is not None and self._training.steps:
+            self._training.pause_ended("save")
         self._resume()
 
     @_safe
@@ -193,6 +207,11 @@ class PerfCallback(TrainerCallback):  # type: ignore[misc]  # transformers ships
             write_record(self.path, record)
         finally:
             training.leave()
+
+    def _pause(self, control: Any) -> None:
+        """Begin what the Trainer does after a step or an epoch: it evaluates first, then saves."""
+        if self._training is not None and (control.should_evaluate or control.should_save):
+            self._training.pause_begins("evaluation" if control.should_evaluate else "save", watch=self._within)
 
     def _resume(self) -> None:
         if self._training is not None and self._training.steps:

@@ -12,10 +12,13 @@ from typing import Any, Literal
 
 import torch
 
+from hpc_core.audit.own_step import Gradients
 from hpc_core.case.case import Case
 from hpc_core.instruments.allocations import StorageWatch
+from hpc_core.instruments.growth import CALLS, GrowthWatch
 from hpc_core.instruments.memory import host_peak_bytes, memory_metrics, model_metrics
 from hpc_core.instruments.owners import gradient_tensors, optimizer_tensors, owned_bytes, weight_tensors
+from hpc_core.instruments.timeline import Timeline
 from hpc_core.record.environment import circumstances, gpu_state
 from hpc_core.record.findings import Findings, mismatches
 from hpc_core.record.metrics import metric
@@ -24,6 +27,9 @@ from hpc_core.record.record import Circumstances, Fact, Failure, Metric, Record
 _MOST_SAMPLES = 1000
 _WATCHED_STEP = 2
 """The step, counted from 0, whose tensors are watched on a CPU. By then the optimizer has its state."""
+_AUDITED_STEPS = 4
+"""The first steps, whose gradients are read. LoRA's A has none in the first one, while B is zero."""
+Pause = Literal["evaluation", "save"]
 _COMPARED_NUMBERS = 16
 """Leading numbers of each trainable tensor that are compared before and after the training."""
 
@@ -45,12 +51,13 @@ class StepClock:
         self._created = now()
         self._since: float | None = None
 
-    def resume(self) -> None:
-        """End a pause: the time since the last step's end is left out, and the next step begins now."""
+    def resume(self) -> float:
+        """End a pause, and return its seconds: the time since the last step's end is left out, and the next step begins now."""
         now = self._now()
-        if self._since is not None:
-            self.left_out_s += now - self._since
+        left_out = 0.0 if self._since is None else now - self._since
+        self.left_out_s += left_out
         self._since = now
+        return left_out
 
     def step_begins(self) -> None:
         """Begin the first step. Later steps began when the one before them ended."""
@@ -136,6 +143,13 @@ class Training:
         self._peak_bytes = 0
         self._watch: StorageWatch | None = None
         self._watched: dict[str, Metric] = {}
+        self._pauses: dict[Pause, list[float]] = {}
+        """Seconds of each evaluation and each saving, except those whose tensors were watched."""
+        self._pause_peaks: dict[Pause, int] = {}
+        self.pausing = False
+        """Whether an evaluation or the saving of a checkpoint is going on."""
+        self._gradients = Gradients()
+        self._growth = GrowthWatch(device)
 
     def count_tokens(self) -> None:
         """Count the tokens that enter the model from now on."""
@@ -148,17 +162,53 @@ class Training:
 
     def step_begins(self, *, watch: bool) -> None:
         """Begin a step. With `watch`, one step's tensors are watched on a CPU; the caller must call `leave` if that step raises."""
+        self.pausing = False
+        self._end_watch()  # of a checkpoint that was not saved after all
         self.clock.step_begins()
         if watch and not self._on_gpu and self.steps == _WATCHED_STEP:
-            self._watch = StorageWatch(["step"])
-            for category, tensors in weight_tensors(self._model).items():
-                self._watch.own(category, tensors)
-            self._watch.own("optimizer", optimizer_tensors(self._optimizer))
-            self._watch("step")
-            self._watch.__enter__()
+            self._begin_watch("step")
 
-    def gradients_ready(self) -> None:
-        """Measure the gradients. Called between the backward pass and the optimizer's step."""
+    def _begin_watch(self, *phases: str) -> None:
+        self._watch = StorageWatch(phases)
+        for category, tensors in weight_tensors(self._model).items():
+            self._watch.own(category, tensors)
+        self._watch.own("optimizer", optimizer_tensors(self._optimizer))
+        self._watch(phases[0])
+        self._watch.__enter__()
+
+    def _end_watch(self) -> Timeline | None:
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return None
+        watch.__exit__(None, None, None)
+        return watch.timeline
+
+    def pause_begins(self, pause: Pause, *, watch: bool) -> None:
+        """Begin an evaluation or the saving of a checkpoint. With `watch`, the first one's tensors are watched on a CPU."""
+        self.pausing = True
+        self.clock.resume()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        elif watch and self._watch is None and pause not in self._pause_peaks:
+            self._begin_watch(pause)
+
+    def pause_ended(self, pause: Pause) -> None:
+        """End an evaluation or the saving of a checkpoint."""
+        self.pausing = False
+        seconds = self.clock.resume()
+        timeline = self._end_watch()
+        if timeline is None:
+            self._pauses.setdefault(pause, []).append(seconds)
+        peak = timeline.peak()[1] if timeline is not None else 0
+        if self._on_gpu:
+            peak = torch.cuda.max_memory_allocated(self._device)
+        if peak:
+            self._pause_peaks[pause] = max(peak, self._pause_peaks.get(pause, 0))
+
+    def gradients_ready(self, *, audit: bool) -> None:
+        """Measure the gradients. Called between the backward pass and the optimizer's step. `audit`: every one must exist here."""
+        if audit and self.steps < _AUDITED_STEPS:
+            self._gradients.look(part for part in self._model.parameters() if part.requires_grad)
         if self._gradient_bytes is None or self._watch is not None:
             gradients = gradient_tensors(self._model)
             self._gradient_bytes = owned_bytes(gradients)
@@ -167,23 +217,21 @@ class Training:
 
     def step_ended(self) -> None:
         """End a step: read the peak, which does not synchronize, and the clock. A watched step is slow and gives no sample."""
-        was_watched = self._watch is not None
-        if self._watch is not None:
-            self._watch.__exit__(None, None, None)
-            timeline = self._watch.timeline
+        timeline = self._end_watch()
+        if timeline is not None:
             self._watched = memory_metrics(timeline.peaks_by_phase(["step"]), timeline, on_gpu=False)
-            self._watch = None
         if self._on_gpu:
             self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
         self.steps += 1
-        self.clock.step_ended(keep=not was_watched)
+        self.clock.step_ended(keep=timeline is None)
+        if _WATCHED_STEP < self.steps <= _WATCHED_STEP + 1 + CALLS:
+            self._growth.look()
+            self.clock.resume()
 
     def leave(self) -> None:
         """Remove every hook and watch from the process. May be called again."""
-        if self._watch is not None:
-            with contextlib.suppress(Exception):
-                self._watch.__exit__(None, None, None)
-            self._watch = None
+        with contextlib.suppress(Exception):
+            self._end_watch()
         if self.tokens is not None:
             self.tokens.stop()
 
@@ -196,7 +244,9 @@ class Training:
         self.leave()
         metrics = self._bytes() | self._times(warm_up) | self._token_counts()
         facts = self._facts()
-        found = Findings(metrics=metrics, facts=facts, reasons=mismatches(facts), losses=tuple(self.losses))
+        grows = self._growth.reason() if self._growth.calls == CALLS else None
+        reasons = (*mismatches(facts), *([] if grows is None else [f"{grows}."]))
+        found = Findings(metrics=metrics, facts=facts, reasons=reasons, losses=tuple(self.losses))
         return found.record(self.case, self._circumstances())
 
     def _circumstances(self) -> Circumstances:
@@ -205,7 +255,9 @@ class Training:
         return circumstances(kind, "inline", started_at=self._started, gpu=gpu, notes=tuple(self.notes))
 
     def _facts(self) -> dict[str, Fact]:
-        """Return `weights_moved` after two steps (the first step of a warm-up has a rate of 0), and `losses_finite` if any loss was logged."""
+        """Return `weights_moved` after two steps (the first step of a warm-up has a rate of 0), `gradients` if there are any between the
+        backward pass and the optimizer's step, and `losses_finite` if any loss was logged.
+        """
         facts: dict[str, Fact] = {}
         now = dict(self._model.named_parameters())
         known = [name for name in self._numbers_before if name in now]  # a wrapper may rename them
@@ -215,6 +267,8 @@ class Training:
             self.notes.append(
                 f"{len(moved)} of {len(known)} trainable tensors moved in their first {_COMPARED_NUMBERS} numbers"
             )
+        if self._gradients.reached:
+            facts["gradients"] = self._gradients.fact({id(part): name for name, part in now.items()})
         if self.losses:
             facts["losses_finite"] = Fact(asked=True, seen=all(map(math.isfinite, self.losses)))
         return facts
@@ -232,10 +286,12 @@ class Training:
             metrics["peak_bytes"] = metric("peak_bytes", self._peak_bytes, on_gpu=True)
             reserved = int(torch.cuda.memory_stats(self._device)["reserved_bytes.all.peak"])
             metrics["reserved_bytes"] = metric("reserved_bytes", reserved)
+        for pause, peak in self._pause_peaks.items():
+            metrics[f"peak_{pause}_bytes"] = metric(f"peak_{pause}_bytes", peak, on_gpu=self._on_gpu)
         return metrics | self._watched
 
     def _times(self, warm_up: int) -> dict[str, Metric]:
-        metrics: dict[str, Metric] = {}
+        metrics = {f"{pause}_s": metric(f"{pause}_s", samples=each) for pause, each in self._pauses.items()}
         if self.clock.first_step_s is not None:
             note = "from the training's start to the end of its first step"
             metrics["cold_start_s"] = metric("cold_start_s", self.clock.first_step_s, note=note)

@@ -146,7 +146,10 @@ METRICS: Mapping[str, Definition] = {
     for each in (
         # Memory
         _memory("peak_bytes", "Highest memory of one step or query, all phases together."),
-        _memory("peak_<phase>_bytes", "Highest memory in one phase: prefill, decode, forward, backward or optimizer."),
+        _memory(
+            "peak_<phase>_bytes",
+            "Highest memory in one phase: prefill, decode, forward, backward or optimizer; evaluation or save of a Trainer.",
+        ),
         _memory("at_peak_<category>_bytes", "Memory of one category at the highest point of the step."),
         _memory(
             "at_peak_other_bytes",
@@ -244,6 +247,8 @@ METRICS: Mapping[str, Definition] = {
         _wall("epoch_s", "Time of an epoch, extrapolated from the measured steps."),
         _wall("tokens_per_s", "Unpadded tokens a second.", "tokens/s", better="higher"),
         _wall("cold_start_s", "Time from the start of the process to the end of its first step."),
+        _wall("evaluation_s", "Time of an evaluation between steps."),
+        _wall("save_s", "Time to save a checkpoint between steps."),
         _wall("first_use_s", "Time of the first steps, which compile, tune and capture."),
         _wall("first_use_<part>_s", "Time of one part of an engine's first use: tuning or capturing."),
         _wall("feed_step_s", "Time of a step whose batch comes from the data path."),

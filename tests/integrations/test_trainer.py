@@ -24,6 +24,7 @@ from hpc_core.record.record import Record, record_from_json
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 STEPS, BATCH, ACCUMULATED, LENGTH = 12, 2, 2, 16
+_PAUSES = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 6}
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -56,6 +57,14 @@ class _Leaks(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
         self.tensors.append(torch.zeros(2**14))
+
+
+class _Holds(_Leaks):
+    """Keeps 64 KiB of the step whose tensors are watched."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:
+        if state.global_step == 2:
+            super().on_step_begin(args, state, control, **known)
 
 
 class _Fails(_Rows):
@@ -99,7 +108,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, list[flo
     """The record of a training with evaluations and checkpoints, its logged losses, and the trainer."""
     folder = tmp_path_factory.mktemp("watched")
     with PerfCallback(folder / "run.json", case="trainer/tiny", limits=Limits(peak_bytes=2**30)) as perf:
-        trainer = _trainer(folder, perf, eval_strategy="steps", eval_steps=5, save_strategy="steps", save_steps=6)
+        trainer = _trainer(folder, perf, **_PAUSES)
         trainer.train()
     return _read(folder / "run.json"), _losses(trainer), trainer
 
@@ -124,7 +133,7 @@ def test_a_training_becomes_a_record(recorded: tuple[Record, list[float], Any]) 
     assert values["peak_bytes"] > values["weights_bytes"] + values["gradient_bytes"] + values["optimizer_bytes"]
     assert list(record.losses) == losses
     assert all(fact.holds for fact in record.audit.values())
-    assert {"weights_moved", "losses_finite"} == set(record.audit)
+    assert {"weights_moved", "losses_finite", "gradients"} == set(record.audit)
 
 
 def test_only_exact_metrics_are_gated(recorded: tuple[Record, list[float], Any]) -> None:
@@ -145,10 +154,10 @@ def test_the_same_training_passes_and_a_worse_one_does_not(
     lookup = find(tmp_path / "baselines", "cpu", "trainer/tiny")
     perf = PerfCallback(tmp_path / "run.json", case="trainer/tiny", limits=Limits(peak_bytes=2**30))
     with perf:
-        _trainer(tmp_path, perf).train()
+        _trainer(tmp_path, perf, **_PAUSES).train()
     assert judge(_read(perf.path), lookup).verdict is Verdict.PASS
     with perf:
-        _trainer(tmp_path, perf, _Leaks(), rows=_Wasteful()).train()
+        _trainer(tmp_path, perf, _Holds(), rows=_Wasteful(), **_PAUSES).train()
     worse = {row.metric: row for row in judge(_read(perf.path), lookup).metrics}
     assert {name for name, row in worse.items() if row.verdict is Verdict.REGRESSED} >= {"peak_bytes", "padded_tokens"}
     assert worse["peak_bytes"].change == 2**16
@@ -221,6 +230,44 @@ def test_a_training_that_teaches_nothing_is_invalid(tmp_path: Path) -> None:
     assert record.status == "invalid"
     assert record.reasons == ("weights_moved: asked for True, saw False.",)
     assert "peak_bytes" not in record.metrics  # on a CPU a step is watched only where a failure would be seen
+
+
+def test_memory_that_every_step_keeps_is_invalid(tmp_path: Path) -> None:
+    """The first run says how much and what."""
+    perf = PerfCallback(tmp_path / "run.json")
+    _trainer(tmp_path, perf, _Leaks()).train()
+    assert _read(perf.path).reasons == ("memory grows 64.00 KiB a step, held float32[16384].",)
+
+
+def test_adapters_without_gradients_are_invalid(tmp_path: Path) -> None:
+    """Reentrant checkpointing of frozen inputs gives them none, and the head moves all the same."""
+    perf = PerfCallback(tmp_path / "run.json")
+    reentrant = {"use_reentrant": True}
+    trainer = _trainer(tmp_path, perf, gradient_checkpointing=True, gradient_checkpointing_kwargs=reentrant)
+    trainer.model.get_input_embeddings().requires_grad_(False)
+    trainer.model.enable_input_require_grads = lambda: None  # as before transformers called it
+    trainer.train()
+    (reason,) = _read(perf.path).reasons
+    assert reason.startswith("gradients: asked for '20 of 20 reached', saw '2 of 20 reached; model.layers.0.")
+
+
+def test_evaluating_and_saving_have_peaks_and_times(tmp_path: Path) -> None:
+    """An evaluation that keeps all logits has a higher peak than one that keeps none; the steps' peak is the same."""
+    between = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 8}
+
+    def values(metrics: Any) -> dict[str, float]:
+        with PerfCallback(tmp_path / "run.json") as perf:
+            trainer = _trainer(tmp_path, perf, **between)
+            trainer.compute_metrics = metrics
+            trainer.train()
+        return {name: metric.value for name, metric in _read(perf.path).metrics.items()}
+
+    lean, keeping = values(None), values(lambda kept: {"rows": len(kept.predictions)})
+    logits = 48 * LENGTH * 256 * 4
+    assert keeping["peak_evaluation_bytes"] - lean["peak_evaluation_bytes"] > logits / 2
+    assert keeping["peak_bytes"] == lean["peak_bytes"]
+    assert lean["peak_save_bytes"] >= lean["weights_bytes"] + lean["optimizer_bytes"]
+    assert {"evaluation_s", "save_s"} <= {*lean}
 
 
 def test_bad_arguments_are_refused_before_the_training(tmp_path: Path) -> None:
