@@ -213,11 +213,12 @@ a LoRA step and an answer, audited like any case, and was predicted for one {gpu
 """
 _TAIL = """Where they differ, the GPU differs from the CPU:
 
-- 16 bytes for each attention: cuDNN keeps a seed and an offset. An answer's 360 bytes are ids of the query before.
-- Layer norms keep their statistics in float32 on a GPU and in bfloat16 on a CPU (GPT-2, NeoX, OPT, Falcon, Bloom, Phi-2, StarCoder2,
-  StableLM).
-- transformers decodes a mixture's tokens by copies of the chosen experts' weights, on a GPU only.
-- DeepSeek's values are narrower than its keys: cuDNN has a kernel for that, the CPU has none and stores the scores.
+- 16 bytes for each fused attention, a seed and an offset that cuDNN keeps; 328 bytes of an answer, ids that a prediction holds.
+- Layer norms keep their statistics in float32 on a GPU and in bfloat16 on a CPU (GPT-2, GPT-J, NeoX, OPT, Falcon, Bloom, Phi-2,
+  StarCoder2, StableLM).
+- On a GPU, transformers decodes a mixture's tokens by copies of the chosen experts' weights.
+- DeepSeek's values are narrower than its keys. cuDNN has a kernel for that; the CPU has none and stores the scores.
+- 1,600 bytes of Falcon's answer are unexplained.
 
 To add a model, add a line to `hpc_core/case/models.jsonl` and run `python -m bench.studies.architectures --only NAME`. For a
 configuration of your own: `python -m bench.studies.architectures --config DIR/config.json`."""
