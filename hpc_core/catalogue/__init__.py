@@ -49,8 +49,14 @@ __all__ = [
 ]
 
 ALL: tuple[Case, ...] = (*TINY, *SMALL, *FULL, STATIC, *TUNED)
-ON_REQUEST: frozenset[str] = frozenset(case.id for case in TUNED)
-"""Ids of the cases that the suite leaves out unless it is asked for them: our own engines, and what they are compared with."""
+_VARIANTS = (
+    "llama-3.2-3b/generate-int8",
+    "llama-3.2-3b/generate-nf4-dq",
+    "llama-3.2-3b/qlora-prepare-nogc",
+)
+"""Of quantization, in addition to NF4: 75 to 95 s on a GPU. CI counts and predicts them at every size."""
+ON_REQUEST: frozenset[str] = frozenset((*_VARIANTS, *(case.id for case in TUNED)))
+"""Ids of the cases that the suite leaves out unless it is asked for them: variants, our own engines, and what they are compared with."""
 
 
 def catalogue(cases: tuple[Case, ...] = ALL) -> dict[str, Case]:

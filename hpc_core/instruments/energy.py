@@ -75,7 +75,7 @@ def energy_of(
     return Energy(joules=grown / 1000, seconds=seconds, times=times)
 
 
-_MOST_S = 10.0
+_MOST_S = 4.0
 """Maximum seconds for one round of different steps or queries; if a round takes longer, the first ones represent all."""
 
 
@@ -141,7 +141,7 @@ def coverage(energy: Energy, what: str, period: int) -> str:
 
 
 def _round(timed: Metric | None, period: int) -> int:
-    """Return how many steps or queries make a round, or 1 if a round takes more than ten seconds."""
+    """Return how many steps or queries make a round, or 1 if a round takes longer than `_MOST_S`."""
     return period if timed is not None and timed.value * period <= _MOST_S else 1
 
 

@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 import torch
 
 from hpc_core.case.errors import MeasureError
+from hpc_core.instruments.counters import compiled_graphs
 from hpc_core.instruments.garbage import uncollected
 from hpc_core.record.findings import Findings
 from hpc_core.record.metrics import metric
@@ -138,8 +139,9 @@ def further_passes(work: Callable[[], Any], *, on_gpu: bool) -> Findings:
 
     Objects are those that the garbage collector tracks: tensors, modules, lists and dictionaries, not numbers and strings. A wait
     is a voluntary switch to another thread (getrusage's ru_nvcsw, which a busy machine does not raise): a sleep, a read that
-    blocks, a lock that is taken. torch runs on one thread meanwhile, as its threads wait for one another. Of objects the least of
-    three passes counts, because a cache that fills is no leak; waits are those of four passes, because not every one may wait.
+    blocks, a lock that is taken. torch runs on one thread meanwhile, as its threads wait for one another, except after torch.compile,
+    whose graphs are compiled again for another number of threads. Of objects the least of three passes counts, because a cache
+    that fills is no leak; waits are those of four passes, because not every one may wait.
     """
     counts, waits = list[int](), 0
     with _one_thread():
@@ -165,12 +167,13 @@ def _waits() -> int:
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
-    if before > 1:
+    changed = before > 1 and not compiled_graphs()
+    if changed:
         torch.set_num_threads(1)
     try:
         yield
     finally:
-        if before > 1:
+        if changed:
             torch.set_num_threads(before)
 
 

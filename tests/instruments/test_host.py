@@ -16,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_core.instruments.compilations import Compilations
 from hpc_core.instruments.host import HostCounter, further_passes, host_cost, query_cost, step_cost
 
 
@@ -213,3 +214,18 @@ def test_counts_depend_on_pythons_minor_version() -> None:
     on_cpu, on_gpu = (step_cost(turns(1), on_gpu=each).metrics["bytecodes"].depends_on for each in (False, True))
     assert on_cpu == ("case", "stack", "python")
     assert on_gpu == ("case", "stack", "machine", "python")
+
+
+def test_counting_waits_compiles_nothing_again() -> None:
+    """A compiled function is guarded by the number of threads, so it keeps them."""
+    x, threads = torch.ones(4), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        double = torch.compile(lambda x: x * 2, backend="eager")
+        double(x)
+        before = Compilations.now()
+        further_passes(lambda: double(x), on_gpu=False)
+        found = before.findings(torch.device("cpu")).metrics["recompilations"]
+    finally:
+        torch.set_num_threads(threads)
+    assert found.value == 0, found.note
