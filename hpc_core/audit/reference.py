@@ -311,7 +311,7 @@ def reference_bytes(model: Any, rows: int, width: int) -> int:
     hidden = int(config.hidden_size)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     logits = _LOGITS_HELD * rows * width * int(config.vocab_size)
-    scores = _SCORES_HELD * rows * int(config.num_attention_heads) * width**2
+    scores = _SCORES_HELD * rows * int(getattr(config, "num_attention_heads", 0)) * width**2  # Mamba has none
     states = rows * width * (4 * inner + 8 * hidden)
     return grown + _FLOAT32 * (largest + logits + scores + states)
 

@@ -22,6 +22,7 @@ from hpc_core.builders.quantization import quantized_layers
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec
 from hpc_core.catalogue import catalogue, finetune, lora
+from hpc_core.catalogue.architectures import lora_step
 from hpc_core.instruments.owners import owned_bytes, weight_tensors
 from hpc_core.record.findings import Findings
 from tests.tiny_cases import measured, tiny_record
@@ -163,6 +164,13 @@ def test_the_memory_of_the_reference_is_estimated_exactly() -> None:
         assert estimate == after - before + largest
     one, two = reference_bytes(model, 1, 64), reference_bytes(model, 2, 64)
     assert two > one > estimate
+
+
+@pytest.mark.parametrize("name", ["mamba2-2.7b", "mixtral-8x7b", "gpt2-xl"])
+def test_the_memory_of_any_architectures_reference_can_be_estimated(name: str) -> None:
+    """Also of a model without attention, whose configuration has no heads."""
+    model = build(lora_step(name, tiny=True), torch.device("cpu")).model
+    assert reference_bytes(model, 2, 64) > reference_bytes(model, 1, 64) > 0
 
 
 def test_a_reference_that_does_not_fit_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
