@@ -25,6 +25,7 @@ from hpc_core.predict.allocator import Allocator
 from hpc_core.record import units
 
 EXPERIMENTS = Path("method_comparison") / "MetaMathQA" / "experiments"
+ROOT = Path(__file__).parents[3]
 PUBLISHED = Path(__file__).with_name("published.json")
 ANCHOR = "lora/llama-3.2-3B-rank32"
 LENGTH = 650
@@ -86,7 +87,8 @@ def _row(folder: Path, name: str, published: int, *options: str) -> Row:
         return Row(name, published, None, f"not done within {_LIMIT_S:g} s")
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return Row(name, published, None, lines[-1].partition("Error: ")[2] or lines[-1])
+        why = lines[-1].partition("Error: ")[2] or lines[-1]
+        return Row(name, published, None, why.replace(f"{ROOT}/", ""))
     found = json.loads(done.stdout.splitlines()[-1])
     tell(f"{name}: {units.quantity(found['reserved'], 'bytes')}")
     return Row(name, published, found)
