@@ -37,7 +37,7 @@ def prediction_block(record: Record, margin_bytes: int) -> str:
             "while loading",
             _shown(metrics, "peak_load_bytes") + " (as built here: real weights are quantized as they come)",
         ),
-        *((word, _shown(metrics, name)) for name, word in _COUNTS),
+        *((word, _shown(metrics, name)) for name, word in _COUNTS if name in metrics),
         ("predicted", _how(record)),
     ]
     if record.case.quantization is None:
