@@ -12,6 +12,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.cli.console import say, say_json
 from hpc_core.explain.before import before_of, stored_before
 from hpc_core.explain.explain import Cause, explain
+from hpc_core.explain.time import split_line
 from hpc_core.gate.judge import judge
 from hpc_core.record.files import read_record
 from hpc_core.record.record import Record
@@ -32,6 +33,8 @@ def explain_record(
         say_json({"case": now.case.id, "cause": cause})
         return
     say(f"{now.case.id} on {now.circumstances.machine.key}")
+    if (split := split_line(now)) is not None:
+        say(f"  {split}")
     for line in ("nothing differs",) if cause is None else cause.lines:
         say(f"  {line}")
     for detail in () if cause is None else cause.details:

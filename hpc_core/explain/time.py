@@ -47,6 +47,29 @@ def time_finding(before: Before, now: Record, judgement: Judgement | None) -> Fi
     )
 
 
+_PARTS = {"python_s": "Python", "dispatch_s": "dispatch", "launch_s": "launch", "waiting_s": "waiting"}
+"""What the host's time is split into, from the outside in, and how it is called."""
+
+
+def wall_parts(record: Record) -> dict[str, float]:
+    """Return the seconds of each part of a decoded token or a step, by its name; on a CPU operators compute, so they are called that."""
+    names = _PARTS if "launch_s" in record.metrics else _PARTS | {"dispatch_s": "operators"}
+    return {name: float(record.metrics[part].value) for part, name in names.items() if part in record.metrics}
+
+
+def split_line(record: Record) -> str | None:
+    """Return "a token's 20.1 ms: Python 11.2, dispatch 5.9, launch 2.6, waiting 0.4; GPU busy 3.9 ms"; None without a split."""
+    parts = wall_parts(record)
+    if not parts:
+        return None
+    work, busy = ("step", "busy_s") if record.case.kind != "generate" else ("token", "busy_decode_token_s")
+    whole = sum(parts.values())
+    scale, unit = sizes.axis(whole, "s")
+    texts = ", ".join(f"{name} {seconds / scale:,.3g}" for name, seconds in parts.items())
+    gpu = f"; GPU busy {record.metrics[busy].value / scale:,.3g} {unit}" if busy in record.metrics else ""
+    return f"a {work}'s {whole / scale:,.3g} {unit}: {texts}{gpu}"
+
+
 def _moved(judgement: Judgement | None) -> MetricVerdict | None:
     rows = () if judgement is None else judgement.metrics
     found = [row for row in rows if row.metric in _WALL and row.verdict in (Verdict.REGRESSED, Verdict.IMPROVED)]

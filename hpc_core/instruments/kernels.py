@@ -94,7 +94,8 @@ class HostCall:
 
 
 @functools.cache
-def _call_kind(name: str) -> str | None:
+def call_kind(name: str) -> str | None:
+    """Return launch, graph, wait, copy, fill, allocation, free, mark, capture or captured; None for other calls."""
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
 
 
@@ -107,7 +108,7 @@ def kinds(calls: Iterable[HostCall]) -> list[str]:
     ordered = []
     capturing = False
     for call in sorted(calls, key=lambda one: one.start_ns):
-        kind = _call_kind(call.name)
+        kind = call_kind(call.name)
         if kind in ("capture", "captured"):
             capturing = kind == "capture"
         elif kind is not None and not capturing and (kind, call.correlation) not in counted:
@@ -274,7 +275,7 @@ def sorted_events(events: Iterable[Any]) -> tuple[list[Interval], list[HostCall]
                 of_call.append(event.correlation_id())
         elif name.startswith("cu"):
             calls.append(HostCall(name, event.correlation_id(), event.start_ns()))
-    graphs = {call.correlation for call in calls if _call_kind(call.name) == "graph"}
+    graphs = {call.correlation for call in calls if call_kind(call.name) == "graph"}
     marked = [
         replace(interval, graph=number) if number in graphs else interval
         for interval, number in zip(intervals, of_call, strict=True)

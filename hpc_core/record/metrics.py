@@ -241,6 +241,12 @@ METRICS: Mapping[str, Definition] = {
         _judged_wall("query_s", "Time of one query, prefill and all its tokens."),
         _judged_wall("time_to_first_token_s", "Time from a query's start to its first token."),
         _judged_wall("decode_token_s", "Time between two tokens."),
+        _wall(
+            "python_s", "Part of a step or decoded token in which the host runs neither an operator nor a CUDA call."
+        ),
+        _wall("dispatch_s", "Part of a step or decoded token in operators on the host, without their CUDA calls."),
+        _wall("launch_s", "Part of a step or decoded token in CUDA calls that do not wait.", gpu_only=True),
+        _wall("waiting_s", "Part of a step or decoded token in CUDA calls that wait for the GPU.", gpu_only=True),
         _wall("host_canary_s", "Time of six small layers of operators that no code under test changes."),
         _wall("<time>_per_canary", "A wall time in units of the host canary that ran beside it.", "1"),
         _wall("query_extrapolated_s", "Time of a query with more tokens than were measured."),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import altair as alt
 
+from hpc_core.record import units
 from hpc_core.report.entry import Entry
 
 # Okabe and Ito's colours, which people with any colour blindness can tell apart.
@@ -76,6 +77,66 @@ def bar_panel(
         line = alt.Chart(data([{"mark": mark}])).mark_rule(strokeDash=[4, 3], style="quiet")
         layers.append(line.encode(x="mark:Q"))
     return Panel(title, alt.LayerChart(layer=layers, height=ROW_HEIGHT * len(rows)))
+
+
+def stacked_panel(
+    title: str,
+    axis: str,
+    unit: str,
+    chosen: Sequence[Entry],
+    parts: Mapping[str, Mapping[str, float]],
+    colours: Mapping[str, str],
+    busy: Mapping[str, float] | None = None,
+) -> Panel:
+    """Return horizontal bars of parts that add up, with their sums at their ends.
+
+    Args:
+        title: of the panel.
+        axis: title of the axis, with "{}" for the unit that is chosen.
+        unit: of the parts: "bytes" or "s".
+        chosen: the cases from the top down; the first thirty are drawn.
+        parts: by case and name, in the order in which they are stacked.
+        colours: by name of a part.
+        busy: by case, a thinner and darker bar within.
+    """
+    shown = chosen[:MOST_ROWS]
+    most = max(sum(parts[entry.case].values()) for entry in shown)
+    scale, name_of_unit = units.axis(most, unit)
+    rows, totals = [], []
+    for entry in shown:
+        begin = 0.0
+        label = label_of(entry, shown)
+        for name, size in parts[entry.case].items():
+            part = {"case": label, "part": name, "low": begin / scale, "high": (begin + size) / scale}
+            rows.append(part | {"text": units.quantity(size, unit), "href": href(entry)})
+            begin += size
+        total = {"case": label, "high": begin / scale, "text": units.quantity(begin, unit)}
+        totals.append(total | ({"busy": busy[entry.case] / scale} if busy and entry.case in busy else {}))
+    y = alt.Y("case:N", sort=None, title=None)
+    x = alt.X(
+        "low:Q",
+        title=axis.format(name_of_unit),
+        axis=AXIS,
+        scale=alt.Scale(domain=[0, 1.42 * most / scale], nice=False),
+    )
+    bars = (
+        alt.Chart(data(rows))
+        .mark_bar(height={"band": 0.72})
+        .encode(
+            y=y,
+            x=x,
+            x2="high:Q",
+            color=colour("part", rows, colours),
+            tooltip=["case:N", "part:N", alt.Tooltip("text:N", title=unit)],
+            href="href:N",
+        )
+    )
+    ends = alt.Chart(data(totals)).encode(y=y)
+    layers: list[Any] = [bars]
+    if busy:
+        layers.append(ends.mark_bar(height={"band": 0.28}, style="busy").encode(x="busy:Q"))
+    layers.append(ends.mark_text(align="left", dx=5).encode(x="high:Q", text="text:N"))
+    return Panel(counted(title, shown, chosen), alt.LayerChart(layer=layers, height=ROW_HEIGHT * len(shown)))
 
 
 def data(rows: Sequence[Row]) -> alt.InlineData:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import altair as alt
 
 from hpc_core.bounds.check import flops_text
+from hpc_core.explain.time import wall_parts
 from hpc_core.record import units
 from hpc_core.record.plain import plain
 from hpc_core.report.chart_parts import (
@@ -30,6 +31,7 @@ from hpc_core.report.chart_parts import (
     finite,
     href,
     label_of,
+    stacked_panel,
 )
 from hpc_core.report.charts_memory import memory_categories
 from hpc_core.report.entry import BUSY, WALL, Entry
@@ -39,6 +41,14 @@ from hpc_core.report.tradeoff import Ablation, ablations_of, comparable, front, 
 
 _WORKS = {"step": "#0072B2", "prefill": "#009E73", "decode": "#D55E00"}
 _WORK_NAMES = {"step": "training step", "prefill": "prefill", "decode": "decoded token"}
+_PARTS = {
+    "Python": "#E69F00",
+    "dispatch": "#0072B2",
+    "operators": "#0072B2",
+    "launch": "#56B4E9",
+    "waiting": "#A8A8A8",
+}
+"""What the host does. Waiting is grey: there the GPU sets the pace."""
 _MOST_POINTS = 120
 _MOST_GROUPS = 4
 _MOST_ABLATIONS = 3
@@ -55,10 +65,13 @@ def inference_memory(entries: Sequence[Entry]) -> list[Panel]:
 
 
 def inference_latency(entries: Sequence[Entry]) -> list[Panel]:
-    """Wall time of a decoded token, and within it the time that the GPU was busy."""
+    """Wall time of a decoded token, within it the time that the GPU was busy; and what the host does in it."""
     unit = "{} per decoded token: wall time; dark: GPU-busy"
     names = ("decode_token_s", *BUSY)
-    return _of_kind(entries, "generate", "Inference: latency", names, unit, ("busy_decode_token_s",))
+    return [
+        *_of_kind(entries, "generate", "Inference: latency", names, unit, ("busy_decode_token_s",)),
+        *_split(entries, "generate", "Inference: where a token's time goes", "busy_decode_token_s"),
+    ]
 
 
 def inference_throughput(entries: Sequence[Entry]) -> list[Panel]:
@@ -71,6 +84,7 @@ def finetune(entries: Sequence[Entry]) -> list[Panel]:
     """Time and memory of a training step."""
     return [
         *_of_kind(entries, "finetune", "Fine-tuning: time of a step", ("step_s",), "{}: wall time; dark: GPU-busy", ("busy_s",)),
+        *_split(entries, "finetune", "Fine-tuning: where a step's time goes", "busy_s"),
         *_of_kind(entries, "finetune", "Fine-tuning: peak memory", ("peak_bytes",), "{} allocated by tensors"),
     ]  # fmt: skip
 
@@ -79,6 +93,7 @@ def own_steps(entries: Sequence[Entry]) -> list[Panel]:
     """Time and memory of the user's own steps."""
     return [
         *_of_kind(entries, "callable", "Own steps: time", WALL, "{}: wall time; dark: GPU-busy", BUSY),
+        *_split(entries, "callable", "Own steps: where a step's time goes", "busy_s"),
         *_of_kind(entries, "callable", "Own steps: peak memory", ("peak_bytes",), "{} allocated by tensors"),
     ]
 
@@ -105,6 +120,17 @@ def _of_kind(
             row |= {"low": spread.low / scale, "high": spread.high / scale, "range": f"{text} in {spread.count}"}
         rows.append(row)
     return [bar_panel(counted(title, shown, chosen), unit.format(name), rows, FAMILIES)]
+
+
+def _split(entries: Sequence[Entry], kind: str, title: str, busy: str) -> list[Panel]:
+    """Return what the host does in a token or step, as stacked bars with the GPU's busy time within; none without such cases."""
+    parts = {entry.case: wall_parts(entry.record) for entry in entries if entry.record.case.kind == kind}
+    chosen = [each for each in entries if parts.get(each.case) and finite(sum(parts[each.case].values()))]
+    if not chosen:
+        return []
+    times = {each.case: value for each in chosen if (value := each.value(busy)) is not None and finite(value)}
+    dark = "; dark: GPU-busy, beside it" if times else ""
+    return [stacked_panel(title, f"{{}}: wall time by what the host does{dark}", "s", chosen, parts, _PARTS, times)]
 
 
 def speed_memory(entries: Sequence[Entry]) -> list[Panel]:

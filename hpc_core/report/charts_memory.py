@@ -15,18 +15,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.record import units
 from hpc_core.record.plain import plain
 from hpc_core.record.record import MemoryTimeline, Record
-from hpc_core.report.chart_parts import (
-    AXIS,
-    MOST_ROWS,
-    ROW_HEIGHT,
-    Panel,
-    colour,
-    counted,
-    data,
-    finite,
-    href,
-    label_of,
-)
+from hpc_core.report.chart_parts import Panel, colour, data, finite, stacked_panel
 from hpc_core.report.entry import Entry
 
 _CATEGORIES = {
@@ -55,42 +44,9 @@ def memory_categories(entries: Sequence[Entry]) -> list[Panel]:
     chosen = [entry for entry in entries if held[entry.case] and finite(sum(held[entry.case].values()))]
     if not chosen:
         return []
-    shown = chosen[:MOST_ROWS]
-    most = max(sum(held[entry.case].values()) for entry in shown)
-    scale, unit = units.axis(most, "bytes")
-    rows, totals = [], []
-    for entry in shown:
-        begin = 0.0
-        label = label_of(entry, shown)
-        for name, size in held[entry.case].items():
-            text = units.quantity(size, "bytes")
-            part = {
-                "case": label,
-                "category": name.replace("_", " "),
-                "low": begin / scale,
-                "high": (begin + size) / scale,
-            }
-            rows.append(part | {"text": text, "href": href(entry)})
-            begin += size
-        totals.append({"case": label, "high": begin / scale, "text": units.quantity(begin, "bytes")})
-    y = alt.Y("case:N", sort=None, title=None)
-    x = alt.X("low:Q", title=unit, axis=AXIS, scale=alt.Scale(domain=[0, 1.42 * most / scale], nice=False))
     colours = {name.replace("_", " "): colour for name, colour in _CATEGORIES.items()}
-    bars = (
-        alt.Chart(data(rows))
-        .mark_bar(height={"band": 0.72})
-        .encode(
-            y=y,
-            x=x,
-            x2="high:Q",
-            color=colour("category", rows, colours),
-            tooltip=["case:N", "category:N", alt.Tooltip("text:N", title="bytes")],
-            href="href:N",
-        )
-    )
-    ends = alt.Chart(data(totals)).mark_text(align="left", dx=5).encode(y=y, x="high:Q", text="text:N")
-    title = counted("Memory at the peak, by category", shown, chosen)
-    return [Panel(title, alt.LayerChart(layer=[bars, ends], height=ROW_HEIGHT * len(shown)))]
+    parts = {case: {name.replace("_", " "): size for name, size in sizes.items()} for case, sizes in held.items()}
+    return [stacked_panel("Memory at the peak, by category", "{}", "bytes", chosen, parts, colours)]
 
 
 def timelines(entries: Sequence[Entry]) -> list[Panel]:

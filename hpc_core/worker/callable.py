@@ -20,6 +20,7 @@ from hpc_core.instruments.kernels import busy_steps
 from hpc_core.instruments.memory import measure_memory, process_memory
 from hpc_core.instruments.trace import trace_step
 from hpc_core.instruments.wall import wall_steps
+from hpc_core.instruments.wall_split import split_step
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
@@ -56,6 +57,9 @@ class OwnStep:
         explained = (
             [
                 Instrument("host's time", "profile", lambda _: host_times(program, device)),
+                Instrument(
+                    "split of time", None, lambda found: split_step(program, device, found.metrics["step_s"].value)
+                ),
                 Instrument("profile", None, self._profile),
             ]
             if kind.profile

@@ -32,6 +32,7 @@ from hpc_core.instruments.program import Fixed, Mark, weights_restored
 from hpc_core.instruments.routing import routing
 from hpc_core.instruments.trace import trace_step
 from hpc_core.instruments.wall import WallTimer, wall_steps
+from hpc_core.instruments.wall_split import split_step
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
@@ -278,9 +279,10 @@ class Training:
             )
 
     def _sample(self, found: Findings) -> Findings:
-        """Sample the host's time; as many steps as fit, so the weights are restored."""
+        """Sample and split the host's time; as many steps as fit, so the weights are restored."""
         with weights_restored(self.program.model), self.program.batches.by_index():
-            return host_times(self.widest, self.device)
+            sampled = host_times(self.widest, self.device)
+            return sampled | split_step(self.widest, self.device, found.metrics["step_s"].value)
 
     def _profile(self, found: Findings) -> Findings:
         return profile_step(

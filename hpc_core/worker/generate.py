@@ -31,6 +31,7 @@ from hpc_core.instruments.program import Fixed, Mark, unmarked
 from hpc_core.instruments.routing import routing
 from hpc_core.instruments.trace import trace_step
 from hpc_core.instruments.wall import WallTimer
+from hpc_core.instruments.wall_split import Window, split
 from hpc_core.record.findings import Findings
 from hpc_core.record.job import Measure, Trace
 from hpc_core.record.metrics import metric
@@ -40,6 +41,8 @@ from hpc_core.worker.quality import perplexity, perplexity_unquantized
 
 _PROFILED_TOKENS = 4
 """Decoded tokens that are attributed to modules."""
+_SPLIT_TOKENS = 8
+"""Decoded tokens whose wall time is split."""
 _WARM_TOKENS = 8
 """A short query warms up every kernel; the longest prompt warms up the allocator."""
 _LEAST_ANSWERED = 8
@@ -84,6 +87,7 @@ class Generation:
         explained = (
             [
                 Instrument("host's time", "profile", self._sample),
+                Instrument("split of time", None, self._split),
                 Instrument("profile", None, self._profile),
             ]
             if kind.profile
@@ -358,6 +362,22 @@ class Generation:
         """Sample the host's time in the short query that is profiled too."""
         with self._new_tokens(min(1 + _PROFILED_TOKENS, self.program.new_tokens)):
             return host_times(self.longest, self.device)
+
+    def _split(self, found: Findings) -> Findings:
+        """Split the time of a decoded token; the window begins with the first token on the host and ends with the last."""
+        program, count = self.program, min(1 + _SPLIT_TOKENS, self.program.new_tokens)
+        if count < 2:
+            return Findings()
+
+        def work(window: Window) -> None:
+            edges = {1: window.begin, count: window.end}
+            program.on_token = lambda token: edges.get(token, lambda: None)()
+            self.longest.step()
+
+        with self._new_tokens(count):
+            split_ = split(work, self.device, found.metrics["decode_token_s"].value)
+        program.on_token = None
+        return split_
 
     def _profile(self, found: Findings) -> Findings:
         """Profile a short query of the longest prompt, and assign the cache to its category at each token."""

@@ -16,6 +16,7 @@ from hpc_core.explain.before import before_of
 from hpc_core.explain.explain import Cause, explain, stored_cause
 from hpc_core.explain.findings import block
 from hpc_core.explain.memory import _changes
+from hpc_core.explain.time import split_line
 from hpc_core.gate.judge import judge
 from hpc_core.instruments.attribution import DeviceWork, Range, attributed
 from hpc_core.record.metrics import metric
@@ -103,6 +104,19 @@ def test_the_second_line_names_moved_packages() -> None:
 
     assert "moved: transformers" in second
     assert "→ 99.0" in second
+
+
+def test_the_split_of_wall_time_is_one_line() -> None:
+    """On a GPU the line has launches, waiting and busy time; on a CPU Python and operators; without a split there is none."""
+    seconds = {"python_s": 0.0112, "dispatch_s": 0.0059, "launch_s": 0.0026, "waiting_s": 0.0004}
+    metrics = {name: metric(name, value, on_gpu=True) for name, value in seconds.items()}
+
+    whole = profiled_record(None, 2 * GIB, busy_s=busy(0.0039), **metrics)
+    on_cpu = profiled_record(None, python_s=metrics["python_s"], dispatch_s=metrics["dispatch_s"])
+
+    assert split_line(whole) == "a step's 20.1 ms: Python 11.2, dispatch 5.9, launch 2.6, waiting 0.4; GPU busy 3.9 ms"
+    assert split_line(on_cpu) == "a step's 17.1 ms: Python 11.2, operators 5.9"
+    assert split_line(profiled_record(None)) is None
 
 
 def test_without_profiles_categories_explain() -> None:

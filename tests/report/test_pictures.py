@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from hpc_core.baselines.reading import read_records
 from hpc_core.case.errors import SpecError
 from hpc_core.record import units
+from hpc_core.record.metrics import metric
 from hpc_core.record.record import MemoryTimeline
-from hpc_core.report.charts import PICTURES, finetune
+from hpc_core.report.charts import PICTURES, finetune, inference_latency
 from hpc_core.report.charts_memory import memory_over_step
 from hpc_core.report.entry import entries_of
 from hpc_core.report.roofline import newest_roofs, points_of
@@ -119,6 +120,26 @@ def test_small_memory_is_in_small_units() -> None:
     for records, unit in ((tiny, "MiB"), (measured()[-1:], "GiB")):
         memory = finetune(entries_of(records))[-1].chart.to_dict(validate=False)
         assert f"{unit} allocated by tensors" in json.dumps(memory)
+
+
+def test_the_hosts_time_is_stacked_beside_the_gpus() -> None:
+    """The parts of a token follow each other, end at its wall time, and busy time is a bar within; cases without a split have none."""
+    source = next(each for each in measured() if "decode_token_s" in each.metrics)
+    wall = source.metrics["decode_token_s"].value
+    shares = {"python_s": 0.5, "dispatch_s": 0.3, "launch_s": 0.15, "waiting_s": 0.05}
+    parts = {name: metric(name, share * wall, on_gpu=True) for name, share in shares.items()}
+    split = msgspec.structs.replace(source, metrics=source.metrics | parts)
+
+    panels = {each.title: each.chart.to_dict(validate=False) for each in inference_latency(entries_of([split]))}
+    rows, totals = panels["Inference: where a token's time goes"]["datasets"].values()
+    if "part" not in rows[0]:
+        rows, totals = totals, rows
+
+    assert [row["part"] for row in rows] == ["Python", "dispatch", "launch", "waiting"]
+    assert [row["low"] for row in rows[1:]] == [row["high"] for row in rows[:-1]]
+    assert totals[0]["high"] == pytest.approx(1000 * wall)
+    assert totals[0]["busy"] == pytest.approx(1000 * source.metrics["busy_decode_token_s"].value)
+    assert len(inference_latency(entries_of([source]))) == 1
 
 
 def test_hostile_names_stay_text_in_pictures(tmp_path: Path) -> None:
