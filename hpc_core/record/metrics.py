@@ -249,7 +249,9 @@ METRICS: Mapping[str, Definition] = {
         _wall("waiting_s", "Part of a step or decoded token in CUDA calls that wait for the GPU.", gpu_only=True),
         _wall("host_canary_s", "Time of six small layers of operators that no code under test changes."),
         _wall("<time>_per_canary", "A wall time in units of the host canary that ran beside it.", "1"),
-        _wall("<time>_canaries", "The same in units of the canary of records before December 2026; no longer made.", "1"),
+        _wall(
+            "<time>_canaries", "The same in units of the canary of records before December 2026; no longer made.", "1"
+        ),
         _wall("query_extrapolated_s", "Time of a query with more tokens than were measured."),
         _wall("epoch_s", "Time of an epoch, extrapolated from the measured steps."),
         _wall("tokens_per_s", "Unpadded tokens a second.", "tokens/s", better="higher"),
