@@ -87,6 +87,17 @@ def _threes(values: list[float], generator: random.Random) -> list[float]:
     return generator.sample(values, PROCESSES)
 
 
+@pytest.mark.parametrize("sessions", [1, 5])
+def test_wall_time_of_unchanged_work_raises_no_alarm(sessions: int) -> None:
+    """In 50 suite runs drawn from the stored processes no time is REGRESSED; a percentage of one run alarms in a fifth of them."""
+    values = json.loads((STUDIES / "error_rates" / "wall-two-cores.json").read_text(encoding="utf-8"))
+    found = wall_rates(values, sessions, random.Random(7), draws=50)
+    assert found.metrics >= 25
+    assert found.suite == 0
+    assert found.others > 0.2
+    assert found.caught["+150 %"] > found.caught["+25 %"]
+
+
 def test_too_few_samples_are_refused_with_both_numbers() -> None:
     """Rates of five sessions take eighteen processes of a case."""
     with pytest.raises(SpecError, match="take 18 undisturbed processes of a case; the samples have 2"):
