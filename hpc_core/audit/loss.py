@@ -94,6 +94,8 @@ def _check_mean(
     def apply_head(values: torch.Tensor) -> torch.Tensor:
         return (values if head is None else values @ head.t()).float()
 
+    virtual = logits.shape[1] - labels.shape[1]  # prompt tuning puts positions before the rows, which have no label
+    labels = torch.nn.functional.pad(labels, (virtual, 0), value=IGNORED_LABEL)
     next_tokens = labels[:, 1:]  # each position predicts the token after it
     rows, positions = torch.nonzero(next_tokens != IGNORED_LABEL, as_tuple=True)
     check.labels = len(rows)

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 
+from hpc_core.builders.adapter import attached
 from hpc_core.builders.causal_lm import STD, drawn, torch_dtype
 from hpc_core.builders.quantization import dequantized_weight, packing_for, packing_of, quantized_layers
 from hpc_core.case.case import Case
 from hpc_core.case.parts import ModelSpec, QuantSpec
 from hpc_core.case.workloads import FinetuneSpec
-from hpc_core.instruments.owners import owned_bytes
+from hpc_core.instruments.owners import adapter_names, base_name, base_prefix, owned_bytes
 from hpc_core.instruments.places import path_of
 from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact
@@ -73,10 +74,11 @@ def context_note(model: Any, tokens: int) -> Findings:
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
     """Return every linear layer of the base model, quantized or not, by its name without an adapter's wrapper."""
+    added = adapter_names(model)
     return {
-        name.removesuffix(".base_layer"): module
+        name.removesuffix(".base_layer").removesuffix(".original_module"): module
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".lora_" not in name
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" not in added
     }
 
 
@@ -137,8 +139,9 @@ def _plain_matrices(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
     """Yield the base model's matrices that are neither quantized nor embeddings."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     packed = {id(layer.weight) for layer in linear_layers(model).values() if _kind(layer) is not None}
+    added = adapter_names(model)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and ".lora_" not in name and id(parameter) not in tables | packed:
+        if parameter.dim() > 1 and name not in added and id(parameter) not in tables | packed:
             yield name, parameter
 
 
@@ -294,8 +297,6 @@ _MORE_STEPS = 50
 """Steps beyond the timed ones: warm-up, memory, counters."""
 _CHUNK = 1 << 24
 """Elements compared at a time: their difference is the only copy, 64 MiB in float32."""
-_WRAPPERS = ("base_model.model.", ".base_layer")
-"""What peft adds to a name."""
 
 
 def value_facts(case: Case, model: torch.nn.Module) -> Findings:
@@ -307,7 +308,7 @@ def _weights(case: Case, model: torch.nn.Module) -> Fact | None:
     spec = case.model
     assert spec is not None
     allowed = _allowed(case)
-    if not spec.drawn or allowed is None:
+    if not spec.drawn or allowed is None or attached(model).rewrote:
         return None
     asked = f"as drawn by seed {spec.seed}"
     wrong = []
@@ -362,16 +363,11 @@ def _matrices(case: Case, model: torch.nn.Module) -> dict[str, _Live]:
     layers = quantized_layers(model) if case.quantization is not None else {}
     packed = {f"{name}.weight" for name in layers}
     found = {f"{name}.weight": _Live(layer, quantized=True) for name, layer in layers.items()}
+    added, prefix = adapter_names(model), base_prefix(model)
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and ".lora_" not in name and name not in packed:
+        if parameter.dim() > 1 and name not in added and name not in packed:
             found[name] = _Live(parameter, quantized=False)
-    return {_plain(name): live for name, live in found.items()}
-
-
-def _plain(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return {base_name(name, prefix): live for name, live in found.items()}
 
 
 def _error(live: _Live, name: str, dtype: torch.dtype, seed: int) -> float:

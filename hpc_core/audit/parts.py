@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from hpc_core.case.errors import library
+from hpc_core.instruments.owners import adapter_names
 from hpc_core.instruments.places import path_of
 from hpc_core.record.findings import Findings
 
@@ -57,7 +58,7 @@ def text_note(model: Any) -> Findings:
     if not beside:
         return Findings()
     idle = sum(part.numel() for name in beside for part in model.get_submodule(name).parameters())
-    adapters = sum(".lora_" in name for each in beside for name, _ in model.get_submodule(each).named_parameters())
+    adapters = sum(name.startswith(tuple(f"{each}." for each in beside)) for name in adapter_names(model))
     untrained = f", and {adapters} adapter tensors on them never train" if adapters else ""
     parts = " and ".join(path_of(name) for name in beside)
     kind = model.config.model_type

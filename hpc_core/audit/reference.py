@@ -170,7 +170,8 @@ def _forward(model: Any, given: Given) -> _Outcome | None:
         out = model(input_ids=given.ids, attention_mask=given.mask, labels=given.labels, use_cache=False, **where)
     if out.logits is None:
         return None
-    return _Outcome(out.logits.float(), None if given.labels is None else float(out.loss))
+    logits = out.logits[:, -given.ids.shape[1] :]  # prompt tuning puts virtual tokens before the rows
+    return _Outcome(logits.float(), None if given.labels is None else float(out.loss))
 
 
 def _error(actual: torch.Tensor, reference: torch.Tensor) -> float:

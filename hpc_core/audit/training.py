@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from hpc_core.audit.forwards import AuditedStep, Forwards
-from hpc_core.audit.model import names
+from hpc_core.audit.model import linear_layers, names
 from hpc_core.audit.parts import beside_text
 from hpc_core.bounds.adapter import has_closed_form, layer_parameters, layer_tensors, tensor_sizes
-from hpc_core.builders.adapter import adapter_parameters
+from hpc_core.builders.adapter import adapter_parameters, attached
 from hpc_core.builders.data.batching import IGNORED_LABEL
 from hpc_core.builders.data.device_batches import DeviceBatch
 from hpc_core.builders.quantization import is_conv1d
@@ -22,6 +22,7 @@ from hpc_core.case.case import Case
 from hpc_core.case.parts import AdapterSpec
 from hpc_core.case.workloads import FinetuneSpec
 from hpc_core.engines.finetune import FinetuneProgram
+from hpc_core.instruments.owners import adapter_names
 from hpc_core.record.findings import Findings, checked
 from hpc_core.record.record import Fact
 
@@ -43,8 +44,12 @@ def trainable_facts(case: Case, model: torch.nn.Module) -> Findings:
             "adapter_dtype": lambda: (
                 None
                 if adapter is None
-                else Fact(asked=[adapter.dtype], seen=names(part.dtype for part in adapter_parameters(model).values()))
+                else Fact(
+                    asked=[adapter.dtype] if adapter.is_lora else attached(model).dtypes,
+                    seen=names(part.dtype for part in adapter_parameters(model).values()),
+                )
             ),
+            "adapted_modules": lambda: _adapted(case, model),
         },
     )
 
@@ -61,7 +66,7 @@ def _asked_count(case: Case, model: torch.nn.Module) -> int:
         return sum(part.numel() for part in model.parameters()) if shape is None else shape.parameter_count()
     if shape is not None and has_closed_form(shape, case.adapter):
         return sum(tensor_sizes(case.adapter, shape))
-    return _adapter_count(case.adapter, model)
+    return _adapter_count(case.adapter, model) if case.adapter.is_plain else sum(attached(model).trainable.values())
 
 
 def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
@@ -70,10 +75,11 @@ def _adapter_count(adapter: AdapterSpec, model: torch.nn.Module) -> int:
     Raises:
         LookupError: a target is not a linear layer, so there is no closed form.
     """
-    layers: dict[str, list[tuple[int, int]]] = {target: [] for target in adapter.targets}
+    layers: dict[str, list[tuple[int, int]]] = {target: [] for target in adapter.targets or ()}
+    added = adapter_names(model)
     for name, module in model.named_modules():
         size = _linear_size(module)
-        if size is not None and ".lora_" not in name:
+        if size is not None and f"{name}.weight" not in added:
             layers.get(name.removesuffix(".base_layer").rpartition(".")[2], []).append(size)
     empty = [target for target, found in layers.items() if not found]
     if empty:
@@ -94,12 +100,46 @@ def _names(case: Case, model: torch.nn.Module) -> Fact:
     if case.adapter is None:
         frozen = [name for name, _ in model.named_parameters() if name not in live]
         return Fact(asked="all", seen=f"all but {_few(frozen)}" if frozen else "all")
-    asked = sorted(f"{target}.{half}" for target in case.adapter.targets for half in layer_tensors(case.adapter, 1, 1))
+    if not case.adapter.is_plain:
+        built = attached(model).trainable
+        wrong = [f"{name} is frozen" for name in built if name not in live]
+        wrong += [f"{name} is trained" for name in live if name not in built]
+        every = f"the {len(built)} tensors that peft trains"
+        return Fact(asked=every, seen=f"{len(live)} tensors: {_few(wrong)}" if wrong else every)
+    asked = sorted(
+        f"{target}.{half}" for target in case.adapter.targets or () for half in layer_tensors(case.adapter, 1, 1)
+    )
     frozen = [name for name in adapter_parameters(model) if name not in live]
     trained = sorted({_short(name) for name in live})
     if frozen:
         return Fact(asked=asked, seen=f"{len(live)} tensors, but not {_few(frozen)}")
     return Fact(asked=asked, seen=trained if len(trained) <= len(asked) + _SHOWN else _few(trained))
+
+
+def _adapted(case: Case, model: torch.nn.Module) -> Fact | None:
+    """Compare the modules that peft wrapped with the targets: every one of that name, or every linear layer but the head.
+
+    None where peft itself chose them, and for methods that wrap none.
+    """
+    adapter = case.adapter
+    if adapter is None or adapter.is_plain:
+        return None  # the names of trained tensors say it
+    adapted = {name.removesuffix(".base_layer") for name, _ in model.named_modules() if name.endswith(".base_layer")}
+    if adapter.targets == "all-linear":
+        head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(head, "original_module", head)
+        asked = {name for name, layer in linear_layers(model).items() if layer is not head}
+    elif isinstance(adapter.targets, tuple):
+        inner = ("base_layer", "original_module")
+        named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] not in inner}
+        asked = {name for name in named if any(f".{name}".endswith(f".{target}") for target in adapter.targets)}
+    else:
+        return None
+    missing, more = sorted(asked - adapted), sorted(adapted - asked)
+    if not missing and not more:
+        return Fact(asked=len(asked), seen=len(asked))
+    said = f"not adapted: {_few(missing)}" if missing else f"adapted too: {_few(more)}"
+    return Fact(asked=len(asked), seen=f"{len(adapted)}; {said}")
 
 
 def _short(name: str) -> str:
@@ -203,8 +243,8 @@ def _mode(forwards: Forwards) -> str:
 
 def _dropout(case: Case, program: FinetuneProgram, ran: Ran) -> Fact | None:
     """Compare the rates of the adapter's live dropout modules, and check that a dropout operator ran."""
-    if case.adapter is None:
-        return None
+    if case.adapter is None or not case.adapter.is_lora:
+        return None  # the rates of other methods have other names
     asked = [case.adapter.dropout] if case.adapter.dropout else []
     modules = [
         module

@@ -13,8 +13,8 @@ from hpc_core.case.shapes import Shape
 
 
 def has_closed_form(shape: Shape, adapter: AdapterSpec) -> bool:
-    """Return whether every target is one of the seven linear layers of a decoder layer, whose sizes the shape gives."""
-    return set(adapter.targets) <= set(shape.linear_shapes())
+    """Return whether it is plain LoRA on the seven linear layers of a decoder layer, whose sizes the shape gives."""
+    return adapter.is_plain and set(adapter.targets or ()) <= set(shape.linear_shapes())
 
 
 def layer_tensors(adapter: AdapterSpec, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
@@ -34,7 +34,9 @@ def tensor_sizes(adapter: AdapterSpec, shape: Shape) -> list[int]:
         KeyError: a target is not one of the seven linear layers.
     """
     linear = shape.linear_shapes()
-    layer = [math.prod(size) for name in adapter.targets for size in layer_tensors(adapter, *linear[name]).values()]
+    layer = [
+        math.prod(size) for name in adapter.targets or () for size in layer_tensors(adapter, *linear[name]).values()
+    ]
     return layer * shape.num_hidden_layers
 
 

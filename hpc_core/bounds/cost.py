@@ -64,12 +64,12 @@ def train_flops(shape: Shape, batch: int, length: int, adapter: AdapterSpec | No
     total = forward + attention + attention * 5 // 2
     if adapter is None:
         return total + 2 * forward
-    reached = min(_STAGE[name] for name in adapter.targets)
+    reached = min(_STAGE[name] for name in adapter.targets or ())
     spared = [name for name in shapes if _STAGE[name] <= reached]  # in the first layer their input needs no gradient
     total += forward - 2 * tokens * sum(shapes[name][0] * shapes[name][1] for name in spared)
     if reached > 0:
         total -= attention * 5 // 2 // shape.num_hidden_layers
-    for name in adapter.targets:
+    for name in adapter.targets or ():
         rows, columns = shapes[name]
         inner = layer_train_flops(adapter, rows, columns, tokens, input_gradient=True)
         first = layer_train_flops(adapter, rows, columns, tokens, input_gradient=name not in spared)

@@ -85,6 +85,10 @@ class Case(Strict, frozen=True, kw_only=True):
             variant.startswith("qlora") and not quantized,
             f"{self.id}: QLoRA without quantization is LoRA: add quantization= or rename the case.",
         )
+        refuse(
+            workload.engine == "tuned" and self.adapter is not None and not self.adapter.is_plain,
+            f"{self.id}: engine='tuned' trains plain LoRA on named modules: use engine='stock' for method={getattr(self.adapter, 'method', '')!r}.",
+        )
         if workload.fusion in ("linears", "blocks"):  # Liger does not replace linear layers
             dropout = 0.0 if self.adapter is None else self.adapter.dropout
             refuse(

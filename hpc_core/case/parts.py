@@ -228,16 +228,65 @@ class QuantSpec(Strict, frozen=True, kw_only=True):
         )
 
 
-class AdapterSpec(Strict, frozen=True, kw_only=True):
-    """A LoRA adapter, built by peft."""
+LORA_VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "olora": {"init_lora_weights": "olora"},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+}
+"""Methods that are settings of peft's LoraConfig. Every other method has a configuration class of its own."""
+_LORA_FIELDS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+_HELD = {**_LORA_FIELDS, "targets": "target_modules", "modules_to_save": "modules_to_save"}
+"""The fields of an adapter, and peft's names of them."""
 
+
+def json_values(what: str, values: dict[str, Any]) -> None:
+    """Check that these values equal their JSON.
+
+    Raises:
+        SpecError: they do not.
+    """
+    try:
+        copy = msgspec.json.decode(msgspec.json.encode(values))
+    except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise SpecError(f"{what} must be JSON values: {error}") from error
+    refuse(copy != values, f"{what} change on the way through JSON: {values!r} came back as {copy!r}.")
+
+
+class AdapterSpec(Strict, frozen=True, kw_only=True):
+    """An adapter, built by peft: LoRA, or any other of its methods by its configuration."""
+
+    method: str = "lora"
+    """A name in `LORA_VARIANTS`, or of a method of the installed peft in lower case (its `PeftType`): vera, ia3, oft, prefix_tuning, …"""
     rank: int = 8
     alpha: float = 16.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank. Rank, alpha and dropout belong to LoRA and its variants."""
     dropout: float = 0.05
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] | str | None = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of modules, or what peft reads in a text ("all-linear"). None leaves the choice to peft's own table of architectures."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules of which peft trains a whole copy, such as the head."""
+    options: dict[str, Any] = {}
+    """Further settings, by the names of peft's configuration class, which gets them as they are."""
     dtype: Dtype = "float32"
     """Storage dtype of the adapter's weights. float32 is peft's default on a half-precision base (`autocast_adapter_dtype`)."""
+
+    def __hash__(self) -> int:
+        """Return a hash, although the options are a dict."""
+        return hash(msgspec.json.encode(essence(self), order="sorted"))
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether peft's LoraConfig describes it."""
+        return self.method in LORA_VARIANTS
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is two low-rank matrices on each named module and nothing else, which is what closed forms describe."""
+        named = isinstance(self.targets, tuple)
+        return self.method in ("lora", "rslora") and named and not self.options and not self.modules_to_save
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -249,8 +298,20 @@ class AdapterSpec(Strict, frozen=True, kw_only=True):
         refuse(self.rank < 1, f"rank must be at least 1, got {self.rank}.")
         refuse(not self.alpha > 0, f"alpha must be above 0, got {self.alpha}.")
         refuse(not 0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}.")
-        refuse(not self.targets, "An adapter needs at least one target module.")
-        refuse(len(set(self.targets)) != len(self.targets), f"Repeated target modules: {', '.join(self.targets)}.")
+        refuse(self.targets is not None and not self.targets, "An adapter needs at least one target module.")
+        if isinstance(self.targets, tuple):
+            refuse(len(set(self.targets)) != len(self.targets), f"Repeated target modules: {', '.join(self.targets)}.")
+        json_values(f"Options of {self.method}", self.options)
+        for name, peft_name in _HELD.items():
+            of_this = self.is_lora or name not in _LORA_FIELDS
+            refuse(of_this and peft_name in self.options, f"options={{{peft_name!r}: …}}: use {name}= instead.")
+        if not self.is_lora:
+            given = [name for name in _LORA_FIELDS if getattr(self, name) != getattr(type(self)(), name)]
+            refuse(
+                bool(given),
+                f"{', '.join(given)} belongs to {', '.join(LORA_VARIANTS)}: give the settings of {self.method} in options=, "
+                "by peft's names.",
+            )
 
 
 class DataSpec(Strict, frozen=True, kw_only=True):

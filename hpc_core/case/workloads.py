@@ -8,11 +8,8 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-import msgspec
-
 from hpc_core.case.engines import check_engine
-from hpc_core.case.errors import SpecError
-from hpc_core.case.parts import DataSpec, Strict, check_types, refuse
+from hpc_core.case.parts import DataSpec, Strict, check_types, json_values, refuse
 
 Checkpointing = Literal["off", "reentrant", "non-reentrant", "as-prepare-leaves-it"]
 Optimizer = Literal["adamw-fused", "adamw-foreach", "adamw-8bit", "adamw-paged-8bit"]
@@ -311,14 +308,7 @@ class CallableSpec(Strict, tag="callable", tag_field="kind", frozen=True, kw_onl
             f"A factory is given as 'package.module:function', got {self.factory!r}.",
         )
         refuse(self.steps < 1, f"steps must be at least 1, got {self.steps}.")
-        try:
-            copy = msgspec.json.decode(msgspec.json.encode(self.arguments))
-        except (TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-            raise SpecError(f"Arguments of {self.factory} must be JSON values: {error}") from error
-        refuse(
-            copy != self.arguments,
-            f"Arguments of {self.factory} change on the way through JSON: {self.arguments!r} came back as {copy!r}.",
-        )
+        json_values(f"Arguments of {self.factory}", self.arguments)
 
 
 Workload = GenerateSpec | FinetuneSpec | CallableSpec

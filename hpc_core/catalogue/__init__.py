@@ -10,6 +10,7 @@ from hpc_core.case.errors import SpecError
 from hpc_core.catalogue.feeds import DATA, TINY_DATA
 from hpc_core.catalogue.shorthand import (
     Method,
+    adapter,
     finetune,
     full,
     generate,
@@ -37,6 +38,7 @@ __all__ = [
     "TUNED",
     "WHOLE",
     "Method",
+    "adapter",
     "catalogue",
     "finetune",
     "full",

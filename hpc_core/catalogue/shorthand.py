@@ -46,6 +46,19 @@ def lora(**adapter: Any) -> Method:
     return Method(name="lora", adapter=AdapterSpec(**adapter))
 
 
+def adapter(method: str, *, targets: Any = None, quantization: QuantSpec | None = None, **settings: Any) -> Method:
+    """Return any method of peft by its configuration: `adapter("dora", targets="all-linear", rank=16)`, `adapter("vera", r=64)`.
+
+    A setting that is a field of AdapterSpec is one; all others are handed to peft's configuration as they are. Without `targets`,
+    peft's own table of architectures chooses the modules.
+    """
+    fields = set(AdapterSpec.__struct_fields__)
+    held = {name: value for name, value in settings.items() if name in fields}
+    held.setdefault("options", {name: value for name, value in settings.items() if name not in fields})
+    spec = AdapterSpec(method=method, targets=targets, **held)
+    return Method(name=method.replace("_", "-"), quantization=quantization, adapter=spec)
+
+
 def qlora(*, kind: str = "nf4", compute_dtype: str = "bfloat16", double_quant: bool = False, **adapter: Any) -> Method:
     """Return LoRA on weights quantized by bitsandbytes. The other arguments are those of AdapterSpec."""
     quantization: dict[str, Any] = {"kind": kind, "compute_dtype": compute_dtype, "double_quant": double_quant}

@@ -18,10 +18,11 @@ from hpc_core.instruments.places import path_of
 
 
 def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-    """Return parameters, buffers and quantization constants as "weights", and everything that LoRA added as "adapter"."""
+    """Return parameters, buffers and quantization constants as "weights", and everything that peft added as "adapter"."""
+    added = adapter_names(model)
     owned: dict[str, list[torch.Tensor]] = {"weights": [], "adapter": []}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        kind = "adapter" if ".lora_" in name else "weights"
+        kind = "adapter" if name in added else "weights"
         owned[kind] += owned_tensors(tensor)
     for module in model.modules():
         state = getattr(module, "state", None)  # the first forward of an int8 layer moves its constants here
@@ -36,6 +37,48 @@ def weight_tensors(model: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
 def owned_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the tensors that hold a parameter's or buffer's values, and its quantization constants."""
     return [*_held(tensor), *_constants(tensor)]
+
+
+def base_prefix(model: torch.nn.Module) -> str:
+    """Return what stands before the base model's names in a model that peft wrapped, with its dot; empty for any other."""
+    modules = dict(model.named_modules())
+    wrapper: Any = next((module for module in modules.values() if hasattr(module, "get_base_model")), None)
+    if wrapper is None:
+        return ""
+    base = wrapper.get_base_model()
+    return next(f"{name}." for name, module in modules.items() if module is base)
+
+
+def adapter_names(model: torch.nn.Module) -> frozenset[str]:
+    """Return the names of the parameters and buffers that peft added, whatever its method.
+
+    They lie outside the base model, or in a layer beside the one that it wraps (`base_layer`, `original_module`).
+    """
+    prefix = base_prefix(model)
+    wrapped = {
+        name.rpartition(".")[0]
+        for name, _ in model.named_modules()
+        if name.rpartition(".")[2] in ("base_layer", "original_module")
+    }
+    if not prefix and not wrapped:
+        return frozenset()
+
+    def added(name: str) -> bool:
+        if not name.startswith(prefix):
+            return True
+        parts = name.split(".")
+        owners = (".".join(parts[:end]) for end in range(1, len(parts)))
+        return any(
+            owner in wrapped and parts[owner.count(".") + 1] not in ("base_layer", "original_module")
+            for owner in owners
+        )
+
+    return frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()) if added(name))
+
+
+def base_name(name: str, prefix: str) -> str:
+    """Return a base model's name without what peft put around it."""
+    return name.removeprefix(prefix).replace(".base_layer", "").replace(".original_module", "")
 
 
 def by_module(
