@@ -107,7 +107,7 @@ def attach_adapter(model: torch.nn.Module, spec: AdapterSpec) -> torch.nn.Module
         wrapped = library("peft", "An adapter").get_peft_model(
             model, config, autocast_adapter_dtype=dtype == torch.float32
         )
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, KeyError, AssertionError) as error:
         on = f" to {', '.join(spec.targets)}" if isinstance(spec.targets, tuple) else ""
         raise BuildError(
             f"peft cannot attach {spec.method}{on}: {_one_line(error)} This model has: {_targets(model)}."

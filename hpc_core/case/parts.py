@@ -234,7 +234,7 @@ LORA_VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
-    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}},
+    "loftq": {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 1}},
 }
 """Methods that are settings of peft's LoraConfig. Every other method has a configuration class of its own."""
 _LORA_FIELDS = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}

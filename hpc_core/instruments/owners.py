@@ -52,7 +52,8 @@ def base_prefix(model: torch.nn.Module) -> str:
 def adapter_names(model: torch.nn.Module) -> frozenset[str]:
     """Return the names of the parameters and buffers that peft added, whatever its method.
 
-    They lie outside the base model, or in a layer beside the one that it wraps (`base_layer`, `original_module`).
+    They lie outside the base model, or in a layer beside the one that it wraps (`base_layer`, `original_module`). In a model that
+    peft did not wrap, tensors called lora_A and the like are an adapter written by hand.
     """
     prefix = base_prefix(model)
     wrapped = {
@@ -60,8 +61,9 @@ def adapter_names(model: torch.nn.Module) -> frozenset[str]:
         for name, _ in model.named_modules()
         if name.rpartition(".")[2] in ("base_layer", "original_module")
     }
+    tensors = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
     if not prefix and not wrapped:
-        return frozenset()
+        return frozenset(name for name in tensors if ".lora_" in name)
 
     def added(name: str) -> bool:
         if not name.startswith(prefix):
@@ -73,7 +75,7 @@ def adapter_names(model: torch.nn.Module) -> frozenset[str]:
             for owner in owners
         )
 
-    return frozenset(name for name, _ in (*model.named_parameters(), *model.named_buffers()) if added(name))
+    return frozenset(name for name in tensors if added(name))
 
 
 def base_name(name: str, prefix: str) -> str:

@@ -73,7 +73,7 @@ def test_a_new_adapter_changes_no_output() -> None:
 
 def test_an_unknown_target_is_refused() -> None:
     """A target that matches no module is refused, alone or among others."""
-    with pytest.raises(BuildError, match=r"peft cannot attach LoRA to c_attn"):
+    with pytest.raises(BuildError, match=r"peft cannot attach lora to c_attn"):
         build(finetune(tiny, lora(targets=("c_attn",))), CPU)
     with pytest.raises(BuildError, match=r"No module was named c_attn"):
         build(finetune(tiny, lora(targets=("q_proj", "c_attn"))), CPU)

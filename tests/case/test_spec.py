@@ -29,8 +29,11 @@ DEFAULTS: dict[type[msgspec.Struct], dict[str, Any]] = {
     },
     QuantSpec: {"double_quant": False, "group_size": 128, "skip_modules": ("lm_head",)},
     AdapterSpec: {
+        "method": "lora",
         "rank": 8, "alpha": 16.0, "dropout": 0.05, "targets": ("q_proj", "k_proj", "v_proj", "o_proj"),
         "dtype": "float32",
+        "modules_to_save": (),
+        "options": {},
     },
     DataSpec: {"source": "random", "name": None, "rows": None, "seed": 0},
     GenerateSpec: {
