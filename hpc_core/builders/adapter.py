@@ -88,7 +88,7 @@ def adapter_config(spec: AdapterSpec, model: torch.nn.Module) -> Any:
             f"peft's {kinds[name].__name__} has no setting {', '.join(unknown)}.{hint} It has: {', '.join(sorted(fields))}."
         )
     try:
-        return kinds[name](**settings)
+        return getattr(peft, kinds[name].__name__)(**settings)  # as users call it
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise BuildError(f"peft refuses the settings of {spec.method}: {_one_line(error)}") from error
 

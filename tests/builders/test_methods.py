@@ -41,6 +41,7 @@ def test_a_method_runs_and_its_audit_holds(method: str) -> None:
     assert record.metrics["adapter_weights_bytes"].value > 0
 
 
+@pytest.mark.nightly
 def test_methods_are_predicted() -> None:
     """Their adapters have as many bytes as in a run."""
     cases = [case_of(method, **METHODS[method]) for method in ("dora", "ia3", "prompt")]

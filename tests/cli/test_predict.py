@@ -218,7 +218,7 @@ def test_the_first_line_says_whether_it_fits() -> None:
 
 
 @predicts
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_python_and_the_command_agree_on_any_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder with only a config.json is predicted by the command exactly as its shape is by `hpc_core.predicted`."""
     (tmp_path / "My Model").mkdir()

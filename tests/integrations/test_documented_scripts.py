@@ -11,7 +11,7 @@ from hpc_core.record.record import Record
 from hpc_core.worker.perform import perform
 from tests.predict.predicting import predicted
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.nightly, pytest.mark.filterwarnings("ignore")]
 
 
 def _case(name: str) -> Case:

@@ -13,7 +13,7 @@ from hpc_core.record.job import Job, Predict
 from hpc_core.record.record import Record
 from tests.predict.predicting import GPU, predicted_jobs, values
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 _BY_ID = {case.id: case for case in TINY}
 OWN = Case(id="own/train", scale="tiny", workload=CallableSpec(factory="tests.predict.own_steps:train"))

@@ -54,7 +54,7 @@ def test_a_file_that_is_no_configuration_is_one_line(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_row_of_a_configuration_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A user's own config.json is run and predicted like the table's rows; here it is a small model itself."""
     folder = tmp_path / "mine"

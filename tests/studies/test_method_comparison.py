@@ -47,7 +47,7 @@ def test_a_growing_cache_reserves_more_than_it_holds() -> None:
     assert evaluated(0) < 18 * 2**30 < evaluated(200)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_disabling_the_adapter_trains_what_lora_fa_froze(tmp_path: Path) -> None:
     """peft's loop evaluates under `disable_adapter()` after the optimizer froze A: A is trained again, and takes memory."""
     folder = tmp_path / "experiments" / "lora" / "fa"
