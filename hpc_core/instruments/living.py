@@ -57,7 +57,7 @@ def stepping(
 
 @contextlib.contextmanager
 def claiming(claim: Claim, name: Claim | None = None, places: Places | None = None) -> Iterator[None]:
-    """Assign weights, gradients and optimizer state to their categories while a step runs, whoever owns them.
+    """Assign all weights, gradients and optimizer state to their categories while a step runs.
 
     Gradients are those that exist when an optimizer steps. `claim` must ignore tensors that the step does not use. With `name` and
     `places`, what belongs to modules that ran is assigned to their paths.

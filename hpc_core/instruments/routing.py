@@ -24,7 +24,7 @@ _MARK = "depends on routing"
 def routing(
     model: Any, experts: Mapping[str, torch.nn.Module], step: Callable[[], object], found: Findings
 ) -> Findings:
-    """Run one step; return the tokens of each expert, and the metrics so far that depend on routing with a note that says so.
+    """Run one step; return the tokens of each expert, and the metrics that depend on routing, each with a note.
 
     Args:
         model: a language model of transformers.

@@ -160,7 +160,7 @@ def _up_to(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def settings_above(folder: Path) -> Path | None:
-    """Return the file that pytest reads its settings from where this is the only path it is given; None if there is none."""
+    """Return the settings file that pytest finds if given only this path; None if there is none."""
     places = (place / name for place in (folder, *folder.parents) for name in _FILES)
     return next(
         (path for path in places if path.is_file() and pytest_settings(path, path.read_bytes()) is not None), None

@@ -64,7 +64,7 @@ def test_a_routers_softmax_is_not_attention_and_experts_tokens_are_counted(run: 
 
 
 def test_checkpointing_is_seen_whatever_layers_are_called(run: Run) -> None:
-    """GPT-NeoX's layers are recomputed, and the fact says so."""
+    """The checkpointing of GPT-NeoX's layers is observed."""
     record = run(lora_step("pythia-6.9b", tiny=True).vary("lora-gc", checkpointing="non-reentrant"))
     assert record.reasons == ()
     assert record.audit["checkpointing"].seen == "on"

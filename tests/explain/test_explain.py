@@ -107,7 +107,7 @@ def test_the_second_line_names_moved_packages() -> None:
 
 
 def test_the_split_of_wall_time_is_one_line() -> None:
-    """On a GPU the line has launches, waiting and busy time; on a CPU Python and operators; without a split there is none."""
+    """The line has launches, waiting and busy time on a GPU, and Python and operators on a CPU. No split, no line."""
     seconds = {"python_s": 0.0112, "dispatch_s": 0.0059, "launch_s": 0.0026, "waiting_s": 0.0004}
     metrics = {name: metric(name, value, on_gpu=True) for name, value in seconds.items()}
 

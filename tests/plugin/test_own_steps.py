@@ -81,7 +81,7 @@ def test_step(perf):
 
 
 def test_checkpointing_that_loses_gradients_is_no_improvement(pytester: pytest.Pytester) -> None:
-    """Reentrant checkpointing of frozen inputs does less, because the adapter gets no gradient; the line says so."""
+    """Reentrant checkpointing of frozen inputs does less, because the adapter gets no gradient. It is INVALID, not IMPROVED."""
     _accept(pytester, _CHECKPOINTED.format(block="block(rows)"))
     result = _run(pytester, _CHECKPOINTED.format(block="checkpoint(block, rows, use_reentrant=True)"))
     assert result.ret == 1
